@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the kernel should hold: the value that `desired` computes and that the appliers make true.
+
+Addresses are `ipaddress` objects of either family; the appliers turn IPv4 into its v4-mapped form
+for the maps (`bpf/include/abi.h`). Identities are numbers as on the wire. Nothing here does IO.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Frontend:
+    """A service address: `protocol` is an IP protocol number (6 TCP, 17 UDP), `port` in host order."""
+
+    address: Address
+    port: int
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Backend:
+    """One endpoint of a service; `cluster_id` tells whose it is, `node` is its tunnel endpoint."""
+
+    address: Address
+    port: int
+    protocol: int
+    cluster_id: int
+    node: Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """`backends` get new flows; `draining` keep their map entry and established flows, get no new ones."""
+
+    name: str  # "<namespace>/<name>", for words and metrics only
+    backends: tuple[Backend, ...]
+    draining: tuple[Backend, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IpcacheEntry:
+    """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node."""
+
+    identity: int
+    cluster_id: int
+    tunnel: Address | None
+    is_node: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Over the overlay device unless `unreachable`; `mtu` in bytes (0: none); `table` 254 is main."""
+
+    prefix: Network
+    source: Address | None = None
+    mtu: int = 0
+    table: int = 254
+    unreachable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Policy rule: packets from `source` look up `table`."""
+
+    source: Network
+    table: int
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Datapath:
+    """The whole wanted state of one host. Equal values mean: nothing to do."""
+
+    cluster_id: int
+    identity_shift: int = 16
+    overlay_port: int = 8472
+    overlay_mtu: int = 1450
+    addresses: frozenset[Address] = frozenset()  # on the overlay device, /32 or /128
+    local: dict[Address, int] = field(default_factory=dict)  # own address -> identity
+    workloads: dict[int, Address] = field(default_factory=dict)  # cgroup id -> address
+    services: dict[Frontend, Service] = field(default_factory=dict)
+    ipcache: dict[Network, IpcacheEntry] = field(default_factory=dict)  # /32 and /128 go to the hash map
+    peers: dict[Address, int] = field(default_factory=dict)  # outer source -> cluster id
+    routes: frozenset[Route] = frozenset()
+    rules: frozenset[Rule] = frozenset()

@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Map ABI shared by the BPF programs and the agent.
+ *
+ * Addresses are 16 bytes, IPv4 as ::ffff:a.b.c.d, network order: one map set
+ * and one code path serve both families. Fixed-width types, explicit padding;
+ * a test compares every struct with its Python format through BTF.
+ * A change of any layout here raises ISTHMUS_ABI_VERSION (it is part of the
+ * pin directory), because the kernel refuses to reuse a pin of other geometry.
+ */
+#pragma once
+
+#include <linux/types.h>
+
+#define ISTHMUS_ABI_VERSION 1
+
+struct isthmus_addr {
+	__be32 a[4];
+};
+_Static_assert(sizeof(struct isthmus_addr) == 16, "addr");
+
+/* ipcache: who owns an address and through which node it is reached. */
+struct isthmus_ipcache_value {
+	struct isthmus_addr tunnel;	/* node's underlay address, all zero: local or none */
+	__u32 identity;			/* numeric identity as on the wire */
+	__u16 cluster_id;
+	__u16 flags;			/* ISTHMUS_IPCACHE_* */
+};
+_Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
+
+#define ISTHMUS_IPCACHE_NODE	(1 << 0)	/* an underlay address of a node */
+
+struct isthmus_lpm_key {
+	__u32 prefixlen;		/* of the 128-bit form: v4 length + 96 */
+	struct isthmus_addr addr;
+};
+_Static_assert(sizeof(struct isthmus_lpm_key) == 20, "lpm key");
+
+/* A node that may send us overlay packets, by outer source address. */
+struct isthmus_peer_value {
+	__u16 cluster_id;
+	__u16 flags;
+};
+
+/* An address of this host: which identity its packets carry. */
+struct isthmus_local_value {
+	__u32 identity;
+	__u32 flags;
+};
+
+/* A workload, by cgroup id: the address its sockets are bound to. */
+struct isthmus_workload_value {
+	struct isthmus_addr addr4;
+	struct isthmus_addr addr6;
+};
+
+struct isthmus_svc_key {
+	struct isthmus_addr addr;
+	__be16 port;
+	__u8 proto;
+	__u8 scope;			/* 0; others reserved for packet hooks */
+};
+_Static_assert(sizeof(struct isthmus_svc_key) == 20, "svc key");
+
+struct isthmus_svc_value {
+	__u32 svc_id;
+	__u32 slot_base;
+	__u32 slot_count;		/* 0: no backend, the call fails with EHOSTUNREACH */
+	__u32 flags;
+};
+
+struct isthmus_backend_value {
+	struct isthmus_addr addr;
+	__be16 port;
+	__u8 proto;
+	__u8 state;
+	__u32 cluster_id;
+};
+_Static_assert(sizeof(struct isthmus_backend_value) == 24, "backend value");
+
+struct isthmus_backend_stats {
+	__u64 connects;			/* connect() calls sent to this backend */
+	__u64 datagrams;		/* unconnected datagrams sent to it */
+};
+
+/* Kept with a connected socket, freed with it. */
+struct isthmus_sock_value {
+	struct isthmus_addr vip;
+	struct isthmus_addr backend;
+	__be16 vport;
+	__be16 bport;
+	__u32 backend_id;
+	__u32 svc_id;
+	__u32 pad;
+};
+
+/* Which backend a connected socket uses, by cookie, so that the agent can end
+ * exactly these sockets when the backend is gone.
+ */
+struct isthmus_sock_backend {
+	__u32 svc_id;
+	__u32 backend_id;
+};
+
+/* Unconnected datagram sockets: what a reply's source must be turned into. */
+struct isthmus_rev_key {
+	__u64 cookie;
+	struct isthmus_addr backend;
+	__be16 port;
+	__u16 pad[3];
+};
+_Static_assert(sizeof(struct isthmus_rev_key) == 32, "rev key");
+
+struct isthmus_rev_value {
+	struct isthmus_addr vip;
+	__be16 port;
+	__u16 pad;
+};
+
+/* What arrived, by receiver and sender's identity. */
+struct isthmus_ident_key {
+	struct isthmus_addr dst;
+	__u32 identity;
+	__u16 cluster_id;
+	__u16 pad;
+};
+
+struct isthmus_counter {
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* Index of the drops map; append only, never renumber. */
+enum isthmus_drop {
+	ISTHMUS_DROP_NONE = 0,
+	ISTHMUS_DROP_UNKNOWN_PEER,	/* outer source is no node of the mesh */
+	ISTHMUS_DROP_BAD_IDENTITY,	/* VNI not the sender's to assert */
+	ISTHMUS_DROP_BAD_SOURCE,	/* inner source not the sender's or its cluster's */
+	ISTHMUS_DROP_NO_TUNNEL,		/* destination not in the ipcache */
+	ISTHMUS_DROP_NOT_LOCAL_SOURCE,	/* egress from an address that is not ours */
+	ISTHMUS_DROP_MALFORMED,
+	ISTHMUS_DROP_NOT_IP,
+	ISTHMUS_DROP_TUNNEL_KEY,	/* the kernel refused the tunnel key */
+	ISTHMUS_DROP_MAX = 16,
+};
+
+/* Load-time constants, one struct at offset 0 of .rodata. */
+struct isthmus_config {
+	__u32 cluster_id;
+	__u32 identity_shift;		/* 16, or 15 with 511 clusters */
+};
