@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Run a module's work under the agent bundle's Python.
+
+Modules that need etcd or ``cryptography`` do not ask the operator to install either: the bundle under
+``/opt/isthmus`` has both, and the module starts itself again under its interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from ansible.module_utils.common.respawn import has_respawned, respawn_module
+
+if TYPE_CHECKING:
+    from ansible.module_utils.basic import AnsibleModule
+
+BUNDLE_PYTHON = "/opt/isthmus/current/bin/python"
+
+
+def bundle_module(module: AnsibleModule, name: str) -> Any:
+    """Import ``name`` (for example ``isthmus_agent.pki``), under the bundle's interpreter when needed.
+
+    Returns the imported module. Returns ``None`` only in check mode on a host that has no bundle yet: the caller then
+    predicts without it. Does not return when it respawns. Fails the module, naming the next step, when the bundle is
+    missing or broken.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as exc:
+        reason = str(exc)
+    if has_respawned():
+        module.fail_json(
+            msg=f"{name} cannot be imported under {BUNDLE_PYTHON}: {reason}. "
+            "The agent bundle is damaged; run the isthmus.mesh.bundle role on this host again."
+        )
+    if os.path.exists(BUNDLE_PYTHON):
+        respawn_module(BUNDLE_PYTHON)
+    if module.check_mode:
+        return None
+    return module.fail_json(
+        msg=f"{BUNDLE_PYTHON} does not exist on this host, and this module needs the agent bundle for {name}. "
+        "Run the isthmus.mesh.bundle role (or the isthmus.mesh.site playbook) first."
+    )
