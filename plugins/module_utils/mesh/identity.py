@@ -7,7 +7,7 @@ A global identity is `cluster id << shift | n`, 24 bits, and travels as the VXLA
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 UNKNOWN = 0
 HOST = 1

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import Any, Callable, Mapping, NoReturn, TypeVar, Union
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar, Union
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -122,7 +123,7 @@ class Fields:
             self.fail(name, "is not true or false")
         return found
 
-    def list(self, name: str) -> list[Any]:
+    def items(self, name: str) -> list[Any]:
         found = self.value.get(name)
         if found is None:
             return []
@@ -131,7 +132,7 @@ class Fields:
         return found
 
     def texts(self, name: str) -> tuple[str, ...]:
-        found = self.list(name)
+        found = self.items(name)
         if not all(isinstance(item, str) for item in found):
             self.fail(name, "is not a list of strings")
         return tuple(found)
@@ -154,7 +155,7 @@ class Fields:
         return Fields(self.value.get(name), self.error, self.path(name))
 
     def objects(self, name: str) -> list[Fields]:
-        return [Fields(item, self.error, f"{self.path(name)}[{index}]") for index, item in enumerate(self.list(name))]
+        return [Fields(item, self.error, f"{self.path(name)}[{index}]") for index, item in enumerate(self.items(name))]
 
     def _parsed(self, name: str, parse: Callable[[str], _T], what: str) -> _T:
         try:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from . import identity as _identity
 from . import jsontext
@@ -552,7 +553,7 @@ def _cidr_in(fields: Fields, name: str, version: int) -> Network | None:
 
 
 def _cidrs_in(fields: Fields, name: str, version: int) -> tuple[Network, ...]:
-    return tuple(_cidr_value(item, f"{name}[{index}]", version) for index, item in enumerate(fields.list(name)))
+    return tuple(_cidr_value(item, f"{name}[{index}]", version) for index, item in enumerate(fields.items(name)))
 
 
 def _ports_out(addresses: Mapping[str, PortMap]) -> dict[str, Any]:

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Typed view of the node spec, `/etc/isthmus/node.json` (docs/architecture.md, "Node spec").
+
+The planner writes it, everything on the host reads it. It holds no secret: keys and certificates
+are named by path. `NodeSpec.from_dict` raises `SpecError` that names the field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from . import jsontext
+from .jsontext import UINT16, UINT64, Fields
+
+SCHEMA = 1
+
+CGROUP_KINDS = ("unit", "slice", "path")
+
+
+class SpecError(ValueError):
+    """A spec that this version cannot use; the text says which field and why."""
+
+
+def spec_hash(document: Mapping[str, Any]) -> str:
+    """sha256, in hex, of the canonical JSON of the document without its `hash`."""
+    rest = {key: value for key, value in document.items() if key != "hash"}
+    return hashlib.sha256(jsontext.canonical(rest).encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """The host's own cluster; `max_clusters` (255 or 511) sets the layout of identity numbers."""
+
+    name: str
+    id: int
+    max_clusters: int
+    site: str
+    workload_ranges4: tuple[IPv4Network, ...]
+    service_range4: IPv4Network
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """`underlay4` is what the host has, `advertise4` what others dial, `mesh4` lies in `range4`."""
+
+    name: str
+    underlay4: IPv4Address
+    advertise4: IPv4Address
+    range4: IPv4Network
+    mesh4: IPv4Address
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cgroup:
+    """Which processes are the workload: `kind` is unit, slice or path (below the cgroup2 root)."""
+
+    kind: str
+    value: str
+
+
+@dataclass(frozen=True)
+class WorkloadSpec:
+    name: str
+    namespace: str
+    service_account: str
+    labels: Mapping[str, str]
+    address4: IPv4Address
+    cgroup: Cgroup
+
+
+@dataclass(frozen=True)
+class OverlaySpec:
+    """`port` is UDP; `mtu` bytes inside the overlay, None: found out on the host."""
+
+    port: int
+    mtu: int | None = None
+
+
+@dataclass(frozen=True)
+class EtcdSpec:
+    """How this host reaches an etcd: URLs and paths of PEM files."""
+
+    endpoints: tuple[str, ...]
+    ca: str
+    cert: str
+    key: str
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """The etcd member on this host; `members` and `client_urls` are all of the cluster's, by name.
+
+    `initial` is the member that starts the cluster; the others join it as learners."""
+
+    name: str
+    client_url: str
+    peer_url: str
+    members: Mapping[str, str]
+    client_urls: Mapping[str, str]
+    initial: str
+    token: str
+    source: Mapping[str, str]
+    quota_bytes: int
+
+
+@dataclass(frozen=True)
+class PeerSpec:
+    """A cluster that the registrar mirrors."""
+
+    name: str
+    id: int
+    workload_ranges4: tuple[IPv4Network, ...]
+    service_range4: IPv4Network
+    etcd: EtcdSpec
+
+
+@dataclass(frozen=True)
+class RegistrarSpec:
+    cert: str
+    key: str
+    peers: tuple[PeerSpec, ...]
+
+
+@dataclass(frozen=True)
+class CaSpec:
+    """The CA that signs for this host's cluster; `here` when its key lives on this host."""
+
+    cluster: str
+    host: str
+    here: bool
+
+
+@dataclass(frozen=True)
+class CertificateSpec:
+    """A key pair to be made on this host and signed by the CA of `ca_cluster` on `ca_host`.
+
+    `usages` are of client, server; `owner` is the file owner."""
+
+    name: str
+    ca_cluster: str
+    ca_host: str
+    cn: str
+    sans_dns: tuple[str, ...]
+    sans_ip: tuple[str, ...]
+    usages: tuple[str, ...]
+    owner: str
+
+
+@dataclass(frozen=True)
+class PkiSpec:
+    """`trust` names the clusters whose CA certificates are pinned on this host."""
+
+    ca: CaSpec
+    certificates: tuple[CertificateSpec, ...]
+    trust: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    estate: str
+    host: str
+    hash: str
+    cluster: ClusterSpec
+    node: HostSpec
+    workloads: tuple[WorkloadSpec, ...]
+    overlay: OverlaySpec
+    dns_domain: str
+    service_ranges4: tuple[IPv4Network, ...]
+    etcd: EtcdSpec
+    member: MemberSpec | None
+    registrar: RegistrarSpec | None
+    pki: PkiSpec
+
+    @classmethod
+    def from_dict(cls, document: Any) -> NodeSpec:
+        """Read a spec. SpecError when it is malformed or of another schema.
+
+        The hash is not checked: `spec_hash` tells whether the content is still what was planned.
+        """
+        top = Fields(document, SpecError)
+        schema = top.integer("schema", UINT16, default=None)
+        if schema != SCHEMA:
+            raise SpecError(
+                f"schema {schema} is not {SCHEMA}, the one that this version reads; "
+                "run the site playbook of the installed version"
+            )
+        return cls(
+            estate=top.text("estate", None),
+            host=top.text("host", None),
+            hash=top.text("hash", None),
+            cluster=_cluster(top.object("cluster")),
+            node=_host(top.object("node")),
+            workloads=tuple(_workload(entry) for entry in top.objects("workloads")),
+            overlay=_overlay(top.object("overlay")),
+            dns_domain=top.object("dns").text("domain", None),
+            service_ranges4=top.networks4("service_ranges4"),
+            etcd=_etcd(top.object("etcd")),
+            member=None if top.value.get("member") is None else _member(top.object("member")),
+            registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
+            pki=_pki(top.object("pki")),
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> NodeSpec:
+        return cls.from_dict(jsontext.loads(text, SpecError))
+
+
+def _cluster(fields: Fields) -> ClusterSpec:
+    return ClusterSpec(
+        name=fields.text("name", None),
+        id=fields.integer("id", 511, default=None, minimum=1),
+        max_clusters=fields.integer("max_clusters", 511, default=None, minimum=255),
+        site=fields.text("site", None),
+        workload_ranges4=fields.networks4("workload_ranges4"),
+        service_range4=fields.network4("service_range4"),
+    )
+
+
+def _host(fields: Fields) -> HostSpec:
+    return HostSpec(
+        name=fields.text("name", None),
+        underlay4=fields.address4("underlay4"),
+        advertise4=fields.address4("advertise4"),
+        range4=fields.network4("range4"),
+        mesh4=fields.address4("mesh4"),
+        labels=fields.text_mapping("labels"),
+    )
+
+
+def _workload(fields: Fields) -> WorkloadSpec:
+    cgroup = fields.text_mapping("cgroup")
+    if len(cgroup) != 1 or next(iter(cgroup)) not in CGROUP_KINDS:
+        fields.fail("cgroup", "is not one of unit, slice, path")
+    kind, value = next(iter(cgroup.items()))
+    return WorkloadSpec(
+        name=fields.text("name", None),
+        namespace=fields.text("namespace", None),
+        service_account=fields.text("service_account", "default"),
+        labels=fields.text_mapping("labels"),
+        address4=fields.address4("address4"),
+        cgroup=Cgroup(kind, value),
+    )
+
+
+def _overlay(fields: Fields) -> OverlaySpec:
+    mtu = None if fields.value.get("mtu") is None else fields.integer("mtu", UINT16, minimum=576)
+    return OverlaySpec(port=fields.integer("port", UINT16, default=None, minimum=1), mtu=mtu)
+
+
+def _etcd(fields: Fields) -> EtcdSpec:
+    return EtcdSpec(
+        endpoints=fields.texts("endpoints"),
+        ca=fields.text("ca", None),
+        cert=fields.text("cert", None),
+        key=fields.text("key", None),
+    )
+
+
+def _member(fields: Fields) -> MemberSpec:
+    return MemberSpec(
+        name=fields.text("name", None),
+        client_url=fields.text("client_url", None),
+        peer_url=fields.text("peer_url", None),
+        members=fields.text_mapping("members"),
+        client_urls=fields.text_mapping("client_urls"),
+        initial=fields.text("initial", None),
+        token=fields.text("token", None),
+        source=fields.text_mapping("source"),
+        quota_bytes=fields.integer("quota_bytes", UINT64, default=None, minimum=1),
+    )
+
+
+def _registrar(fields: Fields) -> RegistrarSpec:
+    return RegistrarSpec(
+        cert=fields.text("cert", None),
+        key=fields.text("key", None),
+        peers=tuple(
+            PeerSpec(
+                name=peer.text("name", None),
+                id=peer.integer("id", 511, default=None, minimum=1),
+                workload_ranges4=peer.networks4("workload_ranges4"),
+                service_range4=peer.network4("service_range4"),
+                etcd=_etcd(peer),
+            )
+            for peer in fields.objects("peers")
+        ),
+    )
+
+
+def _pki(fields: Fields) -> PkiSpec:
+    ca = fields.object("ca")
+    return PkiSpec(
+        ca=CaSpec(ca.text("cluster", None), ca.text("host", None), ca.boolean("here")),
+        certificates=tuple(
+            CertificateSpec(
+                name=entry.text("name", None),
+                ca_cluster=entry.text("ca_cluster", None),
+                ca_host=entry.text("ca_host", None),
+                cn=entry.text("cn", None),
+                sans_dns=entry.texts("sans_dns"),
+                sans_ip=entry.texts("sans_ip"),
+                usages=entry.texts("usages"),
+                owner=entry.text("owner", "root"),
+            )
+            for entry in fields.objects("certificates")
+        ),
+        trust=fields.texts("trust"),
+    )
