@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Who holds a port of this host, read from /proc."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import struct
+from dataclasses import dataclass
+
+_LISTEN, _UNCONNECTED = "0A", "07"
+
+
+@dataclass(frozen=True)
+class Socket:
+    """A bound socket that receives: `address` as text, `inode` 0 for one of the kernel's own."""
+
+    protocol: str
+    address: str
+    port: int
+    inode: int
+
+
+def _address(text: str) -> str:
+    # /proc prints the address as 32-bit words in host order.
+    words = [struct.pack("=I", int(text[at : at + 8], 16)) for at in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(words)))
+
+
+def bound(protocol: str, port: int) -> list[Socket]:
+    """Sockets of `protocol` (`tcp` or `udp`, both families) that listen on `port`."""
+    state = _LISTEN if protocol == "tcp" else _UNCONNECTED
+    found = []
+    for suffix in ("", "6"):
+        try:
+            with open(f"/proc/net/{protocol}{suffix}", encoding="ascii") as file:
+                lines = file.readlines()[1:]
+        except FileNotFoundError:  # no IPv6
+            continue
+        for line in lines:
+            fields = line.split()
+            address, number = fields[1].rsplit(":", 1)
+            if int(number, 16) == port and fields[3] == state:
+                found.append(Socket(protocol, _address(address), port, int(fields[9])))
+    return found
+
+
+def clashes(sockets: list[Socket], address: str | None) -> list[Socket]:
+    """Those that a new socket on `address` (None: all addresses) would collide with."""
+    if address is None:
+        return sockets
+    return [one for one in sockets if one.address in (address, "0.0.0.0", "::")]  # noqa: S104 - compared, not bound
+
+
+def holder(sock: Socket) -> tuple[str, str]:
+    """Process and unit that hold a socket, as words: ("etcd (pid 12)", "etcd.service")."""
+    link = f"socket:[{sock.inode}]"
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for handle in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{handle}") == link:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+                        name = file.read().strip()
+                    return f"{name} (pid {pid})", _unit(pid)
+        except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            continue
+    return "the kernel", ""
+
+
+def _unit(pid: str) -> str:
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
+        for line in file:
+            name = line.strip().rsplit("/", 1)[-1]
+            if name.endswith(".service"):
+                return name
+    return ""

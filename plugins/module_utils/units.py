@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""systemd units of a host: their text, and the step from "files are right" to "the right thing runs"."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ansible.module_utils.basic import AnsibleModule
+    from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+
+UNIT_DIRECTORY = "/etc/systemd/system"
+CONFIG_VARIABLE = "ISTHMUS_CONFIG"
+
+# What every unit of ours gives up. Capabilities, paths and address families are named unit by unit.
+_SANDBOX = """\
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+ProtectHostname=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+UMask=0022
+"""
+
+_HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"
+
+
+def config_digest(*parts: str) -> str:
+    """What a process was started with, short enough for an environment variable: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def agent_unit(config: str) -> str:
+    """`isthmusd.service`. CAP_BPF and CAP_PERFMON load programs, CAP_NET_ADMIN attaches them and sets up the device,
+    routes and rules and ends sockets, CAP_NET_RAW probes.
+
+    The agent leaves its pinned programs, device and routes when it stops: the datapath goes on without it.
+    """
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Isthmus mesh agent
+Documentation=https://github.com/isthmus-mesh/isthmus
+Wants=network-online.target isthmus-bpffs.service
+After=network-online.target isthmus-bpffs.service isthmus-etcd.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=/opt/isthmus/current/bin/isthmusd --spec /etc/isthmus/node.json
+Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
+Restart=always
+RestartSec=1
+TimeoutStartSec=90
+TimeoutStopSec=15
+WatchdogSec=30
+KillMode=mixed
+RuntimeDirectory=isthmus isthmus/dns
+RuntimeDirectoryMode=0755
+RuntimeDirectoryPreserve=yes
+StateDirectory=isthmus isthmus/agent
+StateDirectoryMode=0755
+CapabilityBoundingSet=CAP_BPF CAP_PERFMON CAP_NET_ADMIN CAP_NET_RAW
+{_SANDBOX}ReadWritePaths=/sys/fs/bpf
+SystemCallFilter=@system-service bpf
+SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+LimitNOFILE=65536
+OOMScoreAdjust=-500
+TasksMax=512
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+
+
+def registrar_unit(config: str) -> str:
+    """`isthmus-registrar.service`: talks to etcd servers only, so it has no capability at all."""
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Isthmus mesh registrar
+Documentation=https://github.com/isthmus-mesh/isthmus
+Wants=network-online.target
+After=network-online.target isthmus-etcd.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=/opt/isthmus/current/bin/isthmus-registrar --spec /etc/isthmus/node.json
+Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
+Restart=always
+RestartSec=1
+TimeoutStartSec=90
+TimeoutStopSec=15
+WatchdogSec=30
+KillMode=mixed
+CapabilityBoundingSet=
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+{_SANDBOX}SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+LimitNOFILE=65536
+TasksMax=512
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+
+
+def dns_unit(config: str) -> str:
+    """`isthmus-dns.service`: dnsmasq as a user of its own that may only bind port 53."""
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Isthmus mesh names (dnsmasq)
+Documentation=https://github.com/isthmus-mesh/isthmus
+After=network.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart=/usr/sbin/dnsmasq --keep-in-foreground --conf-file=/etc/isthmus/dnsmasq.conf
+ExecReload=/bin/kill -HUP $MAINPID
+Environment={CONFIG_VARIABLE}={config}
+Restart=always
+RestartSec=1
+DynamicUser=yes
+User=isthmus-dns
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+{_SANDBOX}SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+
+
+def dns_reload_path_unit() -> str:
+    """`isthmus-dns-reload.path`: the agent replaces the hosts file and needs no right over the name server."""
+    return (
+        _HEADER
+        + """\
+[Unit]
+Description=Names of the Isthmus mesh changed
+
+[Path]
+PathChanged=/run/isthmus/dns/hosts
+Unit=isthmus-dns-reload.service
+TriggerLimitIntervalSec=0
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+
+
+def dns_reload_unit() -> str:
+    """`isthmus-dns-reload.service`: makes dnsmasq read its hosts file again."""
+    return (
+        _HEADER
+        + """\
+[Unit]
+Description=Reload the names of the Isthmus mesh
+StartLimitIntervalSec=0
+
+[Service]
+Type=oneshot
+ExecStart=/bin/systemctl --no-block reload isthmus-dns.service
+"""
+    )
+
+
+def bpffs_unit() -> str:
+    """`isthmus-bpffs.service`: systemd mounts bpffs itself on a host, but not in a container.
+
+    It cannot be a mount unit: systemd refuses those for places below /sys. `isthmusd.service` wants it.
+    """
+    return (
+        _HEADER
+        + """\
+[Unit]
+Description=BPF file system for the Isthmus agent
+DefaultDependencies=no
+After=systemd-remount-fs.service
+Before=isthmusd.service
+ConditionPathIsMountPoint=!/sys/fs/bpf
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/mount -t bpf -o mode=0700 bpf /sys/fs/bpf
+"""
+    )
+
+
+def resolved_unit(server: str, domain: str) -> str:
+    """`isthmus-resolved.service`: only `domain` goes to `server`, by the overlay device's own resolved settings.
+
+    A global drop-in of systemd-resolved would send every name to our server as well. Settings of a link are lost when
+    resolved starts anew, so the unit is part of it.
+    """
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Names of the Isthmus mesh in systemd-resolved
+Requires=systemd-resolved.service
+After=systemd-resolved.service isthmusd.service isthmus-dns.service
+PartOf=systemd-resolved.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/resolvectl dns isthmus0 {server}
+ExecStart=/usr/bin/resolvectl domain isthmus0 ~{domain}
+ExecStart=/usr/bin/resolvectl default-route isthmus0 no
+ExecStop=-/usr/bin/resolvectl revert isthmus0
+
+[Install]
+WantedBy=multi-user.target systemd-resolved.service
+"""
+    )
+
+
+class Systemd:
+    """The host's service manager, asked in few calls."""
+
+    PROPERTIES = (
+        "Id",
+        "LoadState",
+        "ActiveState",
+        "SubState",
+        "UnitFileState",
+        "MainPID",
+        "NeedDaemonReload",
+        "ExecMainStartTimestampMonotonic",
+        "ExecMainStatus",
+        "Result",
+        "NRestarts",
+    )
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+
+    def show(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Properties by unit name. A unit that does not exist has `LoadState` `not-found`."""
+        wanted = list(names)
+        if not wanted:
+            return {}
+        code, out, err = self.module.run_command(
+            ["systemctl", "show", "--property=" + ",".join(self.PROPERTIES), *wanted]
+        )
+        if code != 0:
+            self.module.fail_json(msg=f"systemd does not answer on this host: {err.strip() or out.strip()}")
+        found = {}
+        for name, block in zip(wanted, out.strip().split("\n\n")):
+            found[name] = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        return found
+
+    def run(self, *arguments: str) -> None:
+        """`systemctl <arguments>`; fails the module with systemd's words."""
+        code, out, err = self.module.run_command(["systemctl", *arguments])
+        if code != 0:
+            self.module.fail_json(msg=f"systemctl {' '.join(arguments)} failed: {(err or out).strip()}")
+
+    def journal(self, name: str, lines: int = 15) -> str:
+        """The unit's last journal lines, for an error message."""
+        code, out, err = self.module.run_command(["journalctl", "-u", name, "-n", str(lines), "--no-pager", "-o", "cat"])
+        return out.strip() if code == 0 else f"(no journal: {err.strip()})"
+
+
+def process_environment(pid: str) -> dict[str, str]:
+    """The environment a process was started with; empty when it is gone."""
+    try:
+        with open(f"/proc/{int(pid)}/environ", "rb") as file:
+            content = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return dict(item.decode(errors="replace").split("=", 1) for item in content.split(b"\0") if b"=" in item)
+
+
+def process_started(pid: str) -> float:
+    """When a process started, seconds since the epoch; infinity when it is gone (then nothing is newer)."""
+    try:
+        with open(f"/proc/{int(pid)}/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+        with open("/proc/stat", encoding="ascii") as file:
+            boot = next(int(line.split()[1]) for line in file if line.startswith("btime "))
+    except (FileNotFoundError, ProcessLookupError):
+        return float("inf")
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def newest(paths: Iterable[str]) -> float:
+    """Modification time of the newest of the files that exist, 0 when none does."""
+    times = [0.0]
+    for path in paths:
+        try:
+            times.append(os.stat(path).st_mtime)
+        except FileNotFoundError:
+            continue
+    return max(times)
+
+
+class Units:
+    """Brings a set of units to "file right, enabled, running with this configuration"."""
+
+    def __init__(self, module: AnsibleModule, changes: Changes) -> None:
+        self.module = module
+        self.changes = changes
+        self.systemd = Systemd(module)
+        self.reload = False
+        self.states: dict[str, str] = {}
+
+    def write(self, files: Mapping[str, str | None]) -> None:
+        """Write unit files (`None`: must not exist); an unwanted unit is stopped and disabled first."""
+        unwanted = [name for name, text in files.items() if text is None and os.path.exists(self.path(name))]
+        for name in unwanted:
+            if not self.module.check_mode:
+                self.systemd.run("disable", "--now", name)
+        for name, text in files.items():
+            if text is None:
+                differs = self.changes.absent(self.path(name))
+            else:
+                differs = self.changes.file(self.path(name), text)
+            self.reload = self.reload or differs
+
+    @staticmethod
+    def path(name: str) -> str:
+        return f"{UNIT_DIRECTORY}/{name}"
+
+    def daemon_reload(self, names: Iterable[str]) -> None:
+        """Make systemd read the files when it has not, also when an earlier run was interrupted before this step."""
+        stale = any(unit.get("NeedDaemonReload") == "yes" for unit in self.systemd.show(names).values())
+        if (self.reload or stale) and not self.module.check_mode:
+            self.systemd.run("daemon-reload")
+
+    def running(self, name: str, config: str | None = None, newer: Iterable[str] = (), force: str | None = None) -> bool:
+        """`name` is enabled and active; restarted when its process has another configuration than `config`
+        (its `ISTHMUS_CONFIG`), when one of the files `newer` changed after it started, or when `force` gives a reason.
+
+        Returns whether something had to change. Does not wait: see `wait`.
+        """
+        state = self.systemd.show([name])[name]
+        before = state.get("ActiveState", "inactive")
+        self.states[name] = before
+        changed = False
+        if state.get("UnitFileState") not in ("enabled", "enabled-runtime", "static"):
+            changed = True
+            self.changes.note(f"unit {name}", state.get("UnitFileState") or "absent", "enabled")
+            if not self.module.check_mode:
+                self.systemd.run("enable", "--quiet", name)
+        reason = force
+        if before not in ("active", "reloading"):
+            reason = f"it is {before}"
+        elif reason is None and state.get("MainPID", "0") != "0":
+            if config is not None and process_environment(state["MainPID"]).get(CONFIG_VARIABLE) != config:
+                reason = "its configuration changed"
+            elif newest(newer) > process_started(state["MainPID"]) + 1:
+                reason = "its certificates changed"
+        if reason is not None:
+            changed = True
+            self.changes.note(f"unit {name}", before, f"active (started anew: {reason})")
+            if not self.module.check_mode:
+                self.systemd.run("restart", "--no-block", name)
+        return changed
+
+    def wait(self, names: Iterable[str], timeout: float) -> dict[str, Any]:
+        """Wait until every unit is active; returns what is not after `timeout` seconds, by name, with its journal."""
+        waiting = list(names)
+        deadline = time.monotonic() + timeout
+        failed: dict[str, Any] = {}
+        while waiting:
+            states = self.systemd.show(waiting)
+            # A unit with a pending start job still shows its old state for a moment, so ask for jobs as well.
+            code, out, _err = self.module.run_command(["systemctl", "list-jobs", "--no-legend", "--plain"])
+            pending = {line.split()[1] for line in out.splitlines() if len(line.split()) > 1} if code == 0 else set()
+            still = []
+            for name in waiting:
+                self.states[name] = states[name].get("ActiveState", "unknown")
+                if self.states[name] != "active" or name in pending:
+                    still.append(name)
+            waiting = still
+            if waiting and time.monotonic() > deadline:
+                failed = {
+                    name: {
+                        "state": f"{states[name].get('ActiveState')}/{states[name].get('SubState')}",
+                        "journal": self.systemd.journal(name),
+                    }
+                    for name in waiting
+                }
+                break
+            if waiting:
+                time.sleep(0.2)
+        return failed

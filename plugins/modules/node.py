@@ -1,0 +1,209 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: node
+short_description: Make a host a member of the mesh
+version_added: 1.0.0
+description:
+  - Writes the host's specification and its copy of the estate record, the systemd units of the agent, the registrar
+    (on etcd hosts) and the name server, and joins the mesh's names to the host's own resolution.
+  - Starts or restarts only what changed, and waits until it is ready.
+  - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
+  - Needs nothing but Python on the host; the bundle is laid down before by M(isthmus.mesh.bundle).
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.supported
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  spec:
+    description:
+      - The host's specification, an element of the C(specs) that M(isthmus.mesh.plan) returns.
+    type: dict
+    required: true
+  estate:
+    description:
+      - The estate record that M(isthmus.mesh.plan) returns; every host keeps a copy.
+    type: dict
+    required: true
+  bundle_digest:
+    description:
+      - Digest of the installed bundle, as M(isthmus.mesh.bundle) returns it; a new one restarts agent and registrar.
+    type: str
+    required: true
+  certificates_changed:
+    description:
+      - Whether the run changed certificates of this host before. Needed for a true prediction in check mode only;
+        otherwise the age of the files decides.
+    type: bool
+    default: false
+  timeout:
+    description:
+      - Seconds to wait until what was started is ready.
+    type: int
+    default: 120
+seealso:
+  - module: isthmus.mesh.plan
+  - module: isthmus.mesh.verify
+"""
+
+EXAMPLES = r"""
+- name: The host is a member of the mesh
+  isthmus.mesh.node:
+    spec: "{{ __isthmus_plan.specs[inventory_hostname] }}"
+    estate: "{{ __isthmus_plan.record }}"
+    bundle_digest: "{{ __isthmus_bundle.digest }}"
+"""
+
+RETURN = r"""
+units:
+  description: State of each unit of the mesh on this host, after the run (before it, in check mode).
+  returned: always
+  type: dict
+  sample:
+    isthmusd.service: active
+    isthmus-dns.service: active
+resolver:
+  description: How the mesh's names were joined to the host's resolution, V(resolved) or V(file).
+  returned: always
+  type: str
+  sample: file
+"""
+
+import json
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+
+AGENT = "isthmusd.service"
+REGISTRAR = "isthmus-registrar.service"
+DNS = "isthmus-dns.service"
+DNS_PATH = "isthmus-dns-reload.path"
+DNS_RELOAD = "isthmus-dns-reload.service"
+BPFFS = "isthmus-bpffs.service"
+RESOLVED = "isthmus-resolved.service"
+
+# What the registrar reads of the specification; a change elsewhere (a workload, a label) does not restart it.
+REGISTRAR_PARTS = ("schema", "estate", "cluster", "dns", "etcd", "member", "registrar")
+
+
+def document(value):
+    """A JSON document as a person reads it in a diff, always with the same bytes for the same value."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "estate": {"type": "dict", "required": True},
+            "bundle_digest": {"type": "str", "required": True, "no_log": False},
+            "certificates_changed": {"type": "bool", "default": False},
+            "timeout": {"type": "int", "default": 120},
+        },
+        supports_check_mode=True,
+    )
+    spec = module.params["spec"]
+    changes = Changes(module)
+    runner = units.Units(module, changes)
+
+    changes.directory("/etc/isthmus")
+    changes.directory("/var/lib/isthmus")
+    changes.directory(resolver.STATE_DIRECTORY)
+    changes.file("/etc/isthmus/node.json", document(spec))
+    changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
+
+    resolved = runner.systemd.show(["systemd-resolved.service"])["systemd-resolved.service"]
+    found = resolver.probe(resolved.get("ActiveState") == "active")
+    mesh_address, domain = spec["node"]["mesh4"], spec["dns"]["domain"]
+    dnsmasq = resolver.dnsmasq_conf(mesh_address, domain, resolver.upstream(found))
+    changes.file("/etc/isthmus/dnsmasq.conf", dnsmasq)
+
+    bundle = module.params["bundle_digest"]
+    agent_config = units.config_digest(units.agent_unit(""), bundle, document(spec))
+    registrar_config = units.config_digest(
+        units.registrar_unit(""), bundle, document({part: spec.get(part) for part in REGISTRAR_PARTS})
+    )
+    dns_config = units.config_digest(units.dns_unit(""), dnsmasq)
+    has_registrar = spec.get("registrar") is not None
+    runner.write(
+        {
+            BPFFS: units.bpffs_unit(),
+            AGENT: units.agent_unit(agent_config),
+            REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
+            DNS: units.dns_unit(dns_config),
+            DNS_PATH: units.dns_reload_path_unit(),
+            DNS_RELOAD: units.dns_reload_unit(),
+            RESOLVED: units.resolved_unit(mesh_address, domain) if found.method == "resolved" else None,
+        }
+    )
+    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
+    runner.daemon_reload([BPFFS, DNS_RELOAD, *names])
+
+    renewed = "its certificates changed" if module.params["certificates_changed"] else None
+    runner.running(DNS, dns_config)
+    runner.running(DNS_PATH)
+    if has_registrar:
+        runner.running(REGISTRAR, registrar_config, certificate_files(spec, registrar=True), renewed)
+    runner.running(AGENT, agent_config, certificate_files(spec, registrar=False), renewed)
+    if not module.check_mode:
+        wait(module, runner, names, spec)
+
+    join_resolver(module, changes, runner, found)
+    module.exit_json(**changes.result(units=runner.states, resolver=found.method))
+
+
+def certificate_files(spec, registrar):
+    """The files that a process of ours read when it started."""
+    etcd = spec["etcd"]
+    files = [etcd["ca"]]
+    if not registrar:
+        return [*files, etcd["cert"], etcd["key"]]
+    files += [spec["registrar"]["cert"], spec["registrar"]["key"]]
+    for peer in spec["registrar"]["peers"]:
+        files += [peer["ca"], peer["cert"], peer["key"]]
+    return files
+
+
+def wait(module, runner, names, spec):
+    """Fails with the unit's own last words when something does not become ready in time."""
+    failed = runner.wait(names, module.params["timeout"])
+    if not failed:
+        return
+    words = [
+        f"{name} is {state['state']}; its last lines:\n{state['journal']}" for name, state in sorted(failed.items())
+    ]
+    module.fail_json(
+        msg=f"On {spec['host']} not everything became ready within {module.params['timeout']} s. "
+        "Nothing that worked before was stopped: the datapath in the kernel stays. "
+        "Read `journalctl -u <unit>` there and run the playbook again.\n" + "\n".join(words),
+        units=runner.states,
+    )
+
+
+def join_resolver(module, changes, runner, found):
+    """The last step, when the name server already answers."""
+    if found.method == "resolved":
+        runner.running(RESOLVED)
+        if not module.check_mode:
+            wait(module, runner, [RESOLVED], module.params["spec"])
+        return
+    if not found.joined:
+        if found.link is not None:
+            changes.file(resolver.ORIGINAL_LINK, found.link)
+        else:
+            changes.absent(resolver.ORIGINAL_LINK)
+        if found.original is not None:
+            changes.file(resolver.ORIGINAL, found.original)
+        else:
+            changes.absent(resolver.ORIGINAL)
+    changes.file(resolver.RESOLV_CONF, resolver.joined_file(found.original))
+
+
+if __name__ == "__main__":
+    main()

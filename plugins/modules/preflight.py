@@ -1,0 +1,279 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: preflight
+short_description: Report everything that keeps a host from joining the mesh
+version_added: 1.0.0
+description:
+  - Probes the host for each thing the mesh needs (kernel features one by one, cgroup2, systemd, Python, architecture,
+    free ports, clock, addresses) and reports all problems in one message.
+  - Changes nothing, in check mode or not.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.info
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  spec:
+    description:
+      - The host's specification, an element of the C(specs) that M(isthmus.mesh.plan) returns.
+    type: dict
+    required: true
+  platforms:
+    description:
+      - The platforms for which there is an agent bundle.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      arch:
+        description: Machine architecture as the kernel names it, for example V(x86_64).
+        type: str
+        required: true
+      python:
+        description: Python version, for example V(3.11).
+        type: str
+        required: true
+  python:
+    description:
+      - Interpreter for the agent, instead of the newest one found that a bundle fits.
+    type: path
+  controller_time:
+    description:
+      - The controller's time, in UTC as C(YYYY-MM-DDTHH:MM:SSZ), to compare the host's clock with.
+    type: str
+  max_clock_skew:
+    description:
+      - Seconds by which the host's clock may differ from the controller's.
+    type: int
+    default: 120
+seealso:
+  - module: isthmus.mesh.plan
+"""
+
+EXAMPLES = r"""
+- name: The host can join the mesh
+  isthmus.mesh.preflight:
+    spec: "{{ __isthmus_plan.specs[inventory_hostname] }}"
+    platforms:
+      - arch: x86_64
+        python: "3.11"
+"""
+
+RETURN = r"""
+problems:
+  description: Every problem found; the module fails when there is one.
+  returned: always
+  type: list
+  elements: str
+arch:
+  description: Machine architecture.
+  returned: success
+  type: str
+  sample: x86_64
+kernel:
+  description: Release of the running kernel.
+  returned: success
+  type: str
+  sample: 6.1.0-18-amd64
+python:
+  description: Version and path of the interpreter that the agent will use.
+  returned: success
+  type: dict
+  sample:
+    version: "3.11"
+    path: /usr/bin/python3.11
+packages:
+  description: Distribution packages that are missing and that the playbook will install.
+  returned: success
+  type: list
+  elements: str
+  sample: [dnsmasq-base]
+"""
+
+import calendar
+import ipaddress
+import os
+import platform
+import re
+import socket
+import struct
+import sys
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, ports, resolver
+
+DEVICE = "isthmus0"
+
+
+def kernel_problems(arch):
+    if arch not in ("x86_64", "aarch64"):
+        return [f"The architecture {arch} is not supported; the agent runs on x86_64 and aarch64."]
+    problems = [
+        f"The kernel {platform.release()} lacks {feature}. Boot a kernel with it (5.15, RHEL 9's 5.14, or newer)."
+        for feature in bpfprobe.missing_features()
+    ]
+    if bpfprobe.cgroup2_mount() is None:
+        problems.append(
+            "No cgroup2 hierarchy is mounted (/proc/mounts). Boot with systemd.unified_cgroup_hierarchy=1, "
+            "or mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`."
+        )
+    if bpfprobe.bpffs_mount() is None and not bpfprobe.known_filesystem("bpf"):
+        problems.append("The kernel lacks the BPF file system (/proc/filesystems has no bpf).")
+    return problems
+
+
+def system_problems(module):
+    problems = []
+    if os.geteuid() != 0:
+        problems.append("The module does not run as root. Set ansible_become: true for this host or use --become.")
+    if sys.version_info < (3, 9):
+        problems.append(f"Ansible uses Python {platform.python_version()} here; modules need 3.9 or newer.")
+    if not os.path.isdir("/run/systemd/system"):
+        problems.append("systemd is not the init system of this host; the mesh's services are systemd units.")
+        return problems
+    out = module.run_command(["systemctl", "--version"])[1]
+    version = re.match(r"systemd (\d+)", out)
+    if version is None or int(version.group(1)) < 247:
+        problems.append(f"systemd is too old ({out.splitlines()[0] if out else 'no answer'}); 247 or newer is needed.")
+    return problems
+
+
+def clock_problems(told, allowed):
+    if not told:
+        return []
+    skew = time.time() - calendar.timegm(time.strptime(told, "%Y-%m-%dT%H:%M:%SZ"))
+    if abs(skew) <= allowed:
+        return []
+    return [
+        f"The clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the controller's; certificates would "
+        "not be valid yet or no longer. Set it (chrony or systemd-timesyncd) and run again."
+    ]
+
+
+def foreign(found, own):
+    """Sockets that are not held by the unit `own`, as words."""
+    words = []
+    for one in found:
+        process, unit = ports.holder(one)
+        if unit not in own:
+            words.append(f"{process}{' of ' + unit if unit else ''} on {one.address}")
+    return words
+
+
+def port_problems(spec):
+    problems = []
+    port = spec["overlay"]["port"]
+    if not os.path.exists(f"/sys/class/net/{DEVICE}"):
+        for holder in foreign(ports.bound("udp", port), ()):
+            problems.append(
+                f"UDP port {port}, the overlay's, is used by {holder} (another VXLAN device, when it is the kernel: "
+                "`ip -d link show type vxlan`). Free it, or set another overlay port for the whole estate."
+            )
+    wanted = [("udp", 53, spec["node"]["mesh4"], "isthmus-dns.service", "name server's")]
+    wanted += [("tcp", 53, spec["node"]["mesh4"], "isthmus-dns.service", "name server's")]
+    wanted += [("udp", 53, resolver.LOCAL_SERVER, "isthmus-dns.service", "name server's")]
+    wanted += [("tcp", 9968, "127.0.0.1", "isthmusd.service", "agent's metrics'")]
+    member = spec.get("member")
+    if member:
+        for url, what in ((member["client_url"], "etcd's client"), (member["peer_url"], "etcd's peer")):
+            address, number = url.split("//", 1)[1].rsplit(":", 1)
+            wanted.append(("tcp", int(number), address.strip("[]"), "isthmus-etcd.service", what))
+    for protocol, number, address, own, what in wanted:
+        for holder in foreign(ports.clashes(ports.bound(protocol, number), address), (own,)):
+            words = (
+                f"{protocol.upper()} port {number} on {address}, {what} port, is used by {holder}. "
+                "Stop that service or make it listen on other addresses only."
+            )
+            if words not in problems:
+                problems.append(words)
+    return problems
+
+
+def address_problems(spec):
+    problems = []
+    underlay = spec["node"]["underlay4"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((underlay, 0))
+        except OSError:
+            problems.append(
+                f"The underlay address {underlay} is not an address of this host. Correct isthmus_underlay (what the "
+                "host has; isthmus_advertise is what others dial)."
+            )
+    ranges = [ipaddress.ip_network(text) for text in (*spec["cluster"]["workload_ranges4"], *spec["service_ranges4"])]
+    for peer in (spec.get("registrar") or {}).get("peers", ()):
+        ranges += [ipaddress.ip_network(text) for text in peer["workload_ranges4"]]
+    with open("/proc/net/route", encoding="ascii") as file:
+        rows = [line.split() for line in file.readlines()[1:]]
+    for row in rows:
+        destination = ipaddress.ip_address(struct.pack("=I", int(row[1], 16)))
+        route = ipaddress.ip_network((destination, bin(int(row[7], 16)).count("1")))
+        if row[0] in (DEVICE, "*"):
+            continue
+        for network in ranges:
+            if route.subnet_of(network):
+                problems.append(
+                    f"The host has a route to {route} by {row[0]}, inside the mesh's range {network}. "
+                    "Choose another range in isthmus_estate, or remove that route."
+                )
+    return problems
+
+
+def packages_missing():
+    if os.access("/usr/sbin/dnsmasq", os.X_OK):
+        return []
+    return ["dnsmasq-base"] if os.path.exists("/usr/bin/apt-get") else ["dnsmasq"]
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "platforms": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {"arch": {"type": "str", "required": True}, "python": {"type": "str", "required": True}},
+            },
+            "python": {"type": "path"},
+            "controller_time": {"type": "str"},
+            "max_clock_skew": {"type": "int", "default": 120},
+        },
+        supports_check_mode=True,
+    )
+    spec, platforms = module.params["spec"], module.params["platforms"]
+    arch = platform.machine()
+    problems = system_problems(module)
+    if os.geteuid() == 0:
+        problems += kernel_problems(arch)
+        problems += port_problems(spec)
+    problems += address_problems(spec)
+    problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
+    present = bundle.interpreters(module.params["python"])
+    chosen = bundle.choose(arch, present, platforms)
+    if chosen is None:
+        problems.append(bundle.missing_words(spec["host"], arch, present, platforms))
+    if problems:
+        module.fail_json(
+            msg=f"{spec['host']} cannot join the mesh yet; nothing was changed on it. "
+            + " ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1)),
+            problems=problems,
+        )
+    module.exit_json(
+        changed=False,
+        problems=[],
+        arch=arch,
+        kernel=platform.release(),
+        python={"version": chosen[0], "path": chosen[1]},
+        packages=packages_missing(),
+    )
+
+
+if __name__ == "__main__":
+    main()
