@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The estate record: what was dealt and applied, kept in every cluster's etcd and on every host.
+
+A record is a set of JSON documents. Their names are keys below `isthmus/v1/estate/`:
+
+`roster`::
+
+    {"schema": 1, "revision": 4, "estate": "lab", "domain": "clusterset.local", "max_clusters": 255,
+     "overlay_port": 8472,
+     "clusters": {"onprem": {"id": 1, "state": "present"}},
+     "services": {"shop/web": {"clusters": ["cloud", "edge", "onprem"]}},
+     "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
+
+`clusters/<name>`::
+
+    {"schema": 1, "revision": 7, "name": "onprem", "id": 1, "state": "present", "site": "onprem",
+     "workload_ranges": ["10.101.0.0/16"], "service_range": "10.111.0.0/16", "node_prefix": 28,
+     "ca_host": "onprem-1", "ca_certificate": null,
+     "etcd": {"initial": "onprem-1", "token": "isthmus-lab-onprem", "members": ["onprem-1"],
+              "client_port": 2379, "peer_port": 2380, "source": {"type": "package"}, "quota_bytes": 2147483648},
+     "hosts": {"onprem-1": {"range4": "10.101.0.0/28", "mesh4": "10.101.0.1",
+                            "underlay4": "198.18.1.11", "advertise4": "198.18.1.11", "site": "onprem",
+                            "labels": {}, "state": "present",
+                            "workloads": {"shop/web": {"address4": "10.101.0.2", "service_account": "default",
+                                                       "labels": {"app": "web"}, "cgroup": {"unit": "web.service"}}}}},
+     "released": [{"address": "10.101.0.32/28", "owner": "onprem-9", "at": "2026-01-02T03:04:05Z"}],
+     "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
+
+A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that
+an old copy on a member that was away cannot bring it back. `released` addresses are not dealt again
+for 30 days. `ca_certificate` is a public PEM, written by `site` once the CA exists; the planner
+keeps it. `revision` rises by one with each change of a document.
+
+A cluster's document is authoritative in its own etcd; what others hold is a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from . import jsontext
+from .jsontext import UINT64, Fields
+
+SCHEMA = 1
+QUARANTINE = timedelta(days=30)
+ROSTER = "roster"
+CLUSTERS = "clusters/"
+
+
+class RecordError(ValueError):
+    """A record that must not be built on; the text says what, where and what to do next."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """`roster` None: nothing was ever applied. The documents are plain JSON objects and are not changed in place."""
+
+    roster: Mapping[str, Any] | None = None
+    clusters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_documents(self) -> dict[str, Any]:
+        """Document name -> document, as it is written under `isthmus/v1/estate/` and to `estate.json`."""
+        documents: dict[str, Any] = {} if self.roster is None else {ROSTER: copy.deepcopy(dict(self.roster))}
+        for name in sorted(self.clusters):
+            documents[CLUSTERS + name] = copy.deepcopy(dict(self.clusters[name]))
+        return documents
+
+
+def merge(copies: Iterable[Any]) -> Record:
+    """One record from what several members and hosts hold.
+
+    Each copy is `{"cluster": <whose etcd it was read from, or null>, "documents": {name: document}}`
+    or the documents alone. Of each document the highest revision counts; of two different ones with
+    the same revision that of the cluster's own etcd, and a warning says so. RecordError for a
+    document that is malformed or of a newer schema.
+    """
+    chosen: dict[str, tuple[tuple[int, bool, str], Mapping[str, Any]]] = {}
+    warnings: set[str] = set()
+    for number, given in enumerate(copies):
+        where = f"record {number + 1}"
+        outer = Fields(given, RecordError, where)
+        holder = outer.optional_text("cluster") if "documents" in outer.value else None
+        documents = outer.mapping("documents") if "documents" in outer.value else outer.value
+        for name, document in documents.items():
+            revision = _check(f"{where} ({name})", name, document)
+            rank = (revision, holder is not None and name == CLUSTERS + holder, jsontext.canonical(document))
+            if name in chosen:
+                other, _ = chosen[name]
+                if other[0] == revision and other[2] != rank[2]:
+                    warnings.add(
+                        f"estate record {name}: two different documents have revision {revision}; "
+                        "the one from the cluster's own etcd counts, else one chosen by content. "
+                        "Two runs at the same time can cause this: compare `isthmus/v1/estate/` of the clusters"
+                    )
+                if other >= rank:
+                    continue
+            chosen[name] = (rank, document)
+    clusters = {
+        name[len(CLUSTERS) :]: document for name, (_, document) in sorted(chosen.items()) if name.startswith(CLUSTERS)
+    }
+    roster = chosen[ROSTER][1] if ROSTER in chosen else None
+    if roster is not None:
+        missing = sorted(set(roster["clusters"]) - set(clusters))
+        if missing:
+            raise RecordError(
+                f"estate record: the roster names {', '.join(missing)}, but no copy of "
+                f"{', '.join(CLUSTERS + name for name in missing)} was found. Without it addresses would be dealt twice. "
+                "Next: make a member of that cluster, or a host with /etc/isthmus/estate.json, reachable and run again"
+            )
+    return Record(roster, clusters, tuple(sorted(warnings)))
+
+
+def _check(where: str, name: str, document: Any) -> int:
+    """The revision of a document whose shape is good enough for the planner to read it by name."""
+    fields = Fields(document, RecordError, where)
+    schema = fields.integer("schema", UINT64, default=None)
+    if schema > SCHEMA:
+        raise RecordError(
+            f"{where}: its schema {schema} is newer than {SCHEMA}, the newest that this collection knows; a newer "
+            "isthmus.mesh has been used on this estate. Next: run that version or later"
+        )
+    if schema < 1:
+        fields.fail("schema", "is not a known schema")
+    revision = fields.integer("revision", UINT64, default=None)
+    if name == ROSTER:
+        fields.text("estate", None)
+        for cluster, entry in fields.mapping("clusters").items():
+            Fields(entry, RecordError, fields.path(f"clusters.{cluster}")).integer("id", 511, default=None, minimum=1)
+        for service, entry in fields.mapping("services").items():
+            Fields(entry, RecordError, fields.path(f"services.{service}")).texts("clusters")
+        return revision
+    if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
+        raise RecordError(f"{where}: the document is not the one that its name says")
+    fields.integer("id", 511, default=None, minimum=1)
+    if fields.text("state", None) == "absent":
+        return revision
+    fields.text("site", None)
+    fields.networks4("workload_ranges")
+    fields.network4("service_range")
+    fields.text("ca_host", None)
+    etcd = fields.object("etcd")
+    for text in ("initial", "token"):
+        etcd.text(text, None)
+    etcd.texts("members")
+    for port in ("client_port", "peer_port"):
+        etcd.integer(port, 65535, default=None, minimum=1)
+    for host in fields.mapping("hosts"):
+        entry = Fields(fields.mapping("hosts")[host], RecordError, fields.path(f"hosts.{host}"))
+        entry.network4("range4")
+        entry.text("site", None)
+        entry.text_mapping("labels")
+        for address in ("mesh4", "underlay4", "advertise4"):
+            entry.address4(address)
+        for key, value in entry.mapping("workloads").items():
+            workload = Fields(value, RecordError, entry.path(f"workloads.{key}"))
+            if key.count("/") != 1:
+                entry.fail(f"workloads.{key}", "is not <namespace>/<name>")
+            workload.address4("address4")
+            workload.text_mapping("labels")
+            workload.text_mapping("cgroup")
+    for released in fields.objects("released"):
+        released.network4("address")
+        parse_time(released.text("at", None), released.path("at"))
+    return revision
+
+
+def parse_time(text: str, where: str = "time") -> datetime:
+    """RFC 3339 in UTC, as `format_time` writes it. RecordError otherwise."""
+    try:
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    except ValueError as exc:
+        raise RecordError(f"{where} is not a time like 2026-01-02T03:04:05Z") from exc
+
+
+def format_time(when: datetime) -> str:
+    return when.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
