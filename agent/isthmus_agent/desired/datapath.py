@@ -4,6 +4,7 @@
 Addresses are `ipaddress` objects of either family; the appliers turn IPv4 into its v4-mapped form
 for the maps (`bpf/include/abi.h`). Identities are numbers as on the wire. Nothing here does IO.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Who owns which address, and the way to it: ipcache, peers, local addresses, routes. Pure.
+
+What a node object means follows Cilium (pkg/node/manager): its addresses are remote-node (6), its
+ranges are world (2) behind its tunnel endpoint, its health and ingress addresses have their own
+reserved identities. IPv6 entries are left out until the datapath carries IPv6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
+
+from isthmus_mesh import identity
+from isthmus_mesh.spec import NodeSpec
+from isthmus_mesh.wire import Node
+
+from isthmus_agent.desired.datapath import Address, IpcacheEntry, Network, Route, Rule
+from isthmus_agent.state.model import MeshState
+
+TABLE = 730
+RULE_PRIORITY = 730
+MAIN = 254
+OVERHEAD = 50  # VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14
+MTU_ANNOTATION = "isthmus.io/underlay-mtu"
+
+_NODE_TYPES = ("InternalIP", "ExternalIP")
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Another node, with what is needed of it parsed once."""
+
+    cluster: str
+    name: str
+    cluster_id: int
+    endpoint: IPv4Address
+    underlay: tuple[IPv4Address, ...]
+    mesh: IPv4Address | None
+    cidrs: tuple[IPv4Network, ...]
+    health: IPv4Address | None
+    ingress: IPv4Address | None
+    mtu: int  # of its underlay, 0 when it does not say
+
+
+def _remote(node: Node) -> Remote | None:
+    endpoint = node.tunnel_endpoint(4)
+    if endpoint is None:
+        return None
+    mesh = node.mesh_address(4)
+    said = node.annotations.get(MTU_ANNOTATION, "")
+    return Remote(
+        cluster=node.cluster,
+        name=node.name,
+        cluster_id=node.cluster_id,
+        endpoint=IPv4Address(endpoint),
+        underlay=tuple(
+            IPv4Address(entry.ip)
+            for entry in node.addresses
+            if entry.type in _NODE_TYPES and ip_address(entry.ip).version == 4
+        ),
+        mesh=IPv4Address(mesh) if mesh is not None else None,
+        cidrs=tuple(cidr for cidr in node.cidrs() if isinstance(cidr, IPv4Network)),
+        health=IPv4Address(node.ipv4_health_ip) if node.ipv4_health_ip else None,
+        ingress=IPv4Address(node.ipv4_ingress_ip) if node.ipv4_ingress_ip else None,
+        mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
+    )
+
+
+def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
+    """The other nodes, peers' before our own cluster's, and what was refused of them in words.
+
+    Later ones win where two claim one address, so nothing that a peer says overrides our own cluster.
+    A claim on this host's own addresses is refused here.
+    """
+    own = (spec.cluster.name, spec.host)
+    found: list[Remote] = []
+    refused: list[str] = []
+    mine = {spec.node.underlay4, spec.node.advertise4, spec.node.mesh4}
+    for key in sorted(state.nodes, key=lambda key: (key[0] == spec.cluster.name, key)):
+        if key == own:
+            continue
+        node = _remote(state.nodes[key])
+        if node is None:
+            refused.append(f"node {key[0]}/{key[1]} has no IPv4 underlay address")
+            continue
+        addresses = {node.endpoint, *node.underlay, node.mesh}
+        if clash := sorted(str(address) for address in mine & addresses):
+            refused.append(f"node {key[0]}/{key[1]} claims this host's address {clash[0]}")
+            continue
+        if bad := [
+            cidr
+            for cidr in node.cidrs
+            if cidr.overlaps(spec.node.range4) or any(address in cidr for address in (*mine, node.endpoint))
+        ]:
+            refused.append(f"node {key[0]}/{key[1]} claims {bad[0]}, which holds an address of this host or its own")
+            continue
+        found.append(node)
+    return tuple(found), tuple(refused)
+
+
+def own_addresses(spec: NodeSpec) -> frozenset[Address]:
+    """What the overlay device carries: the mesh address and every workload's."""
+    return frozenset({spec.node.mesh4, *(workload.address4 for workload in spec.workloads)})
+
+
+def local_identities(spec: NodeSpec, state: MeshState) -> dict[Address, int]:
+    """Which identity packets from our addresses carry.
+
+    The mesh address and the underlay addresses are remote-node. A workload has none until the
+    registrar published one: its packets are then dropped at the overlay (and counted) rather than sent
+    as remote-node, which policies of peers may allow where they would not allow the workload.
+    """
+    first, last = identity.identity_range(spec.cluster.id, spec.cluster.max_clusters)
+    found: dict[Address, int] = {
+        spec.node.underlay4: identity.REMOTE_NODE,
+        spec.node.advertise4: identity.REMOTE_NODE,
+        spec.node.mesh4: identity.REMOTE_NODE,
+    }
+    for workload in spec.workloads:
+        pair = state.ips.get((spec.cluster.name, str(workload.address4)))
+        if pair is not None and (first <= pair.identity <= last or identity.is_fixed_identity(pair.identity)):
+            found[workload.address4] = pair.identity
+    return found
+
+
+def _published(state: MeshState, own_cluster: str) -> Iterator[tuple[str, Network, int, Address]]:
+    """(cluster, network, identity, tunnel) of every IPv4 address that a cluster published, our own last."""
+    for cluster, text in sorted(state.ips, key=lambda key: key[0] == own_cluster):
+        pair = state.ips[cluster, text]
+        network = ip_network(text, strict=False)
+        if network.version != 4 or not pair.host_ip:
+            continue
+        number = identity.REMOTE_NODE if pair.identity == identity.HOST else pair.identity
+        yield cluster, network, number, ip_address(pair.host_ip)
+
+
+def ipcache(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> dict[Network, IpcacheEntry]:
+    """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers."""
+    mine = {spec.node.underlay4, spec.node.advertise4}
+    ids = {cluster: config.id for cluster, config in state.configs.items()}
+    ids[spec.cluster.name] = spec.cluster.id
+    found: dict[Network, IpcacheEntry] = {}
+    for cluster, network, number, tunnel in _published(state, spec.cluster.name):
+        if cluster in ids:
+            found[network] = IpcacheEntry(number, ids[cluster], None if tunnel in mine else tunnel)
+    for node in nodes:
+        for cidr in node.cidrs:
+            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint)
+        special = (
+            (node.health, identity.HEALTH),
+            (node.ingress, identity.INGRESS),
+            (node.mesh, identity.REMOTE_NODE),
+        )
+        for address, number in special:
+            if address is not None:
+                found[IPv4Network(address)] = IpcacheEntry(number, node.cluster_id, node.endpoint)
+        for address in (*node.underlay, node.endpoint):
+            found[IPv4Network(address)] = IpcacheEntry(
+                identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True
+            )
+    # This host last: nothing published by anyone may move our own addresses elsewhere.
+    for own_address, number in local_identities(spec, state).items():
+        found[IPv4Network(str(own_address))] = IpcacheEntry(number, spec.cluster.id, None, is_node=own_address in mine)
+    return found
+
+
+def peers(nodes: tuple[Remote, ...]) -> dict[Address, int]:
+    """Outer source addresses that may send us overlay packets, with their cluster."""
+    return {address: node.cluster_id for node in nodes for address in (*node.underlay, node.endpoint)}
+
+
+def path_mtu(own_underlay: int, other_underlay: int, configured: int | None) -> int:
+    """MTU in bytes of a route over the overlay; `other_underlay` 0 when the other node does not say."""
+    underlay = min(own_underlay, other_underlay) if other_underlay else own_underlay
+    inner = max(576, underlay - OVERHEAD)
+    return min(inner, configured) if configured is not None else inner
+
+
+def routes(spec: NodeSpec, nodes: tuple[Remote, ...], underlay_mtu: int) -> frozenset[Route]:
+    """Routes of the main table and of table 730 (packets from our own range).
+
+    Table 730 is closed by an unreachable default: a packet with a mesh source leaves over the overlay
+    or not at all. Ranges of services and of this cluster are unreachable where nothing longer matches,
+    so that neither an untranslated service address nor an address nobody has goes out on the underlay.
+    """
+    source = spec.node.mesh4
+    found: set[Route] = set()
+    for node in nodes:
+        mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu)
+        targets = set(node.cidrs)
+        for address in (node.mesh, node.health, node.ingress):
+            if address is not None and not any(address in cidr for cidr in node.cidrs):
+                targets.add(IPv4Network(address))
+        for target in targets:
+            found.add(Route(target, source, mtu, MAIN))
+            found.add(Route(target, source, mtu, TABLE))
+        for address in {*node.underlay, node.endpoint}:
+            found.add(Route(IPv4Network(address), source, mtu, TABLE))
+    for blocked in (*spec.service_ranges4, *spec.cluster.workload_ranges4):
+        found.add(Route(blocked, unreachable=True))
+    found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
+    return frozenset(found)
+
+
+def rules(spec: NodeSpec) -> frozenset[Rule]:
+    """Packets from our own range look up table 730."""
+    return frozenset({Rule(spec.node.range4, TABLE, RULE_PRIORITY)})

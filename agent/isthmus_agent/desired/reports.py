@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What this agent says of its host in own etcd. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from isthmus_mesh import keys
+from isthmus_mesh.documents import HealthCheck, NodeReport, WorkloadReport
+from isthmus_mesh.spec import NodeSpec, WorkloadSpec
+
+from isthmus_agent.desired.compute import HostFacts, WorkloadKey
+from isthmus_agent.state.model import MeshState, ServiceName
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CheckKey:
+    """One health check: this workload as a backend of that service."""
+
+    workload: WorkloadKey
+    service: ServiceName
+
+
+def node_report(spec: NodeSpec, facts: HostFacts) -> NodeReport:
+    """The first InternalIP is what others send tunnel packets to, so it is the advertised address."""
+    node = spec.node
+    addresses = [("InternalIP", str(node.advertise4))]
+    if node.underlay4 != node.advertise4:
+        addresses.append(("ExternalIP", str(node.underlay4)))
+    addresses.append(("CiliumInternalIP", str(node.mesh4)))
+    return NodeReport(
+        name=spec.host,
+        cluster=spec.cluster.name,
+        addresses=tuple(addresses),
+        range4=str(node.range4),
+        mesh4=str(node.mesh4),
+        labels=node.labels,
+        mtu=facts.underlay_mtu,
+        boot_id=facts.boot_id,
+    )
+
+
+def backends_here(spec: NodeSpec, state: MeshState) -> dict[CheckKey, tuple[WorkloadSpec, HealthCheck | None]]:
+    """Which workloads of this host are backends of which services, and how each is checked."""
+    return {
+        CheckKey((workload.namespace, workload.name), service): (workload, definition.health)
+        for service, definition in state.definitions.items()
+        for workload in spec.workloads
+        if definition.selects(spec.host, workload.namespace, workload.name, workload.labels)
+    }
+
+
+def workload_reports(
+    spec: NodeSpec, state: MeshState, facts: HostFacts, health: Mapping[CheckKey, bool | None]
+) -> dict[str, WorkloadReport]:
+    """etcd key -> report. `health` None: no verdict yet, the last reported one stands."""
+    here = backends_here(spec, state)
+    found: dict[str, WorkloadReport] = {}
+    for workload in spec.workloads:
+        own = (workload.namespace, workload.name)
+        before = state.workload_reports.get((spec.host, *own))
+        ready: dict[str, bool] = {}
+        for key, (_, check) in here.items():
+            if key.workload != own:
+                continue
+            name = f"{key.service[0]}/{key.service[1]}"
+            verdict = bool(facts.cgroups.get(own)) if check is None else health.get(key)
+            if verdict is None:
+                verdict = before.services.get(name, False) if before is not None else False
+            ready[name] = verdict
+        found[keys.workload_key(spec.host, *own)] = WorkloadReport(
+            name=workload.name,
+            namespace=workload.namespace,
+            node=spec.host,
+            service_account=workload.service_account,
+            labels=workload.labels,
+            addresses=(str(workload.address4),),
+            host_ip=str(spec.node.advertise4),
+            services=ready,
+        )
+    return found

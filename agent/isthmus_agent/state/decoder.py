@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Documents of own etcd into one `MeshState`. Pure: keys and values in, state out.
+
+A value that does not parse or does not belong to its key is refused: it is counted and named, and the
+last good value of that key stays. The mirror's values were validated by the registrar already; they
+are validated again because an agent must survive whatever its etcd holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from isthmus_mesh import documents, keys, wire
+
+from isthmus_agent.state.model import MeshState, Vip
+
+SECTIONS = tuple(f.name for f in fields(MeshState))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A value that was not taken, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a key's value goes: the section, the name in it, and how to decode it.
+
+    `cluster` is the peer whose id the value is checked against; None when none is needed.
+    """
+
+    section: str
+    name: Any
+    decode: Callable[[bytes, int], Any]
+    cluster: str | None = None
+
+
+class Decoder:
+    """Holds the last good value of every key and makes states of them."""
+
+    def __init__(self, cluster: str, cluster_id: int, max_clusters: int) -> None:
+        self.cluster = cluster
+        self.cluster_id = cluster_id
+        self.max_clusters = max_clusters
+        self.refused: Counter[str] = Counter()  # by reason, since start
+        self.bad: dict[str, str] = {}  # keys whose present value was refused -> reason
+        self._news: list[Refusal] = []
+        self._raw: dict[str, bytes] = {}
+        self._waiting: dict[str, dict[str, bytes]] = {}  # peers whose config is not known yet
+        self._sections: dict[str, dict[Any, Any]] = {name: {} for name in SECTIONS}
+        self._dirty: set[str] = set()
+        self._state = MeshState()
+
+    def put(self, key: str, value: bytes) -> bool:
+        """Take a value. True when the state changed."""
+        place = self._place(key)
+        if place is None:
+            return False
+        if self._raw.get(key) == value:
+            self.bad.pop(key, None)
+            return False
+        try:
+            cluster_id = self._id_of(place.cluster)
+            if cluster_id is None and place.cluster is not None:
+                self._waiting.setdefault(place.cluster, {})[key] = value
+                return False
+            record = place.decode(value, cluster_id or 0)
+        except ValueError as exc:  # WireError and DocumentError are ValueErrors
+            self._refuse(key, str(exc))
+            return False
+        self.bad.pop(key, None)
+        self._raw[key] = value
+        self._sections[place.section][place.name] = record
+        self._dirty.add(place.section)
+        if place.section == "configs":
+            self._config_changed(place.name)
+        return True
+
+    def delete(self, key: str) -> bool:
+        """Forget a key. True when the state changed."""
+        place = self._place(key)
+        self.bad.pop(key, None)
+        if place is None:
+            return False
+        if place.cluster is not None:
+            self._waiting.get(place.cluster, {}).pop(key, None)
+        if self._raw.pop(key, None) is None:
+            return False
+        del self._sections[place.section][place.name]
+        self._dirty.add(place.section)
+        return True
+
+    def state(self) -> MeshState:
+        """The present state; sections without a change are the same objects as before."""
+        if self._dirty:
+            changed = {name: MappingProxyType(dict(self._sections[name])) for name in self._dirty}
+            self._state = MeshState(**{name: changed.get(name, getattr(self._state, name)) for name in SECTIONS})
+            self._dirty.clear()
+        return self._state
+
+    def documents(self) -> Mapping[str, bytes]:
+        """Every accepted value by key: what last-known-good stores."""
+        return self._raw
+
+    def take_refusals(self) -> list[Refusal]:
+        """Refusals since the last call, each (key, reason) once."""
+        news, self._news = self._news, []
+        return news
+
+    def _refuse(self, key: str, reason: str) -> None:
+        self.refused[reason] += 1
+        if self.bad.get(key) != reason:
+            self.bad[key] = reason
+            self._news.append(Refusal(key, reason))
+
+    def _id_of(self, cluster: str | None) -> int | None:
+        if cluster is None:
+            return None
+        if cluster == self.cluster:
+            return self.cluster_id
+        config: wire.ClusterConfig | None = self._sections["configs"].get(cluster)
+        return config.id if config is not None else None
+
+    def _config_changed(self, cluster: str) -> None:
+        """A peer's id became known or changed: its values are judged again, those of another id go."""
+        again = self._waiting.pop(cluster, {})
+        for key in [key for key in self._raw if (place := self._place(key)) and place.cluster == cluster]:
+            value = self._raw[key]
+            self.delete(key)
+            again.setdefault(key, value)
+        for key, value in again.items():
+            self.put(key, value)
+
+    def _place(self, key: str) -> _Place | None:
+        if key.startswith(keys.STATE_PREFIX):
+            return self._published(key, own=True)
+        if key.startswith(keys.CACHE_PREFIX):
+            return self._published(key, own=False)
+        if (cluster := keys.parse_cluster_config_key(key)) is not None:
+            return None if cluster == self.cluster else _Place("configs", cluster, self._config(cluster))
+        if (service := keys.parse_service_definition_key(key)) is not None:
+            return _Place("definitions", service, _named(documents.ServiceDefinition.from_json, service))
+        if (service := keys.parse_vip_key(key)) is not None:
+            return _Place("vips", service, lambda value, _: Vip.from_json(value))
+        if (service := keys.parse_local_service_key(key)) is not None:
+            return _Place("local_services", service, self._service(self.cluster, *service), self.cluster)
+        if (peer := keys.parse_peer_status_key(key)) is not None:
+            return _Place("peers", peer, lambda value, _: documents.PeerStatus.from_json(value))
+        if (node := keys.parse_node_report_key(key)) is not None:
+            return _Place("node_reports", node, lambda value, _: documents.NodeReport.from_json(value))
+        if (workload := keys.parse_workload_key(key)) is not None:
+            return _Place("workload_reports", workload, lambda value, _: documents.WorkloadReport.from_json(value))
+        return None
+
+    def _published(self, key: str, own: bool) -> _Place | None:
+        """Keys of Cilium's two layouts. Another cluster's name under `cilium/state` is not ours to read."""
+        if (node := keys.parse_node_key(key)) is not None and (node[0] == self.cluster) == own:
+            return _Place("nodes", node, self._node(*node), node[0])
+        if (ip := keys.parse_ip_key(key)) is not None and (ip[0] is None) == own:
+            cluster = ip[0] or self.cluster
+            return _Place("ips", (cluster, ip[1]), self._ip(ip[1]), cluster)
+        if (identity := keys.parse_identity_key(key)) is not None and (identity[0] is None) == own:
+            cluster = identity[0] or self.cluster
+            return _Place("identities", identity[1], self._identity(identity[1], cluster), cluster)
+        if (service := keys.parse_service_key(key)) is not None and (service[0] == self.cluster) == own:
+            return _Place("services", service, self._service(*service), service[0])
+        return None
+
+    def _node(self, cluster: str, name: str) -> Callable[[bytes, int], wire.Node]:
+        def decode(value: bytes, cluster_id: int) -> wire.Node:
+            node = wire.Node.from_json(value)
+            wire.validate_node(node, cluster, name, cluster_id)
+            return node
+
+        return decode
+
+    def _ip(self, address: str) -> Callable[[bytes, int], wire.IPIdentityPair]:
+        def decode(value: bytes, cluster_id: int) -> wire.IPIdentityPair:
+            pair = wire.IPIdentityPair.from_json(value)
+            wire.validate_ip(pair, address, cluster_id, self.max_clusters)
+            return pair
+
+        return decode
+
+    def _identity(self, number: int, cluster: str) -> Callable[[bytes, int], Mapping[str, str]]:
+        def decode(value: bytes, cluster_id: int) -> Mapping[str, str]:
+            try:
+                labels = wire.labels_from_string(value.decode())
+            except UnicodeDecodeError as exc:
+                raise wire.WireError("not UTF-8") from exc
+            wire.validate_identity(number, labels, cluster, cluster_id, self.max_clusters)
+            return labels
+
+        return decode
+
+    def _service(self, cluster: str, namespace: str, name: str) -> Callable[[bytes, int], wire.ClusterService]:
+        def decode(value: bytes, cluster_id: int) -> wire.ClusterService:
+            service = wire.ClusterService.from_json(value)
+            wire.validate_service(service, cluster, namespace, name, cluster_id)
+            return service
+
+        return decode
+
+    def _config(self, cluster: str) -> Callable[[bytes, int], wire.ClusterConfig]:
+        def decode(value: bytes, _: int) -> wire.ClusterConfig:
+            config = wire.ClusterConfig.from_json(value)
+            wire.validate_cluster_config(config, config.id, self.max_clusters)
+            if config.id == self.cluster_id:
+                raise wire.WireError("cluster id is our own")
+            others: Mapping[str, wire.ClusterConfig] = self._sections["configs"]
+            if any(other.id == config.id for name, other in others.items() if name != cluster):
+                raise wire.WireError("cluster id is another peer's")
+            return config
+
+        return decode
+
+
+def _named(
+    decode: Callable[[bytes], documents.ServiceDefinition], service: tuple[str, str]
+) -> Callable[[bytes, int], documents.ServiceDefinition]:
+    def checked(value: bytes, _: int) -> documents.ServiceDefinition:
+        definition = decode(value)
+        if (definition.namespace, definition.name) != service:
+            raise ValueError("name differs from key")
+        return definition
+
+    return checked
