@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
-from typing import Any
 
 ROOT = "/opt/isthmus"
 CURRENT = ROOT + "/current"
@@ -76,20 +74,3 @@ def installed() -> dict[str, str]:
     except (FileNotFoundError, ValueError):
         return {}
     return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
-
-
-def select(manifest: Any, arch: str, python: str) -> list[dict[str, str]]:
-    """The files of the manifest that a host with this architecture and Python version gets."""
-    return [
-        item
-        for item in manifest["files"]
-        if item["arch"] in (arch, "any") and item["python"] in (python, "any")
-    ]
-
-
-def digest(version: str, python: str, files: list[dict[str, str]]) -> str:
-    """What identifies an installation: sha256, in hexadecimal, of version, Python and the files' own digests."""
-    content = hashlib.sha256(f"{version} {python}\n".encode())
-    for item in sorted(files, key=lambda one: one["path"]):
-        content.update(f"{item['path']} {item['sha256']}\n".encode())
-    return content.hexdigest()

@@ -21,20 +21,13 @@ extends_documentation_fragment:
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  path:
+  paths:
     description:
-      - Directory on the controller with the bundle's C(bundle.json) and files.
-    type: path
+      - Directories on the controller with a C(bundle.json) and the archives it names. Those that do not exist are
+        passed over; of two archives for one platform the last is used.
+    type: list
+    elements: path
     required: true
-  wheelhouse:
-    description:
-      - Directory on the controller, or URL of a tar archive of one, with third-party wheels and their C(bundle.json),
-        for platforms whose wheels the bundle does not carry.
-    type: str
-  wheelhouse_sha256:
-    description:
-      - SHA-256 of the archive, in hexadecimal; required when O(wheelhouse) is a URL.
-    type: str
   python:
     description:
       - Interpreter for the environment, instead of the newest one found that the bundle fits.
@@ -46,7 +39,8 @@ seealso:
 EXAMPLES = r"""
 - name: The agent's software is on the host
   isthmus.mesh.bundle:
-    path: "{{ role_path }}/files"
+    paths:
+      - "{{ role_path }}/files"
 """
 
 RETURN = r"""
@@ -82,49 +76,46 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 def main():
     module = AnsibleModule(
         argument_spec={
-            "path": {"type": "path", "required": True},
-            "wheelhouse": {"type": "str"},
-            "wheelhouse_sha256": {"type": "str"},
+            "paths": {"type": "list", "elements": "path", "required": True},
             "python": {"type": "path"},
             # From the action plugin, never from a playbook.
-            "_manifest": {"type": "dict"},
-            "_payload": {"type": "path"},
+            "_platforms": {"type": "list", "elements": "dict"},
+            "_archive": {"type": "path"},
         },
         supports_check_mode=True,
     )
-    manifest = module.params["_manifest"]
-    if manifest is None:
+    platforms = module.params["_platforms"]
+    if platforms is None:
         module.fail_json(
             msg="isthmus.mesh.bundle works through its action plugin of the same name, which reads the bundle on the "
-            "controller. Call it as a task (not with an ad-hoc copy of the module)."
+            "controller. Call it as a task of a playbook."
         )
-    arch = platform.machine()
-    host = platform.node()
+    arch, host = platform.machine(), platform.node()
     present = bundle.interpreters(module.params["python"])
-    chosen = bundle.choose(arch, present, manifest["platforms"])
+    chosen = bundle.choose(arch, present, platforms)
     if chosen is None:
-        module.fail_json(msg=bundle.missing_words(host, arch, present, manifest["platforms"]))
+        module.fail_json(msg=bundle.missing_words(host, arch, present, platforms))
     version, interpreter = chosen
-    files = bundle.select(manifest, arch, version)
-    digest = bundle.digest(manifest["version"], version, files)
-    home = f"{bundle.ROOT}/{manifest['version']}-{digest[:8]}"
-    facts = {"digest": digest, "version": manifest["version"], "python": version}
+    offered = [item for item in platforms if item["arch"] == arch and item["python"] == version][-1]
+    digest = offered["digest"]
+    # Of the digest as well: a changed bundle of the same version never touches the environment that is running.
+    home = f"{bundle.ROOT}/{offered['version']}-{digest[:8]}"
+    facts = {"digest": digest, "version": offered["version"], "python": version}
 
     changes = Changes(module)
     before = bundle.installed()
-    complete = before.get("digest") == digest and os.path.realpath(bundle.CURRENT) == home
-    if not complete:
-        changes.note(bundle.CURRENT, describe(before), describe({"version": manifest["version"], **facts}))
+    current = os.readlink(bundle.CURRENT) if os.path.islink(bundle.CURRENT) else ""
+    if before.get("digest") != digest or current != home:
+        changes.note(bundle.CURRENT, describe(before), describe(facts))
         if not module.check_mode:
-            if module.params["_payload"] is None:
-                module.exit_json(changed=False, needed=True, files=[item["path"] for item in files], **facts)
             if not finished(home, digest):
-                install(module, home, interpreter, files, facts)
-            os.makedirs(bundle.ROOT, exist_ok=True)
+                if module.params["_archive"] is None:
+                    module.exit_json(changed=False, needed=offered["archive"], **facts)
+                install(module, home, interpreter, offered["sha256"])
             switch(home)
-            clean(home, before.get("home", ""))
+            clean(home, current)
     changes.link(bundle.COMMAND, bundle.CURRENT + "/bin/isthmus")
-    module.exit_json(**changes.result(needed=False, **facts))
+    module.exit_json(**changes.result(needed=None, **facts))
 
 
 def describe(installed):
@@ -143,65 +134,48 @@ def finished(home, digest):
         return False
 
 
-def install(module, home, interpreter, files, facts):
-    """Make the environment at `home`; `bundle.json`, written last, says that it is complete."""
+def install(module, home, interpreter, sha256):
+    """Make the environment at `home`; its `bundle.json`, put there last, says that it is complete."""
+    with open(module.params["_archive"], "rb") as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if found != sha256:
+        module.fail_json(
+            msg=f"The bundle's archive has sha256 {found}, its manifest says {sha256}. Nothing was changed. "
+            "Make the bundle anew with `make bundle`."
+        )
     shutil.rmtree(home, ignore_errors=True)
     os.makedirs(bundle.ROOT, mode=0o755, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=module.tmpdir) as payload:
-        unpack(module, payload, files)
+        with tarfile.open(module.params["_archive"]) as archive:
+            archive.extractall(payload)  # noqa: S202 - its sha256 is the manifest's
         run(module, [interpreter, "-m", "venv", "--without-pip", home], "make the virtual environment")
-        wheels = sorted(os.path.join(payload, item["path"]) for item in files if item["kind"] == "wheel")
-        pips = [wheel for wheel in wheels if os.path.basename(wheel).startswith("pip-")]
-        if not pips:
-            module.fail_json(msg="The bundle has no pip wheel; make it anew with `make bundle`.")
-        os.makedirs(home + "/lib", exist_ok=True)
-        for item in files:
-            if item["kind"] == "libbpf":
-                shutil.copyfile(os.path.join(payload, item["path"]), home + "/lib/libbpf.so.1")
-                os.chmod(home + "/lib/libbpf.so.1", 0o755)
-        # pip runs from its own wheel: the distribution's ensurepip is often a package of its own.
-        others = [wheel for wheel in wheels if wheel not in pips]
+        pip = [home + "/bin/python", pip_of(module, payload), "--disable-pip-version-check"]
         run(
             module,
-            [home + "/bin/python", pips[-1] + "/pip", "install", "--no-index", "--no-deps", "--no-cache-dir"]
-            + ["--disable-pip-version-check", "--quiet", "--no-warn-script-location", *others],
+            [*pip, "install", "--no-index", "--no-cache-dir", "--quiet", "--no-warn-script-location"]
+            + ["--find-links", payload + "/wheels", "--require-hashes", "-r", payload + "/requirements.txt"],
             "install the bundle's wheels",
         )
-        run(
-            module,
-            [home + "/bin/python", pips[-1] + "/pip", "--disable-pip-version-check", "check"],
-            "check that the bundle's wheels are complete",
-        )
-        run(module, [home + "/bin/python", "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography"], "import")
-    content = json.dumps({**facts, "home": home}, indent=1, sort_keys=True) + "\n"
-    temporary = home + "/.bundle.json.new"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, home + "/bundle.json")
+        os.makedirs(home + "/lib", exist_ok=True)
+        shutil.copyfile(payload + "/lib/libbpf.so.1", home + "/lib/libbpf.so.1")
+        os.chmod(home + "/lib/libbpf.so.1", 0o755)
+        run(module, [home + "/bin/python", "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography"], "import it")
+        shutil.copyfile(payload + "/bundle.json", home + "/.bundle.json")
+    os.chmod(home + "/.bundle.json", 0o644)
+    os.sync()
+    os.replace(home + "/.bundle.json", home + "/bundle.json")
 
 
-def unpack(module, directory, files):
-    """The uploaded archive, each file compared with its sha256 in the manifest."""
-    with tarfile.open(module.params["_payload"]) as archive:
-        for item in files:
-            target = os.path.join(directory, item["path"])
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with archive.extractfile(item["path"]) as source, open(target, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-            with open(target, "rb") as copy:
-                found = hashlib.sha256(copy.read()).hexdigest()
-            if found != item["sha256"]:
-                module.fail_json(
-                    msg=f"{item['path']} of the bundle has sha256 {found}, its manifest says {item['sha256']}. "
-                    "Nothing was changed. Make the bundle anew with `make bundle`."
-                )
+def pip_of(module, payload):
+    """pip runs from its own wheel: the distribution's ensurepip is often a package of its own."""
+    wheels = sorted(name for name in os.listdir(payload + "/wheels") if name.startswith("pip-"))
+    if not wheels:
+        module.fail_json(msg="The bundle has no pip wheel; make it anew with `make bundle`.")
+    return f"{payload}/wheels/{wheels[-1]}/pip"
 
 
 def run(module, command, what):
-    code, out, err = module.run_command(command, environ_update={"LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": ""})
+    code, out, err = module.run_command(command, environ_update={"LC_ALL": "C.UTF-8"})
     if code != 0:
         module.fail_json(
             msg=f"Could not {what} on {platform.node()}: {(err or out).strip()}. "
