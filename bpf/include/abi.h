@@ -141,6 +141,7 @@ enum isthmus_drop {
 	ISTHMUS_DROP_MALFORMED,
 	ISTHMUS_DROP_NOT_IP,
 	ISTHMUS_DROP_TUNNEL_KEY,	/* the kernel refused the tunnel key */
+	ISTHMUS_DROP_NOT_LOCAL_DEST,	/* arrived here for an address that is not ours */
 	ISTHMUS_DROP_MAX = 16,
 };
 
@@ -148,4 +149,14 @@ enum isthmus_drop {
 struct isthmus_config {
 	__u32 cluster_id;
 	__u32 identity_shift;		/* 16, or 15 with 511 clusters */
+	__u32 flags;			/* ISTHMUS_CONFIG_* */
+};
+
+#define ISTHMUS_CONFIG_SET_RETVAL	(1 << 0)	/* the kernel has bpf_set_retval here */
+
+/* Index of the meta map: what must survive a restart of the agent. */
+enum isthmus_meta {
+	ISTHMUS_META_BACKEND_ID = 0,	/* last backend id dealt */
+	ISTHMUS_META_SERVICE_ID,	/* last service id dealt */
+	ISTHMUS_META_MAX = 4,
 };

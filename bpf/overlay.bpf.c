@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The overlay: tc programs on the collect-metadata VXLAN device.
+ *
+ * The numeric identity of the sender travels in the VNI (Cilium's format).
+ * What is not IPv4 is dropped and counted: the device is NOARP and no neighbour
+ * is ever resolved through the tunnel.
+ */
+#include "lib/common.h"
+#include "lib/ipcache.h"
+
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/ip.h>
+#include <linux/pkt_cls.h>
+
+#define TUNNEL_TTL 64
+
+/* Newer fields stand behind it; kernels from 4.9 to now accept this length. */
+#define TUNNEL_KEY_SIZE \
+	(offsetof(struct bpf_tunnel_key, tunnel_label) + sizeof(((struct bpf_tunnel_key *)0)->tunnel_label))
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct isthmus_addr);
+	__type(value, struct isthmus_local_value);
+} local SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct isthmus_addr);
+	__type(value, struct isthmus_peer_value);
+} peers SEC(".maps");
+
+/* Bounded: the destination is one of ours, the identity one that its peer may assert. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_PERCPU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct isthmus_ident_key);
+	__type(value, struct isthmus_counter);
+} identities SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, ISTHMUS_DROP_MAX);
+	__type(key, __u32);
+	__type(value, struct isthmus_counter);
+} drops SEC(".maps");
+
+static __always_inline int drop(const struct __sk_buff *skb, enum isthmus_drop reason)
+{
+	__u32 index = reason;
+	struct isthmus_counter *counter = bpf_map_lookup_elem(&drops, &index);
+
+	if (counter) {
+		counter->packets++;
+		counter->bytes += skb->len;
+	}
+	return TC_ACT_SHOT;
+}
+
+struct packet {
+	struct isthmus_addr src;
+	struct isthmus_addr dst;
+};
+
+/* Inner addresses of either family in the form of the maps; NONE, or why not. */
+static __always_inline enum isthmus_drop parse(struct __sk_buff *skb, struct packet *packet)
+{
+	struct iphdr ip;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return ISTHMUS_DROP_NOT_IP;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 4)
+		return ISTHMUS_DROP_MALFORMED;
+	packet->src = addr_from_v4(ip.saddr);
+	packet->dst = addr_from_v4(ip.daddr);
+	return ISTHMUS_DROP_NONE;
+}
+
+SEC("tc")
+int overlay_egress(struct __sk_buff *skb)
+{
+	const struct isthmus_ipcache_value *entry;
+	const struct isthmus_local_value *source;
+	struct bpf_tunnel_key key = {};
+	struct packet packet = {};
+	enum isthmus_drop reason;
+	__u64 flags;
+
+	reason = parse(skb, &packet);
+	if (reason)
+		return drop(skb, reason);
+
+	source = bpf_map_lookup_elem(&local, &packet.src);
+	if (!source)
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_SOURCE);
+
+	entry = ipcache_lookup(&packet.dst);
+	if (!entry || addr_is_zero(&entry->tunnel))
+		return drop(skb, ISTHMUS_DROP_NO_TUNNEL);
+
+	key.tunnel_id = source->identity;
+	key.tunnel_ttl = TUNNEL_TTL;
+	if (addr_is_v4(&entry->tunnel)) {
+		key.remote_ipv4 = bpf_ntohl(entry->tunnel.a[3]);
+		/* As Cilium sends: no outer checksum over IPv4, which alone allows that. */
+		flags = BPF_F_ZERO_CSUM_TX;
+	} else {
+		__builtin_memcpy(key.remote_ipv6, entry->tunnel.a, sizeof(key.remote_ipv6));
+		flags = BPF_F_TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, TUNNEL_KEY_SIZE, flags))
+		return drop(skb, ISTHMUS_DROP_TUNNEL_KEY);
+	return TC_ACT_OK;
+}
+
+/* Outer source of a received packet, false if it came through no tunnel. */
+static __always_inline bool outer_source(struct __sk_buff *skb, struct isthmus_addr *outer, __u32 *identity)
+{
+	struct bpf_tunnel_key key = {};
+
+	if (!bpf_skb_get_tunnel_key(skb, &key, TUNNEL_KEY_SIZE, 0)) {
+		*outer = addr_from_v4(bpf_htonl(key.remote_ipv4));
+	} else if (!bpf_skb_get_tunnel_key(skb, &key, TUNNEL_KEY_SIZE, BPF_F_TUNINFO_IPV6)) {
+		__builtin_memcpy(outer->a, key.remote_ipv6, sizeof(outer->a));
+	} else {
+		return false;
+	}
+	*identity = key.tunnel_id;
+	return true;
+}
+
+/*
+ * What a node of @cluster_id may say it is: an identity of its cluster's own
+ * range, or one of the fixed ones that a Cilium node sends (world, health,
+ * remote-node, kube-apiserver, ingress, and the well-known and reserved ones).
+ */
+static __always_inline bool identity_allowed(__u32 identity, __u16 cluster_id)
+{
+	if (identity >> config.identity_shift)
+		return identity >> config.identity_shift == cluster_id;
+	return identity == 2 || identity == 4 || (identity >= 6 && identity <= 8) ||
+	       (identity >= 100 && identity <= 114) || (identity >= 128 && identity <= 255);
+}
+
+static __always_inline bool is_local(const struct isthmus_addr *addr)
+{
+	const struct isthmus_ipcache_value *entry;
+
+	if (bpf_map_lookup_elem(&local, addr))
+		return true;
+	entry = ipcache_lookup(addr);
+	return entry && addr_is_zero(&entry->tunnel) && !(entry->flags & ISTHMUS_IPCACHE_NODE) &&
+	       entry->cluster_id == config.cluster_id;
+}
+
+/*
+ * The inner source must be behind the sending node, or belong to its cluster
+ * (a workload that just moved there) without being a node's own address. It can
+ * never be an address of this host.
+ */
+static __always_inline bool source_allowed(const struct isthmus_addr *src, const struct isthmus_addr *outer,
+					   __u16 cluster_id)
+{
+	const struct isthmus_ipcache_value *entry;
+
+	if (bpf_map_lookup_elem(&local, src))
+		return false;
+	entry = ipcache_lookup(src);
+	if (!entry)
+		return false;
+	if (addr_equal(&entry->tunnel, outer))
+		return true;
+	return entry->cluster_id == cluster_id && !(entry->flags & ISTHMUS_IPCACHE_NODE);
+}
+
+static __always_inline void count_identity(const struct __sk_buff *skb, const struct isthmus_ident_key *key)
+{
+	struct isthmus_counter first = { .packets = 1, .bytes = skb->len };
+	struct isthmus_counter *counter = bpf_map_lookup_elem(&identities, key);
+
+	if (counter) {
+		counter->packets++;
+		counter->bytes += skb->len;
+	} else {
+		bpf_map_update_elem(&identities, key, &first, BPF_NOEXIST);
+	}
+}
+
+SEC("tc")
+int overlay_ingress(struct __sk_buff *skb)
+{
+	const struct isthmus_peer_value *peer;
+	struct isthmus_ident_key seen = {};
+	struct isthmus_addr outer = {};
+	struct packet packet = {};
+	enum isthmus_drop reason;
+	__u32 identity = 0;
+
+	if (!outer_source(skb, &outer, &identity))
+		return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
+	peer = bpf_map_lookup_elem(&peers, &outer);
+	if (!peer)
+		return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
+
+	reason = parse(skb, &packet);
+	if (reason)
+		return drop(skb, reason);
+	if (!identity_allowed(identity, peer->cluster_id))
+		return drop(skb, ISTHMUS_DROP_BAD_IDENTITY);
+	if (!source_allowed(&packet.src, &outer, peer->cluster_id))
+		return drop(skb, ISTHMUS_DROP_BAD_SOURCE);
+	if (!is_local(&packet.dst))
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
+
+	seen.dst = packet.dst;
+	seen.identity = identity;
+	seen.cluster_id = peer->cluster_id;
+	count_identity(skb, &seen);
+
+	/* A Cilium node does not know our MAC: without this the stack takes the frame for another host's. */
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_OK;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
