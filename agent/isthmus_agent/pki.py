@@ -125,9 +125,12 @@ def new_request(key: bytes, cn: str, where: str) -> str:
     )
 
 
-def new_authority(cluster: str, now: datetime.datetime) -> tuple[bytes, bytes]:
-    """Make a cluster's CA: (private key PEM, certificate PEM). Ten years, may sign end entities only."""
-    key_pem = new_key()
+def new_authority(cluster: str, now: datetime.datetime, key_pem: bytes | None = None) -> tuple[bytes, bytes]:
+    """Make a cluster's CA: (private key PEM, certificate PEM). Ten years, may sign end entities only.
+
+    ``key_pem`` is a key already made for it, by a run that was interrupted before the certificate was written.
+    """
+    key_pem = key_pem or new_key()
     key = load_key(key_pem, "the new CA key")
     name = x509.Name(
         [
@@ -215,6 +218,60 @@ class Authority:
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         return _pem(builder.sign(self._key, _digest(self._key))).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """A usable authority and what must be written at its place for that: ``None`` where the file is right."""
+
+    authority: Authority
+    write_key: bytes | None
+    write_certificate: bytes | None
+
+
+def establish_authority(
+    cluster: str,
+    key: bytes | None,
+    certificate: bytes | None,
+    evidence: Mapping[str, str],
+    where: str,
+    now: datetime.datetime,
+) -> Established:
+    """The authority of ``cluster`` from what is found at its place, the directory ``where``; made when never made.
+
+    ``evidence`` are CA certificates of the cluster known from elsewhere (source -> PEM): the estate record, pinned
+    copies. They repair a lost or damaged ``ca.crt``, and they show that an authority existed: one whose key is lost is
+    refused with `PkiError`, because silently making another would cut off everything that trusts the first.
+    """
+    if key is None:
+        witnesses = ([f"{where}/ca.crt"] if certificate is not None else []) + sorted(evidence)
+        if witnesses:
+            raise PkiError(
+                f"the private key of cluster {cluster}'s certificate authority is missing: {where}/ca.key is not "
+                f"there, but {', '.join(witnesses)} shows that it was. Restore ca.key (mode 0600, owner root) from a backup. "
+                "It is never made again by itself, since every host of the mesh trusts the lost one"
+            )
+        new_key_pem, new_certificate = new_authority(cluster, now)
+        made = Authority(cluster, new_key_pem, new_certificate, where, now)
+        return Established(made, new_key_pem, new_certificate)
+    try:
+        authority = Authority(cluster, key, certificate or b"", where, now)
+        write = None
+    except PkiError:
+        load_key(key, f"{where}/ca.key")
+        found = certificate_of_key(key, evidence.values(), f"{where}/ca.key")
+        if found is None and (certificate is not None or evidence):
+            raise
+        write = found.encode() if found is not None else new_authority(cluster, now, key)[1]
+        authority = Authority(cluster, key, write, where, now)
+    for source, pem in sorted(evidence.items()):
+        if not same_authority(authority.pem, pem):
+            raise PkiError(
+                f"{where}/ca.crt ({describe(authority.pem.encode())['fingerprint']}) is not the authority that "
+                f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers trust the "
+                "latter; restore ca.key and ca.crt from a backup"
+            )
+    return Established(authority, None, write)
 
 
 def same_authority(pem: str, other: str) -> bool:

@@ -222,3 +222,33 @@ def test_a_lost_ca_certificate_is_found_by_its_key() -> None:
     assert pki.certificate_of_key(key, [other], "k") is None
     assert pki.same_authority(certificate.decode(), certificate.decode())
     assert not pki.same_authority(certificate.decode(), other)
+
+
+def test_an_authority_is_made_once_and_never_again() -> None:
+    key, certificate = pki.new_authority("a", NOW)
+    pem = certificate.decode()
+    other = pki.new_authority("a", NOW)[1].decode()
+
+    made = pki.establish_authority("a", None, None, {}, "/pki", NOW)
+    assert made.write_key is not None
+    assert made.write_certificate is not None
+    kept = pki.establish_authority("a", key, certificate, {"the record": pem}, "/pki", NOW)
+    assert (kept.write_key, kept.write_certificate, kept.authority.pem) == (None, None, pem)
+    # Interrupted between key and certificate: nobody knows the authority yet, the certificate is made for its key.
+    resumed = pki.establish_authority("a", key, None, {}, "/pki", NOW)
+    assert resumed.write_key is None
+    assert pki.same_authority(resumed.authority.pem, pem)
+    # A lost or damaged certificate comes back from a pinned copy.
+    for damaged in (None, b"garbage", certificate[:200]):
+        repaired = pki.establish_authority("a", key, damaged, {"trust/a.crt": pem}, "/pki", NOW)
+        assert repaired.write_certificate == certificate
+
+    for have, evidence in ((certificate, {}), (None, {"the estate record": pem})):
+        with pytest.raises(pki.PkiError, match=r"private key .* is missing: /pki/ca\.key .*never made again"):
+            pki.establish_authority("a", None, have, evidence, "/pki", NOW)
+    with pytest.raises(pki.PkiError, match="not the authority that the estate record"):
+        pki.establish_authority("a", key, certificate, {"the estate record": other}, "/pki", NOW)
+    with pytest.raises(pki.PkiError, match=r"ca\.key is not a readable"):
+        pki.establish_authority("a", b"garbage", certificate, {"trust/a.crt": pem}, "/pki", NOW)
+    with pytest.raises(pki.PkiError, match=r"ca\.crt"):
+        pki.establish_authority("a", key, b"garbage", {"trust/a.crt": other}, "/pki", NOW)

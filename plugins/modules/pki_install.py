@@ -1,0 +1,214 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: pki_install
+short_description: Install signed certificates and pin the authorities that signed them
+version_added: 1.0.0
+author:
+  - Isthmus contributors (@isthmus-mesh)
+description:
+  - Writes the certificates that M(isthmus.mesh.pki_sign) returned and pins each authority (C(trust/<cluster>.crt)).
+  - A certificate is installed only when it belongs to the key on this host, is signed by the pinned authority and is
+    what the plan asks for. A pinned authority is never replaced by another one.
+  - An authority whose host could not be reached leaves its certificates pending. For a peer that is a warning; for the
+    host's own cluster the module fails, since nothing works without them.
+attributes:
+  check_mode:
+    support: full
+    description: Predicts what will be installed.
+  diff_mode:
+    support: full
+    description: Shows names, fingerprints and dates.
+  platform:
+    platforms: posix
+    support: full
+    description: Runs on systemd hosts.
+options:
+  spec:
+    description: The host's node spec as M(isthmus.mesh.plan) returns it; its C(pki) part is used.
+    type: dict
+    required: true
+  signed:
+    description: Results of M(isthmus.mesh.pki_sign), as registered from the loop.
+    type: list
+    elements: dict
+    required: true
+  directory:
+    description: Directory of keys and certificates.
+    type: path
+    default: /etc/isthmus/pki
+seealso:
+  - module: isthmus.mesh.pki_request
+  - module: isthmus.mesh.pki_sign
+"""
+
+EXAMPLES = r"""
+- name: Install certificates and trust
+  isthmus.mesh.pki_install:
+    spec: "{{ isthmus_spec }}"
+    signed: "{{ pki_signed.results }}"
+  when: pki_requested.pending | length > 0
+"""
+
+RETURN = r"""
+installed:
+  description: Names of the certificates that were installed.
+  returned: success
+  type: list
+  elements: str
+  sample: [agent]
+still_pending:
+  description: Certificates and pinned authorities that are still missing because an authority could not be reached.
+  returned: success
+  type: list
+  elements: str
+  sample: [peer-cloud, trust/cloud]
+"""
+
+import datetime
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
+
+
+def pin(pki, changes, directory, cluster, authority, now):
+    """Pin the authority of a cluster, unless another one is pinned. Returns its certificate."""
+    path = os.path.join(directory, "trust", cluster + ".crt")
+    authority = pki.check_pin(authority, f"the answer of cluster {cluster}'s authority", now)
+    about = pki.describe(authority.encode())
+    before = ""
+    found = read_bytes(path)
+    if found is not None:
+        try:
+            pinned = pki.check_pin(found.decode(errors="replace"), path, now)
+        except pki.PkiError as exc:
+            before = str(exc)
+        else:
+            before = pki.describe(pinned.encode())["fingerprint"]
+            if not pki.same_authority(pinned, authority):
+                raise pki.PkiError(
+                    f"{path} ({before}) is not the authority that cluster {cluster} now signs with "
+                    f"({about['fingerprint']}). If that cluster was given a new authority on purpose, remove {path} on "
+                    "this host and run again"
+                )
+    changes.file(
+        path, authority, shown=(before, f"{about['issuer']} {about['fingerprint']} until {about['not_after']}")
+    )
+    return authority
+
+
+def install(pki, changes, directory, spec, certificate, authority, now):
+    """Write one certificate after checking that it is what was asked for."""
+    path = os.path.join(directory, spec.name + ".crt")
+    key = read_bytes(os.path.join(directory, spec.name + ".key"))
+    wrong = pki.renewal_reason(spec, key, certificate.encode(), authority, now)
+    if wrong is not None:
+        raise pki.PkiError(
+            f"the certificate {spec.name} that cluster {spec.ca_cluster} signed cannot be installed: {wrong}. "
+            "Compare the clocks of this host and of " + spec.ca_host
+        )
+    before = read_bytes(path)
+    shown = ""
+    if before is not None:
+        try:
+            shown = one_line(pki.describe(before))
+        except pki.PkiError as exc:
+            shown = str(exc)
+    changes.file(path, certificate, shown=(shown, one_line(pki.describe(certificate.encode()))))
+
+
+def one_line(about):
+    """A certificate in one line of the diff."""
+    return f"CN={about['cn']} {about['fingerprint']} until {about['not_after']} {' '.join(about['sans'])}"
+
+
+def run(module, pki, changes):
+    """Install; returns what exit_json is given."""
+    directory = module.params["directory"]
+    wanted = module.params["spec"]["pki"]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    specs = {entry["name"]: entry for entry in wanted["certificates"]}
+    installed = []
+    predicted = set()
+    for answer in module.params["signed"]:
+        if answer.get("unreachable") or answer.get("failed") or "certificates" not in answer:
+            continue
+        cluster, authority = answer["cluster"], answer["ca_certificate"]
+        pinned = None
+        if cluster in wanted["trust"] and authority is None:
+            predicted.add("trust/" + cluster)
+            path = os.path.join(directory, "trust", cluster + ".crt")
+            if not os.path.exists(path):
+                changes.note(path, "", f"authority of cluster {cluster}")
+        elif authority is not None:
+            if cluster in wanted["trust"]:
+                predicted.add("trust/" + cluster)
+                pinned = pin(pki, changes, directory, cluster, authority, now)
+            else:
+                pinned = authority
+        for item in answer["certificates"]:
+            installed.append(item["name"])
+            if item["certificate"] is None:
+                changes.note(os.path.join(directory, item["name"] + ".crt"), "", "signed by " + cluster)
+            else:
+                spec = pki.CertificateSpec.from_dict(specs[item["name"]])
+                install(pki, changes, directory, spec, item["certificate"], pinned, now)
+    missing = [
+        name for name in specs if name not in installed and not os.path.exists(os.path.join(directory, name + ".crt"))
+    ]
+    missing += [
+        "trust/" + cluster
+        for cluster in wanted["trust"]
+        if "trust/" + cluster not in predicted
+        and not os.path.exists(os.path.join(directory, "trust", cluster + ".crt"))
+    ]
+    return changes.result(installed=installed, still_pending=missing)
+
+
+def report_pending(module, result):
+    """Own cluster's certificates are needed, a peer's may come later."""
+    wanted = module.params["spec"]["pki"]
+    own = wanted["ca"]["cluster"]
+    needed = {entry["name"] for entry in wanted["certificates"] if entry["ca_cluster"] == own} | {"trust/" + own}
+    missing = needed.intersection(result["still_pending"])
+    if missing:
+        module.fail_json(
+            msg=f"{', '.join(sorted(missing))} could not be signed: the authority of cluster {own} on "
+            f"{wanted['ca']['host']} did not answer. Make that host reachable and run again",
+            **result,
+        )
+    if result["still_pending"]:
+        module.warn(
+            f"{', '.join(result['still_pending'])}: the authority that signs could not be reached. "
+            "The mesh works without that peer; run the playbook again when it is reachable"
+        )
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "signed": {"type": "list", "elements": "dict", "required": True},
+            "directory": {"type": "path", "default": "/etc/isthmus/pki"},
+        },
+        supports_check_mode=True,
+    )
+    changes = Changes(module)
+    pki = bundle_module(module, "isthmus_agent.pki")
+    refusals = () if pki is None else (pki.PkiError,)
+    try:
+        result = run(module, pki, changes)
+    except refusals as exc:
+        module.fail_json(msg=str(exc))
+    report_pending(module, result)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

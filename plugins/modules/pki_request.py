@@ -1,0 +1,262 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: pki_request
+short_description: Make a host's private keys and the signing requests they need
+version_added: 1.0.0
+author:
+  - Isthmus contributors (@isthmus-mesh)
+description:
+  - Makes every private key that the host's spec names and that is missing or unreadable, on the host itself, with mode
+    0600 and the owner of the program that uses it. A private key never leaves the host and is never part of a result.
+  - Pins the certificate authorities that are already known, and returns signing requests for every certificate that is
+    missing, damaged, different from the plan, or has less than a third of its lifetime left.
+  - What is pending is signed by M(isthmus.mesh.pki_sign) at each authority's place and installed by
+    M(isthmus.mesh.pki_install). On a converged host nothing is pending.
+attributes:
+  check_mode:
+    support: full
+    description: Predicts the same keys and requests; on a host without the agent bundle by the files' existence only.
+  diff_mode:
+    support: full
+    description: Shows names, fingerprints and dates; never a key.
+  platform:
+    platforms: posix
+    support: full
+    description: Runs on systemd hosts.
+options:
+  spec:
+    description: The host's node spec as M(isthmus.mesh.plan) returns it; its C(pki) part is used.
+    type: dict
+    required: true
+  trust:
+    description: Certificate authorities known from the estate record, cluster name to PEM.
+    type: dict
+    default: {}
+  directory:
+    description: Directory of keys and certificates.
+    type: path
+    default: /etc/isthmus/pki
+seealso:
+  - module: isthmus.mesh.pki_sign
+  - module: isthmus.mesh.pki_install
+"""
+
+EXAMPLES = r"""
+- name: Make keys and signing requests
+  isthmus.mesh.pki_request:
+    spec: "{{ isthmus_spec }}"
+  register: pki_requested
+"""
+
+RETURN = r"""
+pending:
+  description: What must be signed, grouped by authority. Empty on a converged host.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    ca_cluster:
+      description: Cluster whose authority signs.
+      type: str
+      sample: onprem
+    ca_host:
+      description: Inventory name of the host where that authority is.
+      type: str
+      sample: onprem-1
+    requests:
+      description: Signing requests; may be empty when only the authority's own certificate is wanted.
+      type: list
+      elements: dict
+      contains:
+        name:
+          description: File name of the certificate, without suffix.
+          type: str
+          sample: agent
+        csr:
+          description: Signing request in PEM; V(none) when predicted in check mode before the key exists.
+          type: str
+        reason:
+          description: Why it must be signed.
+          type: str
+          sample: there is none yet
+certificates:
+  description: Certificates that are good, with name, issuer, fingerprint and dates.
+  returned: success
+  type: dict
+"""
+
+import datetime
+import os
+import pwd
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
+
+
+def ensure_owner(module, changes, owner):
+    """The system user that will own a key exists (etcd's package comes later and accepts the user as it is)."""
+    try:
+        pwd.getpwnam(owner)
+    except KeyError:
+        changes.note(f"system user {owner}", "", "present")
+        if not module.check_mode:
+            # RHEL's useradd has the same options; the path of nologin differs and either is only a text in passwd.
+            home = ["--no-create-home", "--home-dir", "/var/lib/" + owner, "--shell", "/usr/sbin/nologin"]
+            module.run_command(["useradd", "--system", "--user-group", *home, owner], check_rc=True)
+
+
+def pin_known(module, changes, pki, directory, cluster, known, now):
+    """trust/<cluster>.crt holds the authority from the record. Returns the pinned PEM, None when still unknown."""
+    path = os.path.join(directory, "trust", cluster + ".crt")
+    found = read_bytes(path)
+    if pki is None:
+        if found is None and known is not None:
+            changes.file(path, known)
+        return known if found is None else found.decode(errors="replace")
+    pinned = None
+    if found is not None:
+        try:
+            pinned = pki.check_pin(found.decode(errors="replace"), path, now)
+        except pki.PkiError as exc:
+            if known is None:
+                # A damaged pin is fetched again from the authority's place, over SSH like the first time.
+                module.warn(f"{exc}; it is fetched again from the authority's host")
+    if known is None:
+        return pinned
+    known = pki.check_pin(known, f"the estate record's CA certificate of cluster {cluster}", now)
+    if pinned is not None and not pki.same_authority(pinned, known):
+        raise pki.PkiError(
+            f"{path} ({pki.describe(pinned.encode())['fingerprint']}) is not the authority that the estate record "
+            f"holds for cluster {cluster} ({pki.describe(known.encode())['fingerprint']}). If that cluster was given "
+            f"a new authority on purpose, remove {path} on this host and run again"
+        )
+    changes.file(path, known, shown=(describe_pin(pki, pinned), describe_pin(pki, known)))
+    return known
+
+
+def describe_pin(pki, pem):
+    """One line about a CA certificate for the diff."""
+    if pem is None:
+        return ""
+    about = pki.describe(pem.encode())
+    return f"{about['issuer']} {about['fingerprint']} until {about['not_after']}"
+
+
+def check_authority(changes, pki, directory, cluster, known, now):
+    """A lost or foreign CA key is told at every run, not only when something must be signed."""
+    key_path = os.path.join(directory, "ca.key")
+    key = read_bytes(key_path)
+    certificate = read_bytes(os.path.join(directory, "ca.crt"))
+    evidence = {} if known is None else {f"trust/{cluster}.crt": known}
+    if key is None and certificate is None and not evidence:
+        return
+    established = pki.establish_authority(cluster, key, certificate, evidence, directory, now)
+    changes.file(key_path, key, mode=0o600, secret=True)
+    if established.write_certificate is not None:
+        changes.file(os.path.join(directory, "ca.crt"), established.write_certificate)
+
+
+def ensure_key(changes, pki, directory, spec, now):
+    """The key of one certificate exists, readable by its owner only. Returns its PEM, None when only predicted."""
+    path = os.path.join(directory, spec["name"] + ".key")
+    key = read_bytes(path)
+    why = "new key"
+    if key is not None and pki is not None:
+        try:
+            pki.load_key(key, path)
+        except pki.PkiError as exc:
+            why = f"new key, because {exc}"
+            key = None
+    if key is not None:
+        changes.file(path, key, mode=0o600, owner=spec["owner"], secret=True)
+        return key
+    if pki is None or changes.module.check_mode:
+        changes.note(path, "", why)
+        return None
+    key = pki.new_key()
+    changes.file(path, key, mode=0o600, owner=spec["owner"], shown=("", why))
+    return key
+
+
+def run(module, pki):
+    """Do the module's work; returns what exit_json is given. ``pki`` is None in check mode without a bundle."""
+    directory = module.params["directory"]
+    wanted = module.params["spec"]["pki"]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    changes = Changes(module)
+    specs = {}
+    if pki is not None:
+        specs = {entry["name"]: pki.CertificateSpec.from_dict(entry) for entry in wanted["certificates"]}
+
+    for owner in sorted({entry["owner"] for entry in wanted["certificates"]} - {"root"}):
+        ensure_owner(module, changes, owner)
+    changes.directory(directory)
+    changes.directory(os.path.join(directory, "trust"))
+
+    places = {entry["ca_cluster"]: entry["ca_host"] for entry in wanted["certificates"]}
+    places[wanted["ca"]["cluster"]] = wanted["ca"]["host"]
+    groups = {}
+
+    def group(cluster):
+        return groups.setdefault(cluster, {"ca_cluster": cluster, "ca_host": places[cluster], "requests": []})
+
+    pinned = {}
+    for cluster in wanted["trust"]:
+        pinned[cluster] = pin_known(module, changes, pki, directory, cluster, module.params["trust"].get(cluster), now)
+        if pinned[cluster] is None:
+            if cluster not in places:
+                module.fail_json(
+                    msg=f"the CA certificate of cluster {cluster} is not known: it is not in the estate record, and "
+                    "this host asks that cluster for no certificate. Run the playbook on that cluster first"
+                )
+            group(cluster)
+    if wanted["ca"]["here"] and pki is not None:
+        own = wanted["ca"]["cluster"]
+        check_authority(changes, pki, directory, own, pinned.get(own), now)
+
+    good = {}
+    for entry in wanted["certificates"]:
+        path = os.path.join(directory, entry["name"] + ".crt")
+        key = ensure_key(changes, pki, directory, entry, now)
+        certificate = read_bytes(path)
+        if pki is None:
+            reason = None if key is not None and certificate is not None else "there is none yet"
+        else:
+            spec = specs[entry["name"]]
+            reason = pki.renewal_reason(spec, key, certificate, pinned.get(spec.ca_cluster), now)
+        if reason is None:
+            changes.file(path, certificate)
+            if pki is not None:
+                good[entry["name"]] = pki.describe(certificate)
+            continue
+        request = None if pki is None or key is None else pki.new_request(key, entry["cn"], path)
+        group(entry["ca_cluster"])["requests"].append({"name": entry["name"], "csr": request, "reason": reason})
+    return changes.result(pending=[groups[cluster] for cluster in sorted(groups)], certificates=good)
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "trust": {"type": "dict", "default": {}},
+            "directory": {"type": "path", "default": "/etc/isthmus/pki"},
+        },
+        supports_check_mode=True,
+    )
+    pki = bundle_module(module, "isthmus_agent.pki")
+    refusals = () if pki is None else (pki.PkiError,)
+    try:
+        result = run(module, pki)
+    except refusals as exc:
+        module.fail_json(msg=str(exc))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

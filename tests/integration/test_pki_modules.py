@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""pki_request -> pki_sign -> pki_install on directories that stand for hosts; openssl gives the second opinion."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.module_runner import ModuleFailed, run_module
+
+
+def certificate(name: str, cluster: str, **more: Any) -> dict[str, Any]:
+    entry = {"name": name, "ca_cluster": cluster, "ca_host": f"{cluster}-1", "cn": name, "sans_dns": [], "sans_ip": []}
+    return {**entry, "usages": ["client"], "owner": "root", **more}
+
+
+def spec(host: str, cluster: str, peers: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the plan says for an etcd host, as far as the PKI is concerned."""
+    sans = {"sans_dns": [host], "sans_ip": ["127.0.0.1", "198.18.1.11"]}
+    certificates = [
+        certificate("agent", cluster, cn=f"isthmus-agent-{host}"),
+        certificate("etcd-server", cluster, cn=host, usages=["server"], **sans),
+        certificate("etcd-peer", cluster, cn="isthmus-etcd-peer", usages=["server", "client"], **sans),
+        certificate("root", cluster),
+        *(certificate(f"peer-{peer}", peer, cn=f"remote-{cluster}") for peer in peers),
+    ]
+    authority = {"cluster": cluster, "host": f"{cluster}-1", "here": host == f"{cluster}-1"}
+    return {"host": host, "pki": {"ca": authority, "certificates": certificates, "trust": [cluster, *peers]}}
+
+
+class Estate:
+    """Hosts as directories; does what roles/pki does."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.outputs: list[dict[str, Any]] = []
+
+    def pki(self, host: str) -> Path:
+        return self.root / host / "pki"
+
+    def run(self, name: str, arguments: dict[str, Any], host: str, **how: Any) -> dict[str, Any]:
+        self.pki(host).parent.mkdir(exist_ok=True)
+        result = run_module(name, {**arguments, "directory": str(self.pki(host))}, **how)
+        self.outputs.append(result)
+        return result
+
+    def role(
+        self, wanted: dict[str, Any], trust: dict[str, str] | None = None, down: tuple[str, ...] = (), **how: Any
+    ) -> dict[str, bool]:
+        """Which modules changed something, as the recap would count it."""
+        host, certificates = wanted["host"], wanted["pki"]["certificates"]
+        requested = self.run("pki_request", {"spec": wanted, "trust": trust or {}}, host, **how)
+        changed = {"pki_request": requested["changed"]}
+        signed = []
+        for group in requested["pending"]:
+            if group["ca_host"] in down:
+                signed.append({"unreachable": True, "msg": "no route", "pki_group": group})
+                continue
+            arguments = {"cluster": group["ca_cluster"], "certificates": certificates, "requests": group["requests"]}
+            if trust and group["ca_cluster"] in trust:
+                arguments["known_ca"] = trust[group["ca_cluster"]]
+            answer = self.run("pki_sign", arguments, group["ca_host"], **how)
+            changed["pki_sign " + group["ca_cluster"]] = answer["changed"]
+            signed.append({name: answer[name] for name in ("cluster", "ca_certificate", "certificates")})
+        if requested["pending"]:
+            installed = self.run("pki_install", {"spec": wanted, "signed": signed}, host, **how)
+            changed["pki_install"] = installed["changed"]
+        return changed
+
+    def converge(self, wanted: dict[str, Any], **how: Any) -> None:
+        """check -> apply -> apply -> check."""
+        predicted = self.role(wanted, check=True, **how)
+        assert self.role(wanted, **how) == predicted
+        assert self.role(wanted, **how) == {"pki_request": False}
+        assert self.role(wanted, check=True, **how) == {"pki_request": False}
+
+
+@pytest.fixture
+def estate(tmp_path: Path) -> Estate:
+    return Estate(tmp_path)
+
+
+def openssl(*arguments: object) -> str:
+    return subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+
+
+def secrets_of(root: Path) -> set[str]:
+    """The two lines of every key file below ``root`` that hold the private number (the third is the public key)."""
+    return {line for key in root.rglob("*.key") for line in key.read_text().splitlines()[1:3]}
+
+
+def test_three_hosts_of_two_clusters_from_nothing(estate: Estate) -> None:
+    wanted = [spec("onprem-1", "onprem", ("cloud",)), spec("onprem-2", "onprem", ("cloud",)), spec("cloud-1", "cloud")]
+    for host in wanted:
+        estate.converge(host)
+
+    pki = estate.pki("onprem-2")
+    for name in ("agent", "etcd-server", "etcd-peer", "root"):
+        openssl("verify", "-x509_strict", "-CAfile", pki / "trust/onprem.crt", pki / f"{name}.crt")
+        assert openssl("pkey", "-in", pki / f"{name}.key", "-pubout") == openssl(
+            "x509", "-in", pki / f"{name}.crt", "-noout", "-pubkey"
+        )
+    openssl("verify", "-CAfile", pki / "trust/cloud.crt", pki / "peer-cloud.crt")
+    assert "CN = remote-onprem\n" in openssl("x509", "-in", pki / "peer-cloud.crt", "-noout", "-subject")
+    # Both hosts pin what is at the authority's place; only that place has the key.
+    authority = (estate.pki("onprem-1") / "ca.crt").read_bytes()
+    assert (pki / "trust/onprem.crt").read_bytes() == (estate.pki("onprem-1") / "trust/onprem.crt").read_bytes()
+    assert (pki / "trust/onprem.crt").read_bytes() == authority
+    assert not (pki / "ca.key").exists()
+    assert not (estate.pki("cloud-1") / "trust/onprem.crt").exists()
+
+    keys = list(estate.root.rglob("*.key"))
+    assert len(keys) == 5 + 5 + 4 + 2
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+    text = json.dumps(estate.outputs)
+    assert not [line for line in secrets_of(estate.root) if line in text]
+    assert "PRIVATE KEY" not in text
+
+
+def test_a_bare_host_is_predicted_without_the_bundle(estate: Estate) -> None:
+    wanted = spec("onprem-1", "onprem")
+    predicted = estate.role(wanted, check=True, bundle=False)
+    assert not estate.pki("onprem-1").exists()
+    assert estate.role(wanted) == predicted
+    with pytest.raises(ModuleFailed, match=r"isthmus\.mesh\.bundle"):
+        estate.role(wanted, bundle=False)
+
+
+def test_hosts_that_ask_at_once_get_one_authority(estate: Estate) -> None:
+    wanted = [spec(f"onprem-{number}", "onprem") for number in range(2, 6)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(estate.role, wanted))
+    assert len({(estate.pki(host["host"]) / "trust/onprem.crt").read_bytes() for host in wanted}) == 1
+
+
+def test_a_host_cannot_get_another_hosts_name(estate: Estate) -> None:
+    wanted = spec("onprem-2", "onprem")
+    group = estate.run("pki_request", {"spec": wanted}, "onprem-2")["pending"][0]
+    arguments = {"cluster": "onprem", "certificates": wanted["pki"]["certificates"]}
+    asked = [{"name": "isthmus-agent-onprem-1", "csr": group["requests"][0]["csr"]}]
+    with pytest.raises(ModuleFailed, match="that the plan does not give to that host"):
+        estate.run("pki_sign", {**arguments, "requests": asked}, "onprem-1")
+
+
+@pytest.mark.parametrize("name", ["agent.key", "agent.crt", "trust/onprem.crt", "ca.crt"])
+@pytest.mark.parametrize("damage", ["lost", "damaged"])
+def test_a_lost_or_damaged_file_is_repaired(estate: Estate, name: str, damage: str) -> None:
+    wanted = spec("onprem-1", "onprem")
+    estate.role(wanted)
+    authority = (estate.pki("onprem-1") / "ca.crt").read_bytes()
+    path = estate.pki("onprem-1") / name
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:90] + b"\xff\x00")
+    estate.converge(wanted)
+    pki = estate.pki("onprem-1")
+    assert (pki / "ca.crt").read_bytes() == authority == (pki / "trust/onprem.crt").read_bytes()
+    openssl("verify", "-CAfile", pki / "trust/onprem.crt", pki / "agent.crt")
+    assert stat.S_IMODE((pki / "agent.key").stat().st_mode) == 0o600
+
+
+def test_a_readable_key_is_closed_again(estate: Estate) -> None:
+    wanted = spec("onprem-1", "onprem")
+    estate.role(wanted)
+    for name in ("agent.key", "ca.key"):
+        (estate.pki("onprem-1") / name).chmod(0o644)
+    result = estate.run("pki_request", {"spec": wanted}, "onprem-1")
+    assert sorted(item["before"] for item in result["diff"]) == ["root:root 0644\n"] * 2
+    assert result["pending"] == []
+    assert stat.S_IMODE((estate.pki("onprem-1") / "ca.key").stat().st_mode) == 0o600
+
+
+def test_a_lost_ca_key_is_refused_and_never_made_again(estate: Estate) -> None:
+    wanted = spec("onprem-1", "onprem")
+    estate.role(wanted)
+    (estate.pki("onprem-1") / "ca.key").unlink()
+    for check in (True, False):
+        with pytest.raises(ModuleFailed, match=r"ca\.key is not there.*Restore ca\.key.*backup"):
+            estate.role(wanted, check=check)
+    assert not (estate.pki("onprem-1") / "ca.key").exists()
+
+
+def test_a_ca_host_that_was_reinstalled_is_refused_by_the_record(estate: Estate) -> None:
+    wanted = spec("onprem-2", "onprem")
+    estate.role(wanted)
+    known = (estate.pki("onprem-2") / "trust/onprem.crt").read_text()
+    shutil.rmtree(estate.pki("onprem-1"))
+    (estate.pki("onprem-2") / "agent.crt").unlink()
+    with pytest.raises(ModuleFailed, match="but the estate record shows that it was"):
+        estate.role(wanted, trust={"onprem": known})
+    # Without the record the pin on the asking host still holds.
+    with pytest.raises(ModuleFailed, match="is not the authority that cluster onprem now signs with"):
+        estate.role(wanted)
+
+
+def test_the_record_gives_trust_and_never_replaces_it(estate: Estate) -> None:
+    for cluster in ("cloud", "edge"):
+        estate.role(spec(f"{cluster}-1", cluster))
+    pems = {cluster: (estate.pki(f"{cluster}-1") / "ca.crt").read_text() for cluster in ("cloud", "edge")}
+    wanted = spec("onprem-1", "onprem", ("cloud",))
+    estate.converge(wanted, trust={"cloud": pems["cloud"]})
+    with pytest.raises(ModuleFailed, match="given a new authority on purpose"):
+        estate.role(wanted, trust={"cloud": pems["edge"]})
+
+
+def test_an_unreachable_peer_leaves_the_rest_working(estate: Estate) -> None:
+    wanted = spec("onprem-1", "onprem", ("cloud",))
+    estate.role(wanted, down=("cloud-1",))
+    installed = estate.outputs[-1]
+    assert installed["still_pending"] == ["peer-cloud", "trust/cloud"]
+    assert (estate.pki("onprem-1") / "root.crt").exists()
+    estate.converge(wanted)
+    assert (estate.pki("onprem-1") / "peer-cloud.crt").exists()
+
+
+def test_without_its_own_authority_a_host_fails_with_words(estate: Estate) -> None:
+    with pytest.raises(ModuleFailed, match="the authority of cluster onprem on onprem-1 did not answer"):
+        estate.role(spec("onprem-2", "onprem"), down=("onprem-1",))
+
+
+def test_an_operators_intermediate_is_used(estate: Estate, tmp_path: Path) -> None:
+    pki = estate.pki("onprem-1")
+    pki.mkdir(parents=True)
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", tmp_path / "root.key", "-out",
+            tmp_path / "root.crt", "-subj", "/CN=Corp", "-days", "30")  # fmt: skip
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", pki / "ca.key", "-out", tmp_path / "ca.csr",
+            "-subj", "/CN=Corp mesh")  # fmt: skip
+    (tmp_path / "extensions").write_text("basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=keyCertSign\n")
+    openssl("x509", "-req", "-in", tmp_path / "ca.csr", "-CA", tmp_path / "root.crt", "-CAkey", tmp_path / "root.key",
+            "-CAcreateserial", "-extfile", tmp_path / "extensions", "-days", "20", "-out", pki / "ca.crt")  # fmt: skip
+    given = (pki / "ca.key").read_bytes()
+    intermediate = (pki / "ca.crt").read_text()
+    (pki / "ca.crt").write_text(intermediate + (tmp_path / "root.crt").read_text())
+    estate.converge(spec("onprem-1", "onprem"))
+    assert (pki / "ca.key").read_bytes() == given
+    # The operator's root is not pinned: it may have signed other clusters' authorities too.
+    pinned = openssl("x509", "-in", pki / "trust/onprem.crt", "-noout", "-fingerprint")
+    assert (pki / "trust/onprem.crt").read_text().count("BEGIN") == 1
+    (tmp_path / "intermediate.crt").write_text(intermediate)
+    assert pinned == openssl("x509", "-in", tmp_path / "intermediate.crt", "-noout", "-fingerprint")
+    openssl("verify", "-partial_chain", "-CAfile", pki / "trust/onprem.crt", pki / "agent.crt")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes the owner of files")
+def test_etcds_keys_belong_to_their_user(estate: Estate) -> None:
+    wanted = spec("onprem-1", "onprem")
+    wanted["pki"]["certificates"][1]["owner"] = "nobody"
+    with pytest.raises(ModuleFailed, match="nobody:nobody, which does not exist"):
+        # Debian's nobody has the group nogroup: the message names owner and group.
+        estate.role(wanted)
+    wanted["pki"]["certificates"][1]["owner"] = "daemon"
+    estate.converge(wanted)
+    assert (estate.pki("onprem-1") / "etcd-server.key").owner() == "daemon"
