@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Everything that is done with this repository is a target here; `make` lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/isthmus
+# Never in the clone: exact requirements make the name, so clones share it and a change makes a new one.
+VENV := $(CACHE)/venv-$(shell cat requirements/controller.txt requirements/agent.txt | sha256sum | cut -c1-12)
+BIN := $(VENV)/bin
+PYTHON ?= 3.11
+ARCH ?= $(shell uname -m)
+INVENTORY ?= inventories/lab
+ARGS ?=
+LAB := tests/lab/lab
+
+export ANSIBLE_CONFIG := $(CURDIR)/tests/lab/ansible.cfg
+export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/build/collections
+export ANSIBLE_HOME := $(CURDIR)/build/ansible
+export PYTHONDONTWRITEBYTECODE := 1
+# Tools of the gates start each other by name (ansible-lint, molecule).
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup lock bpf bundle wheelhouse collection lab-up lab-down lab-exec site plan verify demo \
+	check lint pytest test test-full bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: ## install what is missing: Debian packages, the Python environment (in the user's cache)
+	@sh scripts/setup.sh $(VENV)
+
+lock: setup ## resolve requirements/controller.in into exact versions
+	@sh scripts/lock.sh
+
+bpf: setup ## compile the datapath
+	@$(MAKE) --no-print-directory -C bpf
+
+bundle: setup ## make the agent bundle for hosts (PYTHON=3.11 ARCH=x86_64, also 3.10 to 3.13 and aarch64)
+	@$(BIN)/python scripts/bundle.py bundle --python $(PYTHON) --arch $(ARCH)
+
+wheelhouse: setup ## fetch the agent's third-party wheels into the cache (PYTHON=, ARCH=)
+	@$(BIN)/python scripts/bundle.py wheelhouse --python $(PYTHON) --arch $(ARCH)
+
+collection: bundle ## build the collection's artifact and install it in build/collections
+	@$(BIN)/python scripts/bundle.py collection
+
+lab-up: setup ## boot the lab: six systemd machines in three sites
+	@$(LAB) up
+
+lab-down: ## end the lab and remove every trace of it
+	@$(LAB) down
+
+lab-exec: ## run a command as root on a lab machine, in its own cgroup (HOST=edge-1 CMD='isthmus status')
+	@test -n '$(HOST)' || { echo "lab-exec: say which machine: make lab-exec HOST=edge-1 CMD='uptime'" >&2; exit 2; }
+	@$(LAB) exec '$(HOST)' -- sh -c "$$CMD"
+lab-exec: export CMD := $(CMD)
+
+site plan verify: collection ## run the playbook isthmus.mesh.<target> on the lab (INVENTORY=, ARGS=)
+	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.$@ $(ARGS)
+
+demo: ## set everything up, boot the lab, run the playbook on it, show the product with real requests
+	@sh scripts/demo.sh '$(VENV)'
+
+check: bpf ## the quick loop: gates and unit tests, under a minute when warm
+	@sh scripts/lint.sh quick
+	@$(BIN)/python -m pytest -q tests/unit $(ARGS)
+
+lint: bundle ## every gate
+	@sh scripts/lint.sh all
+
+pytest: bpf ## run tests (ARGS='tests/unit -k name')
+	@$(BIN)/python -m pytest $(ARGS)
+
+test: lint collection ## every gate and every test that fits into every run (CI runs this)
+	@sh scripts/test.sh
+
+test-full: lint collection ## what is too long for every run as well; writes the result to docs/test-full.md
+	@sh scripts/test.sh full
+
+bench: collection ## measure
+	@$(BIN)/python -m pytest -q tests/bench $(ARGS)
+
+clean: ## remove what was built in the clone (the cache and the lab stay)
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .coverage agent/isthmus_agent/bpf/objects/*.bpf.o
