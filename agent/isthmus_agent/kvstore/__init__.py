@@ -32,11 +32,13 @@ from .errors import (
     EtcdPrecondition,
     EtcdUnavailable,
 )
+from .store import DeletionRule, Listing, PrefixStore, canary_cluster_id, canary_rule, canary_value, same_history
 from .sync import SyncEtcd
 
 __all__ = [
     "Compare",
     "Delete",
+    "DeletionRule",
     "EtcdChanged",
     "EtcdClient",
     "EtcdCompacted",
@@ -52,13 +54,19 @@ __all__ = [
     "Header",
     "KeyValue",
     "Lease",
+    "Listing",
     "Member",
     "Operation",
     "Permission",
+    "PrefixStore",
     "Put",
     "RangeResult",
     "Status",
     "SyncEtcd",
     "TxnResult",
     "WatchBatch",
+    "canary_cluster_id",
+    "canary_rule",
+    "canary_value",
+    "same_history",
 ]

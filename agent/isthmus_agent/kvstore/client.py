@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -617,7 +617,7 @@ class EtcdClient:
         exact: bool = False,
         progress_interval: float = PROGRESS_INTERVAL,
         inactivity_timeout: float = INACTIVITY_TIMEOUT,
-    ) -> AsyncIterator[WatchBatch]:
+    ) -> AsyncGenerator[WatchBatch, None]:
         """Changes of all keys that begin with `prefix` (of the one key when `exact`) from `revision` on (0: from now).
 
         The first batch is empty and says that the watch stands. After `progress_interval` seconds of silence the
