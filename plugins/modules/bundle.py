@@ -148,11 +148,10 @@ def install(module, home, interpreter, sha256):
     with tempfile.TemporaryDirectory(dir=module.tmpdir) as payload:
         with tarfile.open(module.params["_archive"]) as archive:
             archive.extractall(payload)  # noqa: S202 - its sha256 is the manifest's
-        run(module, [interpreter, "-m", "venv", "--without-pip", home], "make the virtual environment")
-        pip = [home + "/bin/python", pip_of(module, payload), "--disable-pip-version-check"]
+        run(module, [interpreter, "-m", "venv", home], "make the virtual environment")
         run(
             module,
-            [*pip, "install", "--no-index", "--no-cache-dir", "--quiet", "--no-warn-script-location"]
+            [home + "/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-cache-dir", "--quiet", "--no-warn-script-location"]
             + ["--find-links", payload + "/wheels", "--require-hashes", "-r", payload + "/requirements.txt"],
             "install the bundle's wheels",
         )
@@ -164,14 +163,6 @@ def install(module, home, interpreter, sha256):
     os.chmod(home + "/.bundle.json", 0o644)
     os.sync()
     os.replace(home + "/.bundle.json", home + "/bundle.json")
-
-
-def pip_of(module, payload):
-    """pip runs from its own wheel: the distribution's ensurepip is often a package of its own."""
-    wheels = sorted(name for name in os.listdir(payload + "/wheels") if name.startswith("pip-"))
-    if not wheels:
-        module.fail_json(msg="The bundle has no pip wheel; make it anew with `make bundle`.")
-    return f"{payload}/wheels/{wheels[-1]}/pip"
 
 
 def run(module, command, what):

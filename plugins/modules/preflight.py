@@ -96,6 +96,7 @@ packages:
 """
 
 import calendar
+import glob
 import ipaddress
 import os
 import platform
@@ -225,10 +226,17 @@ def address_problems(spec):
     return problems
 
 
-def packages_missing():
-    if os.access("/usr/sbin/dnsmasq", os.X_OK):
-        return []
-    return ["dnsmasq-base"] if os.path.exists("/usr/bin/apt-get") else ["dnsmasq"]
+def packages_missing(module, interpreter):
+    """Packages by the distribution's names: the name server, what the venv is made with, and libbpf's libelf."""
+    debian = os.path.exists("/usr/bin/apt-get")
+    packages = []
+    if not os.access("/usr/sbin/dnsmasq", os.X_OK):
+        packages.append("dnsmasq-base" if debian else "dnsmasq")
+    if not glob.glob("/usr/lib*/libelf.so.1") + glob.glob("/usr/lib/*/libelf.so.1"):
+        packages.append("libelf1" if debian else "elfutils-libelf")
+    if debian and module.run_command([interpreter, "-c", "import ensurepip"])[0] != 0:
+        packages.append("python3-venv")
+    return packages
 
 
 def main():
@@ -271,7 +279,7 @@ def main():
         arch=arch,
         kernel=platform.release(),
         python={"version": chosen[0], "path": chosen[1]},
-        packages=packages_missing(),
+        packages=packages_missing(module, chosen[1]),
     )
 
 

@@ -1,0 +1,200 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: teardown
+short_description: Take a host out of the mesh and leave it as it was
+version_added: 1.0.0
+description:
+  - Stops and removes the mesh's units, restores the host's name resolution, and removes the overlay device, routes,
+    routing rules, pinned BPF programs and maps, files and users that the collection made, on etcd hosts also the data
+    of etcd.
+  - Needs neither the bundle nor a running agent, so it also clears away what an interrupted run left.
+  - Distribution packages stay installed.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.supported
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  confirm:
+    description:
+      - Must be V(yes), as text. The keys and the data of etcd cannot be brought back.
+    type: str
+    required: true
+seealso:
+  - module: isthmus.mesh.node
+"""
+
+EXAMPLES = r"""
+- name: The host is no member of the mesh
+  isthmus.mesh.teardown:
+    confirm: "yes"
+"""
+
+RETURN = r"""
+removed:
+  description: What was removed or restored.
+  returned: always
+  type: list
+  elements: str
+  sample:
+    - unit isthmusd.service
+    - device isthmus0
+"""
+
+import glob
+import os
+import pwd
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+
+DEVICE = "isthmus0"
+PROTOCOL = "73"
+TABLE = "730"
+PINS = "/sys/fs/bpf/isthmus"
+BPFFS_UNIT = "isthmus-bpffs.service"
+USER = "isthmus-etcd"
+PLACES = ("/etc/isthmus", "/var/lib/isthmus", "/run/isthmus", "/opt/isthmus")
+
+
+class Teardown:
+    """One step after the other, each safe to repeat: what serves names and connections goes first, files last."""
+
+    def __init__(self, module):
+        self.module = module
+        self.changes = Changes(module)
+        self.systemd = units.Systemd(module)
+        self.removed = []
+
+    def gone(self, what):
+        self.removed.append(what)
+        self.changes.note(what, "present", "")
+
+    def command(self, *words):
+        code, out, err = self.module.run_command(list(words))
+        if code != 0:
+            self.module.fail_json(
+                msg=f"`{' '.join(words)}` failed: {(err or out).strip()}. Run the teardown again when that is solved; "
+                f"done so far: {', '.join(self.removed) or 'nothing'}.",
+                removed=self.removed,
+            )
+        return out
+
+    def run(self):
+        self.resolver()
+        self.units()
+        self.device()
+        self.pins()
+        for path in PLACES:
+            self.tree(path)
+        for path in ("/usr/local/bin/isthmus", *glob.glob("/etc/sysctl.d/*isthmus*.conf")):
+            if os.path.lexists(path):
+                self.gone(path)
+                if not self.module.check_mode:
+                    os.unlink(path)
+        self.user()
+
+    def resolver(self):
+        found = resolver.probe(resolved_active=False)
+        if not found.joined:
+            return
+        self.removed.append(resolver.RESOLV_CONF)
+        link, original = read_bytes(resolver.ORIGINAL_LINK), read_bytes(resolver.ORIGINAL)
+        if link is not None:
+            self.changes.note(resolver.RESOLV_CONF, "", "a link to " + link.decode())
+            if not self.module.check_mode:
+                temporary = resolver.RESOLV_CONF + ".isthmus-teardown"
+                os.symlink(link.decode(), temporary)
+                os.replace(temporary, resolver.RESOLV_CONF)
+        elif original is not None:
+            self.changes.file(resolver.RESOLV_CONF, original)
+        else:
+            self.changes.absent(resolver.RESOLV_CONF)
+
+    def units(self):
+        paths = sorted(glob.glob(units.UNIT_DIRECTORY + "/isthmus*.*"))
+        names = [os.path.basename(path) for path in paths if os.path.isfile(path)]
+        if not names:
+            return
+        mounted = self.systemd.show([BPFFS_UNIT])[BPFFS_UNIT].get("ActiveState") == "active"
+        for name in names:
+            self.removed.append(f"unit {name}")
+        if not self.module.check_mode:
+            self.command("systemctl", "disable", "--now", "--quiet", *names)
+        for path in paths:
+            if os.path.isdir(path):
+                self.tree(path)
+            else:
+                self.changes.absent(path)
+        if not self.module.check_mode:
+            self.command("systemctl", "daemon-reload")
+            # A unit that failed is remembered until then; one that did not is unknown now, which is no failure.
+            self.module.run_command(["systemctl", "reset-failed", *names])
+        if mounted:
+            self.pins()
+            self.gone("mount /sys/fs/bpf")
+            if not self.module.check_mode:
+                self.command("umount", "/sys/fs/bpf")
+
+    def device(self):
+        if os.path.exists(f"/sys/class/net/{DEVICE}"):
+            self.gone(f"device {DEVICE}")
+            if not self.module.check_mode:
+                self.command("ip", "link", "delete", DEVICE)
+        for family in ("-4", "-6"):
+            rules = self.command("ip", family, "rule", "show").splitlines()
+            for rule in [line for line in rules if f"lookup {TABLE}" in line]:
+                priority = rule.split(":", 1)[0]
+                self.gone(f"rule {rule.strip()}")
+                if not self.module.check_mode:
+                    self.command("ip", family, "rule", "delete", "priority", priority, "table", TABLE)
+            routes = self.command("ip", family, "route", "show", "table", "all", "proto", PROTOCOL).splitlines()
+            if routes:
+                for route in routes:
+                    self.gone(f"route {route.strip()}")
+                if not self.module.check_mode:
+                    self.command("ip", family, "route", "flush", "table", "all", "proto", PROTOCOL)
+
+    def pins(self):
+        self.tree(PINS)
+
+    def tree(self, path):
+        if os.path.lexists(path):
+            self.gone(path)
+            if not self.module.check_mode:
+                shutil.rmtree(path)
+
+    def user(self):
+        try:
+            pwd.getpwnam(USER)
+        except KeyError:
+            return
+        self.gone(f"user {USER}")
+        if not self.module.check_mode:
+            self.command("userdel", USER)
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={"confirm": {"type": "str", "required": True}},
+        supports_check_mode=True,
+    )
+    if module.params["confirm"] not in ("yes", "True", "true"):
+        module.fail_json(
+            msg="The teardown removes keys and the data of etcd for good. Confirm it: -e isthmus_confirm=yes. "
+            "Nothing was changed."
+        )
+    teardown = Teardown(module)
+    teardown.run()
+    module.exit_json(**teardown.changes.result(removed=teardown.removed))
+
+
+if __name__ == "__main__":
+    main()
