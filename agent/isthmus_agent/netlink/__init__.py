@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The overlay device, our addresses, routes and rules, and ending sockets.
+
+All functions are synchronous and act in the calling thread's network namespace. pyroute2's
+synchronous classes cannot run inside a running event loop: call these functions in a thread.
+"""
+
+from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.network import (
+    OVERLAY,
+    ROUTE_PROTOCOL,
+    ROUTE_TABLE,
+    RULE_PRIORITY,
+    NetworkResult,
+    apply_network,
+    audit_network,
+    ensure_overlay,
+    overlay_index,
+    remove_network,
+    underlay_mtu,
+)
+from isthmus_agent.netlink.sockets import destroy_sockets
+
+__all__ = [
+    "OVERLAY",
+    "ROUTE_PROTOCOL",
+    "ROUTE_TABLE",
+    "RULE_PRIORITY",
+    "NetworkError",
+    "NetworkResult",
+    "apply_network",
+    "audit_network",
+    "destroy_sockets",
+    "ensure_overlay",
+    "overlay_index",
+    "remove_network",
+    "underlay_mtu",
+]

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Network configuration that the kernel refused."""
+
+from __future__ import annotations
+
+
+class NetworkError(Exception):
+    """One or more changes failed; the others were made. `problems` has a sentence each."""
+
+    def __init__(self, problems: list[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("; ".join(self.problems))

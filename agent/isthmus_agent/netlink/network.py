@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The overlay device and what routes over it.
+
+Ours are: the device, every address on it, routes of protocol 73 and policy rules of protocol 73.
+Nothing else is ever changed or removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Rule
+from isthmus_agent.netlink.errors import NetworkError
+
+OVERLAY = "isthmus0"
+ROUTE_PROTOCOL = 73
+ROUTE_TABLE = 730
+RULE_PRIORITY = 730
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_IFF_UP = 0x1
+_IFF_NOARP = 0x80
+_RTN_UNICAST = 1
+_RTN_UNREACHABLE = 7
+_RT_SCOPE_LINK = 253
+_ADDR_GEN_MODE_NONE = 1
+_TABLE_MAIN = 254
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkResult:
+    """What apply_network() did, a phrase each. False when nothing had to be done."""
+
+    changes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.changes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A route of ours as it is in the kernel, with the device it leads to (0: none)."""
+
+    route: Route
+    oif: int
+
+
+def _index(ipr: Any, name: str) -> int | None:
+    found = ipr.link_lookup(ifname=name)
+    return int(found[0]) if found else None
+
+
+def overlay_index(name: str = OVERLAY) -> int | None:
+    """Interface index of the overlay device, None if there is none."""
+    with IPRoute() as ipr:
+        return _index(ipr, name)
+
+
+def ensure_overlay(name: str = OVERLAY, port: int = 8472, mtu: int = 1450) -> int:
+    """Makes the VXLAN device in collect-metadata mode (no learning, NOARP, no IPv6 addresses of its own)
+    and answers its index. One with another kind or port is removed and made again, with a new index.
+
+    A new device is down: apply_network() brings it up, which is after attach_overlay(), so that no packet
+    comes in unchecked. `mtu` in bytes is the device's; routes carry their own."""
+    with IPRoute() as ipr:
+        index = _index(ipr, name)
+        if index is not None:
+            (link,) = ipr.get_links(index)
+            if _link_differences(link, port):
+                ipr.link("del", index=index)
+                index = None
+            elif link.get_attr("IFLA_MTU") != mtu:
+                ipr.link("set", index=index, mtu=mtu)
+        if index is None:
+            try:
+                ipr.link(
+                    "add",
+                    ifname=name,
+                    kind="vxlan",
+                    vxlan_collect_metadata=1,
+                    vxlan_learning=0,
+                    vxlan_port=port,
+                    mtu=mtu,
+                )
+            except NetlinkError as error:
+                raise NetworkError(
+                    f"cannot make the VXLAN device {name} on UDP port {port}: {error}; is the vxlan module there "
+                    "(modprobe vxlan), and does another VXLAN device use this port (ip -d link show type vxlan)?"
+                ) from error
+            index = _index(ipr, name)
+            if index is None:
+                raise NetworkError(f"the VXLAN device {name} went away while it was being set up")
+            ipr.link("set", index=index, arp=False)
+            # A link-local address would send router solicitations into the overlay.
+            ipr.link(
+                "set",
+                index=index,
+                IFLA_AF_SPEC={"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _ADDR_GEN_MODE_NONE)]})]},
+            )
+        return index
+
+
+def _link_differences(link: Any, port: int) -> list[str]:
+    info = link.get_attr("IFLA_LINKINFO")
+    kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
+    if kind != "vxlan":
+        return [f"is a device of kind {kind}, not vxlan"]
+    data = info.get_attr("IFLA_INFO_DATA")
+    differences = []
+    if not data.get_attr("IFLA_VXLAN_COLLECT_METADATA"):
+        differences.append("is not in collect-metadata (external) mode")
+    if data.get_attr("IFLA_VXLAN_LEARNING"):
+        differences.append("learns addresses")
+    if data.get_attr("IFLA_VXLAN_PORT") != port:
+        differences.append(f"uses UDP port {data.get_attr('IFLA_VXLAN_PORT')}, wanted: {port}")
+    if not link["flags"] & _IFF_NOARP:
+        differences.append("is not NOARP")
+    return differences
+
+
+def _addresses(ipr: Any, index: int) -> Iterator[Any]:
+    """ip_interface objects on the device, without link-local ones."""
+    for family in _FAMILIES:
+        for message in ipr.get_addr(family=family, index=index):
+            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            interface = ip_interface(f"{text}/{message['prefixlen']}")
+            if not interface.ip.is_link_local:
+                yield interface
+
+
+def _routes(ipr: Any) -> list[_Found]:
+    """Routes of our protocol in any table."""
+    found = []
+    for family in _FAMILIES:
+        for message in ipr.get_routes(family=family, proto=ROUTE_PROTOCOL):
+            if message["proto"] != ROUTE_PROTOCOL:
+                continue
+            default = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a prefix, not a listener
+            prefix = ip_network(f"{message.get_attr('RTA_DST') or default}/{message['dst_len']}")
+            source = message.get_attr("RTA_PREFSRC")
+            metrics = message.get_attr("RTA_METRICS")
+            route = Route(
+                prefix=prefix,
+                source=ip_address(source) if source else None,
+                mtu=(metrics.get_attr("RTAX_MTU") or 0) if metrics is not None else 0,
+                table=message.get_attr("RTA_TABLE") or message["table"],
+                unreachable=message["type"] == _RTN_UNREACHABLE,
+            )
+            found.append(_Found(route, 0 if route.unreachable else message.get_attr("RTA_OIF") or 0))
+    return found
+
+
+def _rules(ipr: Any) -> set[Rule]:
+    """Policy rules of our protocol."""
+    found = set()
+    for family in _FAMILIES:
+        for message in ipr.get_rules(family=family):
+            if message.get_attr("FRA_PROTOCOL") != ROUTE_PROTOCOL:
+                continue
+            default = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a prefix, not a listener
+            found.add(
+                Rule(
+                    source=ip_network(f"{message.get_attr('FRA_SRC') or default}/{message['src_len']}"),
+                    table=message.get_attr("FRA_TABLE") or message["table"],
+                    priority=message.get_attr("FRA_PRIORITY") or 0,
+                )
+            )
+    return found
+
+
+def _family(network: Network) -> int:
+    return int(socket.AF_INET if network.version == 4 else socket.AF_INET6)
+
+
+def _route_arguments(route: Route, index: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "family": _family(route.prefix),
+        "dst": str(route.prefix),
+        "table": route.table,
+        "proto": ROUTE_PROTOCOL,
+    }
+    if route.unreachable:
+        arguments["type"] = "unreachable"
+        return arguments
+    arguments["oif"] = index
+    arguments["scope"] = _RT_SCOPE_LINK
+    if route.source is not None:
+        arguments["prefsrc"] = str(route.source)
+    if route.mtu:
+        arguments["metrics"] = {"mtu": route.mtu}
+    return arguments
+
+
+def _route_words(route: Route) -> str:
+    words = [f"unreachable {route.prefix}" if route.unreachable else str(route.prefix)]
+    if route.table != _TABLE_MAIN:
+        words.append(f"table {route.table}")
+    if route.source is not None:
+        words.append(f"src {route.source}")
+    if route.mtu:
+        words.append(f"mtu {route.mtu}")
+    return "route " + " ".join(words)
+
+
+def _rule_words(rule: Rule) -> str:
+    return f"rule {rule.priority}: from {rule.source} lookup {rule.table}"
+
+
+@dataclass(slots=True)
+class _Difference:
+    """What stands between the kernel and what is wanted."""
+
+    up: bool
+    add_addresses: list[Address]
+    remove_addresses: list[Any]
+    add_routes: list[Route]
+    replace_routes: list[tuple[Route, Route]]  # (real, wanted) of the same prefix and table
+    remove_routes: list[_Found]
+    add_rules: list[Rule]
+    remove_rules: list[Rule]
+
+
+def _difference(ipr: Any, datapath: Datapath, index: int) -> _Difference:
+    (link,) = ipr.get_links(index)
+    addresses = set(_addresses(ipr, index))
+    wanted_addresses = {ip_interface(f"{each}/{each.max_prefixlen}"): each for each in datapath.addresses}
+    real_routes = {(each.route.prefix, each.route.table): each for each in _routes(ipr)}
+    wanted_routes = {(each.prefix, each.table): each for each in datapath.routes}
+    rules = _rules(ipr)
+    add, replace = [], []
+    for key, route in sorted(wanted_routes.items(), key=str):
+        found = real_routes.get(key)
+        if found is None:
+            add.append(route)
+        elif found.route != route or found.oif != (0 if route.unreachable else index):
+            replace.append((found.route, route))
+    return _Difference(
+        up=bool(link["flags"] & _IFF_UP),
+        add_addresses=[wanted_addresses[each] for each in sorted(wanted_addresses.keys() - addresses, key=str)],
+        remove_addresses=sorted(addresses - wanted_addresses.keys(), key=str),
+        add_routes=add,
+        replace_routes=replace,
+        remove_routes=[found for key, found in sorted(real_routes.items(), key=str) if key not in wanted_routes],
+        add_rules=sorted(datapath.rules - rules, key=str),
+        remove_rules=sorted(rules - datapath.rules, key=str),
+    )
+
+
+def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
+    """Brings the device up and makes addresses, routes and rules what is wanted: additions first.
+
+    NetworkError after everything that could be done was done."""
+    changes: list[str] = []
+    problems: list[str] = []
+    with IPRoute() as ipr:
+        index = _index(ipr, name)
+        if index is None:
+            raise NetworkError(f"the overlay device {name} is missing: ensure_overlay() comes first")
+        difference = _difference(ipr, datapath, index)
+
+        def attempt(words: str, kind: str, action: str, **arguments: Any) -> None:
+            try:
+                getattr(ipr, kind)(action, **arguments)
+            except NetlinkError as error:
+                # What is to go may have gone with its address or device.
+                if action == "del" and error.code in (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL):
+                    return
+                problems.append(f"cannot {words}: {_explain(error, action, kind)}")
+            else:
+                changes.append(words)
+
+        if not difference.up:
+            attempt(f"set {name} up", "link", "set", index=index, state="up")
+        for address in difference.add_addresses:
+            attempt(
+                f"add address {address}",
+                "addr",
+                "add",
+                index=index,
+                address=str(address),
+                prefixlen=address.max_prefixlen,
+                family=socket.AF_INET if address.version == 4 else socket.AF_INET6,
+            )
+        for route in difference.add_routes:
+            attempt(f"add {_route_words(route)}", "route", "add", **_route_arguments(route, index))
+        for _, route in difference.replace_routes:
+            attempt(f"change to {_route_words(route)}", "route", "replace", **_route_arguments(route, index))
+        for rule in difference.add_rules:
+            attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
+        for rule in difference.remove_rules:
+            attempt(f"remove {_rule_words(rule)}", "rule", "del", **_rule_arguments(rule))
+        for found in difference.remove_routes:
+            attempt(f"remove {_route_words(found.route)}", "route", "del", **_route_arguments(found.route, found.oif))
+        for interface in difference.remove_addresses:
+            attempt(
+                f"remove address {interface}",
+                "addr",
+                "del",
+                index=index,
+                address=str(interface.ip),
+                prefixlen=interface.network.prefixlen,
+                family=socket.AF_INET if interface.version == 4 else socket.AF_INET6,
+            )
+    if problems:
+        raise NetworkError(problems)
+    return NetworkResult(tuple(changes))
+
+
+def _rule_arguments(rule: Rule) -> dict[str, Any]:
+    return {
+        "family": _family(rule.source),
+        "src": str(rule.source.network_address),
+        "src_len": rule.source.prefixlen,
+        "table": rule.table,
+        "priority": rule.priority,
+        "protocol": ROUTE_PROTOCOL,
+    }
+
+
+def _explain(error: Any, action: str, kind: str) -> str:
+    text = str(error.args[1] if len(error.args) > 1 else error)
+    if kind == "route" and action == "add" and error.code == errno.EEXIST:
+        return f"{text}: a route that is not ours (another protocol than {ROUTE_PROTOCOL}) has this prefix already"
+    if kind == "link" and error.code in (errno.EADDRINUSE, errno.EEXIST):
+        return f"{text}: its UDP port is in use (ss -ulnp; ip -d link show type vxlan)"
+    return text
+
+
+def audit_network(datapath: Datapath, name: str = OVERLAY) -> list[str]:
+    """What differs from what is wanted, in words. Changes nothing."""
+    with IPRoute() as ipr:
+        index = _index(ipr, name)
+        if index is None:
+            return [f"the overlay device {name} is missing"]
+        (link,) = ipr.get_links(index)
+        problems = [f"{name} {words}" for words in _link_differences(link, datapath.overlay_port)]
+        if link.get_attr("IFLA_MTU") != datapath.overlay_mtu:
+            problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {datapath.overlay_mtu}")
+        difference = _difference(ipr, datapath, index)
+    if not difference.up:
+        problems.append(f"{name} is down")
+    problems += [f"address {each} is missing on {name}" for each in difference.add_addresses]
+    problems += [f"address {each} on {name} is not wanted" for each in difference.remove_addresses]
+    problems += [f"{_route_words(each)} is missing" for each in difference.add_routes]
+    problems += [
+        f"{_route_words(real)} is not what is wanted: {_route_words(wanted)} over {name}"
+        for real, wanted in difference.replace_routes
+    ]
+    problems += [f"{_route_words(each.route)} is not wanted" for each in difference.remove_routes]
+    problems += [f"{_rule_words(each)} is missing" for each in difference.add_rules]
+    problems += [f"{_rule_words(each)} is not wanted" for each in difference.remove_rules]
+    return problems
+
+
+def remove_network(name: str = OVERLAY) -> list[str]:
+    """Removes our rules, routes and the device; answers what was removed."""
+    removed = []
+    with IPRoute() as ipr:
+        for rule in sorted(_rules(ipr), key=str):
+            ipr.rule("del", **_rule_arguments(rule))
+            removed.append(_rule_words(rule))
+        for found in _routes(ipr):
+            ipr.route("del", **_route_arguments(found.route, found.oif))
+            removed.append(_route_words(found.route))
+        index = _index(ipr, name)
+        if index is not None:
+            ipr.link("del", index=index)
+            removed.append(f"device {name}")
+    return removed
+
+
+def underlay_mtu(address: Address) -> int:
+    """MTU in bytes of the path to `address`: of its device if it is this host's own, else of the route to it
+    (with what path MTU discovery has learnt)."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with IPRoute() as ipr:
+        for message in ipr.get_addr(family=family):
+            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            if ip_address(text) == address:
+                return _link_mtu(ipr, message["index"])
+        try:
+            (route,) = ipr.route("get", dst=str(address), family=family)
+        except NetlinkError as error:
+            raise NetworkError(
+                f"this host has no route to {address} ({error}): check the underlay address in the inventory and "
+                "the host's routes (ip route get)"
+            ) from error
+        mtu = _link_mtu(ipr, route.get_attr("RTA_OIF"))
+        metrics = route.get_attr("RTA_METRICS")
+        learnt = metrics.get_attr("RTAX_MTU") if metrics is not None else None
+        return min(mtu, int(learnt)) if learnt else mtu
+
+
+def _link_mtu(ipr: Any, index: int) -> int:
+    (link,) = ipr.get_links(index)
+    return int(link.get_attr("IFLA_MTU"))

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ending sockets whose peer is gone: NETLINK_SOCK_DIAG, SOCK_DESTROY (what `ss -K` does).
+
+Wire format: uapi/linux/inet_diag.h and sock_diag.h. The application sees ECONNABORTED.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+from isthmus_agent.desired.datapath import Address
+from isthmus_agent.netlink.errors import NetworkError
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_SOCK_DESTROY = 21
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr
+_REQUEST = struct.Struct("=BBBxI48s")  # inet_diag_req_v2, the socket id as bytes
+_MESSAGE = struct.Struct("=BBBB48s20s")  # inet_diag_msg
+_SOCKET_ID = struct.Struct("=2s2s16s16sIQ")  # inet_diag_sockid; the cookie is two u32, low first
+_ATTRIBUTE = struct.Struct("=HH")
+_HOST_CONDITION = struct.Struct("=BBxxi")  # inet_diag_hostcond, then the address
+_OPERATION = struct.Struct("=BBH")  # inet_diag_bc_op
+
+_REQ_BYTECODE = 1
+_BC_DESTINATION = 8
+
+# Every state with a peer; not TIME_WAIT, LISTEN, CLOSE (UDP: unconnected) and half-open requests.
+_STATES = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
+
+# From here on one dump of everything is cheaper than one per destination.
+_MANY = 16
+
+Destination = tuple[Address, int, int]  # address, port, protocol (6 or 17)
+
+
+@dataclass(frozen=True, slots=True)
+class _Socket:
+    family: int
+    protocol: int
+    identifier: bytes  # inet_diag_sockid as the kernel gave it
+    cookie: int
+    destination: Destination
+
+
+def destroy_sockets(destinations: Collection[Destination], cookies: Collection[int] | None = None) -> int:
+    """Ends the sockets of this network namespace that are connected to one of `destinations`, and with
+    `cookies` only those of them that have one of these cookies. Answers how many.
+
+    IPv4 destinations match AF_INET6 sockets with a v4-mapped peer too. NetworkError if the kernel cannot
+    end sockets (CONFIG_INET_DIAG_DESTROY)."""
+    wanted = set(destinations)
+    if not wanted or (cookies is not None and not cookies):
+        return 0
+    keep = None if cookies is None else frozenset(cookies)
+    ended = 0
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.bind((0, 0))
+        for each in _matching(netlink, wanted):
+            if (keep is None or each.cookie in keep) and _destroy(netlink, each):
+                ended += 1
+    return ended
+
+
+def can_destroy() -> bool:
+    """Whether this kernel can end sockets: asks for one that cannot exist."""
+    probe = _Socket(socket.AF_INET, socket.IPPROTO_TCP, bytes(40) + struct.pack("=Q", 1), 1, (IPv4Address(0), 0, 6))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.bind((0, 0))
+        try:
+            _destroy(netlink, probe)
+        except NetworkError:
+            return False
+    return True
+
+
+def _matching(netlink: socket.socket, wanted: set[Destination]) -> list[_Socket]:
+    found: list[_Socket] = []
+    for protocol in sorted({each[2] for each in wanted}):
+        of_protocol = [each for each in wanted if each[2] == protocol]
+        filters: list[Destination | None] = [None] if len(of_protocol) > _MANY else list(of_protocol)
+        for one in filters:
+            families = (
+                [socket.AF_INET6] if one is not None and one[0].version == 6 else [socket.AF_INET, socket.AF_INET6]
+            )
+            for family in families:
+                found += [each for each in _dump(netlink, family, protocol, one) if each.destination in wanted]
+    return found
+
+
+def _dump(netlink: socket.socket, family: int, protocol: int, one: Destination | None) -> Iterator[_Socket]:
+    body = _REQUEST.pack(family, protocol, 0, _STATES, bytes(48))
+    if one is not None:
+        address, port, _ = one
+        condition = (
+            _HOST_CONDITION.pack(
+                socket.AF_INET if address.version == 4 else socket.AF_INET6, address.max_prefixlen, port
+            )
+            + address.packed
+        )
+        length = _OPERATION.size + len(condition)
+        # yes: to the end, which accepts; no: beyond the end, which refuses.
+        code = _OPERATION.pack(_BC_DESTINATION, length, length + 4) + condition
+        body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(code), _REQ_BYTECODE) + code
+    sequence = _send(netlink, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, body)
+    messages: list[bytes] = []
+    done = False
+    while not done:
+        for kind, answered, payload in _receive(netlink):
+            if answered != sequence:
+                continue
+            if kind == _NLMSG_DONE:
+                done = True
+            elif kind == _NLMSG_ERROR:
+                number = -struct.unpack_from("=i", payload)[0]
+                if number == errno.ENOENT:  # no handler: this kernel has no such protocol, so no such socket
+                    return
+                raise NetworkError(f"cannot list sockets: {os.strerror(number)}; is the inet_diag module there?")
+            else:
+                messages.append(payload)
+    for payload in messages:
+        found_family, _, _, _, identifier, _ = _MESSAGE.unpack_from(payload)
+        _, port, _, packed, _, cookie = _SOCKET_ID.unpack(identifier)
+        yield _Socket(
+            found_family,
+            protocol,
+            identifier,
+            cookie,
+            (_peer(found_family, packed), int.from_bytes(port, "big"), protocol),
+        )
+
+
+def _peer(family: int, packed: bytes) -> Address:
+    if family == socket.AF_INET:
+        return IPv4Address(packed[:4])
+    address = IPv6Address(packed)
+    return address.ipv4_mapped or address
+
+
+def _destroy(netlink: socket.socket, each: _Socket) -> bool:
+    """False if the socket is gone already."""
+    body = _REQUEST.pack(each.family, each.protocol, 0, _STATES, each.identifier)
+    sequence = _send(netlink, _SOCK_DESTROY, _NLM_F_REQUEST | _NLM_F_ACK, body)
+    while True:
+        for kind, answered, payload in _receive(netlink):
+            if answered != sequence or kind != _NLMSG_ERROR:
+                continue
+            number = -struct.unpack_from("=i", payload)[0]
+            if number == 0:
+                return True
+            if number in (errno.ENOENT, errno.ESTALE):
+                return False
+            if number == errno.EOPNOTSUPP:
+                raise NetworkError("this kernel cannot end sockets: it is built without CONFIG_INET_DIAG_DESTROY")
+            raise NetworkError(f"cannot end the socket to {each.destination[0]}: {os.strerror(number)}")
+
+
+def _send(netlink: socket.socket, kind: int, flags: int, body: bytes) -> int:
+    sequence = int.from_bytes(os.urandom(3), "big") + 1
+    netlink.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body)
+    return sequence
+
+
+def _receive(netlink: socket.socket) -> Iterator[tuple[int, int, bytes]]:
+    data = netlink.recv(1 << 18)
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
+        yield kind, sequence, data[offset + _HEADER.size : offset + length]
+        offset += (length + 3) & ~3
