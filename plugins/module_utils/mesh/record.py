@@ -8,7 +8,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
     {"schema": 1, "revision": 4, "estate": "lab", "domain": "clusterset.local", "max_clusters": 255,
      "overlay_port": 8472,
      "clusters": {"onprem": {"id": 1, "state": "present"}},
-     "services": {"shop/web": {"clusters": ["cloud", "edge", "onprem"]}},
+     "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
 
 `clusters/<name>`::
@@ -107,10 +107,11 @@ def merge(copies: Iterable[Any]) -> Record:
     if roster is not None:
         missing = sorted(set(roster["clusters"]) - set(clusters))
         if missing:
+            documents_missing = ", ".join(CLUSTERS + name for name in missing)
             raise RecordError(
-                f"estate record: the roster names {', '.join(missing)}, but no copy of "
-                f"{', '.join(CLUSTERS + name for name in missing)} was found. Without it addresses would be dealt twice. "
-                "Next: make a member of that cluster, or a host with /etc/isthmus/estate.json, reachable and run again"
+                f"estate record: the roster names {', '.join(missing)}, but no copy of {documents_missing} was found. "
+                "Without it addresses would be dealt twice. Next: make a member of that cluster, "
+                "or a host with /etc/isthmus/estate.json, reachable and run again"
             )
     return Record(roster, clusters, tuple(sorted(warnings)))
 

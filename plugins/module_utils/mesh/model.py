@@ -1,0 +1,819 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The estate model: what the inventory says, typed and checked as a whole.
+
+`read_model` takes plain variables and either returns a `Model` or raises `ModelError` with every
+problem that there is. Nothing here knows the record: what was dealt is `record.py`, and `planner.py`
+brings both together.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from . import jsontext, schema
+from .documents import HealthCheck, ServiceDefinition, ServicePort
+from .schema import INVALID, Problem, not_yet, suggestion
+
+
+class ModelError(ValueError):
+    """The inventory cannot be used. `problems` are all of them, `str()` is one message with a line each."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(sorted(set(problems)))
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        lines = "\n".join(f"- {problem}" for problem in self.problems)
+        super().__init__(f"The mesh cannot be planned: {head}. Nothing was changed on any host.\n{lines}")
+
+
+@dataclass(frozen=True)
+class Etcd:
+    """`hosts` in the inventory's order: the first is the default place of the CA and the first member."""
+
+    hosts: tuple[str, ...]
+    client_port: int
+    peer_port: int
+    source: Mapping[str, str]
+    quota_bytes: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    name: str
+    id: int
+    site: str
+    workload_ranges: tuple[IPv4Network, ...]
+    service_range: IPv4Network
+    node_prefix: int
+    etcd: Etcd
+    ca_host: str | None
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`cgroup` is one of {"unit"}, {"slice"}, {"path"}; `address` is a pinned one."""
+
+    name: str
+    namespace: str
+    service_account: str
+    labels: Mapping[str, str]
+    cgroup: Mapping[str, str]
+    address: IPv4Address | None = None
+    absent: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    cluster: str
+    site: str
+    underlay: IPv4Address
+    advertise: IPv4Address
+    node_range: IPv4Network | None
+    labels: Mapping[str, str]
+    workloads: tuple[Workload, ...]
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class Service:
+    """A definition and the clusters in which it exists."""
+
+    definition: ServiceDefinition
+    clusters: tuple[str, ...]
+    absent: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.definition.namespace}/{self.definition.name}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything is sorted by name: the order of the inventory does not show."""
+
+    name: str
+    domain: str
+    max_clusters: int
+    overlay_port: int
+    overlay_mtu: int | None
+    sites: tuple[str, ...]
+    clusters: Mapping[str, Cluster]
+    hosts: Mapping[str, Host]
+    services: Mapping[str, Service]
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def digest(self) -> str:
+        """sha256 in hex of all that the model says; warnings do not count."""
+        content = {key: value for key, value in asdict(self).items() if key != "warnings"}
+        return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (IPv4Address, IPv4Network)):
+        return str(value)
+    return value
+
+
+def read_model(estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
+    """Read and check an inventory.
+
+    `estate` is `isthmus_estate`; `hosts` maps each inventory host to its variables, of which only
+    `schema.HOST_VARIABLES` are looked at. Hosts without `isthmus_cluster` are not part of the mesh.
+    Raises ModelError with all problems found.
+    """
+    return _Reader().read(estate, hosts)
+
+
+class _Reader:
+    """One pass over an inventory; `problems` grows, and what is invalid is left out of later checks."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.broken_hosts: set[str] = set()  # in the mesh, but not readable: no use to complain twice
+
+    def problem(self, where: str, what: str, why: str, following: str) -> None:
+        self.problems.append(Problem(where, what, why, following))
+
+    def read(self, estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
+        if estate is None:
+            self.problem(
+                "isthmus_estate",
+                "it is not defined for any host",
+                "it is the mesh",
+                "put it into group_vars/all, or pass the inventory that has it with -i",
+            )
+            raise ModelError(self.problems)
+        version = estate.get("schema") if isinstance(estate, dict) else None
+        if isinstance(version, int) and version > schema.VERSION:
+            self.problem(
+                "isthmus_estate.schema",
+                f"{version} is newer than {schema.VERSION}, the newest that this collection reads",
+                "a newer key could be misread",
+                "install a newer isthmus.mesh",
+            )
+            raise ModelError(self.problems)
+        top = schema.ESTATE.read(estate, "isthmus_estate", self.problems)
+        if top is INVALID:
+            raise ModelError(self.problems)
+        clusters = self.clusters(top)
+        read_hosts = self.hosts(top, clusters, hosts)
+        self.cluster_hosts(clusters, read_hosts, hosts)
+        self.sites(top, clusters, read_hosts)
+        self.ranges(clusters, read_hosts)
+        services = self.services(top, clusters, read_hosts)
+        if self.problems:
+            raise ModelError(self.problems)
+        overlay = top["overlay"] or {"port": 8472, "mtu": None}
+        sites = {cluster.site for cluster in clusters.values()} | {host.site for host in read_hosts.values()}
+        return Model(
+            name=top["name"],
+            domain=top["domain"],
+            max_clusters=top["max_clusters"],
+            overlay_port=overlay["port"],
+            overlay_mtu=overlay["mtu"],
+            sites=tuple(sorted(sites | set(top["sites"] or ()))),
+            clusters={name: clusters[name] for name in sorted(clusters)},
+            hosts={name: read_hosts[name] for name in sorted(read_hosts)},
+            services={name: services[name] for name in sorted(services)},
+            warnings=tuple(sorted(self.warnings)),
+        )
+
+    def clusters(self, top: dict[str, Any]) -> dict[str, Cluster]:
+        """Clusters that could be read; one with a bad part is left out, its problems are noted."""
+        found: dict[str, Cluster] = {}
+        if top["clusters"] is INVALID:
+            return found
+        if not top["clusters"]:
+            self.problem("isthmus_estate.clusters", "there is no cluster", "a mesh joins clusters", "add at least one")
+        ids: dict[int, str] = {}
+        highest = top["max_clusters"]
+        for name in sorted(top["clusters"]):
+            where = f"isthmus_estate.clusters.{name}"
+            entry = top["clusters"][name]
+            number = entry["id"]
+            if number is not INVALID and highest is not INVALID and number > highest:
+                self.problem(
+                    f"{where}.id",
+                    f"{number} is out of range 1..{highest}",
+                    "identities carry the cluster's id in 8 bits",
+                    "choose another id, or set max_clusters: 511 before the first run of every member",
+                )
+            elif number is not INVALID and number in ids:
+                self.problem(
+                    f"{where}.id",
+                    f"{number} is also the id of cluster {ids[number]}",
+                    "identities of the two could not be told apart",
+                    "give each cluster an id of its own",
+                )
+            elif number is not INVALID:
+                ids[number] = name
+            self.cluster_peers(where, name, entry, top["clusters"])
+            etcd = self.etcd(where, entry)
+            needed = (number, entry["workload_ranges"], entry["service_range"], entry["node_prefix"], entry["site"])
+            if etcd is None or any(value is INVALID for value in (*needed, entry["ca_host"], entry["state"])):
+                continue
+            prefix = entry["node_prefix"]
+            for network in entry["workload_ranges"]:
+                if network.prefixlen > prefix:
+                    self.problem(
+                        f"{where}.workload_ranges",
+                        f"{network} is smaller than a node range (/{prefix})",
+                        "not even one host fits",
+                        "use a larger range",
+                    )
+            found[name] = Cluster(
+                name=name,
+                id=number,
+                site=entry["site"] or name,
+                workload_ranges=tuple(entry["workload_ranges"]),
+                service_range=entry["service_range"],
+                node_prefix=prefix,
+                etcd=etcd,
+                ca_host=entry["ca_host"],
+                absent=entry["state"] == "absent",
+            )
+        return found
+
+    def cluster_peers(self, where: str, name: str, entry: dict[str, Any], all_clusters: Mapping[str, Any]) -> None:
+        peers = entry["peers"]
+        if peers is INVALID or peers == "all":
+            return
+        for peer in peers:
+            if peer not in all_clusters:
+                self.problem(
+                    f"{where}.peers",
+                    f"{peer!r} is not a cluster of this estate",
+                    "only clusters of one estate can peer",
+                    suggestion(peer, set(all_clusters) - {name}),
+                )
+        missing = sorted(set(all_clusters) - set(peers) - {name})
+        if missing:
+            self.problems.append(
+                not_yet(
+                    f"{where}.peers",
+                    f"a part of the clusters (without {', '.join(missing)})",
+                    "every cluster exchanges state with every other so far",
+                    "all",
+                )
+            )
+
+    def etcd(self, where: str, entry: dict[str, Any]) -> Etcd | None:
+        given = entry["etcd"]
+        if given is INVALID:
+            return None
+        hosts: tuple[str, ...] = ()
+        if given is not None:
+            if any(value is INVALID for value in given.values()):
+                return None
+            hosts = tuple(given["hosts"])
+        where_hosts = f"{where}.etcd.hosts"
+        if not hosts:
+            if entry["control_plane"] == "hosts" and entry["state"] != "absent":
+                self.problem(
+                    where_hosts,
+                    "there is no etcd host",
+                    "with control_plane: hosts the cluster's state lives in etcd on its own hosts",
+                    "name 1, 3 or 5 hosts of this cluster",
+                )
+            return Etcd((), 2379, 2380, {"type": "package"}, 2 * 1024**3)
+        assert given is not None
+        for host in sorted({host for host in hosts if hosts.count(host) > 1}):
+            self.problem(where_hosts, f"{host} is there twice", "a host carries one member", "remove one of them")
+        if len(hosts) > 7:
+            self.problem(
+                where_hosts,
+                f"{len(hosts)} members are more than 7",
+                "every write waits for a majority, so that more members only make it slower",
+                "keep 3, 5 or 7",
+            )
+        elif len(hosts) % 2 == 0:
+            self.warnings.append(
+                f"{where_hosts}: {len(hosts)} members tolerate no more failures than {len(hosts) - 1}; "
+                "use an odd number"
+            )
+        if given["client_port"] == given["peer_port"]:
+            self.problem(
+                f"{where}.etcd.peer_port",
+                f"{given['peer_port']} is also client_port",
+                "two listeners cannot share a port",
+                "choose another",
+            )
+        return Etcd(
+            hosts, given["client_port"], given["peer_port"], self.etcd_source(where, given), given["quota_bytes"]
+        )
+
+    def etcd_source(self, where: str, given: dict[str, Any]) -> dict[str, str]:
+        source = {key: value for key, value in (given["source"] or {"type": "package"}).items() if value is not None}
+        where = f"{where}.etcd.source"
+        if any(value is INVALID for value in source.values()):
+            return {}
+        extra = sorted(set(source) & {"path", "url", "sha256"})
+        if source["type"] == "package" and extra:
+            self.problem(
+                where,
+                f"{extra[0]} goes with type: archive only",
+                "a package comes from the distribution",
+                f"remove {', '.join(extra)} or set type: archive",
+            )
+        if source["type"] == "archive":
+            if ("path" in source) == ("url" in source):
+                self.problem(where, "an archive needs path or url", "it must come from one place", "give one of them")
+            if "sha256" not in source:
+                self.problem(
+                    where,
+                    "sha256 is missing",
+                    "what is fetched is checked before it is run",
+                    "add the archive's sha256",
+                )
+        return source
+
+    def hosts(
+        self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Host]:
+        found: dict[str, Host] = {}
+        declared = set(top["clusters"]) if top["clusters"] is not INVALID else set()
+        for name in sorted(hosts):
+            variables = {key: value for key, value in hosts[name].items() if key in schema.HOST_VARIABLES}
+            if variables.get("isthmus_cluster") is None:
+                continue
+            where = f"host {name}"
+            if isinstance(variables["isthmus_cluster"], (list, tuple)):
+                several = ", ".join(str(entry) for entry in variables["isthmus_cluster"])
+                self.problem(
+                    f"{where}.isthmus_cluster",
+                    f"the host is in two clusters: {several}",
+                    "its address and identity belong to one",
+                    "keep one",
+                )
+                self.broken_hosts.add(name)
+                continue
+            before = len(self.problems)
+            schema.HOST_NAME.read(name, where, self.problems)
+            ansible_host = variables.pop("ansible_host", None)
+            entry = schema.HOST.read(variables, where, self.problems)
+            underlay = entry["isthmus_underlay"]
+            if underlay is None:
+                underlay = self.default_underlay(where, name, ansible_host)
+            cluster = entry["isthmus_cluster"]
+            if cluster is not INVALID and cluster not in declared:
+                self.problem(
+                    f"{where}.isthmus_cluster",
+                    f"{cluster!r} is not a cluster of this estate",
+                    "the host would belong to nothing",
+                    suggestion(cluster, declared),
+                )
+            workloads = self.workloads(where, entry["isthmus_workloads"])
+            if len(self.problems) > before or cluster not in clusters:
+                self.broken_hosts.add(name)
+                continue
+            found[name] = Host(
+                name=name,
+                cluster=cluster,
+                site=entry["isthmus_site"] or clusters[cluster].site,
+                underlay=underlay,
+                advertise=entry["isthmus_advertise"] or underlay,
+                node_range=entry["isthmus_node_range"],
+                labels=entry["isthmus_labels"],
+                workloads=workloads,
+                absent=entry["isthmus_state"] == "absent" or clusters[cluster].absent,
+            )
+        self.unique_addresses(found)
+        self.pins(found)
+        return found
+
+    def default_underlay(self, where: str, name: str, ansible_host: Any) -> Any:
+        """The literal address that Ansible uses; a name could resolve to anything."""
+        for candidate in (ansible_host, name):
+            try:
+                ipaddress.ip_address(candidate if isinstance(candidate, str) else "")
+            except ValueError:
+                continue
+            return schema.Address().read(candidate, f"{where}.isthmus_underlay", self.problems)
+        self.problem(
+            f"{where}.isthmus_underlay",
+            "it is missing, and ansible_host is not a literal address",
+            "other hosts send their packets to it, and gathered facts are absent under --limit",
+            "set isthmus_underlay to the host's address",
+        )
+        return INVALID
+
+    def workloads(self, where: str, given: Any) -> tuple[Workload, ...]:
+        if given is INVALID:
+            return ()
+        found: dict[str, Workload] = {}
+        cgroups: dict[str, str] = {}
+        for index, entry in enumerate(given):
+            here = f"{where}.isthmus_workloads[{index}]"
+            cgroup = {kind: entry[kind] for kind in ("unit", "slice", "path") if entry[kind] not in (None, INVALID)}
+            if len(cgroup) != 1 and INVALID not in (entry["unit"], entry["slice"], entry["path"]):
+                self.problem(
+                    here,
+                    "it names no unit, slice or path" if not cgroup else f"it names {' and '.join(cgroup)}",
+                    "exactly one cgroup is the workload",
+                    "give one of unit, slice, path",
+                )
+            if any(value is INVALID for value in entry.values()) or len(cgroup) != 1:
+                continue
+            workload = Workload(
+                name=entry["name"],
+                namespace=entry["namespace"],
+                service_account=entry["service_account"],
+                labels=entry["labels"],
+                cgroup=cgroup,
+                address=entry["address"],
+                absent=entry["state"] == "absent",
+            )
+            if workload.key in found:
+                self.problem(here, f"{workload.key} is there twice", "its name is its key", "rename or remove one")
+                continue
+            target = "/".join(next(iter(cgroup.items())))
+            if target in cgroups and not workload.absent:
+                self.problem(
+                    here,
+                    f"{next(iter(cgroup.values()))} is also the workload {cgroups[target]}",
+                    "a process has one address and identity",
+                    "name another cgroup",
+                )
+            cgroups[target] = workload.key
+            found[workload.key] = workload
+        return tuple(found[key] for key in sorted(found))
+
+    def unique_addresses(self, hosts: Mapping[str, Host]) -> None:
+        seen: dict[IPv4Address, str] = {}
+        for host in hosts.values():
+            for variable, address in (("isthmus_underlay", host.underlay), ("isthmus_advertise", host.advertise)):
+                owner = seen.setdefault(address, host.name)
+                if owner != host.name:
+                    self.problem(
+                        f"host {host.name}.{variable}",
+                        f"{address} is also an address of host {owner}",
+                        "packets of the two could not be told apart",
+                        "give each host an address of its own; behind address translation set isthmus_advertise",
+                    )
+
+    def pins(self, hosts: Mapping[str, Host]) -> None:
+        """Pinned node ranges and workload addresses against each other."""
+        pinned = [(host.node_range, host.name) for host in hosts.values() if host.node_range is not None]
+        for (one, first), (other, second) in _overlaps(pinned):
+            self.problem(
+                f"host {second}.isthmus_node_range",
+                f"{other} and {one} of host {first} share {_shared(one, other)}",
+                "an address belongs to one host",
+                "choose another range",
+            )
+        owners: dict[IPv4Address, str] = {}
+        for host in hosts.values():
+            for workload in host.workloads:
+                if workload.address is None:
+                    continue
+                who = f"{host.name}/{workload.key}"
+                where = f"host {host.name}.isthmus_workloads ({workload.key}).address"
+                if owners.setdefault(workload.address, who) != who:
+                    self.problem(
+                        where,
+                        f"{workload.address} is also the address of {owners[workload.address]}",
+                        "an address belongs to one workload",
+                        "choose another",
+                    )
+                if host.node_range is not None and workload.address not in host.node_range:
+                    self.problem(
+                        where,
+                        f"{workload.address} is not in the node range {host.node_range}",
+                        "other hosts find the workload by its host's range",
+                        "choose an address inside it",
+                    )
+
+    def cluster_hosts(
+        self,
+        clusters: Mapping[str, Cluster],
+        hosts: Mapping[str, Host],
+        given: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Members and the CA are hosts of their own cluster."""
+        bearer: dict[str, str] = {}
+        for cluster in clusters.values():
+            where = f"isthmus_estate.clusters.{cluster.name}"
+            wanted = [(f"{where}.etcd.hosts", host) for host in dict.fromkeys(cluster.etcd.hosts)]
+            if cluster.ca_host is not None:
+                wanted.append((f"{where}.ca_host", cluster.ca_host))
+            for key, name in wanted:
+                if name not in given:
+                    self.problem(
+                        key,
+                        f"{name!r} is not a host of the inventory",
+                        "nobody could carry it",
+                        suggestion(name, given),
+                    )
+                elif given[name].get("isthmus_cluster") is None:
+                    self.problem(
+                        key,
+                        f"host {name} has no isthmus_cluster",
+                        "a member is a host of its cluster",
+                        f"set isthmus_cluster: {cluster.name} for it",
+                    )
+                elif name in hosts and hosts[name].cluster != cluster.name:
+                    self.problem(
+                        key,
+                        f"host {name} is in two clusters: it carries {cluster.name}'s etcd or CA, "
+                        f"and its isthmus_cluster is {hosts[name].cluster}",
+                        "an etcd trusts only its own cluster's CA",
+                        "choose a host of this cluster",
+                    )
+                elif name in hosts and hosts[name].absent and not cluster.absent:
+                    self.problem(
+                        key, f"host {name} is being removed", "it would leave with the host", "name another host first"
+                    )
+                if key.endswith("etcd.hosts") and bearer.setdefault(name, cluster.name) != cluster.name:
+                    self.problem(
+                        key,
+                        f"host {name} is in two clusters: {bearer[name]} lists it too",
+                        "a host carries one member",
+                        "keep it in one",
+                    )
+
+    def sites(self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]) -> None:
+        declared = top["sites"]
+        if declared is INVALID:
+            return
+        named = [(f"isthmus_estate.clusters.{cluster.name}.site", cluster.site) for cluster in clusters.values()]
+        named += [(f"host {host.name}.isthmus_site", host.site) for host in hosts.values()]
+        known = set(declared) if declared is not None else {site for _, site in named}
+        inherited = {cluster.site for cluster in clusters.values()} - known
+        for where, site in named:
+            if site not in known and not (where.startswith("host ") and site in inherited):
+                self.problem(
+                    where,
+                    f"{site!r} is not a site of this estate",
+                    "its routing would be unknown",
+                    suggestion(site, known),
+                )
+        pairs: set[tuple[str, ...]] = set()
+        for index, pair in enumerate(top["site_pairs"] if top["site_pairs"] is not INVALID else ()):
+            where = f"isthmus_estate.site_pairs[{index}].sites"
+            if pair["sites"] is INVALID:
+                continue
+            both = tuple(sorted(pair["sites"]))
+            if len(both) != 2 or both[0] == both[1]:
+                self.problem(where, f"{', '.join(both)} are not two sites", "it is a pair", "name two different sites")
+            for site in both:
+                if site not in known:
+                    self.problem(
+                        where,
+                        f"{site!r} is not a site of this estate",
+                        "the pair joins nothing",
+                        suggestion(site, known),
+                    )
+            if both in pairs:
+                self.problem(where, f"the pair {' and '.join(both)} is there twice", "one would win", "remove one")
+            pairs.add(both)
+
+    def ranges(self, clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]) -> None:
+        """No two ranges of the mesh overlap, no host's underlay address lies in one, pins lie in theirs."""
+        named: list[tuple[IPv4Network, str]] = []
+        for cluster in clusters.values():
+            where = f"isthmus_estate.clusters.{cluster.name}"
+            named += [(network, f"{where}.workload_ranges") for network in cluster.workload_ranges]
+            named.append((cluster.service_range, f"{where}.service_range"))
+        for (one, first), (other, second) in _overlaps(named):
+            self.problem(
+                second,
+                f"{other} and {one} ({first}) overlap: they share {_shared(one, other)}",
+                "an address of the mesh belongs to one place",
+                "choose ranges that are apart",
+            )
+        for host in hosts.values():
+            for variable, address in (("isthmus_underlay", host.underlay), ("isthmus_advertise", host.advertise)):
+                for network, where in named:
+                    if address in network:
+                        self.problem(
+                            f"host {host.name}.{variable}",
+                            f"{address} lies in {network} ({where})",
+                            "packets between hosts would be sent into the mesh that they carry",
+                            "choose a range that holds no host's own address",
+                        )
+            cluster_ranges = clusters[host.cluster].workload_ranges
+            if host.node_range is not None and not any(host.node_range.subnet_of(one) for one in cluster_ranges):
+                self.problem(
+                    f"host {host.name}.isthmus_node_range",
+                    f"{host.node_range} is not in a workload range of cluster {host.cluster}",
+                    "peers refuse addresses outside their owner's ranges",
+                    "choose one inside " + ", ".join(str(network) for network in cluster_ranges),
+                )
+
+    def services(
+        self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]
+    ) -> dict[str, Service]:
+        found: dict[str, Service] = {}
+        if top["services"] is INVALID:
+            return found
+        for index, entry in enumerate(top["services"]):
+            where = f"isthmus_estate.services[{index}]"
+            if entry["name"] is not INVALID and entry["namespace"] is not INVALID:
+                where += f" ({entry['namespace']}/{entry['name']})"
+            service = self.service(where, entry, top, clusters, hosts)
+            if service is None:
+                continue
+            if service.key in found:
+                self.problem(where, f"{service.key} is there twice", "its name is its key", "rename or remove one")
+            found[service.key] = service
+        return found
+
+    def service(
+        self,
+        where: str,
+        entry: dict[str, Any],
+        top: dict[str, Any],
+        clusters: Mapping[str, Cluster],
+        hosts: Mapping[str, Host],
+    ) -> Service | None:
+        before = len(self.problems)
+        names = entry["clusters"]
+        if names != "all" and names is not INVALID:
+            declared = top["clusters"] if top["clusters"] is not INVALID else {}
+            for name in names:
+                if name not in declared:
+                    self.problem(
+                        f"{where}.clusters",
+                        f"{name!r} is not a cluster of this estate",
+                        "the service could exist nowhere",
+                        suggestion(name, declared),
+                    )
+        ports = self.service_ports(where, entry["ports"])
+        health = self.health(where, entry["health"], ports)
+        labels, workloads = self.backends(where, entry, hosts)
+        if len(self.problems) > before or any(value is INVALID for value in entry.values()):
+            return None
+        present = tuple(sorted(name for name, cluster in clusters.items() if not cluster.absent))
+        return Service(
+            definition=ServiceDefinition(
+                name=entry["name"],
+                namespace=entry["namespace"],
+                ports=ports,
+                backend_labels=labels,
+                backend_workloads=workloads,
+                health=health,
+                is_global=entry["global"],
+                shared=entry["shared"],
+                affinity=entry["affinity"],
+                labels=entry["labels"],
+            ),
+            clusters=present if names == "all" else tuple(sorted(set(names) & set(present))),
+            absent=entry["state"] == "absent",
+        )
+
+    def service_ports(self, where: str, given: Any) -> tuple[ServicePort, ...]:
+        if given is INVALID:
+            return ()
+        found: list[ServicePort] = []
+        for index, entry in enumerate(given):
+            here = f"{where}.ports[{index}]"
+            if any(value is INVALID for value in entry.values()):
+                continue
+            port = ServicePort(entry["name"], entry["port"], entry["target_port"] or entry["port"], entry["protocol"])
+            if not port.name and len(given) > 1:
+                self.problem(
+                    f"{here}.name", "it is missing", "with several ports the name says which is which", "add a name"
+                )
+            if any(other.name == port.name for other in found) and port.name:
+                self.problem(f"{here}.name", f"{port.name!r} is there twice", "the name is its key", "rename one")
+            if any((other.port, other.protocol) == (port.port, port.protocol) for other in found):
+                self.problem(
+                    f"{here}.port",
+                    f"{port.port}/{port.protocol} is there twice",
+                    "one address and port leads to one set of backends",
+                    "remove one",
+                )
+            found.append(port)
+        return tuple(found)
+
+    def health(self, where: str, given: Any, ports: tuple[ServicePort, ...]) -> HealthCheck | None:
+        if given is None or given is INVALID or any(value is INVALID for value in given.values()):
+            return None
+        where = f"{where}.health"
+        kind, port = given["type"], given["port"]
+        if kind != "exec" and port is None:
+            port = next((entry.target_port for entry in ports if entry.protocol == "TCP"), None)
+            if port is None:
+                self.problem(
+                    f"{where}.port",
+                    f"it is missing, and the service has no TCP port for a {kind} check",
+                    "the check needs a TCP port",
+                    "add port, or use type: exec",
+                )
+        for key, owner in (("path", "http"), ("command", "exec")):
+            if given[key] is not None and kind != owner:
+                self.problem(
+                    f"{where}.{key}", f"it goes with type: {owner} only", f"a {kind} check has none", "remove it"
+                )
+        if kind == "exec" and not given["command"]:
+            self.problem(f"{where}.command", "it is missing", "an exec check runs it", "add the command as a list")
+        if given["timeout"] > 10 * given["interval"]:
+            self.problem(
+                f"{where}.timeout",
+                f"{given['timeout']:g} s is more than ten times the interval",
+                "checks of one backend would pile up",
+                "shorten it",
+            )
+        return HealthCheck(
+            type=kind,
+            port=port,
+            path=(given["path"] or "/") if kind == "http" else None,
+            command=tuple(given["command"] or ()),
+            interval=given["interval"],
+            timeout=given["timeout"],
+            rise=given["rise"],
+            fall=given["fall"],
+        )
+
+    def backends(
+        self, where: str, entry: dict[str, Any], hosts: Mapping[str, Host]
+    ) -> tuple[Mapping[str, str] | None, tuple[str, ...]]:
+        given = entry["backends"]
+        where = f"{where}.backends"
+        if given is INVALID or any(value is INVALID for value in given.values()):
+            return None, ()
+        labels, workloads = given["labels"], given["workloads"]
+        if (labels is None) == (workloads is None):
+            self.problem(
+                where, "it needs labels or workloads, and one of them only", "backends are chosen one way", "fix it"
+            )
+            return None, ()
+        if labels is not None:
+            if not labels:
+                self.problem(
+                    f"{where}.labels", "it is empty", "every workload of the namespace would match", "add a label"
+                )
+            elif (
+                entry["state"] != "absent"
+                and not self.broken_hosts
+                and not any(
+                    workload.namespace == entry["namespace"]
+                    and not workload.absent
+                    and all(workload.labels.get(key) == value for key, value in labels.items())
+                    for host in hosts.values()
+                    for workload in host.workloads
+                )
+            ):
+                self.warnings.append(
+                    f"{where}.labels: no workload of namespace {entry['namespace']} in the inventory has these labels; "
+                    "the service has no backend until one does"
+                )
+            return labels, ()
+        for reference in workloads:
+            host, _, name = reference.partition("/")
+            if host in self.broken_hosts:
+                continue
+            if host not in hosts:
+                self.problem(
+                    f"{where}.workloads",
+                    f"{host!r} of {reference!r} is not a host of the mesh",
+                    "the backend could not exist",
+                    suggestion(host, hosts),
+                )
+            elif not any(
+                workload.name == name and workload.namespace == entry["namespace"] for workload in hosts[host].workloads
+            ):
+                known = [one.name for one in hosts[host].workloads if one.namespace == entry["namespace"]]
+                self.problem(
+                    f"{where}.workloads",
+                    f"host {host} has no workload {entry['namespace']}/{name}",
+                    "a backend is a workload of the service's namespace",
+                    suggestion(name, known) if known else f"add it to isthmus_workloads of host {host}",
+                )
+        return None, tuple(sorted(workloads))
+
+
+def _overlaps(
+    named: Iterable[tuple[IPv4Network, str]],
+) -> list[tuple[tuple[IPv4Network, str], tuple[IPv4Network, str]]]:
+    """Pairs that overlap, each pair once, ordered by place. Networks overlap only when one holds the
+    other, so a sorted walk with the stack of enclosing ones finds them all."""
+    found = []
+    stack: list[tuple[IPv4Network, str]] = []
+    for entry in sorted(named, key=lambda one: (int(one[0].network_address), one[0].prefixlen, one[1])):
+        while stack and not entry[0].overlaps(stack[-1][0]):
+            stack.pop()
+        found += [(outer, entry) for outer in stack]
+        stack.append(entry)
+    return found
+
+
+def _shared(one: IPv4Network, other: IPv4Network) -> str:
+    inner = one if one.prefixlen >= other.prefixlen else other
+    return f"{inner.num_addresses} addresses ({inner})"

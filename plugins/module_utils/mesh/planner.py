@@ -1,0 +1,807 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The planner: (model, record) -> specs, next record, service definitions, words.
+
+A pure function: the same input gives the same output, whatever the order of the inventory. It
+extends what the record says was dealt and never deals again or moves: what the inventory no longer
+names is an orphan, stays in the record, and other hosts' specs still know it. Things go by
+`state: absent`, or by being named in `prune`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from . import spec
+from .addressing import free_addresses, free_subnets, host_capacity
+from .model import Cluster, Host, Model, ModelError, Workload
+from .record import QUARANTINE, SCHEMA, Record, format_time, parse_time
+from .schema import Problem, suggestion
+
+PKI = "/etc/isthmus/pki"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`specs` by host; `record` by document name; `services` by cluster: `present` definitions and
+    the `absent` ones' names, of what the inventory owns. `orphans` and `removed` are names as `prune`
+    takes them. `before` and `after` are the record in a form for people."""
+
+    specs: Mapping[str, Mapping[str, Any]]
+    record: Mapping[str, Any]
+    services: Mapping[str, Mapping[str, Any]]
+    changes: tuple[str, ...]
+    orphans: tuple[str, ...]
+    removed: tuple[str, ...]
+    warnings: tuple[str, ...]
+    before: str
+    after: str
+
+
+def plan(model: Model, record: Record, now: datetime, by: str = "", prune: Iterable[str] = ()) -> Plan:
+    """Plan the whole estate.
+
+    `now` (aware) is only used for quarantines and time stamps, `by` is who runs it. Raises ModelError
+    with all problems when model and record do not go together or space has run out.
+    """
+    return _Planner(model, record, now, by, prune).run()
+
+
+class _Planner:
+    def __init__(self, model: Model, record: Record, now: datetime, by: str, prune: Iterable[str]) -> None:
+        self.model = model
+        self.record = record
+        self.now = now
+        self.by = by
+        self.problems: list[Problem] = []
+        self.warnings = [*model.warnings, *record.warnings]
+        self.removed: list[str] = []
+        self.orphans: list[str] = []
+        self.digest = model.digest()
+        self.known = {name: doc for name, doc in record.clusters.items() if doc["state"] != "absent"}
+        self.prune = self.prune_names(prune)
+
+    def problem(self, where: str, what: str, why: str, following: str) -> None:
+        self.problems.append(Problem(where, what, why, following))
+
+    def run(self) -> Plan:
+        self.check_roster()
+        self.check_ranges()
+        documents = {}
+        for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
+            document = self.cluster(name)
+            if document is not None:
+                documents[name] = document
+        roster = self.roster(documents)
+        if self.problems:
+            raise ModelError(self.problems)
+        following = Record(roster, documents)
+        present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
+        specs = {
+            host.name: _Spec(self.model, present, host.name, present[host.cluster]).build()
+            for host in self.model.hosts.values()
+            if not host.absent
+        }
+        before, after = _summary(self.record), _summary(following)
+        return Plan(
+            specs=specs,
+            record=following.to_documents(),
+            services=self.services(roster, present),
+            changes=tuple(_changes(self.record, following)),
+            orphans=tuple(sorted(self.orphans)),
+            removed=tuple(sorted(self.removed)),
+            warnings=tuple(sorted(set(self.warnings))),
+            before=before,
+            after=after,
+        )
+
+    # What goes
+
+    def prune_names(self, prune: Iterable[str]) -> set[str]:
+        """Full names of what is to go. A bare name is taken when it can mean one thing only."""
+        candidates = {f"cluster/{name}" for name in self.known}
+        for name, doc in self.known.items():
+            candidates |= {f"member/{name}/{host}" for host in doc["etcd"]["members"]}
+            for host, entry in doc["hosts"].items():
+                candidates.add(f"host/{host}")
+                candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
+        roster = self.record.roster or {"services": {}}
+        candidates |= {f"service/{key}" for key in roster["services"]}
+        found = set()
+        for given in prune:
+            name = given.strip()
+            if not name:
+                continue
+            meant = {name} & candidates or {one for one in candidates if one.partition("/")[2] == name}
+            if len(meant) > 1:
+                self.problem(
+                    f"isthmus_prune={name}",
+                    "it can mean " + " or ".join(sorted(meant)),
+                    "what is removed must be certain",
+                    "write the full name",
+                )
+            elif not meant:
+                self.problem(
+                    f"isthmus_prune={name}",
+                    "the record knows nothing of that name",
+                    "there is nothing to remove",
+                    suggestion(name, candidates),
+                )
+            found |= meant
+        for name in sorted(found):
+            if self.declared(name):
+                self.problem(
+                    f"isthmus_prune={name}",
+                    "the inventory still has it",
+                    "the next run would bring it back",
+                    "take it out of the inventory, or use state: absent instead",
+                )
+        return found
+
+    def declared(self, name: str) -> bool:
+        kind, _, rest = name.partition("/")
+        if kind == "cluster":
+            return rest in self.model.clusters
+        if kind == "service":
+            return rest in self.model.services
+        first, _, second = rest.partition("/")
+        if kind == "member":
+            cluster = self.model.clusters.get(first)
+            return cluster is not None and second in cluster.etcd.hosts
+        host = self.model.hosts.get(first)
+        if kind == "workload":
+            return host is not None and any(workload.key == second for workload in host.workloads)
+        # A host that is now in another cluster is pruned out of its old one.
+        return host is not None and first in self.known.get(host.cluster, {"hosts": {}})["hosts"]
+
+    # What is fixed
+
+    def check_roster(self) -> None:
+        roster = self.record.roster
+        if roster is None:
+            return
+        if roster["estate"] != self.model.name:
+            self.problem(
+                "isthmus_estate.name",
+                f"{self.model.name!r}, but the record found on the hosts is of estate {roster['estate']!r}",
+                "two estates on the same hosts would undo each other",
+                "use the inventory of that estate, or tear it down first",
+            )
+        if roster.get("max_clusters") not in (None, self.model.max_clusters):
+            self.problem(
+                "isthmus_estate.max_clusters",
+                f"{self.model.max_clusters}, but the estate runs with {roster['max_clusters']}",
+                "it sets the layout of every identity",
+                f"put {roster['max_clusters']} back",
+            )
+
+    def check_ranges(self) -> None:
+        """What the model adds against clusters that only the record knows."""
+        for name in sorted(set(self.known) - set(self.model.clusters)):
+            if f"cluster/{name}" in self.prune:
+                continue
+            doc = self.known[name]
+            own = [IPv4Network(text) for text in (*doc["workload_ranges"], doc["service_range"])]
+            for cluster in self.model.clusters.values():
+                if cluster.absent or cluster.name in self.known:
+                    continue
+                where = f"isthmus_estate.clusters.{cluster.name}"
+                following = f"choose another, or remove that cluster with isthmus_prune=cluster/{name}"
+                if cluster.id == doc["id"]:
+                    self.problem(
+                        f"{where}.id",
+                        f"{cluster.id} is the id of cluster {name}, which the record knows and the inventory lacks",
+                        "what is absent from the inventory still runs",
+                        following,
+                    )
+                for new in (*cluster.workload_ranges, cluster.service_range):
+                    for old in own:
+                        if new.overlaps(old):
+                            self.problem(
+                                where,
+                                f"{new} overlaps {old} of cluster {name}, which the record knows "
+                                "and the inventory lacks",
+                                "what is absent from the inventory still runs",
+                                following,
+                            )
+
+    def check_fixed(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
+        where = f"isthmus_estate.clusters.{cluster.name}"
+        if cluster.id != doc["id"]:
+            self.problem(
+                f"{where}.id",
+                f"{cluster.id}, but the cluster runs with {doc['id']}",
+                "every identity of its workloads carries the id",
+                f"put {doc['id']} back; to renumber, remove the cluster and add it anew",
+            )
+        old = IPv4Network(doc["service_range"])
+        if not old.subnet_of(cluster.service_range):
+            self.problem(
+                f"{where}.service_range",
+                f"{cluster.service_range} does not hold {old}, the range in use",
+                "addresses of services would move",
+                f"use {old} or a range around it",
+            )
+        if cluster.ca_host is not None and cluster.ca_host != doc["ca_host"]:
+            self.problem(
+                f"{where}.ca_host",
+                f"{cluster.ca_host}, but the CA's key is on {doc['ca_host']}",
+                "a private key never leaves its host",
+                f"put {doc['ca_host']} back or leave ca_host out",
+            )
+
+    # One cluster
+
+    def cluster(self, name: str) -> dict[str, Any] | None:
+        cluster = self.model.clusters.get(name)
+        old = self.record.clusters.get(name)
+        running = old if old is not None and old["state"] != "absent" else None
+        if f"cluster/{name}" in self.prune or (cluster is not None and cluster.absent):
+            if running is not None:
+                self.removed.append(f"cluster/{name}")
+                return self.stamped({"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}, old)
+            return None if old is None else dict(old)
+        if cluster is None:
+            if running is None:
+                return None if old is None else dict(old)
+            self.orphans.append(f"cluster/{name}")
+            return dict(running)
+        if running is not None:
+            self.check_fixed(cluster, running)
+        hosts, released = self.hosts(cluster, running)
+        members = self.members(cluster, running, hosts)
+        initial = running["etcd"]["initial"] if running is not None else cluster.etcd.hosts[0]
+        ca_host = running["ca_host"] if running is not None else cluster.ca_host or cluster.etcd.hosts[0]
+        if members and initial not in members:
+            initial = members[0]
+        if ca_host not in hosts:
+            self.problem(
+                f"cluster {name}",
+                f"host {ca_host} is being removed and keeps the cluster's CA",
+                "nobody could sign certificates any more",
+                "keep the host, or remove the whole cluster",
+            )
+        token = f"isthmus-{self.model.name}-{name}"
+        if running is not None:
+            token = running["etcd"]["token"]
+        elif old is not None:
+            token += f"-{old['revision']}"  # a new etcd under an old name must not be taken for the old one
+        document = {
+            "schema": SCHEMA,
+            "name": name,
+            "id": cluster.id,
+            "state": "present",
+            "site": cluster.site,
+            "workload_ranges": [str(network) for network in cluster.workload_ranges],
+            "service_range": str(cluster.service_range),
+            "node_prefix": cluster.node_prefix,
+            "ca_host": ca_host,
+            "ca_certificate": running.get("ca_certificate") if running is not None else None,
+            "etcd": {
+                "initial": initial,
+                "token": token,
+                "members": members,
+                "client_port": cluster.etcd.client_port,
+                "peer_port": cluster.etcd.peer_port,
+                "source": dict(cluster.etcd.source),
+                "quota_bytes": cluster.etcd.quota_bytes,
+            },
+            "hosts": {host: hosts[host] for host in sorted(hosts)},
+            "released": released,
+        }
+        return self.stamped(document, old)
+
+    def members(self, cluster: Cluster, running: Mapping[str, Any] | None, hosts: Mapping[str, Any]) -> list[str]:
+        wanted = set(cluster.etcd.hosts)
+        for host in running["etcd"]["members"] if running is not None else ():
+            if host in wanted:
+                continue
+            name = f"member/{cluster.name}/{host}"
+            if name in self.prune or host not in hosts:
+                self.removed.append(name)
+                continue
+            wanted.add(host)
+            if host in self.model.hosts:
+                self.orphans.append(name)
+        if not wanted & set(hosts):
+            self.problem(
+                f"isthmus_estate.clusters.{cluster.name}.etcd.hosts",
+                "no member would be left",
+                "the cluster's state lives in them",
+                "name another host first",
+            )
+        if len(wanted) > 7:
+            self.problem(
+                f"isthmus_estate.clusters.{cluster.name}.etcd.hosts",
+                f"{len(wanted)} members with those that the record knows are more than 7",
+                "absence from the list removes no member",
+                f"remove one with isthmus_prune=member/{cluster.name}/HOST",
+            )
+        return sorted(wanted)
+
+    def hosts(
+        self, cluster: Cluster, running: Mapping[str, Any] | None
+    ) -> tuple[dict[str, dict[str, Any]], list[dict[str, str]]]:
+        """Entries of all hosts of the cluster, and what is released."""
+        old_hosts: Mapping[str, Any] = running["hosts"] if running is not None else {}
+        released = [dict(entry) for entry in running["released"]] if running is not None else []
+        entries: dict[str, dict[str, Any]] = {}
+        for name, entry in old_hosts.items():
+            host = self.model.hosts.get(name)
+            gone = host is not None and host.absent and host.cluster == cluster.name
+            if gone or f"host/{name}" in self.prune:
+                self.removed.append(f"host/{name}")
+                released.append({"address": entry["range4"], "owner": name, "at": format_time(self.now)})
+                continue
+            entries[name] = copy.deepcopy(dict(entry))
+            if host is None:
+                self.orphans.append(f"host/{name}")
+            elif host.cluster != cluster.name:
+                self.problem(
+                    f"host {name}.isthmus_cluster",
+                    f"{host.cluster}, but the host runs in cluster {cluster.name}",
+                    "its addresses and certificates are of that cluster",
+                    f"put it back, or move it with isthmus_prune=host/{name}",
+                )
+        wanted = [host for host in self.model.hosts.values() if host.cluster == cluster.name and not host.absent]
+        ranges = self.node_ranges(cluster, wanted, entries, released)
+        for host in wanted:
+            if host.name in ranges:
+                entries[host.name] = self.host(host, ranges[host.name], entries.get(host.name), released)
+        return entries, released
+
+    def node_ranges(
+        self,
+        cluster: Cluster,
+        wanted: list[Host],
+        entries: Mapping[str, Mapping[str, Any]],
+        released: list[dict[str, str]],
+    ) -> dict[str, IPv4Network]:
+        found: dict[str, IPv4Network] = {}
+        taken = {name: IPv4Network(entry["range4"]) for name, entry in entries.items()}
+        for name, network in sorted(taken.items()):
+            if not any(network.subnet_of(outer) for outer in cluster.workload_ranges):
+                self.problem(
+                    f"isthmus_estate.clusters.{cluster.name}.workload_ranges",
+                    f"none of them holds {network}, the range of host {name}",
+                    "what was dealt never moves",
+                    "put the range that holds it back, or remove the host first",
+                )
+        for host in wanted:
+            pinned = host.node_range
+            current = taken.get(host.name)
+            if pinned is None:
+                if current is not None:
+                    found[host.name] = current
+                continue
+            where = f"host {host.name}.isthmus_node_range"
+            if current is not None and not current.subnet_of(pinned):
+                self.problem(
+                    where,
+                    f"{pinned} does not hold {current}, the range that the host has",
+                    "what was dealt never moves",
+                    f"use {current} or a range around it",
+                )
+                continue
+            for name, other in sorted(taken.items()):
+                if name != host.name and other.overlaps(pinned):
+                    self.problem(
+                        where,
+                        f"{pinned} overlaps {other}, the range of host {name}",
+                        "an address belongs to one host",
+                        "choose another range",
+                    )
+            found[host.name] = pinned
+        blocked = [*taken.values(), *found.values(), *self.quarantined(released)]
+        supply = free_subnets(cluster.workload_ranges, cluster.node_prefix, blocked)
+        for host in wanted:
+            if host.name in found or host.node_range is not None:
+                continue
+            dealt = next(supply, None)
+            if dealt is None:
+                waiting = len(self.quarantined(released))
+                self.problem(
+                    f"host {host.name}",
+                    f"cluster {cluster.name} has no free /{cluster.node_prefix} left in "
+                    + ", ".join(str(network) for network in cluster.workload_ranges)
+                    + (f" ({waiting} released in the last 30 days are kept back)" if waiting else ""),
+                    "a host needs a range of its own",
+                    f"add a range to isthmus_estate.clusters.{cluster.name}.workload_ranges",
+                )
+                continue
+            found[host.name] = dealt
+        return found
+
+    def quarantined(self, released: list[dict[str, str]]) -> list[IPv4Network]:
+        return [IPv4Network(entry["address"]) for entry in released if self.now - parse_time(entry["at"]) < QUARANTINE]
+
+    def host(
+        self, host: Host, node_range: IPv4Network, old: Mapping[str, Any] | None, released: list[dict[str, str]]
+    ) -> dict[str, Any]:
+        mesh = IPv4Address(old["mesh4"]) if old is not None else node_range.network_address + 1
+        workloads: dict[str, Any] = dict(old["workloads"]) if old is not None else {}
+        declared = {workload.key: workload for workload in host.workloads}
+        for key in sorted(workloads):
+            name = f"workload/{host.name}/{key}"
+            if name in self.prune or (key in declared and declared[key].absent):
+                entry = workloads.pop(key)
+                self.removed.append(name)
+                released.append({"address": f"{entry['address4']}/32", "owner": name, "at": format_time(self.now)})
+            elif key not in declared:
+                self.orphans.append(name)
+        present = [workload for workload in host.workloads if not workload.absent]
+        addresses = self.addresses(host, node_range, mesh, present, workloads, released)
+        for workload in present:
+            if workload.key in addresses:
+                workloads[workload.key] = {
+                    "address4": str(addresses[workload.key]),
+                    "service_account": workload.service_account,
+                    "labels": dict(workload.labels),
+                    "cgroup": dict(workload.cgroup),
+                }
+        return {
+            "range4": str(node_range),
+            "mesh4": str(mesh),
+            "underlay4": str(host.underlay),
+            "advertise4": str(host.advertise),
+            "site": host.site,
+            "labels": dict(host.labels),
+            "state": "present",
+            "workloads": {key: workloads[key] for key in sorted(workloads)},
+        }
+
+    def addresses(
+        self,
+        host: Host,
+        node_range: IPv4Network,
+        mesh: IPv4Address,
+        present: list[Workload],
+        old: Mapping[str, Any],
+        released: list[dict[str, str]],
+    ) -> dict[str, IPv4Address]:
+        found: dict[str, IPv4Address] = {}
+        owners = {mesh: "the host itself"}
+        owners.update({IPv4Address(entry["address4"]): key for key, entry in old.items()})
+        pinned = {workload.address: workload.key for workload in present if workload.address is not None}
+        for workload in present:
+            where = f"host {host.name}.isthmus_workloads ({workload.key}).address"
+            current = IPv4Address(old[workload.key]["address4"]) if workload.key in old else None
+            if workload.address is None or workload.address == current:
+                if current is not None:
+                    found[workload.key] = current
+                continue
+            if current is not None:
+                self.problem(
+                    where,
+                    f"{workload.address}, but the workload has {current}",
+                    "what was dealt never moves",
+                    f"put {current} back or leave address out",
+                )
+            elif workload.address not in node_range:
+                self.problem(
+                    where,
+                    f"{workload.address} is not in the host's range {node_range}",
+                    "other hosts find the workload by its host's range",
+                    "choose an address inside it",
+                )
+            elif workload.address in owners:
+                self.problem(
+                    where,
+                    f"{workload.address} is the address of {owners[workload.address]}",
+                    "an address belongs to one workload",
+                    "choose another",
+                )
+            else:
+                found[workload.key] = workload.address
+        blocked = [IPv4Network(address) for address in (*owners, *pinned)]
+        supply = free_addresses(node_range, [*blocked, *self.quarantined(released)])
+        for workload in present:
+            if workload.key in found or workload.address is not None:
+                continue
+            dealt = next(supply, None)
+            if dealt is None:
+                self.problem(
+                    f"host {host.name}.isthmus_workloads ({workload.key})",
+                    f"the host's range {node_range} is full: it holds {host_capacity(node_range)} workloads",
+                    "each workload has an address of its own, and released ones are kept back for 30 days",
+                    f"set isthmus_node_range of the host to a larger range around {node_range}",
+                )
+                continue
+            found[workload.key] = dealt
+        return found
+
+    # Documents
+
+    def stamped(self, document: dict[str, Any], old: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The old document when nothing changed, else the new one with the next revision."""
+        if old is not None and all(
+            old.get(key) == document.get(key) for key in (set(old) | set(document)) - {"revision", "last_applied"}
+        ):
+            return dict(old)
+        if "released" in document:
+            document["released"] = [
+                entry for entry in document["released"] if self.now - parse_time(entry["at"]) < QUARANTINE
+            ]
+        document["revision"] = 1 if old is None else old["revision"] + 1
+        document["last_applied"] = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
+        return document
+
+    def roster(self, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        old = self.record.roster
+        services: dict[str, Any] = {}
+        for key, entry in (old["services"] if old is not None else {}).items():
+            services[key] = dict(entry)
+            if key in self.model.services or entry["state"] == "absent":
+                continue
+            if f"service/{key}" in self.prune:
+                services[key] = {"state": "absent", "clusters": []}
+                self.removed.append(f"service/{key}")
+            else:
+                self.orphans.append(f"service/{key}")
+        for key, service in self.model.services.items():
+            if not service.absent:
+                services[key] = {"state": "present", "clusters": list(service.clusters)}
+            elif key in services and services[key]["state"] != "absent":
+                services[key] = {"state": "absent", "clusters": []}
+                self.removed.append(f"service/{key}")
+        roster: dict[str, Any] = {
+            "schema": SCHEMA,
+            "estate": self.model.name,
+            "domain": self.model.domain,
+            "max_clusters": self.model.max_clusters,
+            "overlay_port": self.model.overlay_port,
+            "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
+            "services": {key: services[key] for key in sorted(services)},
+            "hash": self.digest,
+        }
+        own = {"revision", "when", "by"}
+        if old is not None and all(old.get(key) == roster.get(key) for key in (set(old) | set(roster)) - own):
+            return dict(old)
+        roster["revision"] = 1 if old is None else old["revision"] + 1
+        roster["when"] = format_time(self.now)
+        roster["by"] = self.by
+        return roster
+
+    def services(self, roster: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """By cluster; `absent` follows from the record alone, so that an interrupted run is made good."""
+        found = {}
+        for cluster in sorted(present):
+            found[cluster] = {
+                "present": [
+                    service.definition.to_dict()
+                    for service in self.model.services.values()
+                    if not service.absent and cluster in service.clusters
+                ],
+                "absent": [
+                    key
+                    for key, entry in roster["services"].items()
+                    if entry["state"] == "absent" or (key in self.model.services and cluster not in entry["clusters"])
+                ],
+            }
+        return found
+
+
+class _Spec:
+    """The spec of one host, out of the next record: so that it knows orphans too."""
+
+    def __init__(self, model: Model, present: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> None:
+        self.model = model
+        self.present = present
+        self.name = name
+        self.own = own
+        self.host = own["hosts"][name]
+        self.member = name in own["etcd"]["members"]
+
+    def build(self) -> dict[str, Any]:
+        own = self.own
+        document: dict[str, Any] = {
+            "schema": spec.SCHEMA,
+            "estate": self.model.name,
+            "host": self.name,
+            "cluster": {
+                "name": own["name"],
+                "id": own["id"],
+                "max_clusters": self.model.max_clusters,
+                "site": own["site"],
+                "workload_ranges4": list(own["workload_ranges"]),
+                "service_range4": own["service_range"],
+            },
+            "node": {
+                "name": self.name,
+                **{key: self.host[key] for key in ("underlay4", "advertise4", "range4", "mesh4", "labels")},
+            },
+            "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
+            "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
+            "dns": {"domain": self.model.domain},
+            "service_ranges4": [doc["service_range"] for _, doc in sorted(self.present.items())],
+            "etcd": {
+                "endpoints": self.endpoints(),
+                "ca": _trust(own["name"]),
+                "cert": f"{PKI}/agent.crt",
+                "key": f"{PKI}/agent.key",
+            },
+            "member": self.etcd_member() if self.member else None,
+            "registrar": self.registrar() if self.member else None,
+            "pki": {
+                "ca": {"cluster": own["name"], "host": own["ca_host"], "here": own["ca_host"] == self.name},
+                "certificates": list(self.certificates()),
+                "trust": [own["name"], *(self.peers() if self.member else ())],
+            },
+        }
+        document["hash"] = spec.spec_hash(document)
+        return document
+
+    def workload(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        namespace, _, name = key.partition("/")
+        return {
+            "name": name,
+            "namespace": namespace,
+            "service_account": entry["service_account"],
+            "labels": dict(entry["labels"]),
+            "address4": entry["address4"],
+            "cgroup": dict(entry["cgroup"]),
+        }
+
+    def peers(self) -> list[str]:
+        return [name for name in sorted(self.present) if name != self.own["name"]]
+
+    def endpoints(self) -> list[str]:
+        """Of the own cluster: its own member first, then those of its own site."""
+        hosts, port = self.own["hosts"], self.own["etcd"]["client_port"]
+
+        def rank(member: str) -> tuple[bool, bool, str]:
+            return member != self.name, hosts[member]["site"] != self.host["site"], member
+
+        found = []
+        for member in sorted(self.own["etcd"]["members"], key=rank):
+            near = hosts[member]["site"] == self.host["site"]
+            found.append(f"https://{hosts[member]['underlay4' if near else 'advertise4']}:{port}")
+        return found
+
+    def member_urls(self, port: int) -> dict[str, str]:
+        """Every member announces one URL to all; within one site that is the underlay address."""
+        hosts, members = self.own["hosts"], self.own["etcd"]["members"]
+        one_site = len({hosts[member]["site"] for member in members}) == 1
+        return {
+            member: f"https://{hosts[member]['underlay4' if one_site else 'advertise4']}:{port}" for member in members
+        }
+
+    def etcd_member(self) -> dict[str, Any]:
+        etcd = self.own["etcd"]
+        members, clients = self.member_urls(etcd["peer_port"]), self.member_urls(etcd["client_port"])
+        return {
+            "name": self.name,
+            "client_url": clients[self.name],
+            "peer_url": members[self.name],
+            "members": members,
+            "client_urls": clients,
+            "initial": etcd["initial"],
+            "token": etcd["token"],
+            "source": dict(etcd["source"]),
+            "quota_bytes": etcd["quota_bytes"],
+        }
+
+    def registrar(self) -> dict[str, Any]:
+        peers = []
+        for name in self.peers():
+            doc = self.present[name]
+            members, port = doc["etcd"]["members"], doc["etcd"]["client_port"]
+            peers.append(
+                {
+                    "name": name,
+                    "id": doc["id"],
+                    "workload_ranges4": list(doc["workload_ranges"]),
+                    "service_range4": doc["service_range"],
+                    "endpoints": [f"https://{doc['hosts'][member]['advertise4']}:{port}" for member in members],
+                    "ca": _trust(name),
+                    "cert": f"{PKI}/peer-{name}.crt",
+                    "key": f"{PKI}/peer-{name}.key",
+                }
+            )
+        return {"cert": f"{PKI}/registrar.crt", "key": f"{PKI}/registrar.key", "peers": peers}
+
+    def certificates(self) -> Iterator[dict[str, Any]]:
+        yield self.certificate("agent", f"isthmus-agent-{self.name}")
+        if not self.member:
+            return
+        addresses = list(dict.fromkeys([self.host["underlay4"], self.host["advertise4"], "127.0.0.1"]))
+        for name, cn, usages in (
+            ("etcd-server", self.name, ["server"]),
+            ("etcd-peer", "isthmus-etcd-peer", ["server", "client"]),
+        ):
+            yield {
+                **self.certificate(name, cn),
+                "sans_dns": [self.name, "localhost"],
+                "sans_ip": addresses,
+                "usages": usages,
+            }
+        for name, cn in (
+            ("root", "root"),
+            ("operator", "isthmus-operator"),
+            ("registrar", "isthmus-registrar"),
+        ):
+            yield self.certificate(name, cn)
+        for peer in self.peers():
+            yield {
+                **self.certificate(f"peer-{peer}", f"remote-{self.own['name']}"),
+                "ca_cluster": peer,
+                "ca_host": self.present[peer]["ca_host"],
+            }
+
+    def certificate(self, name: str, cn: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "ca_cluster": self.own["name"],
+            "ca_host": self.own["ca_host"],
+            "cn": cn,
+            "sans_dns": [],
+            "sans_ip": [],
+            "usages": ["client"],
+            "owner": "root",
+        }
+
+
+def _trust(cluster: str) -> str:
+    return f"{PKI}/trust/{cluster}.crt"
+
+
+def _lines(record: Record) -> dict[str, str]:
+    """Each thing in the record, by its name, in words."""
+    found: dict[str, str] = {}
+    for name, doc in sorted(record.clusters.items()):
+        if doc["state"] == "absent":
+            continue
+        etcd = doc["etcd"]
+        source = etcd["source"]["type"]
+        found[f"cluster {name}"] = (
+            f"id {doc['id']}, site {doc['site']}, workloads {', '.join(doc['workload_ranges'])}, "
+            f"services {doc['service_range']}, CA on {doc['ca_host']}"
+        )
+        found[f"etcd of cluster {name}"] = (
+            f"members {', '.join(etcd['members'])}, ports {etcd['client_port']} and {etcd['peer_port']}, "
+            f"from {source}, quota {etcd['quota_bytes']} bytes"
+        )
+        for host, entry in sorted(doc["hosts"].items()):
+            labels = "".join(f", {key}={value}" for key, value in sorted(entry["labels"].items()))
+            advertise = "" if entry["advertise4"] == entry["underlay4"] else f", dialled at {entry['advertise4']}"
+            found[f"host {host}"] = (
+                f"cluster {name}, site {entry['site']}, underlay {entry['underlay4']}{advertise}, "
+                f"range {entry['range4']}, mesh address {entry['mesh4']}{labels}"
+            )
+            for key, workload in sorted(entry["workloads"].items()):
+                kind, target = next(iter(workload["cgroup"].items()))
+                labels = "".join(f", {label}={value}" for label, value in sorted(workload["labels"].items()))
+                found[f"workload {key} on {host}"] = (
+                    f"{workload['address4']}, {kind} {target}, service account {workload['service_account']}{labels}"
+                )
+    if record.roster is not None:
+        roster = record.roster
+        found["estate"] = (
+            f"{roster['estate']}, domain {roster.get('domain')}, overlay port {roster.get('overlay_port')}"
+        )
+        for key, entry in sorted(roster["services"].items()):
+            if entry["state"] != "absent":
+                found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
+    return found
+
+
+def _summary(record: Record) -> str:
+    return "".join(f"{name}: {words}\n" for name, words in sorted(_lines(record).items()))
+
+
+def _changes(before: Record, after: Record) -> Iterator[str]:
+    old, new = _lines(before), _lines(after)
+    for name in sorted(set(old) | set(new)):
+        if name not in old:
+            yield f"{name}: new, {new[name]}"
+        elif name not in new:
+            yield f"{name}: removed (was {old[name]})"
+        elif old[name] != new[name]:
+            yield f"{name}: {new[name]} (was {old[name]})"
+            members = after.clusters.get(name.rpartition(" ")[2], {}).get("etcd", {}).get("members", ())
+            if name.startswith("etcd of") and len(members) == 1:
+                yield f"{name}: its only member restarts, so that nothing can be written to it for some seconds"

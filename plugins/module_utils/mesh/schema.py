@@ -1,0 +1,774 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The inventory's schema as data: what an operator may write, in which shape, and what it means.
+
+`model.py` reads inventories through it; `docs/inventory.md` and `docs/inventory.schema.json` are
+generated from it, so that there is one truth. A kind knows how to read a value and how to describe
+itself. Reading never stops at the first problem: each is added to a list, and `INVALID` stands for
+the value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+VERSION = 1
+"""Version of this schema, `isthmus_estate.schema`."""
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is wrong. `where` is a key path, or `host <name>: <variable>`."""
+
+    where: str
+    what: str
+    why: str
+    next: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. Why: {self.why}. Next: {self.next}."
+
+
+class _Invalid:
+    def __repr__(self) -> str:
+        return "INVALID"
+
+
+INVALID: Any = _Invalid()
+
+
+class Kind:
+    """How one value is written."""
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        """The value, or INVALID after adding a problem."""
+        raise NotImplementedError
+
+    def json_schema(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def words(self) -> str:
+        """A few words for the type column of the documentation."""
+        raise NotImplementedError
+
+
+def shown(value: Any) -> str:
+    """A value as it is repeated in a message: short, on one line."""
+    text = repr(str(value)) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def suggestion(word: Any, known: Iterable[str]) -> str:
+    """`did you mean X?` for a near miss, else what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}? Change it"
+    if not names:
+        return "remove it"
+    return "use one of " + ", ".join(names[:20]) if len(names) <= 20 else "check the spelling"
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A string that matches `pattern` whole. `rule` is that rule in words, `why` its reason."""
+
+    pattern: str
+    rule: str
+    why: str
+    longest: int = 253
+    refused: tuple[str, ...] = ()
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if not isinstance(value, str):
+            hint = "; put it in quotes" if isinstance(value, (bool, int, float)) else ""
+            problems.append(Problem(where, f"{shown(value)} is not text", self.why, f"write {self.rule}{hint}"))
+            return INVALID
+        if len(value) > self.longest or value in self.refused or not re.fullmatch(self.pattern, value):
+            problems.append(Problem(where, f"{shown(value)} is not {self.rule}", self.why, "change it"))
+            return INVALID
+        return str(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"type": "string", "pattern": f"^(?:{self.pattern})$", "maxLength": self.longest}
+        if self.refused:
+            found["not"] = {"enum": list(self.refused)}
+        return found
+
+    def words(self) -> str:
+        return self.rule
+
+
+@dataclass(frozen=True)
+class Integer(Kind):
+    low: int
+    high: int
+    why: str
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value):
+            value = int(value)  # templates and INI inventories give numbers as text
+        if isinstance(value, bool) or not isinstance(value, int):
+            problems.append(
+                Problem(where, f"{shown(value)} is not a whole number", self.why, f"write one of {self.words()}")
+            )
+            return INVALID
+        if not self.low <= value <= self.high:
+            problems.append(
+                Problem(where, f"{value} is out of range {self.low}..{self.high}", self.why, f"write {self.words()}")
+            )
+            return INVALID
+        return int(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+    def words(self) -> str:
+        return f"number {self.low}..{self.high}"
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    low: float
+    high: float
+    why: str
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
+            problems.append(Problem(where, f"{shown(value)} is not a {self.words()}", self.why, "change it"))
+            return INVALID
+        return float(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "number", "minimum": self.low, "maximum": self.high}
+
+    def words(self) -> str:
+        return f"number {self.low:g}..{self.high:g}"
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """true or false. `later` maps a value that comes later to what it would do."""
+
+    later: Mapping[bool, str] | None = None
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if not isinstance(value, bool):
+            problems.append(
+                Problem(where, f"{shown(value)} is not true or false", "it is a switch", "write true or false")
+            )
+            return INVALID
+        if self.later and value in self.later:
+            problems.append(not_yet(where, str(value).lower(), self.later[value], str(not value).lower()))
+            return INVALID
+        return bool(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
+
+    def words(self) -> str:
+        return "true or false"
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of `values`; those in `later` are part of the model but not built yet."""
+
+    values: tuple[Any, ...]
+    later: Mapping[str, str] | None = None
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if isinstance(value, str) and value.isdigit() and int(value) in self.values:
+            value = int(value)
+        if self.later and isinstance(value, str) and value in self.later:
+            problems.append(not_yet(where, value, self.later[value], str(self.values[0])))
+            return INVALID
+        if isinstance(value, (dict, list, bool)) or value not in self.values:
+            known = ", ".join(str(known) for known in self.values)
+            near = difflib.get_close_matches(str(value), [str(known) for known in self.values], n=1)
+            hint = f"did you mean {near[0]!r}? Change it" if near else f"write one of {known}"
+            problems.append(Problem(where, f"{shown(value)} is not one of {known}", "nothing else is defined", hint))
+            return INVALID
+        return self.values[self.values.index(value)]
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"enum": [*self.values, *(self.later or ())]}
+
+    def words(self) -> str:
+        return " or ".join(f"`{value}`" for value in self.values)
+
+
+def not_yet(where: str, value: str, meaning: str, instead: str) -> Problem:
+    """What the model has and this version does not do: refused, never ignored."""
+    return Problem(where, f"{value} is not yet supported", meaning, f"use {instead} until a later version does it")
+
+
+@dataclass(frozen=True)
+class Address(Kind):
+    """A literal unicast IP address."""
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        why = "other hosts send packets to it"
+        try:
+            address = ipaddress.ip_address(value if isinstance(value, str) else "")
+        except ValueError:
+            problems.append(
+                Problem(where, f"{shown(value)} is not an IP address", why, "write a literal address such as 192.0.2.7")
+            )
+            return INVALID
+        if isinstance(address, ipaddress.IPv6Address):
+            problems.append(not_yet(where, str(address), "the datapath carries IPv4 only so far", "an IPv4 address"))
+            return INVALID
+        if address.is_loopback or address.is_multicast or address.is_unspecified or address == _BROADCAST:
+            problems.append(Problem(where, f"{address} is no unicast address of one host", why, "write the host's own"))
+            return INVALID
+        return address
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}
+
+    def words(self) -> str:
+        return "IP address"
+
+
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
+
+
+@dataclass(frozen=True)
+class Range(Kind):
+    """An IP network in CIDR form whose prefix length lies in `shortest..longest`."""
+
+    shortest: int
+    longest: int
+
+    _forbidden: ClassVar[tuple[ipaddress.IPv4Network, ...]] = tuple(
+        ipaddress.IPv4Network(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+    )
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        why = "addresses are dealt from it"
+        text = value if isinstance(value, str) and "/" in value else ""
+        try:
+            network = ipaddress.ip_network(text)
+        except ValueError:
+            try:
+                fixed = str(ipaddress.ip_network(text, strict=False))
+            except ValueError:
+                fixed = ""
+            if fixed:
+                what, hint = f"{shown(value)} has bits set behind its prefix", f"write {fixed}"
+            else:
+                what, hint = f"{shown(value)} is not an IP range", "write one like 10.101.0.0/16"
+            problems.append(Problem(where, what, why, hint))
+            return INVALID
+        if isinstance(network, ipaddress.IPv6Network):
+            problems.append(not_yet(where, str(network), "the datapath carries IPv4 only so far", "an IPv4 range"))
+            return INVALID
+        if any(network.overlaps(bad) for bad in self._forbidden):
+            problems.append(Problem(where, f"{network} is not usable unicast space", why, "use a private range"))
+            return INVALID
+        if not self.shortest <= network.prefixlen <= self.longest:
+            what = f"{network} has prefix length {network.prefixlen}"
+            problems.append(
+                Problem(
+                    where, what, f"/{self.shortest} to /{self.longest} can be used here", "choose another prefix length"
+                )
+            )
+            return INVALID
+        return network
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": "^[0-9a-fA-F:.]+/[0-9]{1,3}$"}
+
+    def words(self) -> str:
+        return "IP range"
+
+
+@dataclass(frozen=True)
+class Labels(Kind):
+    """Kubernetes labels: text keys and text values."""
+
+    _key: ClassVar[str] = r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+    _value: ClassVar[str] = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        why = "labels are Kubernetes labels, and policies select on them"
+        if not isinstance(value, dict):
+            problems.append(Problem(where, f"{shown(value)} is not a mapping", why, "write it like {app: web}"))
+            return INVALID
+        found: dict[str, str] = {}
+        for key, entry in value.items():
+            here = f"{where}.{key}"
+            if not isinstance(key, str) or not re.fullmatch(self._key, key):
+                problems.append(Problem(here, f"{shown(key)} is not a Kubernetes label key", why, "change it"))
+            elif not isinstance(entry, str):
+                problems.append(Problem(here, f"{shown(entry)} is not text", why, "put the value in quotes"))
+            elif not re.fullmatch(self._value, entry):
+                what = f"{shown(entry)} is not a Kubernetes label value"
+                problems.append(Problem(here, what, why, "use up to 63 letters, digits, '-', '_' and '.'"))
+            else:
+                found[str(key)] = str(entry)
+        return found
+
+    def json_schema(self) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": f"^(?:{self._key})$"},
+            "additionalProperties": {"type": "string", "pattern": f"^(?:{self._value})$"},
+        }
+
+    def words(self) -> str:
+        return "labels"
+
+
+@dataclass(frozen=True)
+class Listing(Kind):
+    item: Kind
+    least: int = 0
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if not isinstance(value, (list, tuple)):
+            problems.append(Problem(where, f"{shown(value)} is not a list", "several may follow", "write a list"))
+            return INVALID
+        if len(value) < self.least:
+            problems.append(
+                Problem(
+                    where, "the list is empty", "at least one entry is needed", f"add {_article(self.item.words())}"
+                )
+            )
+            return INVALID
+        found = [self.item.read(entry, f"{where}[{index}]", problems) for index, entry in enumerate(value)]
+        return [entry for entry in found if entry is not INVALID]
+
+    def json_schema(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"type": "array", "items": self.item.json_schema()}
+        if self.least:
+            found["minItems"] = self.least
+        return found
+
+    def words(self) -> str:
+        return f"list of: {self.item.words()}"
+
+
+def _article(words: str) -> str:
+    return words if words.startswith(("a ", "an ")) else f"{'an' if words[:1].lower() in 'aeiou' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class Mapped(Kind):
+    """A mapping from names to values of one kind."""
+
+    key: Text
+    item: Kind
+    key_words: str
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        if not isinstance(value, dict):
+            problems.append(
+                Problem(where, f"{shown(value)} is not a mapping", f"its keys are {self.key_words}", "write a mapping")
+            )
+            return INVALID
+        found: dict[str, Any] = {}
+        for key, entry in value.items():
+            here = f"{where}.{key}"
+            name = self.key.read(key, here, problems)
+            read = self.item.read({} if entry is None else entry, here, problems)
+            if name is not INVALID and read is not INVALID:
+                found[name] = read
+        return found
+
+    def json_schema(self) -> dict[str, Any]:
+        item = self.item.json_schema()
+        return {
+            "type": "object",
+            "propertyNames": self.key.json_schema(),
+            "additionalProperties": {"anyOf": [item, {"type": "null"}]} if isinstance(self.item, Table) else item,
+        }
+
+    def words(self) -> str:
+        return f"mapping of {self.key_words}"
+
+
+@dataclass(frozen=True)
+class AllOr(Kind):
+    """The word `all`, or something narrower."""
+
+    narrower: Kind
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        return "all" if value == "all" else self.narrower.read(value, where, problems)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"anyOf": [{"const": "all"}, self.narrower.json_schema()]}
+
+    def words(self) -> str:
+        return f"`all` or {self.narrower.words()}"
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a table. `default` is REQUIRED, None (absent), or the value that is used."""
+
+    kind: Kind
+    doc: str
+    default: Any = None
+    default_doc: str = ""
+
+
+@dataclass(frozen=True)
+class Table(Kind):
+    """A mapping with known keys; unknown ones are refused."""
+
+    name: str
+    keys: Mapping[str, Key]
+    doc: str = ""
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        """A dict with every key of the table; absent ones have their default, bad ones INVALID."""
+        if not isinstance(value, dict):
+            problems.append(
+                Problem(where, f"{shown(value)} is not a mapping", f"it is {_article(self.name)}", "write a mapping")
+            )
+            return INVALID
+        for key in value:
+            if key not in self.keys:
+                problems.append(
+                    Problem(
+                        f"{where}.{key}",
+                        f"{shown(key)} is not a key of {_article(self.name)}",
+                        "an unknown key would be ignored in silence",
+                        suggestion(key, self.keys),
+                    )
+                )
+        found: dict[str, Any] = {}
+        for name, key in self.keys.items():
+            given = value.get(name)
+            if given is not None:
+                found[name] = key.kind.read(given, f"{where}.{name}", problems)
+            elif key.default is REQUIRED:
+                problems.append(Problem(f"{where}.{name}", "it is missing", key.doc, f"add {name}: {key.kind.words()}"))
+                found[name] = INVALID
+            else:
+                found[name] = key.default
+        return found
+
+    def json_schema(self) -> dict[str, Any]:
+        properties = {}
+        for name, key in self.keys.items():
+            entry = {"description": key.doc, **key.kind.json_schema()}
+            if key.default is not None and key.default is not REQUIRED:
+                entry["default"] = key.default
+            properties[name] = entry
+        found: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
+        required = [name for name, key in self.keys.items() if key.default is REQUIRED]
+        if required:
+            found["required"] = required
+        return found
+
+    def words(self) -> str:
+        return self.name
+
+
+_LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_SUBDOMAIN = rf"{_LABEL}(\.{_LABEL})*"
+_RFC1123 = "an RFC 1123 label (lower-case letters, digits and '-', at most 63)"
+
+LABEL = Text(_LABEL, _RFC1123, "the name becomes part of DNS names and etcd keys", 63)
+CLUSTER_NAME = Text(
+    "([a-z0-9][-a-z0-9]*)?[a-z0-9]",
+    "a cluster name (an RFC 1123 label of at most 32 characters, not 'default')",
+    "Cilium ClusterMesh accepts no other, and the name becomes part of etcd keys and certificates",
+    32,
+    ("default",),
+)
+HOST_NAME = Text(
+    _SUBDOMAIN,
+    "a host name of RFC 1123 labels (lower-case letters, digits, '-', joined by '.', at most 50)",
+    "the name becomes part of etcd keys, and with 'isthmus-agent-' before it the name in a certificate (64 at most)",
+    50,
+)
+_DOMAIN = Text(_SUBDOMAIN, "a DNS domain", "service names end with it", 200)
+_PORT_NAME = Text(
+    "[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?", "a port name (lower case, at most 15)", "Kubernetes accepts no other", 15
+)
+_PORT_WHY = "TCP and UDP have no other ports"
+_PORT = Integer(1, 65535, _PORT_WHY)
+_STATE = Choice(("present", "absent"))
+_STATE_DOC = "`absent` removes it; leaving it out of the inventory removes nothing."
+_HTTP_PATH = Text("/[!-~]*", "a path that begins with '/'", "it is requested by HTTP", 2048)
+_UNIT = Text(
+    r"[A-Za-z0-9:_.@\\-]+\.(service|scope)", "a systemd unit (service or scope)", "its cgroup is the workload", 255
+)
+_SLICE = Text(r"[A-Za-z0-9:_.@\\-]+\.slice", "a systemd slice", "its cgroup is the workload", 255)
+_CGROUP_PATH = Text(
+    r"/?(?!\.\.?(/|$))[^/\x00]+(/(?!\.\.?(/|$))[^/\x00]+)*",
+    "a path below the cgroup2 root without '..'",
+    "it names the workload's cgroup",
+    4096,
+)
+_ARCHIVE_URL = Text(r"https?://[!-~]+", "an http or https URL", "the archive is fetched from it", 2048)
+_FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archive is read from it", 4096)
+_SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
+_WORKLOAD_REF = Text(rf"{_SUBDOMAIN}/{_LABEL}", "'<host>/<workload>'", "a backend is one workload of one host", 130)
+_LATER_ROUTING = "packets between sites go through the overlay so far"
+
+SITE = Table(
+    "site",
+    {
+        "inbound": Key(
+            Flag({False: "a registrar connects to its peers' etcd directly so far"}),
+            "Whether other sites can open connections to this one.",
+            True,
+        ),
+    },
+)
+
+SITE_PAIR = Table(
+    "pair of sites",
+    {
+        "sites": Key(Listing(LABEL, 2), "The two sites.", REQUIRED),
+        "routing": Key(
+            Choice(("tunnel",), {"native": _LATER_ROUTING, "hybrid": _LATER_ROUTING}),
+            "How packets go between them: `tunnel` is VXLAN.",
+            "tunnel",
+        ),
+    },
+)
+
+ETCD_SOURCE = Table(
+    "source of etcd",
+    {
+        "type": Key(
+            Choice(("package", "archive")),
+            "`package` of the distribution, or an `archive` of an etcd release.",
+            "package",
+        ),
+        "path": Key(_FILE_PATH, "The archive on the controller."),
+        "url": Key(_ARCHIVE_URL, "Where hosts fetch the archive."),
+        "sha256": Key(_SHA256, "Digest of the archive; needed with `archive`."),
+    },
+)
+
+ETCD = Table(
+    "etcd section",
+    {
+        "hosts": Key(
+            Listing(HOST_NAME),
+            "Hosts of this cluster that carry its etcd members: 1 to 7, an odd number.",
+            (),
+        ),
+        "client_port": Key(_PORT, "TCP port for clients.", 2379),
+        "peer_port": Key(_PORT, "TCP port among members.", 2380),
+        "source": Key(ETCD_SOURCE, "Where etcd comes from.", None, "`{type: package}`"),
+        "quota_bytes": Key(
+            Integer(64 * 1024**2, 8 * 1024**3, "etcd recommends at most 8 GiB"),
+            "Backend quota in bytes.",
+            2 * 1024**3,
+        ),
+    },
+)
+
+CLUSTER = Table(
+    "cluster",
+    {
+        "id": Key(
+            Integer(1, 511, "identities carry the cluster's id in 8 bits, or 9 with max_clusters: 511"),
+            "Number of the cluster, 1..255 (1..511 with `max_clusters: 511`), never changed.",
+            REQUIRED,
+        ),
+        "site": Key(LABEL, "Site of its hosts.", None, "the cluster's name"),
+        "control_plane": Key(
+            Choice(("hosts",), {"in_cluster": "etcd runs on hosts of the inventory so far"}),
+            "Where etcd and registrar run.",
+            "hosts",
+        ),
+        "workload_ranges": Key(
+            Listing(Range(8, 28), 1),
+            "Ranges that node ranges are dealt from. More can be added later.",
+            REQUIRED,
+        ),
+        "service_range": Key(
+            Range(8, 28), "Range that addresses of services are dealt from; it can only grow.", REQUIRED
+        ),
+        "node_prefix": Key(
+            Integer(24, 29, "the node range must hold the host and its workloads"),
+            "Prefix length of the range that each new host gets: 28 holds 13 workloads.",
+            28,
+        ),
+        "etcd": Key(ETCD, "The cluster's etcd.", None, "no members"),
+        "ca_host": Key(HOST_NAME, "Host that keeps the cluster's CA.", None, "the first of `etcd.hosts`"),
+        "peers": Key(
+            AllOr(Listing(CLUSTER_NAME)),
+            "Clusters it exchanges state with; so far `all` or all of them by name.",
+            "all",
+        ),
+        "export": Key(
+            Choice(("all",)),
+            "Which global services it offers to peers; so far `all`.",
+            "all",
+        ),
+        "state": Key(_STATE, _STATE_DOC, "present"),
+    },
+)
+
+SERVICE_PORT = Table(
+    "service port",
+    {
+        "name": Key(_PORT_NAME, "Name; may be left out if there is only one port.", ""),
+        "port": Key(_PORT, "Port of the service address.", REQUIRED),
+        "target_port": Key(_PORT, "Port of the workload.", None, "`port`"),
+        "protocol": Key(Choice(("TCP", "UDP")), "Transport.", "TCP"),
+    },
+)
+
+SERVICE_BACKENDS = Table(
+    "backends section",
+    {
+        "labels": Key(Labels(), "Workloads of the service's namespace that carry all of these labels."),
+        "workloads": Key(Listing(_WORKLOAD_REF, 1), "Workloads of the service's namespace by `<host>/<name>`."),
+    },
+)
+
+_SECONDS = Number(0.1, 3600, "it is a time in seconds")
+_TIMES = Integer(1, 100, "it is a number of results in a row")
+
+HEALTH = Table(
+    "health check",
+    {
+        "type": Key(
+            Choice(("tcp", "http", "exec")),
+            "`tcp`: connects. `http`: 200..399 to GET. `exec`: command ends with 0.",
+            REQUIRED,
+        ),
+        "port": Key(_PORT, "Port of the workload.", None, "target port of the first TCP port"),
+        "path": Key(_HTTP_PATH, "Path for `http`.", None, "`/`"),
+        "command": Key(
+            Listing(Text(r"[^\x00]*", "an argument", "the command is run without a shell", 4096), 1),
+            "Command and arguments for `exec`, run on the host without a shell.",
+        ),
+        "interval": Key(_SECONDS, "Seconds between checks.", 1.0),
+        "timeout": Key(_SECONDS, "Seconds until a check counts as failed.", 1.0),
+        "rise": Key(_TIMES, "Good results in a row until ready.", 2),
+        "fall": Key(_TIMES, "Bad results in a row until not ready.", 2),
+    },
+)
+
+SERVICE = Table(
+    "service",
+    {
+        "name": Key(LABEL, "Name of the service.", REQUIRED),
+        "namespace": Key(LABEL, "Namespace of the service and its backends.", "default"),
+        "ports": Key(Listing(SERVICE_PORT, 1), "Ports of the service.", REQUIRED),
+        "backends": Key(SERVICE_BACKENDS, "Which workloads answer.", REQUIRED),
+        "health": Key(HEALTH, "How a backend is checked.", None, "ready while its cgroup exists"),
+        "global": Key(Flag(), "Whether clusters use each other's backends (`service.cilium.io/global`).", False),
+        "shared": Key(
+            Flag(),
+            "Whether a cluster offers its backends to others (`service.cilium.io/shared`).",
+            True,
+        ),
+        "affinity": Key(
+            Choice(("none", "local", "remote")),
+            "Which backends are preferred (`service.cilium.io/affinity`).",
+            "none",
+        ),
+        "clusters": Key(AllOr(Listing(CLUSTER_NAME, 1)), "Clusters in which the service exists.", "all"),
+        "labels": Key(Labels(), "Labels of the service itself.", {}),
+        "state": Key(_STATE, _STATE_DOC, "present"),
+    },
+)
+
+OVERLAY = Table(
+    "overlay section",
+    {
+        "port": Key(_PORT, "UDP port of VXLAN, the same in the whole mesh.", 8472),
+        "mtu": Key(
+            Integer(576, 9000, "IPv4 needs 576, Ethernet carries 9000"),
+            "Bytes of a packet inside the overlay.",
+            None,
+            "underlay MTU - 50, found out on each host",
+        ),
+    },
+)
+
+ESTATE = Table(
+    "estate",
+    {
+        "schema": Key(Integer(1, 1000, "it says how the rest is to be read"), "Version of this schema.", VERSION),
+        "name": Key(LABEL, "Name of the estate; never changed.", REQUIRED),
+        "domain": Key(_DOMAIN, "Services are `<service>.<namespace>.svc.<domain>`.", "clusterset.local"),
+        "max_clusters": Key(
+            Choice((255, 511)),
+            "Highest cluster id; 511 halves the identities of each. Never changed, equal for every member.",
+            255,
+        ),
+        "overlay": Key(OVERLAY, "The VXLAN overlay.", None, "`{port: 8472}`"),
+        "sites": Key(
+            Mapped(LABEL, SITE, "site names"),
+            "Networks whose hosts reach each other directly.",
+            None,
+            "those that clusters and hosts name",
+        ),
+        "site_pairs": Key(Listing(SITE_PAIR), "What differs for a pair of sites.", ()),
+        "clusters": Key(Mapped(CLUSTER_NAME, CLUSTER, "cluster names"), "The clusters.", REQUIRED),
+        "services": Key(Listing(SERVICE), "Services of machines.", ()),
+    },
+)
+
+WORKLOAD = Table(
+    "workload",
+    {
+        "name": Key(LABEL, "Name of the workload.", REQUIRED),
+        "namespace": Key(LABEL, "Namespace.", "default"),
+        "service_account": Key(LABEL, "Service account, part of its identity.", "default"),
+        "labels": Key(Labels(), "Labels, part of its identity.", {}),
+        "unit": Key(_UNIT, "systemd unit that is the workload."),
+        "slice": Key(_SLICE, "systemd slice that is the workload."),
+        "path": Key(_CGROUP_PATH, "cgroup that is the workload, below the cgroup2 root."),
+        "address": Key(Address(), "Its address, inside the node range.", None, "dealt by the planner"),
+        "state": Key(_STATE, _STATE_DOC, "present"),
+    },
+)
+
+HOST = Table(
+    "host variables",
+    {
+        "isthmus_cluster": Key(
+            CLUSTER_NAME, "Cluster of the host. A host without it is not part of the mesh.", REQUIRED
+        ),
+        "isthmus_site": Key(LABEL, "Site of the host.", None, "its cluster's site"),
+        "isthmus_underlay": Key(
+            Address(),
+            "Address that the host has on the network below the mesh.",
+            None,
+            "`ansible_host`, when that is a literal address",
+        ),
+        "isthmus_advertise": Key(
+            Address(), "Address at which hosts of other sites reach it.", None, "`isthmus_underlay`"
+        ),
+        "isthmus_node_range": Key(
+            Range(20, 30),
+            "Range of the host's mesh address and workloads. It may grow around what was dealt, never move.",
+            None,
+            "dealt by the planner",
+        ),
+        "isthmus_labels": Key(Labels(), "Labels of the node.", {}),
+        "isthmus_workloads": Key(Listing(WORKLOAD), "Processes with an address and identity of their own.", ()),
+        "isthmus_state": Key(_STATE, _STATE_DOC, "present"),
+    },
+)
+
+HOST_VARIABLES = (*HOST.keys, "ansible_host")
+"""All that is read of a host's variables; others may hold anybody's secrets."""
