@@ -246,7 +246,6 @@ RemainAfterExit=yes
 ExecStart=/usr/bin/resolvectl dns isthmus0 {server}
 ExecStart=/usr/bin/resolvectl domain isthmus0 ~{domain}
 ExecStart=/usr/bin/resolvectl default-route isthmus0 no
-ExecStop=-/usr/bin/resolvectl revert isthmus0
 
 [Install]
 WantedBy=multi-user.target systemd-resolved.service
