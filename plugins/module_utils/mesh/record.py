@@ -131,9 +131,13 @@ def _check(where: str, name: str, document: Any) -> int:
     if name == ROSTER:
         fields.text("estate", None)
         for cluster, entry in fields.mapping("clusters").items():
-            Fields(entry, RecordError, fields.path(f"clusters.{cluster}")).integer("id", 511, default=None, minimum=1)
+            known = Fields(entry, RecordError, fields.path(f"clusters.{cluster}"))
+            known.integer("id", 511, default=None, minimum=1)
+            known.text("state", None)
         for service, entry in fields.mapping("services").items():
-            Fields(entry, RecordError, fields.path(f"services.{service}")).texts("clusters")
+            known = Fields(entry, RecordError, fields.path(f"services.{service}"))
+            known.texts("clusters")
+            known.text("state", None)
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")

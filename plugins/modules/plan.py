@@ -1,0 +1,103 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: plan
+short_description: Plan the whole mesh from the inventory and the estate record
+version_added: 1.0.0
+description:
+  - Computes, on the controller, a complete specification for every host of the mesh, the next estate record and the
+    definitions of services. It changes nothing, anywhere.
+  - Reads C(isthmus_estate) and the hosts' C(isthmus_*) variables of the B(whole) inventory, never of the hosts in the
+    play, so that C(--limit), C(serial) and unreachable hosts do not change the plan.
+  - What the record has dealt is kept. What the inventory no longer names is reported as an orphan and left running.
+  - All that is wrong with the inventory is reported in one message.
+attributes:
+  check_mode:
+    support: full
+    description: Changes nothing in either mode.
+  diff_mode:
+    support: full
+    description: Returns the record before and after the run, in words.
+  action:
+    support: full
+    description: Runs on the controller.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  records:
+    description:
+      - Copies of the estate record, read from members and hosts.
+      - Each is a mapping of document names, such as V(roster) and V(clusters/onprem), to documents, or a mapping with
+        C(documents), and C(cluster) for the cluster whose etcd it was read from.
+      - Of each document the highest revision counts.
+    type: list
+    elements: dict
+    default: []
+  prune:
+    description:
+      - Names of orphans to remove, as C(orphans) returns them. A name without its kind will do when it can mean one
+        thing only.
+    type: list
+    elements: str
+    default: []
+  by:
+    description:
+      - Who runs this, for the record. The user of AWX or of the controller by default.
+    type: str
+seealso:
+  - module: isthmus.mesh.node
+"""
+
+EXAMPLES = r"""
+- name: The mesh is planned
+  isthmus.mesh.plan:
+    records: "{{ isthmus_records }}"
+    prune: "{{ (isthmus_prune | default('')).split(',') }}"
+  run_once: true
+  register: isthmus_plan
+"""
+
+RETURN = r"""
+specs:
+  description: The specification of each host, by name. It holds no secret.
+  returned: success
+  type: dict
+record:
+  description: The documents of the next estate record, by name.
+  returned: success
+  type: dict
+services:
+  description: By cluster, the definitions that must be C(present), and the names of those that must be C(absent).
+  returned: success
+  type: dict
+  sample: {"onprem": {"present": [], "absent": ["shop/old"]}}
+changes:
+  description: What the record gains, loses or changes, a line each.
+  returned: success
+  type: list
+  elements: str
+  sample: ["host onprem-4: new, cluster onprem, site onprem, underlay 198.18.1.14, range 10.101.0.48/28"]
+orphans:
+  description: What the record knows and the inventory lacks, as O(prune) takes it.
+  returned: success
+  type: list
+  elements: str
+  sample: ["host/onprem-9", "workload/onprem-1/shop/web", "service/shop/web", "member/onprem/onprem-2", "cluster/edge"]
+removed:
+  description: What goes with this plan, named like the orphans.
+  returned: success
+  type: list
+  elements: str
+problems:
+  description: All that is wrong, a line each.
+  returned: failure
+  type: list
+  elements: str
+"""
