@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Loading, applying, auditing and removing, on real maps without any traffic."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+from isthmus_agent.bpf import abi
+from isthmus_agent.bpf.driver import CGROUP_PROGRAMS, BpfDatapath
+from isthmus_agent.bpf.errors import BpfError, CapacityError
+from isthmus_agent.bpf.libbpf import Libbpf
+from isthmus_agent.bpf.maps import Map
+from isthmus_agent.bpf.mounts import cgroup2_root, parse_mounts
+from isthmus_agent.bpf.slots import Arena, ArenaFull
+from isthmus_agent.desired.datapath import Backend, Datapath, Frontend, IpcacheEntry, Service
+
+_numbers = itertools.count(1)
+
+
+def _backend(number: int, port: int = 80) -> Backend:
+    return Backend(ip_address(f"10.101.0.{number}"), port, 6, 1)
+
+
+def _service(*backends: Backend, draining: tuple[Backend, ...] = ()) -> Datapath:
+    return Datapath(1, services={Frontend(ip_address("10.111.0.1"), 80, 6): Service("shop/web", backends, draining)})
+
+
+FULL = replace(
+    _service(_backend(1), _backend(2)),
+    local={ip_address("10.101.0.1"): 6},
+    workloads={4711: ip_address("10.101.0.2")},
+    ipcache={
+        ip_network("10.102.0.0/28"): IpcacheEntry(2, 2, ip_address("198.18.2.11")),
+        ip_network("10.102.0.2/32"): IpcacheEntry(131100, 2, ip_address("198.18.2.11")),
+        ip_network("198.18.2.11/32"): IpcacheEntry(6, 2, ip_address("198.18.2.11"), is_node=True),
+    },
+    peers={ip_address("198.18.2.11"): 2},
+)
+
+
+@pytest.fixture
+def datapath() -> Iterator[BpfDatapath]:
+    """Loaded, with small maps; attached to nothing."""
+    run = f"isthmus-test-{os.getpid()}-driver-{next(_numbers)}"
+    cgroup = cgroup2_root() / run
+    cgroup.mkdir()
+    driver = BpfDatapath(
+        f"/sys/fs/bpf/{run}", cgroup, max_entries={"svc": 8, "backends": 8, "slots": 512, "ipcache_host": 8}
+    )
+    try:
+        driver.open(1)
+        yield driver
+    finally:
+        driver.remove_all()
+        cgroup.rmdir()
+
+
+def _pin(driver: BpfDatapath, name: str) -> Map:
+    return Map.pinned(driver.lib, driver.pin_dir / name)
+
+
+def test_apply_makes_it_so_and_then_has_nothing_to_do(datapath: BpfDatapath) -> None:
+    assert len(datapath.audit(FULL)) == 9
+    result = datapath.apply(FULL)
+    assert {name: change.added for name, change in result.maps.items()} == {
+        "backends": 2,
+        "svc": 1,
+        "ipcache_host": 2,
+        "ipcache_cidr": 1,
+        "local": 1,
+        "peers": 1,
+        "workloads": 1,
+    }
+    assert datapath.audit(FULL) == []
+    assert not datapath.apply(FULL)
+    emptied = datapath.apply(Datapath(1))
+    assert set(emptied.removed_backends) == {(ip_address("10.101.0.1"), 80, 6), (ip_address("10.101.0.2"), 80, 6)}
+    assert datapath.audit(Datapath(1)) == []
+    assert all(each.used == 0 for each in datapath.capacity().values())
+
+
+def test_stray_and_damaged_entries_are_named_and_repaired(datapath: BpfDatapath) -> None:
+    datapath.apply(FULL)
+    host, svc, backends = (_pin(datapath, name) for name in ("ipcache_host", "svc", "backends"))
+    host.put(abi.pack_address(ip_address("10.9.9.9")), abi.IPCACHE_VALUE.pack(abi.NO_ADDRESS, 7, 3, 0))
+    host.delete(abi.pack_address(ip_address("10.102.0.2")))
+    key = next(iter(svc.items()))
+    number, base, count, flags = abi.SVC_VALUE.unpack(svc.get(key) or b"")
+    svc.put(key, abi.SVC_VALUE.pack(number, base, count - 1, flags))
+    svc.put(abi.SVC_KEY.pack(abi.pack_address(ip_address("10.111.9.9")), abi.pack_port(1), 6, 0), bytes(16))
+    first = next(iter(backends.items()))
+    backends.delete(first)
+    problems = datapath.audit(FULL)
+    for words in (
+        "ipcache_host: 10.9.9.9 (identity 7 cluster 3 local) is not wanted",
+        "ipcache_host: 10.102.0.2 (identity 131100 cluster 2 via 198.18.2.11) is missing",
+        "svc: 10.111.9.9:1/tcp is not wanted",
+    ):
+        assert words in problems
+    assert any(each.startswith("svc: shop/web at 10.111.0.1:80/tcp leads to") for each in problems)
+    assert any(each.startswith("backends: ") and each.endswith("is missing") for each in problems)
+    assert datapath.apply(FULL)
+    assert datapath.audit(FULL) == []
+    for each in (host, svc, backends):
+        each.close()
+
+
+def test_backend_ids_are_stable_and_not_dealt_again(datapath: BpfDatapath) -> None:
+    def ids() -> dict[bytes, int]:
+        return {value: abi.U32.unpack(key)[0] for key, value in _pin(datapath, "backends").items().items()}
+
+    datapath.apply(_service(_backend(1), _backend(2)))
+    before = ids()
+    datapath.apply(_service(_backend(2), _backend(3)))
+    after = ids()
+    assert {key: after[key] for key in before if key in after} == {key: before[key] for key in before if key in after}
+    assert max(after.values()) == 3
+    # Another process does not start from one again, even with every backend gone.
+    datapath.apply(Datapath(1))
+    datapath.open(1)
+    datapath.apply(_service(_backend(1)))
+    assert set(ids().values()) == {4}
+
+
+def test_draining_keeps_the_entry_and_loses_the_slot(datapath: BpfDatapath) -> None:
+    datapath.apply(_service(_backend(1), _backend(2)))
+    result = datapath.apply(_service(_backend(1), draining=(_backend(2),)))
+    assert result.removed_backends == ()
+    assert datapath.capacity()["slots"].used == 1
+    assert datapath.capacity()["backends"].used == 2
+    assert (ip_address("10.101.0.2"), 80, 6) in datapath.counters().backends
+
+
+def test_a_changed_service_moves_to_other_slots(datapath: BpfDatapath) -> None:
+    def place() -> tuple[int, int]:
+        (value,) = _pin(datapath, "svc").items().values()
+        _, base, count, _ = abi.SVC_VALUE.unpack(value)
+        return base, count
+
+    datapath.apply(_service(_backend(1), _backend(2)))
+    old = place()
+    datapath.apply(_service(_backend(1)))
+    new = place()
+    assert new[1] == 1
+    assert new[0] >= old[0] + old[1], "a reader of the old value would see the new slots"
+    datapath.apply(_service(_backend(1)))
+    assert place() == new
+
+
+def test_a_restart_changes_nothing(datapath: BpfDatapath) -> None:
+    datapath.apply(FULL)
+    datapath.attach_cgroup()
+    sizes = {name: each.maximum for name, each in datapath.capacity().items()}
+    other = BpfDatapath(datapath.pin_dir, datapath.cgroup_root)
+    try:
+        other.open(1)
+        other.attach_cgroup()
+        assert not other.apply(FULL)
+        # It was made with small maps: the pins decide, not the new agent's defaults.
+        assert {name: each.maximum for name, each in other.capacity().items()} == sizes
+    finally:
+        other.close()
+
+
+def test_pinned_maps_are_readable_without_loading(datapath: BpfDatapath) -> None:
+    datapath.apply(FULL)
+    reader = BpfDatapath(datapath.pin_dir, datapath.cgroup_root)
+    reader.open_pinned()
+    try:
+        assert reader.audit(FULL) == []
+        assert reader.counters().drops["bad_identity"] == 0
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [
+        (_service(*(_backend(each) for each in range(1, 10))), "backends"),
+        (
+            Datapath(
+                1,
+                services={
+                    Frontend(ip_address("10.111.0.1"), port, 6): Service("shop/web", ()) for port in range(1, 10)
+                },
+            ),
+            "svc",
+        ),
+        (
+            Datapath(
+                1,
+                ipcache={
+                    ip_network(f"10.102.0.{each}/32"): IpcacheEntry(6, 2, None) for each in range(9)
+                },
+            ),
+            "ipcache_host",
+        ),
+    ],
+)
+def test_a_full_map_is_an_error_that_names_it_and_changes_nothing(
+    datapath: BpfDatapath, wanted: Datapath, name: str
+) -> None:
+    datapath.apply(FULL)
+    with pytest.raises(CapacityError, match=f"map {name} holds at most 8 entries, 9 are wanted"):
+        datapath.apply(wanted)
+    assert datapath.audit(FULL) == []
+
+
+def test_removing_leaves_nothing(datapath: BpfDatapath) -> None:
+    datapath.attach_cgroup()
+    removed = datapath.remove_all()
+    assert {Path(each).name for each in removed} >= set(CGROUP_PROGRAMS) | {"svc", "slots", "drops"}
+    assert not datapath.pin_dir.exists()
+    attached = subprocess.run(
+        ["bpftool", "cgroup", "show", str(datapath.cgroup_root)], check=True, capture_output=True, text=True
+    ).stdout
+    assert attached.strip() == ""
+
+
+def test_attachments_are_audited_and_repaired(datapath: BpfDatapath) -> None:
+    datapath.attach_cgroup()
+    (datapath.pin_dir / "links" / "connect4").unlink()
+    problems = [each for each in datapath.audit_attachments(1) if "cgroup" in each]
+    assert problems == [f"cgroup hook connect4 is not attached: {datapath.pin_dir}/links/connect4 is missing"]
+    datapath.attach_cgroup()
+    assert [each for each in datapath.audit_attachments(1) if "cgroup" in each] == []
+
+
+def test_links_of_another_cgroup_move(datapath: BpfDatapath) -> None:
+    datapath.attach_cgroup()
+    inner = datapath.cgroup_root / "inner"
+    inner.mkdir()
+    moved = BpfDatapath(datapath.pin_dir, inner)
+    try:
+        moved.open(1)
+        moved.attach_cgroup()
+        shown = subprocess.run(
+            ["bpftool", "cgroup", "show", str(inner)], check=True, capture_output=True, text=True
+        ).stdout
+        assert all(name in shown for name in CGROUP_PROGRAMS)
+        outer = [each for each in datapath.audit_attachments(1) if "cgroup hook" in each]
+        assert len(outer) == len(CGROUP_PROGRAMS)
+        assert "is attached to another cgroup" in outer[0]
+    finally:
+        moved.remove_all()
+        inner.rmdir()
+
+
+def test_a_pin_of_another_shape_is_refused_with_the_maps_name(datapath: BpfDatapath) -> None:
+    datapath.close()
+    pin = datapath.pin_dir / "workloads"
+    pin.unlink()
+    subprocess.run(
+        ["bpftool", "map", "create", str(pin), "type", "hash", "key", "4", "value", "4", "entries", "8", "name", "x"],
+        check=True,
+    )
+    with pytest.raises(BpfError, match=r"(?s)cgroup\.bpf\.o.*workloads.*parameter mismatch"):
+        datapath.open(1)
+
+
+def test_a_program_the_verifier_refuses_shows_its_words(datapath: BpfDatapath, tmp_path: Path) -> None:
+    source = tmp_path / "cgroup.bpf.c"
+    source.write_text(
+        """
+        #include <linux/bpf.h>
+        #include <bpf/bpf_helpers.h>
+        const volatile struct { __u32 a[3]; } config = {};
+        SEC("cgroup/connect4") int connect4(struct bpf_sock_addr *ctx)
+        { return *(volatile int *)(long)(ctx->user_ip4 + config.a[0]); }
+        char _license[] SEC("license") = "GPL";
+        """
+    )
+    include = f"/usr/include/{os.uname().machine}-linux-gnu"
+    clang = os.environ.get("CLANG", "clang-14")
+    subprocess.run(
+        [clang, "-O2", "-g", "-target", "bpf", f"-I{include}", "-c", str(source), "-o", str(tmp_path / "cgroup.bpf.o")],
+        check=True,
+    )
+    broken = BpfDatapath(f"{datapath.pin_dir}-broken", datapath.cgroup_root, tmp_path)
+    try:
+        with pytest.raises(BpfError, match=r"(?s)refused .*cgroup\.bpf\.o: .*invalid mem access"):
+            broken.open(1)
+    finally:
+        broken.remove_all()
+
+
+def test_missing_objects_and_libraries_are_named(datapath: BpfDatapath, tmp_path: Path) -> None:
+    with pytest.raises(BpfError, match=r"cgroup\.bpf\.o is missing: install the agent's bundle again"):
+        BpfDatapath(datapath.pin_dir, datapath.cgroup_root, tmp_path).open(1)
+    with pytest.raises(BpfError, match=r"cannot load /nowhere/libbpf\.so\.1"):
+        Libbpf("/nowhere/libbpf.so.1")
+    with pytest.raises(BpfError, match="too old"):
+        Libbpf("libc.so.6")
+    with pytest.raises(BpfError, match="nothing is pinned"):
+        BpfDatapath(tmp_path, datapath.cgroup_root).open_pinned()
+
+
+def test_wrong_sizes_never_reach_the_kernel(datapath: BpfDatapath) -> None:
+    table = _pin(datapath, "svc")
+    with pytest.raises(ValueError, match="key of 3 bytes, 20 expected"):
+        table.get(b"abc")
+    with pytest.raises(ValueError, match="value of 3 bytes, 16 expected"):
+        table.put(bytes(20), b"abc")
+    table.close()
+
+
+def test_a_map_of_many_entries_is_read_whole(datapath: BpfDatapath) -> None:
+    table = _pin(datapath, "rev")
+    entries = {
+        abi.LAYOUTS["isthmus_rev_key"].struct.pack(each, bytes(16), b"\x00\x00", bytes(6)): bytes(20)
+        for each in range(5000)
+    }
+    table.put_all(entries)
+    assert table.items() == entries
+    table.close()
+
+
+def test_mounts_are_parsed() -> None:
+    text = "cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\nnone /odd\\040place cgroup2 rw 0 0\nbpf /sys/fs/bpf bpf rw 0 0\n"
+    assert parse_mounts(text, "cgroup2") == [Path("/sys/fs/cgroup/unified"), Path("/odd place")]
+    assert parse_mounts(text, "bpf") == [Path("/sys/fs/bpf")]
+
+
+def test_the_arena_rests_freed_runs_and_refuses_when_full() -> None:
+    arena = Arena(10, [(2, 3)], grace=1.0)
+    assert arena.allocate(2, 0.0) == 0
+    assert arena.allocate(5, 0.0) == 5
+    arena.free(5, 0.0)
+    with pytest.raises(ArenaFull):
+        arena.allocate(5, 0.5)
+    assert arena.allocate(5, 1.5) == 5
+    assert arena.used == 10
+    assert arena.allocate(0, 1.5) == 0

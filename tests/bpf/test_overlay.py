@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The overlay between two nodes: what is let in, what is dropped and counted, sizes, routes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import pytest
+from bpf.topology import CLONE_NEWNET, TCP, VIP, Inside, Node, backend, two_nodes, wait_for
+from isthmus_agent import netlink
+from pyroute2 import IPRoute
+
+Nodes = tuple[Node, Node]
+assert CLONE_NEWNET
+
+
+def _send(attacker: Inside, node: Node, vni: int, source: str, destination: str, extra: str = "", outer: str = "") -> None:
+    attacker.do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('{outer}', 0))\n"
+        f"s.sendto(vxlan({vni}, '{source}', '{destination}'{extra}), ('{node.underlay}', 8472))"
+    )
+
+
+def _dropped(node: Node, reason: str) -> None:
+    """Exactly one packet was dropped, for `reason`."""
+    wait_for(lambda: any(node.drops().values()), f"a drop at node {node.name}")
+    assert {name: count for name, count in node.drops().items() if count} == {reason: 1}
+
+
+# Identities that a node of cluster 1 may assert, and some that it may not.
+ALLOWED = [2, 4, 6, 7, 8, 100, 114, 128, 255, 1 << 16, (1 << 16) + 300, (2 << 16) - 1]
+REFUSED = [0, 1, 3, 5, 9, 10, 99, 115, 127, 256, 0xFFFF, 2 << 16, (2 << 16) + 300, 255 << 16]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Nodes]:
+    """Two nodes for many checks that only read counters."""
+    with two_nodes() as both:
+        yield both
+
+
+def test_identities_are_let_in_or_dropped_by_the_sending_cluster(pair: Nodes) -> None:
+    left, right = pair
+    attacker = left.process()
+    for identity in ALLOWED:
+        _send(attacker, right, identity, left.mesh, right.mesh)
+    wait_for(lambda: sum(each.packets for each in right.bpf.counters().identities) == len(ALLOWED), "all let in")
+    assert {(each.identity, each.cluster_id, each.packets) for each in right.bpf.counters().identities} == {
+        (identity, 1, 1) for identity in ALLOWED
+    }
+    assert not any(right.drops().values())
+    for count, identity in enumerate(REFUSED, 1):
+        _send(attacker, right, identity, left.mesh, right.mesh)
+        wait_for(lambda count=count: right.drops()["bad_identity"] == count, f"identity {identity} dropped")
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "reason"),
+    [
+        ("10.102.0.2", "10.102.0.1", "bad_source"),  # the receiver's own workload
+        ("10.102.0.9", "10.102.0.1", "bad_source"),  # nobody's
+        ("192.0.2.1", "10.102.0.1", "bad_source"),  # out of the mesh
+        ("198.18.0.12", "10.102.0.1", "bad_source"),  # the receiver's underlay address
+        ("10.101.0.1", "192.0.2.1", "not_local_dest"),  # would be forwarded
+        ("10.101.0.1", "10.101.0.2", "not_local_dest"),  # back to the sender
+    ],
+)
+def test_a_wrong_inner_address_is_dropped(nodes: Nodes, source: str, destination: str, reason: str) -> None:
+    left, right = nodes
+    _send(left.process(), right, 6, source, destination)
+    _dropped(right, reason)
+
+
+def test_an_address_of_the_senders_cluster_is_let_in_and_a_nodes_is_not(nodes: Nodes) -> None:
+    from dataclasses import replace
+    from ipaddress import ip_network
+
+    from isthmus_agent.desired.datapath import IpcacheEntry
+
+    left, right = nodes
+    elsewhere = ip_address("198.18.0.77")
+    right.apply(
+        replace(
+            right.datapath,
+            ipcache={
+                **right.datapath.ipcache,
+                ip_network("10.101.0.16/28"): IpcacheEntry(2, 1, elsewhere),
+                ip_network("198.18.0.77/32"): IpcacheEntry(6, 1, elsewhere, is_node=True),
+            },
+        )
+    )
+    attacker = left.process()
+    _send(attacker, right, left.identity, "10.101.0.20", right.mesh)
+    wait_for(lambda: right.bpf.counters().identities, "the moved workload's packet")
+    assert not any(right.drops().values())
+    _send(attacker, right, 6, "198.18.0.77", right.mesh)
+    _dropped(right, "bad_source")
+
+
+def test_an_unknown_peer_is_dropped(nodes: Nodes) -> None:
+    left, right = nodes
+
+    def second_address() -> None:
+        with IPRoute() as ipr:
+            (index,) = ipr.link_lookup(ifname="eth0")
+            ipr.addr("add", index=index, address="198.18.0.99", prefixlen=24)
+
+    left.call(second_address)
+    _send(left.process(), right, 6, left.mesh, right.mesh, outer="198.18.0.99")
+    _dropped(right, "unknown_peer")
+
+
+@pytest.mark.parametrize("ethertype", [0x0806, 0x86DD, 0x8100])
+def test_what_is_not_ipv4_is_dropped(nodes: Nodes, ethertype: int) -> None:
+    left, right = nodes
+    _send(left.process(), right, 6, left.mesh, right.mesh, extra=f", ethertype={ethertype}")
+    _dropped(right, "not_ip")
+
+
+def test_a_packet_without_an_ip_header_is_malformed(nodes: Nodes) -> None:
+    left, right = nodes
+    left.process().do(
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        f"s.sendto(vxlan(6, '1.1.1.1', '1.1.1.1')[:8 + 14 + 10], ('{right.underlay}', 8472))"
+    )
+    _dropped(right, "malformed")
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "reason"),
+    [("10.101.0.1", "10.102.1.1", "no_tunnel"), ("192.0.2.7", "10.102.0.1", "not_local_source")],
+)
+def test_egress_drops_are_counted(nodes: Nodes, source: str, destination: str, reason: str) -> None:
+    left, _ = nodes
+
+    def prepare() -> None:
+        with IPRoute() as ipr:
+            index = ipr.link_lookup(ifname="isthmus0")[0]
+            ipr.route("add", dst=f"{destination}/32", oif=index, table=254, scope=253)
+            ipr.addr("add", index=1, address="192.0.2.7", prefixlen=32)
+
+    left.call(prepare)
+    left.process().do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('{source}', 0)); s.sendto(b'x', ('{destination}', 9))"
+    )
+    _dropped(left, reason)
+
+
+@pytest.mark.parametrize("underlay_mtu", [1500, 1460])
+def test_a_bulk_transfer_makes_no_outer_fragments(underlay_mtu: int) -> None:
+    with two_nodes(underlay_mtu) as (left, right):
+        assert left.call(netlink.underlay_mtu, ip_address(left.underlay)) == underlay_mtu
+        assert left.call(netlink.underlay_mtu, ip_address(right.underlay)) == underlay_mtu
+        right.process("web").do(f"serve_tcp('b', '{right.workload}', 8080)")
+        client = left.process("web")
+        size = 32 << 20
+        total = client.do(
+            f"s = socket.create_connection(('{VIP}', 80), 20); line(s)\n"
+            f"s.sendall(bytes({size} - 1) + b'?'); result = line(s)"
+        )
+        assert int(total) == size
+        for node in (left, right):
+            assert (node.counter("FragCreates"), node.counter("ReasmReqds")) == (0, 0), node.name
+        assert client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)") == underlay_mtu - 50 - 40 - 12
+        # The test can fail: a device-sized datagram without the route's MTU would be fragmented.
+        client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(bytes(1600), ('{right.mesh}', 9))")
+        assert left.counter("FragCreates") > 0
+
+
+@pytest.mark.parametrize("rp_filter", ["0", "1", "2"])
+def test_every_direction_works_with_rp_filter(rp_filter: str) -> None:
+    with two_nodes() as (left, right):
+        for node in (left, right):
+            for device in ("all", "default", "eth0", "isthmus0"):
+                node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
+        for node in (left, right):
+            node.process().do(f"serve_tcp('host', '{node.mesh}', 9000); serve_tcp('any', '{node.workload}', 9001)")
+        for near, far in ((left, right), (right, left)):
+            for bound in (near.mesh, near.workload, near.underlay):
+                for address, port in ((far.mesh, 9000), (far.workload, 9001)):
+                    text = near.process().do(
+                        f"s = socket.create_connection(('{address}', {port}), 5, ('{bound}', 0)); result = line(s)"
+                    )
+                    assert text.split()[1] == bound
+        assert not any(left.drops().values())
+        assert not any(right.drops().values())
+
+
+class Capture:
+    """All packets of a node's underlay device."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+        def start() -> socket.socket:
+            # SOCK_RAW, ETH_P_ALL: both directions.
+            tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            tap.bind(("eth0", 3))
+            tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+            tap.setblocking(False)
+            return tap
+
+        self.tap = node.call(start)
+
+    def addresses(self) -> set[tuple[str, str]]:
+        """(source, destination) of every IPv4 packet seen so far, outer headers only."""
+        found = set()
+        while True:
+            try:
+                frame = self.tap.recv(65536)
+            except BlockingIOError:
+                return found
+            if struct.unpack_from("!H", frame, 12)[0] == 0x0800:
+                found.add((socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34])))
+
+
+def test_no_mesh_address_is_seen_on_the_underlay(nodes: Nodes) -> None:
+    left, right = nodes
+    capture = Capture(left)
+    for node in (left, right):
+        node.process().do(
+            f"serve_tcp('mesh', '{node.mesh}', 9000); serve_tcp('web', '{node.workload}', 8080); "
+            f"serve_tcp('under', '{node.underlay}', 9002); serve_udp('u', '{node.workload}', 5353)"
+        )
+    for cgroup in ("host", "web"):
+        client = left.process(cgroup)
+        # Service, mesh addresses, a socket bound to the underlay address towards the mesh, and a daemon
+        # that listens on the underlay address only, dialled with any source.
+        client.do(f"line(socket.create_connection(('{VIP}', 80), 5))")
+        client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5); u.sendto(b'x', ('{VIP}', 53)); u.recv(9)")
+        client.do(f"line(socket.create_connection(('{right.mesh}', 9000), 5, ('{left.underlay}', 0)))")
+        text = client.do(f"result = line(socket.create_connection(('{right.underlay}', 9002), 5))")
+        assert text == f"under {left.underlay}"
+        text = client.do(
+            f"result = line(socket.create_connection(('{right.underlay}', 9002), 5, ('{left.mesh}', 0)))"
+        )
+        assert text == f"under {left.mesh}"
+    seen = capture.addresses()
+    capture.tap.close()
+    assert seen == {(left.underlay, right.underlay), (right.underlay, left.underlay)}
+
+
+def test_a_new_agent_replaces_the_programs_under_traffic(nodes: Nodes) -> None:
+    left, right = nodes
+    right.process("web").do(f"serve_tcp('b', '{right.workload}', 8080)")
+    client = left.process("web")
+    client.do(
+        f"""
+s = socket.create_connection(('{VIP}', 80), 5)
+line(s)
+failed, done, stop = [], [0], threading.Event()
+def work():
+    while not stop.is_set():
+        try:
+            with socket.create_connection(('{VIP}', 80), 2) as c:
+                line(c)
+            done[0] += 1
+        except OSError as error:
+            failed.append(repr(error))
+thread = threading.Thread(target=work)
+thread.start()
+"""
+    )
+    for _ in range(5):
+        left.bpf.close()
+        left.load()
+        index = left.call(netlink.overlay_index)
+        assert left.call(left.bpf.audit_attachments, index) == []
+        before = client.do("result = done[0]")
+        wait_for(lambda before=before: client.do("result = done[0]") > before + 5, "connections with the new programs")
+    client.do("stop.set(); thread.join()")
+    assert client.do("result = failed") == []
+    assert client.do("s.sendall(b'?'); result = line(s)") == "1"
+    counts = left.bpf.counters().backends[(backend(right, 8080, TCP).address, 8080, TCP)]
+    assert counts.connects == client.do("result = done[0] + 1")
+
+
+def test_a_removed_filter_is_named(nodes: Nodes) -> None:
+    left, _ = nodes
+    index = left.call(netlink.overlay_index)
+    left.call(left.bpf.detach_overlay, index)
+    problems = left.call(left.bpf.audit_attachments, index)
+    assert [each.split(" to ")[0] for each in problems] == [
+        "tc program overlay_ingress is not attached",
+        "tc program overlay_egress is not attached",
+    ]

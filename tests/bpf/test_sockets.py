@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Service addresses and workload addresses on real sockets, over the overlay."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from bpf.topology import TCP, UDP, VIP, VIP_EMPTY, InsideError, Node, backend, wait_for, with_service
+
+Nodes = tuple[Node, Node]
+
+
+@pytest.fixture
+def served(nodes: Nodes) -> Nodes:
+    """Node b's workload serves TCP 8080 and UDP 5353."""
+    _, right = nodes
+    server = right.process("web")
+    server.do(f"serve_tcp('b', '{right.workload}', 8080)")
+    server.do(f"serve_udp('b', '{right.workload}', 5353)")
+    return nodes
+
+
+@pytest.mark.parametrize("cgroup", ["host", "web", "web/inner"])
+def test_tcp_reaches_the_backend_with_the_workloads_source(served: Nodes, cgroup: str) -> None:
+    left, right = served
+    client = left.process(cgroup)
+    answer = client.do(f"s = socket.create_connection(('{VIP}', 80), 5); result = [line(s), s.getpeername()[:2]]")
+    source = left.mesh if cgroup == "host" else left.workload
+    assert answer == [f"b {source}", [VIP, 80]]
+    counts = left.bpf.counters().backends
+    assert counts[(backend(right, 8080, TCP).address, 8080, TCP)].connects == 1
+    identity = 6 if cgroup == "host" else left.identity
+    seen = right.bpf.counters().identities
+    assert {(str(each.destination), each.identity, each.cluster_id) for each in seen} == {(right.workload, identity, 1)}
+    assert right.bpf.counters().drops == dict.fromkeys(right.drops(), 0)
+
+
+def test_a_mapped_ipv6_socket_is_served_the_same(served: Nodes) -> None:
+    left, _ = served
+    for cgroup, source in (("host", left.mesh), ("web", left.workload)):
+        client = left.process(cgroup)
+        answer = client.do(
+            "s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM); s.settimeout(5); "
+            f"s.connect(('::ffff:{VIP}', 80)); result = [line(s), s.getpeername()[:2], s.getsockname()[0]]"
+        )
+        assert answer == [f"b {source}", [f"::ffff:{VIP}", 80], f"::ffff:{source}"]
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("cgroup", ["host", "web"])
+def test_udp_is_translated_both_ways(served: Nodes, family: str, connected: bool, cgroup: str) -> None:
+    left, right = served
+    client = left.process(cgroup)
+    address = VIP if family == "AF_INET" else f"::ffff:{VIP}"
+    client.do(f"s = socket.socket(socket.{family}, socket.SOCK_DGRAM); s.settimeout(5)")
+    if connected:
+        client.do(f"s.connect(('{address}', 53)); s.send(b'x')")
+    else:
+        client.do(f"s.sendto(b'x', ('{address}', 53))")
+    text, peer = client.do("data, peer = s.recvfrom(100); result = [data.decode(), peer[:2]]")
+    assert text == f"b {left.mesh if cgroup == 'host' else left.workload}"
+    assert peer == [address, 53]
+    count = left.bpf.counters().backends[(backend(right, 5353, UDP).address, 5353, UDP)]
+    assert (count.connects, count.datagrams) == ((1, 0) if connected else (0, 1))
+    if connected:
+        assert client.do("result = s.getpeername()[:2]") == [address, 53]
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
+def test_no_backend_is_host_unreachable(nodes: Nodes, family: str) -> None:
+    left, _ = nodes
+    client = left.process()
+    address = VIP_EMPTY if family == "AF_INET" else f"::ffff:{VIP_EMPTY}"
+    expected = errno.EHOSTUNREACH if left.bpf.has_set_retval() else errno.EPERM
+    for code in (
+        f"socket.socket(socket.{family}).connect(('{address}', 80))",
+        f"socket.socket(socket.{family}, socket.SOCK_DGRAM).connect(('{address}', 53))",
+        f"socket.socket(socket.{family}, socket.SOCK_DGRAM).sendto(b'x', ('{address}', 53))",
+    ):
+        with pytest.raises(InsideError) as caught:
+            client.do(code)
+        assert caught.value.errno == expected, code
+
+
+def test_an_unknown_port_of_a_service_address_fails_at_once(nodes: Nodes) -> None:
+    left, _ = nodes
+    with pytest.raises(InsideError) as caught:
+        left.process().do(f"socket.create_connection(('{VIP}', 81), 5)")
+    assert caught.value.errno == errno.EHOSTUNREACH
+
+
+def test_native_ipv6_passes_through(nodes: Nodes) -> None:
+    left, _ = nodes
+    answer = left.process("web").do(
+        "l = socket.create_server(('::1', 7777), family=socket.AF_INET6); "
+        "s = socket.create_connection(('::1', 7777), 5); result = s.getpeername()[:2]"
+    )
+    assert answer == ["::1", 7777]
+
+
+def test_a_socket_bound_by_its_application_keeps_its_address(served: Nodes) -> None:
+    left, _ = served
+    client = left.process("web")
+    answer = client.do(f"s = socket.create_connection(('{VIP}', 80), 5, ('{left.mesh}', 0)); result = line(s)")
+    assert answer == f"b {left.mesh}"
+
+
+def test_a_nodes_underlay_address_is_reached_with_the_underlay_address(nodes: Nodes) -> None:
+    left, right = nodes
+    right.process().do(f"serve_tcp('b', '{right.underlay}', 8081)")
+    answer = left.process("web").do(f"s = socket.create_connection(('{right.underlay}', 8081), 5); result = line(s)")
+    assert answer == f"b {left.underlay}"
+
+
+def test_a_workloads_missing_address_is_refused_not_replaced(served: Nodes) -> None:
+    left, _ = served
+    from dataclasses import replace
+    from ipaddress import ip_address
+
+    lost = replace(left.datapath, workloads=dict.fromkeys(left.datapath.workloads, ip_address("10.101.0.9")))
+    left.bpf.apply(lost)
+    with pytest.raises(InsideError) as caught:
+        left.process("web").do(f"socket.create_connection(('{VIP}', 80), 5)")
+    assert caught.value.errno == (errno.EADDRNOTAVAIL if left.bpf.has_set_retval() else errno.EPERM)
+
+
+def test_two_backends_share_connections_and_one_socket_keeps_its_backend(nodes: Nodes) -> None:
+    left, right = nodes
+    server = right.process("web")
+    for name, port in (("one", 8080), ("two", 8090)):
+        server.do(f"serve_tcp('{name}', '{right.workload}', {port}); serve_udp('{name}', '{right.workload}', {port})")
+    wanted = with_service(left.datapath, 80, TCP, backend(right, 8080, TCP), backend(right, 8090, TCP))
+    left.apply(with_service(wanted, 53, UDP, backend(right, 8080, UDP), backend(right, 8090, UDP)))
+    client = left.process()
+    names = client.do(
+        f"result = [line(socket.create_connection(('{VIP}', 80), 5)).split()[0] for _ in range(60)]"
+    )
+    assert 10 < names.count("one") < 50
+    per_socket = client.do(
+        f"""
+result = []
+for _ in range(40):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(5)
+    names = set()
+    for _ in range(5):
+        s.sendto(b'x', ('{VIP}', 53))
+        names.add(s.recvfrom(100)[0].decode().split()[0])
+    result.append(sorted(names))
+"""
+    )
+    assert {tuple(each) for each in per_socket} == {("one",), ("two",)}
+
+
+def test_a_restart_with_pins_keeps_connections_and_names(served: Nodes) -> None:
+    left, right = served
+    client = left.process("web")
+    client.do(f"s = socket.create_connection(('{VIP}', 80), 5); result = line(s)")
+    client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5); u.sendto(b'x', ('{VIP}', 53))")
+    left.bpf.close()
+    # No agent: new and old connections work.
+    assert client.do(f"n = socket.create_connection(('{VIP}', 80), 5); result = line(n)") == f"b {left.workload}"
+    left.load()
+    assert not left.bpf.apply(left.datapath)
+    assert client.do("s.sendall(b'abc?'); result = [line(s), s.getpeername()[:2]]") == ["4", [VIP, 80]]
+    assert client.do("data, peer = u.recvfrom(100); result = peer") == [VIP, 53]
+    assert left.bpf.counters().backends[(backend(right, 8080, TCP).address, 8080, TCP)].connects == 2
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
+def test_exactly_the_sockets_of_a_removed_backend_end(nodes: Nodes, family: str) -> None:
+    from isthmus_agent import netlink
+
+    left, right = nodes
+    prefix = "" if family == "AF_INET" else "::ffff:"
+    server = right.process("web")
+    for name, port in (("one", 8080), ("two", 8090)):
+        server.do(f"serve_tcp('{name}', '{right.workload}', {port}); serve_udp('{name}', '{right.workload}', {port})")
+    one, two = backend(right, 8080, TCP), backend(right, 8090, TCP)
+    udp_one, udp_two = backend(right, 8080, UDP), backend(right, 8090, UDP)
+    client = left.process()
+    client.do("tcp, udp = {}, {}")
+    for name, of_tcp, of_udp in (("one", one, udp_one), ("two", two, udp_two)):
+        left.apply(with_service(with_service(left.datapath, 80, TCP, of_tcp), 53, UDP, of_udp))
+        client.do(
+            f"s = tcp['{name}'] = socket.socket(socket.{family}); s.settimeout(5); s.connect(('{prefix}{VIP}', 80)); line(s)\n"
+            f"s = udp['{name}'] = socket.socket(socket.{family}, socket.SOCK_DGRAM); s.settimeout(5); "
+            f"s.connect(('{prefix}{VIP}', 53)); s.send(b'x'); s.recv(100)"
+        )
+        if name == "one":
+            # Dialled without the service: same backend, another socket.
+            client.do(f"direct = socket.create_connection(('{right.workload}', 8080), 5); line(direct)")
+    # Backend one is gone from the maps by now: its sockets are still known.
+    cookies = left.bpf.sockets_of([one, udp_one])
+    assert len(cookies) == 2
+    gone = [(each.address, each.port, each.protocol) for each in (one, udp_one)]
+    assert left.call(netlink.destroy_sockets, gone, cookies) == 2
+    for kind in ("tcp", "udp"):
+        with pytest.raises(InsideError) as caught:
+            client.do(f"{kind}['one'].recv(1)")
+        assert caught.value.errno == errno.ECONNABORTED
+    assert client.do("tcp['two'].sendall(b'?'); result = line(tcp['two'])") == "1"
+    assert client.do("direct.sendall(b'?'); result = line(direct)") == "1"
+    assert client.do("udp['two'].send(b'x'); result = udp['two'].recv(100).decode()").startswith("two")
+    assert left.call(netlink.destroy_sockets, gone, cookies) == 0
+    # Closed sockets are forgotten at once, so the map holds live ones only.
+    client.do("[s.close() for s in (*tcp.values(), *udp.values(), direct)]")
+    wait_for(lambda: not left.bpf.sockets_of([two, udp_two]), "no socket of backend two is left in the map")
+
+
+def test_a_socket_that_dials_elsewhere_forgets_its_service(served: Nodes) -> None:
+    left, right = served
+    right.process("web").do(f"serve_udp('other', '{right.workload}', 6000)")
+    client = left.process()
+    client.do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5); s.connect(('{VIP}', 53))\n"
+        f"s.connect(('{right.workload}', 6000)); s.send(b'x')"
+    )
+    assert client.do("result = s.recvfrom(100)[1]") == [right.workload, 6000]
+    assert client.do("result = s.getpeername()") == [right.workload, 6000]
+    assert left.bpf.sockets_of([backend(right, 5353, UDP)]) == set()
+
+
+def test_no_backend_any_more_stops_new_flows_and_keeps_open_ones(served: Nodes) -> None:
+    left, right = served
+    client = left.process()
+    client.do(f"s = socket.create_connection(('{VIP}', 80), 5); line(s)")
+    from dataclasses import replace
+    from ipaddress import ip_address
+
+    from isthmus_agent.desired.datapath import Frontend, Service
+
+    services = dict(left.datapath.services)
+    services[Frontend(ip_address(VIP), 80, TCP)] = Service("shop/web", (), (backend(right, 8080, TCP),))
+    left.apply(replace(left.datapath, services=services))
+    with pytest.raises(InsideError):
+        client.do(f"socket.create_connection(('{VIP}', 80), 5)")
+    assert client.do("s.sendall(b'?'); result = line(s)") == "1"
+    assert left.bpf.sockets_of([backend(right, 8080, TCP)])
