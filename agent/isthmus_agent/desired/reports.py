@@ -52,14 +52,19 @@ def backends_here(spec: NodeSpec, state: MeshState) -> dict[CheckKey, tuple[Work
 
 
 def workload_reports(
-    spec: NodeSpec, state: MeshState, facts: HostFacts, health: Mapping[CheckKey, bool | None]
+    spec: NodeSpec,
+    state: MeshState,
+    facts: HostFacts,
+    health: Mapping[CheckKey, bool | None],
+    reported: Mapping[str, WorkloadReport],
 ) -> dict[str, WorkloadReport]:
-    """etcd key -> report. `health` None: no verdict yet, the last reported one stands."""
+    """etcd key -> report. `health` None: no verdict yet, the last `reported` one stands."""
     here = backends_here(spec, state)
     found: dict[str, WorkloadReport] = {}
     for workload in spec.workloads:
         own = (workload.namespace, workload.name)
-        before = state.workload_reports.get((spec.host, *own))
+        etcd_key = keys.workload_key(spec.host, *own)
+        before = reported.get(etcd_key)
         ready: dict[str, bool] = {}
         for key, (_, check) in here.items():
             if key.workload != own:
@@ -69,7 +74,7 @@ def workload_reports(
             if verdict is None:
                 verdict = before.services.get(name, False) if before is not None else False
             ready[name] = verdict
-        found[keys.workload_key(spec.host, *own)] = WorkloadReport(
+        found[etcd_key] = WorkloadReport(
             name=workload.name,
             namespace=workload.namespace,
             node=spec.host,

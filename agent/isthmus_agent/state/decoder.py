@@ -153,10 +153,6 @@ class Decoder:
             return _Place("local_services", service, self._service(self.cluster, *service), self.cluster)
         if (peer := keys.parse_peer_status_key(key)) is not None:
             return _Place("peers", peer, lambda value, _: documents.PeerStatus.from_json(value))
-        if (node := keys.parse_node_report_key(key)) is not None:
-            return _Place("node_reports", node, lambda value, _: documents.NodeReport.from_json(value))
-        if (workload := keys.parse_workload_key(key)) is not None:
-            return _Place("workload_reports", workload, lambda value, _: documents.WorkloadReport.from_json(value))
         return None
 
     def _published(self, key: str, own: bool) -> _Place | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from isthmus_mesh import jsontext
-from isthmus_mesh.documents import DocumentError, NodeReport, PeerStatus, ServiceDefinition, WorkloadReport
+from isthmus_mesh.documents import DocumentError, PeerStatus, ServiceDefinition
 from isthmus_mesh.wire import ClusterConfig, ClusterService, IPIdentityPair, Node
 
 NodeKey = tuple[str, str]  # (cluster, node)
@@ -55,7 +55,3 @@ class MeshState:
     vips: Mapping[ServiceName, Vip] = field(default_factory=dict)
     local_services: Mapping[ServiceName, ClusterService] = field(default_factory=dict)
     peers: Mapping[str, PeerStatus] = field(default_factory=dict)
-    node_reports: Mapping[str, NodeReport] = field(default_factory=dict)  # this host's own
-    workload_reports: Mapping[tuple[str, str, str], WorkloadReport] = field(
-        default_factory=dict
-    )  # (node, ns, name), this host's own

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The one door to the kernel: BPF maps and programs, overlay device, addresses, routes, sockets.
+
+`Kernel` is what the loop needs (tests give it a fake); `HostKernel` is the real one. All calls are
+synchronous and run in one thread, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
+from isthmus_agent.desired.datapath import Address, Backend, Datapath
+from isthmus_agent.desired.drain import endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a call changed, in words; empty when everything was as wanted."""
+
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Counters and fill levels at one moment."""
+
+    counters: Counters
+    capacity: dict[str, Capacity] = field(default_factory=dict)
+
+
+class Kernel(Protocol):
+    """What the loop asks of the kernel."""
+
+    def is_fresh(self) -> bool:
+        """Nothing of an earlier agent is pinned on this host."""
+
+    def underlay_mtu(self, address: Address) -> int:
+        """MTU in bytes of the device that carries `address`."""
+
+    def start(self, datapath: Datapath) -> Applied:
+        """Load, fill, attach: also over what an earlier agent left. Also repairs drift."""
+
+    def apply(self, datapath: Datapath) -> Applied:
+        """Make maps, addresses, routes and rules what is wanted."""
+
+    def audit(self, datapath: Datapath) -> list[str]:
+        """What differs from what is wanted, in words."""
+
+    def read(self) -> Reading:
+        """Counters and fill levels."""
+
+    def destroy(self, backends: Collection[Backend]) -> int:
+        """End the sockets that the connect hook gave to these backends; how many."""
+
+    def close(self) -> None:
+        """Give back handles; the datapath stays."""
+
+
+class HostKernel:
+    """This host's kernel."""
+
+    def __init__(self, pin_dir: Path = PIN_DIR, cgroup_root: Path | None = None) -> None:
+        self._pin_dir = pin_dir
+        self._bpf = BpfDatapath(pin_dir=pin_dir, cgroup_root=cgroup_root)
+        self._ifindex = 0
+
+    @property
+    def cgroup_root(self) -> Path:
+        """Where the cgroup2 hierarchy is mounted. BpfError when it is not."""
+        return self._bpf.cgroup_root
+
+    def is_fresh(self) -> bool:
+        return not (self._pin_dir / "svc").exists()
+
+    def underlay_mtu(self, address: Address) -> int:
+        from isthmus_agent import netlink
+
+        return netlink.underlay_mtu(address)
+
+    def start(self, datapath: Datapath) -> Applied:
+        from isthmus_agent import netlink
+
+        if not self._ifindex:
+            self._bpf.open(datapath.cluster_id, datapath.identity_shift)
+        # Maps before hooks, checks before packets: at no moment does a program decide on an empty map.
+        maps = self._bpf.apply(datapath)
+        self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
+        self._bpf.attach_overlay(self._ifindex)
+        network = netlink.apply_network(datapath)
+        self._bpf.attach_cgroup()
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes))
+
+    def apply(self, datapath: Datapath) -> Applied:
+        from isthmus_agent import netlink
+
+        maps = self._bpf.apply(datapath)
+        network = netlink.apply_network(datapath)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes))
+
+    def audit(self, datapath: Datapath) -> list[str]:
+        from isthmus_agent import netlink
+
+        found = self._bpf.audit(datapath) + netlink.audit_network(datapath)
+        index = netlink.overlay_index()
+        if index is not None:
+            found += self._bpf.audit_attachments(index)
+        return found
+
+    def read(self) -> Reading:
+        return Reading(self._bpf.counters(), self._bpf.capacity())
+
+    def destroy(self, backends: Collection[Backend]) -> int:
+        from isthmus_agent import netlink
+
+        cookies = self._bpf.sockets_of(backends)
+        return netlink.destroy_sockets({endpoint(backend) for backend in backends}, cookies) if cookies else 0
+
+    def close(self) -> None:
+        self._bpf.close()

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The agent's loop: watch -> state -> desired -> diff -> apply.
+
+One applier owns the kernel. Everything else (watches, probes, health checks, cgroups) only says that
+something changed. Nothing is ever emptied because a source is missing: the start is made from
+last-known-good, and a host whose maps an earlier agent filled is left as it is until there is
+something at least as good to put there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TypeVar
+
+from isthmus_mesh import keys
+from isthmus_mesh.documents import Alive
+from isthmus_mesh.spec import NodeSpec
+
+from isthmus_agent import sdnotify
+from isthmus_agent.agent.cgroups import CgroupTracker
+from isthmus_agent.agent.checks import Checks
+from isthmus_agent.agent.files import write_atomically
+from isthmus_agent.agent.kernel import Kernel
+from isthmus_agent.agent.log import fields
+from isthmus_agent.agent.names import NamesFile
+from isthmus_agent.agent.prober import Prober
+from isthmus_agent.agent.reporter import Reporter
+from isthmus_agent.bpf.errors import BpfError
+from isthmus_agent.desired.compute import Desired, HostFacts, desired
+from isthmus_agent.desired.datapath import Backend, Datapath
+from isthmus_agent.desired.drain import DrainTracker
+from isthmus_agent.desired.reach import Reachability, choose_targets
+from isthmus_agent.desired.reports import CheckKey, backends_here, node_report, workload_reports
+from isthmus_agent.kvstore.client import EtcdClient
+from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.state.decoder import Decoder
+from isthmus_agent.state.lastgood import LastGood, LastGoodError
+from isthmus_agent.state.model import MeshState
+from isthmus_agent.state.watch import StateWatcher
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEBOUNCE = 0.01
+CGROUP_POLL = 0.2
+CGROUP_SEARCH_EVERY = 5  # polls; a search walks the slices, a poll only looks at known places
+AUDIT_INTERVAL = 300.0
+MTU_INTERVAL = 30.0
+RETRY = (0.5, 30.0)
+LAST_GOOD_DELAY = 1.0
+DESTROY_AGAIN = 5.0
+IDLE = 5.0  # the applier's longest sleep without a watchdog
+RESTART_DELAY = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the agent keeps what it writes."""
+
+    state: Path = Path("/var/lib/isthmus/agent")
+    run: Path = Path("/run/isthmus")
+
+    @property
+    def last_good(self) -> Path:
+        return self.state / "last-known-good.json"
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "agent.sock"
+
+    @property
+    def names(self) -> Path:
+        return self.run / "dns"
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the applier has done; times are wall clock seconds."""
+
+    applied: Datapath | None = None
+    source: str = ""  # spec, last-known-good, etcd
+    applies: int = 0
+    last_apply: float | None = None
+    last_change: float | None = None
+    error: str = ""
+    errors: int = 0
+    holding: str = ""
+    last_audit: float | None = None
+    drift: tuple[str, ...] = ()  # what the last audit found
+    repaired: int = 0
+    sockets_ended: int = 0
+    last_good_written: float | None = None
+    last_good_loaded: str = ""  # when what we started from was written
+    restarts: int = 0  # of failed tasks
+
+
+class Agent:
+    """One host's agent. `run` ends when it is cancelled; the datapath stays."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        kernel: Kernel,
+        client: EtcdClient,
+        cgroup_root: Path,
+        paths: Paths | None = None,
+        boot_id: str = "",
+        version: str = "",
+        probe: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.paths = paths or Paths()
+        self.version = version
+        self.started = time.time()
+        self.progress = Progress()
+        self.decoder = Decoder(spec.cluster.name, spec.cluster.id, spec.cluster.max_clusters)
+        self.watcher = StateWatcher(client, self.decoder, self.wake)
+        self.client = client
+        self.prober = Prober(spec.node.mesh4, self.wake)
+        self.checks = Checks(self._report)
+        self.cgroups = CgroupTracker(cgroup_root, spec.workloads)
+        self.reporter = Reporter(client, spec.host, self._reports)
+        self.names = NamesFile(self.paths.names)
+        self.facts = HostFacts(boot_id=boot_id)
+        self.desired: Desired | None = None
+        self.kernel = kernel
+        self._probe = probe
+        self._executor = ThreadPoolExecutor(1, "kernel")
+        self._wake = asyncio.Event()
+        self._drain = DrainTracker()
+        self._deadline: float | None = None
+        self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
+        self._has_last_good = False
+        self._fresh = False
+        self._started = False
+        self._synced = False
+        self._dead: frozenset[Backend] = frozenset()
+        self._dead_ended = 0.0
+        self._expired: list[Backend] = []
+        self._last_good_wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """Some input changed."""
+        self._wake.set()
+
+    async def kernel_call(self, function: Callable[..., T], *args: object) -> T:
+        """Run a kernel function in its thread, after those asked before."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def run(self) -> None:
+        """Start from last-known-good, then follow own etcd, until cancelled."""
+        self._load_last_good()
+        self._fresh = await self.kernel_call(self.kernel.is_fresh)
+        self.cgroups.poll()
+        self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
+        await self._read_mtu()
+        alive = Alive(self.spec.host, self.version, self.facts.boot_id, _rfc3339(self.started))
+        jobs: dict[str, Callable[[], Awaitable[None]]] = {
+            "applier": self._applier,
+            "watcher": self.watcher.run,
+            "cgroups": self._follow_cgroups,
+            "mtu": self._follow_mtu,
+            "reporter": self.reporter.run,
+            "alive": lambda: self.reporter.run_alive(alive),
+            "audit": self._audits,
+            "last-good": self._keep_last_good,
+        }
+        if self._probe:
+            jobs["prober"] = self.prober.run
+        self.wake()
+        tasks = [asyncio.create_task(self._guard(name, job), name=name) for name, job in jobs.items()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.checks.close()
+            await self.kernel_call(self.kernel.close)
+            self._executor.shutdown()
+
+    async def _guard(self, name: str, job: Callable[[], Awaitable[None]]) -> None:
+        """A job that fails is logged, counted and started again; the others go on."""
+        while True:
+            try:
+                await job()
+                logger.error("job ended", extra=fields(job=name))
+            except Exception:
+                logger.exception("job failed", extra=fields(job=name))
+            self.progress.restarts += 1
+            await asyncio.sleep(RESTART_DELAY)
+
+    # --- inputs
+
+    def _load_last_good(self) -> None:
+        path = self.paths.last_good
+        try:
+            last = LastGood.from_json(path.read_bytes())
+        except FileNotFoundError:
+            return
+        except (OSError, LastGoodError) as error:
+            logger.error(
+                "last-known-good cannot be used; waiting for etcd",
+                extra=fields(path=str(path), error=str(error)),
+            )
+            return
+        if last.cluster != self.spec.cluster.name:
+            logger.error(
+                "last-known-good is another cluster's and is not used",
+                extra=fields(path=str(path), cluster=last.cluster),
+            )
+            return
+        for key, value in last.documents.items():
+            self.decoder.put(key, value)
+        self.watcher.seed(last)
+        self._has_last_good = True
+        self.progress.last_good_loaded = last.written
+        logger.info("last-known-good loaded", extra=fields(written=last.written, documents=len(last.documents)))
+
+    async def _read_mtu(self) -> bool:
+        try:
+            mtu = await self.kernel_call(self.kernel.underlay_mtu, self.spec.node.underlay4)
+        except NetworkError as error:
+            logger.error("underlay MTU cannot be read", extra=fields(error=str(error), used=self.facts.underlay_mtu))
+            return False
+        if mtu == self.facts.underlay_mtu:
+            return False
+        self.facts = replace(self.facts, underlay_mtu=mtu)
+        return True
+
+    async def _follow_mtu(self) -> None:
+        while True:
+            await asyncio.sleep(MTU_INTERVAL)
+            if await self._read_mtu():
+                self.wake()
+                self.reporter.wake()
+
+    async def _follow_cgroups(self) -> None:
+        polls = 0
+        while True:
+            await asyncio.sleep(CGROUP_POLL)
+            polls += 1
+            if self.cgroups.poll(search=polls % CGROUP_SEARCH_EVERY == 0):
+                self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
+                logger.info(
+                    "workloads' cgroups changed",
+                    extra=fields(running=sorted("/".join(key) for key in self.cgroups.ids)),
+                )
+                self.wake()
+                self._report()
+
+    # --- reports
+
+    def _report(self) -> None:
+        self.reporter.wake()
+
+    def _reports(self) -> dict[str, str] | None:
+        """None until own etcd was listed: without the definitions a report would withdraw backends."""
+        if not self.watcher.synced:
+            return None
+        state = self.decoder.state()
+        self._reconcile_checks(state)
+        found = {
+            key: report.to_json()
+            for key, report in workload_reports(
+                self.spec, state, self.facts, self.checks.verdicts(), self.reporter.reported
+            ).items()
+        }
+        found[keys.node_report_key(self.spec.host)] = node_report(self.spec, self.facts).to_json()
+        return found
+
+    def _reconcile_checks(self, state: MeshState) -> None:
+        self.checks.reconcile(backends_here(self.spec, state), self._reported)
+
+    def _reported(self, key: CheckKey) -> bool | None:
+        report = self.reporter.reported.get(keys.workload_key(self.spec.host, *key.workload))
+        return report.services.get("/".join(key.service)) if report is not None else None
+
+    # --- the applier
+
+    async def _applier(self) -> None:
+        watchdog = sdnotify.watchdog_interval()
+        longest = min(IDLE, watchdog) if watchdog else IDLE
+        retry = RETRY[0]
+        while True:
+            timeout = longest
+            if self._deadline is not None:
+                timeout = min(timeout, max(0.0, self._deadline - time.monotonic()))
+            if self.progress.error:
+                timeout = min(timeout, retry)
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout)
+                await asyncio.sleep(DEBOUNCE)
+            except asyncio.TimeoutError:
+                pass  # a deadline, a retry, or the watchdog's turn
+            self._wake.clear()
+            try:
+                await self._turn()
+                retry = RETRY[0]
+            except (BpfError, NetworkError, OSError) as error:
+                self.progress.errors += 1
+                if self.progress.error != str(error):
+                    logger.error("datapath cannot be applied", extra=fields(error=str(error)))
+                self.progress.error = str(error)
+                self._inputs = None
+                retry = min(retry * 2, RETRY[1])
+            sdnotify.notify("WATCHDOG=1")
+
+    def _hold(self) -> str:
+        """Why nothing may be applied yet; empty when something may."""
+        if self._has_last_good or self._fresh or self._started or self.watcher.trusted:
+            return ""
+        return (
+            "the datapath of an earlier agent is kept as it is: there is no last-known-good, and own etcd's "
+            "state is not complete yet"
+        )
+
+    async def _turn(self) -> None:
+        holding = self._hold()
+        if holding:
+            if holding != self.progress.holding:
+                logger.warning("holding", extra=fields(reason=holding))
+                sdnotify.notify(f"READY=1\nSTATUS={holding}")
+            self.progress.holding = holding
+            return
+        self.progress.holding = ""
+        now = time.monotonic()
+        if self.watcher.synced and not self._synced:
+            self._synced = True
+            self.reporter.wake()
+        # A peer's age changes every few seconds and changes nothing that is wanted.
+        inputs = (replace(self.decoder.state(), peers={}), self.prober.view(), self.facts)
+        due = self._deadline is not None and now >= self._deadline
+        if inputs != self._inputs or due:
+            await self._apply(inputs, now)
+        if self._dead and now - self._dead_ended >= DESTROY_AGAIN:
+            # A connect() that chose the backend just before it was taken out may finish after the first round.
+            await self._end_sockets(self._dead)
+            self._dead_ended = now
+
+    async def _apply(self, inputs: tuple[MeshState, Reachability, HostFacts], now: float) -> None:
+        state, reach, facts = inputs
+        found = desired(self.spec, state, reach, facts)
+        services, expired, self._deadline = self._drain.apply(found.datapath.services, now)
+        self._expired.extend(expired)
+        datapath = replace(found.datapath, services=services)
+        self._log_refused(found)
+        self.desired = found
+        self.prober.retarget(choose_targets((self.spec.cluster.name, self.spec.host), found.holders, found.holders))
+        self.names.write(found.names)
+        began = time.monotonic()
+        if not self._started:
+            done = await self.kernel_call(self.kernel.start, datapath)
+        elif datapath != self.progress.applied:
+            done = await self.kernel_call(self.kernel.apply, datapath)
+        else:
+            done = None
+        if done is not None:
+            self._note_applied(datapath, done.changes, time.monotonic() - began)
+        self._inputs = inputs
+        self.progress.error = ""
+        if self.watcher.synced:
+            self._last_good_wake.set()
+            self._reconcile_checks(state)
+            self.reporter.wake()
+        fresh_dead = found.dead - self._dead
+        self._dead = found.dead
+        if fresh_dead or self._expired:
+            ended, self._expired = self._expired, []
+            await self._end_sockets({*fresh_dead, *ended})
+
+    def _log_refused(self, found: Desired) -> None:
+        before = self.desired.refused if self.desired is not None else ()
+        for words in found.refused:
+            if words not in before:
+                logger.warning("claim refused", extra=fields(reason=words))
+
+    def _note_applied(self, datapath: Datapath, changes: tuple[str, ...], seconds: float) -> None:
+        first = not self._started
+        self._started = True
+        progress = self.progress
+        progress.applied = datapath
+        progress.applies += 1
+        progress.last_apply = time.time()
+        progress.source = "etcd" if self.watcher.synced else "last-known-good" if self._has_last_good else "spec"
+        if changes:
+            progress.last_change = progress.last_apply
+            shown = list(changes[:20])
+            logger.info(
+                "datapath applied",
+                extra=fields(source=progress.source, ms=round(seconds * 1000), changes=len(changes), first=shown),
+            )
+        if first:
+            gc.collect()
+            gc.freeze()
+            sdnotify.notify(f"READY=1\nSTATUS=datapath applied from {progress.source}")
+            logger.info("ready", extra=fields(source=progress.source))
+
+    async def _end_sockets(self, backends: frozenset[Backend] | set[Backend]) -> None:
+        try:
+            ended = await self.kernel_call(self.kernel.destroy, backends)
+        except (NetworkError, BpfError) as error:
+            logger.error("sockets cannot be ended", extra=fields(error=str(error)))
+            return
+        if ended:
+            self.progress.sockets_ended += ended
+            logger.warning(
+                "sockets to lost backends ended",
+                extra=fields(sockets=ended, backends=sorted(f"{b.address}:{b.port}" for b in backends)),
+            )
+
+    # --- audit and last-known-good
+
+    async def audit(self, repair: bool = False) -> list[str]:
+        """What of the datapath differs from what is wanted, in words; with `repair` it is made so."""
+        datapath = self.progress.applied
+        if datapath is None:
+            return [self.progress.holding or self.progress.error or "nothing was applied yet"]
+        found = await self.kernel_call(self.kernel.audit, datapath)
+        if self.progress.applied is not datapath:
+            found = await self.kernel_call(self.kernel.audit, self.progress.applied)
+        self.progress.last_audit = time.time()
+        self.progress.drift = tuple(found)
+        if found and repair and self.progress.applied is not None:
+            logger.warning("drift repaired", extra=fields(count=len(found), first=found[:20]))
+            await self.kernel_call(self.kernel.start, self.progress.applied)
+            self.progress.repaired += len(found)
+        return found
+
+    async def _audits(self) -> None:
+        while True:
+            await asyncio.sleep(AUDIT_INTERVAL * random.uniform(0.8, 1.2))  # noqa: S311
+            if self.progress.applied is not None:
+                await self.audit(repair=True)
+
+    async def _keep_last_good(self) -> None:
+        written: dict[str, bytes] = {}
+        while True:
+            await self._last_good_wake.wait()
+            await asyncio.sleep(LAST_GOOD_DELAY)
+            self._last_good_wake.clear()
+            last = self.watcher.last_good(_rfc3339(time.time()))
+            if last.documents == written:
+                continue
+            await asyncio.to_thread(_write, self.paths.last_good, last)
+            written = dict(last.documents)
+            self._has_last_good = True
+            self.progress.last_good_written = time.time()
+
+
+def _write(path: Path, last: LastGood) -> None:
+    write_atomically(path, last.to_json().encode(), 0o600)
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`isthmusd`: the agent's entry point."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from isthmus_mesh.spec import NodeSpec, SpecError
+
+from isthmus_agent.agent import metrics, status
+from isthmus_agent.agent.http import LocalServer, Response
+from isthmus_agent.agent.kernel import HostKernel, Kernel
+from isthmus_agent.agent.log import configure, fields
+from isthmus_agent.agent.loop import Agent, Paths
+from isthmus_agent.bpf.driver import PIN_DIR
+from isthmus_agent.bpf.errors import BpfError
+from isthmus_agent.kvstore.client import EtcdClient
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h; the unit does not restart on it
+
+
+def installed_version() -> str:
+    """The wheel's version; in a checkout, where nothing is installed, `checkout`."""
+    try:
+        return version("isthmus")
+    except PackageNotFoundError:
+        return "checkout"
+
+
+def routes(agent: Agent) -> LocalServer:
+    """The status API: GET /v1/status, /v1/services, /v1/peers, /v1/audit; POST /v1/repair."""
+
+    async def get_status() -> Response:
+        return Response.json(await status.status(agent))
+
+    async def get_services() -> Response:
+        return Response.json(await status.services(agent))
+
+    async def get_peers() -> Response:
+        return Response.json(await status.peers(agent))
+
+    async def get_audit() -> Response:
+        return Response.json({"problems": await agent.audit()})
+
+    async def post_repair() -> Response:
+        return Response.json({"repaired": await agent.audit(repair=True)})
+
+    return LocalServer(
+        {
+            "GET /v1/status": get_status,
+            "GET /v1/services": get_services,
+            "GET /v1/peers": get_peers,
+            "GET /v1/audit": get_audit,
+            "POST /v1/repair": post_repair,
+        }
+    )
+
+
+def metrics_server(agent: Agent) -> LocalServer:
+    async def get_metrics() -> Response:
+        return Response(await metrics.render(agent), "text/plain; version=0.0.4; charset=utf-8")
+
+    return LocalServer({"GET /metrics": get_metrics})
+
+
+async def serve(agent: Agent, listen: tuple[str, int] | None) -> None:
+    """Run the agent and its local servers until SIGTERM or SIGINT; the datapath stays as it is."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    api, scrape = routes(agent), metrics_server(agent)
+    await api.listen_unix(agent.paths.socket)
+    if listen is not None:
+        try:
+            await scrape.listen_tcp(*listen)
+        except OSError as error:
+            # Without metrics the mesh still works, and status says what is wrong.
+            logger.error("metrics cannot be served", extra=fields(listen=f"{listen[0]}:{listen[1]}", error=str(error)))
+    run = asyncio.create_task(agent.run(), name="agent")
+    waiting = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        await asyncio.wait({run, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if run.done():
+            run.result()
+    finally:
+        logger.info("stopping; the datapath stays as it is")
+        for task in (run, waiting):
+            task.cancel()
+        await asyncio.gather(run, waiting, return_exceptions=True)
+        await scrape.close()
+        await api.close()
+        agent.paths.socket.unlink(missing_ok=True)
+        await agent.client.close()
+
+
+async def start(
+    spec: NodeSpec, kernel: Kernel, cgroup_root: Path, paths: Paths, listen: tuple[str, int] | None
+) -> None:
+    """Make the agent inside the running loop and serve."""
+    client = EtcdClient(spec.etcd.endpoints, spec.etcd.ca, spec.etcd.cert, spec.etcd.key)
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    agent = Agent(spec, kernel, client, cgroup_root, paths, boot_id=boot_id, version=installed_version())
+    await serve(agent, listen)
+
+
+def _listen(text: str) -> tuple[str, int] | None:
+    if text == "none":
+        return None
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor none")
+    return host, int(port)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM, 78 when the configuration cannot be used, 1 for anything else."""
+    parser = argparse.ArgumentParser(prog="isthmusd", description="The Isthmus agent of this host.")
+    parser.add_argument("--config", type=Path, default=Path("/etc/isthmus/node.json"), help="the host's node spec")
+    parser.add_argument("--state-dir", type=Path, default=Paths().state)
+    parser.add_argument("--run-dir", type=Path, default=Paths().run)
+    parser.add_argument("--pin-dir", type=Path, default=PIN_DIR)
+    parser.add_argument("--metrics", type=_listen, default=("127.0.0.1", 9968), metavar="HOST:PORT|none")
+    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    options = parser.parse_args(arguments)
+    configure(options.log_level)
+    try:
+        spec = NodeSpec.from_json(options.config.read_bytes())
+        kernel = HostKernel(options.pin_dir)
+        cgroup_root = kernel.cgroup_root
+    except (OSError, SpecError, BpfError) as error:
+        logger.error("cannot start", extra=fields(config=str(options.config), error=str(error)))
+        return EXIT_CONFIG
+    paths = Paths(options.state_dir, options.run_dir)
+    asyncio.run(start(spec, kernel, cgroup_root, paths, options.metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Prometheus metrics, made from a snapshot at each scrape. Labels are bounded: no workload or client names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+
+from isthmus_agent.agent.kernel import Reading
+from isthmus_agent.agent.loop import Agent
+from isthmus_agent.agent.status import parse_time, read_kernel
+
+
+class _Snapshot:
+    """One scrape's values."""
+
+    def __init__(self, agent: Agent, reading: Reading | None) -> None:
+        self._agent = agent
+        self._reading = reading
+
+    def collect(self) -> Iterator[Metric]:
+        agent, progress = self._agent, self._agent.progress
+        yield _gauge("isthmus_datapath_applied", "1 when the wanted datapath is applied.", _ok(agent))
+        yield _counter("isthmus_applies", "Times the datapath was applied.", progress.applies)
+        yield _counter("isthmus_apply_errors", "Times it could not be applied.", progress.errors)
+        yield _counter("isthmus_drift_repaired", "Differences repaired by audits.", progress.repaired)
+        yield _counter("isthmus_sockets_ended", "Sockets ended because their backend was lost.", progress.sockets_ended)
+        yield _counter("isthmus_job_restarts", "Failed jobs started again.", progress.restarts)
+        yield _gauge(
+            "isthmus_etcd_connected", "1 while own etcd answers all watches.", float(agent.watcher.connected())
+        )
+        age = agent.watcher.age()
+        if age is not None:
+            yield _gauge("isthmus_etcd_age_seconds", "Since own etcd last answered.", age)
+        refused = CounterMetricFamily("isthmus_refused", "Values refused, by reason.", labels=["reason"])
+        for reason, count in agent.decoder.refused.items():
+            refused.add_metric([reason], count)
+        yield refused
+        yield self._peers()
+        yield self._nodes()
+        yield from self._kernel()
+
+    def _peers(self) -> Metric:
+        family = GaugeMetricFamily("isthmus_peer_age_seconds", "Since a peer's etcd last answered.", labels=["peer"])
+        for name, peer in self._agent.decoder.state().peers.items():
+            proof = parse_time(peer.last_proof)
+            if proof is not None:
+                family.add_metric([name], time.time() - proof)
+        return family
+
+    def _nodes(self) -> Metric:
+        family = GaugeMetricFamily("isthmus_nodes_probed", "Nodes by probe result.", labels=["cluster", "result"])
+        counts: dict[tuple[str, str], int] = {}
+        for (cluster, _), state in self._agent.prober.table.states.items():
+            key = (cluster, "up" if state.up else "down")
+            counts[key] = counts.get(key, 0) + 1
+        for (cluster, result), count in counts.items():
+            family.add_metric([cluster, result], count)
+        return family
+
+    def _kernel(self) -> Iterator[Metric]:
+        if self._reading is None:
+            return
+        drops = CounterMetricFamily("isthmus_drops", "Overlay packets dropped, by reason.", labels=["reason"])
+        for reason, count in self._reading.counters.drops.items():
+            drops.add_metric([reason], count)
+        yield drops
+        entries = GaugeMetricFamily("isthmus_map_entries", "Entries of a BPF map.", labels=["map"])
+        limit = GaugeMetricFamily("isthmus_map_max_entries", "Most entries of a BPF map.", labels=["map"])
+        for name, capacity in self._reading.capacity.items():
+            entries.add_metric([name], capacity.used)
+            limit.add_metric([name], capacity.maximum)
+        yield entries
+        yield limit
+        if self._agent.desired is None:
+            return
+        connects = CounterMetricFamily(
+            "isthmus_service_connects",
+            "Connections sent to a service's backends, by cluster.",
+            labels=["namespace", "service", "cluster"],
+        )
+        for view in self._agent.desired.views:
+            sums: dict[str, int] = {}
+            for placed in view.backends:
+                backend = placed.backend
+                key = (backend.address, backend.port, backend.protocol)
+                found = self._reading.counters.backends.get(key)
+                sums[placed.cluster] = sums.get(placed.cluster, 0) + (found.connects if found is not None else 0)
+            for cluster, total in sums.items():
+                connects.add_metric([view.namespace, view.name, cluster], total)
+        yield connects
+
+
+def _ok(agent: Agent) -> float:
+    return float(agent.progress.applied is not None and not agent.progress.error)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+async def render(agent: Agent) -> bytes:
+    """The text of one scrape."""
+    registry = CollectorRegistry()
+    registry.register(_Snapshot(agent, await read_kernel(agent)))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the agent says of itself, as JSON documents. Ages are seconds since the last proof, never a promise."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from isthmus_agent.agent.checks import listeners, misplaced
+from isthmus_agent.agent.kernel import Reading
+from isthmus_agent.agent.loop import Agent
+from isthmus_agent.desired.drain import endpoint
+from isthmus_agent.desired.reports import CheckKey, backends_here
+from isthmus_agent.desired.services import Placed, ServiceView
+from isthmus_agent.state.model import MeshState
+
+SILENT_AFTER = 30.0  # seconds; the registrar writes a peer's status every 10
+
+
+def parse_time(text: str | None) -> float | None:
+    """RFC 3339 to seconds since the epoch, None for what is none."""
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def peer_state(said: str, proof_age: float | None, etcd_connected: bool) -> str:
+    """What may honestly be said of a peer now: the registrar's word only while it is fresh."""
+    if not etcd_connected:
+        return "unknown"
+    if said == "connected" and (proof_age is None or proof_age > SILENT_AFTER):
+        return "silent"
+    return said
+
+
+def _age(since: float | None, now: float) -> float | None:
+    return None if since is None else round(max(0.0, now - since), 1)
+
+
+def _etcd(agent: Agent) -> dict[str, Any]:
+    sources = agent.watcher.sources()
+    age = agent.watcher.age()
+    return {
+        "connected": agent.watcher.connected(),
+        "age": None if age is None else round(age, 1),
+        "endpoint": agent.client.endpoint,
+        "complete": agent.watcher.trusted,
+        "error": next((source.error for source in sources if source.error), None),
+        "held_keys": sum(source.held for source in sources),
+        "sources": [
+            {
+                "prefix": source.prefix,
+                "connected": source.connected,
+                "synced": source.synced,
+                "complete": source.trusted,
+                "held": source.held,
+                "age": None if source.age is None else round(source.age, 1),
+                "error": source.error,
+            }
+            for source in sources
+        ],
+    }
+
+
+def _workloads(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
+    checks = agent.checks.states()
+    here = backends_here(agent.spec, state)
+    found = []
+    for workload in agent.spec.workloads:
+        own = (workload.namespace, workload.name)
+        pair = state.ips.get((agent.spec.cluster.name, str(workload.address4)))
+        services: dict[str, Any] = {}
+        for key in sorted(here):
+            if key.workload != own:
+                continue
+            services["/".join(key.service)] = _backend_here(agent, state, key, checks)
+        found.append(
+            {
+                "namespace": workload.namespace,
+                "name": workload.name,
+                "address": str(workload.address4),
+                "identity": pair.identity if pair is not None else None,
+                "cgroup": {"kind": workload.cgroup.kind, "value": workload.cgroup.value},
+                "running": own in agent.cgroups.ids,
+                "services": services,
+            }
+        )
+    return found
+
+
+def _backend_here(agent: Agent, state: MeshState, key: CheckKey, checks: dict[CheckKey, Any]) -> dict[str, Any]:
+    definition = state.definitions[key.service]
+    check = checks.get(key)
+    if definition.health is None:
+        ready: bool | None = key.workload in agent.cgroups.ids
+        reason = "" if ready else "its cgroup does not exist"
+    else:
+        ready = check.ready if check is not None else None
+        reason = check.reason if check is not None else "not checked yet"
+    workload = next(w for w in agent.spec.workloads if (w.namespace, w.name) == key.workload)
+    elsewhere: set[str] = set()
+    for port in definition.ports:
+        if port.protocol == "TCP":
+            elsewhere.update(
+                f"{address}:{port.target_port}" for address in misplaced(workload.address4, listeners(port.target_port))
+            )
+    return {"ready": ready, "reason": reason, "listens_elsewhere": sorted(elsewhere)}
+
+
+def _nodes(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
+    now = time.monotonic()
+    found = []
+    for (cluster, name), node in sorted(state.nodes.items()):
+        probe = agent.prober.table.states.get((cluster, name))
+        if (cluster, name) == (agent.spec.cluster.name, agent.spec.host):
+            verdict = "this host"
+        elif probe is None:
+            verdict = "not probed"
+        elif not probe.up:
+            verdict = "down"
+        else:
+            verdict = "up" if probe.last_answer is not None else "no answer yet"
+        found.append(
+            {
+                "cluster": cluster,
+                "name": name,
+                "address": node.mesh_address(4),
+                "endpoint": node.tunnel_endpoint(4),
+                "probe": verdict,
+                "answer_age": _age(probe.last_answer, now) if probe is not None else None,
+                "rtt_ms": round(probe.rtt * 1000, 2) if probe is not None and probe.rtt is not None else None,
+            }
+        )
+    return found
+
+
+def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | None) -> list[str]:
+    """What a person should look at, in words that say what to do next."""
+    found = []
+    progress = agent.progress
+    if progress.holding:
+        found.append(progress.holding)
+    if progress.error:
+        found.append(f"the datapath cannot be applied: {progress.error}")
+    if not agent.watcher.connected():
+        found.append(
+            "own etcd does not answer; traffic goes on with what is known (look at: systemctl status "
+            "isthmus-etcd on the cluster's etcd hosts)"
+        )
+    if agent.reporter.last_error:
+        found.append(f"reports cannot be written: {agent.reporter.last_error}")
+    if agent.desired is not None:
+        found.extend(agent.desired.refused)
+        found.extend(
+            f"service {view.namespace}/{view.name} has no address yet; the registrar deals it "
+            "(look at: systemctl status isthmus-registrar on the cluster's etcd hosts)"
+            for view in agent.desired.views
+            if view.address is None
+        )
+    for workload in workloads:
+        name = f"{workload['namespace']}/{workload['name']}"
+        if workload["identity"] is None:
+            found.append(
+                f"workload {name} has no identity yet, its packets to other hosts are dropped until the "
+                "registrar publishes one"
+            )
+        if not workload["running"]:
+            found.append(
+                f"workload {name} does not run: no cgroup for {workload['cgroup']['kind']} "
+                f"{workload['cgroup']['value']}"
+            )
+        for service, backend in workload["services"].items():
+            if backend["listens_elsewhere"]:
+                found.append(
+                    f"the daemon of {name} (service {service}) listens on {', '.join(backend['listens_elsewhere'])} "
+                    f"only; make it listen on {workload['address']} or on all addresses"
+                )
+    if reading is not None:
+        for table, capacity in sorted(reading.capacity.items()):
+            if capacity.used >= 0.9 * capacity.maximum:
+                found.append(f"map {table} is {100 * capacity.used // capacity.maximum} % full")
+    if progress.drift:
+        found.append(f"the last audit found {len(progress.drift)} differences, the first: {progress.drift[0]}")
+    for key, reason in sorted(agent.decoder.bad.items())[:10]:
+        found.append(f"etcd key {key} is refused: {reason}; its last good value is used")
+    return found
+
+
+async def read_kernel(agent: Agent) -> Reading | None:
+    """Counters, or None before anything was applied."""
+    return await agent.kernel_call(agent.kernel.read) if agent.progress.applied is not None else None
+
+
+async def status(agent: Agent) -> dict[str, Any]:
+    """The document of `GET /v1/status`."""
+    now = time.time()
+    state = agent.decoder.state()
+    reading = await read_kernel(agent)
+    workloads = _workloads(agent, state)
+    progress = agent.progress
+    if progress.applied is None:
+        verdict = "holding" if progress.holding else "failed" if progress.error else "starting"
+    else:
+        verdict = "failed" if progress.error else "applied"
+    return {
+        "estate": agent.spec.estate,
+        "cluster": agent.spec.cluster.name,
+        "host": agent.spec.host,
+        "spec_hash": agent.spec.hash,
+        "version": agent.version,
+        "pid": os.getpid(),
+        "uptime": round(now - agent.started, 1),
+        "datapath": {
+            "state": verdict,
+            "source": progress.source,
+            "age": _age(progress.last_apply, now),
+            "applies": progress.applies,
+            "errors": progress.errors,
+            "error": progress.error or None,
+            "underlay_mtu": agent.facts.underlay_mtu,
+            "audit_age": _age(progress.last_audit, now),
+            "drift": list(progress.drift),
+            "repaired": progress.repaired,
+            "sockets_ended": progress.sockets_ended,
+            "drops": {k: v for k, v in reading.counters.drops.items() if v} if reading is not None else {},
+            "capacity": {
+                name: {"used": entry.used, "maximum": entry.maximum}
+                for name, entry in (reading.capacity if reading is not None else {}).items()
+            },
+            "identities": [
+                {
+                    "destination": str(entry.destination),
+                    "identity": entry.identity,
+                    "cluster_id": entry.cluster_id,
+                    "labels": dict(state.identities.get(entry.identity, {})),
+                    "packets": entry.packets,
+                    "bytes": entry.bytes,
+                }
+                for entry in (reading.counters.identities if reading is not None else ())
+            ],
+        },
+        "etcd": _etcd(agent),
+        "last_known_good": {
+            "loaded": agent.progress.last_good_loaded or None,
+            "age": _age(agent.progress.last_good_written, now),
+        },
+        "reports": {
+            "writes": agent.reporter.writes,
+            "age": _age(agent.reporter.last_success, now),
+            "error": agent.reporter.last_error or None,
+        },
+        "refused": {"total": sum(agent.decoder.refused.values()), "now": dict(agent.decoder.bad)},
+        "restarted_jobs": progress.restarts,
+        "workloads": workloads,
+        "nodes": _nodes(agent, state),
+        "warnings": warnings(agent, workloads, reading),
+    }
+
+
+def _backend(placed: Placed, view: ServiceView, reading: Reading | None) -> dict[str, Any]:
+    counts = reading.counters.backends.get(endpoint(placed.backend)) if reading is not None else None
+    return {
+        "address": str(placed.backend.address),
+        "port": placed.backend.port,
+        "cluster": placed.cluster,
+        "node": placed.node[1] if placed.node is not None else None,
+        "reachable": placed.reachable,
+        "used": placed.backend in view.used,
+        "connects": counts.connects if counts is not None else 0,
+        "datagrams": counts.datagrams if counts is not None else 0,
+    }
+
+
+async def services(agent: Agent) -> dict[str, Any]:
+    """The document of `GET /v1/services`. Counts are since the backend's map entry was made."""
+    reading = await read_kernel(agent)
+    views = agent.desired.views if agent.desired is not None else ()
+    return {
+        "services": [
+            {
+                "namespace": view.namespace,
+                "name": view.name,
+                "dns": f"{view.name}.{view.namespace}.svc.{agent.spec.dns_domain}",
+                "address": str(view.address) if view.address is not None else None,
+                "global": view.is_global,
+                "affinity": view.affinity,
+                "ports": [{"name": n, "port": p, "protocol": protocol} for n, p, protocol in view.ports],
+                "backends": [_backend(placed, view, reading) for placed in view.backends],
+            }
+            for view in views
+        ]
+    }
+
+
+async def peers(agent: Agent) -> dict[str, Any]:
+    """The document of `GET /v1/peers`: the registrar's word about each peer's etcd, and our own about its nodes."""
+    now = time.time()
+    state = agent.decoder.state()
+    etcd = _etcd(agent)
+    found = []
+    for name in sorted({*state.peers, *state.configs}):
+        said = state.peers.get(name)
+        config = state.configs.get(name)
+        proof = parse_time(said.last_proof) if said is not None else None
+        age = _age(proof, now)
+        probes = [probe for (cluster, _), probe in agent.prober.table.states.items() if cluster == name]
+        found.append(
+            {
+                "name": name,
+                "id": config.id if config is not None else None,
+                "state": peer_state(said.state if said is not None else "unknown", age, etcd["connected"]),
+                "registrar_says": said.state if said is not None else None,
+                "last_proof": said.last_proof if said is not None else None,
+                "age": age,
+                "endpoint": said.endpoint if said is not None else None,
+                "keys": dict(said.keys) if said is not None else {},
+                "refused": dict(said.refused) if said is not None else {},
+                "refused_last": list(said.refused_last) if said is not None and said.refused_last else None,
+                "nodes": sum(1 for cluster, _ in state.nodes if cluster == name),
+                "nodes_probed": len(probes),
+                "nodes_up": sum(1 for probe in probes if probe.up and probe.last_answer is not None),
+            }
+        )
+    return {"own_etcd": {"connected": etcd["connected"], "age": etcd["age"]}, "peers": found}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Documents of the status API as text for a person. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def age(seconds: float | None) -> str:
+    """A duration in the largest two units that matter; `never` for None."""
+    if seconds is None:
+        return "never"
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    whole = int(seconds)
+    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{name}{whole % size // small}{small_name}"
+    return f"{whole}s"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _ready(value: bool | None) -> str:
+    return {True: "ready", False: "not ready", None: "unknown"}[value]
+
+
+def status(document: dict[str, Any]) -> str:
+    """`isthmus status`."""
+    datapath, etcd, last = document["datapath"], document["etcd"], document["last_known_good"]
+    source = f" from {datapath['source']}" if datapath["source"] else ""
+    lines = [
+        f"{document['cluster']}/{document['host']}  isthmusd {document['version']}  up {age(document['uptime'])}",
+        f"datapath   {datapath['state']}{source}, last applied {age(datapath['age'])} ago"
+        if datapath["age"] is not None
+        else f"datapath   {datapath['state']}",
+        f"own etcd   {'answers' if etcd['connected'] else 'does not answer'}, last proof {_ago(etcd['age'])}"
+        f"{'' if etcd['complete'] else ', its state is not complete'}",
+        f"last good  written {_ago(last['age'])}"
+        + (f", started from that of {last['loaded']}" if last["loaded"] else ""),
+    ]
+    if datapath["drops"]:
+        drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
+        lines.append(f"drops      {drops}")
+    if document["workloads"]:
+        rows = []
+        for workload in document["workloads"]:
+            offers = ", ".join(
+                f"{name} {_ready(backend['ready'])}" + (f" ({backend['reason']})" if backend["reason"] else "")
+                for name, backend in workload["services"].items()
+            )
+            rows.append(
+                [
+                    f"{workload['namespace']}/{workload['name']}",
+                    workload["address"],
+                    str(workload["identity"] or "none"),
+                    "runs" if workload["running"] else "does not run",
+                    offers or "-",
+                ]
+            )
+        lines += ["", table(["WORKLOAD", "ADDRESS", "IDENTITY", "CGROUP", "SERVICES"], rows)]
+    if document["nodes"]:
+        rows = [
+            [
+                f"{node['cluster']}/{node['name']}",
+                node["address"] or "-",
+                node["endpoint"] or "-",
+                node["probe"],
+                age(node["answer_age"]) if node["answer_age"] is not None else "-",
+                f"{node['rtt_ms']}ms" if node["rtt_ms"] is not None else "-",
+            ]
+            for node in document["nodes"]
+        ]
+        lines += ["", table(["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT"], rows)]
+    if document["warnings"]:
+        lines += ["", *(f"! {words}" for words in document["warnings"])]
+    return "\n".join(lines)
+
+
+def _ago(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{age(seconds)} ago"
+
+
+def services(document: dict[str, Any]) -> str:
+    """`isthmus services`."""
+    rows = []
+    for service in document["services"]:
+        ports = ",".join(f"{port['port']}/{port['protocol']}" for port in service["ports"]) or "-"
+        scope = ("global" if service["global"] else "local") + (
+            f", {service['affinity']}" if service["affinity"] != "none" else ""
+        )
+        name = f"{service['namespace']}/{service['name']}"
+        first = [name, service["address"] or "none yet", ports, scope]
+        backends = [
+            [
+                f"{backend['cluster']}/{backend['node'] or '?'}",
+                f"{backend['address']}:{backend['port']}",
+                ("in use" if backend["used"] else "held") if backend["reachable"] else "unreachable",
+                str(backend["connects"] + backend["datagrams"]),
+            ]
+            for backend in service["backends"]
+        ] or [["-", "-", "no backend", "-"]]
+        for number, backend in enumerate(backends):
+            rows.append([*(first if number == 0 else [""] * 4), *backend])
+    return table(["SERVICE", "ADDRESS", "PORTS", "SCOPE", "NODE", "BACKEND", "STATE", "FLOWS"], rows)
+
+
+def peers(document: dict[str, Any]) -> str:
+    """`isthmus peers`."""
+    rows = [
+        [
+            peer["name"],
+            str(peer["id"] or "?"),
+            peer["state"],
+            _ago(peer["age"]),
+            f"{peer['nodes_up']}/{peer['nodes_probed']} up, {peer['nodes']} known",
+            str(peer["keys"].get("services", 0)),
+            str(sum(peer["refused"].values())),
+            peer["endpoint"] or "-",
+        ]
+        for peer in document["peers"]
+    ]
+    text = table(["PEER", "ID", "STATE", "LAST PROOF", "NODES PROBED", "SERVICES", "REFUSED", "ENDPOINT"], rows)
+    own = document["own_etcd"]
+    if not own["connected"]:
+        text += f"\n! own etcd does not answer (last proof {_ago(own['age'])}): what the mirror last said may be old"
+    for peer in document["peers"]:
+        if peer["refused_last"]:
+            text += f"\n! {peer['name']}: {peer['refused_last'][0]} was refused: {peer['refused_last'][1]}"
+    return text
