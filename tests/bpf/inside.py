@@ -79,12 +79,12 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def vxlan(vni: int, source: str, destination: str, payload: bytes = b"spoofed", ethertype: int = 0x0800) -> bytes:
+def vxlan(vni: int, source: str, destination: str, ethertype: int = 0x0800, version: int = 4) -> bytes:
     """A VXLAN payload: Ethernet, IPv4, UDP to port 9."""
+    payload = b"spoofed " * 8
     udp = struct.pack("!HHHH", 4000, 9, 8 + len(payload), 0) + payload
-    header = struct.pack(
-        "!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(destination)
-    )
+    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    header = struct.pack("!BBHHHBBH", version << 4 | 5, 0, 20 + len(udp), 1, 0, 64, 17, 0) + addresses
     header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
     ethernet = bytes.fromhex("020000000001") + bytes.fromhex("020000000002") + struct.pack("!H", ethertype)
     return struct.pack("!II", 0x08000000, vni << 8) + ethernet + header + udp

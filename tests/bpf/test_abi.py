@@ -42,9 +42,7 @@ def btf() -> dict[str, dict[str, Any]]:
 def _offsets(layout: abi.Layout) -> dict[str, int]:
     items = re.findall(r"\d*[a-zA-Z]", layout.format)
     assert len(items) == len(layout.fields)
-    return {
-        name: struct.calcsize("<" + "".join(items[:index])) for index, name in enumerate(layout.fields)
-    }
+    return {name: struct.calcsize("<" + "".join(items[:index])) for index, name in enumerate(layout.fields)}
 
 
 @pytest.mark.parametrize("name", STRUCTS)

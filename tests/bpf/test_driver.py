@@ -196,9 +196,7 @@ def test_pinned_maps_are_readable_without_loading(datapath: BpfDatapath) -> None
         (
             Datapath(
                 1,
-                ipcache={
-                    ip_network(f"10.102.0.{each}/32"): IpcacheEntry(6, 2, None) for each in range(9)
-                },
+                ipcache={ip_network(f"10.102.0.{each}/32"): IpcacheEntry(6, 2, None) for each in range(9)},
             ),
             "ipcache_host",
         ),
@@ -323,7 +321,11 @@ def test_a_map_of_many_entries_is_read_whole(datapath: BpfDatapath) -> None:
 
 
 def test_mounts_are_parsed() -> None:
-    text = "cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\nnone /odd\\040place cgroup2 rw 0 0\nbpf /sys/fs/bpf bpf rw 0 0\n"
+    text = """\
+cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0
+none /odd\\040place cgroup2 rw 0 0
+bpf /sys/fs/bpf bpf rw 0 0
+"""
     assert parse_mounts(text, "cgroup2") == [Path("/sys/fs/cgroup/unified"), Path("/odd place")]
     assert parse_mounts(text, "bpf") == [Path("/sys/fs/bpf")]
 

@@ -6,18 +6,21 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
-from ipaddress import ip_address
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
 
 import pytest
-from bpf.topology import CLONE_NEWNET, TCP, VIP, Inside, Node, backend, two_nodes, wait_for
+from bpf.topology import TCP, VIP, Inside, Node, backend, two_nodes, wait_for
 from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import IpcacheEntry
 from pyroute2 import IPRoute
 
 Nodes = tuple[Node, Node]
-assert CLONE_NEWNET
 
 
-def _send(attacker: Inside, node: Node, vni: int, source: str, destination: str, extra: str = "", outer: str = "") -> None:
+def _send(
+    attacker: Inside, node: Node, vni: int, source: str, destination: str, extra: str = "", outer: str = ""
+) -> None:
     attacker.do(
         f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('{outer}', 0))\n"
         f"s.sendto(vxlan({vni}, '{source}', '{destination}'{extra}), ('{node.underlay}', 8472))"
@@ -75,11 +78,6 @@ def test_a_wrong_inner_address_is_dropped(nodes: Nodes, source: str, destination
 
 
 def test_an_address_of_the_senders_cluster_is_let_in_and_a_nodes_is_not(nodes: Nodes) -> None:
-    from dataclasses import replace
-    from ipaddress import ip_network
-
-    from isthmus_agent.desired.datapath import IpcacheEntry
-
     left, right = nodes
     elsewhere = ip_address("198.18.0.77")
     right.apply(
@@ -120,12 +118,9 @@ def test_what_is_not_ipv4_is_dropped(nodes: Nodes, ethertype: int) -> None:
     _dropped(right, "not_ip")
 
 
-def test_a_packet_without_an_ip_header_is_malformed(nodes: Nodes) -> None:
+def test_an_ipv4_frame_with_another_version_is_malformed(nodes: Nodes) -> None:
     left, right = nodes
-    left.process().do(
-        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-        f"s.sendto(vxlan(6, '1.1.1.1', '1.1.1.1')[:8 + 14 + 10], ('{right.underlay}', 8472))"
-    )
+    _send(left.process(), right, 6, left.mesh, right.mesh, extra=", version=5")
     _dropped(right, "malformed")
 
 
@@ -144,7 +139,8 @@ def test_egress_drops_are_counted(nodes: Nodes, source: str, destination: str, r
 
     left.call(prepare)
     left.process().do(
-        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('{source}', 0)); s.sendto(b'x', ('{destination}', 9))"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        f"s.bind(('{source}', 0)); s.sendto(b'x', ('{destination}', 9))"
     )
     _dropped(left, reason)
 
@@ -230,13 +226,14 @@ def test_no_mesh_address_is_seen_on_the_underlay(nodes: Nodes) -> None:
         # Service, mesh addresses, a socket bound to the underlay address towards the mesh, and a daemon
         # that listens on the underlay address only, dialled with any source.
         client.do(f"line(socket.create_connection(('{VIP}', 80), 5))")
-        client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5); u.sendto(b'x', ('{VIP}', 53)); u.recv(9)")
+        client.do(
+            "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5)\n"
+            f"u.sendto(b'x', ('{VIP}', 53)); u.recv(9)"
+        )
         client.do(f"line(socket.create_connection(('{right.mesh}', 9000), 5, ('{left.underlay}', 0)))")
         text = client.do(f"result = line(socket.create_connection(('{right.underlay}', 9002), 5))")
         assert text == f"under {left.underlay}"
-        text = client.do(
-            f"result = line(socket.create_connection(('{right.underlay}', 9002), 5, ('{left.mesh}', 0)))"
-        )
+        text = client.do(f"result = line(socket.create_connection(('{right.underlay}', 9002), 5, ('{left.mesh}', 0)))")
         assert text == f"under {left.mesh}"
     seen = capture.addresses()
     capture.tap.close()

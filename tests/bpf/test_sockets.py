@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 from bpf.topology import TCP, UDP, VIP, VIP_EMPTY, InsideError, Node, backend, wait_for, with_service
+from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import Frontend, Service
 
 Nodes = tuple[Node, Node]
 
@@ -116,9 +120,6 @@ def test_a_nodes_underlay_address_is_reached_with_the_underlay_address(nodes: No
 
 def test_a_workloads_missing_address_is_refused_not_replaced(served: Nodes) -> None:
     left, _ = served
-    from dataclasses import replace
-    from ipaddress import ip_address
-
     lost = replace(left.datapath, workloads=dict.fromkeys(left.datapath.workloads, ip_address("10.101.0.9")))
     left.bpf.apply(lost)
     with pytest.raises(InsideError) as caught:
@@ -134,9 +135,7 @@ def test_two_backends_share_connections_and_one_socket_keeps_its_backend(nodes: 
     wanted = with_service(left.datapath, 80, TCP, backend(right, 8080, TCP), backend(right, 8090, TCP))
     left.apply(with_service(wanted, 53, UDP, backend(right, 8080, UDP), backend(right, 8090, UDP)))
     client = left.process()
-    names = client.do(
-        f"result = [line(socket.create_connection(('{VIP}', 80), 5)).split()[0] for _ in range(60)]"
-    )
+    names = client.do(f"result = [line(socket.create_connection(('{VIP}', 80), 5)).split()[0] for _ in range(60)]")
     assert 10 < names.count("one") < 50
     per_socket = client.do(
         f"""
@@ -171,8 +170,6 @@ def test_a_restart_with_pins_keeps_connections_and_names(served: Nodes) -> None:
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
 def test_exactly_the_sockets_of_a_removed_backend_end(nodes: Nodes, family: str) -> None:
-    from isthmus_agent import netlink
-
     left, right = nodes
     prefix = "" if family == "AF_INET" else "::ffff:"
     server = right.process("web")
@@ -185,7 +182,8 @@ def test_exactly_the_sockets_of_a_removed_backend_end(nodes: Nodes, family: str)
     for name, of_tcp, of_udp in (("one", one, udp_one), ("two", two, udp_two)):
         left.apply(with_service(with_service(left.datapath, 80, TCP, of_tcp), 53, UDP, of_udp))
         client.do(
-            f"s = tcp['{name}'] = socket.socket(socket.{family}); s.settimeout(5); s.connect(('{prefix}{VIP}', 80)); line(s)\n"
+            f"s = tcp['{name}'] = socket.socket(socket.{family}); s.settimeout(5)\n"
+            f"s.connect(('{prefix}{VIP}', 80)); line(s)\n"
             f"s = udp['{name}'] = socket.socket(socket.{family}, socket.SOCK_DGRAM); s.settimeout(5); "
             f"s.connect(('{prefix}{VIP}', 53)); s.send(b'x'); s.recv(100)"
         )
@@ -227,11 +225,6 @@ def test_no_backend_any_more_stops_new_flows_and_keeps_open_ones(served: Nodes) 
     left, right = served
     client = left.process()
     client.do(f"s = socket.create_connection(('{VIP}', 80), 5); line(s)")
-    from dataclasses import replace
-    from ipaddress import ip_address
-
-    from isthmus_agent.desired.datapath import Frontend, Service
-
     services = dict(left.datapath.services)
     services[Frontend(ip_address(VIP), 80, TCP)] = Service("shop/web", (), (backend(right, 8080, TCP),))
     left.apply(replace(left.datapath, services=services))

@@ -155,7 +155,9 @@ class Node:
 
         def read() -> int:
             names, values = (
-                line.split() for line in Path("/proc/thread-self/net/snmp").read_text().splitlines() if line.startswith("Ip: ")
+                line.split()
+                for line in Path("/proc/thread-self/net/snmp").read_text().splitlines()
+                if line.startswith("Ip: ")
             )
             return int(values[names.index(name)])
 
