@@ -30,7 +30,7 @@ class ActionModule(ActionBase):
         if archive is not None:
             place = [item["place"] for item in offered if item["archive"] == archive][-1]
             if not os.path.exists(place):
-                raise AnsibleActionFail(f"The bundle's archive {place} does not exist, but its manifest names it. {MAKE}")
+                raise AnsibleActionFail(f"The bundle's archive {place} does not exist; its manifest names it. {MAKE}")
             directory = self._make_tmp_path()
             remote = self._connection._shell.join_path(directory, "bundle.tar.gz")
             try:

@@ -24,7 +24,7 @@ _CANDIDATES = (
 
 
 def interpreters(declared: str | None = None) -> dict[str, str]:
-    """Path of an interpreter by version ("3.11"); only the declared one when there is one. Missing ones are left out."""
+    """Path of an interpreter by version ("3.11"); only the declared one when there is one."""
     found: dict[str, str] = {}
     for path in [declared] if declared else _CANDIDATES:
         if not os.access(path, os.X_OK):
@@ -61,7 +61,7 @@ def missing_words(host: str, arch: str, present: dict[str, str], platforms: list
             "Install one (python3.11 on RHEL 9) or name it in isthmus_bundle_python."
         )
     return (
-        f"There is no agent bundle for {arch} with Python {' or '.join(usable)} ({host}); there are bundles for: {have}. "
+        f"There is no agent bundle for {arch} with Python {' or '.join(usable)} ({host}); there are some for: {have}. "
         f"Make it on a machine with the collection's sources: make bundle ARCH={arch} PYTHON={usable[-1]}"
     )
 

@@ -24,7 +24,11 @@ MARK = "# isthmus.mesh: the first name server is the host's own dnsmasq (isthmus
 # there before the overlay device is, and in nobody else's way on port 53.
 LOCAL_SERVER = "127.0.0.73"
 
-_RESOLVED_FILES = ("/run/systemd/resolve/stub-resolv.conf", "/run/systemd/resolve/resolv.conf", "/usr/lib/systemd/resolv.conf")
+_RESOLVED_FILES = (
+    "/run/systemd/resolve/stub-resolv.conf",
+    "/run/systemd/resolve/resolv.conf",
+    "/usr/lib/systemd/resolv.conf",
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,7 @@ def probe(resolved_active: bool) -> Found:
 def servers(content: str) -> list[str]:
     """The name servers of a resolv.conf, in order."""
     return [
-        line.split()[1]
-        for line in content.splitlines()
-        if len(line.split()) > 1 and line.split()[0] == "nameserver"
+        line.split()[1] for line in content.splitlines() if len(line.split()) > 1 and line.split()[0] == "nameserver"
     ]
 
 

@@ -296,7 +296,9 @@ class Systemd:
 
     def journal(self, name: str, lines: int = 15) -> str:
         """The unit's last journal lines, for an error message."""
-        code, out, err = self.module.run_command(["journalctl", "-u", name, "-n", str(lines), "--no-pager", "-o", "cat"])
+        code, out, err = self.module.run_command(
+            ["journalctl", "-u", name, "-n", str(lines), "--no-pager", "-o", "cat"]
+        )
         return out.strip() if code == 0 else f"(no journal: {err.strip()})"
 
 
@@ -350,10 +352,8 @@ class Units:
             if not self.module.check_mode:
                 self.systemd.run("disable", "--now", name)
         for name, text in files.items():
-            if text is None:
-                differs = self.changes.absent(self.path(name))
-            else:
-                differs = self.changes.file(self.path(name), text)
+            path = self.path(name)
+            differs = self.changes.absent(path) if text is None else self.changes.file(path, text)
             self.reload = self.reload or differs
 
     @staticmethod
@@ -366,7 +366,9 @@ class Units:
         if (self.reload or stale) and not self.module.check_mode:
             self.systemd.run("daemon-reload")
 
-    def running(self, name: str, config: str | None = None, newer: Iterable[str] = (), force: str | None = None) -> bool:
+    def running(
+        self, name: str, config: str | None = None, newer: Iterable[str] = (), force: str | None = None
+    ) -> bool:
         """`name` is enabled and active; restarted when its process has another configuration than `config`
         (its `ISTHMUS_CONFIG`), when one of the files `newer` changed after it started, or when `force` gives a reason.
 

@@ -151,7 +151,17 @@ def install(module, home, interpreter, sha256):
         run(module, [interpreter, "-m", "venv", home], "make the virtual environment")
         run(
             module,
-            [home + "/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-cache-dir", "--quiet", "--no-warn-script-location"]
+            [
+                home + "/bin/python",
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "install",
+                "--no-index",
+                "--no-cache-dir",
+                "--quiet",
+                "--no-warn-script-location",
+            ]
             + ["--find-links", payload + "/wheels", "--require-hashes", "-r", payload + "/requirements.txt"],
             "install the bundle's wheels",
         )

@@ -33,5 +33,7 @@ def platforms(directories):
             place = os.path.join(directory, item["archive"])
             found.append({**item, "version": manifest["version"], "place": place})
     if not found:
-        raise AnsibleError(f"There is no agent bundle: no bundle.json in {', '.join(directories)} on the controller. {MAKE}")
+        raise AnsibleError(
+            f"There is no agent bundle: no bundle.json in {', '.join(directories)} on the controller. {MAKE}"
+        )
     return found
