@@ -152,22 +152,15 @@ def install(module, home, interpreter, sha256):
         run(
             module,
             [
-                home + "/bin/python",
-                "-m",
-                "pip",
-                "--disable-pip-version-check",
-                "install",
-                "--no-index",
-                "--no-cache-dir",
-                "--quiet",
-                "--no-warn-script-location",
-            ]
-            + ["--find-links", payload + "/wheels", "--require-hashes", "-r", payload + "/requirements.txt"],
+                *(home + "/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"),
+                *("--no-index", "--no-cache-dir", "--no-warn-script-location", "--find-links", payload + "/wheels"),
+                *("--require-hashes", "--requirement", payload + "/requirements.txt"),
+            ],
             "install the bundle's wheels",
         )
         os.makedirs(home + "/lib", exist_ok=True)
         shutil.copyfile(payload + "/lib/libbpf.so.1", home + "/lib/libbpf.so.1")
-        os.chmod(home + "/lib/libbpf.so.1", 0o755)
+        os.chmod(home + "/lib/libbpf.so.1", 0o644)
         run(module, [home + "/bin/python", "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography"], "import it")
         shutil.copyfile(payload + "/bundle.json", home + "/.bundle.json")
     os.chmod(home + "/.bundle.json", 0o644)

@@ -103,7 +103,6 @@ import platform
 import re
 import socket
 import struct
-import sys
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -133,8 +132,6 @@ def system_problems(module):
     problems = []
     if os.geteuid() != 0:
         problems.append("The module does not run as root. Set ansible_become: true for this host or use --become.")
-    if sys.version_info < (3, 9):
-        problems.append(f"Ansible uses Python {platform.python_version()} here; modules need 3.9 or newer.")
     if not os.path.isdir("/run/systemd/system"):
         problems.append("systemd is not the init system of this host; the mesh's services are systemd units.")
         return problems
