@@ -718,6 +718,7 @@ class _Spec:
                 "sans_dns": [self.name, "localhost"],
                 "sans_ip": addresses,
                 "usages": usages,
+                "owner": "isthmus-etcd",
             }
         for name, cn in (
             ("root", "root"),
