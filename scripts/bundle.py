@@ -8,6 +8,7 @@ fetched only once (wheels, packages) lies in the user's cache directory.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import io
@@ -291,15 +292,34 @@ def write_platforms(version: str, platforms: list[dict[str, object]]) -> None:
 # --- the collection ------------------------------------------------------------------------------
 
 
+def collection_sources() -> list[Path]:
+    sources = [path for name in SHIPPED if (ROOT / name).is_dir() for path in files_below(ROOT / name)]
+    return sources + [ROOT / name for name in SHIPPED_FILES if (ROOT / name).exists()]
+
+
+def copy_sources(stage: Path) -> None:
+    """The collection's files, without bundles, into a directory of their own: what is linted and what is built."""
+    for path in collection_sources():
+        target = stage / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+
+
+def make_stage() -> None:
+    """build/stage/ansible_collections/isthmus/mesh, for gates that insist on that path."""
+    stage = BUILD / "stage" / "ansible_collections" / "isthmus" / "mesh"
+    if stage.exists():
+        shutil.rmtree(stage)
+    copy_sources(stage)
+
+
 def make_collection() -> None:
     """Build the artifact into build/dist and install it, as a user would, into build/collections."""
     version = project_version()
     if not read_platforms():
         raise BuildError("there is no agent bundle in build/bundle; make it: make bundle")
-    sources = [path for name in SHIPPED if (ROOT / name).is_dir() for path in files_below(ROOT / name)]
-    sources += [ROOT / name for name in SHIPPED_FILES if (ROOT / name).exists()]
     bundles = sorted(path for path in BUNDLES.iterdir() if path.suffix in (".gz", ".json"))
-    inputs = digest_of([*sources, *bundles], version)
+    inputs = digest_of([*collection_sources(), *bundles], version)
     installed = COLLECTIONS / "ansible_collections" / "isthmus" / "mesh"
     marker = COLLECTIONS / "inputs"
     if installed.exists() and marker.exists() and marker.read_text() == inputs:
@@ -310,10 +330,7 @@ def make_collection() -> None:
     dist.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as place:
         stage = Path(place, "mesh")
-        for path in sources:
-            target = stage / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+        copy_sources(stage)
         files = stage / "roles" / "bundle" / "files"
         files.mkdir(parents=True, exist_ok=True)
         for path in bundles:
@@ -330,7 +347,7 @@ def make_collection() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("bundle", "wheelhouse", "collection"))
+    parser.add_argument("what", choices=("bundle", "wheelhouse", "collection", "stage"))
     parser.add_argument("--python", default="3.11", choices=PYTHONS)
     parser.add_argument("--arch", default=platform.machine(), choices=sorted(ARCH_ALIASES))
     options = parser.parse_args()
@@ -339,10 +356,13 @@ def main() -> int:
         "bundle": lambda: make_bundles(arch, options.python),
         "wheelhouse": lambda: say(f"wheels: {wheelhouse(arch, options.python)}"),
         "collection": make_collection,
+        "stage": make_stage,
     }
     BUILD.mkdir(exist_ok=True)
     try:
-        jobs[options.what]()
+        with (BUILD / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            jobs[options.what]()
     except BuildError as error:
         print(f"bundle: {error}", file=sys.stderr)
         return 1

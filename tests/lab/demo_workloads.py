@@ -4,11 +4,14 @@
 `web.service` answers HTTP on 8080, `batch.service` is a second workload of another identity on the same
 host (it answers HTTP on 8081), `echo.service` sends UDP datagrams back on 7007. Each listens on
 ADDRESS from /etc/default/<name> (default: every address).
+
+`client.service` is a customer: it makes HTTP requests on demand and counts the answers. Its control socket
+/run/client.sock takes one JSON request a line (`Customer` in isthmus_lab.py speaks it).
 """
 
 from __future__ import annotations
 
-UNITS = ("web.service", "batch.service", "echo.service")
+UNITS = ("web.service", "batch.service", "echo.service", "client.service")
 
 HTTP_SERVER = '''\
 #!/usr/bin/python3
@@ -84,13 +87,140 @@ while True:
     sock.sendmsg([answer], control, 0, peer)
 '''
 
+CLIENT = '''\
+#!/usr/bin/python3
+"""Makes requests on demand and counts. One JSON object a line on /run/client.sock, one answer each:
+
+{"run": NAME, "url": ..., "count": N, "interval": SECONDS, "timeout": SECONDS, "keep_alive": false}
+    count 0: until stopped. Answers at once; the requests go on in the background.
+{"result": NAME, "stop": BOOL, "wait": BOOL}
+    what was counted until now; stop ends it first, wait waits for its end.
+"""
+import http.client
+import json
+import os
+import socket
+import socketserver
+import threading
+import time
+import urllib.parse
+
+JOBS = {}
+
+
+class Job(threading.Thread):
+    def __init__(self, order):
+        super().__init__(daemon=True)
+        self.order = order
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()
+        self.answers, self.peers, self.errors = {}, {}, {}
+        self.ok = self.failed = 0
+        self.began = self.last_ok = time.monotonic()
+        self.longest_gap = 0.0
+        self.changes = []  # [seconds since start, who answered or which error], at each change
+        self.connection = None
+
+    def run(self):
+        url = urllib.parse.urlsplit(self.order["url"])
+        count, interval = self.order.get("count", 0), self.order.get("interval", 0.0)
+        done = 0
+        while not self.stopped.is_set() and (count == 0 or done < count):
+            began = time.monotonic()
+            self.request(url)
+            done += 1
+            left = interval - (time.monotonic() - began)
+            if left > 0:
+                self.stopped.wait(left)
+        with self.lock:
+            self.gap(time.monotonic())
+        self.close()
+
+    def close(self):
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
+
+    def gap(self, now):
+        self.longest_gap = max(self.longest_gap, now - self.last_ok)
+
+    def request(self, url):
+        timeout = self.order.get("timeout", 2.0)
+        try:
+            if self.connection is None:
+                self.connection = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=timeout)
+            self.connection.request("GET", url.path or "/")
+            response = self.connection.getresponse()
+            body = response.read()
+            if response.status != 200:
+                raise http.client.HTTPException(f"HTTP {response.status}")
+            answer = json.loads(body)
+            who, error = answer["cluster"] + "/" + answer["host"], None
+        except (OSError, http.client.HTTPException) as failure:
+            who, error = None, type(failure).__name__ + ": " + str(failure)
+        if error is not None or not self.order.get("keep_alive"):
+            self.close()
+        now = time.monotonic()
+        with self.lock:
+            if error is None:
+                self.ok += 1
+                self.gap(now)
+                self.last_ok = now
+                self.answers[who] = self.answers.get(who, 0) + 1
+                self.peers[answer["peer"]] = self.peers.get(answer["peer"], 0) + 1
+            else:
+                self.failed += 1
+                self.errors[error] = self.errors.get(error, 0) + 1
+            what = who or error
+            if not self.changes or self.changes[-1][1] != what:
+                if len(self.changes) < 10000:
+                    self.changes.append([round(now - self.began, 3), what])
+
+    def result(self):
+        with self.lock:
+            if self.is_alive():
+                self.gap(time.monotonic())
+            return {
+                "ok": self.ok, "failed": self.failed, "answers": self.answers, "peers": self.peers,
+                "errors": self.errors, "longest_gap": round(self.longest_gap, 3), "changes": self.changes,
+                "seconds": round(time.monotonic() - self.began, 3),
+            }
+
+
+class Control(socketserver.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            order = json.loads(line)
+            if "run" in order:
+                job = JOBS[order["run"]] = Job(order)
+                job.start()
+                answer = {"started": order["run"]}
+            else:
+                job = JOBS[order["result"]]
+                if order.get("stop"):
+                    job.stopped.set()
+                if order.get("stop") or order.get("wait"):
+                    job.join()
+                answer = job.result()
+            self.wfile.write(json.dumps(answer).encode() + b"\\n")
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+if os.path.exists("/run/client.sock"):
+    os.unlink("/run/client.sock")
+Server("/run/client.sock", Control).serve_forever()
+'''
+
 UNIT = """\
 [Unit]
 Description={description}
 After=network.target
 
 [Service]
-Environment=CLUSTER={cluster} PORT={port}
+{slice}Environment=CLUSTER={cluster} PORT={port}
 EnvironmentFile=-/etc/default/{name}
 ExecStart={command}
 Restart=on-failure
@@ -105,13 +235,23 @@ def files(cluster: str) -> dict[str, tuple[str, int]]:
     """Path in the machine -> (text, mode)."""
     http = "/usr/local/lib/demo/http_server"
     udp = "/usr/local/lib/demo/udp_server"
-    made: dict[str, tuple[str, int]] = {http[1:]: (HTTP_SERVER, 0o755), udp[1:]: (UDP_SERVER, 0o755)}
+    client = "/usr/local/lib/demo/client"
+    made: dict[str, tuple[str, int]] = {
+        http[1:]: (HTTP_SERVER, 0o755),
+        udp[1:]: (UDP_SERVER, 0o755),
+        client[1:]: (CLIENT, 0o755),
+    }
     table = (
         ("web", 8080, f"{http} web", "The shop's web server"),
         ("batch", 8081, f"{http} batch", "The shop's batch worker"),
         ("echo", 7007, udp, "UDP echo"),
+        ("client", 0, client, "A customer of the shop"),
     )
     for name, port, command, description in table:
-        unit = UNIT.format(description=description, cluster=cluster, port=port, name=name, command=command)
+        # The customer is a workload by its slice: whatever else runs there has the same address.
+        inside = "Slice=client.slice\n" if name == "client" else ""
+        unit = UNIT.format(
+            description=description, slice=inside, cluster=cluster, port=port, name=name, command=command
+        )
         made[f"etc/systemd/system/{name}.service"] = (unit, 0o644)
     return made

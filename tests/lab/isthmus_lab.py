@@ -132,6 +132,15 @@ def vars_of(directory: Path, kind: str, name: str) -> dict[str, Any]:
     return merged
 
 
+def demo_units(workload: Mapping[str, Any]) -> list[str]:
+    """The demo's unit that plays a workload: the unit that it names, or the one in the slice that it names."""
+    group = workload.get("cgroup") or workload
+    unit = str(group.get("unit") or "")
+    if group.get("slice"):
+        unit = str(group["slice"]).removesuffix(".slice") + ".service"
+    return [unit] if unit in demo_workloads.UNITS else []
+
+
 def read_inventory(directory: Path) -> tuple[dict[str, Host], dict[str, Site]]:
     """Hosts and sites of a YAML inventory directory (no templates: the lab's inventory has none here).
 
@@ -176,11 +185,7 @@ def read_inventory(directory: Path) -> tuple[dict[str, Host], dict[str, Site]]:
         network = ipaddress.IPv4Network(f"{address}/24", strict=False)
         if sites.setdefault(site, Site(site, network)).network != network:
             raise LabError(f"{directory}: host {name}: {address} is not in {sites[site].network}, its site {site}")
-        units = tuple(
-            str((workload.get("cgroup") or workload).get("unit"))
-            for workload in known.get("isthmus_workloads") or ()
-            if (workload.get("cgroup") or workload).get("unit")
-        )
+        units = tuple(unit for workload in known.get("isthmus_workloads") or () for unit in demo_units(workload))
         hosts[name] = Host(name, site, cluster, address, units)
     if not hosts:
         raise LabError(f"{directory}: no host with isthmus_cluster")
@@ -390,26 +395,27 @@ class Lab:
             for tool in ("ip", "nft", "nsenter", "unshare", "systemd-nspawn", "ssh-keygen", "dnsmasq")
             if shutil.which(tool) is None
         ]
+        if missing:
+            return missing  # the rest is asked with these tools
         kinds = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
         for kind in ("overlay", "bpf", "cgroup2"):
             if kind not in kinds and run("modprobe", kind, check=False).returncode != 0:
                 missing.append(f"kernel: no file system `{kind}`")
         if not any(hierarchy.is_v2 for hierarchy in hierarchies()):
             missing.append("cgroup2: not mounted below /sys/fs/cgroup (a kernel booted with cgroup_no_v1 or systemd)")
-        if "ip" not in " ".join(missing):
-            trials = {
-                "bridge": ("ip", "link", "add", "t0", "type", "bridge"),
-                "veth pairs": ("ip", "link", "add", "t1", "type", "veth", "peer", "name", "t2"),
-                "VXLAN in collect-metadata mode": (
-                    *("ip", "link", "add", "t3", "type", "vxlan", "external", "dstport", "8472"),
-                ),
-                "nftables": ("nft", "add table inet trial { chain c { type filter hook forward priority 0; } ; }"),
-                "tc clsact": ("sh", "-c", "ip link add t4 type bridge && tc qdisc add dev t4 clsact"),
-            }
-            for what, command in trials.items():
-                done = run("unshare", "--net", *command, check=False)
-                if done.returncode != 0:
-                    missing.append(f"kernel: no {what}: {done.stderr.strip().splitlines()[-1:]}")
+        trials = {
+            "bridge": ("ip", "link", "add", "t0", "type", "bridge"),
+            "veth pairs": ("ip", "link", "add", "t1", "type", "veth", "peer", "name", "t2"),
+            "VXLAN in collect-metadata mode": (
+                *("ip", "link", "add", "t3", "type", "vxlan", "external", "dstport", "8472"),
+            ),
+            "nftables": ("nft", "add table inet trial { chain c { type filter hook forward priority 0; } ; }"),
+            "tc clsact": ("sh", "-c", "ip link add t4 type bridge && tc qdisc add dev t4 clsact"),
+        }
+        for what, command in trials.items():
+            done = run("unshare", "--net", *command, check=False)
+            if done.returncode != 0:
+                missing.append(f"kernel: no {what}: {done.stderr.strip().splitlines()[-1:]}")
         for what, path in (("state", self.state), ("cache", rootfs.cache_directory())):
             there = next(p for p in (path, *path.parents) if p.exists())
             free = shutil.disk_usage(there).free
@@ -499,7 +505,9 @@ class Lab:
             "  set cut_controller { type ifname; }\n"
             "  chain forward {\n"
             "    type filter hook forward priority 0; policy accept;\n"
-            "    iifname @cut_controller counter drop\n"
+            # Within a site is no business of the switch (a kernel with br_netfilter shows it here too).
+            + "".join(f'    iifname "{site.bridge}" oifname "{site.bridge}" accept\n' for site in self.sites.values())
+            + "    iifname @cut_controller counter drop\n"
             "    oifname @cut_controller counter drop\n"
             f'    iifname @cut oifname != "{CONTROLLER_IN_ROUTER}" counter drop\n'
             f'    oifname @cut iifname != "{CONTROLLER_IN_ROUTER}" counter drop\n'
@@ -638,8 +646,7 @@ class Lab:
         for path, (text, mode) in demo_workloads.files(host.cluster).items():
             put(path, text, mode)
         for unit in host.units:
-            if unit in demo_workloads.UNITS:
-                link(f"etc/systemd/system/multi-user.target.wants/{unit}", f"/etc/systemd/system/{unit}")
+            link(f"etc/systemd/system/multi-user.target.wants/{unit}", f"/etc/systemd/system/{unit}")
         part.rename(upper)
 
     # -- one machine's life, in the background
@@ -647,6 +654,11 @@ class Lab:
     def supervise(self, host: Host) -> int:
         """Run the machine until it is powered off, again after each reboot. The body of `lab supervise`."""
         directory = self.directory(host)
+        lock = (directory / "supervisor.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0  # an `up` that was interrupted has started it already
         enter_cgroups("supervisors")
         stopping = False
         nspawn: subprocess.Popen[bytes] | None = None
@@ -699,7 +711,9 @@ class Lab:
         mount = (
             f"mount -t overlay isthmus-lab -o lowerdir={image},upperdir={directory}/upper,"
             # systemd mounts a bpffs on a real machine, but not in a container: the machine gets one of its own.
-            f'workdir={directory}/work {root} && mount -t bpf -o mode=700 bpf {directory}/bpf && exec "$@"'
+            f"workdir={directory}/work {root} && mount -t bpf -o mode=700 bpf {directory}/bpf && "
+            # nspawn leaves locks and directories of machines whose plug was pulled.
+            'mkdir -p /run/systemd/nspawn && mount -t tmpfs tmpfs /run/systemd/nspawn && exec "$@"'
         )
         return [
             # The overlay is mounted in a mount namespace of its own, so that nothing of it can stay behind.
@@ -762,11 +776,8 @@ class Lab:
             if Path("/sys/class/net", CONTROLLER_LINK).exists():
                 ip("link", "delete", CONTROLLER_LINK)
             remove_cgroups("")
-            for host in self.hosts.values():
-                # nspawn leaves these directories when it is not registered with systemd-machined.
-                propagate = Path("/run/systemd/nspawn/propagate", host.name)
-                if propagate.exists():
-                    shutil.rmtree(propagate)
+            with contextlib.suppress(OSError):  # nspawn's directory, unless something else is in it
+                Path("/run/systemd/nspawn").rmdir()
             shutil.rmtree(self.state)
         self.say("down: nothing of the lab is left (the image stays in the cache: " + str(rootfs.rootfs_path()) + ")")
 
@@ -971,6 +982,39 @@ class Lab:
             }
             for site in self.sites.values()
         ]
+
+
+class Customer:
+    """A machine's `client.service`: requests from a workload of its own, made and counted on the machine."""
+
+    def __init__(self, lab: Lab, host: str) -> None:
+        self.lab = lab
+        self.host = host
+
+    def ask(self, order: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        feed = json.dumps(order) + "\n"
+        talk = ["socat", "-t", str(seconds), "-", "UNIX-CONNECT:/run/client.sock"]
+        done = self.lab.exec(self.host, talk, feed=feed, seconds=seconds + 5)
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except ValueError as error:
+            raise LabError(f"{self.host}: client.service gave no answer to {order}: {done.stdout!r}") from error
+        return answer
+
+    def start(self, name: str, url: str, **order: Any) -> None:
+        """Requests in the background: `count` (0: until `result(stop=True)`), `interval`, `timeout`, `keep_alive`."""
+        self.ask({"run": name, "url": url, **order}, 10)
+
+    def result(self, name: str, *, stop: bool = False, wait: bool = False, seconds: float = 60) -> dict[str, Any]:
+        """`ok`, `failed`, `answers` by cluster/host, `peers` (addresses the servers saw), `errors`, `longest_gap`
+        (seconds without a good answer), `changes` ([seconds, who or error], at each change)."""
+        return self.ask({"result": name, "stop": stop, "wait": wait}, seconds)
+
+    def requests(self, url: str, count: int, seconds: float = 60, **order: Any) -> dict[str, Any]:
+        """Make `count` requests and return what came of them."""
+        name = f"once-{uuid.uuid4().hex[:8]}"
+        self.start(name, url, count=count, **order)
+        return self.result(name, wait=True, seconds=seconds)
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-3.0-or-later
+# The gates. Each says its name, its seconds, and when it fails what it said. `quick` leaves out the slow ones.
+# usage: scripts/lint.sh quick|all   (run by `make check` and `make lint`, with the environment's tools in PATH)
+set -u
+cd "$(dirname "$0")/.." || exit
+mode=$1
+failed=
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+gate() {
+    name=$1
+    shift
+    began=$(date +%s)
+    if "$@" > "$log" 2>&1; then
+        printf 'lint: %-28s ok    %3d s\n' "$name" $(($(date +%s) - began))
+    else
+        printf 'lint: %-28s FAIL  %3d s\n' "$name" $(($(date +%s) - began))
+        sed 's/^/    /' "$log"
+        failed="$failed $name"
+    fi
+}
+
+in_stage() { (cd build/stage/ansible_collections/isthmus/mesh && "$@"); }
+
+ours() { git ls-files --cached --others --exclude-standard -- "$@"; }
+
+spdx() {
+    # Every source file names its licence in its first lines.
+    bad=$(ours '*.py' '*.sh' '*.c' '*.h' '*.yml' '*.yaml' Makefile bpf/Makefile tests/lab/lab .ci/run |
+        grep -v -e '^changelogs/' -e '^galaxy.yml$' -e '/files/' |
+        while read -r file; do
+            [ ! -s "$file" ] || head -n 5 "$file" | grep -q 'SPDX-License-Identifier:' || echo "$file"
+        done)
+    [ -z "$bad" ] || { echo "no SPDX-License-Identifier in the first five lines:"; echo "$bad"; return 1; }
+}
+
+shell_scripts() {
+    # shellcheck disable=SC2046 # a list of files without blanks
+    shellcheck $(ours '*.sh') tests/lab/lab .ci/run
+}
+
+sanity() {
+    # ansible-test fetches a pip bootstrap from a host that an isolated network does not have; the interpreter
+    # carries one. Its environments are kept in the user's cache.
+    home=${XDG_CACHE_HOME:-$HOME/.cache}/isthmus/ansible-test
+    mkdir -p "$home/.ansible/test/cache"
+    cat > "$home/.ansible/test/cache/get_pip_24_2.py" <<'PIP'
+import ensurepip, subprocess, sys
+ensurepip.bootstrap()
+subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pip==24.2"])
+PIP
+    in_stage env -u ANSIBLE_CONFIG -u ANSIBLE_HOME HOME="$home" PATH="/usr/bin:$PATH" \
+        ansible-test sanity --venv --python 3.11 --color no
+}
+
+gate "ruff check" ruff check --quiet .
+gate "ruff format" ruff format --check --quiet .
+gate "mypy" mypy
+gate "shellcheck" shell_scripts
+gate "licence headers" spdx
+gate "yamllint" yamllint --strict .
+if [ -f tests/tools/generate_inventory_docs.py ]; then
+    gate "inventory docs" python tests/tools/generate_inventory_docs.py --check
+fi
+
+if [ "$mode" = all ]; then
+    python scripts/bundle.py stage || exit 1
+    gate "ansible-lint" in_stage ansible-lint --offline --strict --profile production
+    gate "ansible-doc" python tests/tools/check_docs.py
+    gate "antsibull-docs" in_stage antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs=all .
+    if [ -d changelogs ]; then gate "changelog" in_stage antsibull-changelog lint; fi
+    gate "ansible-test sanity" sanity
+fi
+
+if [ -n "$failed" ]; then
+    echo "lint: failed:$failed"
+    exit 1
+fi

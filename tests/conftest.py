@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What all tests share: the reviewed list of skips, and the lab."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "lab"))
+
+if TYPE_CHECKING:
+    from isthmus_lab import Lab
+
+# Reasons for which a test may be skipped, each as a prefix of what the test says. Anything else fails the run:
+# a skip that nobody looked at is a test that nobody has.
+REVIEWED_SKIPS = tuple(
+    line.split("#")[0].strip()
+    for line in (ROOT / "tests" / "skips.txt").read_text().splitlines()
+    if line.split("#")[0].strip()
+)
+UNREVIEWED: list[str] = []
+
+# `ansible_collections.isthmus.mesh` is this checkout, for tests that import its plugins.
+_PLACE = tempfile.TemporaryDirectory(prefix="isthmus-collections-")
+Path(_PLACE.name, "ansible_collections", "isthmus").mkdir(parents=True)
+Path(_PLACE.name, "ansible_collections", "isthmus", "mesh").symlink_to(ROOT)
+sys.path.insert(0, _PLACE.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `root` are skipped, in words, for other users."""
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root") or item.get_closest_marker("lab"):
+            item.add_marker(pytest.mark.skip(reason="not root: run as root"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        if not reason.startswith(REVIEWED_SKIPS or ("\0",)):
+            UNREVIEWED.append(f"{report.nodeid}: {reason}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if UNREVIEWED and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in UNREVIEWED:
+        terminalreporter.write_line(f"SKIP NOT ON THE REVIEWED LIST (tests/skips.txt): {line}", red=True)
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """The lab, up, every machine on and every link restored; it stays up for the next run (`make lab-down` ends it)."""
+    from isthmus_lab import Lab
+
+    estate = Lab()
+    estate.up()
+    put_right(estate)
+    yield estate
+    put_right(estate)
+
+
+def put_right(estate: Lab) -> None:
+    """Whatever a test did to links and power: back to normal."""
+    from isthmus_lab import DEFAULT_MTU
+
+    for name, site in estate.sites.items():
+        estate.restore(name)
+        if estate.mtu(site) != DEFAULT_MTU:
+            estate.set_mtu(name, DEFAULT_MTU)
+    for name in estate.hosts:
+        estate.power_on(name)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`lab down` leaves nothing behind, also after a boot that was interrupted and when machines are busy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from isthmus_lab import CGROUP, Lab, hierarchies
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+TOOL = Path(__file__).with_name("lab")
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def processes(lab: Lab) -> set[str]:
+    """Processes that belong to the lab: by cgroup, by network namespace, by what they were started as."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        if int(entry.name) == os.getpid():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            groups = (entry / "cgroup").read_text()
+        except OSError:
+            continue
+        if f"/{CGROUP}/" in groups or "isthmus_lab.py supervise" in words or f"{lab.state}/" in words:
+            found.add(f"{entry.name}: {words}")
+    return found
+
+
+def programs() -> set[str]:
+    """BPF programs that a lab machine's systemd or agent loads (ids are the kernel's: other tests have theirs)."""
+    shown = json.loads(output("bpftool", "--json", "prog", "show"))
+    return {f"{p['id']} {p.get('name')}" for p in shown if str(p.get("name")).startswith(("sd_", "isthmus"))}
+
+
+def traces(lab: Lab) -> dict[str, object]:
+    """Everything on this machine that the lab could leave something in."""
+    return {
+        "processes": processes(lab),
+        "mounts": set(Path("/proc/self/mounts").read_text().splitlines()),
+        "namespaces": set(output("ip", "netns", "list").split("\n")),
+        "links": {link["ifname"] for link in json.loads(output("ip", "-j", "link"))},
+        "routes": set(output("ip", "route", "show", "table", "all").splitlines()),
+        "rules": output("ip", "rule"),
+        "nft": output("nft", "list", "ruleset"),
+        "cgroups": {str(hierarchy.path / CGROUP) for hierarchy in hierarchies() if (hierarchy.path / CGROUP).exists()},
+        "pins": {str(path) for path in Path("/sys/fs/bpf").rglob("*")} if Path("/sys/fs/bpf").exists() else set(),
+        "programs": programs(),
+        "state": lab.state.exists(),
+        "nspawn": {str(path) for path in Path("/run/systemd/nspawn").rglob("*")},
+    }
+
+
+def gone(lab: Lab, before: dict[str, object]) -> None:
+    """Nothing new; the kernel frees BPF programs of a removed cgroup a moment later."""
+    end = time.monotonic() + 10
+    while True:
+        after = traces(lab)
+        new = {}
+        for what, there in after.items():
+            known = before[what]
+            left = there - known if isinstance(there, set) and isinstance(known, set) else there != known
+            if left:
+                new[what] = left
+        if not new:
+            return
+        assert time.monotonic() < end, new
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def bare() -> Iterator[Lab]:
+    """No lab, before and after."""
+    lab = Lab()
+    lab.down()
+    yield lab
+    lab.down()
+
+
+def test_down_leaves_nothing(bare: Lab) -> None:
+    before = traces(bare)
+    bare.up()
+    host = next(iter(bare.hosts))
+    # A machine that does something: a pinned map's stand-in, a mount, a process that ignores SIGTERM.
+    bare.exec(host, ["mkdir", "/sys/fs/bpf/busy"])
+    bare.exec(
+        host, ["systemd-run", "--quiet", "sh", "-c", "trap '' TERM; mount -t tmpfs x /mnt; while :; do sleep 1; done"]
+    )
+    bare.cut(bare.hosts[host].site)
+    bare.down()
+    gone(bare, before)
+
+
+def test_down_after_an_interrupted_up_leaves_nothing(bare: Lab) -> None:
+    before = traces(bare)
+    up = subprocess.Popen([sys.executable, str(TOOL.with_name("isthmus_lab.py")), "up"], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not any(bare.supervisor(host) for host in bare.hosts.values()):
+        assert time.monotonic() < end, "no machine was started"
+        time.sleep(0.02)
+    up.kill()
+    up.wait()
+    bare.down()
+    gone(bare, before)
+
+
+def test_up_goes_on_after_an_interrupted_up(bare: Lab) -> None:
+    up = subprocess.Popen([sys.executable, str(TOOL.with_name("isthmus_lab.py")), "up"], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not any(bare.supervisor(host) for host in bare.hosts.values()):
+        assert time.monotonic() < end, "no machine was started"
+        time.sleep(0.02)
+    up.kill()
+    up.wait()
+    bare.up()
+    assert {bare.system_state(host) for host in bare.hosts.values()} == {"running"}
+
+
+def test_what_the_machine_lacks_is_said_before_anything_is_changed(tmp_path: Path, bare: Lab) -> None:
+    before = traces(bare)
+    # PATH without the tools: as on a machine where `make setup` did not run.
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(
+        ["/usr/bin/python3", str(TOOL.with_name("isthmus_lab.py")), "up"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "this machine cannot carry the lab; nothing was changed:" in done.stderr
+    assert "systemd-nspawn: not installed (`make setup` installs it)" in done.stderr
+    gone(bare, before)
