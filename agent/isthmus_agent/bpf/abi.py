@@ -98,7 +98,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 
 def pack_address(address: Address) -> bytes:
     """16 bytes, network order, IPv4 in its v4-mapped form."""
-    return _MAPPED + address.packed if address.version == 4 else address.packed
+    return _MAPPED + int(address).to_bytes(4, "big") if address.version == 4 else address.packed
 
 
 def unpack_address(data: bytes) -> Address:

@@ -169,12 +169,15 @@ class BpfDatapath:
 
     # Loading
 
-    def open(self, cluster_id: int, identity_shift: int = 16) -> None:
-        """Loads both objects against the pinned maps (made where missing). Attaches nothing."""
+    def open(self, cluster_id: int, identity_shift: int = 16, pin: bool = True) -> None:
+        """Loads both objects against the pinned maps (made where missing). Attaches nothing.
+
+        Without `pin` the maps are new ones of each object and go with close(): a trial."""
         self.close()
-        ensure_bpffs(self.pin_dir)
-        self.pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.pin_dir.chmod(0o700)
+        if pin:
+            ensure_bpffs(self.pin_dir)
+            self.pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.pin_dir.chmod(0o700)
         flags = abi.CONFIG_SET_RETVAL if self.has_set_retval() else 0
         config = abi.CONFIG.pack(cluster_id, identity_shift, flags)
         for name in ("cgroup", "overlay"):
@@ -185,11 +188,8 @@ class BpfDatapath:
             self._objects[name] = loaded
             loaded.set_config(config)
             for map_name, handle in loaded.maps.items():
-                pin = self.pin_dir / map_name
-                self._size_map(map_name, handle, pin)
-                self.lib.check(
-                    self.lib.bpf_map__set_pin_path(handle, os.fsencode(pin)), f"cannot set the pin path {pin}"
-                )
+                if pin:
+                    self._set_pin(map_name, handle)
             loaded.load()
             for map_name, handle in loaded.maps.items():
                 if map_name not in self._maps:
@@ -226,17 +226,19 @@ class BpfDatapath:
         with self.lib.log():
             return bool(self.lib.libbpf_probe_bpf_helper(PROG_TYPE_CGROUP_SOCK_ADDR, HELPER_SET_RETVAL, None) == 1)
 
-    def _size_map(self, name: str, handle: int, pin: Path) -> None:
+    def _set_pin(self, name: str, handle: int) -> None:
+        path = self.pin_dir / name
         # A pinned map keeps the size it was made with: asking for another one would make the load fail.
         size = self._max_entries.get(name)
-        if pin.exists():
-            pinned = Map.pinned(self.lib, pin)
+        if path.exists():
+            pinned = Map.pinned(self.lib, path)
             size = pinned.max_entries
             pinned.close()
         if size:
             self.lib.check(
                 self.lib.bpf_map__set_max_entries(handle, size), f"cannot set the size of map {name} to {size}"
             )
+        self.lib.check(self.lib.bpf_map__set_pin_path(handle, os.fsencode(path)), f"cannot set the pin path {path}")
 
     def _map_slots(self) -> None:
         slots = self._maps["slots"]
@@ -295,6 +297,19 @@ class BpfDatapath:
             self.lib.check(self.lib.bpf_link__pin(link, os.fsencode(pin)), f"cannot pin {pin}")
         finally:
             self.lib.bpf_link__destroy(link)  # this process's handle; the pin keeps the link
+
+    def try_cgroup_links(self) -> None:
+        """Attaches every socket hook to the cgroup root and detaches it again; BpfError if one cannot be."""
+        cgroup_fd = os.open(self.cgroup_root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name in CGROUP_PROGRAMS:
+                link = self.lib.pointer(
+                    self.lib.bpf_program__attach_cgroup(self._program("cgroup", name), cgroup_fd),
+                    f"cannot attach {name}",
+                )
+                self.lib.bpf_link__destroy(link)
+        finally:
+            os.close(cgroup_fd)
 
     def _link_info(self, fd: int, what: Path) -> CgroupLinkInfo:
         info = CgroupLinkInfo()
@@ -398,9 +413,10 @@ class BpfDatapath:
         New entries first, then the services are flipped one by one (each in one step for the programs),
         then what is not wanted any more goes. CapacityError before anything is changed if a map is too
         small."""
+        wanted = _tables(datapath)
+        self._check_capacity(datapath, wanted)
         ids, backends = self._plan_backends(datapath)
-        tables = self._plan_tables(datapath)
-        self._check_capacity(datapath)
+        tables = [self._plan(name, entries) for name, entries in wanted.items()]
 
         self._write(backends)
         self._sync_stats(set(ids.values()))
@@ -449,9 +465,6 @@ class BpfDatapath:
         delete = [key for key in real if key not in wanted]
         added = sum(1 for key in put if key not in real)
         return _Plan(name, put, delete, MapChange(added, len(put) - added, len(delete)))
-
-    def _plan_tables(self, datapath: Datapath) -> list[_Plan]:
-        return [self._plan(name, wanted) for name, wanted in _tables(datapath).items()]
 
     def _plan_backends(self, datapath: Datapath) -> tuple[dict[BackendKey, int], _Plan]:
         """Ids of all wanted backends (those of entries that exist stay) and the change of the map."""
@@ -553,8 +566,8 @@ class BpfDatapath:
             self._slot_view[base + index] = backend
         return base
 
-    def _check_capacity(self, datapath: Datapath) -> None:
-        wanted = {name: len(entries) for name, entries in _tables(datapath).items()}
+    def _check_capacity(self, datapath: Datapath, tables: Mapping[str, Mapping[bytes, bytes]]) -> None:
+        wanted = {name: len(entries) for name, entries in tables.items()}
         wanted["svc"] = len(datapath.services)
         wanted["backends"] = len({(each.address, each.port, each.protocol) for each in _backends(datapath)})
         wanted["slots"] = sum(len(service.backends) for service in datapath.services.values())
@@ -629,10 +642,7 @@ class BpfDatapath:
 
     def capacity(self) -> dict[str, Capacity]:
         """Use of every map that can be full."""
-        found = {
-            name: Capacity(sum(1 for _ in self._maps[name].walk()), self._maps[name].max_entries)
-            for name in FILLED_MAPS
-        }
+        found = {name: Capacity(len(self._maps[name].items()), self._maps[name].max_entries) for name in FILLED_MAPS}
         used = sum(abi.SVC_VALUE.unpack(value)[2] for value in self._maps["svc"].items().values())
         found["slots"] = Capacity(used, self._maps["slots"].max_entries)
         return found

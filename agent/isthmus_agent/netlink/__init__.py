@@ -19,6 +19,7 @@ from isthmus_agent.netlink.network import (
     remove_network,
     underlay_mtu,
 )
+from isthmus_agent.netlink.probe import missing_features
 from isthmus_agent.netlink.sockets import destroy_sockets
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "audit_network",
     "destroy_sockets",
     "ensure_overlay",
+    "missing_features",
     "overlay_index",
     "remove_network",
     "underlay_mtu",

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The overlay device, addresses, routes and rules in a namespace of the test's own."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+from bpf.topology import CLONE_NEWNET
+from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import Datapath, Route, Rule
+from isthmus_agent.netlink import NetworkError
+from pyroute2 import IPRoute
+
+Call = Callable[..., Any]
+
+WANTED = Datapath(
+    1,
+    addresses=frozenset({ip_address("10.101.0.1"), ip_address("10.101.0.2")}),
+    routes=frozenset(
+        {
+            Route(ip_network("10.102.0.0/28"), ip_address("10.101.0.1"), 1450),
+            Route(ip_network("198.18.2.11/32"), ip_address("10.101.0.1"), 1450, table=730),
+            Route(ip_network("0.0.0.0/0"), table=730, unreachable=True),
+            Route(ip_network("10.111.0.0/16"), unreachable=True),
+        }
+    ),
+    rules=frozenset({Rule(ip_network("10.101.0.0/28"), 730, 730)}),
+)
+
+
+@pytest.fixture
+def call() -> Iterator[Call]:
+    """Runs a function in a fresh namespace."""
+
+    def enter() -> None:
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "unshare")
+
+    with ThreadPoolExecutor(1, initializer=enter) as pool:
+        yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()
+
+
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def _everything() -> str:
+    return _ip("route", "show", "table", "all") + _ip("rule", "show") + _ip("-br", "address")
+
+
+def test_apply_makes_it_so_once(call: Call) -> None:
+    index = call(netlink.ensure_overlay)
+    assert call(netlink.ensure_overlay) == index
+    assert "state DOWN" in call(_ip, "link", "show", "isthmus0"), "up only after its programs are there"
+    assert len(call(netlink.audit_network, WANTED)) == 8
+    assert len(call(netlink.apply_network, WANTED).changes) == 8
+    assert call(netlink.audit_network, WANTED) == []
+    assert not call(netlink.apply_network, WANTED)
+    details = call(_ip, "-d", "link", "show", "isthmus0")
+    for words in ("vxlan external", "nolearning", "dstport 8472", "NOARP", "mtu 1450", "addrgenmode none"):
+        assert words in details, words
+    assert "10.102.0.0/28 dev isthmus0 proto 73 scope link src 10.101.0.1 mtu 1450" in call(_ip, "route", "show")
+    assert "730:\tfrom 10.101.0.0/28 lookup 730" in call(_ip, "rule", "show")
+    assert "inet6" not in call(_ip, "address", "show", "isthmus0")
+
+
+def test_changes_are_minimal_and_removals_complete(call: Call) -> None:
+    call(netlink.ensure_overlay)
+    call(netlink.apply_network, WANTED)
+    smaller = Datapath(
+        1,
+        addresses=frozenset({ip_address("10.101.0.1")}),
+        routes=frozenset({Route(ip_network("10.102.0.0/28"), ip_address("10.101.0.1"), 1400)}),
+    )
+    assert set(call(netlink.apply_network, smaller).changes) == {
+        "change to route 10.102.0.0/28 src 10.101.0.1 mtu 1400",
+        "remove rule 730: from 10.101.0.0/28 lookup 730",
+        "remove route unreachable 0.0.0.0/0 table 730",
+        "remove route unreachable 10.111.0.0/16",
+        "remove route 198.18.2.11/32 table 730 src 10.101.0.1 mtu 1450",
+        "remove address 10.101.0.2/32",
+    }
+    assert call(netlink.audit_network, smaller) == []
+
+
+def test_teardown_leaves_it_as_it_was(call: Call) -> None:
+    before = call(_everything)
+    call(netlink.ensure_overlay)
+    call(netlink.apply_network, WANTED)
+    assert call(_everything) != before
+    removed = call(netlink.remove_network)
+    assert "device isthmus0" in removed
+    assert call(_everything) == before
+    assert call(netlink.remove_network) == []
+
+
+def test_foreign_objects_are_not_touched(call: Call) -> None:
+    call(netlink.ensure_overlay)
+    call(netlink.apply_network, WANTED)
+    call(_ip, "link", "set", "lo", "up")
+    call(_ip, "route", "add", "192.0.2.0/24", "dev", "isthmus0", "proto", "static")
+    call(_ip, "route", "add", "unreachable", "192.0.3.0/24", "table", "730")
+    call(_ip, "rule", "add", "from", "10.101.0.0/28", "lookup", "731", "priority", "730")
+    call(_ip, "rule", "add", "from", "10.101.9.0/28", "lookup", "730", "priority", "730")
+    foreign = call(_everything)
+    assert call(netlink.audit_network, WANTED) == []
+    assert not call(netlink.apply_network, WANTED)
+    assert call(_everything) == foreign
+    call(netlink.remove_network)
+    left = call(_everything)
+    assert "unreachable 192.0.3.0/24 table 730" in left
+    assert "lookup 731" in left
+    assert "from 10.101.9.0/28 lookup 730" in left
+
+
+def test_a_foreign_route_in_the_way_is_named_and_the_rest_is_done(call: Call) -> None:
+    call(netlink.ensure_overlay)
+    call(_ip, "route", "add", "blackhole", "10.102.0.0/28")
+    with pytest.raises(NetworkError, match=r"cannot add route 10\.102\.0\.0/28 .*a route that is not ours") as caught:
+        call(netlink.apply_network, WANTED)
+    assert len(caught.value.problems) == 1
+    assert call(netlink.audit_network, WANTED) == ["route 10.102.0.0/28 src 10.101.0.1 mtu 1450 is missing"]
+    assert "blackhole 10.102.0.0/28" in call(_ip, "route", "show")
+
+
+def test_damage_is_named_and_repaired(call: Call) -> None:
+    call(netlink.ensure_overlay)
+    call(netlink.apply_network, WANTED)
+    call(_ip, "address", "del", "10.101.0.2/32", "dev", "isthmus0")
+    call(_ip, "address", "add", "10.101.0.7/24", "dev", "isthmus0", "noprefixroute")
+    call(_ip, "route", "del", "10.102.0.0/28")
+    call(_ip, "route", "add", "10.103.0.0/28", "dev", "isthmus0", "proto", "73")
+    call(_ip, "rule", "del", "from", "10.101.0.0/28", "lookup", "730")
+    assert sorted(call(netlink.audit_network, WANTED)) == [
+        "address 10.101.0.2 is missing on isthmus0",
+        "address 10.101.0.7/24 on isthmus0 is not wanted",
+        "route 10.102.0.0/28 src 10.101.0.1 mtu 1450 is missing",
+        "route 10.103.0.0/28 is not wanted",
+        "rule 730: from 10.101.0.0/28 lookup 730 is missing",
+    ]
+    call(netlink.apply_network, WANTED)
+    assert call(netlink.audit_network, WANTED) == []
+
+
+def test_a_device_with_other_parameters_is_made_again(call: Call) -> None:
+    first = call(netlink.ensure_overlay)
+    call(netlink.apply_network, WANTED)
+    assert call(netlink.ensure_overlay, mtu=1400) == first, "the MTU is changed in place"
+    assert call(netlink.audit_network, WANTED) == ["isthmus0 has MTU 1400, wanted: 1450"]
+    second = call(netlink.ensure_overlay, port=4789)
+    assert second != first
+    call(netlink.apply_network, WANTED)
+    assert call(netlink.audit_network, WANTED) == ["isthmus0 uses UDP port 4789, wanted: 8472"]
+    assert call(netlink.audit_network, replace(WANTED, overlay_port=4789)) == []
+    call(_ip, "link", "del", "isthmus0")
+    assert call(netlink.audit_network, WANTED) == ["the overlay device isthmus0 is missing"]
+    with pytest.raises(NetworkError, match="ensure_overlay"):
+        call(netlink.apply_network, WANTED)
+    assert call(netlink.overlay_index) is None
+
+
+def test_a_used_port_is_named(call: Call) -> None:
+    call(_ip, "link", "add", "other", "type", "vxlan", "external", "dstport", "8472")
+    call(_ip, "link", "set", "other", "up")
+    with pytest.raises(NetworkError, match="8472"):
+        call(netlink.ensure_overlay)
+
+
+def test_underlay_mtu_of_own_addresses_and_paths(call: Call) -> None:
+    def prepare() -> None:
+        with IPRoute() as ipr:
+            ipr.link("add", ifname="eth0", kind="veth", peer="eth1", mtu=1460)
+            for name in ("eth0", "eth1"):
+                ipr.link("set", index=ipr.link_lookup(ifname=name)[0], state="up")
+            index = ipr.link_lookup(ifname="eth0")[0]
+            ipr.addr("add", index=index, address="198.18.0.1", prefixlen=24)
+            ipr.route("add", dst="198.18.9.0/24", gateway="198.18.0.2", metrics={"mtu": 1300})
+
+    call(prepare)
+    assert call(netlink.underlay_mtu, ip_address("198.18.0.1")) == 1460
+    assert call(netlink.underlay_mtu, ip_address("198.18.0.2")) == 1460
+    assert call(netlink.underlay_mtu, ip_address("198.18.9.1")) == 1300
+    with pytest.raises(NetworkError, match=r"no route to 192\.0\.2\.1"):
+        call(netlink.underlay_mtu, ip_address("192.0.2.1"))
+
+
+def test_ipv6_addresses_routes_and_rules(call: Call) -> None:
+    wanted = Datapath(
+        1,
+        addresses=frozenset({ip_address("fd00:101::1")}),
+        routes=frozenset(
+            {
+                Route(ip_network("fd00:102::/112"), ip_address("fd00:101::1"), 1430),
+                Route(ip_network("fd00:111::/108"), unreachable=True),
+            }
+        ),
+        rules=frozenset({Rule(ip_network("fd00:101::/112"), 730, 730)}),
+    )
+    call(netlink.ensure_overlay)
+    call(netlink.apply_network, wanted)
+    assert call(netlink.audit_network, wanted) == []
+    assert not call(netlink.apply_network, wanted)
+    call(netlink.remove_network)
+    assert "fd00" not in call(_ip, "-6", "route", "show", "table", "all")
