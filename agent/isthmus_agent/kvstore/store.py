@@ -146,6 +146,8 @@ class PrefixStore:
         self._raft_term = 0
         self._noticed = 0  # revision at which another etcd was first seen to answer; 0: lists are believed
         self._floor = 0
+        self._again = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
         self._dirty: set[str] = set()
         self._asked = 0.0
 
@@ -169,6 +171,16 @@ class PrefixStore:
         """Seconds since etcd last answered; None before the first answer."""
         return None if self.last_proof is None else self._clock() - self.last_proof
 
+    async def refresh(self) -> None:
+        """Make `run` list again now; returns when a list that was begun after the call is complete.
+
+        Everything that was written before the call is then here.
+        """
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._again.set()
+        await waiter
+
     async def run(self) -> None:
         """List and watch for ever; after any error list again, after 0.2 s to `max_delay` with full jitter."""
         failures = 0
@@ -176,7 +188,7 @@ class PrefixStore:
             began = self._clock()
             try:
                 await self._list()
-                await self._watch()
+                await self._watch_until_asked()
                 failures = 0
                 continue
             except EtcdError as error:
@@ -195,6 +207,18 @@ class PrefixStore:
         self.changed.set()
 
     async def _list(self) -> None:
+        self._again.clear()
+        waiters, self._waiters = self._waiters, []
+        try:
+            await self._list_once()
+        except BaseException:
+            self._waiters = waiters + self._waiters
+            raise
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _list_once(self) -> None:
         result = await self.client.range(self.prefix, page=self._page)
         self._notice_history(result)
         canary = await self.client.get(self.canary, revision=result.revision) if self.canary else None
@@ -253,6 +277,18 @@ class PrefixStore:
         self.synced = True
         self.changed.set()
 
+    async def _watch_until_asked(self) -> None:
+        watch = asyncio.ensure_future(self._watch())
+        again = asyncio.ensure_future(self._again.wait())
+        try:
+            await asyncio.wait({watch, again}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+        finally:
+            watch.cancel()
+            again.cancel()
+            await asyncio.gather(watch, again, return_exceptions=True)
+
     async def _watch(self) -> None:
         """Follow changes; returns when the list should be read again because it may be believed now."""
         untrusted = min(self._progress_interval, _UNTRUSTED_INTERVAL)
@@ -264,15 +300,18 @@ class PrefixStore:
         )
         async with contextlib.aclosing(watch):
             async for batch in watch:
+                self._check_history(batch)
                 self._apply_batch(batch)
                 if await self._believable():
                     return
 
-    def _apply_batch(self, batch: WatchBatch) -> None:
+    def _check_history(self, batch: WatchBatch) -> None:
         if batch.cluster_id != self.cluster_id or batch.revision < self.revision:
             reason = f"cluster {batch.cluster_id:016x} at revision {batch.revision} answers instead of "
             reason += f"{self.cluster_id:016x} at {self.revision}"
             raise EtcdChanged(self.client.endpoint, f"watch {self.prefix}", reason)
+
+    def _apply_batch(self, batch: WatchBatch) -> None:
         self.revision = batch.revision
         self.last_proof = self._clock()
         if not self.connected:

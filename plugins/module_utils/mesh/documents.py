@@ -310,13 +310,15 @@ class PeerStatus:
     """How the mirror of one peer stands (`isthmus/v1/alloc/peers/<peer>`).
 
     `last_proof` is the time of the last answer of the peer's etcd, `last_change` that of the last
-    key taken over; `keys` counts mirrored keys by kind, `refused` refusals by reason.
+    key taken over; `keys` counts mirrored keys by kind, `refused` refusals by reason. `cluster_id`
+    (16 hex digits, as in a canary) and `revision` tell which state of the peer's etcd was believed last.
     """
 
     state: str
     last_proof: str | None = None
     last_change: str | None = None
     endpoint: str = ""
+    cluster_id: str = ""
     revision: int = 0
     keys: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)
@@ -330,6 +332,7 @@ class PeerStatus:
                 "last_proof": self.last_proof,
                 "last_change": self.last_change,
                 "endpoint": self.endpoint,
+                "cluster_id": self.cluster_id,
                 "revision": self.revision,
                 "keys": jsontext.sorted_mapping(self.keys),
                 "refused": jsontext.sorted_mapping(self.refused),
@@ -349,6 +352,7 @@ class PeerStatus:
             last_proof=fields.optional_text("last_proof"),
             last_change=fields.optional_text("last_change"),
             endpoint=fields.text("endpoint"),
+            cluster_id=fields.text("cluster_id"),
             revision=fields.integer("revision", UINT64),
             keys=_counts(fields, "keys"),
             refused=_counts(fields, "refused"),
