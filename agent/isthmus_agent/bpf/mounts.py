@@ -31,15 +31,28 @@ def cgroup2_root() -> Path:
     return mounts[0]
 
 
+def _in_the_hosts_mounts() -> bool:
+    try:
+        return os.readlink("/proc/self/ns/mnt") == os.readlink("/proc/1/ns/mnt")
+    except PermissionError:  # a sandbox that may not even look
+        return False
+
+
 def ensure_bpffs(pin_dir: Path) -> None:
-    """Mounts a BPF file system at /sys/fs/bpf (or at the top of `pin_dir`'s first missing part) if `pin_dir`
-    would not lie on one."""
+    """Mounts a BPF file system at /sys/fs/bpf if `pin_dir` would not lie on one. BpfError if it cannot, or if the
+    mount would not stay."""
     for mount in parse_mounts(Path("/proc/mounts").read_text(), "bpf"):
         if pin_dir.is_relative_to(mount):
             return
     target = Path("/sys/fs/bpf")
     if not pin_dir.is_relative_to(target):
         raise BpfError(f"{pin_dir} is not on a BPF file system and not below {target}: mount one there first")
+    if not _in_the_hosts_mounts():
+        # It would go with this process's mount namespace, and the datapath with it.
+        raise BpfError(
+            f"no BPF file system is mounted at {target}, and this process has mounts of its own, where one would not "
+            f"outlive it: run `systemctl start isthmus-bpffs.service`, or `mount -t bpf bpf {target}`"
+        )
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mount.argtypes = (
         ctypes.c_char_p,
