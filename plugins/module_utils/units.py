@@ -65,10 +65,11 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart=/opt/isthmus/current/bin/isthmusd --spec /etc/isthmus/node.json
+ExecStart=/opt/isthmus/current/bin/isthmusd --config /etc/isthmus/node.json
 Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
 Restart=always
 RestartSec=1
+RestartPreventExitStatus=78
 TimeoutStartSec=90
 TimeoutStopSec=15
 WatchdogSec=30
@@ -108,10 +109,11 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart=/opt/isthmus/current/bin/isthmus-registrar --spec /etc/isthmus/node.json
+ExecStart=/opt/isthmus/current/bin/isthmus-registrar --config /etc/isthmus/node.json
 Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
 Restart=always
 RestartSec=1
+RestartPreventExitStatus=78
 TimeoutStartSec=90
 TimeoutStopSec=15
 WatchdogSec=30
@@ -312,29 +314,6 @@ def process_environment(pid: str) -> dict[str, str]:
     return dict(item.decode(errors="replace").split("=", 1) for item in content.split(b"\0") if b"=" in item)
 
 
-def process_started(pid: str) -> float:
-    """When a process started, seconds since the epoch; infinity when it is gone (then nothing is newer)."""
-    try:
-        with open(f"/proc/{int(pid)}/stat", encoding="ascii", errors="replace") as file:
-            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-        with open("/proc/stat", encoding="ascii") as file:
-            boot = next(int(line.split()[1]) for line in file if line.startswith("btime "))
-    except (FileNotFoundError, ProcessLookupError):
-        return float("inf")
-    return boot + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def newest(paths: Iterable[str]) -> float:
-    """Modification time of the newest of the files that exist, 0 when none does."""
-    times = [0.0]
-    for path in paths:
-        try:
-            times.append(os.stat(path).st_mtime)
-        except FileNotFoundError:
-            continue
-    return max(times)
-
-
 class Units:
     """Brings a set of units to "file right, enabled, running with this configuration"."""
 
@@ -366,13 +345,9 @@ class Units:
         if (self.reload or stale) and not self.module.check_mode:
             self.systemd.run("daemon-reload")
 
-    def running(
-        self, name: str, config: str | None = None, newer: Iterable[str] = (), force: str | None = None
-    ) -> bool:
-        """`name` is enabled and active; restarted when its process has another configuration than `config`
-        (its `ISTHMUS_CONFIG`), when one of the files `newer` changed after it started, or when `force` gives a reason.
-
-        Returns whether something had to change. Does not wait: see `wait`.
+    def running(self, name: str, config: str | None = None) -> bool:
+        """`name` is enabled and active; restarted when its process was started with another configuration than
+        `config` (its `ISTHMUS_CONFIG`). Returns whether something had to change. Does not wait: see `wait`.
         """
         state = self.systemd.show([name])[name]
         before = state.get("ActiveState", "inactive")
@@ -383,14 +358,11 @@ class Units:
             self.changes.note(f"unit {name}", state.get("UnitFileState") or "absent", "enabled")
             if not self.module.check_mode:
                 self.systemd.run("enable", "--quiet", name)
-        reason = force
+        reason = None
         if before not in ("active", "reloading"):
             reason = f"it is {before}"
-        elif reason is None and state.get("MainPID", "0") != "0":
-            if config is not None and process_environment(state["MainPID"]).get(CONFIG_VARIABLE) != config:
-                reason = "its configuration changed"
-            elif newest(newer) > process_started(state["MainPID"]) + 1:
-                reason = "its certificates changed"
+        elif config is not None and process_environment(state["MainPID"]).get(CONFIG_VARIABLE) != config:
+            reason = "its configuration changed"
         if reason is not None:
             changed = True
             self.changes.note(f"unit {name}", before, f"active (started anew: {reason})")
@@ -414,7 +386,8 @@ class Units:
                 if self.states[name] != "active" or name in pending:
                     still.append(name)
             waiting = still
-            if waiting and time.monotonic() > deadline:
+            given_up = any(self.states[name] == "failed" and name not in pending for name in waiting)
+            if waiting and (given_up or time.monotonic() > deadline):
                 failed = {
                     name: {
                         "state": f"{states[name].get('ActiveState')}/{states[name].get('SubState')}",

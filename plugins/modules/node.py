@@ -12,7 +12,7 @@ version_added: 1.0.0
 description:
   - Writes the host's specification and its copy of the estate record, the systemd units of the agent, the registrar
     (on etcd hosts) and the name server, and joins the mesh's names to the host's own resolution.
-  - Starts or restarts only what changed, and waits until it is ready.
+  - Starts or restarts only what changed, and waits until it is ready. Renewed certificates need no restart.
   - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
   - Needs nothing but Python on the host; the bundle is laid down before by M(isthmus.mesh.bundle).
 extends_documentation_fragment:
@@ -35,12 +35,6 @@ options:
       - Digest of the installed bundle, as M(isthmus.mesh.bundle) returns it; a new one restarts agent and registrar.
     type: str
     required: true
-  certificates_changed:
-    description:
-      - Whether the run changed certificates of this host before. Needed for a true prediction in check mode only;
-        otherwise the age of the files decides.
-    type: bool
-    default: false
   timeout:
     description:
       - Seconds to wait until what was started is ready.
@@ -103,7 +97,6 @@ def main():
             "spec": {"type": "dict", "required": True},
             "estate": {"type": "dict", "required": True},
             "bundle_digest": {"type": "str", "required": True, "no_log": False},
-            "certificates_changed": {"type": "bool", "default": False},
             "timeout": {"type": "int", "default": 120},
         },
         supports_check_mode=True,
@@ -145,29 +138,16 @@ def main():
     names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
     runner.daemon_reload([BPFFS, DNS_RELOAD, *names])
 
-    renewed = "its certificates changed" if module.params["certificates_changed"] else None
     runner.running(DNS, dns_config)
     runner.running(DNS_PATH)
     if has_registrar:
-        runner.running(REGISTRAR, registrar_config, certificate_files(spec, registrar=True), renewed)
-    runner.running(AGENT, agent_config, certificate_files(spec, registrar=False), renewed)
+        runner.running(REGISTRAR, registrar_config)
+    runner.running(AGENT, agent_config)
     if not module.check_mode:
         wait(module, runner, names, spec)
 
     join_resolver(module, changes, runner, found)
     module.exit_json(**changes.result(units=runner.states, resolver=found.method))
-
-
-def certificate_files(spec, registrar):
-    """The files that a process of ours read when it started."""
-    etcd = spec["etcd"]
-    files = [etcd["ca"]]
-    if not registrar:
-        return [*files, etcd["cert"], etcd["key"]]
-    files += [spec["registrar"]["cert"], spec["registrar"]["key"]]
-    for peer in spec["registrar"]["peers"]:
-        files += [peer["ca"], peer["cert"], peer["key"]]
-    return files
 
 
 def wait(module, runner, names, spec):

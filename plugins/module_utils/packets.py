@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Proofs by packets: an echo, a name, a connection. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+
+_IP_MTU_DISCOVER, _IP_PMTUDISC_DO, _IP_MTU = 10, 2, 14
+_A, _AAAA = 1, 28
+
+
+class NoAnswer(Exception):
+    """The proof failed; the text says how."""
+
+
+def path_mtu(source: str, target: str) -> int:
+    """What the route to `target` allows, in bytes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        probe.bind((source, 0))
+        probe.connect((target, 9))
+        return probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
+
+
+def echo(source: str, target: str, size: int, timeout: float, attempts: int = 3) -> float:
+    """Seconds until an ICMP echo of `size` bytes (with its IP header, not to be fragmented) comes back."""
+    payload = size - 28
+    number = struct.unpack("=H", os.urandom(2))[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as wire:
+        wire.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        wire.bind((source, 0))
+        for attempt in range(attempts):
+            began = time.monotonic()
+            try:
+                wire.sendto(_echo_request(number, attempt, payload), (target, 0))
+            except OSError as exc:
+                raise NoAnswer(f"it cannot be sent: {exc.strerror}") from exc
+            while True:
+                left = began + timeout - time.monotonic()
+                if left <= 0:
+                    break
+                wire.settimeout(left)
+                try:
+                    packet, address = wire.recvfrom(65536)
+                except TimeoutError:
+                    break
+                header = (packet[0] & 15) * 4
+                kind, _code, _sum, found, sequence = struct.unpack_from(">BBHHH", packet, header)
+                if address[0] == target and kind == 0 and (found, sequence) == (number, attempt):
+                    return time.monotonic() - began
+    raise NoAnswer(f"no answer to {attempts} packets of {size} bytes")
+
+
+def _echo_request(number: int, sequence: int, size: int) -> bytes:
+    body = bytes(index % 256 for index in range(size))
+    head = struct.pack(">BBHHH", 8, 0, 0, number, sequence)
+    return struct.pack(">BBHHH", 8, 0, _checksum(head + body), number, sequence) + body
+
+
+def _checksum(data: bytes) -> int:
+    """RFC 1071."""
+    if len(data) % 2:
+        data += b"\0"
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def query(server: str, name: str, kind: str, timeout: float, tcp: bool = False) -> tuple[int, list[str]]:
+    """Ask one name server: (response code, addresses). `kind` is `A` or `AAAA`. RFC 1035."""
+    number = struct.unpack(">H", os.urandom(2))[0]
+    labels = b"".join(bytes([len(part)]) + part.encode("ascii") for part in name.rstrip(".").split("."))
+    question = struct.pack(">HHHHHH", number, 0x0100, 1, 0, 0, 0) + labels + b"\0"
+    question += struct.pack(">HH", _A if kind == "A" else _AAAA, 1)
+    try:
+        answer = _exchange_tcp(server, question, timeout) if tcp else _exchange_udp(server, question, timeout)
+    except OSError as exc:
+        raise NoAnswer(f"{server} does not answer: {exc.strerror or exc}") from exc
+    if len(answer) < 12 or answer[:2] != question[:2]:
+        raise NoAnswer(f"{server} answers something else")
+    flags, _questions, records = struct.unpack_from(">HHH", answer, 2)
+    at = len(question)
+    found = []
+    for _record in range(records):
+        at = _skip_name(answer, at)
+        kind_found, _class, _ttl, length = struct.unpack_from(">HHIH", answer, at)
+        at += 10
+        if kind_found == _A and length == 4:
+            found.append(socket.inet_ntop(socket.AF_INET, answer[at : at + 4]))
+        elif kind_found == _AAAA and length == 16:
+            found.append(socket.inet_ntop(socket.AF_INET6, answer[at : at + 16]))
+        at += length
+    return flags & 15, found
+
+
+def _skip_name(message: bytes, at: int) -> int:
+    while message[at]:
+        if message[at] & 0xC0:
+            return at + 2
+        at += message[at] + 1
+    return at + 1
+
+
+def _exchange_udp(server: str, question: bytes, timeout: float) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wire:
+        wire.settimeout(timeout)
+        wire.connect((server, 53))
+        wire.send(question)
+        return wire.recv(4096)
+
+
+def _exchange_tcp(server: str, question: bytes, timeout: float) -> bytes:
+    with socket.create_connection((server, 53), timeout) as wire:
+        wire.sendall(struct.pack(">H", len(question)) + question)
+        data = b""
+        while len(data) < 2 or len(data) < 2 + struct.unpack_from(">H", data)[0]:
+            part = wire.recv(4096)
+            if not part:
+                break
+            data += part
+        return data[2:]
+
+
+def request(address: str, port: int, timeout: float, http: tuple[str, str] | None = None) -> str:
+    """Connect to a service; with `http` (host name, path) also ask and return the status line."""
+    try:
+        with socket.create_connection((address, port), timeout) as wire:
+            if http is None:
+                return "connected"
+            wire.sendall(f"GET {http[1]} HTTP/1.0\r\nHost: {http[0]}\r\nConnection: close\r\n\r\n".encode("ascii"))
+            line = wire.recv(4096).split(b"\r\n", 1)[0].decode("latin-1")
+    except OSError as exc:
+        raise NoAnswer(exc.strerror or str(exc)) from exc
+    if not line.startswith("HTTP/"):
+        raise NoAnswer("it does not answer HTTP")
+    return line

@@ -1,0 +1,456 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: verify
+short_description: Prove that the mesh does on a host what the inventory says
+version_added: 1.0.0
+description:
+  - Looks at the host from all sides, units, specification, certificates, etcd and its access rights, published state,
+    BPF maps and routes against what the agent wants, names, and packets to the other hosts and to every service, and
+    fails with the list of all problems.
+  - Changes nothing.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.info
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  spec:
+    description:
+      - The host's specification, an element of the C(specs) that M(isthmus.mesh.plan) returns.
+    type: dict
+    required: true
+  record:
+    description:
+      - The estate record that M(isthmus.mesh.plan) returns.
+    type: dict
+    required: true
+  services:
+    description:
+      - Definitions of the services that the inventory has in the host's cluster.
+    type: list
+    elements: dict
+    required: true
+  hosts:
+    description:
+      - Hosts that packets must reach; those that the run could not reach are left out.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      name:
+        description: Name of the host.
+        type: str
+        required: true
+      cluster:
+        description: Its cluster.
+        type: str
+        required: true
+      mesh4:
+        description: Its mesh address.
+        type: str
+        required: true
+  timeout:
+    description:
+      - Seconds to wait for each answer.
+    type: int
+    default: 3
+seealso:
+  - module: isthmus.mesh.plan
+"""
+
+EXAMPLES = r"""
+- name: The mesh does what the inventory says
+  isthmus.mesh.verify:
+    spec: "{{ __plan_result.specs[inventory_hostname] }}"
+    record: "{{ __plan_result.record }}"
+    services: "{{ __plan_result.services[isthmus_cluster].present }}"
+    hosts:
+      - name: cloud-1
+        cluster: cloud
+        mesh4: 10.102.0.1
+"""
+
+RETURN = r"""
+problems:
+  description: Everything that is not as the inventory says; the module fails when there is something.
+  returned: always
+  type: list
+  elements: str
+warnings_of_agent:
+  description: What the agent reports that is no contradiction to the inventory.
+  returned: always
+  type: list
+  elements: str
+proofs:
+  description: How many facts were proven, by kind.
+  returned: always
+  type: dict
+  sample:
+    certificates: 7
+    packets: 15
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import stat
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
+
+SOCKET = pathlib.Path("/run/isthmus/agent.sock")
+PKI = "/etc/isthmus/pki"
+FRESH = 30  # seconds after which a peer's proof is too old
+SITE = "run the playbook isthmus.mesh.site"
+
+
+class Verifier:
+    """Collects problems; each method looks at one side of the host and ends early only when it can see no more."""
+
+    def __init__(self, module):
+        self.module = module
+        self.spec = module.params["spec"]
+        self.record = module.params["record"]
+        self.services = module.params["services"]
+        self.hosts = [host for host in module.params["hosts"] if host["name"] != self.spec["host"]]
+        self.timeout = module.params["timeout"]
+        self.cluster = self.spec["cluster"]["name"]
+        self.reached = {host["cluster"] for host in module.params["hosts"]}
+        self.problems = []
+        self.warnings = []
+        self.proofs = collections.Counter()
+
+    def check(self, kind, good, problem):
+        """One fact: counted when it is so, a problem when not."""
+        if good:
+            self.proofs[kind] += 1
+        else:
+            self.problems.append(f"{kind}: {problem}")
+        return good
+
+    def run(self):
+        self.check_units()
+        self.check_spec()
+        self.check_certificates()
+        if self.spec.get("member"):
+            self.check_etcd()
+        status = self.check_agent()
+        if status is not None:
+            self.check_services(status)
+            self.check_peers()
+        self.check_packets()
+
+    def check_units(self):
+        names = ["isthmusd.service", "isthmus-dns.service", "isthmus-dns-reload.path"]
+        if self.spec.get("registrar"):
+            names.append("isthmus-registrar.service")
+        if self.spec.get("member"):
+            names.append("isthmus-etcd.service")
+        for name, found in units.Systemd(self.module).show(names).items():
+            state = found.get("ActiveState")
+            self.check(
+                "units",
+                state == "active",
+                f"{name} is {state}; see `journalctl -u {name}` on {self.spec['host']}, or {SITE}",
+            )
+            enabled = found.get("UnitFileState") == "enabled"
+            self.check("units", enabled, f"{name} would not start at the next boot; {SITE}")
+
+    def check_spec(self):
+        try:
+            with open("/etc/isthmus/node.json", encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError) as exc:
+            self.check("spec", False, f"/etc/isthmus/node.json cannot be read: {exc}; {SITE}")
+            return
+        differing = sorted(key for key in {*found, *self.spec} if found.get(key) != self.spec.get(key))
+        self.check(
+            "spec",
+            not differing,
+            f"/etc/isthmus/node.json is not what the inventory gives ({', '.join(differing)} differ); {SITE}",
+        )
+
+    def check_certificates(self):
+        pki = bundle_module(self.module, "isthmus_agent.pki")
+        now = datetime.datetime.now(datetime.timezone.utc)
+        for cluster in self.spec["pki"]["trust"]:
+            path = f"{PKI}/trust/{cluster}.crt"
+            try:
+                pki.check_pin(read(path), path, now)
+            except FileNotFoundError:
+                self.check("certificates", False, f"{path}, the authority of cluster {cluster}, is missing; {SITE}")
+            except pki.PkiError as exc:
+                self.check("certificates", False, f"{exc}")
+            else:
+                self.proofs["certificates"] += 1
+        for entry in self.spec["pki"]["certificates"]:
+            path = f"{PKI}/{entry['name']}"
+            key, certificate, authority = (
+                read_or_none(name) for name in (path + ".key", path + ".crt", f"{PKI}/trust/{entry['ca_cluster']}.crt")
+            )
+            reason = pki.renewal_reason(
+                pki.CertificateSpec.from_dict(entry),
+                None if key is None else key.encode(),
+                None if certificate is None else certificate.encode(),
+                authority,
+                now,
+            )
+            self.check("certificates", reason is None, f"{path}.crt: {reason}; {SITE}")
+            if key is not None:
+                mode = stat.S_IMODE(os.stat(path + ".key").st_mode)
+                self.check("certificates", mode == 0o600, f"{path}.key has mode {mode:04o}, not 0600; {SITE}")
+
+    def check_etcd(self):
+        admin = bundle_module(self.module, "isthmus_agent.etcd_admin")
+        client_module = bundle_module(self.module, "isthmus_agent.kvstore.client")
+        errors = bundle_module(self.module, "isthmus_agent.kvstore.errors")
+        spec = bundle_module(self.module, "isthmus_mesh.spec").NodeSpec.from_dict(self.spec)
+        member = spec.member
+        endpoint = admin.local_endpoint(member)
+        restart = "see `journalctl -u isthmus-etcd` there"
+        try:
+            with admin.EtcdConnector(self.cluster)([endpoint], timeout=self.timeout) as client:
+                status = client.status()
+                members = client.member_list()
+                alarms = client.alarms()
+                enabled = client.auth_status()
+                self.check_published(client)
+                for entry in members:
+                    for url in entry.client_urls[:1]:
+                        with admin.EtcdConnector(self.cluster)([url], timeout=self.timeout) as other:
+                            self.check_answers(other, entry, errors)
+        except (errors.EtcdError, OSError) as exc:
+            self.check("etcd", False, f"member {member.name} does not serve: {exc}; {restart}")
+            return
+        declared = {url.rstrip("/") for url in member.members.values()}
+        real = {url.rstrip("/") for entry in members for url in entry.peer_urls}
+        self.check("etcd", declared == real, f"its members are {sorted(real)}, the plan has {sorted(declared)}; {SITE}")
+        learners = [entry.name or entry.peer_urls[0] for entry in members if entry.learner]
+        self.check("etcd", not learners, f"members do not vote yet: {', '.join(learners)}; {SITE}")
+        self.check("etcd", not alarms, f"alarms: {', '.join(sorted({alarm for _member, alarm in alarms}))}; {restart}")
+        self.check("etcd", not status.errors, f"{member.name} reports {', '.join(status.errors)}; {restart}")
+        self.check("etcd", enabled, f"access control is off, every certificate may write everything; {SITE}")
+        self.check_rights(endpoint, client_module, errors)
+
+    def check_answers(self, client, entry, errors):
+        try:
+            client.status(timeout=self.timeout)
+        except errors.EtcdError as exc:
+            self.check("etcd", False, f"member {entry.name or entry.peer_urls[0]} does not answer: {exc.reason}")
+        else:
+            self.proofs["etcd"] += 1
+
+    def check_rights(self, endpoint, client_module, errors):
+        """With the agent's certificate a key of another writer cannot be written. The transaction's condition never
+        holds, so nothing is written even when access control is broken; etcd checks rights before conditions."""
+        sync = bundle_module(self.module, "isthmus_agent.kvstore.sync")
+        keys = bundle_module(self.module, "isthmus_mesh.keys")
+        etcd = self.spec["etcd"]
+        foreign = keys.service_definition_key("isthmus-verify", "forbidden")
+        never = client_module.Compare(foreign, "version", ">", 2**62)
+        try:
+            with sync.SyncEtcd([endpoint], etcd["ca"], etcd["cert"], etcd["key"], timeout=self.timeout) as client:
+                client.txn([never], [client_module.Put(foreign, "")], [])
+        except errors.EtcdError as exc:
+            self.check("etcd", "permission" in str(exc).lower(), f"the agent's certificate is not usable: {exc}")
+        else:
+            self.check("etcd", False, f"an agent may write {foreign}; its role has too many rights; {SITE}")
+
+    def check_published(self, client):
+        """What peers and agents read: the record, definitions, nodes, and the mirror of every peer that we reach."""
+        keys = bundle_module(self.module, "isthmus_mesh.keys")
+        for name, document in self.record.items():
+            key = keys.ROSTER if name == "roster" else keys.estate_cluster_key(name.split("/", 1)[1])
+            found = client.get(key)
+            revision = None if found is None else json.loads(found.value).get("revision")
+            self.check(
+                "etcd",
+                revision == document["revision"],
+                f"{key} has revision {revision}, not {document['revision']}; {SITE}",
+            )
+        for service in self.services:
+            key = keys.service_definition_key(service["namespace"], service["name"])
+            self.check("etcd", client.get(key) is not None, f"{key}, a service of the inventory, is missing; {SITE}")
+        registrar = "see `journalctl -u isthmus-registrar` on the etcd hosts of "
+        for host in self.module.params["hosts"]:
+            own = host["cluster"] == self.cluster
+            key = keys.node_key(host["cluster"], host["name"], cached=not own)
+            what = f"{host['name']} is not {'published' if own else 'mirrored'}"
+            words = f"{key} is missing: {what}; {registrar}{self.cluster}"
+            self.check("etcd", client.get(key) is not None, words)
+
+    def check_agent(self):
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        try:
+            status = agent.ask(SOCKET, "/v1/status")
+            audit = agent.ask(SOCKET, "/v1/audit")
+        except agent.AgentSilent as exc:
+            self.check("agent", False, f"{exc}")
+            return None
+        datapath = status["datapath"]
+        self.check("agent", datapath["state"] == "applied", f"its datapath is {datapath['state']}: {datapath['error']}")
+        self.check("agent", status["spec_hash"] == self.spec["hash"], f"it runs with an older specification; {SITE}")
+        self.check("agent", status["etcd"]["connected"], f"it has no connection to etcd: {status['etcd']['error']}")
+        self.check("agent", status["reports"]["error"] is None, f"it cannot report: {status['reports']['error']}")
+        self.warnings = status["warnings"]
+        if self.check("datapath", not audit["problems"], "the kernel is not as the agent wants it"):
+            return status
+        self.problems.pop()
+        self.problems += [f"datapath: {words}" for words in audit["problems"]]
+        return status
+
+    def check_services(self, status):
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        found = {(one["namespace"], one["name"]): one for one in agent.ask(SOCKET, "/v1/services")["services"]}
+        for workload in status["workloads"]:
+            for service, backend in workload["services"].items():
+                self.check(
+                    "backends",
+                    backend["ready"],
+                    f"{workload['namespace']}/{workload['name']} on {self.spec['host']} is no backend of {service}: "
+                    f"{backend['reason']}",
+                )
+        for service in self.services:
+            name = f"{service['namespace']}/{service['name']}"
+            one = found.get((service["namespace"], service["name"]))
+            if not self.check("services", one is not None, f"{name} is not known here; is the registrar running?"):
+                continue
+            if self.check("services", one["address"], f"{name} has no address yet; is the registrar running?"):
+                self.check_names(one)
+                self.check_requests(service, one)
+
+    def check_names(self, service):
+        name, address = service["dns"], service["address"]
+        for server in (self.spec["node"]["mesh4"], resolver.LOCAL_SERVER):
+            try:
+                code, found = packets.query(server, name, "A", self.timeout)
+                self.check("names", found == [address], f"{name} is {found or 'unknown'} at {server}, not {address}")
+                code, found = packets.query(server, name, "AAAA", self.timeout)
+                self.check("names", (code, found) == (0, []), f"{name} has AAAA {found} (code {code}) at {server}")
+            except packets.NoAnswer as exc:
+                self.check("names", False, f"{name}: {exc}; see `journalctl -u isthmus-dns`")
+        code, out, _err = self.module.run_command(["getent", "ahostsv4", name])
+        found = sorted({line.split()[0] for line in out.splitlines() if line.split()})
+        words = f"the host's own resolver says {found or 'nothing'} for {name}, not {address}; {SITE}"
+        self.check("names", found == [address], words)
+
+    def check_requests(self, service, found):
+        """One request to every TCP port of a service that has a backend."""
+        usable = [one for one in found["backends"] if one["used"]]
+        name = f"{service['namespace']}/{service['name']}"
+        if not usable:
+            self.warnings.append(f"service {name} has no backend that could answer, so no request was made")
+            return
+        health = service.get("health") or {}
+        for port in service["ports"]:
+            if port["protocol"] != "TCP":
+                continue
+            asked = (found["dns"], health.get("path") or "/") if health.get("type") == "http" else None
+            if asked and health.get("port") not in (None, port["target_port"]):
+                asked = None
+            try:
+                packets.request(found["address"], port["port"], self.timeout, asked)
+            except packets.NoAnswer as exc:
+                words = f"{name} at {found['address']}:{port['port']} does not answer: {exc} ({len(usable)} backends)"
+                self.check("services", False, words)
+            else:
+                self.proofs["services"] += 1
+
+    def check_peers(self):
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        for peer in agent.ask(SOCKET, "/v1/peers")["peers"]:
+            if peer["name"] not in self.reached:
+                continue
+            good = peer["state"] == "connected" and peer["age"] is not None and peer["age"] <= FRESH
+            words = f"{peer['name']} is {peer['state']}, the last proof is {peer['age']} s old"
+            self.check(
+                "peers", good, f"{words}; see `journalctl -u isthmus-registrar` on the etcd hosts of {self.cluster}"
+            )
+
+    def check_packets(self):
+        source = self.spec["node"]["mesh4"]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
+            asked = {host["name"]: pool.submit(self.reach, source, host["mesh4"]) for host in self.hosts}
+            for host in self.hosts:
+                target = f"{host['name']} ({host['mesh4']})"
+                for words in asked[host["name"]].result():
+                    self.check("packets", not words, f"{target}: {words}; see `isthmus status` on both hosts")
+
+    def reach(self, source, target):
+        """Empty text for each thing that works: a small packet, one of full size, a TCP connection."""
+        results = []
+        for size in (84, None):
+            try:
+                packets.echo(source, target, size or packets.path_mtu(source, target), self.timeout / 3)
+                results.append("")
+            except (packets.NoAnswer, OSError) as exc:
+                results.append(f"an echo {'of full size' if size is None else ''} over the overlay: {exc}")
+        try:
+            packets.query(target, "isthmus.invalid", "A", self.timeout, tcp=True)
+            results.append("")
+        except packets.NoAnswer as exc:
+            results.append(f"TCP over the overlay: {exc}")
+        return results
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def read_or_none(path):
+    with contextlib.suppress(FileNotFoundError):
+        return read(path)
+    return None
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "record": {"type": "dict", "required": True},
+            "services": {"type": "list", "elements": "dict", "required": True},
+            "hosts": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "cluster": {"type": "str", "required": True},
+                    "mesh4": {"type": "str", "required": True},
+                },
+            },
+            "timeout": {"type": "int", "default": 3},
+        },
+        supports_check_mode=True,
+    )
+    if bundle_module(module, "isthmus_agent") is None:
+        module.exit_json(changed=False, problems=[], warnings_of_agent=["no bundle yet, nothing to verify"], proofs={})
+    verifier = Verifier(module)
+    verifier.run()
+    facts = {
+        "problems": verifier.problems,
+        "warnings_of_agent": verifier.warnings,
+        "proofs": dict(verifier.proofs),
+    }
+    if verifier.problems:
+        module.fail_json(
+            msg=f"On {verifier.spec['host']} the mesh is not what the inventory says: "
+            + " ".join(f"({number}) {words}" for number, words in enumerate(verifier.problems, 1)),
+            **facts,
+        )
+    module.exit_json(changed=False, **facts)
+
+
+if __name__ == "__main__":
+    main()
