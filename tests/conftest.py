@@ -75,8 +75,11 @@ def lab() -> Iterator[Lab]:
 
 
 def put_right(estate: Lab) -> None:
-    """Whatever a test did to links and power: back to normal."""
-    from isthmus_lab import DEFAULT_MTU
+    """Whatever a test did to links and power: back to normal. Nothing when a test took the lab down."""
+    from isthmus_lab import DEFAULT_MTU, ROUTER, namespace_exists
+
+    if not namespace_exists(ROUTER):
+        return
 
     for name, site in estate.sites.items():
         estate.restore(name)
