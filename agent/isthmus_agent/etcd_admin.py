@@ -436,9 +436,10 @@ def wanted_access(cluster: str, nodes: Iterable[str], peers: Iterable[str]) -> A
     ``remote`` has the permissions of Cilium's role of that name (pkg/kvstore/etcdinit/init.go).
     """
     read, write = _all("read"), _all("readwrite")
+    agents = wanted_for_nodes(nodes)
     roles = {
+        **agents.roles,
         "root": frozenset[Permission](),
-        READER_ROLE: read("cilium/", keys.ISTHMUS_PREFIX),
         # Everything below isthmus/v1/ but what the registrar alone writes. Hosts' keys too: removing a host is
         # Ansible's work.
         "isthmus-operator": write(
@@ -456,24 +457,30 @@ def wanted_access(cluster: str, nodes: Iterable[str], peers: Iterable[str]) -> A
         | {Permission("read", keys.cluster_config_key(cluster), False)},
     }
     users = {
+        **agents.users,
         "root": frozenset({"root"}),
         "isthmus-operator": frozenset({READER_ROLE, "isthmus-operator"}),
         "isthmus-registrar": frozenset({READER_ROLE, "isthmus-registrar"}),
         "remote": frozenset({"remote"}),
     }
+    for peer in peers:
+        name = REMOTE_USER + peer
+        roles[name] = read(*(keys.cache_prefix(kind, peer) for kind in keys.KINDS))
+        users[name] = frozenset({"remote", name})
+    return Access(roles, users)
+
+
+def wanted_for_nodes(nodes: Iterable[str]) -> Access:
+    """The part of these nodes' agents alone."""
+    roles = {READER_ROLE: _all("read")("cilium/", keys.ISTHMUS_PREFIX)}
+    users = {}
     for node in nodes:
         name = AGENT_USER + node
-        roles[name] = write(keys.workloads_prefix(node)) | {
+        roles[name] = _all("readwrite")(keys.workloads_prefix(node)) | {
             Permission("readwrite", keys.node_report_key(node), False),
             Permission("readwrite", keys.alive_key(node), False),
         }
         users[name] = frozenset({READER_ROLE, name})
-    for peer in peers:
-        name = REMOTE_USER + peer
-        roles[name] = read(*(keys.cache_prefix(kind, peer) for kind in ("nodes", "services", "ip"))) | read(
-            keys.cache_prefix("identities", peer)
-        )
-        users[name] = frozenset({"remote", name})
     return Access(roles, users)
 
 
