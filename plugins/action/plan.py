@@ -132,8 +132,10 @@ def _collect(hostvars: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
                     "such as group_vars/all; to merge files, combine them in a template there"
                 )
             estate, raw_estate, owner = value, raw[_ESTATE], owner or name
+        # Of anything else only the names are handed on, to find misspelt ones.
+        hosts[str(name)] = {str(key): None for key in raw if str(key).startswith("isthmus_")}
         if "isthmus_cluster" in raw:
-            hosts[str(name)] = {key: _value(hostvars, name, key) for key in HOST_VARIABLES if key in raw}
+            hosts[str(name)].update({key: _value(hostvars, name, key) for key in HOST_VARIABLES if key in raw})
             several = conflicts.clusters(name)
             if len(several) > 1:
                 hosts[str(name)]["isthmus_cluster"] = several

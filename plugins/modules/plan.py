@@ -59,7 +59,7 @@ EXAMPLES = r"""
 - name: The mesh is planned
   isthmus.mesh.plan:
     records: "{{ isthmus_records }}"
-    prune: "{{ (isthmus_prune | default('')).split(',') }}"
+    prune: "{{ isthmus_prune | default([]) }}"
   run_once: true
   register: isthmus_plan
 """

@@ -133,7 +133,8 @@ def read_model(estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
     """Read and check an inventory.
 
     `estate` is `isthmus_estate`; `hosts` maps each inventory host to its variables, of which only
-    `schema.HOST_VARIABLES` are looked at. Hosts without `isthmus_cluster` are not part of the mesh.
+    the names are looked at, and the values of `schema.HOST_VARIABLES`. Hosts without
+    `isthmus_cluster` are not part of the mesh.
     Raises ModelError with all problems found.
     """
     return _Reader().read(estate, hosts)
@@ -349,6 +350,15 @@ class _Reader:
         found: dict[str, Host] = {}
         declared = set(top["clusters"]) if top["clusters"] is not INVALID else set()
         for name in sorted(hosts):
+            for variable in sorted(hosts[name]):
+                meant = schema.unknown_variable(variable)
+                if meant is not None:
+                    self.problem(
+                        f"host {name}.{variable}",
+                        "it is not a variable of Isthmus",
+                        "an unknown variable would be ignored in silence",
+                        f"did you mean {meant!r}? Change it",
+                    )
             variables = {key: value for key, value in hosts[name].items() if key in schema.HOST_VARIABLES}
             if variables.get("isthmus_cluster") is None:
                 continue
@@ -457,7 +467,7 @@ class _Reader:
     def unique_addresses(self, hosts: Mapping[str, Host]) -> None:
         seen: dict[IPv4Address, str] = {}
         for host in hosts.values():
-            for variable, address in (("isthmus_underlay", host.underlay), ("isthmus_advertise", host.advertise)):
+            for address, variable in _addresses(host).items():
                 owner = seen.setdefault(address, host.name)
                 if owner != host.name:
                     self.problem(
@@ -598,7 +608,7 @@ class _Reader:
                 "choose ranges that are apart",
             )
         for host in hosts.values():
-            for variable, address in (("isthmus_underlay", host.underlay), ("isthmus_advertise", host.advertise)):
+            for address, variable in _addresses(host).items():
                 for network, where in named:
                     if address in network:
                         self.problem(
@@ -812,6 +822,11 @@ def _overlaps(
         found += [(outer, entry) for outer in stack]
         stack.append(entry)
     return found
+
+
+def _addresses(host: Host) -> dict[IPv4Address, str]:
+    """The host's addresses outside the mesh, and the variable that each comes from."""
+    return {host.advertise: "isthmus_advertise", host.underlay: "isthmus_underlay"}
 
 
 def _shared(one: IPv4Network, other: IPv4Network) -> str:

@@ -30,7 +30,7 @@ class Problem:
     next: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}. Why: {self.why}. Next: {self.next}."
+        return f"{self.where}: {self.what}. Why: {self.why.rstrip('.')}. Next: {self.next}."
 
 
 class _Invalid:
@@ -189,7 +189,8 @@ class Choice(Kind):
             return INVALID
         if isinstance(value, (dict, list, bool)) or value not in self.values:
             known = ", ".join(str(known) for known in self.values)
-            near = difflib.get_close_matches(str(value), [str(known) for known in self.values], n=1)
+            words = [known for known in self.values if isinstance(known, str)]
+            near = difflib.get_close_matches(str(value), words, n=1)
             hint = f"did you mean {near[0]!r}? Change it" if near else f"write one of {known}"
             problems.append(Problem(where, f"{shown(value)} is not one of {known}", "nothing else is defined", hint))
             return INVALID
@@ -409,6 +410,29 @@ class AllOr(Kind):
         return f"`all` or {self.narrower.words()}"
 
 
+@dataclass(frozen=True)
+class Later(Kind):
+    """Something that is in the model and not built yet: read for its form, then refused."""
+
+    kind: Kind
+    what: str
+    why: str
+    instead: str
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        before = len(problems)
+        self.kind.read(value, where, problems)
+        if len(problems) == before:
+            problems.append(not_yet(where, self.what, self.why, self.instead))
+        return INVALID
+
+    def json_schema(self) -> dict[str, Any]:
+        return self.kind.json_schema()
+
+    def words(self) -> str:
+        return f"{self.kind.words()} (not yet)"
+
+
 class _Required:
     def __repr__(self) -> str:
         return "required"
@@ -580,6 +604,14 @@ ETCD = Table(
     },
 )
 
+EXPORT = Table(
+    "export section",
+    {
+        "namespaces": Key(Listing(LABEL, 1), "Namespaces whose global services are offered to peers."),
+        "labels": Key(Labels(), "Labels of the global services that are offered to peers."),
+    },
+)
+
 CLUSTER = Table(
     "cluster",
     {
@@ -615,7 +647,14 @@ CLUSTER = Table(
             "all",
         ),
         "export": Key(
-            Choice(("all",)),
+            AllOr(
+                Later(
+                    EXPORT,
+                    "a part of the global services",
+                    "every global service is offered to every peer so far",
+                    "all",
+                )
+            ),
             "Which global services it offers to peers; so far `all`.",
             "all",
         ),
@@ -772,3 +811,11 @@ HOST = Table(
 
 HOST_VARIABLES = (*HOST.keys, "ansible_host")
 """All that is read of a host's variables; others may hold anybody's secrets."""
+
+
+def unknown_variable(name: str) -> str | None:
+    """The variable that a misspelt one was probably meant to be; None when it is not nearly one of ours."""
+    if name in HOST_VARIABLES or name == "isthmus_estate":
+        return None
+    near = difflib.get_close_matches(name, [*HOST.keys, "isthmus_estate"], n=1, cutoff=0.9)
+    return near[0] if near else None
