@@ -13,7 +13,8 @@ description:
     certificate that this cluster's own authority signed; there are no passwords.
   - Agents write their own host's keys only, the registrar C(cilium/) and what it allots, the operator what Ansible
     writes. A peer's registrar reads what Cilium's role C(remote) may read and the mirror of that peer's own keys.
-  - Runs on an etcd host of the cluster, with its C(root) certificate. Users of hosts or peers that the plan does not know are reported and left.
+  - Runs on an etcd host of the cluster, with its C(root) certificate. Users of hosts or peers that the plan does not
+    know are reported and left.
 extends_documentation_fragment:
   - isthmus.mesh.attributes
   - isthmus.mesh.attributes.supported

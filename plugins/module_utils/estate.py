@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""How the modules that read and write a cluster's documents find its etcd from a member's host."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+
+NODE = "/etc/isthmus/node.json"
+ESTATE = "/etc/isthmus/estate.json"
+PKI = "/etc/isthmus/pki"
+
+
+def read_json(path: str) -> Any:
+    """The file's JSON; None when there is no file. ValueError when it is damaged."""
+    content = read_bytes(path)
+    return None if content is None else json.loads(content)
+
+
+def endpoints_from_record(record: Mapping[str, Any], cluster: str) -> list[str]:
+    """Client endpoints of a cluster's members, for somebody on one of their hosts."""
+    document = record["clusters/" + cluster]
+    etcd, hosts = document["etcd"], document["hosts"]
+    port = etcd["client_port"]
+    others = [f"https://{hosts[name]['underlay4']}:{port}" for name in etcd["members"] if name in hosts]
+    return [f"https://127.0.0.1:{port}", *others]
+
+
+def operator_files(cluster: str) -> tuple[str, str, str]:
+    """CA, certificate and key of the operator on an etcd host of `cluster`."""
+    return f"{PKI}/trust/{cluster}.crt", f"{PKI}/operator.crt", f"{PKI}/operator.key"
+
+
+def has_operator(cluster: str) -> bool:
+    """Whether this host has what is needed to write to the cluster's etcd."""
+    return all(os.path.exists(path) for path in operator_files(cluster))
+
+
+def show(changes: Changes, made: Iterable[Any]) -> None:
+    """Put changed keys (`isthmus_agent.estate_admin.Change`) into the diff, as indented JSON."""
+    for change in made:
+        changes.note(change.key, _pretty(change.before), _pretty(change.after))
+
+
+def _pretty(text: str) -> str:
+    try:
+        return json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n" if text else ""
+    except ValueError:
+        return text

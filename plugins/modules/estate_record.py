@@ -1,0 +1,184 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: estate_record
+short_description: Read or write the estate record in a cluster's etcd
+version_added: 1.0.0
+description:
+  - The estate record holds what was dealt and applied, in every cluster's etcd and as a copy on every host
+    (C(/etc/isthmus/estate.json)).
+  - Reading takes it from the etcd of the host, and from the copy when that does not answer. It never fails for a host
+    that has neither; then nothing is returned.
+  - Writing compares revisions, so that a run never overwrites what another one wrote meanwhile. With the record the
+    services that the inventory owns are written.
+  - Runs on an etcd host of the cluster, with the operator's certificate.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes
+  - isthmus.mesh.attributes.supported
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  state:
+    description: V(read) returns the record, V(present) makes it so.
+    type: str
+    choices: [read, present]
+    default: present
+  cluster:
+    description: Cluster whose etcd is on this host.
+    type: str
+    required: true
+  record:
+    description:
+      - Documents of the record by name, as M(isthmus.mesh.plan) returns them; needed for O(state=present).
+      - A certificate authority that the record does not hold yet is added from what is pinned on this host.
+    type: dict
+  services:
+    description: Services that the inventory owns.
+    type: dict
+    suboptions:
+      present:
+        description: Definitions.
+        type: list
+        elements: dict
+        default: []
+      absent:
+        description: Names, C(namespace/name), of services to remove if the inventory owned them.
+        type: list
+        elements: str
+        default: []
+seealso:
+  - module: isthmus.mesh.plan
+"""
+
+EXAMPLES = r"""
+- name: Read the record
+  isthmus.mesh.estate_record:
+    state: read
+    cluster: onprem
+  register: isthmus_read
+
+- name: Write the record
+  isthmus.mesh.estate_record:
+    cluster: onprem
+    record: "{{ isthmus_plan.record }}"
+    services: "{{ isthmus_plan.services.onprem }}"
+"""
+
+RETURN = r"""
+record:
+  description: The record that was found or written. Missing when there is none.
+  returned: when there is a record
+  type: dict
+  contains:
+    cluster:
+      description: The cluster whose etcd it was read from; V(none) for a host's copy.
+      type: str
+      sample: onprem
+    documents:
+      description: Documents by name.
+      type: dict
+"""
+
+import copy
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import BUNDLE_PYTHON, bundle_module
+
+
+def read(module):
+    """The record from etcd, else the copy, else None."""
+    cluster = module.params["cluster"]
+    try:
+        node = estate.read_json(estate.NODE)
+    except ValueError as exc:
+        module.warn(f"{estate.NODE} is damaged ({exc}); etcd is not asked")
+        node = None
+    if node and node["cluster"]["name"] == cluster and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
+        kvstore = bundle_module(module, "isthmus_agent.kvstore")
+        admin = bundle_module(module, "isthmus_agent.estate_admin")
+        try:
+            with kvstore.SyncEtcd(node["etcd"]["endpoints"], *estate.operator_files(cluster), timeout=3.0) as client:
+                documents, unreadable = admin.read_documents(client)
+        except (kvstore.EtcdError, OSError) as exc:
+            module.warn(f"the etcd of cluster {cluster} does not answer ({exc}); the copy on the host is read")
+        else:
+            for line in unreadable:
+                module.warn(line)
+            if documents:
+                return {"cluster": cluster, "documents": documents}
+    try:
+        documents = estate.read_json(estate.ESTATE)
+    except ValueError as exc:
+        module.warn(f"{estate.ESTATE} is damaged ({exc}) and not used")
+        return None
+    return {"cluster": None, "documents": documents} if documents else None
+
+
+def with_authorities(record):
+    """The record with the certificate of each cluster's authority that it lacks and this host has pinned."""
+    filled = copy.deepcopy(record)
+    for name, document in filled.items():
+        if name.startswith("clusters/") and document.get("state") != "absent" and not document.get("ca_certificate"):
+            pinned = read_bytes(f"{estate.PKI}/trust/{name[len('clusters/') :]}.crt")
+            document["ca_certificate"] = None if pinned is None else pinned.decode()
+    return filled
+
+
+def present(module, changes):
+    """Write record and services; returns what exit_json is given."""
+    cluster = module.params["cluster"]
+    record = with_authorities(module.params["record"])
+    services = module.params["services"] or {"present": [], "absent": []}
+    answer = {"cluster": cluster, "documents": record}
+    admin = bundle_module(module, "isthmus_agent.estate_admin")
+    bare = not os.path.isdir(os.path.join(etcd_unit.DATA, "member")) or not estate.has_operator(cluster)
+    if admin is None or (module.check_mode and bare):
+        changes.note(f"estate record of cluster {cluster}", "", "\n".join(sorted(record)))
+        return changes.result(record=answer)
+    kvstore = bundle_module(module, "isthmus_agent.kvstore")
+    endpoints = estate.endpoints_from_record(record, cluster)
+    apply = not module.check_mode
+    try:
+        with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster)) as client:
+            estate.show(changes, admin.write_documents(client, record, apply))
+            made = admin.write_services(client, services["present"], services["absent"], "inventory", apply)
+            estate.show(changes, made)
+    except admin.EstateError as exc:
+        module.fail_json(msg=str(exc))
+    except (kvstore.EtcdError, OSError) as exc:
+        module.fail_json(msg=f"the estate record cannot be written: {exc}. Run the etcd role on this cluster first")
+    return changes.result(record=answer)
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["read", "present"], "default": "present"},
+            "cluster": {"type": "str", "required": True},
+            "record": {"type": "dict"},
+            "services": {
+                "type": "dict",
+                "options": {
+                    "present": {"type": "list", "elements": "dict", "default": []},
+                    "absent": {"type": "list", "elements": "str", "default": []},
+                },
+            },
+        },
+        required_if=[("state", "present", ["record"])],
+        supports_check_mode=True,
+    )
+    if module.params["state"] == "read":
+        found = read(module)
+        module.exit_json(changed=False, **({} if found is None else {"record": found}))
+    module.exit_json(**present(module, Changes(module)))
+
+
+if __name__ == "__main__":
+    main()
