@@ -131,7 +131,8 @@ class _Planner:
                     "there is nothing to remove",
                     suggestion(name, candidates),
                 )
-            found |= meant
+            else:
+                found |= meant
         for name in sorted(found):
             if self.declared(name):
                 self.problem(
@@ -532,6 +533,7 @@ class _Planner:
 
     def roster(self, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         old = self.record.roster
+        orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
         for key, entry in (old["services"] if old is not None else {}).items():
             services[key] = dict(entry)
@@ -544,7 +546,12 @@ class _Planner:
                 self.orphans.append(f"service/{key}")
         for key, service in self.model.services.items():
             if not service.absent:
-                services[key] = {"state": "present", "clusters": list(service.clusters)}
+                # A cluster that the inventory lacks keeps what it had: it cannot be named there any more.
+                had = set(services.get(key, {"clusters": ()})["clusters"])
+                services[key] = {
+                    "state": "present",
+                    "clusters": sorted(set(service.clusters) | (had & orphaned)),
+                }
             elif key in services and services[key]["state"] != "absent":
                 services[key] = {"state": "absent", "clusters": []}
                 self.removed.append(f"service/{key}")
@@ -574,7 +581,7 @@ class _Planner:
                 "present": [
                     service.definition.to_dict()
                     for service in self.model.services.values()
-                    if not service.absent and cluster in service.clusters
+                    if not service.absent and cluster in roster["services"][service.key]["clusters"]
                 ],
                 "absent": [
                     key

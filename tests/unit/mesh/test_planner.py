@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The plan as tables: what is dealt, what stays, what goes, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import pytest
+from isthmus_mesh.documents import ServiceDefinition
+from isthmus_mesh.model import ModelError
+from isthmus_mesh.planner import Plan, plan
+from isthmus_mesh.record import Record, merge
+from isthmus_mesh.spec import NodeSpec, spec_hash
+from unit.mesh.estates import NOW, estate, hosts, model, planned, web
+
+Edit = Callable[[dict[str, Any], dict[str, Any]], object]
+
+
+def replanned(
+    edit: Edit, previous: Plan | None = None, later: timedelta = timedelta(), prune: tuple[str, ...] = ()
+) -> Plan:
+    the_estate, the_hosts = estate(), hosts()
+    edit(the_estate, the_hosts)
+    return planned(model(the_estate, the_hosts), previous or planned(model()), NOW + later, prune)
+
+
+def refused(edit: Edit, previous: Plan | None = None, prune: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(ModelError) as caught:
+        replanned(edit, previous, prune=prune)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def nothing(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+    """No edit."""
+
+
+def test_the_spec_of_an_etcd_host() -> None:
+    spec = planned(model()).specs["c1"]
+    assert spec == {
+        "schema": 1,
+        "estate": "lab",
+        "host": "c1",
+        "hash": spec_hash(spec),
+        "cluster": {
+            "name": "cloud",
+            "id": 2,
+            "max_clusters": 255,
+            "site": "cloud",
+            "workload_ranges4": ["10.102.0.0/16"],
+            "service_range4": "10.112.0.0/16",
+        },
+        "node": {
+            "name": "c1",
+            "underlay4": "198.18.2.1",
+            "advertise4": "198.18.2.1",
+            "range4": "10.102.0.0/28",
+            "mesh4": "10.102.0.1",
+            "labels": {},
+        },
+        "workloads": [
+            {
+                "name": "web",
+                "namespace": "shop",
+                "service_account": "default",
+                "labels": {"app": "web"},
+                "address4": "10.102.0.2",
+                "cgroup": {"unit": "web.service"},
+            }
+        ],
+        "overlay": {"port": 8472, "mtu": None},
+        "dns": {"domain": "clusterset.local"},
+        "service_ranges4": ["10.112.0.0/16", "10.111.0.0/16"],
+        "etcd": {
+            "endpoints": ["https://198.18.2.1:2379"],
+            "ca": "/etc/isthmus/pki/trust/cloud.crt",
+            "cert": "/etc/isthmus/pki/agent.crt",
+            "key": "/etc/isthmus/pki/agent.key",
+        },
+        "member": {
+            "name": "c1",
+            "client_url": "https://198.18.2.1:2379",
+            "peer_url": "https://198.18.2.1:2380",
+            "members": {"c1": "https://198.18.2.1:2380"},
+            "client_urls": {"c1": "https://198.18.2.1:2379"},
+            "initial": "c1",
+            "token": "isthmus-lab-cloud",
+            "source": {"type": "package"},
+            "quota_bytes": 2147483648,
+        },
+        "registrar": {
+            "cert": "/etc/isthmus/pki/registrar.crt",
+            "key": "/etc/isthmus/pki/registrar.key",
+            "peers": [
+                {
+                    "name": "onprem",
+                    "id": 1,
+                    "workload_ranges4": ["10.101.0.0/16"],
+                    "service_range4": "10.111.0.0/16",
+                    "endpoints": [f"https://198.18.1.{number}:2379" for number in (1, 2, 3)],
+                    "ca": "/etc/isthmus/pki/trust/onprem.crt",
+                    "cert": "/etc/isthmus/pki/peer-onprem.crt",
+                    "key": "/etc/isthmus/pki/peer-onprem.key",
+                }
+            ],
+        },
+        "pki": spec["pki"],
+    }
+    assert spec["pki"]["ca"] == {"cluster": "cloud", "host": "c1", "here": True}
+    assert spec["pki"]["trust"] == ["cloud", "onprem"]
+    certificates = {entry["name"]: entry for entry in spec["pki"]["certificates"]}
+    assert {
+        name: (one["cn"], one["ca_cluster"], one["ca_host"], one["usages"]) for name, one in certificates.items()
+    } == {
+        "agent": ("isthmus-agent-c1", "cloud", "c1", ["client"]),
+        "etcd-server": ("c1", "cloud", "c1", ["server"]),
+        "etcd-peer": ("isthmus-etcd-peer", "cloud", "c1", ["server", "client"]),
+        "root": ("root", "cloud", "c1", ["client"]),
+        "operator": ("isthmus-operator", "cloud", "c1", ["client"]),
+        "registrar": ("isthmus-registrar", "cloud", "c1", ["client"]),
+        "peer-onprem": ("remote-cloud", "onprem", "o1", ["client"]),
+    }
+    assert certificates["etcd-server"]["sans_ip"] == ["198.18.2.1", "127.0.0.1"]
+    assert certificates["etcd-server"]["sans_dns"] == ["c1", "localhost"]
+
+
+def test_every_spec_reads_back_typed() -> None:
+    for name, document in planned(model()).specs.items():
+        typed = NodeSpec.from_json(json.dumps(document))
+        assert typed.host == name
+        assert typed.hash == spec_hash(document)
+        assert typed.node.mesh4 in typed.node.range4
+
+
+def test_a_host_without_member_holds_one_certificate_and_one_trust() -> None:
+    found = replanned(lambda e, h: h.update(c2={"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}))
+    spec = found.specs["c2"]
+    assert spec["member"] is None
+    assert spec["registrar"] is None
+    assert [entry["name"] for entry in spec["pki"]["certificates"]] == ["agent"]
+    assert spec["pki"]["trust"] == ["cloud"]
+    assert spec["etcd"]["endpoints"] == ["https://198.18.2.1:2379"]
+
+
+def test_addresses_behind_translation() -> None:
+    """Inside a site the underlay address is dialled, from elsewhere what the host advertises."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        h["c1"].update(isthmus_underlay="172.16.0.1", isthmus_advertise="203.0.113.1")
+        h["c2"] = {"isthmus_cluster": "cloud", "isthmus_underlay": "172.16.0.2", "isthmus_advertise": "203.0.113.2"}
+        h["c3"] = {"isthmus_cluster": "cloud", "isthmus_underlay": "192.0.2.3", "isthmus_site": "far"}
+
+    specs = replanned(edit).specs
+    assert specs["c1"]["member"]["client_url"] == "https://172.16.0.1:2379"
+    assert specs["c2"]["etcd"]["endpoints"] == ["https://172.16.0.1:2379"]
+    assert specs["c3"]["etcd"]["endpoints"] == ["https://203.0.113.1:2379"]
+    assert specs["o1"]["registrar"]["peers"][0]["endpoints"] == ["https://203.0.113.1:2379"]
+    server = next(one for one in specs["c1"]["pki"]["certificates"] if one["name"] == "etcd-server")
+    assert server["sans_ip"] == ["172.16.0.1", "203.0.113.1", "127.0.0.1"]
+
+
+def test_a_member_prefers_itself() -> None:
+    endpoints = planned(model()).specs["o2"]["etcd"]["endpoints"]
+    assert endpoints == [f"https://198.18.1.{number}:2379" for number in (2, 1, 3)]
+
+
+def test_the_same_again_changes_nothing() -> None:
+    first = planned(model())
+    again = planned(model(), first, NOW + timedelta(days=400))
+    assert again.record == first.record
+    assert again.specs == first.specs
+    assert again.services == first.services
+    assert again.changes == again.orphans == again.removed == ()
+    assert again.before == again.after == first.after
+
+
+def test_the_order_of_the_inventory_does_not_show() -> None:
+    turned = estate()
+    turned["clusters"] = dict(reversed(turned["clusters"].items()))
+    assert planned(model(turned, dict(reversed(hosts().items())))) == planned(model())
+
+
+def test_the_input_is_not_changed() -> None:
+    record = merge([dict(planned(model()).record)])
+    before = copy.deepcopy(record)
+    the_hosts = hosts()
+    the_hosts["c1"]["isthmus_workloads"].append({"name": "x", "unit": "x.service"})
+    plan(model(the_hosts=the_hosts), record, NOW)
+    assert record == before
+
+
+def test_services_by_cluster() -> None:
+    services = planned(model()).services
+    assert sorted(services) == ["cloud", "onprem"]
+    (definition,) = services["onprem"]["present"]
+    assert ServiceDefinition.from_dict(definition).is_global
+    assert definition["owner"] == "inventory"
+    narrowed = replanned(lambda e, h: e["services"][0].update(clusters=["cloud"]))
+    assert narrowed.services["onprem"] == {"present": [], "absent": ["shop/web"]}
+    assert [one["name"] for one in narrowed.services["cloud"]["present"]] == ["web"]
+
+
+def test_what_a_new_estate_changes_in_words() -> None:
+    changes = planned(model()).changes
+    assert (
+        "host c1: new, cluster cloud, site cloud, underlay 198.18.2.1, range 10.102.0.0/28, mesh address 10.102.0.1"
+        in changes
+    )
+    assert "workload shop/web on c1: new, 10.102.0.2, unit web.service, service account default, app=web" in changes
+    assert "service shop/web: new, in cloud, onprem" in changes
+    assert "cluster cloud: new, id 2, site cloud, workloads 10.102.0.0/16, services 10.112.0.0/16, CA on c1" in changes
+
+
+def test_a_new_underlay_address_is_a_change_of_its_host_and_moves_nothing() -> None:
+    found = replanned(lambda e, h: h["o2"].update(ansible_host="198.18.1.22"))
+    (change,) = found.changes
+    assert change == (
+        "host o2: cluster onprem, site onprem, underlay 198.18.1.22, range 10.101.0.16/28, mesh address 10.101.0.17 "
+        "(was cluster onprem, site onprem, underlay 198.18.1.2, range 10.101.0.16/28, mesh address 10.101.0.17)"
+    )
+    assert found.record["clusters/onprem"]["revision"] == 2
+    assert found.record["clusters/cloud"]["revision"] == 1
+
+
+def test_an_only_member_restarts_in_words() -> None:
+    found = replanned(lambda e, h: e["clusters"]["cloud"]["etcd"].update(quota_bytes=2**32))
+    assert "etcd of cluster cloud: its only member restarts, so that nothing can be written to it for some seconds" in (
+        found.changes
+    )
+    found = replanned(lambda e, h: e["clusters"]["onprem"]["etcd"].update(quota_bytes=2**32))
+    assert not any("only member" in change for change in found.changes)
+
+
+# Absence is never removal
+
+
+def test_a_host_that_is_not_in_the_inventory_any_more_stays() -> None:
+    first = planned(model())
+    found = replanned(lambda e, h: (h.pop("o3"), e["clusters"]["onprem"]["etcd"].update(hosts=["o1"])), first)
+    assert found.orphans == ("host/o3", "member/onprem/o2")
+    assert found.record["clusters/onprem"] == first.record["clusters/onprem"]
+    assert found.removed == ()
+    assert found.specs["o1"]["member"]["members"] == first.specs["o1"]["member"]["members"]
+    assert "o3" not in found.specs
+
+
+def test_a_cluster_that_is_not_in_the_inventory_any_more_stays() -> None:
+    first = planned(model())
+    found = replanned(lambda e, h: (e["clusters"].pop("onprem"), [h.pop(f"o{n}") for n in (1, 2, 3)]), first)
+    assert found.orphans == ("cluster/onprem",)
+    assert found.record["clusters/onprem"] == first.record["clusters/onprem"]
+    assert found.specs["c1"] == first.specs["c1"]
+    assert found.services == first.services
+
+
+def test_workloads_and_services_that_are_not_in_the_inventory_any_more_stay() -> None:
+    first = planned(model())
+    found = replanned(lambda e, h: (h["c1"].pop("isthmus_workloads"), e.pop("services")), first)
+    assert found.orphans == ("service/shop/web", "workload/c1/shop/web")
+    assert found.specs["c1"] == first.specs["c1"]
+    assert found.services["cloud"] == {"present": [], "absent": []}
+
+
+def test_an_empty_inventory_removes_nothing() -> None:
+    first = planned(model())
+    found = replanned(
+        lambda e, h: (
+            h.clear(),
+            e.update(
+                services=[],
+                clusters={
+                    "new": {
+                        "id": 9,
+                        "workload_ranges": ["10.109.0.0/16"],
+                        "service_range": "10.119.0.0/16",
+                        "etcd": {"hosts": ["n1"]},
+                    }
+                },
+            ),
+            h.update(n1={"isthmus_cluster": "new", "ansible_host": "198.18.9.1"}),
+        ),
+        first,
+    )
+    assert found.orphans == ("cluster/cloud", "cluster/onprem", "service/shop/web")
+    assert found.removed == ()
+    for name in ("clusters/cloud", "clusters/onprem"):
+        assert found.record[name] == first.record[name]
+    assert [peer["name"] for peer in found.specs["n1"]["registrar"]["peers"]] == ["cloud", "onprem"]
+
+
+# How things go
+
+
+def test_a_host_goes_by_state_absent() -> None:
+    first = replanned(lambda e, h: h.update(c2={"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}))
+    found = replanned(
+        lambda e, h: h.update(c2={"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2", "isthmus_state": "absent"}),
+        first,
+    )
+    assert found.removed == ("host/c2",)
+    assert "c2" not in found.record["clusters/cloud"]["hosts"]
+    assert found.record["clusters/cloud"]["released"] == [
+        {"address": "10.102.0.16/28", "owner": "c2", "at": "2026-01-02T03:04:05Z"}
+    ]
+    assert any(change.startswith("host c2: removed (was cluster cloud") for change in found.changes)
+
+
+def test_a_released_range_is_kept_back_for_thirty_days() -> None:
+    def with_host(name: str, **more: Any) -> Edit:
+        return lambda e, h: h.update({name: {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", **more}})
+
+    first = replanned(with_host("c2"))
+    gone = replanned(with_host("c2", isthmus_state="absent"), first)
+    soon = replanned(with_host("c3"), gone, timedelta(days=29))
+    late = replanned(with_host("c3"), gone, timedelta(days=31))
+    assert first.specs["c2"]["node"]["range4"] == "10.102.0.16/28"
+    assert soon.specs["c3"]["node"]["range4"] == "10.102.0.32/28"
+    assert late.specs["c3"]["node"]["range4"] == "10.102.0.16/28"
+    assert late.record["clusters/cloud"]["released"] == []
+    pinned = replanned(with_host("c3", isthmus_node_range="10.102.0.16/28"), gone)
+    assert pinned.specs["c3"]["node"]["range4"] == "10.102.0.16/28", "the operator may say so"
+
+
+def test_a_workload_goes_by_state_absent_and_its_address_is_kept_back() -> None:
+    gone = replanned(lambda e, h: h["c1"]["isthmus_workloads"][0].update(state="absent"))
+    assert gone.removed == ("workload/c1/shop/web",)
+    assert gone.specs["c1"]["workloads"] == []
+    other = {"name": "other", "unit": "other.service"}
+    soon = replanned(lambda e, h: h["c1"].update(isthmus_workloads=[other]), gone, timedelta(days=1))
+    assert soon.specs["c1"]["workloads"][0]["address4"] == "10.102.0.3"
+    late = replanned(lambda e, h: h["c1"].update(isthmus_workloads=[other]), gone, timedelta(days=30))
+    assert late.specs["c1"]["workloads"][0]["address4"] == "10.102.0.2"
+
+
+def test_a_service_goes_and_is_named_absent_from_then_on() -> None:
+    gone = replanned(lambda e, h: e["services"][0].update(state="absent"))
+    assert gone.removed == ("service/shop/web",)
+    again = replanned(lambda e, h: e.pop("services"), gone)
+    assert again.removed == again.orphans == ()
+    for found in (gone, again):
+        assert found.services == {
+            "cloud": {"present": [], "absent": ["shop/web"]},
+            "onprem": {"present": [], "absent": ["shop/web"]},
+        }
+    back = replanned(nothing, again)
+    assert back.services["cloud"]["absent"] == []
+    assert "service shop/web: new, in cloud, onprem" in back.changes
+
+
+def test_a_cluster_goes_and_leaves_a_tombstone() -> None:
+    first = planned(model())
+    gone = replanned(lambda e, h: e["clusters"]["cloud"].update(state="absent"), first)
+    assert gone.removed == ("cluster/cloud",)
+    tombstone = gone.record["clusters/cloud"]
+    assert tombstone["state"] == "absent"
+    assert tombstone["revision"] == 2
+    assert "c1" not in gone.specs
+    assert gone.specs["o1"]["registrar"]["peers"] == []
+    assert gone.specs["o1"]["pki"]["trust"] == ["onprem"]
+    stale = merge([dict(gone.record), dict(first.record)])
+    assert stale.clusters["cloud"] == tombstone, "an old copy does not bring it back"
+    back = plan(model(), stale, NOW)
+    assert back.record["clusters/cloud"]["etcd"]["token"].endswith("-cloud-2")
+    assert back.record["clusters/cloud"]["revision"] == 3
+
+
+@pytest.mark.parametrize("name", ["host/o3", "o3"])
+def test_an_orphan_goes_by_its_name(name: str) -> None:
+    edit: Edit = lambda e, h: (h.pop("o3"), e["clusters"]["onprem"]["etcd"].update(hosts=["o1", "o2"]))  # noqa: E731
+    first = planned(model())
+    found = replanned(edit, first, prune=(name,))
+    assert found.removed == ("host/o3", "member/onprem/o3")
+    assert found.orphans == ()
+    assert sorted(found.specs["o1"]["member"]["members"]) == ["o1", "o2"]
+
+
+def test_a_member_goes_by_its_name_and_its_host_stays() -> None:
+    found = replanned(
+        lambda e, h: e["clusters"]["onprem"]["etcd"].update(hosts=["o2"]),
+        prune=("member/onprem/o1", "member/onprem/o3"),
+    )
+    assert found.removed == ("member/onprem/o1", "member/onprem/o3")
+    assert found.specs["o1"]["member"] is None
+    assert found.specs["o2"]["member"]["initial"] == "o2"
+    assert found.specs["o1"]["pki"]["ca"] == {"cluster": "onprem", "host": "o1", "here": True}
+
+
+def test_a_host_moves_by_being_pruned_from_its_old_cluster() -> None:
+    add: Edit = lambda e, h: h.update(x={"isthmus_cluster": "cloud", "ansible_host": "198.18.2.7"})  # noqa: E731
+    move: Edit = lambda e, h: h.update(x={"isthmus_cluster": "onprem", "ansible_host": "198.18.2.7"})  # noqa: E731
+    first = replanned(add)
+    assert refused(move, first) == [
+        "host x.isthmus_cluster: onprem, but the host runs in cluster cloud. Why: its addresses and certificates are "
+        "of that cluster. Next: put it back, or move it with isthmus_prune=host/x."
+    ]
+    found = replanned(move, first, prune=("x",))
+    assert found.specs["x"]["node"]["range4"] == "10.101.0.48/28"
+    assert found.removed == ("host/x",)
+    assert "x" not in found.record["clusters/cloud"]["hosts"]
+
+
+# What is refused
+
+
+def _grown(prefix: str) -> Edit:
+    return lambda e, h: h["c1"].update(isthmus_node_range=prefix)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda e, h: e.update(name="other"),
+            "isthmus_estate.name: 'other', but the record found on the hosts is of estate 'lab'. Why: two estates on "
+            "the same hosts would undo each other. Next: use the inventory of that estate, or tear it down first.",
+        ),
+        (
+            lambda e, h: e.update(max_clusters=511),
+            "isthmus_estate.max_clusters: 511, but the estate runs with 255. Why: it sets the layout of every "
+            "identity. Next: put 255 back.",
+        ),
+        (
+            lambda e, h: e["clusters"]["cloud"].update(id=3),
+            "isthmus_estate.clusters.cloud.id: 3, but the cluster runs with 2. Why: every identity of its workloads "
+            "carries the id. Next: put 2 back; to renumber, remove the cluster and add it anew.",
+        ),
+        (
+            lambda e, h: e["clusters"]["cloud"].update(service_range="10.113.0.0/16"),
+            "isthmus_estate.clusters.cloud.service_range: 10.113.0.0/16 does not hold 10.112.0.0/16, the range in use. "
+            "Why: addresses of services would move. Next: use 10.112.0.0/16 or a range around it.",
+        ),
+        (
+            lambda e, h: e["clusters"]["cloud"].update(workload_ranges=["10.104.0.0/16"]),
+            "isthmus_estate.clusters.cloud.workload_ranges: none of them holds 10.102.0.0/28, the range of host c1. "
+            "Why: what was dealt never moves. Next: put the range that holds it back, or remove the host first.",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"].update(ca_host="o2"),
+            "isthmus_estate.clusters.onprem.ca_host: o2, but the CA's key is on o1. Why: a private key never leaves "
+            "its host. Next: put o1 back or leave ca_host out.",
+        ),
+        (
+            _grown("10.102.0.16/28"),
+            "host c1.isthmus_node_range: 10.102.0.16/28 does not hold 10.102.0.0/28, the range that the host has. Why: "
+            "what was dealt never moves. Next: use 10.102.0.0/28 or a range around it.",
+        ),
+        (
+            lambda e, h: h["c1"]["isthmus_workloads"][0].update(address="10.102.0.9"),
+            "host c1.isthmus_workloads (shop/web).address: 10.102.0.9, but the workload has 10.102.0.2. Why: what was "
+            "dealt never moves. Next: put 10.102.0.2 back or leave address out.",
+        ),
+        (
+            lambda e, h: h["c1"]["isthmus_workloads"].append(
+                {"name": "b", "unit": "b.service", "address": "10.102.0.2"}
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.0.2 is the address of shop/web. Why: an address "
+            "belongs to one workload. Next: choose another.",
+        ),
+        (
+            lambda e, h: h["c1"]["isthmus_workloads"].append(
+                {"name": "b", "unit": "b.service", "address": "10.102.0.1"}
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.0.1 is the address of the host itself. Why: an "
+            "address belongs to one workload. Next: choose another.",
+        ),
+        (
+            lambda e, h: h["c1"]["isthmus_workloads"].append(
+                {"name": "b", "unit": "b.service", "address": "10.102.1.2"}
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.1.2 is not in the host's range 10.102.0.0/28. Why: "
+            "other hosts find the workload by its host's range. Next: choose an address inside it.",
+        ),
+        (
+            lambda e, h: h["c1"].update(
+                isthmus_workloads=[{"name": f"w{n}", "unit": f"w{n}.service"} for n in range(13)] + [web()]
+            ),
+            "host c1.isthmus_workloads (default/w9): the host's range 10.102.0.0/28 is full: it holds 13 workloads. "
+            "Why: each workload has an address of its own, and released ones are kept back for 30 days. Next: set "
+            "isthmus_node_range of the host to a larger range around 10.102.0.0/28.",
+        ),
+        (
+            lambda e, h: (
+                e["clusters"]["onprem"]["etcd"].update(hosts=["o2", "o3"]),
+                h["o1"].update(isthmus_state="absent"),
+            ),
+            "cluster onprem: host o1 is being removed and keeps the cluster's CA. Why: nobody could sign certificates "
+            "any more. Next: keep the host, or remove the whole cluster.",
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_record_is_refused(edit: Edit, message: str) -> None:
+    assert message in refused(edit)
+
+
+def test_a_new_cluster_against_one_that_only_the_record_knows() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["fresh"] = {**e["clusters"].pop("cloud"), "workload_ranges": ["10.102.64.0/18"]}
+        h["c1"].update(isthmus_cluster="fresh")
+
+    messages = refused(edit)
+    assert (
+        "isthmus_estate.clusters.fresh.id: 2 is the id of cluster cloud, which the record knows and the inventory "
+        "lacks. Why: what is absent from the inventory still runs. Next: choose another, or remove that cluster with "
+        "isthmus_prune=cluster/cloud." in messages
+    )
+    assert any("10.102.64.0/18 overlaps 10.102.0.0/16 of cluster cloud" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "host/o9",
+            "isthmus_prune=host/o9: the record knows nothing of that name. Why: there is nothing to remove. Next: did "
+            "you mean 'host/o3'? Change it.",
+        ),
+        (
+            "c1",
+            "isthmus_prune=host/c1: the inventory still has it. Why: the next run would bring it back. Next: take it "
+            "out of the inventory, or use state: absent instead.",
+        ),
+    ],
+)
+def test_names_to_prune_that_are_refused(name: str, message: str) -> None:
+    assert refused(nothing, prune=(name,)) == [message]
+
+
+def test_a_name_to_prune_that_can_mean_two_things() -> None:
+    first = replanned(lambda e, h: h.update(cloud={"isthmus_cluster": "cloud", "ansible_host": "198.18.2.8"}))
+    (message,) = refused(nothing, first, prune=("cloud",))
+    assert message == (
+        "isthmus_prune=cloud: it can mean cluster/cloud or host/cloud. Why: what is removed must be certain. Next: "
+        "write the full name."
+    )
+
+
+def test_a_full_cluster_names_the_way_out() -> None:
+    the_estate, the_hosts = estate(), hosts()
+    the_estate["clusters"]["cloud"]["workload_ranges"] = ["10.102.0.0/28"]
+    first = planned(model(the_estate, the_hosts))
+    the_hosts["c2"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}
+    with pytest.raises(ModelError) as caught:
+        planned(model(the_estate, the_hosts), first)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "host c2: cluster cloud has no free /28 left in 10.102.0.0/28. Why: a host needs a range of its own. Next: add "
+        "a range to isthmus_estate.clusters.cloud.workload_ranges."
+    ]
+    the_estate["clusters"]["cloud"]["workload_ranges"] = ["10.102.0.0/28", "10.102.1.0/24"]
+    found = planned(model(the_estate, the_hosts), first)
+    assert found.specs["c2"]["node"]["range4"] == "10.102.1.0/28"
+
+
+def test_a_full_host_grows_around_what_it_has() -> None:
+    units = [{"name": f"w{n}", "unit": f"w{n}.service"} for n in range(20)]
+    found = replanned(
+        lambda e, h: h["c1"].update(isthmus_workloads=[web(), *units], isthmus_node_range="10.102.0.0/27")
+    )
+    spec = found.specs["c1"]
+    assert spec["node"]["mesh4"] == "10.102.0.1"
+    by_name = {workload["name"]: workload["address4"] for workload in spec["workloads"]}
+    assert by_name["web"] == "10.102.0.2"
+    assert len(set(by_name.values())) == 21
+    assert all(IPv4Address(address) in IPv4Network("10.102.0.0/27") for address in by_name.values())
+
+
+def test_pins_are_kept_clear_when_others_are_dealt() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        h["a"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.8"}
+        h["z"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", "isthmus_node_range": "10.102.0.16/28"}
+        h["c1"]["isthmus_workloads"].append({"name": "z", "unit": "z.service", "address": "10.102.0.3"})
+        h["c1"]["isthmus_workloads"].append({"name": "a", "unit": "a.service"})
+
+    specs = replanned(edit).specs
+    assert specs["a"]["node"]["range4"] == "10.102.0.32/28"
+    assert {one["name"]: one["address4"] for one in specs["c1"]["workloads"]} == {
+        "web": "10.102.0.2",
+        "z": "10.102.0.3",
+        "a": "10.102.0.4",
+    }
+
+
+def test_plan_of_nothing_yet() -> None:
+    found = plan(model(), Record(), NOW, "alice")
+    assert found.record["roster"]["by"] == "alice"
+    assert found.record["roster"]["when"] == "2026-01-02T03:04:05Z"
+    assert found.record["roster"]["hash"] == model().digest()
+    assert found.before == ""
+
+
+def test_a_known_ca_certificate_is_kept() -> None:
+    documents = copy.deepcopy(dict(planned(model()).record))
+    documents["clusters/cloud"].update(ca_certificate="-----BEGIN CERTIFICATE-----", revision=2)
+    found = plan(model(), merge([documents]), NOW)
+    assert found.record["clusters/cloud"] == documents["clusters/cloud"]
