@@ -128,13 +128,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--state-dir", type=Path, default=Paths().state)
     parser.add_argument("--run-dir", type=Path, default=Paths().run)
     parser.add_argument("--pin-dir", type=Path, default=PIN_DIR)
+    parser.add_argument("--cgroup-root", type=Path, help="default: the cgroup2 mount of /proc/mounts")
     parser.add_argument("--metrics", type=_listen, default=("127.0.0.1", 9968), metavar="HOST:PORT|none")
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     options = parser.parse_args(arguments)
     configure(options.log_level)
     try:
         spec = NodeSpec.from_json(options.config.read_bytes())
-        kernel = HostKernel(options.pin_dir)
+        kernel = HostKernel(options.pin_dir, options.cgroup_root)
         cgroup_root = kernel.cgroup_root
     except (OSError, SpecError, BpfError) as error:
         logger.error("cannot start", extra=fields(config=str(options.config), error=str(error)))

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Two real `isthmusd` processes on two nodes in network namespaces, both started from last-known-good with no
+etcd anywhere: what a mesh must do when every control plane is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import agent_mesh as mesh
+import pytest
+from bpf.topology import Inside, Node, _wire, wait_for
+from integration.etcd_fixture import Ca
+from isthmus_agent.bpf.mounts import cgroup2_root
+from isthmus_agent.cli.client import AgentSilent, ask
+from isthmus_agent.state.lastgood import LastGood
+from isthmus_mesh import keys, wire
+
+pytestmark = pytest.mark.root
+
+ROOT = Path(__file__).resolve().parents[2]
+VIP = "10.111.0.10"
+CLIENT = """
+import socket
+def dial(address="10.111.0.10", port=80, timeout=3):
+    with socket.create_connection((address, port), timeout) as s:
+        return s.makefile().readline().split()
+"""
+
+
+@dataclass
+class Daemon:
+    """`isthmusd` in a node's namespace."""
+
+    node: Node
+    directory: Path
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "run" / "agent.sock"
+
+    def start(self) -> None:
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    "nsenter",
+                    f"--net=/proc/self/fd/{self.node.netns}",
+                    sys.executable,
+                    "-m",
+                    "isthmus_agent.agent.main",
+                    f"--config={self.directory / 'node.json'}",
+                    f"--state-dir={self.directory / 'state'}",
+                    f"--run-dir={self.directory / 'run'}",
+                    f"--pin-dir={self.node.pin_dir}",
+                    f"--cgroup-root={self.node.cgroup}",
+                    "--metrics=none",
+                ],
+                env={**os.environ, "PYTHONPATH": str(ROOT / "agent")},
+                stdout=log,
+                stderr=log,
+                pass_fds=(self.node.netns,),
+            )
+        wait_for(self.applied, f"isthmusd of {self.node.name} applied its datapath", 20)
+
+    def applied(self) -> bool:
+        try:
+            return bool(self.status()["datapath"]["state"] == "applied")
+        except AgentSilent:
+            return False
+
+    def status(self) -> dict[str, Any]:
+        return ask(self.socket, "/v1/status")
+
+    def services(self) -> dict[str, dict[str, Any]]:
+        """Backends of shop/web by address."""
+        (service,) = ask(self.socket, "/v1/services")["services"]
+        return {backend["address"]: backend for backend in service["backends"]}
+
+    def probe(self, name: str) -> str:
+        return str(next(node["probe"] for node in self.status()["nodes"] if node["name"] == name))
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(20)
+            self.process = None
+
+
+@dataclass
+class Estate:
+    a: Node
+    b: Node
+    daemon_a: Daemon
+    daemon_b: Daemon
+    client: Inside
+
+
+def _documents(own: str, backends: dict[str, list[int]]) -> dict[str, bytes]:
+    documents = mesh.documents(backends, own=own, sizes={"onprem": 1, "cloud": 1})
+    for cluster, number in (("onprem", 1), ("cloud", 2)):
+        underlay = f"198.18.0.1{number}"
+        node = mesh.node(
+            cluster,
+            1,
+            addresses=(
+                wire.NodeAddress("InternalIP", underlay),
+                wire.NodeAddress("CiliumInternalIP", f"10.10{number}.0.1"),
+            ),
+        )
+        cached = cluster != own
+        documents[keys.node_key(cluster, node.name, cached)] = node.to_json().encode()
+        pair = wire.IPIdentityPair(f"10.10{number}.0.2", (number << 16) + 1, underlay)
+        documents[keys.ip_key(pair.ip, cluster if cached else None)] = pair.to_json().encode()
+    return documents
+
+
+def _daemon(node: Node, cluster: str, directory: Path, backends: dict[str, list[int]]) -> Daemon:
+    (directory / "state").mkdir(parents=True)
+    ca = Ca(directory / "pki", cluster)
+    crt, key = ca.issue("agent")
+    spec = mesh.spec_document(
+        host=f"{cluster}-1",
+        cluster={
+            "name": cluster,
+            "id": node.cluster_id,
+            "max_clusters": 255,
+            "site": cluster,
+            "workload_ranges4": [f"10.10{node.cluster_id}.0.0/16"],
+            "service_range4": "10.111.0.0/16",
+        },
+        node={
+            "name": f"{cluster}-1",
+            "underlay4": node.underlay,
+            "advertise4": node.underlay,
+            "range4": node.prefix,
+            "mesh4": node.mesh,
+            "labels": {},
+        },
+        workloads=[
+            {
+                "name": "web",
+                "namespace": "shop",
+                "service_account": "default",
+                "labels": {"app": "web"},
+                "address4": node.workload,
+                "cgroup": {"path": "web"},
+            }
+        ],
+        # Nothing listens there: no etcd in this test.
+        etcd={"endpoints": ["https://127.0.0.1:1"], "ca": str(ca.crt), "cert": str(crt), "key": str(key)},
+    )
+    (directory / "node.json").write_text(json.dumps(spec))
+    last = LastGood(cluster, "2026-01-02T03:04:05Z", _documents(cluster, backends))
+    (directory / "state" / "last-known-good.json").write_text(last.to_json())
+    return Daemon(node, directory)
+
+
+@pytest.fixture
+def estate(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Estate]:
+    """Node a is onprem-1, node b is cloud-1; which of them have a backend is the test's parameter."""
+    backends = getattr(request, "param", {"cloud": [1]})
+    run = f"isthmus-test-{os.getpid()}-agent"
+    base = cgroup2_root() / run
+    base.mkdir()
+    nodes = [
+        Node(
+            name=name,
+            cluster_id=number,
+            underlay=f"198.18.0.1{number}",
+            mesh=f"10.10{number}.0.1",
+            workload=f"10.10{number}.0.2",
+            prefix=f"10.10{number}.0.0/28",
+            cgroup=base / name,
+            pin_dir=Path(f"/sys/fs/bpf/{run}-{name}"),
+        )
+        for number, name in ((1, "a"), (2, "b"))
+    ]
+    daemons: list[Daemon] = []
+    try:
+        for node in nodes:
+            node.start()
+        _wire(nodes[0], nodes[1], 1500)
+        for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
+            daemons.append(_daemon(node, cluster, tmp_path / cluster, backends))
+            daemons[-1].start()
+        for node in nodes:
+            server = node.process("web")
+            server.do(f"serve_tcp({node.name!r}, {node.workload!r}, 8080); result = 1")
+        client = nodes[0].process("web")
+        client.do(CLIENT + "\nresult = 1")
+        yield Estate(nodes[0], nodes[1], daemons[0], daemons[1], client)
+    finally:
+        for daemon in daemons:
+            daemon.stop(signal.SIGKILL)
+        for node in nodes:
+            node.stop()
+        base.rmdir()
+
+
+def test_a_service_works_from_last_known_good_without_any_etcd(estate: Estate) -> None:
+    assert estate.client.do("result = dial()") == ["b", "10.101.0.2"], "b answers and sees the workload's own address"
+    wait_for(lambda: estate.daemon_a.probe("cloud-1") == "up", "the echo over the overlay is answered")
+    assert estate.daemon_a.services()["10.102.0.2"]["connects"] == 1
+    (seen,) = [
+        entry for entry in estate.daemon_b.status()["datapath"]["identities"] if entry["destination"] == "10.102.0.2"
+    ]
+    assert (seen["identity"], seen["cluster_id"]) == ((1 << 16) + 1, 1)
+    assert seen["labels"]["k8s:app"] == "web"
+    assert estate.daemon_a.status()["etcd"]["connected"] is False
+
+
+def test_a_killed_and_restarted_agent_interrupts_nothing(estate: Estate) -> None:
+    estate.client.do(
+        "held = socket.create_connection(('10.111.0.10', 80), 3); lines = held.makefile(); result = lines.readline()"
+    )
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        estate.daemon_a.stop(how)
+        for _ in range(20):
+            assert estate.client.do("result = dial()")[0] == "b"
+        estate.daemon_a.start()
+        assert estate.client.do("held.sendall(b'abc?'); result = int(lines.readline()) > 0") is True
+        assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
+        assert estate.client.do("result = dial()")[0] == "b"
+
+
+def test_audit_names_drift_and_repairs_it(estate: Estate) -> None:
+    estate.a.call(subprocess.run, ["ip", "route", "del", "10.102.0.0/28"], check=True)
+    (problem,) = ask(estate.daemon_a.socket, "/v1/audit")["problems"]
+    assert "10.102.0.0/28" in problem
+    assert "missing" in problem
+    ask(estate.daemon_a.socket, "/v1/repair", "POST")
+    assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
+    assert estate.client.do("result = dial()")[0] == "b"
+
+
+@pytest.mark.parametrize("estate", [{"onprem": [1], "cloud": [1]}], indirect=True)
+def test_an_unreachable_backend_gets_no_new_flows_until_it_answers_again(estate: Estate) -> None:
+    wait_for(lambda: estate.daemon_a.probe("cloud-1") == "up", "cloud-1 answers")
+    answers = {estate.client.do("result = dial()")[0] for _ in range(40)}
+    assert answers == {"a", "b"}
+
+    def link(state: str) -> None:
+        estate.b.call(subprocess.run, ["ip", "link", "set", "eth0", state], check=True)
+
+    link("down")
+    began = time.monotonic()
+    wait_for(lambda: not estate.daemon_a.services()["10.102.0.2"]["used"], "cloud-1 is out", 10)
+    assert time.monotonic() - began < 6
+    for _ in range(20):
+        assert estate.client.do("result = dial()")[0] == "a"
+    assert estate.daemon_a.status()["datapath"]["sockets_ended"] == 0, "nobody else answers: no proof, no harm"
+    link("up")
+    wait_for(lambda: estate.daemon_a.services()["10.102.0.2"]["used"], "cloud-1 is used again", 15)
+
+
+def test_the_agent_is_small_and_quiet(estate: Estate) -> None:
+    process = estate.daemon_a.process
+    assert process is not None
+
+    def cpu() -> float:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = cpu()
+    time.sleep(5)  # a measurement needs an interval
+    share = (cpu() - before) / 5
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    resident = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+    print(f"isthmusd: {resident / 1024:.0f} MiB resident, {share * 100:.1f} % of one CPU")
+    assert resident < 100 * 1024
+    assert share < 0.05
