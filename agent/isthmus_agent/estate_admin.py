@@ -98,6 +98,13 @@ def write_services(
     return changes
 
 
+def owner_of(client: SyncEtcd, name: str) -> str | None:
+    """Who owns the service ``<namespace>/<name>``; None when there is none."""
+    key = keys.service_definition_key(*name.split("/", 1))
+    held = _definition(key, client.get(key))
+    return None if held is None else held.owner
+
+
 _WHERE = {
     "inventory": "isthmus_estate.services in the inventory",
     "module": "the task with isthmus.mesh.global_service",

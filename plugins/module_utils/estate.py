@@ -12,6 +12,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_byt
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from ansible.module_utils.basic import AnsibleModule
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 NODE = "/etc/isthmus/node.json"
@@ -23,6 +24,17 @@ def read_json(path: str) -> Any:
     """The file's JSON; None when there is no file. ValueError when it is damaged."""
     content = read_bytes(path)
     return None if content is None else json.loads(content)
+
+
+def own_node(module: AnsibleModule) -> Any:
+    """The spec on this host; fails the module on a host that is no member of the mesh."""
+    try:
+        node = read_json(NODE)
+    except ValueError as exc:
+        return module.fail_json(msg=f"{NODE} is damaged ({exc}). Run the isthmus.mesh.site playbook on this host")
+    if node is None:
+        module.fail_json(msg=f"{NODE} does not exist: this host is no member of the mesh. Run isthmus.mesh.site first")
+    return node
 
 
 def endpoints_from_record(record: Mapping[str, Any], cluster: str) -> list[str]:
