@@ -7,6 +7,7 @@ synchronous and run in one thread, one at a time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,12 @@ from typing import Protocol
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
 from isthmus_agent.desired.datapath import Address, Backend, Datapath
 from isthmus_agent.desired.drain import endpoint
+
+
+def bundled_libbpf() -> Path | None:
+    """The library that came with this environment (`/opt/isthmus/<version>/lib`); None: the system's."""
+    path = Path(sys.prefix, "lib", "libbpf.so.1")
+    return path if path.exists() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class HostKernel:
 
     def __init__(self, pin_dir: Path = PIN_DIR, cgroup_root: Path | None = None) -> None:
         self._pin_dir = pin_dir
-        self._bpf = BpfDatapath(pin_dir=pin_dir, cgroup_root=cgroup_root)
+        self._bpf = BpfDatapath(pin_dir=pin_dir, cgroup_root=cgroup_root, libbpf=bundled_libbpf())
         self._ifindex = 0
 
     @property

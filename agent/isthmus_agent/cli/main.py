@@ -27,10 +27,11 @@ def _print(document: dict[str, Any], output: str, render: Callable[[dict[str, An
 
 def _pinned() -> dict[str, Any]:
     """What the kernel holds without an agent, from the pinned maps."""
+    from isthmus_agent.agent.kernel import bundled_libbpf
     from isthmus_agent.bpf.driver import BpfDatapath
     from isthmus_agent.bpf.errors import BpfError
 
-    datapath = BpfDatapath()
+    datapath = BpfDatapath(libbpf=bundled_libbpf())
     try:
         datapath.open_pinned()
         counters, capacity = datapath.counters(), datapath.capacity()
@@ -110,10 +111,11 @@ def _remove(options: argparse.Namespace) -> int:
         print("isthmus: isthmusd still runs and would restore it; first: systemctl stop isthmusd", file=sys.stderr)
         return DIFFERENT
     from isthmus_agent import netlink
+    from isthmus_agent.agent.kernel import bundled_libbpf
     from isthmus_agent.bpf.driver import BpfDatapath
 
     # The network first: while it goes, the hooks must not choose backends that cannot be reached.
-    removed = [*netlink.remove_network(), *BpfDatapath().remove_all()]
+    removed = [*netlink.remove_network(), *BpfDatapath(libbpf=bundled_libbpf()).remove_all()]
     if options.output == "json":
         print(json.dumps({"removed": removed}, indent=2))
     else:
