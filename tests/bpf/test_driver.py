@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -332,11 +334,62 @@ bpf /sys/fs/bpf bpf rw 0 0
 
 def test_the_arena_rests_freed_runs_and_refuses_when_full() -> None:
     arena = Arena(10, [(2, 3)], grace=1.0)
-    assert arena.allocate(2, 0.0) == 0
-    assert arena.allocate(5, 0.0) == 5
+    assert arena.allocate(4, 0.0) == 5, "behind what is used"
+    assert arena.allocate(2, 0.0) == 0, "the first gap, as there is no room behind"
     arena.free(5, 0.0)
     with pytest.raises(ArenaFull):
-        arena.allocate(5, 0.5)
-    assert arena.allocate(5, 1.5) == 5
+        arena.allocate(4, 0.5)
+    assert arena.allocate(4, 1.5) == 5
+    assert arena.allocate(1, 1.5) == 9
     assert arena.used == 10
     assert arena.allocate(0, 1.5) == 0
+    with pytest.raises(ArenaFull):
+        arena.allocate(1, 9.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_in_use_or_at_rest_never_overlap(seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - a seeded test
+    arena = Arena(200, grace=1.0)
+    used: dict[int, int] = {}
+    resting: list[tuple[float, int, int]] = []
+    for step in range(2000):
+        now = step * 0.3
+        if used and chance.random() < 0.5:
+            base = chance.choice(sorted(used))
+            arena.free(base, now)
+            resting.append((now + 1.0, base, used.pop(base)))
+            continue
+        count = chance.randint(1, 12)
+        blocked = {slot for base, length in used.items() for slot in range(base, base + length)}
+        blocked |= {slot for until, base, length in resting if until > now for slot in range(base, base + length)}
+        try:
+            base = arena.allocate(count, now)
+        except ArenaFull:
+            free = "".join("x" if slot in blocked else "." for slot in range(200))
+            assert "." * count not in free, f"seed {seed}, step {step}"
+            continue
+        assert not blocked & set(range(base, base + count)), f"seed {seed}, step {step}"
+        assert base + count <= 200
+        used[base] = count
+
+
+def test_a_mount_that_would_not_stay_is_refused() -> None:
+    script = """
+import sys
+from isthmus_agent.bpf.driver import BpfDatapath
+from isthmus_agent.bpf.errors import BpfError
+try:
+    BpfDatapath("/sys/fs/bpf/isthmus-test-mounts").open(1)
+except BpfError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", 'umount /sys/fs/bpf; exec "$0" -c "$1"', sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "agent")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "run `systemctl start isthmus-bpffs.service`" in done.stderr

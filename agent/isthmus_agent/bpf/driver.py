@@ -147,7 +147,8 @@ class BpfDatapath:
         libbpf: str | os.PathLike[str] | None = None,
         max_entries: Mapping[str, int] | None = None,
     ) -> None:
-        """`cgroup_root` None: the cgroup2 mount of /proc/mounts. `libbpf` None: the system's library.
+        """`cgroup_root` None: the cgroup2 mount of /proc/mounts. `libbpf` None: the bundle's
+        library, else the system's.
         `max_entries` sets sizes of maps that are not pinned yet."""
         self.pin_dir = Path(pin_dir)
         self._cgroup_root = Path(cgroup_root) if cgroup_root is not None else None

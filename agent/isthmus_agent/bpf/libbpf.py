@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
@@ -154,11 +155,17 @@ _LOG_LINES = 40
 _LOG = threading.local()
 
 
+def default_library() -> str:
+    """The bundle's library, beside this interpreter's own; without one the system's."""
+    bundled = Path(sys.prefix, "lib", "libbpf.so.1")
+    return str(bundled) if bundled.is_file() else "libbpf.so.1"
+
+
 class Libbpf:
-    """One loaded libbpf. `path` None means the system's `libbpf.so.1`."""
+    """One loaded libbpf. `path` None means the bundle's `libbpf.so.1`, else the system's."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        name = os.fspath(path) if path is not None else "libbpf.so.1"
+        name = os.fspath(path) if path is not None else default_library()
         try:
             self._dll = ctypes.CDLL(name, use_errno=True)
         except OSError as error:
