@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The estate record and service definitions in a real etcd, written with the operator's own rights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.etcd_fixture import EtcdServer
+from isthmus_agent import estate_admin, etcd_admin, facts
+from isthmus_agent.kvstore import SyncEtcd
+from isthmus_mesh.documents import ServiceDefinition
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EtcdServer]:
+    with EtcdServer(tmp_path / "a", name="a") as made:
+        with made.sync_client() as client:
+            wanted = etcd_admin.wanted_access("onprem", ["onprem-1"], ["cloud"])
+            etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
+        yield made
+
+
+@pytest.fixture
+def operator(server: EtcdServer) -> Iterator[SyncEtcd]:
+    with server.sync_client("isthmus-operator") as client:
+        yield client
+
+
+def service(name: str, **more: Any) -> dict[str, Any]:
+    document = {
+        "owner": "inventory",
+        "revision": 1,
+        "name": name,
+        "namespace": "shop",
+        "ports": [{"name": "http", "port": 80, "target_port": 8080, "protocol": "TCP"}],
+        "backends": {"labels": {"app": name}},
+        "health": None,
+        "global": True,
+    }
+    return {**document, **more}
+
+
+def keys_of(changes: list[estate_admin.Change]) -> list[str]:
+    return [change.key.removeprefix("isthmus/v1/") for change in changes]
+
+
+def test_the_record_is_written_once_and_the_roster_last(server: EtcdServer, operator: SyncEtcd) -> None:
+    record = {"roster": {"revision": 1, "clusters": {}}, "clusters/onprem": {"revision": 1, "name": "onprem"}}
+    predicted = estate_admin.write_documents(operator, record, apply=False)
+    assert server.dump("isthmus/v1/estate/") == {}
+    done = estate_admin.write_documents(operator, record, apply=True)
+    assert done == predicted
+    assert keys_of(done) == ["estate/clusters/onprem", "estate/roster"]
+    assert json.loads(server.dump("isthmus/v1/estate/")["isthmus/v1/estate/roster"]) == record["roster"]
+    assert estate_admin.write_documents(operator, record, apply=True) == []
+    assert estate_admin.read_documents(operator) == (record, ())
+
+
+def test_a_newer_record_is_never_overwritten(server: EtcdServer, operator: SyncEtcd) -> None:
+    estate_admin.write_documents(operator, {"roster": {"revision": 5}}, apply=True)
+    for apply in (False, True):
+        with pytest.raises(estate_admin.EstateError, match="has revision 5 in etcd, and this run would write 4"):
+            estate_admin.write_documents(operator, {"roster": {"revision": 4, "x": 1}}, apply)
+    assert server.dump("isthmus/v1/estate/") == {"isthmus/v1/estate/roster": '{"revision":5}'}
+
+
+def test_a_write_between_read_and_write_is_noticed(
+    server: EtcdServer, operator: SyncEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = operator.get
+
+    def get_and_be_late(key: str) -> Any:
+        found = real(key)
+        server.etcdctl("put", key, '{"revision":1,"by":"another"}')
+        return found
+
+    monkeypatch.setattr(operator, "get", get_and_be_late)
+    with pytest.raises(estate_admin.EstateError, match="changed by somebody else during this run"):
+        estate_admin.write_documents(operator, {"roster": {"revision": 1}}, apply=True)
+    assert server.dump("isthmus/v1/estate/") == {"isthmus/v1/estate/roster": '{"revision":1,"by":"another"}'}
+
+
+def test_a_damaged_document_is_told_and_replaced(server: EtcdServer, operator: SyncEtcd) -> None:
+    server.etcdctl("put", "isthmus/v1/estate/roster", "{broken")
+    documents, unreadable = estate_admin.read_documents(operator)
+    assert documents == {}
+    assert unreadable[0].startswith("isthmus/v1/estate/roster is not JSON")
+    assert keys_of(estate_admin.write_documents(operator, {"roster": {"revision": 1}}, apply=True)) == ["estate/roster"]
+
+
+def test_services_have_owners_and_revisions(server: EtcdServer, operator: SyncEtcd) -> None:
+    def write(*present: dict[str, Any], absent: tuple[str, ...] = (), owner: str = "inventory") -> list[str]:
+        predicted = estate_admin.write_services(operator, present, absent, owner, apply=False)
+        done = estate_admin.write_services(operator, present, absent, owner, apply=True)
+        assert predicted == done
+        assert estate_admin.write_services(operator, present, absent, owner, apply=True) == []
+        return keys_of(done)
+
+    assert write(service("web")) == ["services/shop/web"]
+    assert write(service("web", affinity="local")) == ["services/shop/web"]
+    held = ServiceDefinition.from_json(server.dump("isthmus/v1/services/")["isthmus/v1/services/shop/web"])
+    assert (held.owner, held.revision, held.affinity) == ("inventory", 2, "local")
+
+    assert write(service("canary"), owner="module") == ["services/shop/canary"]
+    with pytest.raises(estate_admin.EstateError, match="shop/web belongs to inventory, and module would define it too"):
+        write(service("web"), owner="module")
+    with pytest.raises(estate_admin.EstateError, match="shop/canary belongs to module, and inventory would"):
+        write(service("canary"))
+    # What the inventory removes is its own only; a run-time service survives.
+    assert write(absent=("shop/web", "shop/canary", "shop/never")) == ["services/shop/web"]
+    assert estate_admin.owner_of(operator, "shop/canary") == "module"
+    assert write(absent=("shop/canary",), owner="module") == ["services/shop/canary"]
+    assert server.dump("isthmus/v1/services/") == {}
+
+
+def test_bad_definitions_are_refused_with_their_name(server: EtcdServer, operator: SyncEtcd) -> None:
+    with pytest.raises(estate_admin.EstateError, match=r"shop/web.*ports"):
+        estate_admin.write_services(operator, [service("web", ports=[])], [], "inventory", apply=True)
+    server.etcdctl("put", "isthmus/v1/services/shop/web", "{broken")
+    with pytest.raises(estate_admin.EstateError, match=r"services/shop/web in etcd is damaged .* delete it"):
+        estate_admin.write_services(operator, [service("web")], [], "inventory", apply=True)
+
+
+def test_facts_are_read_with_an_agents_rights(server: EtcdServer, operator: SyncEtcd) -> None:
+    estate_admin.write_services(operator, [service("web")], [], "inventory", apply=True)
+    server.etcdctl("put", "isthmus/v1/alloc/vips/shop/web", '{"ipv4":"10.111.0.2","ipv6":null,"released":null}')
+    shape = '{"cluster":"%s","namespace":"shop","name":"web","backends":{"%s":{}},"shared":true}'
+    server.etcdctl("put", "cilium/state/services/v1/onprem/shop/web", shape % ("onprem", "10.101.0.2"))
+    server.etcdctl("put", "cilium/cache/services/v1/cloud/shop/web", shape % ("cloud", "10.102.0.2"))
+    server.etcdctl("put", "isthmus/v1/nodes/onprem-1", '{"name":"onprem-1"}')
+    server.etcdctl("put", "isthmus/v1/alloc/peers/cloud", '{"state":"connected"}')
+    server.etcdctl("put", "isthmus/v1/leader", '{"holder":"x"}')
+    server.etcdctl("put", "isthmus/v1/estate/roster", '{"revision":3}')
+    with server.sync_client("isthmus-agent-onprem-1") as agent:
+        (web,) = facts.services(agent, "onprem")
+        mesh = facts.mesh(agent, "onprem")
+    assert (web["namespace"], web["name"], web["address"], web["definition"]["owner"]) == (
+        "shop",
+        "web",
+        "10.111.0.2",
+        "inventory",
+    )
+    assert web["clusters"] == {
+        "onprem": {"backends": ["10.101.0.2"], "shared": True},
+        "cloud": {"backends": ["10.102.0.2"], "shared": True},
+    }
+    assert mesh == {
+        "cluster": "onprem",
+        "nodes": [{"name": "onprem-1", "alive": None}],
+        "peers": {"cloud": {"state": "connected"}},
+        "leader": {"holder": "x"},
+        "estate": {"roster": 3},
+    }
