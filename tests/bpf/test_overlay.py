@@ -201,16 +201,20 @@ class Capture:
 
         self.tap = node.call(start)
 
-    def addresses(self) -> set[tuple[str, str]]:
-        """(source, destination) of every IPv4 packet seen so far, outer headers only."""
-        found = set()
+    def packets(self) -> list[bytes]:
+        """IPv4 packets seen since the last call, from the outer IP header on."""
+        found = []
         while True:
             try:
                 frame = self.tap.recv(65536)
             except BlockingIOError:
                 return found
             if struct.unpack_from("!H", frame, 12)[0] == 0x0800:
-                found.add((socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34])))
+                found.append(frame[14:])
+
+    def addresses(self) -> set[tuple[str, str]]:
+        """(source, destination) of every IPv4 packet seen since the last call, outer headers only."""
+        return {(socket.inet_ntoa(each[12:16]), socket.inet_ntoa(each[16:20])) for each in self.packets()}
 
 
 def test_no_mesh_address_is_seen_on_the_underlay(nodes: Nodes) -> None:
@@ -238,6 +242,30 @@ def test_no_mesh_address_is_seen_on_the_underlay(nodes: Nodes) -> None:
     seen = capture.addresses()
     capture.tap.close()
     assert seen == {(left.underlay, right.underlay), (right.underlay, left.underlay)}
+
+
+@pytest.mark.parametrize("cgroup", ["host", "web"])
+def test_the_wire_format_is_cilium_s(nodes: Nodes, cgroup: str) -> None:
+    left, right = nodes
+    capture = Capture(left)
+    client = left.process(cgroup)
+    client.do(f"socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('{right.mesh}', 9))")
+    (packet,) = wait_for(
+        lambda: [
+            each for each in capture.packets() if each[9] == 17 and each[12:16] == socket.inet_aton(left.underlay)
+        ],
+        "the outer packet",
+    )
+    capture.tap.close()
+    assert packet[0] == 0x45
+    assert packet[8] == 64, "TTL"
+    _, port, _, checksum = struct.unpack_from("!HHHH", packet, 20)
+    assert (port, checksum) == (8472, 0)
+    flags, vni = struct.unpack_from("!II", packet, 28)
+    assert flags == 0x08000000
+    assert vni >> 8 == (6 if cgroup == "host" else left.identity)
+    assert struct.unpack_from("!H", packet, 48)[0] == 0x0800
+    assert socket.inet_ntoa(packet[62:66]) == (left.mesh if cgroup == "host" else left.workload)
 
 
 def test_a_new_agent_replaces_the_programs_under_traffic(nodes: Nodes) -> None:
