@@ -356,7 +356,6 @@ class Agent:
         datapath = replace(found.datapath, services=services)
         self._log_refused(found)
         self.desired = found
-        self.prober.retarget(choose_targets((self.spec.cluster.name, self.spec.host), found.holders, found.holders))
         self.names.write(found.names)
         began = time.monotonic()
         if not self._started:
@@ -369,6 +368,8 @@ class Agent:
             self._note_applied(datapath, done.changes, time.monotonic() - began)
         self._inputs = inputs
         self.progress.error = ""
+        # After the routes: a probe that cannot be sent would count as a miss.
+        self.prober.retarget(choose_targets((self.spec.cluster.name, self.spec.host), found.holders, found.mesh))
         if self.watcher.synced:
             self._last_good_wake.set()
             self._reconcile_checks(state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 
 from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
@@ -32,14 +31,15 @@ class HostFacts:
 class Desired:
     """The wanted datapath and what hangs on the same inputs.
 
-    `names`: DNS name -> address. `holders`: nodes to probe, with their mesh address.
+    `names`: DNS name -> address. `holders`: nodes that hold backends. `mesh`: every node's mesh address.
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
     """
 
     datapath: Datapath
     names: Mapping[str, Address]
     views: tuple[ServiceView, ...]
-    holders: Mapping[NodeKey, Address]
+    holders: frozenset[NodeKey]
+    mesh: Mapping[NodeKey, Address]
     dead: frozenset[Backend]
     refused: tuple[str, ...]
 
@@ -74,7 +74,8 @@ def desired(spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFa
         datapath=datapath,
         names=_names(found.views, spec.dns_domain),
         views=found.views,
-        holders=_holders(state, found.views),
+        holders=frozenset(b.node for view in found.views for b in view.backends if b.node is not None),
+        mesh={(node.cluster, node.name): node.mesh for node in nodes if node.mesh is not None},
         dead=found.dead,
         refused=refused,
     )
@@ -82,14 +83,3 @@ def desired(spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFa
 
 def _names(views: tuple[ServiceView, ...], domain: str) -> dict[str, Address]:
     return {f"{v.name}.{v.namespace}.svc.{domain}": v.address for v in views if v.address is not None}
-
-
-def _holders(state: MeshState, views: tuple[ServiceView, ...]) -> dict[NodeKey, Address]:
-    found: dict[NodeKey, Address] = {}
-    for view in views:
-        for placed in view.backends:
-            if placed.node is not None and placed.node not in found:
-                mesh = state.nodes[placed.node].mesh_address(4)
-                if mesh is not None:
-                    found[placed.node] = ip_address(mesh)
-    return found

@@ -18,6 +18,7 @@ NodeKey = tuple[str, str]  # (cluster, node)
 DOWN_AFTER = 3  # misses in a row
 UP_AFTER = 2  # answers in a row
 MAX_TARGETS = 64
+WITNESSES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +115,32 @@ class ProbeTable:
         )
 
 
+def _rank(own: NodeKey, node: NodeKey) -> bytes:
+    return hashlib.blake2b("\0".join((*own, *node)).encode(), digest_size=8).digest()
+
+
 def choose_targets(
     own: NodeKey, holders: Iterable[NodeKey], addresses: Mapping[NodeKey, Address], limit: int = MAX_TARGETS
 ) -> tuple[Target, ...]:
-    """At most `limit` of the nodes that hold backends, spread evenly over their clusters.
+    """At most `limit` nodes: of those that hold backends, spread evenly over their clusters, and a few witnesses.
 
     Which ones depends on the observer's own name, so that many observers together cover all nodes.
+    Witnesses hold no backend; two of the own cluster and two others tell a host that is cut off from
+    one that lost a peer.
     """
     by_cluster: dict[str, list[NodeKey]] = {}
     for node in set(holders):
         if node != own and node in addresses:
             by_cluster.setdefault(node[0], []).append(node)
-
-    def rank(node: NodeKey) -> bytes:
-        return hashlib.blake2b("\0".join((*own, *node)).encode(), digest_size=8).digest()
-
-    queues = [sorted(nodes, key=rank) for _, nodes in sorted(by_cluster.items())]
+    queues = [sorted(nodes, key=lambda node: _rank(own, node)) for _, nodes in sorted(by_cluster.items())]
     chosen: list[NodeKey] = []
     depth = 0
-    while len(chosen) < limit and any(depth < len(queue) for queue in queues):
+    while any(depth < len(queue) for queue in queues):
         chosen.extend(queue[depth] for queue in queues if depth < len(queue))
         depth += 1
-    return tuple(Target(node, addresses[node]) for node in sorted(chosen[:limit]))
+    held = set(chosen)
+    others = sorted((node for node in addresses if node != own and node not in held), key=lambda n: _rank(own, n))
+    near = [node for node in others if node[0] == own[0]][:WITNESSES]
+    far = [node for node in others if node[0] != own[0]][:WITNESSES]
+    chosen = [*chosen[: limit - len(near) - len(far)], *near, *far]
+    return tuple(Target(node, addresses[node]) for node in sorted(chosen))

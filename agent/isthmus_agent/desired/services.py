@@ -26,7 +26,7 @@ PROTOCOLS = {"TCP": 6, "UDP": 17}
 class Placed:
     """A backend with the node that carries it (None: not known) and whether that is reachable.
 
-    `proven`: the node itself answered a probe.
+    `proven`: the node itself answered a probe, or it is this host and some other node did.
     """
 
     backend: Backend
@@ -53,7 +53,7 @@ class ServiceView:
 @dataclass(frozen=True, slots=True)
 class Services:
     """What `compute` finds. `dead`: unreachable backends whose sockets should end, because another
-    backend of the same service in another cluster has answered a probe."""
+    backend of the same service in another cluster is proven to be reached."""
 
     table: dict[Frontend, Service] = field(default_factory=dict)
     views: tuple[ServiceView, ...] = ()
@@ -175,7 +175,8 @@ def services(state: MeshState, cluster: str, cluster_id: int, own: NodeKey, reac
             owner,
             node,
             reachable=node == own or reach.reachable(node),
-            proven=node != own and reach.proven(node),
+            # A backend of this very host is reached always; it is a proof only if we are not cut off.
+            proven=bool(reach.up) if node == own else reach.proven(node),
         )
 
     def serving(

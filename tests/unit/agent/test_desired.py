@@ -274,10 +274,13 @@ def test_service_without_address_is_shown_and_not_programmed():
 def test_names_and_probe_targets():
     found = compute(mesh.documents(ALL))
     assert found.names == {"web.shop.svc.clusterset.local": addr("10.111.0.10")}
-    assert found.holders == {
-        ("onprem", "onprem-1"): addr("10.101.0.1"),
+    assert found.holders == {("onprem", "onprem-1"), ONPREM2, CLOUD1}
+    assert found.mesh == {
         ONPREM2: addr("10.101.0.17"),
+        ("onprem", "onprem-3"): addr("10.101.0.33"),
         CLOUD1: addr("10.102.0.1"),
+        ("cloud", "cloud-2"): addr("10.102.0.17"),
+        ("edge", "edge-1"): addr("10.103.0.1"),
     }
 
 
@@ -296,10 +299,13 @@ def test_sockets_end_only_when_another_cluster_answers(up, down, expected):
     assert {str(backend.address) for backend in found.dead} == expected
 
 
-def test_an_own_backend_is_no_proof_that_the_network_works():
-    found = compute(mesh.documents({"onprem": [1], "cloud": [1]}), Reachability(down=frozenset({CLOUD1})))
-    assert used(found) == {"10.101.0.2"}
-    assert found.dead == frozenset()
+def test_an_own_backend_is_a_proof_only_if_someone_else_answers():
+    items = mesh.documents({"onprem": [1], "cloud": [1]})
+    alone = compute(items, Reachability(down=frozenset({CLOUD1})))
+    assert used(alone) == {"10.101.0.2"}
+    assert alone.dead == frozenset(), "this host may be the one that is cut off"
+    witnessed = compute(items, Reachability(up=frozenset({("onprem", "onprem-3")}), down=frozenset({CLOUD1})))
+    assert {str(backend.address) for backend in witnessed.dead} == {"10.102.0.2"}
 
 
 def test_a_cluster_whose_probed_nodes_are_all_down_is_down():

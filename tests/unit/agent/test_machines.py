@@ -106,6 +106,16 @@ def test_targets_are_bounded_and_spread_over_clusters():
     assert reach.choose_targets(("own", "me"), nodes, addresses, limit=64) == found
 
 
+def test_witnesses_are_probed_beside_the_holders():
+    nodes = [("own", f"n{i}") for i in range(5)] + [("far", f"n{i}") for i in range(5)]
+    addresses = {node: IPv4Address(i + 1) for i, node in enumerate(nodes)}
+    found = [target.node for target in reach.choose_targets(("own", "n0"), [("far", "n1")], addresses)]
+    assert ("far", "n1") in found
+    assert sum(1 for node in found if node[0] == "own") == 2
+    assert len(found) == 5
+    assert reach.choose_targets(("own", "n0"), [("own", "n0")], {("own", "n0"): IPv4Address(1)}) == ()
+
+
 @pytest.mark.parametrize(
     ("pattern", "verdicts"),
     [
