@@ -100,7 +100,7 @@ class Text(Kind):
         return found
 
     def words(self) -> str:
-        return self.rule
+        return re.sub("^an? ", "", self.rule.partition(" (")[0])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The generated reference is up to date, and says the same as the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from isthmus_mesh.model import ModelError, read_model
+from isthmus_mesh.planner import plan
+from isthmus_mesh.record import Record
+from isthmus_mesh.schema import HOST_VARIABLES
+from unit.mesh.estates import NOW, estate, hosts
+from unit.mesh.test_model import MESSAGES, Edit
+
+ROOT = Path(__file__).resolve().parents[3]
+SCHEMA = json.loads((ROOT / "docs" / "inventory.schema.json").read_text())
+
+
+def inventory(directory: Path) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Estate and hosts of a YAML inventory whose Isthmus variables hold no templates."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def walk(group: dict[str, Any] | None, inherited: dict[str, Any]) -> None:
+        group = group or {}
+        here = {**inherited, **(group.get("vars") or {})}
+        for name, variables in (group.get("hosts") or {}).items():
+            found[name] = {**here, **(variables or {})}
+        for child in (group.get("children") or {}).values():
+            walk(child, here)
+
+    for group in yaml.safe_load((directory / "hosts.yml").read_text()).values():
+        walk(group, {})
+    return yaml.safe_load((directory / "group_vars" / "all.yml").read_text())["isthmus_estate"], found
+
+
+def test_the_files_are_up_to_date() -> None:
+    tool = ROOT / "tests" / "tools" / "generate_inventory_docs.py"
+    done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["lab", "hybrid_example"])
+def test_the_inventories_are_planned_and_fit_the_json_schema(name: str) -> None:
+    the_estate, the_hosts = inventory(ROOT / "inventories" / name)
+    model = read_model(the_estate, the_hosts)
+    assert model.warnings == ()
+    assert len(plan(model, Record(), NOW).specs) == len(the_hosts)
+    for variables in the_hosts.values():
+        jsonschema.validate({"isthmus_estate": the_estate, **variables}, SCHEMA)
+
+
+def test_the_example_of_the_page_is_planned() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "inventory.md").read_text(), re.DOTALL)
+    the_estate = yaml.safe_load(blocks[0])["isthmus_estate"]
+    the_hosts = yaml.safe_load(blocks[1])["all"]["hosts"]
+    assert sorted(plan(read_model(the_estate, the_hosts), Record(), NOW).specs) == ["n1", "s1"]
+
+
+def test_every_variable_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "inventory.md").read_text()
+    assert all(f"`{name}`" in page for name in HOST_VARIABLES)
+
+
+FORM = [
+    entry
+    for entry in MESSAGES
+    if "is not a key of" in entry[2] or "is missing. Why: Range" in entry[2] or "is not text" in entry[2]
+]
+
+
+@pytest.mark.parametrize("edit", [entry[1] for entry in FORM], ids=[entry[0] for entry in FORM])
+def test_the_json_schema_refuses_what_the_model_refuses_for_its_form(edit: Edit) -> None:
+    the_estate, the_hosts = estate(), hosts()
+    for variables in the_hosts.values():
+        jsonschema.validate({"isthmus_estate": the_estate, **variables}, SCHEMA)
+    edit(the_estate, the_hosts)
+    with pytest.raises(ModelError):
+        read_model(the_estate, the_hosts)
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    assert any(not validator.is_valid({"isthmus_estate": the_estate, **variables}) for variables in the_hosts.values())
