@@ -26,6 +26,7 @@ from isthmus_mesh.documents import Alive
 from isthmus_mesh.spec import NodeSpec
 
 from isthmus_agent import sdnotify
+from isthmus_agent.agent import memory
 from isthmus_agent.agent.cgroups import CgroupTracker
 from isthmus_agent.agent.checks import Checks
 from isthmus_agent.agent.files import write_atomically
@@ -404,6 +405,7 @@ class Agent:
         if first:
             gc.collect()
             gc.freeze()
+            memory.give_back()
             sdnotify.notify(f"READY=1\nSTATUS=datapath applied from {progress.source}")
             logger.info("ready", extra=fields(source=progress.source))
 
@@ -457,6 +459,7 @@ class Agent:
             written = dict(last.documents)
             self._has_last_good = True
             self.progress.last_good_written = time.time()
+            memory.give_back()
 
 
 def _write(path: Path, last: LastGood) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from isthmus_mesh.spec import NodeSpec, SpecError
 
-from isthmus_agent.agent import metrics, status
+from isthmus_agent.agent import memory, metrics, status
 from isthmus_agent.agent.http import LocalServer, Response
 from isthmus_agent.agent.kernel import HostKernel, Kernel
 from isthmus_agent.agent.log import configure, fields
@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     options = parser.parse_args(arguments)
     configure(options.log_level)
+    memory.few_arenas()
     try:
         spec = NodeSpec.from_json(options.config.read_bytes())
         kernel = HostKernel(options.pin_dir, options.cgroup_root)
