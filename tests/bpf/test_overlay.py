@@ -98,6 +98,17 @@ def test_an_address_of_the_senders_cluster_is_let_in_and_a_nodes_is_not(nodes: N
     _dropped(right, "bad_source")
 
 
+def test_a_node_of_the_same_cluster_cannot_send_as_us(nodes: Nodes) -> None:
+    left, right = nodes
+    # For the receiver the sender is now a neighbour in its own cluster, whose addresses it may send from.
+    right.apply(replace(right.datapath, peers={ip_address(left.underlay): right.cluster_id}))
+    _send(left.process(), right, right.identity, "10.102.0.9", right.mesh)
+    wait_for(lambda: right.bpf.counters().identities or any(right.drops().values()), "a verdict")
+    assert right.drops()["bad_source"] == 1, "nobody's address"
+    _send(left.process(), right, right.identity, right.workload, right.mesh)
+    wait_for(lambda: right.drops()["bad_source"] == 2, "our own address dropped")
+
+
 def test_an_unknown_peer_is_dropped(nodes: Nodes) -> None:
     left, right = nodes
 

@@ -210,14 +210,14 @@ def test_exactly_the_sockets_of_a_removed_backend_end(nodes: Nodes, family: str)
 
 def test_a_socket_that_dials_elsewhere_forgets_its_service(served: Nodes) -> None:
     left, right = served
-    right.process("web").do(f"serve_udp('other', '{right.workload}', 6000)")
     client = left.process()
+    # The very backend, dialled without the service: its own name must come back now.
     client.do(
         f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5); s.connect(('{VIP}', 53))\n"
-        f"s.connect(('{right.workload}', 6000)); s.send(b'x')"
+        f"s.connect(('{right.workload}', 5353)); s.send(b'x')"
     )
-    assert client.do("result = s.recvfrom(100)[1]") == [right.workload, 6000]
-    assert client.do("result = s.getpeername()") == [right.workload, 6000]
+    assert client.do("result = s.recvfrom(100)[1]") == [right.workload, 5353]
+    assert client.do("result = s.getpeername()") == [right.workload, 5353]
     assert left.bpf.sockets_of([backend(right, 5353, UDP)]) == set()
 
 
