@@ -158,8 +158,9 @@ class Fields:
         return [Fields(item, self.error, f"{self.path(name)}[{index}]") for index, item in enumerate(self.items(name))]
 
     def _parsed(self, name: str, parse: Callable[[str], _T], what: str) -> _T:
+        text = self.text(name, None)
         try:
-            return parse(self.text(name, None))
+            return parse(text)
         except ValueError as exc:
             raise self.error(f"{self.path(name)} is not {what}") from exc
 
@@ -170,8 +171,9 @@ class Fields:
         return self._parsed(name, ipaddress.IPv4Network, "an IPv4 network")
 
     def networks4(self, name: str) -> tuple[ipaddress.IPv4Network, ...]:
+        texts = self.texts(name)
         try:
-            return tuple(ipaddress.IPv4Network(item) for item in self.texts(name))
+            return tuple(ipaddress.IPv4Network(item) for item in texts)
         except ValueError as exc:
             raise self.error(f"{self.path(name)} is not a list of IPv4 networks") from exc
 

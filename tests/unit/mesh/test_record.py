@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from isthmus_mesh.planner import plan
+from isthmus_mesh.record import Record, RecordError, format_time, merge, parse_time
+from unit.mesh.estates import NOW, model, planned
+
+
+def documents() -> dict[str, Any]:
+    return copy.deepcopy(dict(planned(model()).record))
+
+
+def test_a_record_survives_its_documents() -> None:
+    record = merge([documents()])
+    assert record.to_documents() == documents()
+    assert merge([record.to_documents()]) == record
+    assert merge([]) == Record()
+
+
+def test_the_highest_revision_of_each_document_counts_wherever_it_comes_from() -> None:
+    newer, older = documents(), documents()
+    newer["clusters/cloud"].update(revision=5, ca_host="newer")
+    older["clusters/onprem"].update(revision=4, ca_host="newer-too")
+    for copies in ([newer, older], [older, newer]):
+        record = merge(copies)
+        assert record.clusters["cloud"]["ca_host"] == "newer"
+        assert record.clusters["onprem"]["ca_host"] == "newer-too"
+        assert record.warnings == ()
+
+
+def test_of_two_with_one_revision_the_clusters_own_counts_and_it_is_said() -> None:
+    own, other = documents(), documents()
+    own["clusters/cloud"]["ca_host"] = "own"
+    other["clusters/cloud"]["ca_host"] = "zzz"
+    copies = [{"cluster": "cloud", "documents": own}, {"cluster": "onprem", "documents": other}]
+    for order in (copies, copies[::-1]):
+        record = merge(order)
+        assert record.clusters["cloud"]["ca_host"] == "own"
+        (warning,) = record.warnings
+        assert warning.startswith("estate record clusters/cloud: two different documents have revision 1")
+        assert warning in planned_warnings(record)
+
+
+def planned_warnings(record: Record) -> tuple[str, ...]:
+    fixed = {name: {**doc, "ca_host": doc["etcd"]["initial"]} for name, doc in record.clusters.items()}
+    return plan(model(), Record(record.roster, fixed, record.warnings), NOW).warnings
+
+
+def test_a_missing_cluster_document_is_refused() -> None:
+    found = documents()
+    del found["clusters/cloud"]
+    with pytest.raises(RecordError) as caught:
+        merge([found])
+    assert str(caught.value) == (
+        "estate record: the roster names cloud, but no copy of clusters/cloud was found. Without it addresses would be "
+        "dealt twice. Next: make a member of that cluster, or a host with /etc/isthmus/estate.json, reachable and run "
+        "again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda d: d["roster"].update(schema=2),
+            "record 1 (roster): its schema 2 is newer than 1, the newest that this collection knows; a newer "
+            "isthmus.mesh has been used on this estate. Next: run that version or later",
+        ),
+        (lambda d: d["roster"].update(schema=0), "record 1 (roster).schema is not a known schema"),
+        (lambda d: d["roster"].pop("revision"), "record 1 (roster).revision is missing"),
+        (lambda d: d["roster"].update(clusters=[]), "record 1 (roster).clusters is not an object"),
+        (lambda d: d.update({"clusters/x": d["clusters/cloud"]}), "the document is not the one that its name says"),
+        (
+            lambda d: d.update(other={"schema": 1, "revision": 1}),
+            "record 1 (other): the document is not the one that its name says",
+        ),
+        (lambda d: d.update({"clusters/cloud": "x"}), "record 1 (clusters/cloud) is not an object"),
+        (
+            lambda d: d["clusters/cloud"]["hosts"]["c1"].update(range4="x"),
+            "record 1 (clusters/cloud).hosts.c1.range4 is not an IPv4 network",
+        ),
+        (
+            lambda d: d["clusters/cloud"]["hosts"]["c1"]["workloads"]["shop/web"].pop("address4"),
+            "record 1 (clusters/cloud).hosts.c1.workloads.shop/web.address4 is missing",
+        ),
+        (
+            lambda d: d["clusters/cloud"].update(released=[{"address": "10.0.0.0/28", "at": "yesterday"}]),
+            "record 1 (clusters/cloud).released[0].at is not a time like 2026-01-02T03:04:05Z",
+        ),
+    ],
+)
+def test_a_record_that_must_not_be_built_on(edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    found = documents()
+    edit(found)
+    with pytest.raises(RecordError) as caught:
+        merge([found])
+    assert message in str(caught.value)
+
+
+def test_times() -> None:
+    there = timezone(timedelta(hours=2))
+    when = datetime(2026, 1, 2, 5, 4, 5, tzinfo=there)
+    assert format_time(when) == "2026-01-02T03:04:05Z"
+    assert parse_time(format_time(when)) == when
