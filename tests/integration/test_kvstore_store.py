@@ -115,9 +115,10 @@ def test_compaction_under_a_cut_off_store_leads_to_a_new_list(server: EtcdServer
 def test_missing_keys_stay_until_the_canary_is_there(server: EtcdServer) -> None:
     async def run() -> None:
         async with server.client() as writer, running(server.client()) as store:
-            store.seed({"p/old": b"1", "p/same": b"1"}, 0, 0)
             await writer.put("p/same", "1")
-            await until(lambda: store.connected, "listed")
+            store.seed({"p/old": b"1", "p/same": b"1"}, 0, 0)
+            await store.refresh()
+            await until(lambda: store.connected, "watching")
             assert (texts(store), store.held, store.trusted) == ({"p/old": "1", "p/same": "1"}, {"p/old"}, False)
             await writer.put(CANARY, canary_value("2026-01-02T03:04:05Z", 1))
             await writer.put("p/new", "1")

@@ -128,6 +128,7 @@ STATUS = grpc.StatusCode
         (STATUS.FAILED_PRECONDITION, "etcdserver: authentication is not enabled", EtcdPrecondition),
         (STATUS.UNAVAILABLE, "etcdserver: no leader", EtcdUnavailable),
         (STATUS.DEADLINE_EXCEEDED, "", EtcdUnavailable),
+        (STATUS.INTERNAL, "Stream removed (Data frame with END_STREAM flag received)", EtcdUnavailable),
         (STATUS.INVALID_ARGUMENT, "etcdserver: too many operations in txn request", EtcdError),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a cluster publishes, as tables: nothing is withdrawn by silence, nothing is dealt twice, nobody claims another's."""
+"""What a cluster publishes: silence withdraws nothing, nothing is dealt twice, nobody claims what is another's."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from .errors import (
     EtcdPrecondition,
     EtcdUnavailable,
 )
+from .tasks import within
 
 MAX_RECEIVE = 64 * 1024 * 1024
 CALL_TIMEOUT = 5.0
@@ -296,7 +297,8 @@ def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
         return EtcdNotFound(endpoint, what, details)
     if "already exist" in details:
         return EtcdExists(endpoint, what, details)
-    if code in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED) or "for learner" in details:
+    cut = code is status.INTERNAL and ("Stream removed" in details or "RST_STREAM" in details)  # a server that ends
+    if cut or code in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED) or "for learner" in details:
         return EtcdUnavailable(endpoint, what, details or code.name)
     if code is status.FAILED_PRECONDITION:
         return EtcdPrecondition(endpoint, what, details)
@@ -643,7 +645,7 @@ class EtcdClient:
             )(metadata=_REQUIRE_LEADER)
             reader: asyncio.Future[Any] | None = None
             try:
-                await asyncio.wait_for(stream.write(request(create_request=create)), inactivity_timeout)
+                await within(stream.write(request(create_request=create)), inactivity_timeout)
                 events: list[Event] = []
                 cluster_id = 0
                 heard = self._clock()
@@ -658,7 +660,7 @@ class EtcdClient:
                         if silence >= inactivity_timeout:
                             raise EtcdUnavailable(endpoint, what, f"silent for {silence:.0f} s")
                         probe = request(progress_request=proto.message("WatchProgressRequest")())
-                        await asyncio.wait_for(stream.write(probe), inactivity_timeout)
+                        await within(stream.write(probe), inactivity_timeout)
                         continue
                     answer = reader.result()
                     reader = None

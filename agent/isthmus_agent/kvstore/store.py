@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from .client import INACTIVITY_TIMEOUT, PAGE, PROGRESS_INTERVAL, EtcdClient, KeyValue, RangeResult, WatchBatch
 from .errors import EtcdChanged, EtcdError
+from .tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ class PrefixStore:
     `held` change. `canary` is the key of the prefix's canary, read at the revision of each list. `clock` is
     monotonic, in seconds.
 
-    `items`: key -> KeyValue. `held`: keys kept although the last list lacks them or has an older value. `synced`: at
+    `items`: key -> KeyValue. `held`: keys kept although the last list lacks them or has an older value; `absent`:
+    those of them that it lacks. `synced`: at
     least one list was completed. `trusted`: the last list was believed, deletions included. `epoch`: counts how often
     another etcd was seen. `last_proof`: when etcd last answered. `error`: the last failure's text while not
     connected.
@@ -128,6 +130,7 @@ class PrefixStore:
         self.changed = changed or asyncio.Event()
         self.items: dict[str, KeyValue] = {}
         self.held: set[str] = set()
+        self.absent: set[str] = set()
         self.synced = False
         self.trusted = False
         self.connected = False
@@ -268,11 +271,11 @@ class PrefixStore:
                 del self.items[key]
             self._dirty |= missing
             self._noticed = self._floor = 0
-        else:
-            held |= missing
+            missing = set()
+        held |= missing
         if held and held != self.held:
             log.warning("holding %d keys of %s that the list lacks or has older", len(held), self.prefix)
-        self.held = held
+        self.held, self.absent = held, set(missing)
         self.trusted = believed
         self.synced = True
         self.changed.set()
@@ -285,9 +288,7 @@ class PrefixStore:
             if watch.done():
                 watch.result()
         finally:
-            watch.cancel()
-            again.cancel()
-            await asyncio.gather(watch, again, return_exceptions=True)
+            await end([watch, again])
 
     async def _watch(self) -> None:
         """Follow changes; returns when the list should be read again because it may be believed now."""
@@ -321,6 +322,7 @@ class PrefixStore:
         for event in batch.events:
             key = event.kv.key
             self.held.discard(key)
+            self.absent.discard(key)
             if event.deleted:
                 self.items.pop(key, None)
             else:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`isthmus-registrar --config /etc/isthmus/node.json`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from isthmus_mesh.spec import NodeSpec, SpecError
+
+from isthmus_agent.agent.log import configure
+
+from .service import ESTATE_FILE, Registrar
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; 0 then, 2 with one line on stderr when it cannot start."""
+    parser = argparse.ArgumentParser(prog="isthmus-registrar", description="publish this cluster and mirror its peers")
+    parser.add_argument("--config", type=Path, default=Path("/etc/isthmus/node.json"), help="the host's node spec")
+    parser.add_argument("--estate", type=Path, default=ESTATE_FILE, help="the host's copy of the estate record")
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    options = parser.parse_args(arguments)
+    configure(options.log_level)
+    try:
+        spec = NodeSpec.from_json(options.config.read_bytes())
+    except (OSError, SpecError) as error:
+        print(f"isthmus-registrar: {options.config}: {error}; next: run the site playbook", file=sys.stderr)
+        return 2
+    if spec.registrar is None:
+        print(f"isthmus-registrar: {options.config}: host {spec.host} carries no registrar", file=sys.stderr)
+        return 2
+    asyncio.run(_run(spec, options.estate))
+    return 0
+
+
+async def _run(spec: NodeSpec, estate_file: Path) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Registrar(spec, estate_file=estate_file).run(stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The mirror of one peer: its `cilium/state` into our `cilium/cache`, in the layout of Cilium's KVStoreMesh.
+
+Everything of a peer is foreign: each key is validated against what the estate gives that peer (name, id, ranges)
+before it enters, and written anew from what was understood, so that nothing rides along unread. A peer that cannot
+be reached keeps its last state; a value that is refused leaves the one before it in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from isthmus_mesh import keys
+from isthmus_mesh.documents import PeerStatus
+from isthmus_mesh.spec import PeerSpec
+from isthmus_mesh.wire import (
+    ClusterConfig,
+    ClusterService,
+    IPIdentityPair,
+    Node,
+    WireError,
+    labels_from_string,
+    labels_to_string,
+    validate_cluster_config,
+    validate_identity,
+    validate_ip,
+    validate_node,
+    validate_service,
+)
+
+from isthmus_agent.agent.log import fields
+from isthmus_agent.kvstore import EtcdClient, EtcdError, KeyValue, Listing, PrefixStore, canary_rule, canary_value
+from isthmus_agent.kvstore.tasks import end, wait_set
+
+from .leader import Writer
+from .publish import Change
+
+logger = logging.getLogger(__name__)
+
+CONFIG_INTERVAL = 30.0
+CONFIG_RETRY = 1.0
+STATUS_INTERVAL = 10.0
+CANARY_INTERVAL = 60.0
+DEBOUNCE = 0.05
+TICK = 1.0
+
+CONNECTED, CONNECTING, UNREACHABLE, REFUSED = "connected", "connecting", "unreachable", "refused"
+
+
+class Refused(WireError):
+    """A key of a peer that must not be taken over; the text is the reason, short enough to count by."""
+
+
+def cache_key(kind: str, peer: str, key: str) -> str:
+    """Where the state key of a peer is mirrored to. Refused for a key that is not of that kind and peer."""
+    if kind == "nodes":
+        node = keys.parse_node_key(key)
+        if node and node[0] == peer:
+            return keys.node_key(peer, node[1], cached=True)
+    elif kind == "services":
+        service = keys.parse_service_key(key)
+        if service and service[0] == peer:
+            return keys.service_key(peer, service[1], service[2], cached=True)
+    elif kind == "ip":
+        address = keys.parse_ip_key(key)
+        if address and address[0] is None:
+            return keys.ip_key(address[1], peer)
+    else:
+        identity = keys.parse_identity_key(key)
+        if identity and identity[0] is None:
+            return keys.identity_key(identity[1], peer)
+    raise Refused("key has not the form of its kind")
+
+
+def state_key(kind: str, peer: str, key: str) -> str:
+    """The reverse of `cache_key`, for keys below `cache_prefix(kind, peer)`."""
+    return keys.state_prefix(kind, peer) + key[len(keys.cache_prefix(kind, peer)) :]
+
+
+def translate(
+    kind: str, peer: PeerSpec, max_clusters: int, key: str, value: bytes, foreign: Mapping[str, str]
+) -> tuple[str, str]:
+    """A peer's key and value -> what is written here. WireError with a short reason when it is refused.
+
+    `foreign`: underlay addresses that the record gives to hosts, with their cluster: a peer may not claim another
+    cluster's machine as its own node or tunnel endpoint.
+    """
+    target = cache_key(kind, peer.name, key)
+    ranges = peer.workload_ranges4
+    if kind == "nodes":
+        node = Node.from_json(value)
+        parsed = keys.parse_node_key(key)
+        assert parsed is not None
+        validate_node(node, parsed[0], parsed[1], peer.id, ranges)
+        _own_addresses((entry.ip for entry in node.addresses), peer.name, foreign)
+        return target, node.to_json()
+    if kind == "ip":
+        pair = IPIdentityPair.from_json(value)
+        found = keys.parse_ip_key(key)
+        assert found is not None
+        validate_ip(pair, found[1], peer.id, max_clusters, ranges)
+        _own_addresses([pair.host_ip], peer.name, foreign)
+        return target, pair.to_json()
+    if kind == "services":
+        service = ClusterService.from_json(value)
+        named = keys.parse_service_key(key)
+        assert named is not None
+        validate_service(service, *named, peer.id, ranges)
+        return target, service.to_json()
+    number = keys.parse_identity_key(key)
+    assert number is not None
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        raise WireError("not UTF-8") from None
+    labels = labels_from_string(text)
+    validate_identity(number[1], labels, peer.name, peer.id, max_clusters)
+    return target, labels_to_string(labels)
+
+
+def _own_addresses(addresses: Iterable[str], peer: str, foreign: Mapping[str, str]) -> None:
+    for address in addresses:
+        if address and foreign.get(address, peer) != peer:
+            raise Refused("address is another cluster's machine")
+        if address.startswith("127.") or address == "::1":
+            raise Refused("address is a loopback address")
+
+
+class Mirror:
+    """Mirrors one peer as long as `run` runs, writing through a term's `Writer`.
+
+    `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config`: our copy of the
+    peer's cluster-config; `previous`: the status document that stands; `foreign`: see `translate`.
+    """
+
+    def __init__(
+        self,
+        peer: PeerSpec,
+        max_clusters: int,
+        client: EtcdClient,
+        writer: Writer,
+        *,
+        cache: Mapping[str, str],
+        actual: Mapping[str, str],
+        config: str | None,
+        previous: PeerStatus | None,
+        foreign: Callable[[], Mapping[str, str]],
+        wall: Callable[[], str],
+        clock: Callable[[], float] = time.monotonic,
+        max_delay: float = 30.0,
+    ) -> None:
+        self.peer = peer
+        self.client = client
+        self.writer = writer
+        self.wanted: dict[str, str] = dict(cache)
+        self.actual: dict[str, str] = dict(actual)
+        self.refused: dict[str, str] = {}
+        self.refused_last: tuple[str, str] | None = previous.refused_last if previous else None
+        self._previous = previous
+        self._max_clusters = max_clusters
+        self._foreign = foreign
+        self._wall = wall
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self._config: ClusterConfig | None = None
+        self._config_reason: str | None = None
+        self._last_proof = previous.last_proof if previous else None
+        self._proof_age: float | None = None
+        self._last_change = previous.last_change if previous else None
+        self._config_text = config
+        self._canaries: dict[str, float] = {}
+        self._status_text = ""
+        self._status_time = float("-inf")
+        self._foreign_seen: Mapping[str, str] = {}
+        self._believed = (previous.cluster_id, previous.revision) if previous else ("", 0)
+        seen = (int(self._believed[0] or "0", 16), self._believed[1])
+        self.stores: dict[str, PrefixStore] = {}
+        for kind in keys.KINDS:
+            store = PrefixStore(
+                client,
+                keys.state_prefix(kind, peer.name),
+                rule=self._rule,
+                canary=keys.canary_key(peer.name, kind),
+                changed=self._changed,
+                clock=clock,
+                max_delay=max_delay,
+            )
+            prefix = keys.cache_prefix(kind, peer.name)
+            store.seed(
+                {
+                    state_key(kind, peer.name, key): text.encode()
+                    for key, text in cache.items()
+                    if key.startswith(prefix)
+                },
+                *seen,
+            )
+            self.stores[kind] = store
+
+    def _rule(self, listing: Listing) -> bool:
+        if self._config is not None and not self._config.synced_canaries:
+            return not listing.changed  # a peer that writes no canaries at all
+        return canary_rule(listing)
+
+    async def run(self) -> None:
+        """Mirror until cancelled. NotLeader and EtcdError of our own etcd go to the caller."""
+        reader = asyncio.create_task(self._read())
+        try:
+            while True:
+                if await wait_set(self._changed, TICK):
+                    await asyncio.sleep(DEBOUNCE)
+                if reader.done():
+                    reader.result()
+                self._changed.clear()
+                await self._write()
+        finally:
+            await end([reader])
+
+    # --- reading the peer
+
+    async def _read(self) -> None:
+        """Check the peer's configuration, then follow its state; stop following while it is refused."""
+        following: list[asyncio.Task[None]] = []
+        try:
+            while True:
+                await self._check_config()
+                if self._config is not None and not following:
+                    following = [asyncio.create_task(store.run()) for store in self.stores.values()]
+                elif self._config is None and following:
+                    await end(following)
+                    following = []
+                for task in following:
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(CONFIG_RETRY if self._config is None else CONFIG_INTERVAL)
+        finally:
+            await end(following)
+
+    async def _check_config(self) -> None:
+        key = keys.cluster_config_key(self.peer.name)
+        try:
+            found = await self.client.get(key)
+        except EtcdError as error:
+            if self._config_reason is None and self._config is None:
+                logger.warning("cannot reach peer", extra=fields(peer=self.peer.name, error=str(error)))
+            self._config_reason = self._config_reason or str(error)
+            return
+        self._proved()
+        if found is None:
+            self._config_reason = "the peer has not published its cluster-config yet"
+            return
+        try:
+            config = ClusterConfig.from_json(found.value)
+            validate_cluster_config(config, self.peer.id, self._max_clusters)
+            if config.cached:
+                raise WireError("cluster config is a mirror's, not the cluster's own")
+        except WireError as error:
+            self._config = None
+            self._refuse(key, str(error))
+            self._config_reason = str(error)
+            self._changed.set()
+            return
+        self.refused.pop(key, None)
+        if self._config is None:
+            self._changed.set()
+        self._config, self._config_reason = config, None
+
+    def _proved(self) -> None:
+        self._last_proof = self._wall()
+        self._proof_age = self._clock()
+
+    # --- writing here
+
+    def _refuse(self, key: str, reason: str) -> None:
+        if self.refused.get(key) != reason:
+            logger.warning("refused a peer's key", extra=fields(peer=self.peer.name, key=key, reason=reason))
+            self.refused_last = (key, reason)
+        self.refused[key] = reason
+
+    def _take(self) -> None:
+        """Judge what changed, and everything again when the record's addresses changed."""
+        foreign = self._foreign()
+        again = foreign != self._foreign_seen
+        self._foreign_seen = foreign
+        for kind, store in self.stores.items():
+            changed = store.take()
+            for key in {*changed, *store.items} if again else changed:
+                self._judge(kind, key, store.items.get(key), foreign)
+
+    def _judge(self, kind: str, key: str, kv: KeyValue | None, foreign: Mapping[str, str]) -> None:
+        if kv is None:
+            self.refused.pop(key, None)
+            try:
+                self.wanted.pop(cache_key(kind, self.peer.name, key), None)
+            except Refused:
+                return  # a key of that form was never taken over
+            return
+        try:
+            target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign)
+        except WireError as error:
+            self._refuse(key, str(error))
+            return
+        self.refused.pop(key, None)
+        self.wanted[target] = text
+
+    async def _write(self) -> None:
+        self._take()
+        changes = [Change(key, text) for key, text in self.wanted.items() if self.actual.get(key) != text]
+        changes += [Change(key, None) for key in sorted(self.actual.keys() - self.wanted.keys())]
+
+        def place(change: Change) -> int:
+            """An identity comes before the address that uses it, and goes after it."""
+            number = ("identities", "nodes", "ip", "services").index(change.key.split("/")[2])
+            return -number if change.value is None else number
+
+        changes.sort(key=lambda change: (change.value is None, place(change)))
+        config = self._config
+        if config is not None:
+            cached = ClusterConfig(
+                id=config.id,
+                synced_canaries=True,
+                cached=True,
+                max_connected_clusters=config.max_connected_clusters,
+            ).to_json()
+            key = keys.cluster_config_key(self.peer.name)
+            if self._config_text != cached:
+                await self.writer.apply([Change(key, cached)])
+                self._config_text = cached
+        if changes:
+            await self.writer.apply(changes)
+            self.actual = dict(self.wanted)
+            self._last_change = self._wall()
+        await self._write_canaries()
+        await self._write_status()
+
+    async def _write_canaries(self) -> None:
+        """A kind is complete here once a list of the peer was believed and written. Written again now and then: a
+        reader that saw our etcd go back to an older state believes only a canary that is younger than that."""
+        now = self._clock()
+        complete = [
+            kind
+            for kind, store in self.stores.items()
+            if store.trusted and now - self._canaries.get(kind, float("-inf")) >= CANARY_INTERVAL
+        ]
+        if not complete:
+            return
+        value = canary_value(self._wall(), self.writer.header.cluster_id)
+        await self.writer.apply(
+            [Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in complete]
+        )
+        self._canaries.update(dict.fromkeys(complete, now))
+
+    def status(self) -> PeerStatus:
+        """How this mirror stands now."""
+        for store in self.stores.values():
+            if store.last_proof is not None and (self._proof_age is None or store.last_proof > self._proof_age):
+                self._last_proof = self._wall()
+                self._proof_age = store.last_proof
+        if self._config is None:
+            refused = keys.cluster_config_key(self.peer.name) in self.refused
+            state = REFUSED if refused else (UNREACHABLE if self._config_reason else CONNECTING)
+        elif all(store.connected for store in self.stores.values()):
+            state = CONNECTED
+        elif any(store.error for store in self.stores.values()):
+            state = UNREACHABLE
+        else:
+            state = CONNECTING
+        if all(store.trusted for store in self.stores.values()):
+            # While a list is not believed the old values stay, so that a restart of ours does not forget the doubt.
+            store = max(self.stores.values(), key=lambda store: store.revision)
+            self._believed = (f"{store.cluster_id:016x}", store.revision)
+        counts = Counter(key.split("/")[2] for key in self.wanted)
+        return PeerStatus(
+            state=state,
+            last_proof=self._last_proof,
+            last_change=self._last_change,
+            endpoint=self.client.endpoint,
+            cluster_id=self._believed[0],
+            revision=self._believed[1],
+            keys={kind: counts[kind] for kind in keys.KINDS},
+            refused=dict(Counter(self.refused.values())),
+            refused_last=self.refused_last,
+        )
+
+    async def _write_status(self) -> None:
+        status = self.status()
+        shape = repr((status.state, status.endpoint, status.keys, status.refused, status.refused_last))
+        now = self._clock()
+        if shape == self._status_text and now - self._status_time < STATUS_INTERVAL:
+            return
+        await self.writer.apply([Change(keys.peer_status_key(self.peer.name), status.to_json())])
+        self._status_text, self._status_time = shape, now

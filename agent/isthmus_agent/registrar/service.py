@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The registrar's loop: hold the inputs, campaign, and while leading publish this cluster and mirror its peers.
+
+All stores run in every registrar, leader or not, so that a new leader starts at once and so that any of them
+remembers what an etcd that was wiped or restored has forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from isthmus_mesh import keys
+from isthmus_mesh.documents import DocumentError, PeerStatus
+from isthmus_mesh.record import RecordError, merge
+from isthmus_mesh.spec import NodeSpec, PeerSpec
+
+from isthmus_agent.agent.log import fields
+from isthmus_agent.kvstore import EtcdClient, EtcdError, PrefixStore, canary_value, same_history
+from isthmus_agent.kvstore.tasks import end, wait_set
+from isthmus_agent.sdnotify import notify, watchdog_interval
+
+from .leader import Election, NotLeader, Term, Writer
+from .mirror import Mirror
+from .publish import Change, Inputs, Own, Problem, cluster_config, difference, owned_prefixes, publish
+
+logger = logging.getLogger(__name__)
+
+ESTATE_FILE = Path("/etc/isthmus/estate.json")
+HEARTBEAT_INTERVAL = 60.0
+AUDIT_INTERVAL = 60.0
+DEBOUNCE = 0.02
+TICK = 1.0
+OWN_TIMEOUT = 2.0
+OWN_MAX_DELAY = 3.0
+RETRY_DELAY = 0.5
+
+
+def utc_now() -> str:
+    """The present time as RFC 3339 in UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Registrar:
+    """One registrar process. `run` returns after `stop` is set, with the leadership given back.
+
+    `estate_file`: this host's copy of the estate record; a record in etcd that is older than it is not published.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        *,
+        holder: str | None = None,
+        estate_file: Path = ESTATE_FILE,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], str] = utc_now,
+    ) -> None:
+        if spec.registrar is None:
+            raise ValueError(f"host {spec.host} has no registrar in its spec: the service must not run here")
+        self.spec = spec
+        self.registrar = spec.registrar
+        self.own = Own(spec.cluster.name, spec.cluster.id, spec.cluster.max_clusters, spec.cluster.service_range4)
+        endpoints = list(spec.etcd.endpoints)
+        if spec.member is not None and spec.member.client_url in endpoints:
+            # The member on this machine first: while this process runs, that one is likely to.
+            endpoints.sort(key=lambda endpoint: endpoint != spec.member.client_url)  # type: ignore[union-attr]
+        self.client = EtcdClient(
+            endpoints, spec.etcd.ca, self.registrar.cert, self.registrar.key, timeout=OWN_TIMEOUT, clock=clock
+        )
+        self.changed = asyncio.Event()
+        self.election = Election(self.client, spec.host, holder or f"{spec.host}/{os.getpid()}", clock=clock)
+        self.leading = False
+        self.estate = self._store(keys.ESTATE_PREFIX)
+        self.services = self._store(keys.SERVICE_DEFINITIONS_PREFIX)
+        self.nodes = self._store(keys.NODE_REPORTS_PREFIX)
+        self.workloads = self._store(keys.WORKLOADS_PREFIX)
+        self.allocations = self._store(keys.ALLOC_PREFIX)
+        self.state = self._store(keys.STATE_PREFIX)
+        self._estate_file = estate_file
+        self._clock = clock
+        self._wall = wall
+        self._problems: frozenset[Problem] = frozenset()
+        self._told = ""
+        self._mirrored: dict[str, tuple[int, int, dict[str, str]]] = {}
+
+    def _store(self, prefix: str) -> PrefixStore:
+        return PrefixStore(
+            self.client,
+            prefix,
+            rule=same_history,
+            changed=self.changed,
+            max_delay=OWN_MAX_DELAY,
+            progress_interval=2.0,
+            inactivity_timeout=6.0,
+        )
+
+    @property
+    def stores(self) -> tuple[PrefixStore, ...]:
+        return (self.estate, self.services, self.nodes, self.workloads, self.allocations, self.state)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop`: hold the stores, campaign, lead."""
+        watching = [asyncio.create_task(store.run(), name=f"store {store.prefix}") for store in self.stores]
+        leading = asyncio.create_task(self._campaign_for_ever(), name="leadership")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        beating = asyncio.create_task(self._watchdog(), name="watchdog")
+        tasks = [*watching, leading, stopping, beating]
+        notify("READY=1")
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task is not stopping:
+                    task.result()  # an eternal task that ended: its error ends the process, systemd starts it anew
+                    raise RuntimeError(f"{task.get_name()} ended")
+        finally:
+            notify("STOPPING=1")
+            await end(tasks)
+            await self.client.close()
+
+    async def _watchdog(self) -> None:
+        """Tells systemd that the event loop turns; a store or a term that ends with an error ends the process."""
+        interval = watchdog_interval()
+        while True:
+            await asyncio.sleep(interval or 3600.0)
+            notify("WATCHDOG=1")
+
+    # --- leadership
+
+    async def _campaign_for_ever(self) -> None:
+        while True:
+            term = await self.election.campaign(self._wall)
+            try:
+                self.leading = True
+                notify("STATUS=leading")
+                await self._serve(term)
+            except NotLeader as reason:
+                logger.warning("no longer leading", extra=fields(reason=str(reason)))
+            finally:
+                self.leading = False
+                notify("STATUS=waiting")
+                await asyncio.shield(self.election.resign(term))
+
+    async def _serve(self, term: Term) -> None:
+        """Publish and mirror until the term ends; an error of one part is logged and that part starts again."""
+        writer = Writer(self.client, term)
+        parts: list[tuple[str, Callable[[], Awaitable[None]]]] = [("publish", lambda: self._publish(writer))]
+        for peer in self.registrar.peers:
+            parts.append((f"mirror {peer.name}", lambda peer=peer: self._mirror(writer, peer)))  # type: ignore[misc]
+        tasks = [asyncio.create_task(self._again(name, part), name=name) for name, part in parts]
+        tasks.append(asyncio.create_task(self.election.keep(term), name="lease"))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await end(tasks)
+
+    async def _again(self, name: str, part: Callable[[], Awaitable[None]]) -> None:
+        told = ""
+        while True:
+            try:
+                await part()
+            except EtcdError as error:
+                if told != str(error):
+                    told = str(error)
+                    logger.warning("trying again", extra=fields(part=name, error=told))
+            await asyncio.sleep(RETRY_DELAY)
+
+    # --- publishing
+
+    async def _publish(self, writer: Writer) -> None:
+        actual: dict[str, str] | None = None
+        previous: dict[str, str] = {}
+        audited = heartbeat = canaries = float("-inf")
+        complete_before = False
+        refreshed = False
+        epoch = 0
+        while True:
+            if await wait_set(self.changed, TICK):
+                await asyncio.sleep(DEBOUNCE)
+            self.changed.clear()
+            for store in self.stores:
+                store.take()
+            if refreshed and self._epoch() != epoch:
+                raise NotLeader("another etcd answers: all is to be read again")
+            now = self._clock()
+            ready = all(store.synced and store.connected for store in self.stores)
+            record, waiting = self._record()
+            if not ready:
+                waiting = "waiting for own etcd: " + "; ".join(store.error or store.prefix for store in self._absent())
+            self._say(waiting)
+            if record is None or not ready:
+                continue
+            if not refreshed:
+                # The leader before may have acted on inputs that have not reached these stores yet.
+                await asyncio.gather(*(store.refresh() for store in self.stores))
+                refreshed, epoch = True, self._epoch()
+                continue
+            if actual is None or now - audited >= AUDIT_INTERVAL:
+                actual, audited = await self._read_actual(), now
+                previous = {**actual, **self._remembered(), **previous}
+            found = publish(self.own, self._inputs(record, previous))
+            self._tell(found.problems)
+            changes = difference(found.keys, actual, owned_prefixes(self.own.name))
+            if waiting:  # the record in etcd is known to be old: add and change, but withdraw nothing
+                changes = [change for change in changes if change.value is not None]
+            config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
+            if actual.get(config_key) != config:
+                changes.insert(0, Change(config_key, config))
+            if now - heartbeat >= HEARTBEAT_INTERVAL:
+                changes.append(Change(keys.HEARTBEAT, self._wall()))
+                heartbeat = now
+            await writer.apply(changes)
+            for change in changes:
+                if change.value is None:
+                    actual.pop(change.key, None)
+                else:
+                    actual[change.key] = change.value
+            previous = dict(found.keys)
+            if waiting:
+                complete_before = False
+                continue
+            if not complete_before or now - canaries >= HEARTBEAT_INTERVAL:
+                value = canary_value(self._wall(), writer.header.cluster_id)
+                await writer.apply([Change(keys.canary_key(self.own.name, kind), value) for kind in keys.KINDS])
+                canaries, complete_before = now, True
+
+    def _epoch(self) -> int:
+        return sum(store.epoch for store in self.stores)
+
+    def _absent(self) -> list[PrefixStore]:
+        return [store for store in self.stores if not (store.synced and store.connected)]
+
+    def _inputs(self, record: Mapping[str, Any], previous: Mapping[str, str]) -> Inputs:
+        return Inputs(
+            record=record,
+            nodes=_values(self.nodes),
+            workloads=_values(self.workloads),
+            services=_values(self.services),
+            previous=previous,
+            now=self._wall(),
+        )
+
+    async def _read_actual(self) -> dict[str, str]:
+        """What etcd holds of our own output, read anew."""
+        found: dict[str, str] = {}
+        for prefix in owned_prefixes(self.own.name):
+            for kv in (await self.client.range(prefix)).kvs:
+                found[kv.key] = kv.value.decode("utf-8", "surrogateescape")
+        config = await self.client.get(keys.cluster_config_key(self.own.name))
+        if config is not None:
+            found[config.key] = config.value.decode("utf-8", "surrogateescape")
+        return found
+
+    def _remembered(self) -> dict[str, str]:
+        """Own output that etcd has lost or has older than it was: an etcd that was wiped or restored."""
+        prefixes = owned_prefixes(self.own.name)
+        return {
+            key: store.items[key].value.decode("utf-8", "surrogateescape")
+            for store in (self.allocations, self.state)
+            for key in store.held
+            if key.startswith(prefixes)
+        }
+
+    def _record(self) -> tuple[Mapping[str, Any] | None, str]:
+        """This cluster's document of the estate record, and what publishing (without a document) or withdrawing and
+        canaries (with one) wait for; empty: nothing. Of etcd's document and the host's copy the newer one counts."""
+        own = keys.estate_cluster_key(self.own.name)
+        if keys.ROSTER not in self.estate.items or keys.ROSTER in self.estate.absent:
+            return None, f"waiting for {keys.ROSTER}: run the site playbook"
+        if own not in self.estate.items:
+            return None, f"waiting for {own}: run the site playbook"
+        name = own[len(keys.ESTATE_PREFIX) :]
+        try:
+            document = json.loads(self.estate.items[own].value)
+            record = merge([{name: document}]).clusters[self.own.name]
+        except (ValueError, RecordError) as error:
+            return None, f"{own} cannot be used: {error}"
+        newer = self._copy_of_host(name)
+        if newer is not None and newer["revision"] > record["revision"]:
+            return newer, (
+                f"{own} has revision {record['revision']}, this host's copy {self._estate_file} has "
+                f"{newer['revision']}: etcd holds an older estate than was applied; withdrawing nothing until the site "
+                "playbook has run"
+            )
+        return record, ""
+
+    def _copy_of_host(self, name: str) -> Mapping[str, Any] | None:
+        try:
+            text = self._estate_file.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return merge([{name: json.loads(text)[name]}]).clusters[self.own.name]
+        except (ValueError, KeyError, TypeError, RecordError) as error:
+            self._say(f"{self._estate_file} cannot be used: {error!r}")
+            return None
+
+    def _say(self, text: str) -> None:
+        if text and text != self._told:
+            logger.warning("holding back", extra=fields(reason=text))
+        self._told = text
+
+    def _tell(self, problems: tuple[Problem, ...]) -> None:
+        present = frozenset(problems)
+        for problem in sorted(present - self._problems):
+            logger.warning("input not used", extra=fields(key=problem.key, reason=problem.reason))
+        for problem in sorted(self._problems - present):
+            logger.info("input is good again", extra=fields(key=problem.key))
+        self._problems = present
+
+    # --- mirroring
+
+    async def _mirror(self, writer: Writer, peer: PeerSpec) -> None:
+        await self.estate.refresh()
+        while self._record()[0] is None:  # who else is in the estate, and that there is one, is not known yet
+            await asyncio.sleep(RETRY_DELAY)
+        actual: dict[str, str] = {}
+        for kind in keys.KINDS:
+            for kv in (await self.client.range(keys.cache_prefix(kind, peer.name))).kvs:
+                actual[kv.key] = kv.value.decode("utf-8", "surrogateescape")
+        config = await self.client.get(keys.cluster_config_key(peer.name))
+        header = self.client.last_header
+        assert header is not None
+        cache = dict(actual)
+        remembered = self._mirrored.get(peer.name)
+        if remembered and (remembered[0] != header.cluster_id or remembered[1] > header.revision):
+            cache = {**actual, **remembered[2]}  # our own etcd lost what it held of this peer
+        client = EtcdClient(peer.etcd.endpoints, peer.etcd.ca, peer.etcd.cert, peer.etcd.key, clock=self._clock)
+        mirror = Mirror(
+            peer,
+            self.own.max_clusters,
+            client,
+            writer,
+            cache=cache,
+            actual=actual,
+            config=None if config is None else config.value.decode("utf-8", "replace"),
+            previous=await self._peer_status(peer.name),
+            foreign=self._underlays,
+            wall=self._wall,
+            clock=self._clock,
+        )
+        try:
+            await mirror.run()
+        finally:
+            self._mirrored[peer.name] = (writer.header.cluster_id, writer.header.revision, dict(mirror.wanted))
+            await client.close()
+
+    async def _peer_status(self, peer: str) -> PeerStatus | None:
+        found = await self.client.get(keys.peer_status_key(peer))
+        if found is None:
+            return None
+        try:
+            return PeerStatus.from_json(found.value)
+        except DocumentError as error:
+            logger.warning("own status of a peer is written anew", extra=fields(key=found.key, reason=str(error)))
+            return None
+
+    def _underlays(self) -> Mapping[str, str]:
+        """Underlay addresses that the record gives to hosts -> their cluster."""
+        found: dict[str, str] = {}
+        for key, kv in self.estate.items.items():
+            cluster = keys.parse_estate_cluster_key(key)
+            if cluster is None:
+                continue
+            try:
+                hosts = json.loads(kv.value).get("hosts", {})
+                for host in hosts.values():
+                    found[host["underlay4"]] = found[host["advertise4"]] = cluster
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self._say(f"{key} cannot be read: {error!r}")
+        return found
+
+
+def _values(store: PrefixStore) -> dict[str, bytes]:
+    return {key: kv.value for key, kv in store.items.items()}

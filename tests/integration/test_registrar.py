@@ -1,0 +1,599 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Registrars on real etcd servers with TLS and RBAC: publish, mirror, fail over, survive lost and old etcds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.etcd_fixture import EtcdServer, require_etcd
+from isthmus_agent.kvstore import Permission, canary_cluster_id
+from isthmus_agent.registrar.service import Registrar
+from isthmus_mesh import keys
+from isthmus_mesh.documents import NodeReport, PeerStatus, ServiceDefinition, ServicePort, WorkloadReport
+from isthmus_mesh.spec import NodeSpec
+
+ROOT = Path(__file__).parents[2]
+IDS = {"onprem": 1, "cloud": 2}
+
+
+class Cluster:
+    """An etcd with the users that the product makes, and the documents that Ansible and the agents write."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name, self.number = name, IDS[name]
+        self.server = EtcdServer(directory / name, name=f"{name}-1")
+        self.directory = directory
+        self.estate_file = directory / f"{name}-estate.json"
+
+    def __enter__(self) -> Cluster:
+        self.server.__enter__()
+        self.prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.__exit__(None, None, None)
+
+    def prepare(self) -> None:
+        """Users and roles as docs/architecture.md gives them."""
+        self.server.add_user(
+            "isthmus-registrar",
+            Permission("readwrite", "cilium/", prefix=True),
+            Permission("read", "isthmus/v1/", prefix=True),
+            Permission("readwrite", "isthmus/v1/alloc/", prefix=True),
+            Permission("readwrite", "isthmus/v1/leader", prefix=False),
+        )
+        for peer in IDS:
+            if peer != self.name:
+                self.server.add_user(
+                    f"remote-{peer}",
+                    Permission("read", "cilium/.heartbeat", prefix=True),
+                    Permission("read", "cilium/state/", prefix=True),
+                    Permission("read", f"cilium/cluster-config/{self.name}", prefix=False),
+                    Permission("read", f"cilium/synced/{self.name}/", prefix=True),
+                )
+        self.server.enable_auth()
+
+    def host(self, number: int) -> dict[str, Any]:
+        n = self.number
+        return {
+            "range4": f"10.10{n}.{number}.0/28",
+            "mesh4": f"10.10{n}.{number}.1",
+            "underlay4": f"198.18.{n}.{10 + number}",
+            "advertise4": f"198.18.{n}.{10 + number}",
+            "site": self.name,
+            "labels": {},
+            "state": "present",
+            "workloads": {
+                "shop/web": {
+                    "address4": f"10.10{n}.{number}.2",
+                    "service_account": "default",
+                    "labels": {"app": "web"},
+                    "cgroup": {"unit": "web.service"},
+                }
+            },
+        }
+
+    def record(self, hosts: int, revision: int = 1) -> dict[str, str]:
+        document = {
+            "schema": 1,
+            "revision": revision,
+            "name": self.name,
+            "id": self.number,
+            "state": "present",
+            "site": self.name,
+            "workload_ranges": [f"10.10{self.number}.0.0/16"],
+            "service_range": f"10.11{self.number}.0.0/16",
+            "ca_host": "h1",
+            "etcd": {"initial": "h1", "token": "t", "members": ["h1"], "client_port": 2379, "peer_port": 2380},
+            "hosts": {f"h{number}": self.host(number) for number in range(1, hosts + 1)},
+            "released": [],
+        }
+        roster = {
+            "schema": 1,
+            "revision": revision,
+            "estate": "lab",
+            "clusters": {self.name: {"id": self.number, "state": "present"}},
+            "services": {},
+        }
+        return {keys.estate_cluster_key(self.name): json.dumps(document), keys.ROSTER: json.dumps(roster)}
+
+    def node(self, number: int) -> dict[str, str]:
+        host = self.host(number)
+        report = NodeReport(
+            f"h{number}",
+            self.name,
+            (("InternalIP", host["advertise4"]), ("CiliumInternalIP", host["mesh4"])),
+            host["range4"],
+            None,
+            host["mesh4"],
+            mtu=1500,
+        )
+        return {keys.node_report_key(f"h{number}"): report.to_json()}
+
+    def web(self, number: int, ready: bool = True) -> dict[str, str]:
+        host = self.host(number)
+        address = host["workloads"]["shop/web"]["address4"]
+        report = WorkloadReport(
+            "web",
+            "shop",
+            f"h{number}",
+            labels={"app": "web"},
+            addresses=(address,),
+            host_ip=host["advertise4"],
+            services={"shop/web": ready},
+        )
+        return {keys.workload_key(f"h{number}", "shop", "web"): report.to_json()}
+
+    def service(self) -> dict[str, str]:
+        ports = (ServicePort("http", 80, 8080),)
+        service = ServiceDefinition("web", "shop", ports, {"app": "web"}, is_global=True)
+        return {keys.service_definition_key("shop", "web"): service.to_json()}
+
+    def put(self, *documents: dict[str, str]) -> None:
+        with self.server.sync_client() as client:
+            for document in documents:
+                for key, value in document.items():
+                    client.put(key, value)
+
+    def put_all(self, hosts: int = 2) -> None:
+        reports = [document for n in range(1, hosts + 1) for document in (self.node(n), self.web(n))]
+        self.put(self.service(), *reports, self.record(hosts))
+
+    def spec(self, host: str, *peers: Cluster) -> NodeSpec:
+        return NodeSpec.from_dict(self.spec_document(host, *peers))
+
+    def spec_document(self, host: str, *peers: Cluster) -> dict[str, Any]:
+        n = self.number
+        crt, key = self.server.ca.issue("isthmus-registrar")
+        ca = str(self.server.ca.crt)
+        listed = []
+        for peer in peers:
+            peer_crt, peer_key = peer.server.ca.issue(f"remote-{self.name}")
+            listed.append(
+                {
+                    "name": peer.name,
+                    "id": peer.number,
+                    "workload_ranges4": [f"10.10{peer.number}.0.0/16"],
+                    "service_range4": f"10.11{peer.number}.0.0/16",
+                    "endpoints": [peer.server.endpoint],
+                    "ca": str(peer.server.ca.crt),
+                    "cert": str(peer_crt),
+                    "key": str(peer_key),
+                }
+            )
+        return {
+            "schema": 1,
+            "estate": "lab",
+            "host": host,
+            "hash": "",
+            "cluster": {
+                "name": self.name,
+                "id": n,
+                "max_clusters": 255,
+                "site": self.name,
+                "workload_ranges4": [f"10.10{n}.0.0/16"],
+                "service_range4": f"10.11{n}.0.0/16",
+            },
+            "node": {
+                "name": host,
+                "underlay4": f"198.18.{n}.11",
+                "advertise4": f"198.18.{n}.11",
+                "range4": f"10.10{n}.1.0/28",
+                "mesh4": f"10.10{n}.1.1",
+            },
+            "workloads": [],
+            "overlay": {"port": 8472, "mtu": None},
+            "dns": {"domain": "clusterset.local"},
+            "service_ranges4": [],
+            "etcd": {"endpoints": [self.server.endpoint], "ca": ca, "cert": str(crt), "key": str(key)},
+            "member": None,
+            "registrar": {"cert": str(crt), "key": str(key), "peers": listed},
+            "pki": {"ca": {"cluster": self.name, "host": "h1", "here": False}, "certificates": [], "trust": []},
+        }
+
+    def registrar(self, *peers: Cluster, host: str = "h1") -> Registrar:
+        return Registrar(self.spec(host, *peers), estate_file=self.estate_file)
+
+
+@pytest.fixture
+def onprem(tmp_path: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path, "onprem") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path, "cloud") as cluster:
+        yield cluster
+
+
+@contextlib.asynccontextmanager
+async def running(*registrars: Registrar) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    tasks = [asyncio.create_task(registrar.run(stop)) for registrar in registrars]
+    try:
+        yield
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        stop.set()
+        await asyncio.wait(tasks, timeout=15)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(condition: Callable[[], Any], what: str, deadline: float = 20.0) -> Any:
+    """Poll in a thread (etcdctl blocks) until true; an error of etcdctl counts as not yet."""
+    end = time.monotonic() + deadline
+    last: Any = None
+    while True:
+        try:
+            found = await asyncio.to_thread(condition)
+        except RuntimeError as error:
+            found, last = None, error
+        if found:
+            return found
+        assert time.monotonic() < end, f"not within {deadline} s: {what} ({last})"
+        await asyncio.sleep(0.1)
+
+
+def kinds(dump: dict[str, str]) -> dict[str, set[str]]:
+    return {kind: {key for key in dump if f"/{kind}/v1/" in key} for kind in keys.KINDS}
+
+
+def published(cluster: Cluster, hosts: int) -> bool:
+    dump = cluster.server.dump("cilium/state/")
+    web = dump.get(keys.service_key(cluster.name, "shop", "web"), '{"backends":{}}')
+    return len(json.loads(web)["backends"]) == hosts and len(kinds(dump)["nodes"]) == hosts
+
+
+def mirrored(cluster: Cluster, peer: Cluster, hosts: int) -> bool:
+    dump = cluster.server.dump("cilium/")
+    web = dump.get(keys.service_key(peer.name, "shop", "web", cached=True), '{"backends":{}}')
+    canaries = all(keys.canary_key(peer.name, kind, cached=True) in dump for kind in keys.KINDS)
+    return canaries and len(json.loads(web)["backends"]) == hosts
+
+
+def status(cluster: Cluster, peer: str) -> PeerStatus:
+    return PeerStatus.from_json(cluster.server.dump(keys.peer_status_key(peer))[keys.peer_status_key(peer)])
+
+
+def revision(cluster: Cluster) -> int:
+    shown = json.loads(cluster.server.etcdctl("endpoint", "status", "-w", "json"))
+    return int(shown[0]["Status"]["header"]["revision"])
+
+
+def test_publishes_and_mirrors_key_by_key(onprem: Cluster, cloud: Cluster) -> None:
+    async def run() -> None:
+        onprem.put_all()
+        cloud.put_all(1)
+        async with running(onprem.registrar(cloud), cloud.registrar(onprem)):
+            await until(lambda: mirrored(onprem, cloud, 1) and mirrored(cloud, onprem, 2), "both mirrored")
+            own, peers = onprem.server.dump("cilium/"), cloud.server.dump("cilium/")
+            config = '{"id":1,"capabilities":{"syncedCanaries":true,"maxConnectedClusters":255}}'
+            assert own[keys.cluster_config_key("onprem")] == config
+            cached = '{"id":1,"capabilities":{"syncedCanaries":true,"cached":true,"maxConnectedClusters":255}}'
+            assert peers[keys.cluster_config_key("onprem")] == cached
+            assert keys.HEARTBEAT in own
+            for kind in keys.KINDS:
+                mine, theirs = keys.state_prefix(kind, "onprem"), keys.cache_prefix(kind, "onprem")
+                state = {key[len(mine) :]: value for key, value in own.items() if key.startswith(mine)}
+                cache = {key[len(theirs) :]: value for key, value in peers.items() if key.startswith(theirs)}
+                assert state == cache
+                assert state
+                for key, dump in (
+                    (keys.canary_key("onprem", kind), own),
+                    (keys.canary_key("onprem", kind, cached=True), peers),
+                ):
+                    cluster_id = canary_cluster_id(dump[key].encode())
+                    server = onprem.server if dump is own else cloud.server
+                    shown = json.loads(server.etcdctl("endpoint", "status", "-w", "json"))
+                    assert cluster_id == shown[0]["Status"]["header"]["cluster_id"]
+            found = await until(
+                lambda: (s := status(cloud, "onprem")).state == "connected" and s.keys["ip"] == 2 and s, "status"
+            )
+            assert found.refused == {}
+            assert found.endpoint == onprem.server.endpoint
+            # nothing has a lease but the leader
+            with onprem.server.sync_client() as client:
+                leased = [kv.key for kv in client.range("").kvs if kv.lease]
+            assert leased == [keys.LEADER]
+            # a change goes all the way, a withdrawal too
+            onprem.put(onprem.web(1, ready=False))
+            await until(lambda: mirrored(cloud, onprem, 1), "not ready one withdrawn")
+
+    asyncio.run(run())
+
+
+def test_nothing_before_the_roster_and_only_differences_after_a_restart(onprem: Cluster) -> None:
+    async def run() -> None:
+        onprem.put(onprem.service(), onprem.node(1), onprem.web(1))
+        async with running(onprem.registrar()):
+            await until(lambda: onprem.server.dump(keys.LEADER), "leads")
+            await asyncio.sleep(1.5)  # more than a turn of its loop: it must not publish
+            assert onprem.server.dump("cilium/") == {}
+            assert onprem.server.dump(keys.ALLOC_PREFIX) == {}
+            onprem.put(onprem.record(1))
+            await until(lambda: len(onprem.server.dump("cilium/synced/")) == 4, "canaries")
+            before = onprem.server.dump("cilium/state/")
+            allocated = onprem.server.dump(keys.ALLOC_PREFIX)
+            assert kinds(before)["services"]
+        assert onprem.server.dump(keys.LEADER) == {}, "the leadership is given back at once"
+        with onprem.server.sync_client() as client:
+            revisions = {kv.key: kv.mod_revision for kv in client.range("cilium/state/").kvs}
+        async with running(onprem.registrar(host="h2")):
+            canary = keys.canary_key("onprem", "nodes")
+            start = time.time()
+            await until(lambda: "h2" in "".join(onprem.server.dump(keys.LEADER).values()), "other leads")
+            with onprem.server.sync_client() as client:
+                highest = max(revisions.values())
+                await until(lambda: client.get(canary).mod_revision > highest, "canary anew")  # type: ignore[union-attr]
+                assert {kv.key: kv.mod_revision for kv in client.range("cilium/state/").kvs} == revisions
+        assert onprem.server.dump("cilium/state/") == before
+        assert onprem.server.dump(keys.ALLOC_PREFIX) == allocated
+        assert time.time() - start < 20
+
+    asyncio.run(run())
+
+
+def test_record_that_is_older_than_the_hosts_copy_withdraws_nothing(onprem: Cluster) -> None:
+    async def run() -> None:
+        onprem.put_all(2)
+        async with running(onprem.registrar()):
+            await until(lambda: published(onprem, 2) and len(onprem.server.dump("cilium/synced/")) == 4, "published")
+        onprem.server.etcdctl("del", "--prefix", "cilium/synced/")
+        document = json.loads(onprem.record(2, 5)[keys.estate_cluster_key("onprem")])
+        onprem.estate_file.write_text(json.dumps({"clusters/onprem": document}))
+        onprem.put(onprem.record(1, 4))
+        async with running(onprem.registrar()):
+            before = onprem.server.dump(keys.HEARTBEAT)
+            onprem.server.etcdctl("del", keys.HEARTBEAT)
+            await until(lambda: onprem.server.dump(keys.HEARTBEAT), "it is at work")
+            assert before
+            assert published(onprem, 2)
+            assert onprem.server.dump("cilium/synced/") == {}
+            onprem.put(onprem.record(1, 6))
+            await until(lambda: len(onprem.server.dump("cilium/synced/")) == 4, "published again")
+            assert published(onprem, 1)
+
+    asyncio.run(run())
+
+
+def test_hostile_peer_is_refused_counted_and_named(onprem: Cluster, cloud: Cluster) -> None:
+    async def run() -> None:
+        onprem.put_all(1)
+        cloud.put_all(1)
+        async with running(onprem.registrar(cloud), cloud.registrar()):
+            await until(lambda: mirrored(onprem, cloud, 1), "mirrored")
+        good = onprem.server.dump("cilium/cache/")
+        ip = keys.ip_key("10.102.1.2")
+        pair = json.loads(cloud.server.dump(ip)[ip])
+        node_key = keys.node_key("cloud", "h1")
+        node = json.loads(cloud.server.dump(node_key)[node_key])
+        stolen = json.dumps({**pair, "IP": "10.101.1.2"})
+        labels = "k8s:io.cilium.k8s.policy.cluster=onprem;"
+        hostile = {
+            keys.ip_key("10.101.1.2"): stolen,
+            ip: json.dumps({**pair, "ID": 65540}),
+            keys.ip_key("10.102.1.9"): json.dumps({**pair, "IP": "10.102.1.9", "HostIP": "198.18.1.11"}),
+            keys.identity_key(65540): labels,
+            keys.identity_key(131099): labels,
+            keys.node_key("onprem", "h1"): json.dumps(node),
+            keys.node_key("cloud", "evil"): json.dumps(
+                {**node, "Name": "evil", "IPAddresses": [{"Type": "InternalIP", "IP": "198.18.1.11"}]}
+            ),
+            keys.node_key("cloud", "wide"): json.dumps(
+                {**node, "Name": "wide", "IPv4AllocCIDR": {"IP": "10.0.0.0", "Mask": "/wAAAA=="}}
+            ),
+            keys.service_key("cloud", "shop", "web"): "{",
+            keys.service_key("cloud", "shop", "db"): json.dumps(
+                {"cluster": "cloud", "namespace": "shop", "name": "db", "clusterID": 1}
+            ),
+        }
+        cloud.put(hostile)
+        async with running(onprem.registrar(cloud)):
+            found = await until(
+                lambda: (s := status(onprem, "cloud")).state == "connected" and sum(s.refused.values()) == 9 and s,
+                "all refused",
+            )
+            assert onprem.server.dump("cilium/cache/") == good
+            assert found.refused_last is not None
+            assert found.refused == {
+                "address is not in the cluster's ranges": 1,
+                "identity is not the cluster's": 2,
+                "address is another cluster's machine": 2,
+                "labels do not name the cluster": 1,
+                "range is not the cluster's": 1,
+                "not JSON": 1,
+                "cluster id is not the cluster's": 1,
+            }
+            cloud.put({keys.cluster_config_key("cloud"): '{"id":1,"capabilities":{"syncedCanaries":true}}'})
+        async with running(onprem.registrar(cloud)):
+            await until(lambda: status(onprem, "cloud").state == "refused", "another id is refused as a whole")
+            assert onprem.server.dump("cilium/cache/") == good
+
+    asyncio.run(run())
+
+
+def test_peer_out_of_reach_keeps_its_state_and_its_age_grows(onprem: Cluster, cloud: Cluster) -> None:
+    async def run() -> None:
+        onprem.put_all(1)
+        cloud.put_all(2)
+        async with running(cloud.registrar()):
+            await until(lambda: published(cloud, 2) and len(cloud.server.dump("cilium/synced/")) == 4, "published")
+        async with running(onprem.registrar(cloud)):
+            await until(lambda: mirrored(onprem, cloud, 2), "mirrored")
+            good = onprem.server.dump("cilium/cache/")
+            cloud.server.stop(signal.SIGKILL)
+            found = await until(lambda: (s := status(onprem, "cloud")).state == "unreachable" and s, "noticed")
+            assert onprem.server.dump("cilium/cache/") == good
+        async with running(onprem.registrar(cloud)):
+            await until(lambda: onprem.server.dump(keys.LEADER), "a new process leads")
+            await until(lambda: status(onprem, "cloud").state == "unreachable", "still out of reach")
+            again = status(onprem, "cloud")
+            assert (again.last_proof, again.keys) == (found.last_proof, found.keys)
+            assert onprem.server.dump("cilium/cache/") == good
+            cloud.server.start()
+            cloud.put(cloud.web(1, ready=False))
+            cloud.server.etcdctl("del", keys.node_key("cloud", "h2"))
+            await until(lambda: status(onprem, "cloud").state == "connected", "connected again")
+            await until(
+                lambda: keys.node_key("cloud", "h2", cached=True) not in onprem.server.dump("cilium/"), "deleted"
+            )
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["restored", "wiped"])
+def test_lost_history_withdraws_nothing_and_leaves_nobody_stale(
+    onprem: Cluster, cloud: Cluster, how: str, tmp_path: Path
+) -> None:
+    """onprem's etcd goes back to an old snapshot, or starts empty, under running registrars of both clusters."""
+
+    async def run() -> None:
+        cloud.put_all(1)
+        onprem.put_all(1)
+        async with running(onprem.registrar(cloud), cloud.registrar(onprem)):
+            await until(lambda: mirrored(onprem, cloud, 1) and mirrored(cloud, onprem, 1), "mirrored")
+            with onprem.server.sync_client() as client:
+                client.snapshot(tmp_path / "snap.db")
+            onprem.put(onprem.node(2), onprem.web(2), onprem.record(2, 2))
+            await until(lambda: mirrored(cloud, onprem, 2), "younger ones mirrored")
+            good = cloud.server.dump("cilium/cache/")
+            state = onprem.server.dump("cilium/state/")
+            allocated = {k: v for k, v in onprem.server.dump(keys.ALLOC_PREFIX).items() if "/peers/" not in k}
+            cache = onprem.server.dump("cilium/cache/")
+            await asyncio.to_thread(onprem.server.stop)
+            if how == "restored":
+                onprem.server.restore(tmp_path / "snap.db", token="after-restore")  # noqa: S106 - no secret
+                await asyncio.to_thread(onprem.server.start)
+            else:
+                onprem.server.wipe()
+                onprem.server.token = "after-wipe"  # noqa: S105 - no secret
+                await asyncio.to_thread(onprem.server.start)
+                await asyncio.to_thread(onprem.prepare)
+                await until(lambda: onprem.server.dump(keys.LEADER), "leads again")
+                await asyncio.sleep(1.5)  # more than a turn of its loop: nothing without a roster
+                assert onprem.server.dump("cilium/") == {}
+                assert cloud.server.dump("cilium/cache/") == good
+                onprem.put(onprem.service(), onprem.record(2, 3))  # `site`; agents are still silent
+            await until(lambda: onprem.server.dump("cilium/state/") == state, "all published again")
+            await until(lambda: len(onprem.server.dump("cilium/synced/onprem/")) == 4, "canaries")
+            assert {k: v for k, v in onprem.server.dump(keys.ALLOC_PREFIX).items() if "/peers/" not in k} == allocated
+            await until(lambda: onprem.server.dump("cilium/cache/") == cache, "mirror filled again")
+            await until(lambda: status(cloud, "onprem").state == "connected", "peer connected again")
+            assert cloud.server.dump("cilium/cache/") == good
+            # and nobody is stale
+            onprem.put(onprem.record(2, 4), onprem.node(1), onprem.web(1), onprem.node(2), onprem.web(2, ready=False))
+            await until(lambda: mirrored(cloud, onprem, 1), "a change still arrives")
+            onprem.put(onprem.record(1, 5))
+            await until(
+                lambda: keys.node_key("onprem", "h2", cached=True) not in cloud.server.dump("cilium/"), "removal"
+            )
+
+    asyncio.run(run())
+
+
+@contextlib.contextmanager
+def process(cluster: Cluster, host: str) -> Iterator[subprocess.Popen[bytes]]:
+    config = cluster.directory / f"{host}.json"
+    config.write_text(json.dumps(cluster.spec_document(host)))
+    command = [sys.executable, "-m", "isthmus_agent.registrar.main", "--config", str(config)]
+    log = (cluster.directory / f"{host}.log").open("wb")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "agent")}
+    child = subprocess.Popen([*command, "--estate", str(cluster.estate_file)], env=environment, stderr=log)
+    try:
+        yield child
+    finally:
+        log.close()
+        if child.poll() is None:
+            child.kill()
+        child.wait(timeout=10)
+
+
+async def leader(cluster: Cluster, host: str, deadline: float = 20.0) -> float:
+    start = time.monotonic()
+
+    def leads() -> bool:
+        value = cluster.server.dump(keys.LEADER).get(keys.LEADER)
+        return value is not None and json.loads(value)["host"] == host
+
+    await until(leads, f"{host} leads", deadline)
+    return time.monotonic() - start
+
+
+def test_killed_leader_is_followed_within_five_seconds_and_nothing_is_withdrawn(onprem: Cluster) -> None:
+    async def run() -> None:
+        onprem.put_all(2)
+        with process(onprem, "h1") as first:
+            await leader(onprem, "h1")
+            with process(onprem, "h2") as second:
+                await until(lambda: published(onprem, 2), "published")
+                state, since = onprem.server.dump("cilium/state/"), revision(onprem)
+                first.send_signal(signal.SIGKILL)
+                assert await leader(onprem, "h2") < 5.0
+                onprem.put(onprem.web(1, ready=False))
+                await until(lambda: published(onprem, 2) is False, "the new leader publishes")
+                onprem.put(onprem.web(1))
+                await until(lambda: onprem.server.dump("cilium/state/") == state, "the same state")
+                with onprem.server.sync_client() as client:
+                    changed = [kv.key for kv in client.range("cilium/state/").kvs if kv.mod_revision > since]
+                assert changed == [keys.service_key("onprem", "shop", "web")]
+                second.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(second.wait, 10)
+                assert second.returncode == 0
+                assert onprem.server.dump(keys.LEADER) == {}, "the leadership is given back at once"
+
+    asyncio.run(run())
+
+
+def test_paused_leader_cannot_write_when_it_wakes(onprem: Cluster) -> None:
+    """It wakes with work in its hands; the fence refuses the write, and it follows then."""
+
+    async def run() -> None:
+        onprem.put_all(1)
+        with process(onprem, "h1") as first:
+            await until(lambda: published(onprem, 1), "published")
+            first.send_signal(signal.SIGSTOP)
+            with process(onprem, "h2") as second:
+                await leader(onprem, "h2")
+                second.send_signal(signal.SIGSTOP)
+                onprem.put(onprem.web(1, ready=False))
+                # As if h2 led for long: a leader's key that no process renews.
+                onprem.server.etcdctl("put", keys.LEADER, json.dumps({"host": "someone"}))
+                since = revision(onprem)
+                first.send_signal(signal.SIGCONT)
+                log = onprem.directory / "h1.log"
+                await until(lambda: "no longer leading" in log.read_text(), "h1 noticed")
+                await asyncio.sleep(1.0)  # time in which it could write if it were not fenced
+                with onprem.server.sync_client() as client:
+                    written = [kv.key for kv in client.range("").kvs if kv.mod_revision > since]
+                assert written == []
+                assert published(onprem, 1)
+
+    asyncio.run(run())
+
+
+def test_refuses_to_start_without_a_registrar_in_its_spec(tmp_path: Path) -> None:
+    require_etcd()
+    config = tmp_path / "node.json"
+    config.write_text("{}")
+    command = [sys.executable, "-m", "isthmus_agent.registrar.main", "--config", str(config)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "agent")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert str(config) in done.stderr
+    assert "run the site playbook" in done.stderr
