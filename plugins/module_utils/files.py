@@ -209,11 +209,9 @@ class Changes:
 
     def _ids(self, path: str, owner: str, group: str | None) -> tuple[int, int]:
         uid, gid = _uid(owner), _gid(group or owner)
-        if uid is None or gid is None:
-            self.module.fail_json(
-                msg=f"{path} must belong to {owner}:{group or owner}, which does not exist on this host. "
-                "Run the role that makes the user first (isthmus.mesh.pki makes the etcd user)."
-            )
-        assert uid is not None
-        assert gid is not None
-        return uid, gid
+        if uid is not None and gid is not None:
+            return uid, gid
+        return self.module.fail_json(  # type: ignore[no-any-return]
+            msg=f"{path} must belong to {owner}:{group or owner}, which does not exist on this host. "
+            "Run the role that makes the user first (isthmus.mesh.pki makes etcd's)."
+        )

@@ -9,7 +9,7 @@ module: service_info
 short_description: Facts about the services of the mesh
 version_added: 1.0.0
 description:
-  - Reads what the cluster of this host knows of services: definition, address, and the ready backends by cluster.
+  - Reads what the cluster of this host knows of services, with definition, address and the ready backends by cluster.
   - Runs on any host of the mesh, with its agent's certificate. Changes nothing.
 extends_documentation_fragment:
   - isthmus.mesh.attributes
