@@ -31,17 +31,6 @@ class Change:
     after: str
 
 
-def read_documents(client: SyncEtcd) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The estate record (document name -> document) and a line for each document that is not JSON."""
-    documents, unreadable = {}, []
-    for entry in client.range(keys.ESTATE_PREFIX).kvs:
-        try:
-            documents[entry.key.removeprefix(keys.ESTATE_PREFIX)] = json.loads(entry.value)
-        except ValueError as exc:
-            unreadable.append(f"{entry.key} is not JSON: {exc}")
-    return documents, tuple(unreadable)
-
-
 def write_documents(client: SyncEtcd, documents: Mapping[str, Any], apply: bool) -> list[Change]:
     """Make the record in etcd equal to ``documents``; others stay. `EstateError` for one that is newer in etcd.
 

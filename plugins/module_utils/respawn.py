@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 BUNDLE_PYTHON = "/opt/isthmus/current/bin/python"
 
 
-def bundle_module(module: AnsibleModule, name: str) -> Any:
+def bundle_module(module: AnsibleModule, name: str, required: bool = True) -> Any:
     """Import ``name`` (for example ``isthmus_agent.pki``), under the bundle's interpreter when needed.
 
-    Returns the imported module. Returns ``None`` only in check mode on a host that has no bundle yet: the caller then
-    predicts without it. Does not return when it respawns. Fails the module, naming the next step, when the bundle is
+    Returns the imported module. Returns ``None`` in check mode on a host that has no bundle yet, or one of an older
+    version without ``name``: the caller then predicts without it. Returns ``None`` also when not ``required``. Does not return when it respawns. Fails the module, naming the next step, when the bundle is
     missing or broken.
     """
     try:
         return importlib.import_module(name)
     except ImportError as exc:
         reason = str(exc)
+    if not has_respawned() and os.path.exists(BUNDLE_PYTHON):
+        respawn_module(BUNDLE_PYTHON)
+    if module.check_mode or not required:
+        return None
     if has_respawned():
         module.fail_json(
             msg=f"{name} cannot be imported under {BUNDLE_PYTHON}: {reason}. "
             "The agent bundle is damaged; run the isthmus.mesh.bundle role on this host again."
         )
-    if os.path.exists(BUNDLE_PYTHON):
-        respawn_module(BUNDLE_PYTHON)
-    if module.check_mode:
-        return None
     return module.fail_json(
         msg=f"{BUNDLE_PYTHON} does not exist on this host, and this module needs the agent bundle for {name}. "
         "Run the isthmus.mesh.bundle role (or the isthmus.mesh.site playbook) first."

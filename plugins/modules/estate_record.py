@@ -84,12 +84,15 @@ record:
 """
 
 import copy
+import json
 import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import BUNDLE_PYTHON, bundle_module
+
+PREFIX = "isthmus/v1/estate/"
 
 
 def read(module):
@@ -101,24 +104,37 @@ def read(module):
         module.warn(f"{estate.NODE} is damaged ({exc}); etcd is not asked")
         node = None
     if node and node["cluster"]["name"] == cluster and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
-        kvstore = bundle_module(module, "isthmus_agent.kvstore")
-        admin = bundle_module(module, "isthmus_agent.estate_admin")
-        try:
-            with kvstore.SyncEtcd(node["etcd"]["endpoints"], *estate.operator_files(cluster), timeout=3.0) as client:
-                documents, unreadable = admin.read_documents(client)
-        except (kvstore.EtcdError, OSError) as exc:
-            module.warn(f"the etcd of cluster {cluster} does not answer ({exc}); the copy on the host is read")
-        else:
-            for line in unreadable:
-                module.warn(line)
-            if documents:
-                return {"cluster": cluster, "documents": documents}
+        documents = read_etcd(module, node["etcd"]["endpoints"])
+        if documents:
+            return {"cluster": cluster, "documents": documents}
     try:
         documents = estate.read_json(estate.ESTATE)
     except ValueError as exc:
         module.warn(f"{estate.ESTATE} is damaged ({exc}) and not used")
         return None
     return {"cluster": None, "documents": documents} if documents else None
+
+
+def read_etcd(module, endpoints):
+    """The documents in etcd; empty, with a warning, when it cannot be read."""
+    # The bundle may be of an older version, which this run is about to replace: only the client is used.
+    kvstore = bundle_module(module, "isthmus_agent.kvstore", required=False)
+    cluster = module.params["cluster"]
+    if kvstore is None:
+        module.warn("the agent bundle has no etcd client; the copy of the estate record on the host is read")
+        return {}
+    documents = {}
+    try:
+        with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
+            for entry in client.range(PREFIX).kvs:
+                try:
+                    documents[entry.key[len(PREFIX) :]] = json.loads(entry.value)
+                except ValueError as exc:
+                    module.warn(f"{entry.key} in the etcd of cluster {cluster} is not JSON and not used: {exc}")
+    except (kvstore.EtcdError, OSError) as exc:
+        module.warn(f"the etcd of cluster {cluster} does not answer ({exc}); the copy on the host is read")
+        return {}
+    return documents
 
 
 def with_authorities(record):

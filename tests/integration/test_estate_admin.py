@@ -57,7 +57,6 @@ def test_the_record_is_written_once_and_the_roster_last(server: EtcdServer, oper
     assert keys_of(done) == ["estate/clusters/onprem", "estate/roster"]
     assert json.loads(server.dump("isthmus/v1/estate/")["isthmus/v1/estate/roster"]) == record["roster"]
     assert estate_admin.write_documents(operator, record, apply=True) == []
-    assert estate_admin.read_documents(operator) == (record, ())
 
 
 def test_a_newer_record_is_never_overwritten(server: EtcdServer, operator: SyncEtcd) -> None:
@@ -84,11 +83,8 @@ def test_a_write_between_read_and_write_is_noticed(
     assert server.dump("isthmus/v1/estate/") == {"isthmus/v1/estate/roster": '{"revision":1,"by":"another"}'}
 
 
-def test_a_damaged_document_is_told_and_replaced(server: EtcdServer, operator: SyncEtcd) -> None:
+def test_a_damaged_document_is_replaced(server: EtcdServer, operator: SyncEtcd) -> None:
     server.etcdctl("put", "isthmus/v1/estate/roster", "{broken")
-    documents, unreadable = estate_admin.read_documents(operator)
-    assert documents == {}
-    assert unreadable[0].startswith("isthmus/v1/estate/roster is not JSON")
     assert keys_of(estate_admin.write_documents(operator, {"roster": {"revision": 1}}, apply=True)) == ["estate/roster"]
 
 
