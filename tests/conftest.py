@@ -87,3 +87,12 @@ def put_right(estate: Lab) -> None:
             estate.set_mtu(name, DEFAULT_MTU)
     for name in estate.hosts:
         estate.power_on(name)
+
+
+@pytest.fixture(scope="session")
+def mesh(lab: Lab) -> Lab:
+    """The lab with the estate of its inventory on it, by the playbook of the installed artifact."""
+    from playbook import play
+
+    play("site")
+    return lab

@@ -115,7 +115,7 @@ class Job(threading.Thread):
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self.answers, self.peers, self.errors = {}, {}, {}
-        self.ok = self.failed = 0
+        self.ok = self.failed = self.connections = 0
         self.began = self.last_ok = time.monotonic()
         self.longest_gap = 0.0
         self.changes = []  # [seconds since start, who answered or which error], at each change
@@ -149,6 +149,9 @@ class Job(threading.Thread):
         try:
             if self.connection is None:
                 self.connection = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=timeout)
+                self.connection.connect()
+                self.connection.auto_open = 0  # a connection that was lost is an error, never opened again in silence
+                self.connections += 1
             self.connection.request("GET", url.path or "/")
             response = self.connection.getresponse()
             body = response.read()
@@ -156,6 +159,8 @@ class Job(threading.Thread):
                 raise http.client.HTTPException(f"HTTP {response.status}")
             answer = json.loads(body)
             who, error = answer["cluster"] + "/" + answer["host"], None
+            if response.will_close:
+                self.close()
         except (OSError, http.client.HTTPException) as failure:
             who, error = None, type(failure).__name__ + ": " + str(failure)
         if error is not None or not self.order.get("keep_alive"):
@@ -183,7 +188,7 @@ class Job(threading.Thread):
             return {
                 "ok": self.ok, "failed": self.failed, "answers": self.answers, "peers": self.peers,
                 "errors": self.errors, "longest_gap": round(self.longest_gap, 3), "changes": self.changes,
-                "seconds": round(time.monotonic() - self.began, 3),
+                "seconds": round(time.monotonic() - self.began, 3), "connections": self.connections,
             }
 
 
