@@ -23,8 +23,8 @@ def bundle_module(module: AnsibleModule, name: str, required: bool = True) -> An
     """Import ``name`` (for example ``isthmus_agent.pki``), under the bundle's interpreter when needed.
 
     Returns the imported module. Returns ``None`` in check mode on a host that has no bundle yet, or one of an older
-    version without ``name``: the caller then predicts without it. Returns ``None`` also when not ``required``. Does not return when it respawns. Fails the module, naming the next step, when the bundle is
-    missing or broken.
+    version without ``name``: the caller then predicts without it. Returns ``None`` also when not ``required``.
+    Does not return when it respawns. Fails the module, naming the next step, when the bundle is missing or broken.
     """
     try:
         return importlib.import_module(name)
