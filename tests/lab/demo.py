@@ -282,10 +282,9 @@ class Story:
         kept = [result["connections"] for result in results[1::2]]
         gap = max(r["longest_gap"] for r in results)
         errors = {error for result in results for error in result["errors"]}
-        words = f"{failed} of {total} failed, longest gap {gap:.2f} s"
-        return Finding(
-            sentence, words + (f" ({'; '.join(sorted(errors))})" if errors else ""), not failed and total > 0
-        )
+        words = f"{failed} of {total} failed, longest gap {gap:.2f} s, {sum(kept) - len(kept)} kept connections lost"
+        words += f" ({'; '.join(sorted(errors))})" if errors else ""
+        return Finding(sentence, words, not failed and total > 0 and set(kept) == {1})
 
     def hold(self, seconds: float) -> None:
         """Let the requests run for this long: a duration that is measured over, not a wait for a state."""

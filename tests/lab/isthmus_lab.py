@@ -1007,7 +1007,8 @@ class Customer:
 
     def result(self, name: str, *, stop: bool = False, wait: bool = False, seconds: float = 60) -> dict[str, Any]:
         """`ok`, `failed`, `answers` by cluster/host, `peers` (addresses the servers saw), `errors`, `longest_gap`
-        (seconds without a good answer), `connections` (how many were opened), `changes` ([seconds, who or error], at each change)."""
+        (seconds without a good answer), `connections` (how many were opened), `changes` ([seconds, who or error],
+        at each change)."""
         return self.ask({"result": name, "stop": stop, "wait": wait}, seconds)
 
     def requests(self, url: str, count: int, seconds: float = 60, **order: Any) -> dict[str, Any]:
