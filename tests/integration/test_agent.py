@@ -481,6 +481,7 @@ def test_status_services_peers_and_audit(
         kernel = FakeKernel()
         async with agent(spec_for(server), kernel, tmp_path) as found:
             await until(lambda: used(kernel) == ALL and found.watcher.trusted, "applied")
+            await until(found.watcher.connected, "all watches stand")
             api = routes(found)
             await api.listen_unix(found.paths.socket)
             scrape = metrics_server(found)
