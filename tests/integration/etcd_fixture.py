@@ -118,7 +118,7 @@ class EtcdServer:
         self.port, self.peer_port = free_port(), peer_port or free_port()
         self.endpoint = f"https://127.0.0.1:{self.port}"
         self.peer_url = f"https://127.0.0.1:{self.peer_port}"
-        self._initial_cluster = initial_cluster
+        self.initial_cluster = initial_cluster
         self._arguments = arguments
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -138,7 +138,7 @@ class EtcdServer:
     def start(self, *, wait: bool = True, state: str = "new") -> None:
         """Start on the existing data (or new); returns when it answers its health endpoint."""
         crt, key = self.ca.issue("etcd-server")
-        cluster = self._initial_cluster or {self.name: self.peer_url}
+        cluster = self.initial_cluster or {self.name: self.peer_url}
         command = [
             "etcd",
             f"--name={self.name}",

@@ -16,9 +16,12 @@ from isthmus_agent.agent.log import configure
 
 from .service import ESTATE_FILE, Registrar
 
+EX_CONFIG = 78
+"""sysexits.h; the unit does not start a process again that ended with it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT; 0 then, 2 with one line on stderr when it cannot start."""
+    """Run until SIGTERM or SIGINT; 0 then, 78 (EX_CONFIG) with one line on stderr when the spec does not allow it."""
     parser = argparse.ArgumentParser(prog="isthmus-registrar", description="publish this cluster and mirror its peers")
     parser.add_argument("--config", type=Path, default=Path("/etc/isthmus/node.json"), help="the host's node spec")
     parser.add_argument("--estate", type=Path, default=ESTATE_FILE, help="the host's copy of the estate record")
@@ -29,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = NodeSpec.from_json(options.config.read_bytes())
     except (OSError, SpecError) as error:
         print(f"isthmus-registrar: {options.config}: {error}; next: run the site playbook", file=sys.stderr)
-        return 2
+        return EX_CONFIG
     if spec.registrar is None:
         print(f"isthmus-registrar: {options.config}: host {spec.host} carries no registrar", file=sys.stderr)
-        return 2
+        return EX_CONFIG
     asyncio.run(_run(spec, options.estate))
     return 0
 

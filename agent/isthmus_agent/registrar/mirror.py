@@ -133,8 +133,9 @@ def _own_addresses(addresses: Iterable[str], peer: str, foreign: Mapping[str, st
 class Mirror:
     """Mirrors one peer as long as `run` runs, writing through a term's `Writer`.
 
-    `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config`: our copy of the
-    peer's cluster-config; `previous`: the status document that stands; `foreign`: see `translate`.
+    `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config` and `actual_config`
+    likewise for our copy of the peer's cluster-config; `previous`: the status document that stands; `foreign`: see
+    `translate`; `started` is called when our etcd has all that is remembered of the peer.
     """
 
     def __init__(
@@ -147,8 +148,10 @@ class Mirror:
         cache: Mapping[str, str],
         actual: Mapping[str, str],
         config: str | None,
+        actual_config: str | None,
         previous: PeerStatus | None,
         foreign: Callable[[], Mapping[str, str]],
+        started: Callable[[], object],
         wall: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
         max_delay: float = 30.0,
@@ -171,7 +174,9 @@ class Mirror:
         self._last_proof = previous.last_proof if previous else None
         self._proof_age: float | None = None
         self._last_change = previous.last_change if previous else None
-        self._config_text = config
+        self.config_text = config
+        self._actual_config = actual_config
+        self._started = started
         self._canaries: dict[str, float] = {}
         self._status_text = ""
         self._status_time = float("-inf")
@@ -209,6 +214,8 @@ class Mirror:
         """Mirror until cancelled. NotLeader and EtcdError of our own etcd go to the caller."""
         reader = asyncio.create_task(self._read())
         try:
+            await self._write()
+            self._started()
             while True:
                 if await wait_set(self._changed, TICK):
                     await asyncio.sleep(DEBOUNCE)
@@ -317,18 +324,16 @@ class Mirror:
             return -number if change.value is None else number
 
         changes.sort(key=lambda change: (change.value is None, place(change)))
-        config = self._config
-        if config is not None:
-            cached = ClusterConfig(
-                id=config.id,
+        if self._config is not None:
+            self.config_text = ClusterConfig(
+                id=self._config.id,
                 synced_canaries=True,
                 cached=True,
-                max_connected_clusters=config.max_connected_clusters,
+                max_connected_clusters=self._config.max_connected_clusters,
             ).to_json()
-            key = keys.cluster_config_key(self.peer.name)
-            if self._config_text != cached:
-                await self.writer.apply([Change(key, cached)])
-                self._config_text = cached
+        if self.config_text is not None and self.config_text != self._actual_config:
+            await self.writer.apply([Change(keys.cluster_config_key(self.peer.name), self.config_text)])
+            self._actual_config = self.config_text
         if changes:
             await self.writer.apply(changes)
             self.actual = dict(self.wanted)

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ AUDIT_INTERVAL = 60.0
 DEBOUNCE = 0.02
 TICK = 1.0
 OWN_TIMEOUT = 2.0
-OWN_MAX_DELAY = 3.0
+OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
+MIRROR_GRACE = 10.0
+"""How long canaries wait for the mirrors to have written back what is remembered of the peers."""
 
 
 def utc_now() -> str:
@@ -89,7 +92,10 @@ class Registrar:
         self._wall = wall
         self._problems: frozenset[Problem] = frozenset()
         self._told = ""
-        self._mirrored: dict[str, tuple[int, int, dict[str, str]]] = {}
+        self._peers = tuple(peer.name for peer in self.registrar.peers)
+        self._forgotten: dict[str, bytes] = {}  # absent clusters of which nothing is left, by their tombstone
+        self._mirrored: dict[str, _Remembered] = {}
+        self._mirroring: set[str] = set()  # peers whose mirror has begun to write in this term
 
     def _store(self, prefix: str) -> PrefixStore:
         return PrefixStore(
@@ -151,6 +157,8 @@ class Registrar:
     async def _serve(self, term: Term) -> None:
         """Publish and mirror until the term ends; an error of one part is logged and that part starts again."""
         writer = Writer(self.client, term)
+        self._mirroring.clear()
+        self._forgotten.clear()
         parts: list[tuple[str, Callable[[], Awaitable[None]]]] = [("publish", lambda: self._publish(writer))]
         for peer in self.registrar.peers:
             parts.append((f"mirror {peer.name}", lambda peer=peer: self._mirror(writer, peer)))  # type: ignore[misc]
@@ -177,6 +185,7 @@ class Registrar:
     # --- publishing
 
     async def _publish(self, writer: Writer) -> None:
+        began = self._clock()
         actual: dict[str, str] | None = None
         previous: dict[str, str] = {}
         audited = heartbeat = canaries = float("-inf")
@@ -228,10 +237,31 @@ class Registrar:
             if waiting:
                 complete_before = False
                 continue
+            await self._forget(writer)
+            if self._clock() - began < MIRROR_GRACE and not self._mirroring.issuperset(self._peers):
+                continue  # our canary also says that every peer's cluster-config is here
             if not complete_before or now - canaries >= HEARTBEAT_INTERVAL:
                 value = canary_value(self._wall(), writer.header.cluster_id)
                 await writer.apply([Change(keys.canary_key(self.own.name, kind), value) for kind in keys.KINDS])
                 canaries, complete_before = now, True
+
+    async def _forget(self, writer: Writer) -> None:
+        """Remove what is mirrored of clusters that the record calls absent; the config first, as readers follow it."""
+        for key, kv in list(self.estate.items.items()):
+            cluster = keys.parse_estate_cluster_key(key)
+            if cluster is None or cluster in (*self._peers, self.own.name) or self._forgotten.get(cluster) == kv.value:
+                continue
+            if _document(kv.value).get("state") != "absent":
+                continue
+            found = []
+            for one in (keys.cluster_config_key(cluster), keys.peer_status_key(cluster)):
+                found += [one] if await self.client.get(one) is not None else []
+            for prefix in (keys.canary_prefix(cluster), *(keys.cache_prefix(kind, cluster) for kind in keys.KINDS)):
+                found += [kv.key for kv in (await self.client.range(prefix, keys_only=True)).kvs]
+            if found:
+                logger.info("forgetting an absent cluster", extra=fields(peer=cluster, keys=len(found)))
+                await writer.apply([Change(one, None) for one in found])
+            self._forgotten[cluster] = kv.value
 
     def _epoch(self) -> int:
         return sum(store.epoch for store in self.stores)
@@ -331,9 +361,12 @@ class Registrar:
         header = self.client.last_header
         assert header is not None
         cache = dict(actual)
+        stands = None if config is None else config.value.decode("utf-8", "replace")
+        wanted = stands
         remembered = self._mirrored.get(peer.name)
-        if remembered and (remembered[0] != header.cluster_id or remembered[1] > header.revision):
-            cache = {**actual, **remembered[2]}  # our own etcd lost what it held of this peer
+        if remembered and (remembered.cluster_id != header.cluster_id or remembered.revision > header.revision):
+            cache = {**actual, **remembered.keys}  # our own etcd lost what it held of this peer
+            wanted = remembered.config
         client = EtcdClient(peer.etcd.endpoints, peer.etcd.ca, peer.etcd.cert, peer.etcd.key, clock=self._clock)
         mirror = Mirror(
             peer,
@@ -342,16 +375,20 @@ class Registrar:
             writer,
             cache=cache,
             actual=actual,
-            config=None if config is None else config.value.decode("utf-8", "replace"),
+            config=wanted,
+            actual_config=stands,
             previous=await self._peer_status(peer.name),
             foreign=self._underlays,
+            started=lambda: self._mirroring.add(peer.name),
             wall=self._wall,
             clock=self._clock,
         )
         try:
             await mirror.run()
         finally:
-            self._mirrored[peer.name] = (writer.header.cluster_id, writer.header.revision, dict(mirror.wanted))
+            self._mirrored[peer.name] = _Remembered(
+                writer.header.cluster_id, writer.header.revision, dict(mirror.wanted), mirror.config_text
+            )
             await client.close()
 
     async def _peer_status(self, peer: str) -> PeerStatus | None:
@@ -372,12 +409,30 @@ class Registrar:
             if cluster is None:
                 continue
             try:
-                hosts = json.loads(kv.value).get("hosts", {})
-                for host in hosts.values():
+                for host in _document(kv.value).get("hosts", {}).values():
                     found[host["underlay4"]] = found[host["advertise4"]] = cluster
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 self._say(f"{key} cannot be read: {error!r}")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """What was mirrored of a peer when our own etcd `cluster_id` was at `revision`."""
+
+    cluster_id: int
+    revision: int
+    keys: dict[str, str]
+    config: str | None
+
+
+def _document(value: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one when it is none."""
+    try:
+        document = json.loads(value)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _values(store: PrefixStore) -> dict[str, bytes]:
