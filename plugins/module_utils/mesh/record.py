@@ -28,8 +28,8 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
 
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that
 an old copy on a member that was away cannot bring it back. `released` addresses are not dealt again
-for 30 days. `ca_certificate` is a public PEM, written by `site` once the CA exists; the planner
-keeps it. `revision` rises by one with each change of a document.
+for 30 days. `ca_certificate` is a public PEM, added by `site` once the CA exists, without a new
+revision; the planner keeps it. Otherwise `revision` rises by one with each change of a document.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -76,11 +76,12 @@ def merge(copies: Iterable[Any]) -> Record:
 
     Each copy is `{"cluster": <whose etcd it was read from, or null>, "documents": {name: document}}`
     or the documents alone. Of each document the highest revision counts; of two different ones with
-    the same revision that of the cluster's own etcd, and a warning says so. RecordError for a
+    the same revision that of the cluster's own etcd, and a warning says so. `ca_certificate` is added
+    to a document without a new revision: a copy that has it completes one that lacks it, also an older
+    copy of the same etcd, because whether a cluster was ever formed is read from it. RecordError for a
     document that is malformed or of a newer schema.
     """
-    chosen: dict[str, tuple[tuple[int, bool, str], Mapping[str, Any]]] = {}
-    warnings: set[str] = set()
+    found: dict[str, list[tuple[tuple[int, bool, bool, str], Mapping[str, Any]]]] = {}
     for number, given in enumerate(copies):
         where = f"record {number + 1}"
         outer = Fields(given, RecordError, where)
@@ -88,22 +89,31 @@ def merge(copies: Iterable[Any]) -> Record:
         documents = outer.mapping("documents") if "documents" in outer.value else outer.value
         for name, document in documents.items():
             revision = _check(f"{where} ({name})", name, document)
-            rank = (revision, holder is not None and name == CLUSTERS + holder, jsontext.canonical(document))
-            if name in chosen:
-                other, _ = chosen[name]
-                if other[0] == revision and other[2] != rank[2]:
-                    warnings.add(
-                        f"estate record {name}: two different documents have revision {revision}; "
-                        "the one from the cluster's own etcd counts, else one chosen by content. "
-                        "Two runs at the same time can cause this: compare `isthmus/v1/estate/` of the clusters"
-                    )
-                if other >= rank:
-                    continue
-            chosen[name] = (rank, document)
+            own = holder is not None and name == CLUSTERS + holder
+            signed = document.get("ca_certificate") is not None
+            found.setdefault(name, []).append(((revision, own, signed, jsontext.canonical(document)), document))
+    chosen: dict[str, Mapping[str, Any]] = {}
+    warnings: list[str] = []
+    for name, ranked in found.items():
+        (revision, *_), document = max(ranked, key=lambda entry: entry[0])
+        latest = [other for rank, other in sorted(ranked, key=lambda entry: entry[0]) if rank[0] == revision]
+        if any(_without_authority(other) != _without_authority(document) for other in latest):
+            warnings.append(
+                f"estate record {name}: two different documents have revision {revision}; the one from the cluster's "
+                "own etcd counts, else one chosen by content. Two runs at the same time can cause this: compare "
+                "`isthmus/v1/estate/` of the clusters"
+            )
+        authorities = [other["ca_certificate"] for other in latest if other.get("ca_certificate") is not None]
+        if len(set(authorities)) > 1:
+            warnings.append(
+                f"estate record {name}: copies of revision {revision} hold different CA certificates; compare them "
+                "with /etc/isthmus/pki/ca.crt on the cluster's CA host"
+            )
+        chosen[name] = _with_authority(document, [other for _, other in sorted(ranked, key=lambda entry: entry[0])])
     clusters = {
-        name[len(CLUSTERS) :]: document for name, (_, document) in sorted(chosen.items()) if name.startswith(CLUSTERS)
+        name[len(CLUSTERS) :]: document for name, document in sorted(chosen.items()) if name.startswith(CLUSTERS)
     }
-    roster = chosen[ROSTER][1] if ROSTER in chosen else None
+    roster = chosen.get(ROSTER)
     if roster is not None:
         missing = sorted(set(roster["clusters"]) - set(clusters))
         if missing:
@@ -114,6 +124,24 @@ def merge(copies: Iterable[Any]) -> Record:
                 "or a host with /etc/isthmus/estate.json, reachable and run again"
             )
     return Record(roster, clusters, tuple(sorted(warnings)))
+
+
+def _with_authority(document: Mapping[str, Any], copies: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The document with the newest CA certificate that a copy of the same etcd (by its token) has."""
+    if document.get("ca_certificate") is not None or document.get("state") != "present":
+        return document
+    known = [
+        other["ca_certificate"]
+        for other in copies
+        if other["state"] == "present"
+        and other.get("ca_certificate") is not None
+        and other["etcd"]["token"] == document["etcd"]["token"]
+    ]
+    return {**document, "ca_certificate": known[-1]} if known else document
+
+
+def _without_authority(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != "ca_certificate"}
 
 
 def _check(where: str, name: str, document: Any) -> int:

@@ -47,6 +47,36 @@ def test_of_two_with_one_revision_the_clusters_own_counts_and_it_is_said() -> No
         assert warning in planned_warnings(record)
 
 
+def test_a_ca_certificate_that_one_copy_has_completes_the_others() -> None:
+    without, having = documents(), documents()
+    having["clusters/cloud"]["ca_certificate"] = "PEM"
+    for copies in ([without, having], [having, without], [{"cluster": "cloud", "documents": without}, having]):
+        record = merge(copies)
+        assert record.clusters["cloud"] == having["clusters/cloud"]
+        assert record.warnings == ()
+
+
+def test_two_ca_certificates_are_said() -> None:
+    one, other = documents(), documents()
+    one["clusters/cloud"]["ca_certificate"] = "PEM 1"
+    other["clusters/cloud"]["ca_certificate"] = "PEM 2"
+    record = merge([{"cluster": "cloud", "documents": one}, other])
+    assert record.clusters["cloud"]["ca_certificate"] == "PEM 1"
+    assert record.warnings == (
+        "estate record clusters/cloud: copies of revision 1 hold different CA certificates; compare them with "
+        "/etc/isthmus/pki/ca.crt on the cluster's CA host",
+    )
+
+
+def test_an_older_copy_completes_it_too_but_only_of_the_same_etcd() -> None:
+    newer, older = documents(), documents()
+    newer["clusters/cloud"].update(revision=2)
+    older["clusters/cloud"].update(ca_certificate="PEM")
+    assert merge([older, newer]).clusters["cloud"] == {**newer["clusters/cloud"], "ca_certificate": "PEM"}
+    newer["clusters/cloud"]["etcd"]["token"] = "isthmus-lab-cloud-7"  # noqa: S105
+    assert merge([older, newer]).clusters["cloud"]["ca_certificate"] is None
+
+
 def planned_warnings(record: Record) -> tuple[str, ...]:
     fixed = {name: {**doc, "ca_host": doc["etcd"]["initial"]} for name, doc in record.clusters.items()}
     return plan(model(), Record(record.roster, fixed, record.warnings), NOW).warnings
