@@ -9,6 +9,7 @@ import json
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,11 +178,12 @@ def test_history_larger_than_a_message_comes_joined(server: EtcdServer, keys: st
             value = "x" * 20_000
             for turn in range(12):
                 await client.txn([], [Put(f"{keys}{turn}/{number}", value) for number in range(50)])
-            seen: dict[int, int] = {}
+            seen: Counter[int] = Counter()
             async with contextlib.aclosing(client.watch(keys, start + 1)) as watch:
                 while sum(seen.values()) < 12 * 50:
-                    for event in (await next_batch(watch)).events:
-                        seen[event.kv.mod_revision] = seen.get(event.kv.mod_revision, 0) + 1
+                    batch = Counter(event.kv.mod_revision for event in (await next_batch(watch)).events)
+                    assert not batch.keys() & seen.keys(), "a revision came in two batches"
+                    seen.update(batch)
             assert list(seen.values()) == [50] * 12
             await client.delete_prefix(keys)
 

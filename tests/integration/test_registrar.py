@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer, require_etcd
 from isthmus_agent.kvstore import Permission, canary_cluster_id
-from isthmus_agent.registrar.service import Registrar
+from isthmus_agent.registrar.leader import Election, NotLeader, Writer
+from isthmus_agent.registrar.publish import Change
+from isthmus_agent.registrar.service import Registrar, utc_now
 from isthmus_mesh import keys
 from isthmus_mesh.documents import NodeReport, PeerStatus, ServiceDefinition, ServicePort, WorkloadReport
 from isthmus_mesh.spec import NodeSpec
@@ -558,6 +560,25 @@ def test_killed_leader_is_followed_within_five_seconds_and_nothing_is_withdrawn(
                 await asyncio.to_thread(second.wait, 10)
                 assert second.returncode == 0
                 assert onprem.server.dump(keys.LEADER) == {}, "the leadership is given back at once"
+
+    asyncio.run(run())
+
+
+def test_write_of_a_term_that_is_over_is_refused_whole(onprem: Cluster) -> None:
+    """The fence itself: the old term's lease still lives, but the leader's key was made anew."""
+
+    async def run() -> None:
+        async with onprem.server.client("isthmus-registrar") as client:
+            old = await Election(client, "h1", "h1").campaign(utc_now)
+            writer = Writer(client, old)
+            await writer.apply([Change("cilium/state/a", "1")])
+            assert await client.delete(keys.LEADER)
+            new = await Election(client, "h2", "h2").campaign(utc_now)
+            assert new.create_revision > old.create_revision
+            with pytest.raises(NotLeader, match="another registrar leads"):
+                await writer.apply([Change(f"cilium/state/{number}", "2") for number in range(150)])
+            await Writer(client, new).apply([Change("cilium/state/b", "1")])
+            assert onprem.server.dump("cilium/state/") == {"cilium/state/a": "1", "cilium/state/b": "1"}
 
     asyncio.run(run())
 
