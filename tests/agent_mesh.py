@@ -51,6 +51,7 @@ def spec_document(**changes: Any) -> dict[str, Any]:
         "overlay": {"port": 8472, "mtu": None},
         "dns": {"domain": "clusterset.local"},
         "service_ranges4": ["10.111.0.0/16", "10.112.0.0/16", "10.113.0.0/16"],
+        "mesh_ranges4": ["10.101.0.0/16", "10.102.0.0/16", "10.103.0.0/16"],
         "etcd": {"endpoints": ["https://127.0.0.1:2379"], "ca": "ca", "cert": "cert", "key": "key"},
         "member": None,
         "registrar": None,

@@ -204,9 +204,7 @@ def address_problems(spec):
                 f"The underlay address {underlay} is not an address of this host. Correct isthmus_underlay (what the "
                 "host has; isthmus_advertise is what others dial)."
             )
-    ranges = [ipaddress.ip_network(text) for text in (*spec["cluster"]["workload_ranges4"], *spec["service_ranges4"])]
-    for peer in (spec.get("registrar") or {}).get("peers", ()):
-        ranges += [ipaddress.ip_network(text) for text in peer["workload_ranges4"]]
+    ranges = [ipaddress.ip_network(text) for text in (*spec["mesh_ranges4"], *spec["service_ranges4"])]
     with open("/proc/net/route", encoding="ascii") as file:
         rows = [line.split() for line in file.readlines()[1:]]
     for row in rows:

@@ -198,6 +198,7 @@ class Cluster:
             "overlay": {"port": 8472, "mtu": None},
             "dns": {"domain": "clusterset.local"},
             "service_ranges4": [],
+            "mesh_ranges4": [],
             "etcd": {"endpoints": [self.server.endpoint], "ca": ca, "cert": str(crt), "key": str(key)},
             "member": None,
             "registrar": {"cert": str(crt), "key": str(key), "peers": listed},

@@ -182,7 +182,7 @@ def routes(spec: NodeSpec, nodes: tuple[Remote, ...], underlay_mtu: int) -> froz
     """Routes of the main table and of table 730 (packets from our own range).
 
     Table 730 is closed by an unreachable default: a packet with a mesh source leaves over the overlay
-    or not at all. Ranges of services and of this cluster are unreachable where nothing longer matches,
+    or not at all. Ranges of services and of every cluster are unreachable where nothing longer matches,
     so that neither an untranslated service address nor an address nobody has goes out on the underlay.
     """
     source = spec.node.mesh4
@@ -198,7 +198,7 @@ def routes(spec: NodeSpec, nodes: tuple[Remote, ...], underlay_mtu: int) -> froz
             found.add(Route(target, source, mtu, TABLE))
         for address in {*node.underlay, node.endpoint}:
             found.add(Route(IPv4Network(address), source, mtu, TABLE))
-    for blocked in (*spec.service_ranges4, *spec.cluster.workload_ranges4):
+    for blocked in (*spec.service_ranges4, *spec.mesh_ranges4):
         found.add(Route(blocked, unreachable=True))
     found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
     return frozenset(found)

@@ -625,6 +625,7 @@ class _Spec:
             "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
             "dns": {"domain": self.model.domain},
             "service_ranges4": [doc["service_range"] for _, doc in sorted(self.present.items())],
+            "mesh_ranges4": [text for _, doc in sorted(self.present.items()) for text in doc["workload_ranges"]],
             "etcd": {
                 "endpoints": self.endpoints(),
                 "ca": _trust(own["name"]),

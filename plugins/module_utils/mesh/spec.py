@@ -171,6 +171,7 @@ class NodeSpec:
     overlay: OverlaySpec
     dns_domain: str
     service_ranges4: tuple[IPv4Network, ...]
+    mesh_ranges4: tuple[IPv4Network, ...]
     etcd: EtcdSpec
     member: MemberSpec | None
     registrar: RegistrarSpec | None
@@ -199,6 +200,7 @@ class NodeSpec:
             overlay=_overlay(top.object("overlay")),
             dns_domain=top.object("dns").text("domain", None),
             service_ranges4=top.networks4("service_ranges4"),
+            mesh_ranges4=top.networks4("mesh_ranges4"),
             etcd=_etcd(top.object("etcd")),
             member=None if top.value.get("member") is None else _member(top.object("member")),
             registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),

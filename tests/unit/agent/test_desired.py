@@ -130,6 +130,8 @@ def test_routes_of_both_tables():
         Route(net("10.112.0.0/16"), unreachable=True),
         Route(net("10.113.0.0/16"), unreachable=True),
         Route(net("10.101.0.0/16"), unreachable=True),
+        Route(net("10.102.0.0/16"), unreachable=True),
+        Route(net("10.103.0.0/16"), unreachable=True),
         Route(net("0.0.0.0/0"), table=730, unreachable=True),
     }
     assert found.rules == {Rule(net("10.101.0.0/28"), 730, 730)}

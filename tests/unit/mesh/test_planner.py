@@ -75,6 +75,7 @@ def test_the_spec_of_an_etcd_host() -> None:
         "overlay": {"port": 8472, "mtu": None},
         "dns": {"domain": "clusterset.local"},
         "service_ranges4": ["10.112.0.0/16", "10.111.0.0/16"],
+        "mesh_ranges4": ["10.102.0.0/16", "10.101.0.0/16"],
         "etcd": {
             "endpoints": ["https://198.18.2.1:2379"],
             "ca": "/etc/isthmus/pki/trust/cloud.crt",
