@@ -24,7 +24,7 @@ class ActionModule(ActionBase):
         if not isinstance(directories, list) or not directories:
             raise AnsibleActionFail("isthmus.mesh.bundle needs 'paths', a list of directories with bundle.json.")
         offered = platforms(directories)
-        arguments["_platforms"] = [{key: item[key] for key in item if key != "place"} for item in offered]
+        arguments["platforms"] = [{key: item[key] for key in item if key != "place"} for item in offered]
         answer = self._module(arguments, task_vars)
         archive = answer.pop("needed", None)
         if archive is not None:
@@ -36,7 +36,7 @@ class ActionModule(ActionBase):
             try:
                 self._transfer_file(place, remote)
                 self._fixup_perms2((directory, remote))
-                answer = self._module({**arguments, "_archive": remote}, task_vars)
+                answer = self._module({**arguments, "archive": remote}, task_vars)
             finally:
                 self._remove_tmp_path(directory)
             answer.pop("needed", None)

@@ -62,8 +62,8 @@ def holder(sock: Socket) -> tuple[str, str]:
                     with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
                         name = file.read().strip()
                     return f"{name} (pid {pid})", _unit(pid)
-        except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
-            continue
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended while we looked, or a security module hides it
     return "the kernel", ""
 
 

@@ -32,6 +32,15 @@ options:
     description:
       - Interpreter for the environment, instead of the newest one found that the bundle fits.
     type: path
+  platforms:
+    description:
+      - What the manifests offer. The action plugin fills it in; a playbook cannot set it.
+    type: list
+    elements: dict
+  archive:
+    description:
+      - Place of the uploaded archive on the host. The action plugin fills it in; a playbook cannot set it.
+    type: path
 seealso:
   - module: isthmus.mesh.node
 """
@@ -78,13 +87,12 @@ def main():
         argument_spec={
             "paths": {"type": "list", "elements": "path", "required": True},
             "python": {"type": "path"},
-            # From the action plugin, never from a playbook.
-            "_platforms": {"type": "list", "elements": "dict"},
-            "_archive": {"type": "path"},
+            "platforms": {"type": "list", "elements": "dict"},
+            "archive": {"type": "path"},
         },
         supports_check_mode=True,
     )
-    platforms = module.params["_platforms"]
+    platforms = module.params["platforms"]
     if platforms is None:
         module.fail_json(
             msg="isthmus.mesh.bundle works through its action plugin of the same name, which reads the bundle on the "
@@ -109,7 +117,7 @@ def main():
         changes.note(bundle.CURRENT, describe(before), describe(facts))
         if not module.check_mode:
             if not finished(home, digest):
-                if module.params["_archive"] is None:
+                if module.params["archive"] is None:
                     module.exit_json(changed=False, needed=offered["archive"], **facts)
                 install(module, home, interpreter, offered["sha256"])
             switch(home)
@@ -136,7 +144,7 @@ def finished(home, digest):
 
 def install(module, home, interpreter, sha256):
     """Make the environment at `home`; its `bundle.json`, put there last, says that it is complete."""
-    with open(module.params["_archive"], "rb") as file:
+    with open(module.params["archive"], "rb") as file:
         found = hashlib.sha256(file.read()).hexdigest()
     if found != sha256:
         module.fail_json(
@@ -146,7 +154,7 @@ def install(module, home, interpreter, sha256):
     shutil.rmtree(home, ignore_errors=True)
     os.makedirs(bundle.ROOT, mode=0o755, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=module.tmpdir) as payload:
-        with tarfile.open(module.params["_archive"]) as archive:
+        with tarfile.open(module.params["archive"]) as archive:
             archive.extractall(payload)  # noqa: S202 - its sha256 is the manifest's
         run(module, [interpreter, "-m", "venv", home], "make the virtual environment")
         run(

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ports, bundles and packets as the host modules see them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.filter import etcd_hosts, mesh_hosts
+from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, packets, ports
+
+PLATFORMS = [{"arch": "x86_64", "python": "3.11"}, {"arch": "aarch64", "python": "3.12"}]
+
+
+def test_a_listener_is_found_and_named() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        (found,) = ports.bound("tcp", port)
+        assert (found.address, found.port) == ("127.0.0.1", port)
+        assert f"(pid {os.getpid()})" in ports.holder(found)[0]
+        assert ports.clashes([found], "127.0.0.1") == [found]
+        assert ports.clashes([found], "192.0.2.1") == []
+        assert ports.clashes([found], None) == [found]
+    assert ports.bound("tcp", port) == []
+
+
+def test_a_connection_is_no_listener() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+        assert len(ports.bound("udp", port)) == 1
+        one.connect(("127.0.0.1", 9))
+        assert ports.bound("udp", port) == []
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        ({"3.11": "/a", "3.9": "/b"}, ("3.11", "/a")),
+        ({"3.12": "/a", "3.11": "/b"}, ("3.11", "/b")),
+        ({"3.12": "/a"}, None),
+        ({}, None),
+    ],
+)
+def test_the_bundle_for_a_host(present: dict[str, str], chosen: tuple[str, str] | None) -> None:
+    assert bundle.choose("x86_64", present, PLATFORMS) == chosen
+
+
+def test_a_missing_bundle_names_the_command_that_makes_it() -> None:
+    words = bundle.missing_words("db-1", "x86_64", {"3.9": "/a", "3.10": "/b", "3.12": "/c"}, PLATFORMS)
+    assert "make bundle ARCH=x86_64 PYTHON=3.12" in words
+    assert "db-1" in words
+    assert "x86_64 with Python 3.11" in words
+    assert "3.10" in bundle.missing_words("db-1", "x86_64", {"3.9": "/a"}, PLATFORMS)
+
+
+ESTATE = {"clusters": {"a": {"etcd": {"hosts": ["a1", "a2", "gone"]}}, "b": {"etcd": {"hosts": ["b1"]}}, "c": {}}}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [("a", "a1"), ("b", "b1")]),
+        ({"first": False}, [("a", "a2")]),
+        ({"without": ["a"]}, [("b", "b1")]),
+    ],
+)
+def test_etcd_hosts(options: dict[str, object], expected: list[tuple[str, str]]) -> None:
+    found = etcd_hosts.etcd_hosts(ESTATE, ["a1", "a2", "b1"], **options)
+    assert [(one["cluster"], one["host"]) for one in found] == expected
+
+
+@pytest.mark.parametrize(
+    "estate", [None, {}, [], {"clusters": []}, {"clusters": {"a": None}}, {"clusters": {"a": {"etcd": 1}}}]
+)
+def test_a_broken_estate_is_left_to_the_plan(estate: object) -> None:
+    assert etcd_hosts.etcd_hosts(estate, ["a1"]) == []
+
+
+def test_silent_hosts_are_left_out() -> None:
+    specs = {name: {"cluster": {"name": "a"}, "node": {"mesh4": f"10.0.0.{at}"}} for at, name in enumerate(["x", "y"])}
+    assert mesh_hosts.mesh_hosts(specs, ["x"]) == [{"name": "y", "cluster": "a", "mesh4": "10.0.0.1"}]
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[bytes], bytes]) -> Iterator[int]:
+    """One TCP connection on the loopback is answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as wire:
+                wire.sendall(answer(wire.recv(4096)))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            thread.join(5)
+
+
+def test_an_http_answer_is_a_proof_and_anything_else_is_none() -> None:
+    with serving(lambda asked: b"HTTP/1.0 200 OK\r\n\r\n" + asked) as port:
+        assert packets.request("127.0.0.1", port, 2, ("web.shop", "/")) == "HTTP/1.0 200 OK"
+    with serving(lambda _asked: b"SSH-2.0\r\n") as port, pytest.raises(packets.NoAnswer, match="does not answer HTTP"):
+        packets.request("127.0.0.1", port, 2, ("web.shop", "/"))
+
+
+def test_a_closed_port_is_told() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(packets.NoAnswer, match="Connection refused"):
+        packets.request("127.0.0.1", port, 2)
+
+
+@pytest.mark.root
+def test_an_echo_on_the_loopback() -> None:
+    assert packets.echo("127.0.0.1", "127.0.0.1", 1000, 2) < 2
+
+
+@pytest.mark.root
+def test_this_kernel_has_what_the_datapath_needs() -> None:
+    assert bpfprobe.missing_features() == []
+    assert bpfprobe.cgroup2_mount() is not None
+
+
+@pytest.mark.root
+def test_a_missing_feature_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bpfprobe._HOOKS, "connect4", 9999)
+    (words,) = [one for one in bpfprobe.missing_features() if "hook" in one]
+    assert "connect4" in words

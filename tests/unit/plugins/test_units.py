@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Unit files: what systemd says of them, what they may do, and when a process is out of date."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import units
+
+FILES = {
+    "isthmusd.service": units.agent_unit("0123"),
+    "isthmus-registrar.service": units.registrar_unit("0123"),
+    "isthmus-dns.service": units.dns_unit("0123"),
+    "isthmus-dns-reload.path": units.dns_reload_path_unit(),
+    "isthmus-dns-reload.service": units.dns_reload_unit(),
+    "isthmus-bpffs.service": units.bpffs_unit(),
+    "isthmus-resolved.service": units.resolved_unit("10.0.0.1", "clusterset.local"),
+}
+
+
+def options(text: str, name: str) -> list[str]:
+    return [line.split("=", 1)[1] for line in text.splitlines() if line.startswith(name + "=")]
+
+
+def test_systemd_understands_every_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.fail("systemd-analyze is missing; it is part of Debian's systemd package")
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "systemd-resolved.service").write_text("[Service]\nExecStart=/bin/true\n")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *(str(tmp_path / name) for name in FILES)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )
+    # Programs that are not installed on this machine are not the unit's fault.
+    complaints = [
+        line
+        for line in done.stderr.splitlines()
+        if line.split(":", 1)[0].split("/")[-1] in FILES and "is not" not in line
+    ]
+    assert complaints == []
+
+
+def test_nobody_has_more_than_it_needs() -> None:
+    assert options(FILES["isthmus-registrar.service"], "CapabilityBoundingSet") == [""]
+    assert options(FILES["isthmus-dns.service"], "CapabilityBoundingSet") == ["CAP_NET_BIND_SERVICE"]
+    assert set(options(FILES["isthmusd.service"], "CapabilityBoundingSet")[0].split()) == {
+        "CAP_BPF",
+        "CAP_PERFMON",
+        "CAP_NET_ADMIN",
+        "CAP_NET_RAW",
+    }
+    for name in ("isthmusd.service", "isthmus-registrar.service", "isthmus-dns.service"):
+        assert options(FILES[name], "ProtectSystem") == ["strict"]
+        assert options(FILES[name], "NoNewPrivileges") == ["yes"]
+
+
+def test_stopping_the_agent_leaves_the_datapath() -> None:
+    assert not options(FILES["isthmusd.service"], "ExecStop")
+    assert options(FILES["isthmusd.service"], "RuntimeDirectoryPreserve") == ["yes"]
+
+
+def test_the_configuration_is_seen_in_the_process() -> None:
+    digest = units.config_digest("a", "b")
+    assert digest != units.config_digest("ab", "")
+    with subprocess.Popen(["sleep", "30"], env={units.CONFIG_VARIABLE: digest}) as process:
+        try:
+            assert units.process_environment(str(process.pid))[units.CONFIG_VARIABLE] == digest
+        finally:
+            process.kill()
+    assert units.process_environment(str(process.pid)) == {}
