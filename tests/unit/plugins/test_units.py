@@ -70,8 +70,11 @@ def test_stopping_the_agent_leaves_the_datapath() -> None:
 def test_the_configuration_is_seen_in_the_process() -> None:
     digest = units.config_digest("a", "b")
     assert digest != units.config_digest("ab", "")
-    with subprocess.Popen(["sleep", "30"], env={units.CONFIG_VARIABLE: digest}) as process:
+    command = ["/bin/sh", "-c", "echo started; read line"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env={units.CONFIG_VARIABLE: digest}, **pipes) as process:
         try:
+            assert process.stdout.readline() == b"started\n"  # before that it may still be this process's image
             assert units.process_environment(str(process.pid))[units.CONFIG_VARIABLE] == digest
         finally:
             process.kill()
