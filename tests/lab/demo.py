@@ -219,7 +219,7 @@ class Story:
                 self.lab.exec(member, ["systemctl", verb, "--no-block", "isthmus-etcd.service"])
 
         runs = [(customer, kind) for customer in (self.edge, self.onprem) for kind in ("new", "kept")]
-        self.say(f"onprem's etcd is stopped on {', '.join(members)} , requests go on")
+        self.say(f"onprem's etcd is stopped on {', '.join(members)}, requests go on")
         for customer, kind in runs:
             customer.start(f"etcd-{kind}", URL, interval=0.02, keep_alive=kind == "kept")
         with self.undone(lambda: all_members("start")):
