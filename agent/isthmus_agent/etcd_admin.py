@@ -27,6 +27,7 @@ from .kvstore import (
     Compare,
     EtcdError,
     EtcdExists,
+    EtcdNotFound,
     EtcdPrecondition,
     EtcdUnavailable,
     Member,
@@ -341,21 +342,32 @@ def turn(member: MemberSpec, connect: EtcdConnector, timeout: float) -> Iterator
         yield
         return
     client = connect([*other_endpoints(member).values(), local_endpoint(member)])
-    try:
-        lease = client.lease_grant(LOCK_TTL)
+    lease = 0
+    last = ""
 
-        def locked() -> bool | None:
-            client.lease_keepalive(lease.id)
-            free = Compare(MAINTENANCE_LOCK, "create", "=", 0)
-            mine = json.dumps({"holder": member.name})
-            return client.txn([free], [Put(MAINTENANCE_LOCK, mine, lease.id)], []).succeeded or None
-
-        if _until(locked, timeout) is None:
+    def locked() -> bool | None:
+        nonlocal lease, last
+        try:
+            if lease:
+                client.lease_keepalive(lease)
+            else:
+                lease = client.lease_grant(LOCK_TTL).id
+            mine = json.dumps({"holder": member.name, "lease": f"{lease:x}"})
+            client.txn([Compare(MAINTENANCE_LOCK, "create", "=", 0)], [Put(MAINTENANCE_LOCK, mine, lease)], [])
+            # Asked, not concluded from the transaction: its answer may be lost with the member that gives it.
             held = client.get(MAINTENANCE_LOCK)
-            raise AdminError(
-                f"etcd member {member.name} waited {timeout:.0f} s for its turn; "
-                f"{held.text if held else 'another member'} holds {MAINTENANCE_LOCK}"
-            )
+        except EtcdNotFound:
+            lease = 0  # it ran out meanwhile
+            return None
+        except EtcdError as exc:
+            last = str(exc)  # the member that was asked may be the one whose turn it is
+            return None
+        last = f"{held.text if held else 'another member'} holds {MAINTENANCE_LOCK}"
+        return True if held is not None and held.text == mine else None
+
+    try:
+        if _until(locked, timeout) is None:
+            raise AdminError(f"etcd member {member.name} waited {timeout:.0f} s for its turn; {last}")
         try:
             own = _own_entry(member, client.member_list())
             if own is None:
@@ -367,11 +379,11 @@ def turn(member: MemberSpec, connect: EtcdConnector, timeout: float) -> Iterator
                     f"{'; '.join(sick)}. Repair that one first"
                 )
             _hand_over(client, member, own)
-            client.lease_keepalive(lease.id)
+            client.lease_keepalive(lease)
             yield
         finally:
-            with contextlib.suppress(EtcdUnavailable):  # the lease ends by itself
-                client.lease_revoke(lease.id)
+            with contextlib.suppress(EtcdUnavailable, EtcdNotFound):  # the lease ends by itself
+                client.lease_revoke(lease)
     finally:
         client.close()
 

@@ -26,6 +26,9 @@ def bundle_module(module: AnsibleModule, name: str, required: bool = True) -> An
     version without ``name``: the caller then predicts without it. Returns ``None`` also when not ``required``.
     Does not return when it respawns. Fails the module, naming the next step, when the bundle is missing or broken.
     """
+    # gRPC's own handling of fork() makes programs fail that the module starts while a connection to etcd is open: its
+    # threads come back in the child and die on the file descriptors that are closed before exec.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     try:
         return importlib.import_module(name)
     except ImportError as exc:

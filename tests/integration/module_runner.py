@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,23 @@ class ModuleFailed(AssertionError):
         self.result = result
 
 
-def run_module(
-    name: str, arguments: dict[str, Any], check: bool = False, bundle: bool = True, path: str | None = None
-) -> dict[str, Any]:
-    """The result of module ``name``. ``bundle=False``: a host without our agent; ``path`` goes before ``PATH``.
-
-    Raises `ModuleFailed` when it fails and AssertionError with its stderr when it ends in any other way.
-    """
+@contextlib.contextmanager
+def collection(bundle: bool = True) -> Iterator[dict[str, str]]:
+    """An environment in which Python finds the collection and, with ``bundle``, the agent's packages."""
     with tempfile.TemporaryDirectory(prefix="isthmus-module-") as directory:
         place = Path(directory, "ansible_collections", "isthmus")
         place.mkdir(parents=True)
         (place / "mesh").symlink_to(ROOT)
         search = [directory] + ([str(ROOT / "agent")] if bundle else [])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1"}
-        if path is not None:
-            environment["PATH"] = path + os.pathsep + environment["PATH"]
+        yield {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_module(name: str, arguments: dict[str, Any], check: bool = False, bundle: bool = True) -> dict[str, Any]:
+    """The result of module ``name``. ``bundle=False``: a host without our agent.
+
+    Raises `ModuleFailed` when it fails and AssertionError with its stderr when it ends in any other way.
+    """
+    with collection(bundle) as environment:
         request = {"ANSIBLE_MODULE_ARGS": {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}}
         done = subprocess.run(
             [sys.executable, "-c", _START, name],
@@ -62,14 +66,3 @@ def run_module(
     if result.get("failed"):
         raise ModuleFailed(result)
     return result
-
-
-def check_apply(name: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """check -> apply -> apply -> check: the prediction holds and the second run changes nothing. Returns the first."""
-    predicted = run_module(name, arguments, check=True, **how)
-    applied = run_module(name, arguments, **how)
-    assert predicted["changed"] == applied["changed"], f"{name}: check mode and run disagree"
-    for check in (False, True):
-        again = run_module(name, arguments, check=check, **how)
-        assert not again["changed"], f"{name} changes something again: {again.get('diff')}"
-    return applied

@@ -43,7 +43,7 @@ class Trio:
 
     def start(self, name: str, peers: dict[str, str] | None = None, wait: bool = True) -> None:
         server = self.servers[name]
-        server._initial_cluster = peers or {name: server.peer_url}
+        server.initial_cluster = peers or {name: server.peer_url}
         server.start(state="existing" if peers else "new", wait=wait)
 
     def join(self, name: str) -> None:
