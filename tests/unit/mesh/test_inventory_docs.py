@@ -64,6 +64,17 @@ def test_the_example_of_the_page_is_planned() -> None:
     assert sorted(plan(read_model(the_estate, the_hosts), Record(), NOW).specs) == ["n1", "s1"]
 
 
+def test_the_readmes_own_two_servers_are_planned_and_short() -> None:
+    text = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 25
+    everything = yaml.safe_load(text)["all"]
+    model = read_model(everything["vars"]["isthmus_estate"], everything["hosts"])
+    made = plan(model, Record(), NOW)
+    assert sorted(made.specs) == ["alpha", "beta"]
+    assert [service["name"] for service in made.services["dc"]["present"]] == ["web"]
+    assert made.services["dc"] == made.services["burst"]
+
+
 def test_every_variable_is_on_the_page() -> None:
     page = (ROOT / "docs" / "inventory.md").read_text()
     assert all(f"`{name}`" in page for name in HOST_VARIABLES)
