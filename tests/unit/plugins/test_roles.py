@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,14 +13,21 @@ ROLES = Path(__file__).resolve().parents[3] / "roles"
 NAMES = sorted(path.name for path in ROLES.iterdir() if (path / "meta").is_dir())
 
 
+def options_of(role: str) -> dict[str, Any]:
+    spec = yaml.safe_load((ROLES / role / "meta" / "argument_specs.yml").read_text())
+    options: dict[str, Any] = spec["argument_specs"]["main"]["options"]
+    return options
+
+
 @pytest.mark.parametrize("role", NAMES)
 def test_variables_agree(role: str) -> None:
     defaults = ROLES / role / "defaults" / "main.yml"
     values = (yaml.safe_load(defaults.read_text()) if defaults.exists() else None) or {}
-    options = yaml.safe_load((ROLES / role / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"][
-        "options"
-    ]
+    options = options_of(role)
     assert set(values) == set(options)
+    # A default that is an expression is told in words: as a value it would not be of the option's type.
+    literal = {name: value for name, value in values.items() if "{{" not in str(value)}
+    assert {name: option["default"] for name, option in options.items() if "default" in option} == literal
     readme = (ROLES / role / "README.md").read_text()
     if "meta/argument_specs.yml" not in readme:
         assert [name for name in options if f"`{name}`" not in readme] == []
@@ -27,7 +35,4 @@ def test_variables_agree(role: str) -> None:
 
 @pytest.mark.parametrize("role", NAMES)
 def test_variables_have_the_roles_prefix(role: str) -> None:
-    options = yaml.safe_load((ROLES / role / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"][
-        "options"
-    ]
-    assert [name for name in options if not name.startswith(role + "_")] == []
+    assert [name for name in options_of(role) if not name.startswith(role + "_")] == []
