@@ -105,7 +105,7 @@ def parse_ip_key(key: str) -> tuple[str | None, str] | None:
     if key.startswith(state):
         cluster, address = None, key[len(state) :]
     elif key.startswith("cilium/cache/ip/v1/"):
-        cluster, _, address = key[len("cilium/cache/ip/v1/") :].partition("/")
+        cluster, _slash, address = key[len("cilium/cache/ip/v1/") :].partition("/")
         if not cluster:
             return None
     else:

@@ -278,13 +278,10 @@ class _Reader:
         given = entry["etcd"]
         if given is INVALID:
             return None
-        hosts: tuple[str, ...] = ()
-        if given is not None:
-            if any(value is INVALID for value in given.values()):
-                return None
-            hosts = tuple(given["hosts"])
+        if given is not None and any(value is INVALID for value in given.values()):
+            return None
         where_hosts = f"{where}.etcd.hosts"
-        if not hosts:
+        if given is None or not given["hosts"]:
             if entry["control_plane"] == "hosts" and entry["state"] != "absent":
                 self.problem(
                     where_hosts,
@@ -293,7 +290,7 @@ class _Reader:
                     "name 1, 3 or 5 hosts of this cluster",
                 )
             return Etcd((), 2379, 2380, {"type": "package"}, 2 * 1024**3)
-        assert given is not None
+        hosts = tuple(given["hosts"])
         for host in sorted({host for host in hosts if hosts.count(host) > 1}):
             self.problem(where_hosts, f"{host} is there twice", "a host carries one member", "remove one of them")
         if len(hosts) > 7:
@@ -563,7 +560,7 @@ class _Reader:
             return
         named = [(f"isthmus_estate.clusters.{cluster.name}.site", cluster.site) for cluster in clusters.values()]
         named += [(f"host {host.name}.isthmus_site", host.site) for host in hosts.values()]
-        known = set(declared) if declared is not None else {site for _, site in named}
+        known = set(declared) if declared is not None else {site for _where, site in named}
         inherited = {cluster.site for cluster in clusters.values()} - known
         for where, site in named:
             if site not in known and not (where.startswith("host ") and site in inherited):
@@ -786,7 +783,7 @@ class _Reader:
                 )
             return labels, ()
         for reference in workloads:
-            host, _, name = reference.partition("/")
+            host, _slash, name = reference.partition("/")
             if host in self.broken_hosts:
                 continue
             if host not in hosts:

@@ -144,12 +144,12 @@ class _Planner:
         return found
 
     def declared(self, name: str) -> bool:
-        kind, _, rest = name.partition("/")
+        kind, _slash, rest = name.partition("/")
         if kind == "cluster":
             return rest in self.model.clusters
         if kind == "service":
             return rest in self.model.services
-        first, _, second = rest.partition("/")
+        first, _slash, second = rest.partition("/")
         if kind == "member":
             cluster = self.model.clusters.get(first)
             return cluster is not None and second in cluster.etcd.hosts
@@ -624,8 +624,8 @@ class _Spec:
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
             "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
             "dns": {"domain": self.model.domain},
-            "service_ranges4": [doc["service_range"] for _, doc in sorted(self.present.items())],
-            "mesh_ranges4": [text for _, doc in sorted(self.present.items()) for text in doc["workload_ranges"]],
+            "service_ranges4": [doc["service_range"] for _name, doc in sorted(self.present.items())],
+            "mesh_ranges4": [text for _name, doc in sorted(self.present.items()) for text in doc["workload_ranges"]],
             "etcd": {
                 "endpoints": self.endpoints(),
                 "ca": _trust(own["name"]),
@@ -644,7 +644,7 @@ class _Spec:
         return document
 
     def workload(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        namespace, _, name = key.partition("/")
+        namespace, _slash, name = key.partition("/")
         return {
             "name": name,
             "namespace": namespace,

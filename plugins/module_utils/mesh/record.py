@@ -95,7 +95,7 @@ def merge(copies: Iterable[Any]) -> Record:
     chosen: dict[str, Mapping[str, Any]] = {}
     warnings: list[str] = []
     for name, ranked in found.items():
-        (revision, *_), document = max(ranked, key=lambda entry: entry[0])
+        (revision, *_rest), document = max(ranked, key=lambda entry: entry[0])
         latest = [other for rank, other in sorted(ranked, key=lambda entry: entry[0]) if rank[0] == revision]
         if any(_without_authority(other) != _without_authority(document) for other in latest):
             warnings.append(
@@ -109,7 +109,7 @@ def merge(copies: Iterable[Any]) -> Record:
                 f"estate record {name}: copies of revision {revision} hold different CA certificates; compare them "
                 "with /etc/isthmus/pki/ca.crt on the cluster's CA host"
             )
-        chosen[name] = _with_authority(document, [other for _, other in sorted(ranked, key=lambda entry: entry[0])])
+        chosen[name] = _with_authority(document, [other for _rank, other in sorted(ranked, key=lambda entry: entry[0])])
     clusters = {
         name[len(CLUSTERS) :]: document for name, document in sorted(chosen.items()) if name.startswith(CLUSTERS)
     }
