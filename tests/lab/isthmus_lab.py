@@ -1134,7 +1134,9 @@ COMMANDS: dict[str, Callable[[Lab, argparse.Namespace], int]] = {
 def main(words: Sequence[str]) -> int:
     options = arguments().parse_args(words)
     lab = Lab()
-    return COMMANDS[options.command](lab, options)
+    status = COMMANDS[options.command](lab, options)
+    sys.stdout.flush()
+    return status
 
 
 if __name__ == "__main__":
@@ -1143,3 +1145,7 @@ if __name__ == "__main__":
     except (LabError, rootfs.RootfsError) as error:
         print(f"lab: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        # Who read our output (`| head`) has gone. Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
