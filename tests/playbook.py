@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COLLECTIONS = ROOT / "build" / "collections"
@@ -40,34 +43,69 @@ class Run:
         return {name: recap.changed for name, recap in self.hosts.items() if recap.changed}
 
 
-def play(name: str, *arguments: str, inventory: Path = INVENTORY, check: bool = True, seconds: float = 900) -> Run:
-    """Run `isthmus.mesh.<name>`; `check`: anything but success raises, with the end of the output."""
+def command(name: str, *arguments: str, inventory: Path = INVENTORY) -> list[str]:
+    """The command line that runs `isthmus.mesh.<name>`."""
     if not (COLLECTIONS / "ansible_collections" / "isthmus" / "mesh" / "MANIFEST.json").exists():
         raise AssertionError("the collection's artifact is not installed in build/collections; run: make collection")
+    tool = Path(sys.executable).with_name("ansible-playbook")
+    return [str(tool), "-i", str(inventory), f"isthmus.mesh.{name}", *arguments]
+
+
+def environment(events: Path | None = None) -> dict[str, str]:
+    """The environment that `command` runs in; what the run does is written to `events`, line by line."""
+    found = {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(ROOT / "tests" / "lab" / "ansible.cfg"),
+        "ANSIBLE_COLLECTIONS_PATH": str(COLLECTIONS),
+        "ANSIBLE_NOCOLOR": "1",
+    }
+    if events is not None:
+        found |= {
+            "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "tests" / "e2e" / "callbacks"),
+            "ANSIBLE_CALLBACKS_ENABLED": "isthmus_events",
+            "ISTHMUS_EVENTS": str(events),
+        }
+    return found
+
+
+def recaps(output: str) -> dict[str, Recap]:
+    """The recap at the end of a run's output, by host."""
+    line = re.compile(r"^(\S+)\s*: " + r"\s+".join(rf"{field.name}=(\d+)" for field in dataclasses.fields(Recap)), re.M)
+    return {match[1]: Recap(*(int(number) for number in match.groups()[1:])) for match in line.finditer(output)}
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """What `tests/e2e/callbacks/isthmus_events.py` wrote; a line that is being written is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def changes(events: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
+    """Every change of a run: host, module, and the loop's item ("" outside of a loop)."""
+    return {(event["host"], event["action"], event["item"]) for event in events if event.get("changed")}
+
+
+def play(
+    name: str,
+    *arguments: str,
+    inventory: Path = INVENTORY,
+    check: bool = True,
+    seconds: float = 900,
+    events: Path | None = None,
+) -> Run:
+    """Run `isthmus.mesh.<name>`; `check`: anything but success raises, with the end of the output."""
     done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("ansible-playbook")),
-            "-i",
-            str(inventory),
-            f"isthmus.mesh.{name}",
-            *arguments,
-        ],
+        command(name, *arguments, inventory=inventory),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=seconds,
         check=False,
         cwd="/",  # not the checkout: nothing of it may be found by chance
-        env={
-            **os.environ,
-            "ANSIBLE_CONFIG": str(ROOT / "tests" / "lab" / "ansible.cfg"),
-            "ANSIBLE_COLLECTIONS_PATH": str(COLLECTIONS),
-            "ANSIBLE_NOCOLOR": "1",
-        },
+        env=environment(events),
     )
-    line = re.compile(r"^(\S+)\s*: " + r"\s+".join(rf"{field.name}=(\d+)" for field in dataclasses.fields(Recap)), re.M)
-    hosts = {match[1]: Recap(*(int(number) for number in match.groups()[1:])) for match in line.finditer(done.stdout)}
     if check and done.returncode != 0:
         raise AssertionError(
             f"isthmus.mesh.{name} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
         )
-    return Run(done.returncode, done.stdout + done.stderr, hosts)
+    return Run(done.returncode, done.stdout + done.stderr, recaps(done.stdout))

@@ -188,8 +188,8 @@ def main():
     )
     if module.params["confirm"] not in ("yes", "True", "true"):
         module.fail_json(
-            msg="The teardown removes keys and the data of etcd for good. Confirm it: -e isthmus_confirm=yes. "
-            "Nothing was changed."
+            msg="The teardown removes keys and the data of etcd for good. Nothing was changed. Confirm it: "
+            "confirm: 'yes' of the module, -e isthmus_confirm_teardown=ESTATE of the playbook isthmus.mesh.teardown."
         )
     teardown = Teardown(module)
     teardown.run()
