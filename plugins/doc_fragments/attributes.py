@@ -7,15 +7,6 @@ from __future__ import annotations
 class ModuleDocFragment:
     """Attributes shared by the modules that change or read a host."""
 
-    DOCUMENTATION = r"""
-options: {}
-attributes:
-  check_mode:
-    description: Can run in C(check_mode) and return the changed status prediction without modifying the target.
-  diff_mode:
-    description: Returns details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
-"""
-
     SUPPORTED = r"""
 options: {}
 attributes:
@@ -25,6 +16,10 @@ attributes:
   diff_mode:
     support: full
     description: Shows before and after of every change, never a secret.
+  platform:
+    platforms: posix
+    support: full
+    description: Runs on hosts with systemd.
 """
 
     INFO = r"""
@@ -36,4 +31,8 @@ attributes:
   diff_mode:
     support: none
     description: Changes nothing, so there is nothing to show.
+  platform:
+    platforms: posix
+    support: full
+    description: Runs on hosts with systemd.
 """

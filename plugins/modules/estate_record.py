@@ -17,7 +17,6 @@ description:
     services that the inventory owns are written.
   - Runs on an etcd host of the cluster, with the operator's certificate.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
   - isthmus.mesh.attributes.supported
 author:
   - Isthmus contributors (@isthmus-mesh)

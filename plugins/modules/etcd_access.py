@@ -16,15 +16,11 @@ description:
   - Runs on an etcd host of the cluster, with its C(root) certificate. Users of hosts or peers that the plan does not
     know are reported and left.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
   - isthmus.mesh.attributes.supported
+  - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  spec:
-    description: The node spec of a host of the cluster.
-    type: dict
-    required: true
   nodes:
     description: All hosts of the cluster, by node name.
     type: list

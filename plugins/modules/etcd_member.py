@@ -18,15 +18,11 @@ description:
   - A running member is restarted only when its configuration changed, in its turn, while all others are healthy, after
     a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then; the result says so.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
   - isthmus.mesh.attributes.supported
+  - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  spec:
-    description: The host's node spec as M(isthmus.mesh.plan) returns it.
-    type: dict
-    required: true
   formed:
     description:
       - Whether the estate record shows that this cluster's etcd existed before.

@@ -14,7 +14,6 @@ description:
   - A service that the inventory defines is not taken over; the module fails and names both owners.
   - Runs on an etcd host, once for every cluster that takes part in the service.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
   - isthmus.mesh.attributes.supported
 author:
   - Isthmus contributors (@isthmus-mesh)

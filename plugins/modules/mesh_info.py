@@ -12,7 +12,6 @@ description:
   - Reads nodes, peers and the registrar from the etcd of this host's cluster, and the status of the host's own agent.
   - Runs on any host of the mesh, with its agent's certificate. Changes nothing.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
   - isthmus.mesh.attributes.info
 author:
   - Isthmus contributors (@isthmus-mesh)

@@ -17,14 +17,10 @@ description:
   - Needs nothing but Python on the host; the bundle is laid down before by M(isthmus.mesh.bundle).
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
+  - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  spec:
-    description:
-      - The host's specification, an element of the C(specs) that M(isthmus.mesh.plan) returns.
-    type: dict
-    required: true
   estate:
     description:
       - The estate record that M(isthmus.mesh.plan) returns; every host keeps a copy.
@@ -41,7 +37,6 @@ options:
     type: int
     default: 120
 seealso:
-  - module: isthmus.mesh.plan
   - module: isthmus.mesh.verify
 """
 

@@ -16,31 +16,16 @@ description:
     what the plan asks for. A pinned authority is never replaced by another one.
   - An authority whose host could not be reached leaves its certificates pending. For a peer that is a warning; for the
     host's own cluster the module fails, since nothing works without them.
-attributes:
-  check_mode:
-    support: full
-    description: Predicts what will be installed.
-  diff_mode:
-    support: full
-    description: Shows names, fingerprints and dates.
-  platform:
-    platforms: posix
-    support: full
-    description: Runs on systemd hosts.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.supported
+  - isthmus.mesh.spec
+  - isthmus.mesh.pki
 options:
-  spec:
-    description: The host's node spec as M(isthmus.mesh.plan) returns it; its C(pki) part is used.
-    type: dict
-    required: true
   signed:
     description: Results of M(isthmus.mesh.pki_sign), as registered from the loop.
     type: list
     elements: dict
     required: true
-  directory:
-    description: Directory of keys and certificates.
-    type: path
-    default: /etc/isthmus/pki
 seealso:
   - module: isthmus.mesh.pki_request
   - module: isthmus.mesh.pki_sign

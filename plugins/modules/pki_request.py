@@ -21,26 +21,15 @@ attributes:
   check_mode:
     support: full
     description: Predicts the same keys and requests; on a host without the agent bundle by the files' existence only.
-  diff_mode:
-    support: full
-    description: Shows names, fingerprints and dates; never a key.
-  platform:
-    platforms: posix
-    support: full
-    description: Runs on systemd hosts.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.supported
+  - isthmus.mesh.spec
+  - isthmus.mesh.pki
 options:
-  spec:
-    description: The host's node spec as M(isthmus.mesh.plan) returns it; its C(pki) part is used.
-    type: dict
-    required: true
   trust:
     description: Certificate authorities known from the estate record, cluster name to PEM.
     type: dict
     default: {}
-  directory:
-    description: Directory of keys and certificates.
-    type: path
-    default: /etc/isthmus/pki
 seealso:
   - module: isthmus.mesh.pki_sign
   - module: isthmus.mesh.pki_install

@@ -22,13 +22,9 @@ attributes:
   check_mode:
     support: full
     description: Predicts; certificates in the result are then V(none).
-  diff_mode:
-    support: full
-    description: Shows names, fingerprints and dates; never a key.
-  platform:
-    platforms: posix
-    support: full
-    description: Runs on systemd hosts.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.supported
+  - isthmus.mesh.pki
 options:
   cluster:
     description: Cluster whose authority signs.
@@ -59,10 +55,6 @@ options:
   known_ca:
     description: The authority's certificate as the estate record holds it, in PEM, when it does.
     type: str
-  directory:
-    description: Directory of the authority.
-    type: path
-    default: /etc/isthmus/pki
 seealso:
   - module: isthmus.mesh.pki_request
   - module: isthmus.mesh.pki_install

@@ -26,8 +26,6 @@ attributes:
   action:
     support: full
     description: Runs on the controller.
-extends_documentation_fragment:
-  - isthmus.mesh.attributes
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:

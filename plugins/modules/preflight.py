@@ -15,14 +15,10 @@ description:
   - Changes nothing, in check mode or not.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.info
+  - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  spec:
-    description:
-      - The host's specification, an element of the C(specs) that M(isthmus.mesh.plan) returns.
-    type: dict
-    required: true
   platforms:
     description:
       - The platforms for which there is an agent bundle.
@@ -51,8 +47,6 @@ options:
       - Seconds by which the host's clock may differ from the controller's.
     type: int
     default: 120
-seealso:
-  - module: isthmus.mesh.plan
 """
 
 EXAMPLES = r"""

@@ -12,7 +12,6 @@ description:
   - Reads what the cluster of this host knows of services, with definition, address and the ready backends by cluster.
   - Runs on any host of the mesh, with its agent's certificate. Changes nothing.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
   - isthmus.mesh.attributes.info
 author:
   - Isthmus contributors (@isthmus-mesh)

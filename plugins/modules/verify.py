@@ -16,14 +16,10 @@ description:
   - Changes nothing.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.info
+  - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  spec:
-    description:
-      - The host's specification, an element of the C(specs) that M(isthmus.mesh.plan) returns.
-    type: dict
-    required: true
   record:
     description:
       - The estate record that M(isthmus.mesh.plan) returns.
@@ -59,8 +55,6 @@ options:
       - Seconds to wait for each answer.
     type: int
     default: 3
-seealso:
-  - module: isthmus.mesh.plan
 """
 
 EXAMPLES = r"""
