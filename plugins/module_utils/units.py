@@ -46,6 +46,25 @@ def config_digest(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def _daemon(program: str, config: str) -> str:
+    """How agent and registrar are run: they say when they are ready and that they live, and are started again for ever,
+    except after the status for a configuration that cannot be used.
+    """
+    return f"""\
+Type=notify
+NotifyAccess=main
+ExecStart=/opt/isthmus/current/bin/{program} --config /etc/isthmus/node.json
+Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
+Restart=always
+RestartSec=1
+RestartPreventExitStatus=78
+TimeoutStartSec=90
+TimeoutStopSec=15
+WatchdogSec=30
+KillMode=mixed
+"""
+
+
 def agent_unit(config: str) -> str:
     """`isthmusd.service`. CAP_BPF and CAP_PERFMON load programs, CAP_NET_ADMIN attaches them and sets up the device,
     routes and rules and ends sockets, CAP_NET_RAW probes.
@@ -63,18 +82,7 @@ After=network-online.target isthmus-bpffs.service isthmus-etcd.service
 StartLimitIntervalSec=0
 
 [Service]
-Type=notify
-NotifyAccess=main
-ExecStart=/opt/isthmus/current/bin/isthmusd --config /etc/isthmus/node.json
-Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
-Restart=always
-RestartSec=1
-RestartPreventExitStatus=78
-TimeoutStartSec=90
-TimeoutStopSec=15
-WatchdogSec=30
-KillMode=mixed
-RuntimeDirectory=isthmus isthmus/dns
+{_daemon("isthmusd", config)}RuntimeDirectory=isthmus isthmus/dns
 RuntimeDirectoryMode=0755
 RuntimeDirectoryPreserve=yes
 StateDirectory=isthmus isthmus/agent
@@ -107,18 +115,7 @@ After=network-online.target isthmus-etcd.service
 StartLimitIntervalSec=0
 
 [Service]
-Type=notify
-NotifyAccess=main
-ExecStart=/opt/isthmus/current/bin/isthmus-registrar --config /etc/isthmus/node.json
-Environment={CONFIG_VARIABLE}={config} PYTHONUNBUFFERED=1
-Restart=always
-RestartSec=1
-RestartPreventExitStatus=78
-TimeoutStartSec=90
-TimeoutStopSec=15
-WatchdogSec=30
-KillMode=mixed
-CapabilityBoundingSet=
+{_daemon("isthmus-registrar", config)}CapabilityBoundingSet=
 PrivateDevices=yes
 ProtectKernelTunables=yes
 ProtectControlGroups=yes

@@ -253,8 +253,8 @@ def _wire(left: Node, right: Node, mtu: int) -> None:
 
 
 @contextlib.contextmanager
-def two_nodes(underlay_mtu: int = 1500) -> Iterator[tuple[Node, Node]]:
-    """Both nodes with everything loaded and applied; removed whatever happens."""
+def bare_nodes(underlay_mtu: int = 1500) -> Iterator[tuple[Node, Node]]:
+    """Both nodes, joined, with nothing loaded; removed whatever happens, with what was loaded meanwhile."""
     run = f"isthmus-test-{os.getpid()}-{next(_numbers)}"
     base = cgroup2_root() / run
     base.mkdir()
@@ -276,12 +276,19 @@ def two_nodes(underlay_mtu: int = 1500) -> Iterator[tuple[Node, Node]]:
         for node in nodes:
             node.start()
         _wire(left, right, underlay_mtu)
-        left.datapath = _wanted(left, right, underlay_mtu - 50)
-        right.datapath = _wanted(right, left, underlay_mtu - 50)
-        for node in nodes:
-            node.load()
         yield left, right
     finally:
         for node in nodes:
             node.stop()
         base.rmdir()
+
+
+@contextlib.contextmanager
+def two_nodes(underlay_mtu: int = 1500) -> Iterator[tuple[Node, Node]]:
+    """Both nodes with everything loaded and applied; removed whatever happens."""
+    with bare_nodes(underlay_mtu) as (left, right):
+        left.datapath = _wanted(left, right, underlay_mtu - 50)
+        right.datapath = _wanted(right, left, underlay_mtu - 50)
+        left.load()
+        right.load()
+        yield left, right

@@ -17,9 +17,8 @@ from typing import Any
 
 import agent_mesh as mesh
 import pytest
-from bpf.topology import Inside, Node, _wire, wait_for
+from bpf.topology import Inside, Node, bare_nodes, wait_for
 from integration.etcd_fixture import Ca
-from isthmus_agent.bpf.mounts import cgroup2_root
 from isthmus_agent.cli.client import AgentSilent, ask
 from isthmus_agent.state.lastgood import LastGood
 from isthmus_mesh import keys, wire
@@ -168,42 +167,21 @@ def _daemon(node: Node, cluster: str, directory: Path, backends: dict[str, list[
 def estate(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Estate]:
     """Node a is onprem-1, node b is cloud-1; which of them have a backend is the test's parameter."""
     backends = getattr(request, "param", {"cloud": [1]})
-    run = f"isthmus-test-{os.getpid()}-agent"
-    base = cgroup2_root() / run
-    base.mkdir()
-    nodes = [
-        Node(
-            name=name,
-            cluster_id=number,
-            underlay=f"198.18.0.1{number}",
-            mesh=f"10.10{number}.0.1",
-            workload=f"10.10{number}.0.2",
-            prefix=f"10.10{number}.0.0/28",
-            cgroup=base / name,
-            pin_dir=Path(f"/sys/fs/bpf/{run}-{name}"),
-        )
-        for number, name in ((1, "a"), (2, "b"))
-    ]
-    daemons: list[Daemon] = []
-    try:
-        for node in nodes:
-            node.start()
-        _wire(nodes[0], nodes[1], 1500)
-        for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
-            daemons.append(_daemon(node, cluster, tmp_path / cluster, backends))
-            daemons[-1].start()
-        for node in nodes:
-            server = node.process("web")
-            server.do(f"serve_tcp({node.name!r}, {node.workload!r}, 8080); result = 1")
-        client = nodes[0].process("web")
-        client.do(CLIENT + "\nresult = 1")
-        yield Estate(nodes[0], nodes[1], daemons[0], daemons[1], client)
-    finally:
-        for daemon in daemons:
-            daemon.stop(signal.SIGKILL)
-        for node in nodes:
-            node.stop()
-        base.rmdir()
+    with bare_nodes() as nodes:
+        daemons: list[Daemon] = []
+        try:
+            for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
+                daemons.append(_daemon(node, cluster, tmp_path / cluster, backends))
+                daemons[-1].start()
+            for node in nodes:
+                server = node.process("web")
+                server.do(f"serve_tcp({node.name!r}, {node.workload!r}, 8080); result = 1")
+            client = nodes[0].process("web")
+            client.do(CLIENT + "\nresult = 1")
+            yield Estate(nodes[0], nodes[1], daemons[0], daemons[1], client)
+        finally:
+            for daemon in daemons:
+                daemon.stop(signal.SIGKILL)
 
 
 def test_a_service_works_from_last_known_good_without_any_etcd(estate: Estate) -> None:

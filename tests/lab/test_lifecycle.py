@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,27 +103,26 @@ def test_down_leaves_nothing(bare: Lab) -> None:
     gone(bare, before)
 
 
-def test_down_after_an_interrupted_up_leaves_nothing(bare: Lab) -> None:
-    before = traces(bare)
+def interrupt_up(lab: Lab) -> None:
+    """`lab up`, killed when its first machine is starting."""
     up = subprocess.Popen([sys.executable, str(TOOL.with_name("isthmus_lab.py")), "up"], stdout=subprocess.DEVNULL)
     end = time.monotonic() + 30
-    while not any(bare.supervisor(host) for host in bare.hosts.values()):
+    while not any(lab.supervisor(host) for host in lab.hosts.values()):
         assert time.monotonic() < end, "no machine was started"
         time.sleep(0.02)
     up.kill()
     up.wait()
+
+
+def test_down_after_an_interrupted_up_leaves_nothing(bare: Lab) -> None:
+    before = traces(bare)
+    interrupt_up(bare)
     bare.down()
     gone(bare, before)
 
 
 def test_up_goes_on_after_an_interrupted_up(bare: Lab) -> None:
-    up = subprocess.Popen([sys.executable, str(TOOL.with_name("isthmus_lab.py")), "up"], stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 30
-    while not any(bare.supervisor(host) for host in bare.hosts.values()):
-        assert time.monotonic() < end, "no machine was started"
-        time.sleep(0.02)
-    up.kill()
-    up.wait()
+    interrupt_up(bare)
     bare.up()
     assert {bare.system_state(host) for host in bare.hosts.values()} == {"running"}
 
@@ -142,3 +142,12 @@ def test_what_the_machine_lacks_is_said_before_anything_is_changed(tmp_path: Pat
     assert "this machine cannot carry the lab; nothing was changed:" in done.stderr
     assert "systemd-nspawn: not installed (`make setup` installs it)" in done.stderr
     gone(bare, before)
+
+
+def test_a_reader_that_goes_early_gets_no_traceback(bare: Lab) -> None:
+    with subprocess.Popen([TOOL, "status"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as status:
+        assert status.stdout is not None
+        assert status.stderr is not None
+        status.stdout.close()
+        assert status.stderr.read() == ""
+        assert status.wait(30) == 128 + signal.SIGPIPE
