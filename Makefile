@@ -63,7 +63,7 @@ demo: ## set everything up, boot the lab, run the playbook on it, show the produ
 
 check: bpf ## the quick loop: gates and unit tests, under a minute when warm
 	@sh scripts/lint.sh quick
-	@$(BIN)/python -m pytest -q tests/unit $(ARGS)
+	@$(BIN)/python -m pytest -q tests/unit --hypothesis-profile=quick $(ARGS)
 
 lint: bundle ## every gate
 	@sh scripts/lint.sh all

@@ -50,7 +50,7 @@ install_packages() {
     case " $1 " in
         *" etcd-server "*)
             # Nor at the next boot.
-            if [ -d /run/systemd/system ]; then systemctl disable --quiet etcd.service; fi ;;
+            if command -v systemctl > /dev/null; then systemctl disable --quiet etcd.service; fi ;;
     esac
 }
 

@@ -194,7 +194,7 @@ class ComingAndGoing(RuleBasedStateMachine):
 
 
 TestComingAndGoing = ComingAndGoing.TestCase
-TestComingAndGoing.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestComingAndGoing.settings = settings(max_examples=settings.default.max_examples // 4, stateful_step_count=25)
 
 
 @st.composite
@@ -225,7 +225,10 @@ def estates(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     return {"name": "big", "clusters": clusters}, hosts
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=settings.default.max_examples // 3,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(estates(), st.randoms(use_true_random=False))
 def test_generated_estates(both: tuple[dict[str, Any], dict[str, dict[str, Any]]], shuffler: random.Random) -> None:
     estate, hosts = both
