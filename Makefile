@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Tools of the gates start each other by name (ansible-lint, molecule).
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup lock bpf bundle wheelhouse collection lab-up lab-down lab-exec site plan verify demo \
+.PHONY: help setup lock bpf bundle wheelhouse collection lab-up lab-down lab-exec site plan verify molecule demo \
 	check lint pytest test test-full bench clean
 
 help: ## this list
@@ -55,6 +55,9 @@ lab-exec: ## run a command as root on a lab machine, in its own cgroup (HOST=edg
 	@$(LAB) exec '$(HOST)' -- sh -c "$$CMD"
 lab-exec: export CMD := $(CMD)
 
+molecule: collection lab-up ## the scenario for the whole of site: converge, idempotence, verify, teardown on the lab
+	@NO_COLOR=1 $(BIN)/molecule test
+
 site plan verify: collection ## run the playbook isthmus.mesh.<target> on the lab (INVENTORY=, ARGS=)
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.$@ $(ARGS)
 
@@ -81,4 +84,4 @@ bench: collection ## measure
 	@$(BIN)/python -m pytest -q tests/bench $(ARGS)
 
 clean: ## remove what was built in the clone (the cache and the lab stay)
-	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .coverage agent/isthmus_agent/bpf/objects/*.bpf.o
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis agent/isthmus_agent/bpf/objects/*.bpf.o
