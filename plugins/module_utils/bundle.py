@@ -9,6 +9,7 @@ import subprocess
 
 ROOT = "/opt/isthmus"
 CURRENT = ROOT + "/current"
+ETCD = ROOT + "/etcd"  # of releases that etcd_member unpacked
 COMMAND = "/usr/local/bin/isthmus"
 
 # Newest first: the venv is made with the newest that the bundle supports.

@@ -85,6 +85,9 @@ class Changes:
     """What one module call changes on this host. In check mode everything is compared and nothing is touched."""
 
     def __init__(self, module: AnsibleModule) -> None:
+        # Hosts with a stricter mask (0027, 0077) would get directories that etcd's user cannot enter. Secrets are made
+        # with a mode of their own.
+        os.umask(0o022)
         self.module = module
         self.changed = False
         self.diff: list[dict[str, Any]] = []

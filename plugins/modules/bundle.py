@@ -193,8 +193,8 @@ def switch(home):
 
 
 def clean(home, before):
-    """Keep the current environment and the one before it."""
-    keep = {home, before, bundle.CURRENT}
+    """Keep the current environment and the one before it, and the programs that etcd runs from."""
+    keep = {home, before, bundle.CURRENT, bundle.ETCD}
     for name in os.listdir(bundle.ROOT):
         path = os.path.join(bundle.ROOT, name)
         if path not in keep:

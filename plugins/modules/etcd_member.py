@@ -88,10 +88,11 @@ import shutil
 import tarfile
 import tempfile
 import time
+import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_file
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
@@ -102,7 +103,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
 )
 
 VERSION_FLOOR = (3, 4, 0)
-ARCHIVES = "/opt/isthmus/etcd"
+ARCHIVES = bundle.ETCD
 SNAPSHOTS = "/var/lib/isthmus/snapshots"
 SNAPSHOTS_KEPT = 5
 PACKAGES = {"apt-get": "etcd-server", "dnf": "etcd"}
@@ -196,8 +197,9 @@ class Install:
         """The binary out of the release archive, under /opt/isthmus/etcd/<version>."""
         wanted = self.source["sha256"].lower()
         for marker in glob.glob(ARCHIVES + "/*/sha256"):
-            if read_bytes(marker) == wanted.encode():
-                return os.path.join(os.path.dirname(marker), "etcd")
+            binary = os.path.join(os.path.dirname(marker), "etcd")
+            if read_bytes(marker) == wanted.encode() and os.access(binary, os.X_OK):
+                return binary
         place = self.source.get("url") or self.source.get("path")
         self.changes.note("etcd archive", "", f"{place} (sha256 {wanted})")
         if self.module.check_mode:
@@ -218,26 +220,39 @@ class Install:
         os.makedirs(ARCHIVES, mode=0o755, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=ARCHIVES, prefix=".new-") as work:
             os.chmod(work, 0o755)  # noqa: S103 - everybody may run etcd's programs
-            with tarfile.open(archive) as tar:
-                for name in ("etcd", "etcdctl"):
-                    entry = next((item for item in tar if item.isfile() and os.path.basename(item.name) == name), None)
-                    if entry is None:
-                        if name == "etcd":
-                            self.module.fail_json(msg=f"the etcd archive {place} holds no file named etcd")
-                        continue
-                    with open(os.path.join(work, name), "wb") as target:
-                        shutil.copyfileobj(tar.extractfile(entry), target)
-                    os.chmod(os.path.join(work, name), 0o755)  # noqa: S103 - the same
+            try:
+                self.extract(archive, place, work)
+            except (tarfile.TarError, EOFError, zlib.error) as exc:
+                self.module.fail_json(
+                    msg=f"the etcd archive {place} is no tar archive that can be read ({exc}); take the .tar.gz of a "
+                    "release, and its sha256"
+                )
             version = self.version(os.path.join(work, "etcd"))
             with open(os.path.join(work, "sha256"), "w", encoding="ascii") as marker:
                 marker.write(digest)
             final = os.path.join(ARCHIVES, version)
-            if os.path.exists(final):
-                # Another build of the same version; a running process keeps its open file.
+            if os.path.exists(final) and read_bytes(final + "/sha256") != digest.encode():
+                # Another build of the same version.
                 final = f"{final}-{digest[:12]}"
+            if os.path.exists(final):
+                # Damaged, or it would have been used. A running process keeps its open file.
+                shutil.rmtree(final)
+            os.sync()
             os.rename(work, final)
             os.makedirs(work)  # for the clean-up of the temporary directory
         return os.path.join(final, "etcd")
+
+    def extract(self, archive, place, directory):
+        with tarfile.open(archive) as tar:
+            for name in ("etcd", "etcdctl"):
+                entry = next((item for item in tar if item.isfile() and os.path.basename(item.name) == name), None)
+                if entry is None:
+                    if name == "etcd":
+                        self.module.fail_json(msg=f"the etcd archive {place} holds no file named etcd")
+                    continue
+                with open(os.path.join(directory, name), "wb") as target:
+                    shutil.copyfileobj(tar.extractfile(entry), target)
+                os.chmod(os.path.join(directory, name), 0o755)  # noqa: S103 - everybody may run etcd's programs
 
 
 class MemberModule:
