@@ -20,11 +20,11 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Tools of the gates start each other by name (ansible-lint, molecule).
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup lock bpf bundle wheelhouse collection lab-up lab-down lab-exec site plan verify molecule demo \
+.PHONY: help setup env lock bpf bundle wheelhouse collection lab-up lab-down lab-exec lab-map site plan verify molecule demo \
 	check lint pytest test test-full bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: ## install what is missing: Debian packages, the Python environment (in the user's cache)
 	@sh scripts/setup.sh $(VENV)
@@ -54,6 +54,15 @@ lab-exec: ## run a command as root on a lab machine, in its own cgroup (HOST=edg
 	@test -n '$(HOST)' || { echo "lab-exec: say which machine: make lab-exec HOST=edge-1 CMD='uptime'" >&2; exit 2; }
 	@$(LAB) exec '$(HOST)' -- sh -c "$$CMD"
 lab-exec: export CMD := $(CMD)
+
+lab-map: ## show a BPF map of a lab machine (HOST=edge-1 MAP=svc); without MAP, the names of all
+	@pid=$$($(LAB) status | awk '$$1 == "$(HOST)" { print $$5 }') && test -n "$$pid" || \
+		{ echo "lab-map: no such machine: '$(HOST)'; say make lab-map HOST=edge-1 MAP=svc" >&2; exit 2; }; \
+	pins=/proc/$$pid/root/sys/fs/bpf/isthmus/v1; \
+	if [ -n "$(MAP)" ]; then bpftool map dump pinned "$$pins/$(MAP)"; else ls "$$pins"; fi
+
+env: setup ## print shell commands that put the environment's tools and the built collection to use (README.md)
+	@echo 'export PATH=$(BIN):$$PATH ANSIBLE_COLLECTIONS_PATH=$(ANSIBLE_COLLECTIONS_PATH)'
 
 molecule: collection lab-up ## the scenario for the whole of site: converge, idempotence, verify, teardown on the lab
 	@NO_COLOR=1 $(BIN)/molecule test
