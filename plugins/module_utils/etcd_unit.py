@@ -16,6 +16,8 @@ USER = "isthmus-etcd"
 DATA = "/var/lib/isthmus/etcd"
 ENVIRONMENT = "/etc/isthmus/etcd.env"
 PKI = "/etc/isthmus/pki"
+DISTRIBUTION = "etcd.service"
+MASKED = "/var/lib/isthmus/etcd-unit-before"  # says that we masked the distribution's unit, and how it was before
 FIRST_START = f"/run/systemd/system/{SERVICE}.d/first-start.conf"
 
 _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"

@@ -48,8 +48,10 @@ def probe(resolved_active: bool) -> Found:
     joined = content is not None and MARK in content
     if joined:
         was_link = _read(ORIGINAL_LINK)
-        # The program behind the link goes on keeping its file, so that is today's original.
-        return Found("file", was_link, _read(_link_target(was_link)) if was_link else _read(ORIGINAL), True)
+        # The program behind the link goes on keeping its file, so that is today's original. In a file of the
+        # operator's own it is what stands behind our lines: it may have been edited there, or our copy be lost.
+        original = _read(_link_target(was_link)) if was_link else _behind(content or "") or _read(ORIGINAL)
+        return Found("file", was_link, original, True)
     target = os.path.realpath(RESOLV_CONF) if link else RESOLV_CONF
     if resolved_active and (target in _RESOLVED_FILES or "127.0.0.53" in servers(content or "")):
         return Found("resolved", link, content, False)
@@ -66,6 +68,14 @@ def servers(content: str) -> list[str]:
 def joined_file(original: str | None) -> str:
     """resolv.conf with the host's own dnsmasq in front; everything else as it was."""
     return f"{MARK}\nnameserver {LOCAL_SERVER}\n" + (original or "")
+
+
+def _behind(content: str) -> str:
+    ours = joined_file(None)
+    if content.startswith(ours):
+        return content[len(ours) :]
+    # Somebody put lines before ours.
+    return "".join(line for line in content.splitlines(keepends=True) if line.rstrip("\n") not in ours.splitlines())
 
 
 def upstream(found: Found) -> str | None:

@@ -93,7 +93,7 @@ import zlib
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_file
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit
-from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
     CONFIG_VARIABLE,
@@ -107,7 +107,6 @@ ARCHIVES = bundle.ETCD
 SNAPSHOTS = "/var/lib/isthmus/snapshots"
 SNAPSHOTS_KEPT = 5
 PACKAGES = {"apt-get": "etcd-server", "dnf": "etcd"}
-DISTRIBUTION_UNIT = "etcd.service"
 
 
 class Install:
@@ -150,27 +149,30 @@ class Install:
                     "archive, a path or url, and its sha256"
                 )
             self.changes.note(f"package {PACKAGES[manager]}", "", "installed")
-            self.mask()
+            self.mask("absent")
             if self.module.check_mode:
                 return None
             self.install(manager, PACKAGES[manager])
         elif self.unit_state() == "enabled":
-            self.mask()
+            self.mask("enabled")
         return binary
 
     def unit_state(self):
         """`systemctl is-enabled` of the distribution's unit, when it is not running: a running one is somebody's."""
-        _code, active, _err = self.module.run_command(["systemctl", "is-active", DISTRIBUTION_UNIT])
-        _code, enabled, _err = self.module.run_command(["systemctl", "is-enabled", DISTRIBUTION_UNIT])
+        _code, active, _err = self.module.run_command(["systemctl", "is-active", etcd_unit.DISTRIBUTION])
+        _code, enabled, _err = self.module.run_command(["systemctl", "is-enabled", etcd_unit.DISTRIBUTION])
         return "in use" if active.strip() in ("active", "activating") else enabled.strip()
 
-    def mask(self):
-        path = "/etc/systemd/system/" + DISTRIBUTION_UNIT
+    def mask(self, before):
+        path = "/etc/systemd/system/" + etcd_unit.DISTRIBUTION
         if os.path.islink(path) and os.readlink(path) == "/dev/null":
             return
-        self.changes.note(DISTRIBUTION_UNIT, "enabled", "masked")
+        self.changes.note(etcd_unit.DISTRIBUTION, before, "masked")
         if not self.module.check_mode:
-            self.module.run_command(["systemctl", "mask", DISTRIBUTION_UNIT], check_rc=True)
+            # First: what the teardown undoes. A mask that somebody else made stays.
+            os.makedirs(os.path.dirname(etcd_unit.MASKED), exist_ok=True)
+            atomic_write(etcd_unit.MASKED, before.encode(), 0o644, 0, 0)
+            self.module.run_command(["systemctl", "mask", etcd_unit.DISTRIBUTION], check_rc=True)
 
     def install(self, manager, package):
         environment = {"DEBIAN_FRONTEND": "noninteractive"}

@@ -177,6 +177,8 @@ def join_resolver(module, changes, runner, found):
             changes.file(resolver.ORIGINAL, found.original)
         else:
             changes.absent(resolver.ORIGINAL)
+    elif found.link is None and found.original is not None:
+        changes.file(resolver.ORIGINAL, found.original)
     changes.file(resolver.RESOLV_CONF, resolver.joined_file(found.original))
 
 

@@ -49,16 +49,18 @@ removed:
 import glob
 import os
 import pwd
+import re
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, resolver, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 
 DEVICE = "isthmus0"
 PROTOCOL = "73"
 TABLE = "730"
-PINS = "/sys/fs/bpf/isthmus"
+BPFFS = "/sys/fs/bpf"
+PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
 USER = "isthmus-etcd"
 PLACES = ("/etc/isthmus", "/var/lib/isthmus", "/run/isthmus", "/opt/isthmus")
@@ -90,6 +92,7 @@ class Teardown:
     def run(self):
         self.resolver()
         self.units()
+        self.distribution_unit()
         self.device()
         self.pins()
         for path in PLACES:
@@ -106,21 +109,23 @@ class Teardown:
         if not found.joined:
             return
         self.removed.append(resolver.RESOLV_CONF)
-        link, original = read_bytes(resolver.ORIGINAL_LINK), read_bytes(resolver.ORIGINAL)
-        if link is not None:
-            self.changes.note(resolver.RESOLV_CONF, "", "a link to " + link.decode())
+        if found.link is not None:
+            self.changes.note(resolver.RESOLV_CONF, "", "a link to " + found.link)
             if not self.module.check_mode:
                 temporary = resolver.RESOLV_CONF + ".isthmus-teardown"
-                os.symlink(link.decode(), temporary)
+                if os.path.lexists(temporary):  # of an interrupted run
+                    os.unlink(temporary)
+                os.symlink(found.link, temporary)
                 os.replace(temporary, resolver.RESOLV_CONF)
-        elif original is not None:
-            self.changes.file(resolver.RESOLV_CONF, original)
+        elif found.original is not None:
+            self.changes.file(resolver.RESOLV_CONF, found.original)
         else:
             self.changes.absent(resolver.RESOLV_CONF)
 
     def units(self):
         paths = sorted(glob.glob(units.UNIT_DIRECTORY + "/isthmus*.*"))
         names = [os.path.basename(path) for path in paths if os.path.isfile(path)]
+        self.tree(os.path.dirname(etcd_unit.FIRST_START))
         if not names:
             return
         mounted = self.systemd.show([BPFFS_UNIT])[BPFFS_UNIT].get("ActiveState") == "active"
@@ -139,18 +144,38 @@ class Teardown:
             self.module.run_command(["systemctl", "reset-failed", *names])
         if mounted:
             self.pins()
-            self.gone("mount /sys/fs/bpf")
+            if set(os.listdir(BPFFS)) - {os.path.basename(PINS)}:
+                self.module.warn(f"{BPFFS} stays mounted: another program has pinned something there since")
+                return
+            self.gone(f"mount {BPFFS}")
             if not self.module.check_mode:
-                self.command("umount", "/sys/fs/bpf")
+                self.command("umount", BPFFS)
+
+    def distribution_unit(self):
+        """The distribution's own etcd unit as it was before we masked it; off when the package came with us."""
+        before, name = read_bytes(etcd_unit.MASKED), etcd_unit.DISTRIBUTION
+        if before is None:
+            return
+        path = os.path.join(units.UNIT_DIRECTORY, name)
+        if os.path.islink(path) and os.readlink(path) == "/dev/null":
+            self.gone(f"mask of {name}")
+            if not self.module.check_mode:
+                self.command("systemctl", "unmask", "--quiet", name)
+        # Not before: systemd disables no masked unit.
+        if not self.module.check_mode and before == b"absent":
+            found = self.systemd.show([name])[name]
+            if found.get("UnitFileState") == "enabled":
+                self.command("systemctl", "disable", "--quiet", name)
 
     def device(self):
         if os.path.exists(f"/sys/class/net/{DEVICE}"):
             self.gone(f"device {DEVICE}")
             if not self.module.check_mode:
                 self.command("ip", "link", "delete", DEVICE)
-        for family in ("-4", "-6"):
+        # A kernel without IPv6 answers the question with an error.
+        for family in ("-4", "-6") if os.path.exists("/proc/net/if_inet6") else ("-4",):
             rules = self.command("ip", family, "rule", "show").splitlines()
-            for rule in [line for line in rules if f"lookup {TABLE}" in line]:
+            for rule in [line for line in rules if re.search(rf"\blookup {TABLE}\b", line)]:
                 priority = rule.split(":", 1)[0]
                 self.gone(f"rule {rule.strip()}")
                 if not self.module.check_mode:

@@ -70,3 +70,21 @@ def test_dnsmasq_answers_for_one_domain_only(upstream: str | None, line: str) ->
     lines = resolver.dnsmasq_conf("10.0.0.1", "clusterset.local", upstream).splitlines()
     assert {"no-hosts", "local=/clusterset.local/", "cache-size=0", line} <= set(lines)
     assert f"listen-address=10.0.0.1,{resolver.LOCAL_SERVER}" in lines
+
+
+def test_what_the_operator_edits_behind_our_lines_counts(host: Path) -> None:
+    (host / "state" / "original").write_text("nameserver 192.0.2.1\n")
+    edited = "nameserver 192.0.2.7\noptions edns0\n"
+    (host / "resolv.conf").write_text(resolver.joined_file(edited))
+    assert resolver.probe(resolved_active=False).original == edited
+    (host / "resolv.conf").write_text("search example.org\n" + resolver.joined_file(edited))
+    assert resolver.probe(resolved_active=False).original == "search example.org\n" + edited
+
+
+def test_a_lost_copy_of_the_original_loses_no_name_server(host: Path) -> None:
+    (host / "resolv.conf").write_text(resolver.joined_file("nameserver 192.0.2.1\n"))
+    assert resolver.probe(resolved_active=False).original == "nameserver 192.0.2.1\n"
+    # Nor does a file of which only our lines are left.
+    (host / "state" / "original").write_text("nameserver 192.0.2.2\n")
+    (host / "resolv.conf").write_text(resolver.joined_file(None))
+    assert resolver.probe(resolved_active=False).original == "nameserver 192.0.2.2\n"
