@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help setup env lock bpf bundle wheelhouse collection lab-up lab-down lab-exec lab-map site plan verify molecule demo \
-	check lint pytest test test-full bench clean
+	check lint pytest test test-full clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' Makefile
@@ -88,9 +88,6 @@ test: lint collection ## every gate and every test that fits into every run (CI 
 
 test-full: lint collection ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
-
-bench: collection ## measure
-	@$(BIN)/python -m pytest -q tests/bench $(ARGS)
 
 clean: ## remove what was built in the clone (the cache and the lab stay)
 	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis agent/isthmus_agent/bpf/objects/*.bpf.o
