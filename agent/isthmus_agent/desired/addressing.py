@@ -8,7 +8,7 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 
@@ -125,10 +125,9 @@ def local_identities(spec: NodeSpec, state: MeshState) -> dict[Address, int]:
     return found
 
 
-def _published(state: MeshState, own_cluster: str) -> Iterator[tuple[str, Network, int, Address]]:
-    """(cluster, network, identity, tunnel) of every IPv4 address that a cluster published, our own last."""
-    for cluster, text in sorted(state.ips, key=lambda key: key[0] == own_cluster):
-        pair = state.ips[cluster, text]
+def _published(state: MeshState) -> Iterator[tuple[str, Network, int, Address]]:
+    """(cluster, network, identity, tunnel) of every IPv4 address that a cluster published."""
+    for (cluster, text), pair in state.ips.items():
         network = ip_network(text, strict=False)
         if network.version != 4 or not pair.host_ip:
             continue
@@ -142,9 +141,20 @@ def ipcache(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> dict
     ids = {cluster: config.id for cluster, config in state.configs.items()}
     ids[spec.cluster.name] = spec.cluster.id
     found: dict[Network, IpcacheEntry] = {}
-    for cluster, network, number, tunnel in _published(state, spec.cluster.name):
-        if cluster in ids:
-            found[network] = IpcacheEntry(number, ids[cluster], None if tunnel in mine else tunnel)
+    published = [entry for entry in _published(state) if entry[0] in ids]
+    for ours in (False, True):  # later ones win: no peer's node takes an address of our own cluster
+        for cluster, network, number, tunnel in published:
+            if (cluster == spec.cluster.name) == ours:
+                found[network] = IpcacheEntry(number, ids[cluster], None if tunnel in mine else tunnel)
+        found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours]))
+    # This host last: nothing published by anyone may move our own addresses elsewhere.
+    for own_address, number in local_identities(spec, state).items():
+        found[IPv4Network(str(own_address))] = IpcacheEntry(number, spec.cluster.id, None, is_node=own_address in mine)
+    return found
+
+
+def _of_nodes(nodes: Iterable[Remote]) -> dict[Network, IpcacheEntry]:
+    found: dict[Network, IpcacheEntry] = {}
     for node in nodes:
         for cidr in node.cidrs:
             found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint)
@@ -160,9 +170,6 @@ def ipcache(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> dict
             found[IPv4Network(address)] = IpcacheEntry(
                 identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True
             )
-    # This host last: nothing published by anyone may move our own addresses elsewhere.
-    for own_address, number in local_identities(spec, state).items():
-        found[IPv4Network(str(own_address))] = IpcacheEntry(number, spec.cluster.id, None, is_node=own_address in mine)
     return found
 
 

@@ -323,3 +323,15 @@ def test_a_backend_without_known_node_is_used():
 
 def test_equal_inputs_give_equal_values():
     assert compute(mesh.documents(ALL)) == compute(mesh.documents(ALL))
+
+
+def test_no_node_of_a_peer_takes_an_address_of_the_own_cluster():
+    items = mesh.documents({})
+    thief = mesh.node(
+        "cloud",
+        1,
+        addresses=(wire.NodeAddress("InternalIP", "198.18.2.11"), wire.NodeAddress("ExternalIP", "10.101.0.18")),
+    )
+    items[keys.node_key("cloud", "cloud-1", cached=True)] = thief.to_json().encode()
+    found = compute(items).datapath.ipcache
+    assert found[net("10.101.0.18/32")] == IpcacheEntry((1 << 16) + 1, 1, addr("198.18.1.12"))
