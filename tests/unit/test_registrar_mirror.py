@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from ipaddress import IPv4Network
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from isthmus_agent.registrar.mirror import cache_key, state_key, translate
+from isthmus_agent.kvstore.client import EtcdClient, KeyValue, decode_key
+from isthmus_agent.registrar.mirror import Mirror, cache_key, state_key, translate
 from isthmus_mesh import keys
+from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.spec import EtcdSpec, PeerSpec
 from isthmus_mesh.wire import WireError
 
@@ -134,3 +137,87 @@ def test_anything_is_taken_or_refused_and_stays_in_the_peers_part(kind: str, suf
     assert target.startswith(keys.cache_prefix(kind, "cloud"))
     with pytest.raises(WireError):
         translate(kind, PEER, 255, keys.state_prefix(kind, "cloud") + suffix, value, FOREIGN)
+
+
+def own_range(**more: Any) -> tuple[str, str]:
+    reserved = (IPv4Network("10.101.0.0/16"), IPv4Network("10.102.0.0/16"))
+    kind = "ip" if "HostIP" in more else "nodes"
+    document = pair(**more) if kind == "ip" else node(**more)
+    return translate(kind, PEER, 255, GOOD[kind][0], json.dumps(document).encode(), FOREIGN, reserved)
+
+
+def test_a_machine_does_not_stand_in_a_range_of_the_mesh() -> None:
+    """A node's address goes before a workload's in every reader: claiming 10.101.0.2 would take its packets."""
+    assert own_range(IPv4HealthIP="10.102.0.9")
+    for more in ({"IPAddresses": [{"Type": "ExternalIP", "IP": "10.101.0.2"}]}, {"HostIP": "10.101.0.2"}):
+        with pytest.raises(WireError, match="underlay address is in a range of the mesh"):
+            own_range(**more)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"IPv4HealthIP": "fd00::1"}, "IPv4HealthIP is not an IPv4 address"),
+        ({"IPv6IngressIP": "10.102.0.9"}, "IPv6IngressIP is not an IPv6 address"),
+        ({"IPv4HealthIP": "192.0.2.1"}, "health or ingress address is not in the cluster's ranges"),
+        ({"IPv4IngressIP": "10.101.0.2"}, "health or ingress address is not in the cluster's ranges"),
+    ],
+)
+def test_readers_route_health_and_ingress_addresses_too(more: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        take("nodes", GOOD["nodes"][0], node(**more))
+
+
+def a_mirror(**more: Any) -> Mirror:
+    client = EtcdClient(["https://127.0.0.1:1"], *more.pop("files", ("ca", "cert", "key")))
+    return Mirror(
+        PEER,
+        255,
+        client,
+        None,  # type: ignore[arg-type] - nothing is written
+        cache={},
+        actual={},
+        config=None,
+        actual_config=None,
+        previous=None,
+        foreign=dict,
+        started=lambda: None,
+        wall=lambda: "2026-01-02T03:04:05Z",
+    )
+
+
+def judged(key: str, value: bytes) -> dict[str, Any]:
+    """The status document after a peer's key was judged, as it goes into etcd."""
+    mirror = a_mirror()
+    mirror._judge("services", key, KeyValue(key, value), {})
+    assert mirror.wanted == {}
+    return json.loads(mirror.status().to_json().encode())
+
+
+def test_a_key_that_is_no_text_is_refused_and_can_be_told() -> None:
+    found = judged(decode_key(b"cilium/state/services/v1/cloud/shop/\xff"), json.dumps(service()).encode())
+    assert found["refused"] == {"name differs from key": 1}
+    assert found["refused_last"]["key"].endswith("shop/\\udcff")
+
+
+def test_what_json_cannot_say_again_is_refused() -> None:
+    text = json.dumps(service())[:-1] + ',"zones":{"a":1e999}}'
+    assert judged(GOOD["services"][0], text.encode())["refused"] == {"cannot be written as JSON": 1}
+
+
+def test_the_text_of_a_refusal_is_bounded() -> None:
+    mirror = a_mirror()
+    for number in range(100):
+        mirror._refuse(f"k{number}" + "x" * 5000, f"{number} " + "y" * 5000)
+    assert len(mirror.status().to_json()) < 8000
+
+
+async def no_certificate() -> PeerStatus:
+    mirror = a_mirror(files=("/nonexistent/ca", "/nonexistent/cert", "/nonexistent/key"))
+    await mirror._check_config()
+    return mirror.status()
+
+
+def test_a_peer_whose_certificate_is_not_there_yet_is_unreachable() -> None:
+    """The peer's CA signs it; while that site is cut off, this cluster must go on publishing."""
+    assert asyncio.run(no_certificate()).state == "unreachable"

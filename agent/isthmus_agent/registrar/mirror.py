@@ -12,7 +12,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import IPv4Network, ip_address
 
 from isthmus_mesh import keys
 from isthmus_mesh.documents import PeerStatus
@@ -51,6 +52,12 @@ TICK = 1.0
 CONNECTED, CONNECTING, UNREACHABLE, REFUSED = "connected", "connecting", "unreachable", "refused"
 
 
+# What a status document tells of refused keys is bounded: their text is the peer's.
+_REASONS, _REASON_LENGTH, _KEY_LENGTH = 20, 200, 512
+
+_NO_UNDERLAY = ("CiliumInternalIP", "Hostname", "InternalDNS", "ExternalDNS")
+
+
 class Refused(WireError):
     """A key of a peer that must not be taken over; the text is the reason, short enough to count by."""
 
@@ -82,12 +89,19 @@ def state_key(kind: str, peer: str, key: str) -> str:
 
 
 def translate(
-    kind: str, peer: PeerSpec, max_clusters: int, key: str, value: bytes, foreign: Mapping[str, str]
+    kind: str,
+    peer: PeerSpec,
+    max_clusters: int,
+    key: str,
+    value: bytes,
+    foreign: Mapping[str, str],
+    reserved: Sequence[IPv4Network] = (),
 ) -> tuple[str, str]:
     """A peer's key and value -> what is written here. WireError with a short reason when it is refused.
 
     `foreign`: underlay addresses that the record gives to hosts, with their cluster: a peer may not claim another
-    cluster's machine as its own node or tunnel endpoint.
+    cluster's machine as its own node or tunnel endpoint. `reserved`: the mesh's own ranges, in which no machine's
+    underlay address lies: a node's address goes before a workload's, so it would take that one's packets.
     """
     target = cache_key(kind, peer.name, key)
     ranges = peer.workload_ranges4
@@ -97,6 +111,7 @@ def translate(
         assert parsed is not None
         validate_node(node, parsed[0], parsed[1], peer.id, ranges)
         _own_addresses((entry.ip for entry in node.addresses), peer.name, foreign)
+        _underlay_addresses((entry.ip for entry in node.addresses if entry.type not in _NO_UNDERLAY), reserved)
         return target, node.to_json()
     if kind == "ip":
         pair = IPIdentityPair.from_json(value)
@@ -104,6 +119,7 @@ def translate(
         assert found is not None
         validate_ip(pair, found[1], peer.id, max_clusters, ranges)
         _own_addresses([pair.host_ip], peer.name, foreign)
+        _underlay_addresses([pair.host_ip], reserved)
         return target, pair.to_json()
     if kind == "services":
         service = ClusterService.from_json(value)
@@ -130,12 +146,24 @@ def _own_addresses(addresses: Iterable[str], peer: str, foreign: Mapping[str, st
             raise Refused("address is a loopback address")
 
 
+def _underlay_addresses(addresses: Iterable[str], reserved: Sequence[IPv4Network]) -> None:
+    for address in filter(None, addresses):
+        found = ip_address(address)
+        if any(found in network for network in reserved):
+            raise Refused("underlay address is in a range of the mesh")
+
+
+def _speakable(text: str, limit: int) -> str:
+    """Text of a peer for a document: UTF-8 (a key may be any bytes), and not longer than `limit` characters."""
+    return text.encode("utf-8", "backslashreplace").decode()[:limit]
+
+
 class Mirror:
     """Mirrors one peer as long as `run` runs, writing through a term's `Writer`.
 
     `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config` and `actual_config`
-    likewise for our copy of the peer's cluster-config; `previous`: the status document that stands; `foreign`: see
-    `translate`; `started` is called when our etcd has all that is remembered of the peer.
+    likewise for our copy of the peer's cluster-config; `previous`: the status document that stands; for `foreign`
+    and `reserved` see `translate`; `started` is called when our etcd has all that is remembered of the peer.
     """
 
     def __init__(
@@ -151,6 +179,7 @@ class Mirror:
         actual_config: str | None,
         previous: PeerStatus | None,
         foreign: Callable[[], Mapping[str, str]],
+        reserved: Sequence[IPv4Network] = (),
         started: Callable[[], object],
         wall: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
@@ -166,6 +195,7 @@ class Mirror:
         self._previous = previous
         self._max_clusters = max_clusters
         self._foreign = foreign
+        self._reserved = reserved
         self._wall = wall
         self._clock = clock
         self._changed = asyncio.Event()
@@ -250,7 +280,7 @@ class Mirror:
         key = keys.cluster_config_key(self.peer.name)
         try:
             found = await self.client.get(key)
-        except EtcdError as error:
+        except (EtcdError, OSError) as error:  # OSError: its certificate is not there yet
             if self._config_reason is None and self._config is None:
                 logger.warning("cannot reach peer", extra=fields(peer=self.peer.name, error=str(error)))
             self._config_reason = self._config_reason or str(error)
@@ -282,15 +312,16 @@ class Mirror:
     # --- writing here
 
     def _refuse(self, key: str, reason: str) -> None:
+        reason = _speakable(reason, _REASON_LENGTH)
         if self.refused.get(key) != reason:
             logger.warning("refused a peer's key", extra=fields(peer=self.peer.name, key=key, reason=reason))
-            self.refused_last = (key, reason)
+            self.refused_last = (_speakable(key, _KEY_LENGTH), reason)
         self.refused[key] = reason
 
     def _take(self) -> None:
         """Judge what changed, and everything again when the record's addresses changed."""
         foreign = self._foreign()
-        again = foreign != self._foreign_seen
+        again = foreign is not self._foreign_seen and foreign != self._foreign_seen
         self._foreign_seen = foreign
         for kind, store in self.stores.items():
             changed = store.take()
@@ -306,9 +337,12 @@ class Mirror:
                 return  # a key of that form was never taken over
             return
         try:
-            target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign)
+            target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign, self._reserved)
         except WireError as error:
             self._refuse(key, str(error))
+            return
+        except (ValueError, RecursionError):  # parsed, but JSON cannot say it: 1e999, or nested very deeply
+            self._refuse(key, "cannot be written as JSON")
             return
         self.refused.pop(key, None)
         self.wanted[target] = text
@@ -386,7 +420,7 @@ class Mirror:
             cluster_id=self._believed[0],
             revision=self._believed[1],
             keys={kind: counts[kind] for kind in keys.KINDS},
-            refused=dict(Counter(self.refused.values())),
+            refused=dict(Counter(self.refused.values()).most_common(_REASONS)),
             refused_last=self.refused_last,
         )
 

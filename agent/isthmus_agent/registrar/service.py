@@ -176,7 +176,7 @@ class Registrar:
         while True:
             try:
                 await part()
-            except EtcdError as error:
+            except (EtcdError, OSError) as error:  # OSError: certificate files that cannot be read
                 if told != str(error):
                     told = str(error)
                     logger.warning("trying again", extra=fields(part=name, error=told))
@@ -379,6 +379,7 @@ class Registrar:
             actual_config=stands,
             previous=await self._peer_status(peer.name),
             foreign=self._underlays,
+            reserved=(*self.spec.mesh_ranges4, *self.spec.service_ranges4),
             started=lambda: self._mirroring.add(peer.name),
             wall=self._wall,
             clock=self._clock,

@@ -132,10 +132,10 @@ class Node:
             ipv4_secondary_alloc_cidrs=_cidrs_in(fields, "IPv4SecondaryAllocCIDRs", 4),
             ipv6_alloc_cidr=_cidr_in(fields, "IPv6AllocCIDR", 6),
             ipv6_secondary_alloc_cidrs=_cidrs_in(fields, "IPv6SecondaryAllocCIDRs", 6),
-            ipv4_health_ip=_optional_address(fields, "IPv4HealthIP"),
-            ipv6_health_ip=_optional_address(fields, "IPv6HealthIP"),
-            ipv4_ingress_ip=_optional_address(fields, "IPv4IngressIP"),
-            ipv6_ingress_ip=_optional_address(fields, "IPv6IngressIP"),
+            ipv4_health_ip=_optional_address(fields, "IPv4HealthIP", 4),
+            ipv6_health_ip=_optional_address(fields, "IPv6HealthIP", 6),
+            ipv4_ingress_ip=_optional_address(fields, "IPv4IngressIP", 4),
+            ipv6_ingress_ip=_optional_address(fields, "IPv6IngressIP", 6),
             source=fields.text("Source"),
             encryption_key=fields.integer("EncryptionKey", UINT8),
             labels=fields.text_mapping("Labels"),
@@ -392,7 +392,7 @@ def validate_node(
     node: Node, key_cluster: str, key_name: str, cluster_id: int, ranges: Iterable[Network] | None = None
 ) -> None:
     """The node is the one its key names, of the cluster it came from; with `ranges`, its own ranges
-    and mesh addresses lie inside them."""
+    and mesh, health and ingress addresses lie inside them: readers route all of these to it."""
     if node.cluster != key_cluster:
         raise WireError("cluster differs from key")
     if not node.name or node.name != key_name:
@@ -406,6 +406,9 @@ def validate_node(
         for entry in node.addresses:
             if entry.type == "CiliumInternalIP" and not _inside(ipaddress.ip_network(entry.ip), allowed):
                 raise WireError("mesh address is not in the cluster's ranges")
+        special = (node.ipv4_health_ip, node.ipv6_health_ip, node.ipv4_ingress_ip, node.ipv6_ingress_ip)
+        if not all(_inside(ipaddress.ip_network(address), allowed) for address in special if address):
+            raise WireError("health or ingress address is not in the cluster's ranges")
 
 
 def validate_ip(
@@ -492,10 +495,10 @@ def _address(name: str, text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Addr
     return address
 
 
-def _optional_address(fields: Fields, name: str) -> str:
+def _optional_address(fields: Fields, name: str, version: int | None = None) -> str:
     text = fields.text(name)
-    if text:
-        _address(fields.path(name), text)
+    if text and _address(fields.path(name), text).version != (version or ipaddress.ip_address(text).version):
+        fields.fail(name, f"is not an IPv{version} address")
     return text
 
 
