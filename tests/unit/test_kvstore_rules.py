@@ -130,6 +130,11 @@ STATUS = grpc.StatusCode
         (STATUS.DEADLINE_EXCEEDED, "", EtcdUnavailable),
         (STATUS.INTERNAL, "Stream removed (Data frame with END_STREAM flag received)", EtcdUnavailable),
         (STATUS.INVALID_ARGUMENT, "etcdserver: too many operations in txn request", EtcdError),
+        # Seen when etcd 3.4 ended under a call.
+        (grpc.StatusCode.UNKNOWN, "Stream removed (Data frame with END_STREAM flag received)", EtcdUnavailable),
+        (grpc.StatusCode.UNKNOWN, "No status received", EtcdUnavailable),
+        (grpc.StatusCode.INTERNAL, "Internal error from Core", EtcdUnavailable),
+        (grpc.StatusCode.UNKNOWN, "etcdserver: server stopped", EtcdUnavailable),
     ],
 )
 def test_errors_by_kind_name_all(code: grpc.StatusCode, details: str, kind: type[EtcdError]) -> None:

@@ -282,6 +282,17 @@ def parse_endpoint(endpoint: str) -> str:
     return f"[{url.hostname}]:{url.port}" if ":" in url.hostname else f"{url.hostname}:{url.port}"
 
 
+# Of a call that was under way when its server ended: gRPC's words (seen with etcd 3.4), and etcd's own.
+_SERVER_ENDS = (
+    "Stream removed",
+    "RST_STREAM",
+    "No status received",
+    "Internal error from Core",
+    "server stopped",
+    "request cancelled",
+)
+
+
 def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
     """The exception for a gRPC status. etcd's texts: `api/v3rpc/rpctypes/error.go`."""
     status = grpc.StatusCode
@@ -297,7 +308,7 @@ def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
         return EtcdNotFound(endpoint, what, details)
     if "already exist" in details:
         return EtcdExists(endpoint, what, details)
-    cut = code is status.INTERNAL and ("Stream removed" in details or "RST_STREAM" in details)  # a server that ends
+    cut = code in (status.INTERNAL, status.UNKNOWN) and any(words in details for words in _SERVER_ENDS)
     if cut or code in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED) or "for learner" in details:
         return EtcdUnavailable(endpoint, what, details or code.name)
     if code is status.FAILED_PRECONDITION:
