@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import random
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -17,6 +20,7 @@ from isthmus_mesh.spec import WorkloadSpec
 from isthmus_agent.agent.log import fields
 from isthmus_agent.desired import health
 from isthmus_agent.desired.reports import CheckKey
+from isthmus_agent.kvstore.tasks import end, within
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +30,13 @@ _LISTEN = "0A"  # state of a listening socket in /proc/net/tcp (include/net/tcp_
 async def run_check(check: HealthCheck, address: str) -> str:
     """One check against a workload's own address; empty when it passed, else the reason for a person."""
     try:
-        return await asyncio.wait_for(_attempt(check, address), check.timeout)
+        return await within(_attempt(check, address), check.timeout)
     except asyncio.TimeoutError:
         return f"no answer in {check.timeout:g} s"
     except OSError as error:
         return error.strerror or str(error)
+    except ValueError as error:  # a command or path that the kernel cannot take, such as one with a NUL
+        return f"the check cannot be made: {error}"
 
 
 async def _attempt(check: HealthCheck, address: str) -> str:
@@ -46,7 +52,7 @@ async def _attempt(check: HealthCheck, address: str) -> str:
             line = (await reader.readline()).decode("latin-1").split()
         except ValueError:
             return "not an HTTP answer"  # longer than the limit without a line end
-        if len(line) < 2 or not line[0].startswith("HTTP/") or not line[1].isdigit():
+        if len(line) < 2 or not line[0].startswith("HTTP/") or not (line[1].isascii() and line[1].isdigit()):
             return "not an HTTP answer"
         return "" if 200 <= int(line[1]) < 400 else f"HTTP status {line[1]}"
     finally:
@@ -59,12 +65,14 @@ async def _exec(check: HealthCheck) -> str:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         status = await process.wait()
     finally:
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started: a shell leaves its children behind
             await process.wait()
     return "" if status == 0 else f"exit status {status}"
 
@@ -111,9 +119,7 @@ class Checks:
 
     async def close(self) -> None:
         tasks = [runner.task for runner in self._runners.values() if runner.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
         self._runners.clear()
 
     @staticmethod
