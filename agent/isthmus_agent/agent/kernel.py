@@ -74,6 +74,7 @@ class HostKernel:
         self._pin_dir = pin_dir
         self._bpf = BpfDatapath(pin_dir=pin_dir, cgroup_root=cgroup_root, libbpf=bundled_libbpf())
         self._ifindex = 0
+        self._overlay = (0, 0)
 
     @property
     def cgroup_root(self) -> Path:
@@ -96,6 +97,7 @@ class HostKernel:
         # Maps before hooks, checks before packets: at no moment does a program decide on an empty map.
         maps = self._bpf.apply(datapath)
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
+        self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
         network = netlink.apply_network(datapath)
         self._bpf.attach_cgroup()
@@ -104,6 +106,8 @@ class HostKernel:
     def apply(self, datapath: Datapath) -> Applied:
         from isthmus_agent import netlink
 
+        if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
+            return self.start(datapath)  # the device itself changes
         maps = self._bpf.apply(datapath)
         network = netlink.apply_network(datapath)
         return Applied((*(f"map {name}" for name in maps.maps), *network.changes))

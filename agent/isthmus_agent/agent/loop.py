@@ -42,6 +42,7 @@ from isthmus_agent.desired.drain import DrainTracker
 from isthmus_agent.desired.reach import Reachability, choose_targets
 from isthmus_agent.desired.reports import CheckKey, backends_here, node_report, workload_reports
 from isthmus_agent.kvstore.client import EtcdClient
+from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
@@ -183,9 +184,7 @@ class Agent:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             await self.checks.close()
             await self.kernel_call(self.kernel.close)
             self._executor.shutdown()
@@ -299,20 +298,20 @@ class Agent:
                 timeout = min(timeout, max(0.0, self._deadline - time.monotonic()))
             if self.progress.error:
                 timeout = min(timeout, retry)
-            try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
+            if await wait_set(self._wake, timeout):  # else a deadline, a retry, or the watchdog's turn
                 await asyncio.sleep(DEBOUNCE)
-            except asyncio.TimeoutError:
-                pass  # a deadline, a retry, or the watchdog's turn
             self._wake.clear()
             try:
                 await self._turn()
                 retry = RETRY[0]
-            except (BpfError, NetworkError, OSError) as error:
+            except Exception as error:
+                # Also what nobody expects: what is in the kernel stands, status tells it, other jobs go on.
+                known = isinstance(error, (BpfError, NetworkError, OSError))
+                words = str(error) if known else f"{type(error).__name__}: {error}"
                 self.progress.errors += 1
-                if self.progress.error != str(error):
-                    logger.error("datapath cannot be applied", extra=fields(error=str(error)))
-                self.progress.error = str(error)
+                if self.progress.error != words:
+                    logger.error("datapath cannot be applied", extra=fields(error=words), exc_info=not known)
+                self.progress.error = words
                 self._inputs = None
                 retry = min(retry * 2, RETRY[1])
             sdnotify.notify("WATCHDOG=1")
@@ -359,7 +358,8 @@ class Agent:
         self.desired = found
         self.names.write(found.names)
         began = time.monotonic()
-        if not self._started:
+        if not self._started or self.progress.error:
+            # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
             done = await self.kernel_call(self.kernel.start, datapath)
         elif datapath != self.progress.applied:
             done = await self.kernel_call(self.kernel.apply, datapath)
@@ -455,7 +455,11 @@ class Agent:
             last = self.watcher.last_good(_rfc3339(time.time()))
             if last.documents == written:
                 continue
-            await asyncio.to_thread(_write, self.paths.last_good, last)
+            try:
+                await asyncio.to_thread(_write, self.paths.last_good, last)
+            except OSError:
+                self._last_good_wake.set()  # the job is started again, and must not wait for the next change
+                raise
             written = dict(last.documents)
             self._has_last_good = True
             self.progress.last_good_written = time.time()

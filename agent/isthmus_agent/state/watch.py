@@ -14,6 +14,7 @@ from isthmus_mesh import keys
 from isthmus_agent.agent.log import fields
 from isthmus_agent.kvstore.client import EtcdClient
 from isthmus_agent.kvstore.store import PrefixStore, canary_rule
+from isthmus_agent.kvstore.tasks import end
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood
 
@@ -73,13 +74,12 @@ class StateWatcher:
         self._stores: dict[str, PrefixStore] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._peers: set[str] = set()
-        self._seed: LastGood | None = None
         self._believed: dict[str, tuple[int, int]] = {}
         self._base = own_prefixes(decoder.cluster)
 
     def seed(self, last: LastGood) -> None:
-        """Start from last-known-good: its documents stay until a list that may be believed lacks them."""
-        self._seed = last
+        """Start from last-known-good, whose documents the decoder has already: they stay until a list that may be
+        believed lacks them."""
         self._believed.update(last.believed)
 
     @property
@@ -113,7 +113,9 @@ class StateWatcher:
         return max(known) if ages and len(known) == len(ages) else None
 
     async def run(self) -> None:
-        """Watch until cancelled."""
+        """Watch until cancelled. What the decoder holds is what this starts from, also when it failed before."""
+        self._stores.clear()
+        self._peers = set()
         try:
             self._start(self._base)
             self._follow_peers()
@@ -122,10 +124,7 @@ class StateWatcher:
                 self._event.clear()
                 self._pump()
         finally:
-            tasks = list(self._tasks.values())
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(self._tasks.values())
             self._tasks.clear()
 
     def _start(self, prefixes: Mapping[str, str]) -> None:
@@ -139,9 +138,8 @@ class StateWatcher:
                 progress_interval=PROGRESS_INTERVAL,
                 inactivity_timeout=INACTIVITY_TIMEOUT,
             )
-            if self._seed is not None:
-                documents = {k: v for k, v in self._seed.documents.items() if k.startswith(prefix)}
-                store.seed(documents, *self._seed.believed.get(prefix, (0, 0)))
+            documents = {k: v for k, v in self._decoder.documents().items() if k.startswith(prefix)}
+            store.seed(documents, *self._believed.get(prefix, (0, 0)))
             self._stores[prefix] = store
             self._tasks[prefix] = asyncio.create_task(self._guard(store), name=f"watch {prefix}")
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The applier and the watcher when something fails; no etcd and no kernel."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import agent_mesh as mesh
+import pytest
+from isthmus_agent.agent import kernel as kernel_module
+from isthmus_agent.agent import loop
+from isthmus_agent.agent.kernel import Applied, HostKernel
+from isthmus_agent.agent.loop import Agent, Paths
+from isthmus_agent.desired.datapath import Datapath
+from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
+from isthmus_agent.state.watch import StateWatcher
+from isthmus_mesh import keys
+
+
+class FakeKernel:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.failure: Exception | None = None
+
+    def is_fresh(self) -> bool:
+        return True
+
+    def start(self, datapath: Datapath) -> Applied:
+        return self._do("start", datapath)
+
+    def apply(self, datapath: Datapath) -> Applied:
+        return self._do("apply", datapath)
+
+    def _do(self, what: str, datapath: Datapath) -> Applied:
+        self.calls.append((what, datapath.overlay_mtu))
+        if self.failure is not None:
+            raise self.failure
+        return Applied()
+
+
+async def until(condition: Callable[[], bool], words: str) -> None:
+    deadline = asyncio.get_running_loop().time() + 10.0
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, words
+        await asyncio.sleep(0.005)
+
+
+def an_agent(tmp_path: Path, kernel: Any) -> Agent:
+    client = EtcdClient(["https://127.0.0.1:1"], "ca", "cert", "key")
+    agent = Agent(mesh.spec(), kernel, client, tmp_path, Paths(tmp_path / "state", tmp_path / "run"))
+    agent._fresh = True
+    return agent
+
+
+async def fail_and_recover(agent: Agent, kernel: FakeKernel) -> None:
+    applier = asyncio.create_task(agent._applier())
+    try:
+        agent.wake()
+        await until(lambda: agent.progress.applies == 1, "started")
+        kernel.failure = KeyError("poison")
+        agent.facts = replace(agent.facts, underlay_mtu=1400)
+        agent.wake()
+        await until(lambda: bool(agent.progress.error), "the failure is told")
+        assert agent.progress.error == "KeyError: 'poison'"
+        assert not applier.done()
+        kernel.failure = None
+        agent.facts = replace(agent.facts, underlay_mtu=1500)
+        agent.wake()
+        await until(lambda: not agent.progress.error, "it recovered")
+    finally:
+        applier.cancel()
+        await asyncio.wait([applier])
+
+
+def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_path, monkeypatch):
+    """What is wanted again equals what was applied last; the kernel holds half of what came between."""
+    monkeypatch.setattr(loop, "RETRY", (0.02, 0.02))
+    kernel = FakeKernel()
+    asyncio.run(fail_and_recover(an_agent(tmp_path, kernel), kernel))
+    assert kernel.calls[:2] == [("start", 1450), ("apply", 1350)]
+    assert kernel.calls[-1] == ("start", 1450)
+
+
+async def lose_last_good(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, last: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "LAST_GOOD_DELAY", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_write", full)
+        agent.decoder.put(keys.vip_key("shop", "web"), b'{"ipv4": "10.111.0.10"}')
+        agent._last_good_wake.set()
+        with pytest.raises(OSError, match="No space left"):
+            await agent._keep_last_good()
+    job = asyncio.create_task(agent._keep_last_good())
+    try:
+        await until(agent.paths.last_good.exists, "written without another change")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_last_good_is_written_when_there_is_room_again(tmp_path, monkeypatch):
+    asyncio.run(lose_last_good(an_agent(tmp_path, FakeKernel()), monkeypatch))
+
+
+def test_the_device_follows_its_mtu(monkeypatch):
+    class Bpf:
+        def __init__(self, **_: object) -> None: ...
+        def open(self, *_: object) -> None: ...
+        def attach_overlay(self, _: int) -> None: ...
+        def attach_cgroup(self) -> None: ...
+        def apply(self, _: Datapath) -> Any:
+            return type("Result", (), {"maps": {}})
+
+    from isthmus_agent import netlink
+
+    mtus: list[int] = []
+    monkeypatch.setattr(kernel_module, "BpfDatapath", Bpf)
+    monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: mtus.append(mtu) or 7)
+    monkeypatch.setattr(netlink, "apply_network", lambda _: type("Result", (), {"changes": ()}))
+    host = HostKernel()
+    host.start(Datapath(1, overlay_mtu=1450))
+    host.apply(Datapath(1, overlay_mtu=1450))
+    assert mtus == [1450]
+    host.apply(Datapath(1, overlay_mtu=8950))
+    assert mtus == [1450, 8950]
+
+
+class FakeEtcd:
+    """Lists `items`; its watches stand and say nothing. A canary is always there."""
+
+    endpoint = "https://fake:1"
+
+    def __init__(self, items: dict[str, bytes]) -> None:
+        self.items = items
+        self.revision = 10
+
+    async def range(self, prefix: str, **_: object) -> RangeResult:
+        kvs = tuple(KeyValue(key, value) for key, value in self.items.items() if key.startswith(prefix))
+        return RangeResult(kvs, self.revision, 7, 1)
+
+    async def get(self, key: str, **_: object) -> KeyValue:
+        return KeyValue(key, b"2026-01-02T03:04:05Z", mod_revision=self.revision)
+
+    async def watch(self, *_: object, **__: object) -> AsyncGenerator[WatchBatch, None]:
+        yield WatchBatch((), self.revision, 7)
+        await asyncio.Event().wait()
+
+
+async def watch_twice(items: dict[str, bytes], gone: str) -> tuple[set[str], set[str]]:
+    decoder = mesh.decoder()
+    etcd = FakeEtcd(items)
+    watcher = StateWatcher(etcd, decoder, lambda: None)  # type: ignore[arg-type]
+    found = []
+    for _ in range(2):
+        job = asyncio.create_task(watcher.run())
+        try:
+            await until(lambda: watcher.trusted and all(s.trusted for s in watcher.sources()), "all is listed")
+            await until(lambda: set(decoder.documents()) == set(etcd.items), "all is decoded")
+            found.append({source.prefix for source in watcher.sources()})
+        finally:
+            job.cancel()
+            await asyncio.wait([job])
+        etcd.items.pop(gone, None)
+        etcd.revision += 1
+    return found[0], found[1]
+
+
+def test_a_watcher_that_failed_starts_from_what_is_known():
+    """Peers are followed again, and what went meanwhile goes."""
+    first, second = asyncio.run(
+        watch_twice(mesh.documents({"cloud": [1]}), keys.node_key("cloud", "cloud-2", cached=True))
+    )
+    assert keys.cache_prefix("nodes", "cloud") in first
+    assert first == second
