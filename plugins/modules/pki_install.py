@@ -14,8 +14,9 @@ description:
   - Writes the certificates that M(isthmus.mesh.pki_sign) returned and pins each authority (C(trust/<cluster>.crt)).
   - A certificate is installed only when it belongs to the key on this host, is signed by the pinned authority and is
     what the plan asks for. A pinned authority is never replaced by another one.
-  - An authority whose host could not be reached leaves its certificates pending. For a peer that is a warning; for the
-    host's own cluster the module fails, since nothing works without them.
+  - An authority whose host could not be reached, or that refused to sign, leaves its certificates pending. That is a
+    warning, with the reason; the module fails when a certificate of the host's own cluster is not there at all, since
+    nothing works without it.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
@@ -47,7 +48,7 @@ installed:
   elements: str
   sample: [agent]
 still_pending:
-  description: Certificates and pinned authorities that are still missing because an authority could not be reached.
+  description: Certificates and pinned authorities that are still missing because an authority signed nothing.
   returned: success
   type: list
   elements: str
@@ -122,11 +123,11 @@ def run(module, pki, changes):
     installed = []
     predicted = set()
     for answer in module.params["signed"]:
-        if answer.get("unreachable") or answer.get("failed") or "certificates" not in answer:
-            continue
+        if "certificates" not in answer:
+            continue  # see `refusals`
         cluster, authority = answer["cluster"], answer["ca_certificate"]
         pinned = None
-        if cluster in wanted["trust"] and authority is None:
+        if cluster in wanted["trust"] and (authority is None or pki is None):
             predicted.add("trust/" + cluster)
             path = os.path.join(directory, "trust", cluster + ".crt")
             if not os.path.exists(path):
@@ -156,22 +157,33 @@ def run(module, pki, changes):
     return changes.result(installed=installed, still_pending=missing)
 
 
+def refusals(signed):
+    """Why an authority signed nothing, by its cluster."""
+    return {
+        answer["pki_group"]["ca_cluster"]: f"{answer['pki_group']['ca_host']}: {answer.get('msg', 'no answer')}"
+        for answer in signed
+        if "certificates" not in answer
+    }
+
+
 def report_pending(module, result):
     """Own cluster's certificates are needed, a peer's may come later."""
     wanted = module.params["spec"]["pki"]
     own = wanted["ca"]["cluster"]
+    reasons = refusals(module.params["signed"])
     needed = {entry["name"] for entry in wanted["certificates"] if entry["ca_cluster"] == own} | {"trust/" + own}
     missing = needed.intersection(result["still_pending"])
     if missing:
         module.fail_json(
-            msg=f"{', '.join(sorted(missing))} could not be signed: the authority of cluster {own} on "
-            f"{wanted['ca']['host']} did not answer. Make that host reachable and run again",
+            msg=f"{', '.join(sorted(missing))} could not be signed: the authority of cluster {own} signed nothing "
+            f"({reasons.get(own, wanted['ca']['host'] + ': no answer')}). Repair that and run again",
             **result,
         )
-    if result["still_pending"]:
+    for cluster, reason in sorted(reasons.items()):
         module.warn(
-            f"{', '.join(result['still_pending'])}: the authority that signs could not be reached. "
-            "The mesh works without that peer; run the playbook again when it is reachable"
+            f"the authority of cluster {cluster} signed nothing ({reason}). What is there goes on being used, the "
+            f"rest works without it; run the playbook again when that is repaired. Still missing here: "
+            f"{', '.join(result['still_pending']) or 'nothing'}"
         )
 
 
@@ -186,10 +198,10 @@ def main():
     )
     changes = Changes(module)
     pki = bundle_module(module, "isthmus_agent.pki")
-    refusals = () if pki is None else (pki.PkiError,)
+    errors = () if pki is None else (pki.PkiError,)
     try:
         result = run(module, pki, changes)
-    except refusals as exc:
+    except errors as exc:
         module.fail_json(msg=str(exc))
     report_pending(module, result)
     module.exit_json(**result)

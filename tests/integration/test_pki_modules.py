@@ -221,8 +221,40 @@ def test_an_unreachable_peer_leaves_the_rest_working(estate: Estate) -> None:
     assert (estate.pki("onprem-1") / "peer-cloud.crt").exists()
 
 
+def test_a_peers_sick_authority_leaves_the_rest_working(estate: Estate) -> None:
+    """As the role hands it on: the signing failed on the peer's host, and that is no failure of this one."""
+    onprem = spec("onprem-1", "onprem", ("cloud",))
+    estate.role(onprem, down=("cloud-1",))
+    estate.converge(spec("cloud-1", "cloud"))
+    (estate.pki("cloud-1") / "ca.key").unlink()
+    requested = estate.run("pki_request", {"spec": onprem}, "onprem-1")
+    (group,) = requested["pending"]
+    with pytest.raises(ModuleFailed) as refused:
+        arguments = {"cluster": "cloud", "certificates": onprem["pki"]["certificates"], "requests": group["requests"]}
+        estate.run("pki_sign", arguments, "cloud-1")
+    answer = {"failed": False, "msg": refused.value.msg, "pki_group": group}
+    installed = estate.run("pki_install", {"spec": onprem, "signed": [answer]}, "onprem-1")
+    assert not installed["changed"]
+    assert installed["still_pending"] == ["peer-cloud", "trust/cloud"]
+    assert "cloud-1: the private key of cluster cloud's certificate authority is missing" in str(installed["warnings"])
+
+
+def test_a_new_host_is_predicted_while_the_authority_has_the_bundle(estate: Estate) -> None:
+    estate.converge(spec("onprem-1", "onprem"))
+    new = spec("onprem-2", "onprem")
+    known = {"onprem": (estate.pki("onprem-1") / "ca.crt").read_text()}
+    bare = {"check": True, "bundle": False}
+    requested = estate.run("pki_request", {"spec": new, "trust": known}, "onprem-2", **bare)
+    (group,) = requested["pending"]
+    arguments = {"cluster": "onprem", "certificates": new["pki"]["certificates"], "requests": group["requests"]}
+    answer = estate.run("pki_sign", arguments, "onprem-1", check=True)
+    installed = estate.run("pki_install", {"spec": new, "signed": [answer]}, "onprem-2", **bare)
+    assert installed["changed"]
+    assert not (estate.pki("onprem-2") / "agent.crt").exists()
+
+
 def test_without_its_own_authority_a_host_fails_with_words(estate: Estate) -> None:
-    with pytest.raises(ModuleFailed, match="the authority of cluster onprem on onprem-1 did not answer"):
+    with pytest.raises(ModuleFailed, match=r"the authority of cluster onprem signed nothing \(onprem-1: no route\)"):
         estate.role(spec("onprem-2", "onprem"), down=("onprem-1",))
 
 
