@@ -248,8 +248,8 @@ def establish_authority(
         if witnesses:
             raise PkiError(
                 f"the private key of cluster {cluster}'s certificate authority is missing: {where}/ca.key is not "
-                f"there, but {', '.join(witnesses)} shows that it was. Restore ca.key (mode 0600, owner root) from a backup. "
-                "It is never made again by itself, since every host of the mesh trusts the lost one"
+                f"there, but {', '.join(witnesses)} shows that it was. Restore ca.key (mode 0600, owner root) from a "
+                "backup. It is never made again by itself, since every host of the mesh trusts the lost one"
             )
         new_key_pem, new_certificate = new_authority(cluster, now)
         made = Authority(cluster, new_key_pem, new_certificate, where, now)
@@ -268,8 +268,8 @@ def establish_authority(
         if not same_authority(authority.pem, pem):
             raise PkiError(
                 f"{where}/ca.crt ({describe(authority.pem.encode())['fingerprint']}) is not the authority that "
-                f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers trust the "
-                "latter; restore ca.key and ca.crt from a backup"
+                f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers trust "
+                "the latter; restore ca.key and ca.crt from a backup"
             )
     return Established(authority, None, write)
 
