@@ -27,7 +27,7 @@ missing_packages() {
 install_packages() {
     [ "$(id -u)" = 0 ] || die "these Debian packages are missing: $1; run this as root"
     command -v apt-get >/dev/null || die "this is no Debian (no apt-get); install by hand: $1"
-    say "installing Debian packages: $1"
+    say "installing Debian packages (1 to 5 minutes, at most 0.9 GB): $1"
     # Nothing that is installed here may start a service on this machine (etcd-server would).
     policy=/usr/sbin/policy-rc.d
     saved=

@@ -268,8 +268,8 @@ def establish_authority(
         if not same_authority(authority.pem, pem):
             raise PkiError(
                 f"{where}/ca.crt ({describe(authority.pem.encode())['fingerprint']}) is not the authority that "
-                f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers trust "
-                "the latter; restore ca.key and ca.crt from a backup"
+                f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers "
+                "trust the latter; restore ca.key and ca.crt from a backup"
             )
     return Established(authority, None, write)
 

@@ -229,8 +229,8 @@ def test_a_peers_sick_authority_leaves_the_rest_working(estate: Estate) -> None:
     (estate.pki("cloud-1") / "ca.key").unlink()
     requested = estate.run("pki_request", {"spec": onprem}, "onprem-1")
     (group,) = requested["pending"]
+    arguments = {"cluster": "cloud", "certificates": onprem["pki"]["certificates"], "requests": group["requests"]}
     with pytest.raises(ModuleFailed) as refused:
-        arguments = {"cluster": "cloud", "certificates": onprem["pki"]["certificates"], "requests": group["requests"]}
         estate.run("pki_sign", arguments, "cloud-1")
     answer = {"failed": False, "msg": refused.value.msg, "pki_group": group}
     installed = estate.run("pki_install", {"spec": onprem, "signed": [answer]}, "onprem-1")
