@@ -64,7 +64,12 @@ class SourceStatus:
 
 
 class StateWatcher:
-    """Keeps `decoder` current; calls `changed` when the state may have changed."""
+    """Keeps `decoder` current; calls `changed` when the state may have changed.
+
+    `synced`: own cluster's prefixes were listed at least once since this process started. `trusted`: their lists are
+    believed, so the registrar has published everything, and every peer's prefixes were listed. Both are said of what
+    the decoder has, not of what is still on its way to it.
+    """
 
     def __init__(self, client: EtcdClient, decoder: Decoder, changed: Callable[[], None]) -> None:
         self._client = client
@@ -76,21 +81,13 @@ class StateWatcher:
         self._peers: set[str] = set()
         self._believed: dict[str, tuple[int, int]] = {}
         self._base = own_prefixes(decoder.cluster)
+        self.synced = False
+        self.trusted = False
 
     def seed(self, last: LastGood) -> None:
         """Start from last-known-good, whose documents the decoder has already: they stay until a list that may be
         believed lacks them."""
         self._believed.update(last.believed)
-
-    @property
-    def synced(self) -> bool:
-        """Own cluster's prefixes were listed at least once since this process started."""
-        return all((store := self._stores.get(prefix)) is not None and store.synced for prefix in self._base)
-
-    @property
-    def trusted(self) -> bool:
-        """Own cluster's prefixes were listed and the lists believed: the registrar has published everything."""
-        return all((store := self._stores.get(prefix)) is not None and store.trusted for prefix in self._base)
 
     def last_good(self, written: str) -> LastGood:
         """What to write to disk now."""
@@ -116,6 +113,7 @@ class StateWatcher:
         """Watch until cancelled. What the decoder holds is what this starts from, also when it failed before."""
         self._stores.clear()
         self._peers = set()
+        self.synced = self.trusted = False
         try:
             self._start(self._base)
             self._follow_peers()
@@ -167,6 +165,9 @@ class StateWatcher:
         for refusal in self._decoder.take_refusals():
             logger.warning("value refused", extra=fields(key=refusal.key, reason=refusal.reason))
         self._follow_peers()
+        own = [self._stores[prefix] for prefix in self._base]
+        self.synced = all(store.synced for store in own)
+        self.trusted = all(store.trusted for store in own) and all(store.synced for store in self._stores.values())
         # Also when no key changed: `synced` and `trusted` may have turned.
         self._notify()
 

@@ -139,8 +139,12 @@ class FakeEtcd:
     def __init__(self, items: dict[str, bytes]) -> None:
         self.items = items
         self.revision = 10
+        self.slow = ""  # lists of prefixes that begin with it wait for `answer`
+        self.answer = asyncio.Event()
 
     async def range(self, prefix: str, **_: object) -> RangeResult:
+        if self.slow and prefix.startswith(self.slow):
+            await self.answer.wait()
         kvs = tuple(KeyValue(key, value) for key, value in self.items.items() if key.startswith(prefix))
         return RangeResult(kvs, self.revision, 7, 1)
 
@@ -178,3 +182,26 @@ def test_a_watcher_that_failed_starts_from_what_is_known():
     )
     assert keys.cache_prefix("nodes", "cloud") in first
     assert first == second
+
+
+async def own_lists_come_first(items: dict[str, bytes]) -> None:
+    decoder = mesh.decoder()
+    etcd = FakeEtcd(items)
+    etcd.slow = keys.CACHE_PREFIX
+    said: list[tuple[bool, int]] = []
+    watcher = StateWatcher(etcd, decoder, lambda: said.append((watcher.trusted, len(decoder.documents()))))  # type: ignore[arg-type]
+    job = asyncio.create_task(watcher.run())
+    try:
+        await until(lambda: watcher.synced, "own lists are there")
+        await until(lambda: keys.cache_prefix("ip", "edge") in {s.prefix for s in watcher.sources()}, "peers are known")
+        etcd.answer.set()
+        await until(lambda: watcher.trusted, "all lists are there")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+    assert {count for trusted, count in said if trusted} == {len(items)}
+
+
+def test_what_an_earlier_agent_left_is_kept_until_peers_are_listed_too():
+    """Else an agent without last-known-good would take out every backend of every peer at its start."""
+    asyncio.run(own_lists_come_first(mesh.documents({"onprem": [1], "cloud": [1]})))
