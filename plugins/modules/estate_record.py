@@ -15,7 +15,8 @@ description:
     that has neither; then nothing is returned.
   - Writing compares revisions, so that a run never overwrites what another one wrote meanwhile. With the record the
     services that the inventory owns are written.
-  - Runs on an etcd host of the cluster, with the operator's certificate.
+  - Runs on an etcd host of the cluster, with the operator's certificate. On a host that is none yet, and for an etcd
+    that does not answer, nothing is written and a warning says so; then no record is returned.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
 author:
@@ -33,8 +34,16 @@ options:
   record:
     description:
       - Documents of the record by name, as M(isthmus.mesh.plan) returns them; needed for O(state=present).
-      - A certificate authority that the record does not hold yet is added from what is pinned on this host.
+      - The certificate authority of a cluster in O(formed) that the record does not hold yet is added from what is
+        pinned on this host.
     type: dict
+  formed:
+    description:
+      - Clusters whose etcd has run. The record holds an authority only of those, and so says where a member without
+        data must not begin a new etcd.
+    type: list
+    elements: str
+    default: []
   services:
     description: Services that the inventory owns.
     type: dict
@@ -136,12 +145,13 @@ def read_etcd(module, endpoints):
     return documents
 
 
-def with_authorities(record):
-    """The record with the certificate of each cluster's authority that it lacks and this host has pinned."""
+def with_authorities(record, formed):
+    """The record with the certificate of each formed cluster's authority that it lacks and this host has pinned."""
     filled = copy.deepcopy(record)
-    for name, document in filled.items():
-        if name.startswith("clusters/") and document.get("state") != "absent" and not document.get("ca_certificate"):
-            pinned = read_bytes(f"{estate.PKI}/trust/{name[len('clusters/') :]}.crt")
+    for cluster in formed:
+        document = filled.get("clusters/" + cluster, {"state": "absent"})
+        if document.get("state") != "absent" and not document.get("ca_certificate"):
+            pinned = read_bytes(f"{estate.PKI}/trust/{cluster}.crt")
             document["ca_certificate"] = None if pinned is None else pinned.decode()
     return filled
 
@@ -149,11 +159,17 @@ def with_authorities(record):
 def present(module, changes):
     """Write record and services; returns what exit_json is given."""
     cluster = module.params["cluster"]
-    record = with_authorities(module.params["record"])
+    record = with_authorities(module.params["record"], module.params["formed"])
     services = module.params["services"] or {"present": [], "absent": []}
     answer = {"cluster": cluster, "documents": record}
-    admin = bundle_module(module, "isthmus_agent.estate_admin")
     bare = not os.path.isdir(os.path.join(etcd_unit.DATA, "member")) or not estate.has_operator(cluster)
+    if bare and not module.check_mode:
+        module.warn(
+            f"this host carries no etcd of cluster {cluster} yet; the estate record reaches that cluster when "
+            "isthmus.mesh.site has run on its hosts"
+        )
+        return changes.result()
+    admin = bundle_module(module, "isthmus_agent.estate_admin")
     if admin is None or (module.check_mode and bare):
         changes.note(f"estate record of cluster {cluster}", "", "\n".join(sorted(record)))
         return changes.result(record=answer)
@@ -167,6 +183,12 @@ def present(module, changes):
             estate.show(changes, made)
     except admin.EstateError as exc:
         module.fail_json(msg=str(exc))
+    except kvstore.EtcdUnavailable as exc:
+        module.warn(
+            f"the etcd of cluster {cluster} does not answer ({exc}), so the estate record was not written there. Its "
+            "registrars go on from their hosts' copies; run the playbook again when it answers"
+        )
+        return changes.result()
     except (kvstore.EtcdError, OSError) as exc:
         module.fail_json(msg=f"the estate record cannot be written: {exc}. Run the etcd role on this cluster first")
     return changes.result(record=answer)
@@ -178,6 +200,7 @@ def main():
             "state": {"type": "str", "choices": ["read", "present"], "default": "present"},
             "cluster": {"type": "str", "required": True},
             "record": {"type": "dict"},
+            "formed": {"type": "list", "elements": "str", "default": []},
             "services": {
                 "type": "dict",
                 "options": {
