@@ -16,6 +16,10 @@ class AgentSilent(RuntimeError):
     """The agent does not answer; the text says why and what to do."""
 
 
+class AgentAbsent(AgentSilent):
+    """Nobody listens on the agent's socket: it does not run."""
+
+
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=TIMEOUT)
@@ -28,7 +32,8 @@ class _Connection(http.client.HTTPConnection):
 
 
 def ask(path: Path, route: str, method: str = "GET") -> dict[str, Any]:
-    """The document of a route. AgentSilent when there is no answer or the answer is an error."""
+    """The document of a route. AgentSilent when there is no answer or the answer is an error, AgentAbsent when the
+    agent does not run."""
     connection = _Connection(path)
     try:
         connection.request(method, route)
@@ -38,7 +43,8 @@ def ask(path: Path, route: str, method: str = "GET") -> dict[str, Any]:
         raise AgentSilent(f"{path}: {error.strerror}; run this as root") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise AgentSilent(
+        absent = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
+        raise (AgentAbsent if absent else AgentSilent)(
             f"the agent does not answer on {path} ({reason}); look at: systemctl status isthmusd; "
             "journalctl -u isthmusd"
         ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus_agent.cli import text
-from isthmus_agent.cli.client import AgentSilent, ask
+from isthmus_agent.cli.client import AgentAbsent, AgentSilent, ask
 
 SOCKET = Path("/run/isthmus/agent.sock")
 
@@ -22,7 +22,12 @@ OK, DIFFERENT, SILENT = 0, 1, 2
 
 
 def _print(document: dict[str, Any], output: str, render: Callable[[dict[str, Any]], str]) -> None:
-    print(json.dumps(document, indent=2) if output == "json" else render(document))
+    print(json.dumps(document, indent=2) if output == "json" else _printable(render(document)))
+
+
+def _printable(shown: str) -> str:
+    """Names and reasons come from peers too: no control sequence of theirs reaches the terminal."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else "\N{REPLACEMENT CHARACTER}" for mark in shown)
 
 
 def _pinned() -> dict[str, Any]:
@@ -105,9 +110,12 @@ def _remove(options: argparse.Namespace) -> int:
         return DIFFERENT
     try:
         ask(options.socket, "/v1/peers")
+        running = True
+    except AgentAbsent:
+        running = False
     except AgentSilent:
-        pass  # as it should be: a running agent would put everything back
-    else:
+        running = True  # it is there and slow or in trouble
+    if running:
         print("isthmus: isthmusd still runs and would restore it; first: systemctl stop isthmusd", file=sys.stderr)
         return DIFFERENT
     from isthmus_agent import netlink

@@ -369,9 +369,10 @@ class _Publisher:
         one is left.
         """
         of_owner = {entry.owner: number for number, entry in sorted(taken.items(), reverse=True)}
+        owners = set(wanted)
         dealt: dict[str, int] = {}
         for number, entry in taken.items():
-            if entry.owner in wanted and of_owner[entry.owner] == number:
+            if entry.owner in owners and of_owner[entry.owner] == number:
                 dealt[entry.owner] = number
                 taken[number] = _Allocation(entry.owner, entry.created, None)
             elif entry.released is None:

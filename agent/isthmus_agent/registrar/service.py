@@ -92,6 +92,9 @@ class Registrar:
         self._wall = wall
         self._problems: frozenset[Problem] = frozenset()
         self._told = ""
+        # Every mirror asks each second, and a record of 50 clusters is large: parsed once per change.
+        self._underlays_of: frozenset[tuple[str, int]] | None = None
+        self._underlays_found: Mapping[str, str] = {}
         self._peers = tuple(peer.name for peer in self.registrar.peers)
         self._forgotten: dict[str, bytes] = {}  # absent clusters of which nothing is left, by their tombstone
         self._mirrored: dict[str, _Remembered] = {}
@@ -404,6 +407,9 @@ class Registrar:
 
     def _underlays(self) -> Mapping[str, str]:
         """Underlay addresses that the record gives to hosts -> their cluster."""
+        seen = frozenset((key, kv.mod_revision) for key, kv in self.estate.items.items())
+        if seen == self._underlays_of:
+            return self._underlays_found
         found: dict[str, str] = {}
         for key, kv in self.estate.items.items():
             cluster = keys.parse_estate_cluster_key(key)
@@ -414,6 +420,7 @@ class Registrar:
                     found[host["underlay4"]] = found[host["advertise4"]] = cluster
             except (KeyError, TypeError, AttributeError) as error:
                 self._say(f"{key} cannot be read: {error!r}")
+        self._underlays_of, self._underlays_found = seen, found
         return found
 
 

@@ -8,12 +8,14 @@ Times are RFC 3339 text, intervals are seconds, addresses are text.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import jsontext
 from .jsontext import UINT16, UINT64, Fields
+from .schema import LABEL
 
 PROTOCOLS = ("TCP", "UDP")
 AFFINITIES = ("none", "local", "remote")
@@ -150,6 +152,8 @@ class ServiceDefinition:
         ports = tuple(_service_port(entry) for entry in fields.objects("ports"))
         if not ports:
             fields.fail("ports", "is empty")
+        if len({(port.port, port.protocol) for port in ports}) < len(ports):
+            fields.fail("ports", "has the same port and protocol twice")
         backends = fields.object("backends")
         if ("labels" in backends.value) == ("workloads" in backends.value):
             fields.fail("backends", "needs labels or workloads, and one of them only")
@@ -160,8 +164,8 @@ class ServiceDefinition:
         if affinity not in AFFINITIES:
             fields.fail("affinity", "is not one of none, local, remote")
         return cls(
-            name=_filled(fields, "name"),
-            namespace=_filled(fields, "namespace"),
+            name=_label(fields, "name"),
+            namespace=_label(fields, "namespace"),
             ports=ports,
             backend_labels=labels,
             backend_workloads=backends.texts("workloads"),
@@ -368,6 +372,14 @@ def _filled(fields: Fields, name: str) -> str:
     text = fields.text(name, None)
     if not text:
         fields.fail(name, "is empty")
+    return text
+
+
+def _label(fields: Fields, name: str) -> str:
+    """A name that becomes part of DNS names: an RFC 1123 label."""
+    text = _filled(fields, name)
+    if len(text) > LABEL.longest or not re.fullmatch(LABEL.pattern, text):
+        fields.fail(name, f"is not {LABEL.rule}")
     return text
 
 

@@ -16,7 +16,8 @@ from isthmus_agent.agent import checks, prober, status
 from isthmus_agent.agent.cgroups import CgroupTracker, locate
 from isthmus_agent.agent.files import write_atomically
 from isthmus_agent.agent.names import NamesFile
-from isthmus_agent.cli import text
+from isthmus_agent.cli import main, text
+from isthmus_agent.cli.client import AgentAbsent, AgentSilent, ask
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
 from isthmus_mesh.spec import Cgroup
 
@@ -253,3 +254,24 @@ def test_services_and_peers_in_words():
     assert "2m5s ago" in words
     assert "own etcd does not answer (last proof 2m5s ago)" in words
     assert "cilium/state/x was refused: not JSON" in words
+
+
+def test_what_a_peer_wrote_cannot_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    main._print({"name": "web\x1b]0;owned\x07"}, "text", lambda document: str(document["name"]) + "\nnext")
+    assert capsys.readouterr().out == "web\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}\nnext\n"
+
+
+def test_the_datapath_is_not_removed_under_an_agent_that_is_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(*_: object) -> None:
+        raise AgentSilent("the agent does not answer (timed out)")
+
+    monkeypatch.setattr(main, "ask", slow)
+    assert main.main(["datapath", "remove", "--yes"]) == main.DIFFERENT
+    assert "systemctl stop isthmusd" in capsys.readouterr().err
+
+
+def test_nobody_on_the_socket_is_told_apart_from_silence(tmp_path: Path) -> None:
+    with pytest.raises(AgentAbsent, match="does not answer"):
+        ask(tmp_path / "agent.sock", "/v1/peers")

@@ -94,6 +94,9 @@ def test_which_workloads_a_service_selects() -> None:
         ({"health": {"type": "exec"}}, "health.command is missing"),
         ({"health": {"type": "tcp", "port": 1, "interval": 0}}, "health.interval is out of range"),
         ({"name": ""}, "name is empty"),
+        ({"name": "we b"}, "name is not an RFC 1123 label"),
+        ({"namespace": "shop\n10.0.0.1 bank"}, "namespace is not an RFC 1123 label"),
+        ({"ports": [{"name": "a", "port": 80}, {"name": "b", "port": 80}]}, "same port and protocol twice"),
         ({"owner": None}, "owner is missing"),
     ],
 )
@@ -123,6 +126,7 @@ def test_reports_that_cannot_be_used(kind: Any, text: str, reason: str) -> None:
 
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+LABELS = st.from_regex("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True)
 MAPS = st.dictionaries(TEXT, TEXT, max_size=3)
 V4 = st.ip_addresses(v=4).map(str)
 V6 = st.ip_addresses(v=6).map(str)
@@ -137,10 +141,13 @@ HEALTH = (
 DOCUMENTS = (
     st.builds(
         ServiceDefinition,
-        name=TEXT,
-        namespace=TEXT,
+        name=LABELS,
+        namespace=LABELS,
         ports=st.lists(
-            st.builds(ServicePort, TEXT, PORT, PORT, st.sampled_from(["TCP", "UDP"])), min_size=1, max_size=3
+            st.builds(ServicePort, TEXT, PORT, PORT, st.sampled_from(["TCP", "UDP"])),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda port: (port.port, port.protocol),
         ).map(tuple),
         backend_labels=st.dictionaries(TEXT, TEXT, min_size=1, max_size=3),
         health=st.none() | HEALTH,
