@@ -398,7 +398,8 @@ class Verifier:
 
 
 def read(path):
-    with open(path, encoding="utf-8") as file:
+    # A damaged file is to be named as such, whatever bytes are in it.
+    with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
 
 
