@@ -9,15 +9,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 _START = """
-import runpy, sys
+import importlib, json, runpy, sys
 from ansible.module_utils import basic
+for name, value in json.loads(sys.argv[2]).items():
+    where, constant = name.rsplit(".", 1)
+    setattr(importlib.import_module("ansible_collections.isthmus.mesh.plugins.module_utils." + where), constant, value)
 basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.stdin.buffer.read(), "legacy"
 module = "ansible_collections.isthmus.mesh.plugins.modules." + sys.argv[1]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -44,15 +47,22 @@ def collection(bundle: bool = True) -> Iterator[dict[str, str]]:
         yield {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run_module(name: str, arguments: dict[str, Any], check: bool = False, bundle: bool = True) -> dict[str, Any]:
-    """The result of module ``name``. ``bundle=False``: a host without our agent.
+def run_module(
+    name: str,
+    arguments: dict[str, Any],
+    check: bool = False,
+    bundle: bool = True,
+    places: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The result of module ``name``. ``bundle=False``: a host without our agent. ``places``: constants of
+    ``module_utils`` (``estate.NODE``) that are elsewhere on the test's host.
 
     Raises `ModuleFailed` when it fails and AssertionError with its stderr when it ends in any other way.
     """
     with collection(bundle) as environment:
         request = {"ANSIBLE_MODULE_ARGS": {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}}
         done = subprocess.run(
-            [sys.executable, "-c", _START, name],
+            [sys.executable, "-c", _START, name, json.dumps(dict(places or {}))],
             input=json.dumps(request),
             capture_output=True,
             text=True,
