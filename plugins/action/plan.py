@@ -17,7 +17,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.vars.plugins import get_vars_from_inventory_sources
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import ModelError, read_model
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import plan
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import plan, refuse_foreign_services
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import RecordError, merge
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.schema import HOST_VARIABLES
 
@@ -47,13 +47,18 @@ class ActionModule(ActionBase):
         try:
             _refuse_slice(variables)
             estate, hosts = _collect(variables["hostvars"])
-            record = merge(_plain(options["records"], "records"))
+            records = _plain(options["records"], "records")
+            record = merge(records)
             found = plan(
                 read_model(estate, hosts),
                 record,
                 datetime.now(timezone.utc),
                 options["by"] or _operator(variables),
                 [str(name) for name in options["prune"]],
+            )
+            refuse_foreign_services(
+                found.services,
+                {copy["cluster"]: copy.get("foreign_services", {}) for copy in records if copy.get("cluster")},
             )
         except ModelError as exc:
             result.update(failed=True, msg=str(exc), problems=[str(problem) for problem in exc.problems])

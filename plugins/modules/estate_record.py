@@ -89,6 +89,12 @@ record:
     documents:
       description: Documents by name.
       type: dict
+    foreign_services:
+      description: Owners of services in this etcd that the inventory does not own, by C(namespace/name).
+      returned: when it was read from an etcd
+      type: dict
+      sample:
+        shop/canary: module
 """
 
 import copy
@@ -101,6 +107,8 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes,
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import BUNDLE_PYTHON, bundle_module
 
 PREFIX = "isthmus/v1/estate/"
+SERVICES = "isthmus/v1/services/"
+OWNER = "inventory"
 
 
 def read(module):
@@ -112,9 +120,15 @@ def read(module):
         module.warn(f"{estate.NODE} is damaged ({exc}); etcd is not asked")
         node = None
     if node and node["cluster"]["name"] == cluster and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
-        documents = read_etcd(module, node["etcd"]["endpoints"])
+        documents, services = read_etcd(module, node["etcd"]["endpoints"])
         if documents:
-            return {"cluster": cluster, "documents": documents}
+            owners = {
+                name: found["owner"]
+                for name, found in services.items()
+                if isinstance(found, dict) and found.get("owner")
+            }
+            foreign = {name: owner for name, owner in owners.items() if owner != OWNER}
+            return {"cluster": cluster, "documents": documents, "foreign_services": foreign}
     try:
         documents = estate.read_json(estate.ESTATE)
     except ValueError as exc:
@@ -124,24 +138,30 @@ def read(module):
 
 
 def read_etcd(module, endpoints):
-    """The documents in etcd; empty, with a warning, when it cannot be read."""
+    """The record's documents and the services' definitions; empty, with a warning, when they cannot be read."""
     # The bundle may be of an older version, which this run is about to replace: only the client is used.
     kvstore = bundle_module(module, "isthmus_agent.kvstore", required=False)
     cluster = module.params["cluster"]
     if kvstore is None:
         module.warn("the agent bundle has no etcd client; the copy of the estate record on the host is read")
-        return {}
-    documents = {}
+        return {}, {}
     try:
         with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
-            for entry in client.range(PREFIX).kvs:
-                try:
-                    documents[entry.key[len(PREFIX) :]] = json.loads(entry.value)
-                except ValueError as exc:
-                    module.warn(f"{entry.key} in the etcd of cluster {cluster} is not JSON and not used: {exc}")
+            return tuple(json_documents(module, prefix, client.range(prefix).kvs) for prefix in (PREFIX, SERVICES))
     except (kvstore.EtcdError, OSError) as exc:
         module.warn(f"the etcd of cluster {cluster} does not answer ({exc}); the copy on the host is read")
-        return {}
+        return {}, {}
+
+
+def json_documents(module, prefix, entries):
+    """JSON objects by the rest of their keys; others are named in a warning."""
+    documents = {}
+    for entry in entries:
+        try:
+            documents[entry.key[len(prefix) :]] = json.loads(entry.value)
+        except ValueError as exc:
+            where = f"{entry.key} in the etcd of cluster {module.params['cluster']}"
+            module.warn(f"{where} is not JSON and not used: {exc}")
     return documents
 
 
@@ -179,7 +199,7 @@ def present(module, changes):
     try:
         with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster)) as client:
             estate.show(changes, admin.write_documents(client, record, apply))
-            made = admin.write_services(client, services["present"], services["absent"], "inventory", apply)
+            made = admin.write_services(client, services["present"], services["absent"], OWNER, apply)
             estate.show(changes, made)
     except admin.EstateError as exc:
         module.fail_json(msg=str(exc))

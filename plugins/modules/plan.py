@@ -33,7 +33,8 @@ options:
     description:
       - Copies of the estate record, read from members and hosts.
       - Each is a mapping of document names, such as V(roster) and V(clusters/onprem), to documents, or a mapping with
-        C(documents), and C(cluster) for the cluster whose etcd it was read from.
+        C(documents), C(cluster) for the cluster whose etcd it was read from, and C(foreign_services) for the owners of
+        services there that the inventory does not own. A service that the inventory would define too is refused.
       - Of each document the highest revision counts.
     type: list
     elements: dict

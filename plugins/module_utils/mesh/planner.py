@@ -51,6 +51,35 @@ def plan(model: Model, record: Record, now: datetime, by: str = "", prune: Itera
     return _Planner(model, record, now, by, prune).run()
 
 
+def refuse_foreign_services(
+    services: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, Mapping[str, str]]
+) -> None:
+    """ModelError for every service that a plan defines where somebody else has defined it.
+
+    `services` as in `Plan`; `foreign` by cluster: owners by `<namespace>/<name>`, of services in that cluster's etcd
+    that the inventory does not own.
+    """
+    places: dict[tuple[str, str], list[str]] = {}
+    for cluster, wanted in services.items():
+        for service in wanted["present"]:
+            name = f"{service['namespace']}/{service['name']}"
+            owner = foreign.get(cluster, {}).get(name)
+            if owner is not None:
+                places.setdefault((name, owner), []).append(cluster)
+    if places:
+        raise ModelError(
+            Problem(
+                f"isthmus_estate.services: {name}",
+                f"it belongs to {owner} in the etcd of {', '.join(sorted(clusters))}, and the inventory would define "
+                "it too",
+                "a service has one owner",
+                "remove it here, or where it was registered"
+                + (" (isthmus.mesh.global_service with state: absent)" if owner == "module" else ""),
+            )
+            for (name, owner), clusters in places.items()
+        )
+
+
 class _Planner:
     def __init__(self, model: Model, record: Record, now: datetime, by: str, prune: Iterable[str]) -> None:
         self.model = model

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from isthmus_mesh.documents import ServiceDefinition
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Plan, plan
+from isthmus_mesh.planner import Plan, plan, refuse_foreign_services
 from isthmus_mesh.record import Record, merge
 from isthmus_mesh.spec import NodeSpec, spec_hash
 from unit.mesh.estates import NOW, estate, hosts, model, planned, web
@@ -192,6 +192,20 @@ def test_the_input_is_not_changed() -> None:
     the_hosts["c1"]["isthmus_workloads"].append({"name": "x", "unit": "x.service"})
     plan(model(the_hosts=the_hosts), record, NOW)
     assert record == before
+
+
+def test_a_service_of_another_owner_is_refused_where_it_would_be_written() -> None:
+    services = planned(model()).services
+    refuse_foreign_services(services, {"onprem": {"shop/other": "module"}, "elsewhere": {"shop/web": "module"}})
+    with pytest.raises(ModelError) as caught:
+        refuse_foreign_services(services, {"onprem": {"shop/web": "module"}, "cloud": {"shop/web": "rollout"}})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "isthmus_estate.services: shop/web: it belongs to module in the etcd of onprem, and the inventory would define "
+        "it too. Why: a service has one owner. Next: remove it here, or where it was registered "
+        "(isthmus.mesh.global_service with state: absent).",
+        "isthmus_estate.services: shop/web: it belongs to rollout in the etcd of cloud, and the inventory would define "
+        "it too. Why: a service has one owner. Next: remove it here, or where it was registered.",
+    ]
 
 
 def test_services_by_cluster() -> None:
