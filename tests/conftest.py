@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "lab"))
 
 if TYPE_CHECKING:
+    from installation import Installation
     from isthmus_lab import Lab
 
 # Reasons for which a test may be skipped, each as a prefix of what the test says. Anything else fails the run:
@@ -34,8 +35,22 @@ Path(_PLACE.name, "ansible_collections", "isthmus", "mesh").symlink_to(ROOT)
 sys.path.insert(0, _PLACE.name)
 
 
+# End-to-end tests that begin with bare machines first, those that break an estate last; any order is right, this one
+# makes the fewest estates.
+E2E_ORDER = (
+    *("test_site", "test_awx", "test_verify", "test_story", "test_lab", "test_failures"),
+    *("test_chaos", "test_teardown"),
+)
+
+
+def e2e_rank(item: pytest.Item) -> int:
+    name = item.path.stem
+    return E2E_ORDER.index(name) if item.path.parent.name == "e2e" and name in E2E_ORDER else -1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `root` are skipped, in words, for other users."""
+    """The order of end-to-end tests. Tests marked `root` are skipped, in words, for other users."""
+    items.sort(key=e2e_rank)
     if os.geteuid() == 0:
         return
     for item in items:
@@ -87,6 +102,14 @@ def put_right(estate: Lab) -> None:
             estate.set_mtu(name, DEFAULT_MTU)
     for name in estate.hosts:
         estate.power_on(name)
+
+
+@pytest.fixture(scope="session")
+def installed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """The lab's estate made anew from bare machines, and what was seen on the way."""
+    from installation import install
+
+    return install(lab, tmp_path_factory.mktemp("installation"))
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,15 @@ MOVING_SYSCTLS = re.compile(r"tcp_fastopen_key|inet_peer|/random/|stable_secret|
 MOVING_ATTRIBUTES = {"ifindex", "valid_life_time", "preferred_life_time", "link_index", "expires", "used"}
 
 
-def out(*words):
-    return subprocess.run(words, capture_output=True, text=True).stdout
+def out(*words, good=(0,)):
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode not in good:
+        raise SystemExit(f"{words} ended with {done.returncode}: {done.stderr}")
+    return done.stdout
 
 
-def lines(*words):
-    return sorted(line.rstrip() for line in out(*words).splitlines() if line.strip())
+def lines(*words, good=(0,)):
+    return sorted(line.rstrip() for line in out(*words, good=good).splitlines() if line.strip())
 
 
 def mounts():
@@ -122,7 +125,10 @@ print(
             "cgroups": cgroups(),
             "sysctls": sysctls(),
             "resolver": resolver(),
-            "names": [lines("getent", "ahostsv4", n) for n in ("onprem-1.lab.test", "web.shop.svc.clusterset.local")],
+            "names": [
+                lines("getent", "ahostsv4", n, good=(0, 2))
+                for n in ("onprem-1.lab.test", "web.shop.svc.clusterset.local")
+            ],
         }
     )
 )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`teardown` leaves machines as they were before the first `site`; what the user tools and systemd keep for themselves
+is named in `look.py`."""
+
+from __future__ import annotations
+
+import pytest
+import snapshot
+from installation import Installation
+from isthmus_lab import Lab
+from playbook import play
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+CONFIRMED = ("-e", "isthmus_confirm_teardown=lab")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "It is not confirmed."),
+        (("-e", "isthmus_confirm_teardown=other"), "It was confirmed for the estate other, this is lab."),
+    ],
+    ids=["unconfirmed", "another estate"],
+)
+def test_it_refuses_and_says_how(installed: Installation, arguments: tuple[str, ...], words: str) -> None:
+    run = play("teardown", *arguments, check=False)
+    assert run.status != 0
+    assert run.changed == {}
+    said = " ".join(run.output.split())
+    assert words in said
+    assert "The teardown removes the mesh from 6 hosts: units, keys, the data of etcd." in said
+    assert "ansible-playbook isthmus.mesh.teardown -e isthmus_confirm_teardown=lab" in said
+
+
+def test_machines_are_as_they_were(installed: Installation, lab: Lab) -> None:
+    play("site")
+    whole = snapshot.take(lab)
+    preview = play("teardown", "--check", "--diff")
+    assert set(preview.changed) == set(lab.hosts)
+    assert snapshot.differences(whole, snapshot.take(lab)) == []
+    try:
+        assert play("teardown", *CONFIRMED).changed == preview.changed
+        assert snapshot.differences(installed.bare, snapshot.take(lab)) == []
+        assert play("teardown", *CONFIRMED).changed == {}
+    finally:
+        play("site")
+
+
+@pytest.mark.slow
+def test_one_host_after_the_other_makes_the_same_mesh(lab: Lab) -> None:
+    """Also a cluster with three members forms, one at a time."""
+    play("site")
+    play("teardown", *CONFIRMED)
+    try:
+        run = play("site", "-e", "isthmus_serial=1", seconds=1800)
+        assert set(run.changed) == set(lab.hosts)
+    finally:
+        again = play("site")
+    assert again.changed == {}
+    play("verify")
