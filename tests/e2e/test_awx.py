@@ -17,7 +17,7 @@ from installation import variant
 from isthmus_lab import Lab
 from playbook import ROOT, Run, play, recaps
 
-pytestmark = [pytest.mark.root, pytest.mark.lab]
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
 # A job's PATH: the runner's own tools and what they call. A compiler is not among it.
 TOOLS = ("sh", "ssh", "env", "sleep", "stat", "mkdir", "chmod", "rm", "cat", "git", "tar", "gzip")

@@ -135,6 +135,7 @@ def published(keys: dict[str, Key]) -> dict[str, str]:
     return {name: key.value for name, key in keys.items() if not name.startswith("isthmus/v1/alloc/peers/")}
 
 
+@pytest.mark.slow
 def test_an_old_snapshot_of_etcd_withdraws_nothing_and_leaves_nobody_stale(estate: Estate) -> None:
     snapshot = "/root/old.db"
     estate.lab.exec("cloud-1", ["rm", "-f", snapshot])
@@ -147,6 +148,7 @@ def test_an_old_snapshot_of_etcd_withdraws_nothing_and_leaves_nobody_stale(estat
             assert estate.known_everywhere("later"), "what was registered after the snapshot is kept"
 
 
+@pytest.mark.slow
 def test_an_empty_etcd_withdraws_nothing_and_leaves_nobody_stale(estate: Estate) -> None:
     history_lost(estate, lambda: etcd_emptied(estate))
     with estate.service_of_operators("after"):

@@ -19,7 +19,7 @@ from installation import Change, Installation, variant
 from isthmus_lab import Lab
 from playbook import INVENTORY, Run, changes, environment, play
 
-pytestmark = [pytest.mark.root, pytest.mark.lab]
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
 # Who leads, who is alive, how long ago a peer was seen: these come and go by themselves.
 MOVING_KEYS = ("isthmus/v1/leader", "isthmus/v1/alive/", "isthmus/v1/alloc/peers/", "isthmus/v1/lock")

@@ -10,7 +10,7 @@ from installation import Installation
 from isthmus_lab import Lab
 from playbook import play
 
-pytestmark = [pytest.mark.root, pytest.mark.lab]
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 CONFIRMED = ("-e", "isthmus_confirm_teardown=lab")
 
 
