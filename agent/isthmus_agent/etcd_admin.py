@@ -220,10 +220,10 @@ def _add_learner(client: SyncEtcd, member: MemberSpec, timeout: float) -> None:
         except EtcdExists:
             return True
         except EtcdError as exc:
-            # One learner at a time; and etcd refuses changes until all members were seen for some seconds.
-            if not isinstance(exc, EtcdUnavailable) and not any(
-                words in exc.reason for words in ("too many learner", "unhealthy cluster", "not enough started")
-            ):
+            # One learner at a time; etcd refuses changes until all members were seen for some seconds; and a member
+            # that has not applied a removal yet does not find the one that went.
+            passing = ("too many learner", "unhealthy cluster", "not enough started", "member not found")
+            if not isinstance(exc, EtcdUnavailable) and not any(words in exc.reason for words in passing):
                 raise
             last = exc.reason
             if _own_entry(member, client.member_list()) is not None:
