@@ -54,9 +54,9 @@ def running(inventory: Path, events: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:  # else its number may be somebody else's by now
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+            process.wait(30)
 
 
 def wait_for_event(process: subprocess.Popen[bytes], events: Path, number: int) -> str:
