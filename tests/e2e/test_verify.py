@@ -38,7 +38,11 @@ with open("{PKI}/etcd-peer.crt", "wb") as file:
 # A fault: the host, the commands that make it there, and words of which verify's problem must have all.
 FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "a route is missing": (EDGE, "ip route delete 10.102.0.0/28", ("datapath:", "10.102.0.0/28", "is missing")),
-    "an overlay program is gone": ("cloud-2", "tc filter delete dev isthmus0 egress", ("datapath: tc program overlay_egress is not attached",)),
+    "an overlay program is gone": (
+        "cloud-2",
+        "tc filter delete dev isthmus0 egress",
+        ("datapath: tc program overlay_egress is not attached",),
+    ),
     "a backend is stopped": (
         "onprem-2",
         "systemctl stop web.service",
