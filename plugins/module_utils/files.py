@@ -91,6 +91,8 @@ class Changes:
         self.module = module
         self.changed = False
         self.diff: list[dict[str, Any]] = []
+        self.replaced: dict[str, float] = {}
+        """Files whose content is not what it was, with the time at which that content was written (seconds)."""
 
     def note(self, header: str, before: str, after: str) -> None:
         """Record a change that is not a file; ``before`` and ``after`` are shown by ``--diff``, so no secrets."""
@@ -136,6 +138,8 @@ class Changes:
             self.note(path, *attributes_differ)
         else:
             self.note(path, _text(before, secret), _text(wanted, secret))
+        if found is not None and before != wanted:
+            self.replaced[path] = found.st_mtime
         if not self.module.check_mode:
             uid, gid = self._ids(path, owner, group)
             if found is not None and stat.S_ISDIR(found.st_mode):

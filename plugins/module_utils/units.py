@@ -311,6 +311,11 @@ def process_environment(pid: str) -> dict[str, str]:
     return dict(item.decode(errors="replace").split("=", 1) for item in content.split(b"\0") if b"=" in item)
 
 
+def _started(state: Mapping[str, str]) -> float:
+    """When the unit's process was started, in seconds of the wall clock."""
+    return time.time() - time.monotonic() + int(state.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
+
+
 class Units:
     """Brings a set of units to "file right, enabled, running with this configuration"."""
 
@@ -342,9 +347,10 @@ class Units:
         if (self.reload or stale) and not self.module.check_mode:
             self.systemd.run("daemon-reload")
 
-    def running(self, name: str, config: str | None = None) -> bool:
+    def running(self, name: str, config: str | None = None, reads: str = "") -> bool:
         """`name` is enabled and active; restarted when its process was started with another configuration than
-        `config` (its `ISTHMUS_CONFIG`). Returns whether something had to change. Does not wait: see `wait`.
+        `config` (its `ISTHMUS_CONFIG`), or after somebody changed the file `reads` by hand, which is put right now.
+        Returns whether something had to change. Does not wait: see `wait`.
         """
         state = self.systemd.show([name])[name]
         before = state.get("ActiveState", "inactive")
@@ -360,6 +366,8 @@ class Units:
             reason = f"it is {before}"
         elif config is not None and process_environment(state["MainPID"]).get(CONFIG_VARIABLE) != config:
             reason = "its configuration changed"
+        elif reads in self.changes.replaced and _started(state) >= self.changes.replaced[reads]:
+            reason = f"it was started with another {reads}"
         if reason is not None:
             changed = True
             self.changes.note(f"unit {name}", before, f"active (started anew: {reason})")

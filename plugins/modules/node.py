@@ -76,6 +76,8 @@ DNS_PATH = "isthmus-dns-reload.path"
 DNS_RELOAD = "isthmus-dns-reload.service"
 BPFFS = "isthmus-bpffs.service"
 RESOLVED = "isthmus-resolved.service"
+SPEC = "/etc/isthmus/node.json"
+DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 
 # What the registrar reads of the specification; a change elsewhere (a workload, a label) does not restart it.
 REGISTRAR_PARTS = ("schema", "estate", "cluster", "dns", "etcd", "member", "registrar")
@@ -103,14 +105,14 @@ def main():
     changes.directory("/etc/isthmus")
     changes.directory("/var/lib/isthmus")
     changes.directory(resolver.STATE_DIRECTORY)
-    changes.file("/etc/isthmus/node.json", document(spec))
+    changes.file(SPEC, document(spec))
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
 
     resolved = runner.systemd.show(["systemd-resolved.service"])["systemd-resolved.service"]
     found = resolver.probe(resolved.get("ActiveState") == "active")
     mesh_address, domain = spec["node"]["mesh4"], spec["dns"]["domain"]
     dnsmasq = resolver.dnsmasq_conf(mesh_address, domain, resolver.upstream(found))
-    changes.file("/etc/isthmus/dnsmasq.conf", dnsmasq)
+    changes.file(DNSMASQ, dnsmasq)
 
     bundle = module.params["bundle_digest"]
     agent_config = units.config_digest(units.agent_unit(""), bundle, document(spec))
@@ -133,11 +135,11 @@ def main():
     names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
     runner.daemon_reload([BPFFS, DNS_RELOAD, *names])
 
-    runner.running(DNS, dns_config)
+    runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)
     if has_registrar:
-        runner.running(REGISTRAR, registrar_config)
-    runner.running(AGENT, agent_config)
+        runner.running(REGISTRAR, registrar_config, SPEC)
+    runner.running(AGENT, agent_config, SPEC)
     if not module.check_mode:
         wait(module, runner, names, spec)
 

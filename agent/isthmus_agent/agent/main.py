@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import signal
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from isthmus_mesh.spec import NodeSpec, SpecError
+from isthmus_mesh.spec import NodeSpec, SpecError, spec_hash
 
 from isthmus_agent.agent import memory, metrics, status
 from isthmus_agent.agent.http import LocalServer, Response
@@ -135,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     configure(options.log_level)
     memory.few_arenas()
     try:
-        spec = NodeSpec.from_json(options.config.read_bytes())
+        text = options.config.read_bytes()
+        # Of what is really in the file: somebody may have changed it by hand.
+        spec = replace(NodeSpec.from_json(text), hash=spec_hash(json.loads(text)))
         kernel = HostKernel(options.pin_dir, options.cgroup_root)
         cgroup_root = kernel.cgroup_root
     except (OSError, SpecError, BpfError) as error:

@@ -6,10 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import units
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 FILES = {
     "isthmusd.service": units.agent_unit("0123"),
@@ -79,3 +83,33 @@ def test_the_configuration_is_seen_in_the_process() -> None:
         finally:
             process.kill()
     assert units.process_environment(str(process.pid)) == {}
+
+
+@pytest.mark.parametrize(
+    ("edited", "started", "anew"),
+    [(100.0, 50.0, True), (50.0, 100.0, False)],
+    ids=["started with the edited file", "edited since"],
+)
+def test_a_process_that_read_a_file_edited_by_hand_is_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: float, started: float, anew: bool
+) -> None:
+    """`edited` and `started`: seconds ago. The file is put right in both cases."""
+    spec = tmp_path / "node.json"
+    spec.write_text("edited by hand")
+    os.utime(spec, (time.time() - edited,) * 2)
+    module: Any = SimpleNamespace(check_mode=False)
+    changes = Changes(module)
+    assert changes.file(str(spec), "as planned")
+    runner = units.Units(module, changes)
+    state = {
+        "ActiveState": "active",
+        "UnitFileState": "enabled",
+        "MainPID": "1",
+        "ExecMainStartTimestampMonotonic": str(int((time.monotonic() - started) * 1e6)),
+    }
+    done: list[tuple[str, ...]] = []
+    monkeypatch.setattr(runner.systemd, "show", lambda names: dict.fromkeys(names, state))
+    monkeypatch.setattr(runner.systemd, "run", lambda *words: done.append(words))
+    monkeypatch.setattr(units, "process_environment", lambda pid: {units.CONFIG_VARIABLE: "same"})
+    assert runner.running("isthmusd.service", "same", str(spec)) is anew
+    assert done == ([("restart", "--no-block", "isthmusd.service")] if anew else [])
