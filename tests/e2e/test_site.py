@@ -4,6 +4,7 @@ something, with bad input; and services that are registered at run time."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -158,6 +159,19 @@ def test_what_is_missing_from_the_inventory_is_listed_and_not_withdrawn(estate: 
         assert member_ids(estate) == members
     finally:
         play("site")
+
+
+def test_with_no_etcd_at_all_nothing_is_dealt_anew(estate: Estate) -> None:
+    """The hosts' own copies of the record are planned from; a host of which no etcd answers stays as it was."""
+    with contextlib.ExitStack() as undo:
+        for cluster in ETCD_HOSTS:
+            undo.callback(estate.etcd, cluster, "start")
+            estate.etcd(cluster, "stop")
+        words = play("plan", "--limit", "cloud-2").output
+        shown = words[words.index("Show the plan in words") :]
+        assert "changes: []" in shown
+        assert play("site", "--limit", "cloud-2", "--tags", "agent").changed == {}
+    estate.converged()
 
 
 def test_what_is_said_to_go_goes_and_comes_back(estate: Estate, tmp_path: Path) -> None:

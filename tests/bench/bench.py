@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Figures of the lab's estate, each beside a baseline of the same run and their ratio. Gates nothing.
+
+All six machines share this machine's cores, so the ratios mean something, and the figures only here.
+Run by `make bench`, on a lab with the estate on it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
+
+from demo import EDGE, ONPREM_CLIENT, URL, Story  # noqa: E402
+from isthmus_lab import Lab, LabError  # noqa: E402
+from playbook import INVENTORY, environment, play  # noqa: E402
+
+ROUNDS = 5
+CONNECTS = 2000
+MEGABYTES = 256
+PORT = 5900
+
+# Median microseconds of connect() and close(), a round for each address in turn, so that a busy moment hits both.
+CONNECT = """
+import json, socket, statistics, sys, time
+targets, count, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+found = {name: [] for name in targets}
+for _ in range(rounds):
+    for name, (address, port) in targets.items():
+        for _ in range(count // rounds):
+            began = time.perf_counter()
+            socket.create_connection((address, port), 5).close()
+            found[name].append(time.perf_counter() - began)
+print(json.dumps({name: statistics.median(times) * 1e6 for name, times in found.items()}))
+"""
+
+SINK = """
+import socket, sys
+server = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+for _ in range(int(sys.argv[2])):
+    connection, _ = server.accept()
+    while connection.recv(1 << 20):
+        pass
+    connection.sendall(b"!")
+    connection.close()
+"""
+
+SEND = """
+import json, socket, sys, time
+targets, port, size, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+block = bytes(1 << 20)
+best = dict.fromkeys(targets, 0.0)
+for _ in range(rounds):
+    for name, address in targets.items():
+        connection = socket.create_connection((address, port), 10)
+        began = time.perf_counter()
+        for _ in range(size):
+            connection.sendall(block)
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+        best[name] = max(best[name], size * 8.388608 / (time.perf_counter() - began))
+print(json.dumps(best))
+"""
+
+
+class Bench(Story):
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab, lambda text: print(f"bench: {text}", flush=True))
+        self.rows: list[tuple[str, str, str, str]] = []
+
+    def row(self, what: str, figure: float, baseline: float, unit: str, of: str) -> None:
+        self.rows.append((what, f"{figure:.4g} {unit}", f"{baseline:.4g} {unit} ({of})", f"{figure / baseline:.2f}"))
+        self.say(f"{what}: {self.rows[-1][1]}; baseline {self.rows[-1][2]}; ratio {self.rows[-1][3]}")
+
+    def python(self, host: str, program: str, *words: str) -> Any:
+        """What a program prints as JSON that runs as the workload `client` of the host."""
+        run = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", "--slice=client.slice"]
+        return json.loads(self.lab.exec(host, [*run, "/usr/bin/python3", "-c", program, *words], seconds=300).stdout)
+
+    def connect(self) -> None:
+        service = self.service(EDGE)
+        near = next(b for b in service["backends"] if b["cluster"] == "cloud")
+        targets = {"service": (service["address"], 80), "backend": (near["address"], near["port"])}
+        found = self.python(EDGE, CONNECT, json.dumps(targets), str(CONNECTS), str(ROUNDS))
+        self.row("connect() to a service", found["service"], found["backend"], "us", "to a backend's own address")
+
+    def bulk(self) -> None:
+        host = self.lab.hosts["cloud-1"]
+        mesh = next(w["address"] for w in self.ask("cloud-1", "status")["workloads"] if w["name"] == "web")
+        sink = ["systemd-run", "--quiet", "--collect", "--unit=bench-sink", "/usr/bin/python3", "-c", SINK]
+        self.lab.exec("cloud-1", [*sink, str(PORT), str(2 * ROUNDS)])
+        try:
+            listening = ["ss", "-Htln", f"sport = :{PORT}"]
+            self.until("the sink listens", lambda: bool(self.lab.exec("cloud-1", listening).stdout), 10)
+            targets = json.dumps({"mesh": mesh, "underlay": str(host.address)})
+            found = self.python(EDGE, SEND, targets, str(PORT), str(MEGABYTES), str(ROUNDS))
+        finally:
+            self.lab.exec("cloud-1", ["systemctl", "stop", "bench-sink.service"], check=False)
+        self.row("bulk over the overlay", found["mesh"], found["underlay"], "Mbit/s", "over the underlay")
+
+    def backend_stops(self) -> None:
+        victim = sorted(self.of_cluster("onprem"))[0]
+        rest = self.backends - {victim}
+        with self.undone(lambda: self.lab.exec(victim, ["systemctl", "start", "web.service"])):
+            self.lab.exec(victim, ["systemctl", "stop", "web.service"])
+            took = self.everywhere(rest)
+        self.everywhere(self.backends)
+        # fall 2 at an interval of 1 s: what two checks take, on average half an interval after the stop.
+        self.row("a stopped backend is out everywhere", took, 1.5, "s", "its health check alone")
+
+    def site_cut(self) -> None:
+        self.edge.start("bench-cut", URL, interval=0.02, timeout=1.0)
+        with self.undone(lambda: self.lab.restore("onprem")):
+            self.lab.cut("onprem")
+            self.until("edge uses cloud alone", lambda: self.used(EDGE) == self.of_cluster("cloud"))
+            result = self.edge.result("bench-cut", stop=True)
+        self.everywhere(self.backends)
+        self.row("longest gap when a site is cut off", result["longest_gap"], 10.0, "s", "the promised figure")
+
+    def site(self) -> None:
+        began = time.monotonic()
+        run = play("site")
+        took = time.monotonic() - began
+        if run.changed:
+            raise LabError(f"the estate was not converged: {run.changed}")
+        tool = Path(sys.executable).with_name("ansible")
+        began = time.monotonic()
+        ping = [str(tool), "-i", str(INVENTORY), "all", "-m", "ansible.builtin.ping"]
+        subprocess.run(ping, check=True, capture_output=True, env=environment(), cwd="/")
+        self.row("site on a converged estate", took, time.monotonic() - began, "s", "ansible -m ping")
+
+    def agent(self) -> None:
+        pid = self.lab.exec(EDGE, ["systemctl", "show", "--value", "-p", "MainPID", "isthmusd"]).stdout.strip()
+        memory = f"awk '/^Rss/ {{ print $2 }}' /proc/{pid}/smaps_rollup"
+        bare = "/usr/bin/python3 -c \"print(open('/proc/self/smaps_rollup').read().split('Rss:')[1].split()[0])\""
+        rss = [float(self.lab.exec(EDGE, ["sh", "-c", words]).stdout) / 1024 for words in (memory, bare)]
+        self.row("agent, resident memory", rss[0], rss[1], "MiB", "an empty Python process")
+
+    STEPS = ("connect", "bulk", "backend_stops", "site_cut", "site", "agent")
+
+
+def main() -> int:
+    bench = Bench(Lab())
+    try:
+        bench.everywhere(bench.backends, (EDGE, ONPREM_CLIENT))
+    except LabError as error:
+        print(f"bench: {error}; next: make lab-up site", file=sys.stderr)
+        return 1
+    steps: list[Callable[[], None]] = [getattr(bench, name) for name in Bench.STEPS]
+    for step in steps:
+        step()
+    print(f"\n{'FIGURE':38}  {'MEASURED':14}  {'BASELINE':40}  RATIO")
+    for what, figure, baseline, ratio in bench.rows:
+        print(f"{what:38}  {figure:14}  {baseline:40}  {ratio}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
