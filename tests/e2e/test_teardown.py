@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import snapshot
+from estate_tools import Estate
 from installation import Installation
 from isthmus_lab import Lab
 from playbook import play
@@ -46,14 +47,16 @@ def test_machines_are_as_they_were(installed: Installation, lab: Lab) -> None:
         play("site")
 
 
-@pytest.mark.slow
-def test_one_host_after_the_other_makes_the_same_mesh(lab: Lab) -> None:
-    """Also a cluster with three members forms, one at a time."""
-    play("site")
+def test_a_mesh_that_begins_with_one_host_becomes_the_same(estate: Estate) -> None:
+    """First one member of three alone; then its cluster grows one host after the other while the others form."""
     play("teardown", *CONFIRMED)
     try:
+        run = play("site", "--limit", "onprem-1")
+        assert set(run.changed) == {"onprem-1"}
+        assert [m["Status"]["leader"] != 0 for m in estate.etcd_members("onprem-1")] == [True]
         run = play("site", "-e", "isthmus_serial=1", seconds=1800)
-        assert set(run.changed) == set(lab.hosts)
+        assert set(run.changed) == set(estate.lab.hosts)
+        assert len(estate.etcd_members("onprem-1")) == 3
     finally:
         again = play("site")
     assert again.changed == {}
