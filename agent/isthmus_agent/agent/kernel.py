@@ -26,9 +26,14 @@ def bundled_libbpf() -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a call changed, in words; empty when everything was as wanted."""
+    """What a call changed, in words; empty when everything was as wanted.
+
+    `problems`: what of the network the kernel refused, such as a route whose prefix another daemon's route has. All
+    the rest was done.
+    """
 
     changes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +104,27 @@ class HostKernel:
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
-        network = netlink.apply_network(datapath)
+        network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes))
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
 
     def apply(self, datapath: Datapath) -> Applied:
-        from isthmus_agent import netlink
-
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
         maps = self._bpf.apply(datapath)
-        network = netlink.apply_network(datapath)
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes))
+        network = self._apply_network(datapath)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
+
+    def _apply_network(self, datapath: Datapath) -> Applied:
+        """One refused route must not keep the hooks, and with them every service, from this host."""
+        from isthmus_agent import netlink
+
+        try:
+            return Applied(netlink.apply_network(datapath).changes)
+        except netlink.OverlayMissing:
+            raise  # start() makes it anew
+        except netlink.NetworkError as error:
+            return Applied(error.changes, tuple(error.problems))
 
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink

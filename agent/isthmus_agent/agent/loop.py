@@ -96,6 +96,7 @@ class Progress:
     last_change: float | None = None
     error: str = ""
     errors: int = 0
+    problems: tuple[str, ...] = ()  # what of the network the kernel refuses; the rest is applied
     holding: str = ""
     last_audit: float | None = None
     drift: tuple[str, ...] = ()  # what the last audit found
@@ -141,6 +142,8 @@ class Agent:
         self._wake = asyncio.Event()
         self._drain = DrainTracker()
         self._deadline: float | None = None
+        self._again: float | None = None  # when to try again what the kernel refused
+        self._again_delay = RETRY[0]
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
         self._fresh = False
@@ -294,8 +297,9 @@ class Agent:
         retry = RETRY[0]
         while True:
             timeout = longest
-            if self._deadline is not None:
-                timeout = min(timeout, max(0.0, self._deadline - time.monotonic()))
+            for due in (self._deadline, self._again):
+                if due is not None:
+                    timeout = min(timeout, max(0.0, due - time.monotonic()))
             if self.progress.error:
                 timeout = min(timeout, retry)
             if await wait_set(self._wake, timeout):  # else a deadline, a retry, or the watchdog's turn
@@ -340,8 +344,9 @@ class Agent:
             self.reporter.wake()
         # A peer's age changes every few seconds and changes nothing that is wanted.
         inputs = (replace(self.decoder.state(), peers={}), self.prober.view(), self.facts)
-        due = self._deadline is not None and now >= self._deadline
+        due = any(each is not None and now >= each for each in (self._deadline, self._again))
         if inputs != self._inputs or due:
+            self._deadline = self._again = None  # a time that is past would not let the applier wait
             await self._apply(inputs, now)
         if self._dead and now - self._dead_ended >= DESTROY_AGAIN:
             # A connect() that chose the backend just before it was taken out may finish after the first round.
@@ -361,12 +366,13 @@ class Agent:
         if not self._started or self.progress.error:
             # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
             done = await self.kernel_call(self.kernel.start, datapath)
-        elif datapath != self.progress.applied:
+        elif datapath != self.progress.applied or self.progress.problems:
             done = await self.kernel_call(self.kernel.apply, datapath)
         else:
             done = None
         if done is not None:
             self._note_applied(datapath, done.changes, time.monotonic() - began)
+            self._note_problems(done.problems)
         self._inputs = inputs
         self.progress.error = ""
         # After the routes: a probe that cannot be sent would count as a miss.
@@ -409,6 +415,17 @@ class Agent:
             sdnotify.notify(f"READY=1\nSTATUS=datapath applied from {progress.source}")
             logger.info("ready", extra=fields(source=progress.source))
 
+    def _note_problems(self, problems: tuple[str, ...]) -> None:
+        for words in problems:
+            if words not in self.progress.problems:
+                logger.warning("network is not all as wanted; tried again", extra=fields(problem=words))
+        self.progress.problems = problems
+        if problems:
+            self._again = time.monotonic() + self._again_delay
+            self._again_delay = min(self._again_delay * 2, RETRY[1])
+        else:
+            self._again, self._again_delay = None, RETRY[0]
+
     async def _end_sockets(self, backends: frozenset[Backend] | set[Backend]) -> None:
         try:
             ended = await self.kernel_call(self.kernel.destroy, backends)
@@ -436,8 +453,9 @@ class Agent:
         self.progress.drift = tuple(found)
         if found and repair and self.progress.applied is not None:
             logger.warning("drift repaired", extra=fields(count=len(found), first=found[:20]))
-            await self.kernel_call(self.kernel.start, self.progress.applied)
-            self.progress.repaired += len(found)
+            done = await self.kernel_call(self.kernel.start, self.progress.applied)
+            self._note_problems(done.problems)
+            self.progress.repaired += max(0, len(found) - len(done.problems))
         return found
 
     async def _audits(self) -> None:

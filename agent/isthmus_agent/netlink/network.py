@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Rule
-from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 
 OVERLAY = "isthmus0"
 ROUTE_PROTOCOL = 73
@@ -263,7 +263,7 @@ def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
     with IPRoute() as ipr:
         index = _index(ipr, name)
         if index is None:
-            raise NetworkError(f"the overlay device {name} is missing: ensure_overlay() comes first")
+            raise OverlayMissing(f"the overlay device {name} is missing: ensure_overlay() comes first")
         difference = _difference(ipr, datapath, index)
 
         def attempt(words: str, kind: str, action: str, **arguments: Any) -> None:
@@ -310,7 +310,7 @@ def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
                 family=socket.AF_INET if interface.version == 4 else socket.AF_INET6,
             )
     if problems:
-        raise NetworkError(problems)
+        raise NetworkError(problems, tuple(changes))
     return NetworkResult(tuple(changes))
 
 
@@ -328,7 +328,10 @@ def _rule_arguments(rule: Rule) -> dict[str, Any]:
 def _explain(error: Any, action: str, kind: str) -> str:
     text = str(error.args[1] if len(error.args) > 1 else error)
     if kind == "route" and action == "add" and error.code == errno.EEXIST:
-        return f"{text}: a route that is not ours (another protocol than {ROUTE_PROTOCOL}) has this prefix already"
+        return (
+            f"{text}: a route that is not ours (another protocol than {ROUTE_PROTOCOL}) has this prefix already. "
+            "Next: find its owner (ip route show) and have it leave the mesh's ranges alone"
+        )
     if kind == "link" and error.code in (errno.EADDRINUSE, errno.EEXIST):
         return f"{text}: its UDP port is in use (ss -ulnp; ip -d link show type vxlan)"
     return text

@@ -25,6 +25,7 @@ class FakeKernel:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.failure: Exception | None = None
+        self.problems: tuple[str, ...] = ()
 
     def is_fresh(self) -> bool:
         return True
@@ -39,7 +40,7 @@ class FakeKernel:
         self.calls.append((what, datapath.overlay_mtu))
         if self.failure is not None:
             raise self.failure
-        return Applied()
+        return Applied(problems=self.problems)
 
 
 async def until(condition: Callable[[], bool], words: str) -> None:
@@ -83,6 +84,33 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
     asyncio.run(fail_and_recover(an_agent(tmp_path, kernel), kernel))
     assert kernel.calls[:2] == [("start", 1450), ("apply", 1350)]
     assert kernel.calls[-1] == ("start", 1450)
+
+
+async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
+    applier = asyncio.create_task(agent._applier())
+    try:
+        agent.wake()
+        await until(lambda: len(kernel.calls) >= 3, "it is tried again")
+        assert agent.progress.problems == kernel.problems
+        assert agent.progress.applied is not None
+        assert agent.progress.error == ""
+        assert agent._last_good_wake.is_set(), "what comes after the kernel is done as well"
+        kernel.problems = ()
+        await until(lambda: not agent.progress.problems, "the way is free again")
+        assert agent._again is None
+    finally:
+        applier.cancel()
+        await asyncio.wait([applier])
+
+
+def test_a_route_that_the_kernel_refuses_stops_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RETRY", (0.02, 0.02))
+    kernel = FakeKernel()
+    kernel.problems = ("cannot add route 10.102.0.0/28",)
+    agent = an_agent(tmp_path, kernel)
+    agent.watcher.synced = True
+    asyncio.run(refuse_a_route(agent, kernel))
+    assert [call for call, _ in kernel.calls[:2]] == ["start", "apply"]
 
 
 async def lose_last_good(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
