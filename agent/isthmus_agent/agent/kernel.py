@@ -68,6 +68,9 @@ class Kernel(Protocol):
     def destroy(self, backends: Collection[Backend]) -> int:
         """End the sockets that the connect hook gave to these backends; how many."""
 
+    def steps(self) -> int:
+        """A number that grows while a call gets on. The only method that may be called from another thread."""
+
     def close(self) -> None:
         """Give back handles; the datapath stays."""
 
@@ -80,6 +83,7 @@ class HostKernel:
         self._bpf = BpfDatapath(pin_dir=pin_dir, cgroup_root=cgroup_root, libbpf=bundled_libbpf())
         self._ifindex = 0
         self._overlay = (0, 0)
+        self._network_steps = 0
 
     @property
     def cgroup_root(self) -> Path:
@@ -120,7 +124,7 @@ class HostKernel:
         from isthmus_agent import netlink
 
         try:
-            return Applied(netlink.apply_network(datapath).changes)
+            return Applied(netlink.apply_network(datapath, step=self._network_step).changes)
         except netlink.OverlayMissing:
             raise  # start() makes it anew
         except netlink.NetworkError as error:
@@ -129,7 +133,7 @@ class HostKernel:
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink
 
-        found = self._bpf.audit(datapath) + netlink.audit_network(datapath)
+        found = self._bpf.audit(datapath) + netlink.audit_network(datapath, step=self._network_step)
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
@@ -143,6 +147,12 @@ class HostKernel:
 
         cookies = self._bpf.sockets_of(backends)
         return netlink.destroy_sockets({endpoint(backend) for backend in backends}, cookies) if cookies else 0
+
+    def _network_step(self) -> None:
+        self._network_steps += 1
+
+    def steps(self) -> int:
+        return self._network_steps + self._bpf.lib.calls
 
     def close(self) -> None:
         self._bpf.close()

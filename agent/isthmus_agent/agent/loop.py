@@ -61,7 +61,8 @@ MTU_INTERVAL = 30.0
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
 DESTROY_AGAIN = 5.0
-IDLE = 5.0  # the applier's longest sleep without a watchdog
+IDLE = 5.0  # the applier's longest sleep
+BEATS = 4  # in the time that the watchdog allows; one that is missed is no harm
 RESTART_DELAY = 5.0
 
 
@@ -153,6 +154,9 @@ class Agent:
         self._dead_ended = 0.0
         self._expired: list[Backend] = []
         self._last_good_wake = asyncio.Event()
+        self._turns = 0
+        self._kernel_calls = 0  # asked and not yet answered
+        self._kernel_answers = 0
 
     def wake(self) -> None:
         """Some input changed."""
@@ -160,7 +164,12 @@ class Agent:
 
     async def kernel_call(self, function: Callable[..., T], *args: object) -> T:
         """Run a kernel function in its thread, after those asked before."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        self._kernel_calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        finally:
+            self._kernel_calls -= 1
+            self._kernel_answers += 1
 
     async def run(self) -> None:
         """Start from last-known-good, then follow own etcd, until cancelled."""
@@ -180,6 +189,8 @@ class Agent:
             "audit": self._audits,
             "last-good": self._keep_last_good,
         }
+        if (watchdog := sdnotify.watchdog_interval()) is not None:
+            jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
         if self._probe:
             jobs["prober"] = self.prober.run
         self.wake()
@@ -293,7 +304,7 @@ class Agent:
 
     async def _applier(self) -> None:
         watchdog = sdnotify.watchdog_interval()
-        longest = min(IDLE, watchdog) if watchdog else IDLE
+        longest = min(IDLE, watchdog / BEATS) if watchdog else IDLE
         retry = RETRY[0]
         while True:
             timeout = longest
@@ -302,7 +313,7 @@ class Agent:
                     timeout = min(timeout, max(0.0, due - time.monotonic()))
             if self.progress.error:
                 timeout = min(timeout, retry)
-            if await wait_set(self._wake, timeout):  # else a deadline, a retry, or the watchdog's turn
+            if await wait_set(self._wake, timeout):  # else a deadline, a retry, or a proof that it turns
                 await asyncio.sleep(DEBOUNCE)
             self._wake.clear()
             try:
@@ -318,7 +329,20 @@ class Agent:
                 self.progress.error = words
                 self._inputs = None
                 retry = min(retry * 2, RETRY[1])
-            sdnotify.notify("WATCHDOG=1")
+            self._turns += 1
+
+    async def _feed_watchdog(self, interval: float) -> None:
+        """Feed systemd's watchdog while everything gets on: the event loop (or nobody would run this), the applier,
+        and the kernel's thread, whose turn may take longer than the watchdog allows but must not stand still."""
+        applier = kernel = (-1, -1)
+        while True:
+            applier_before, applier = applier, (self._turns, self.kernel.steps())
+            kernel_before, kernel = kernel, (self._kernel_answers, self.kernel.steps())
+            if applier != applier_before and (kernel != kernel_before or not self._kernel_calls):
+                # Before READY=1 it is the start's timeout that runs.
+                allowed = round(interval * 2 * 1_000_000)
+                sdnotify.notify("WATCHDOG=1" if self._started else f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={allowed}")
+            await asyncio.sleep(interval * 2 / BEATS)
 
     def _hold(self) -> str:
         """Why nothing may be applied yet; empty when something may."""

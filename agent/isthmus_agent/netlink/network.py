@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
@@ -254,9 +254,10 @@ def _difference(ipr: Any, datapath: Datapath, index: int) -> _Difference:
     )
 
 
-def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
+def apply_network(datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None) -> NetworkResult:
     """Brings the device up and makes addresses, routes and rules what is wanted: additions first.
 
+    `step` is called whenever a part is done.
     NetworkError after everything that could be done was done."""
     changes: list[str] = []
     problems: list[str] = []
@@ -267,6 +268,7 @@ def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
         difference = _difference(ipr, datapath, index)
 
         def attempt(words: str, kind: str, action: str, **arguments: Any) -> None:
+            step()
             try:
                 getattr(ipr, kind)(action, **arguments)
             except NetlinkError as error:
@@ -337,8 +339,8 @@ def _explain(error: Any, action: str, kind: str) -> str:
     return text
 
 
-def audit_network(datapath: Datapath, name: str = OVERLAY) -> list[str]:
-    """What differs from what is wanted, in words. Changes nothing."""
+def audit_network(datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None) -> list[str]:
+    """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read."""
     with IPRoute() as ipr:
         index = _index(ipr, name)
         if index is None:
