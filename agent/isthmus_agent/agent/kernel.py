@@ -84,6 +84,7 @@ class HostKernel:
         self._ifindex = 0
         self._overlay = (0, 0)
         self._network_steps = 0
+        self._made: Datapath | None = None  # what the network was made, when nothing was refused
 
     @property
     def cgroup_root(self) -> Path:
@@ -108,6 +109,7 @@ class HostKernel:
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
+        self._made = None
         network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
         return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
@@ -123,12 +125,15 @@ class HostKernel:
         """One refused route must not keep the hooks, and with them every service, from this host."""
         from isthmus_agent import netlink
 
+        made, self._made = self._made, None
         try:
-            return Applied(netlink.apply_network(datapath, step=self._network_step).changes)
+            result = netlink.apply_network(datapath, step=self._network_step, made=made)
         except netlink.OverlayMissing:
             raise  # start() makes it anew
         except netlink.NetworkError as error:
             return Applied(error.changes, tuple(error.problems))
+        self._made = datapath
+        return Applied(result.changes)
 
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink
