@@ -117,7 +117,7 @@ class HostKernel:
     def apply(self, datapath: Datapath) -> Applied:
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
-        maps = self._bpf.apply(datapath)
+        maps = self._bpf.apply(datapath, read=False)
         network = self._apply_network(datapath)
         return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
 
