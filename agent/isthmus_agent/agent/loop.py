@@ -36,7 +36,7 @@ from isthmus_agent.agent.names import NamesFile
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.bpf.errors import BpfError
-from isthmus_agent.desired.compute import Desired, HostFacts, desired
+from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath
 from isthmus_agent.desired.drain import DrainTracker
 from isthmus_agent.desired.reach import Reachability, choose_targets
@@ -138,6 +138,7 @@ class Agent:
         self.facts = HostFacts(boot_id=boot_id)
         self.desired: Desired | None = None
         self.kernel = kernel
+        self._memory = Memory()
         self._probe = probe
         self._executor = ThreadPoolExecutor(1, "kernel")
         self._wake = asyncio.Event()
@@ -379,7 +380,8 @@ class Agent:
 
     async def _apply(self, inputs: tuple[MeshState, Reachability, HostFacts], now: float) -> None:
         state, reach, facts = inputs
-        found = desired(self.spec, state, reach, facts)
+        # In a thread, as it takes a second when much changed in a big mesh.
+        found = await asyncio.to_thread(desired, self.spec, state, reach, facts, self._memory)
         services, expired, self._deadline = self._drain.apply(found.datapath.services, now)
         self._expired.extend(expired)
         datapath = replace(found.datapath, services=services)
