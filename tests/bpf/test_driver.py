@@ -88,6 +88,49 @@ def test_apply_makes_it_so_and_then_has_nothing_to_do(datapath: BpfDatapath) -> 
     assert all(each.used == 0 for each in datapath.capacity().values())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_without_reading_the_maps_become_the_same(datapath: BpfDatapath, seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - a seeded test
+
+    def some(count: int) -> list[Backend]:
+        return chance.sample([_backend(each) for each in range(1, 5)], chance.randint(0, count))
+
+    before = FULL
+    datapath.apply(FULL)
+    for _ in range(40):
+        services = {
+            Frontend(ip_address("10.111.0.1"), port, 6): Service("shop/web", tuple(some(4)), tuple(some(2)))
+            for port in chance.sample(range(1, 9), chance.randint(0, 8))
+        }
+        numbers = chance.sample(range(8), chance.randint(0, 8))
+        ipcache = {
+            ip_network(f"10.102.{each}.{chance.choice(('0/28', '7/32'))}"): IpcacheEntry(chance.randint(1, 2), 2, None)
+            for each in numbers
+        }
+        before = replace(before, services=services, ipcache=before.ipcache if chance.random() < 0.3 else ipcache)
+        datapath.apply(before, read=False)
+        assert datapath.audit(before) == []
+        assert not datapath.apply(before, read=False)
+        assert {abi.U32.unpack(key)[0] for key in _pin(datapath, "backend_stats").walk()} == {
+            abi.U32.unpack(key)[0] for key in _pin(datapath, "backends").walk()
+        }
+
+
+def test_what_others_took_is_seen_by_an_audit_and_by_the_next_read(datapath: BpfDatapath) -> None:
+    datapath.apply(FULL)
+    host = _pin(datapath, "ipcache_host")
+    host.delete(abi.pack_address(ip_address("10.102.0.2")))
+    assert not datapath.apply(FULL, read=False)
+    assert len(datapath.audit(FULL)) == 1
+    assert datapath.apply(FULL).maps["ipcache_host"].added == 1
+    host.delete(abi.pack_address(ip_address("10.102.0.2")))
+    with pytest.raises(CapacityError):
+        datapath.apply(_service(*(_backend(each) for each in range(1, 10))), read=False)
+    assert datapath.apply(FULL, read=False), "after a failure nothing is taken for granted"
+    assert datapath.audit(FULL) == []
+    host.close()
+
+
 def test_stray_and_damaged_entries_are_named_and_repaired(datapath: BpfDatapath) -> None:
     datapath.apply(FULL)
     host, svc, backends = (_pin(datapath, name) for name in ("ipcache_host", "svc", "backends"))

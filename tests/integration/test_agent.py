@@ -70,6 +70,9 @@ class FakeKernel:
     def audit(self, datapath: Datapath) -> list[str]:
         return list(self.problems)
 
+    def steps(self) -> int:
+        return len(self.applied)
+
     def read(self) -> Reading:
         return Reading(Counters({}, {"unknown_peer": 0}, ()))
 

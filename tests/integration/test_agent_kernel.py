@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -238,6 +239,33 @@ def test_an_unreachable_backend_gets_no_new_flows_until_it_answers_again(estate:
     assert estate.daemon_a.status()["datapath"]["sockets_ended"] == 0, "nobody else answers: no proof, no harm"
     link("up")
     wait_for(lambda: estate.daemon_a.services()["10.102.0.2"]["used"], "cloud-1 is used again", 15)
+
+
+def test_a_foreign_route_in_the_way_is_told_and_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there before the first start: the hooks are attached all the same, and systemd hears READY."""
+    notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notices.bind(str(tmp_path / "notify"))
+    notices.settimeout(20)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with notices, bare_nodes() as (node, _):
+        route = ["ip", "route", "add", "blackhole", "10.102.0.0/28"]
+        node.call(subprocess.run, route, check=True)
+        daemon = _daemon(node, "onprem", tmp_path / "onprem", {"onprem": [1]})
+        try:
+            daemon.start()
+            assert notices.recv(1000).startswith(b"READY=1")
+            assert (node.pin_dir / "links" / "connect4").exists()
+            server = node.process("web")
+            server.do(f"serve_tcp('a', {node.workload!r}, 8080); result = 1")
+            client = node.process("web")
+            assert client.do(CLIENT + "\nresult = dial()")[0] == "a"
+            route[2] = "del"
+            node.call(subprocess.run, route, check=True)
+            wait_for(lambda: not ask(daemon.socket, "/v1/audit")["problems"], "the route is added when it can be", 40)
+        finally:
+            daemon.stop(signal.SIGKILL)
 
 
 def test_the_agent_is_small_and_quiet(estate: Estate) -> None:

@@ -26,9 +26,14 @@ def bundled_libbpf() -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a call changed, in words; empty when everything was as wanted."""
+    """What a call changed, in words; empty when everything was as wanted.
+
+    `problems`: what of the network the kernel refused, such as a route whose prefix another daemon's route has. All
+    the rest was done.
+    """
 
     changes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,9 @@ class Kernel(Protocol):
     def destroy(self, backends: Collection[Backend]) -> int:
         """End the sockets that the connect hook gave to these backends; how many."""
 
+    def steps(self) -> int:
+        """A number that grows while a call gets on. The only method that may be called from another thread."""
+
     def close(self) -> None:
         """Give back handles; the datapath stays."""
 
@@ -75,6 +83,8 @@ class HostKernel:
         self._bpf = BpfDatapath(pin_dir=pin_dir, cgroup_root=cgroup_root, libbpf=bundled_libbpf())
         self._ifindex = 0
         self._overlay = (0, 0)
+        self._network_steps = 0
+        self._made: Datapath | None = None  # what the network was made, when nothing was refused
 
     @property
     def cgroup_root(self) -> Path:
@@ -99,23 +109,36 @@ class HostKernel:
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
-        network = netlink.apply_network(datapath)
+        self._made = None
+        network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes))
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
 
     def apply(self, datapath: Datapath) -> Applied:
-        from isthmus_agent import netlink
-
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
-        maps = self._bpf.apply(datapath)
-        network = netlink.apply_network(datapath)
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes))
+        maps = self._bpf.apply(datapath, read=False)
+        network = self._apply_network(datapath)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
+
+    def _apply_network(self, datapath: Datapath) -> Applied:
+        """One refused route must not keep the hooks, and with them every service, from this host."""
+        from isthmus_agent import netlink
+
+        made, self._made = self._made, None
+        try:
+            result = netlink.apply_network(datapath, step=self._network_step, made=made)
+        except netlink.OverlayMissing:
+            raise  # start() makes it anew
+        except netlink.NetworkError as error:
+            return Applied(error.changes, tuple(error.problems))
+        self._made = datapath
+        return Applied(result.changes)
 
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink
 
-        found = self._bpf.audit(datapath) + netlink.audit_network(datapath)
+        found = self._bpf.audit(datapath) + netlink.audit_network(datapath, step=self._network_step)
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
@@ -129,6 +152,12 @@ class HostKernel:
 
         cookies = self._bpf.sockets_of(backends)
         return netlink.destroy_sockets({endpoint(backend) for backend in backends}, cookies) if cookies else 0
+
+    def _network_step(self) -> None:
+        self._network_steps += 1
+
+    def steps(self) -> int:
+        return self._network_steps + self._bpf.lib.calls
 
     def close(self) -> None:
         self._bpf.close()

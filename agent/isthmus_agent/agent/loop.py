@@ -36,7 +36,7 @@ from isthmus_agent.agent.names import NamesFile
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.bpf.errors import BpfError
-from isthmus_agent.desired.compute import Desired, HostFacts, desired
+from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath
 from isthmus_agent.desired.drain import DrainTracker
 from isthmus_agent.desired.reach import Reachability, choose_targets
@@ -61,7 +61,8 @@ MTU_INTERVAL = 30.0
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
 DESTROY_AGAIN = 5.0
-IDLE = 5.0  # the applier's longest sleep without a watchdog
+IDLE = 5.0  # the applier's longest sleep
+BEATS = 4  # in the time that the watchdog allows; one that is missed is no harm
 RESTART_DELAY = 5.0
 
 
@@ -96,6 +97,7 @@ class Progress:
     last_change: float | None = None
     error: str = ""
     errors: int = 0
+    problems: tuple[str, ...] = ()  # what of the network the kernel refuses; the rest is applied
     holding: str = ""
     last_audit: float | None = None
     drift: tuple[str, ...] = ()  # what the last audit found
@@ -136,11 +138,14 @@ class Agent:
         self.facts = HostFacts(boot_id=boot_id)
         self.desired: Desired | None = None
         self.kernel = kernel
+        self._memory = Memory()
         self._probe = probe
         self._executor = ThreadPoolExecutor(1, "kernel")
         self._wake = asyncio.Event()
         self._drain = DrainTracker()
         self._deadline: float | None = None
+        self._again: float | None = None  # when to try again what the kernel refused
+        self._again_delay = RETRY[0]
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
         self._fresh = False
@@ -150,6 +155,9 @@ class Agent:
         self._dead_ended = 0.0
         self._expired: list[Backend] = []
         self._last_good_wake = asyncio.Event()
+        self._turns = 0
+        self._kernel_calls = 0  # asked and not yet answered
+        self._kernel_answers = 0
 
     def wake(self) -> None:
         """Some input changed."""
@@ -157,7 +165,12 @@ class Agent:
 
     async def kernel_call(self, function: Callable[..., T], *args: object) -> T:
         """Run a kernel function in its thread, after those asked before."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        self._kernel_calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        finally:
+            self._kernel_calls -= 1
+            self._kernel_answers += 1
 
     async def run(self) -> None:
         """Start from last-known-good, then follow own etcd, until cancelled."""
@@ -177,6 +190,8 @@ class Agent:
             "audit": self._audits,
             "last-good": self._keep_last_good,
         }
+        if (watchdog := sdnotify.watchdog_interval()) is not None:
+            jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
         if self._probe:
             jobs["prober"] = self.prober.run
         self.wake()
@@ -290,15 +305,16 @@ class Agent:
 
     async def _applier(self) -> None:
         watchdog = sdnotify.watchdog_interval()
-        longest = min(IDLE, watchdog) if watchdog else IDLE
+        longest = min(IDLE, watchdog / BEATS) if watchdog else IDLE
         retry = RETRY[0]
         while True:
             timeout = longest
-            if self._deadline is not None:
-                timeout = min(timeout, max(0.0, self._deadline - time.monotonic()))
+            for due in (self._deadline, self._again):
+                if due is not None:
+                    timeout = min(timeout, max(0.0, due - time.monotonic()))
             if self.progress.error:
                 timeout = min(timeout, retry)
-            if await wait_set(self._wake, timeout):  # else a deadline, a retry, or the watchdog's turn
+            if await wait_set(self._wake, timeout):  # else a deadline, a retry, or a proof that it turns
                 await asyncio.sleep(DEBOUNCE)
             self._wake.clear()
             try:
@@ -314,7 +330,20 @@ class Agent:
                 self.progress.error = words
                 self._inputs = None
                 retry = min(retry * 2, RETRY[1])
-            sdnotify.notify("WATCHDOG=1")
+            self._turns += 1
+
+    async def _feed_watchdog(self, interval: float) -> None:
+        """Feed systemd's watchdog while everything gets on: the event loop (or nobody would run this), the applier,
+        and the kernel's thread, whose turn may take longer than the watchdog allows but must not stand still."""
+        applier = kernel = (-1, -1)
+        while True:
+            applier_before, applier = applier, (self._turns, self.kernel.steps())
+            kernel_before, kernel = kernel, (self._kernel_answers, self.kernel.steps())
+            if applier != applier_before and (kernel != kernel_before or not self._kernel_calls):
+                # Before READY=1 it is the start's timeout that runs.
+                allowed = round(interval * 2 * 1_000_000)
+                sdnotify.notify("WATCHDOG=1" if self._started else f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={allowed}")
+            await asyncio.sleep(interval * 2 / BEATS)
 
     def _hold(self) -> str:
         """Why nothing may be applied yet; empty when something may."""
@@ -340,8 +369,9 @@ class Agent:
             self.reporter.wake()
         # A peer's age changes every few seconds and changes nothing that is wanted.
         inputs = (replace(self.decoder.state(), peers={}), self.prober.view(), self.facts)
-        due = self._deadline is not None and now >= self._deadline
+        due = any(each is not None and now >= each for each in (self._deadline, self._again))
         if inputs != self._inputs or due:
+            self._deadline = self._again = None  # a time that is past would not let the applier wait
             await self._apply(inputs, now)
         if self._dead and now - self._dead_ended >= DESTROY_AGAIN:
             # A connect() that chose the backend just before it was taken out may finish after the first round.
@@ -350,7 +380,8 @@ class Agent:
 
     async def _apply(self, inputs: tuple[MeshState, Reachability, HostFacts], now: float) -> None:
         state, reach, facts = inputs
-        found = desired(self.spec, state, reach, facts)
+        # In a thread, as it takes a second when much changed in a big mesh.
+        found = await asyncio.to_thread(desired, self.spec, state, reach, facts, self._memory)
         services, expired, self._deadline = self._drain.apply(found.datapath.services, now)
         self._expired.extend(expired)
         datapath = replace(found.datapath, services=services)
@@ -361,12 +392,13 @@ class Agent:
         if not self._started or self.progress.error:
             # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
             done = await self.kernel_call(self.kernel.start, datapath)
-        elif datapath != self.progress.applied:
+        elif datapath != self.progress.applied or self.progress.problems:
             done = await self.kernel_call(self.kernel.apply, datapath)
         else:
             done = None
         if done is not None:
             self._note_applied(datapath, done.changes, time.monotonic() - began)
+            self._note_problems(done.problems)
         self._inputs = inputs
         self.progress.error = ""
         # After the routes: a probe that cannot be sent would count as a miss.
@@ -409,6 +441,17 @@ class Agent:
             sdnotify.notify(f"READY=1\nSTATUS=datapath applied from {progress.source}")
             logger.info("ready", extra=fields(source=progress.source))
 
+    def _note_problems(self, problems: tuple[str, ...]) -> None:
+        for words in problems:
+            if words not in self.progress.problems:
+                logger.warning("network is not all as wanted; tried again", extra=fields(problem=words))
+        self.progress.problems = problems
+        if problems:
+            self._again = time.monotonic() + self._again_delay
+            self._again_delay = min(self._again_delay * 2, RETRY[1])
+        else:
+            self._again, self._again_delay = None, RETRY[0]
+
     async def _end_sockets(self, backends: frozenset[Backend] | set[Backend]) -> None:
         try:
             ended = await self.kernel_call(self.kernel.destroy, backends)
@@ -436,8 +479,9 @@ class Agent:
         self.progress.drift = tuple(found)
         if found and repair and self.progress.applied is not None:
             logger.warning("drift repaired", extra=fields(count=len(found), first=found[:20]))
-            await self.kernel_call(self.kernel.start, self.progress.applied)
-            self.progress.repaired += len(found)
+            done = await self.kernel_call(self.kernel.start, self.progress.applied)
+            self._note_problems(done.problems)
+            self.progress.repaired += max(0, len(found) - len(done.problems))
         return found
 
     async def _audits(self) -> None:

@@ -36,7 +36,7 @@ from isthmus_agent.bpf.libbpf import (
 from isthmus_agent.bpf.maps import Map
 from isthmus_agent.bpf.mounts import cgroup2_root, ensure_bpffs
 from isthmus_agent.bpf.slots import Arena, ArenaFull
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry, Network
 
 PIN_DIR = Path(f"/sys/fs/bpf/isthmus/v{abi.ABI_VERSION}")
 OBJECTS_DIR = Path(__file__).parent / "objects"
@@ -132,8 +132,16 @@ class _Plan:
 
     name: str
     put: dict[bytes, bytes]
-    delete: list[bytes]
+    delete: set[bytes]
     change: MapChange
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What apply() left in the maps: the image of `datapath`. The agent alone writes these maps."""
+
+    datapath: Datapath
+    maps: dict[str, dict[bytes, bytes]]
 
 
 class BpfDatapath:
@@ -161,6 +169,7 @@ class BpfDatapath:
         self._slot_view: memoryview | None = None
         self._arena = Arena(0)
         self._gone: dict[int, tuple[float, BackendKey]] = {}
+        self._known: _Known | None = None
 
     @property
     def cgroup_root(self) -> Path:
@@ -215,6 +224,7 @@ class BpfDatapath:
         if self._slots is not None:
             self._slots.close()
             self._slots = None
+        self._known = None
         for each in self._maps.values():
             each.close()
         self._maps.clear()
@@ -408,46 +418,60 @@ class BpfDatapath:
 
     # Applying
 
-    def apply(self, datapath: Datapath) -> ApplyResult:
+    def apply(self, datapath: Datapath, read: bool = True) -> ApplyResult:
         """Makes the maps hold exactly what is wanted, whatever they hold now.
 
+        Without `read` the maps are taken to hold what the last call left there, if that did not fail.
         New entries first, then the services are flipped one by one (each in one step for the programs),
         then what is not wanted any more goes. CapacityError before anything is changed if a map is too
         small."""
-        wanted = _tables(datapath)
+        known, self._known = self._known, None
+        wanted = _tables(datapath, known)
         self._check_capacity(datapath, wanted)
-        ids, backends = self._plan_backends(datapath)
-        tables = [self._plan(name, entries) for name, entries in wanted.items()]
+        real = known.maps if known is not None and not read else self._read()
+        ids, backends = self._plan_backends(datapath, real["backends"])
+        tables = [self._plan(name, entries, real[name]) for name, entries in wanted.items()]
 
         self._write(backends)
-        self._sync_stats(set(ids.values()))
+        stats = {abi.U32.pack(number) for number in ids.values()}
+        self._add_stats(stats - real["backend_stats"].keys())
         for plan in tables:
             self._write(plan)
-        services, resting = self._flip_services(datapath, ids)
+        services, resting = self._flip_services(datapath, ids, real["svc"])
 
         self._erase(services)
         now = time.monotonic()
         for base in resting:
             self._arena.free(base, now)
-        removed = self._removed_backends(backends)
+        removed = self._removed_backends(backends, real["backends"])
         self._erase(backends)
-        self._sync_stats(set(ids.values()), remove=True)
+        self._maps["backend_stats"].delete_all(real["backend_stats"].keys() - stats)
         for plan in tables:
             self._erase(plan)
+        left = {
+            **wanted,
+            "svc": {key: value for key, value in real["svc"].items() if key not in services.delete} | services.put,
+            "backends": {key: value for key, value in real["backends"].items() if key not in backends.delete}
+            | backends.put,
+            "backend_stats": dict.fromkeys(stats, b""),
+        }
+        self._known = _Known(datapath, left)
 
         changes = {plan.name: plan.change for plan in (backends, services, *tables) if plan.change}
         return ApplyResult(maps=changes, removed_backends=removed)
 
-    def _removed_backends(self, plan: _Plan) -> tuple[BackendKey, ...]:
-        table = self._maps["backends"]
+    def _read(self) -> dict[str, dict[bytes, bytes]]:
+        """What the maps hold that are made what is wanted; of `backend_stats` the keys."""
+        real = {name: self._maps[name].items() for name in FILLED_MAPS}
+        real["backend_stats"] = dict.fromkeys(self._maps["backend_stats"].walk(), b"")
+        return real
+
+    def _removed_backends(self, plan: _Plan, real: Mapping[bytes, bytes]) -> tuple[BackendKey, ...]:
         now = time.monotonic()
         self._gone = {number: gone for number, gone in self._gone.items() if gone[0] > now - GONE_SECONDS}
         removed = []
         for key in plan.delete:
-            value = table.get(key)
-            if value is None:
-                continue
-            backend = _backend_key(value)
+            backend = _backend_key(real[key])
             self._gone[abi.U32.unpack(key)[0]] = (now, backend)
             removed.append(backend)
         return tuple(removed)
@@ -460,16 +484,16 @@ class BpfDatapath:
         if plan.delete:
             self._maps[plan.name].delete_all(plan.delete)
 
-    def _plan(self, name: str, wanted: dict[bytes, bytes]) -> _Plan:
-        real = self._maps[name].items()
+    def _plan(self, name: str, wanted: dict[bytes, bytes], real: Mapping[bytes, bytes]) -> _Plan:
+        if wanted is real:
+            return _Plan(name, {}, set(), MapChange())
         put = {key: value for key, value in wanted.items() if real.get(key) != value}
-        delete = [key for key in real if key not in wanted]
+        delete = {key for key in real if key not in wanted}
         added = sum(1 for key in put if key not in real)
         return _Plan(name, put, delete, MapChange(added, len(put) - added, len(delete)))
 
-    def _plan_backends(self, datapath: Datapath) -> tuple[dict[BackendKey, int], _Plan]:
+    def _plan_backends(self, datapath: Datapath, real: Mapping[bytes, bytes]) -> tuple[dict[BackendKey, int], _Plan]:
         """Ids of all wanted backends (those of entries that exist stay) and the change of the map."""
-        real = self._maps["backends"].items()
         known: dict[BackendKey, int] = {}
         for raw, value in real.items():
             known.setdefault(_backend_key(value), abi.U32.unpack(raw)[0])
@@ -491,7 +515,7 @@ class BpfDatapath:
         for number, backend in zip(self._deal(abi.Meta.BACKEND_ID, len(fresh), taken), fresh, strict=True):
             ids[(backend.address, backend.port, backend.protocol)] = number
             wanted[abi.U32.pack(number)] = _backend_value(backend)
-        return ids, self._plan("backends", wanted)
+        return ids, self._plan("backends", wanted, real)
 
     def _deal(self, what: abi.Meta, count: int, taken: Collection[int]) -> list[int]:
         """`count` new ids, never used since the map was made (up to 2^32 of them)."""
@@ -508,23 +532,20 @@ class BpfDatapath:
         meta.put(key, abi.U32.pack(last))
         return dealt
 
-    def _sync_stats(self, ids: set[int], remove: bool = False) -> None:
+    def _add_stats(self, keys: Iterable[bytes]) -> None:
         table = self._maps["backend_stats"]
-        real = set(table.walk())
-        wanted = {abi.U32.pack(number) for number in ids}
-        if remove:
-            table.delete_all(real - wanted)
-        else:
-            table.put_all(dict.fromkeys(wanted - real, bytes(table.stride * table.cpus)))
+        table.put_all(dict.fromkeys(keys, bytes(table.stride * table.cpus)))
 
-    def _flip_services(self, datapath: Datapath, ids: dict[BackendKey, int]) -> tuple[_Plan, list[int]]:
+    def _flip_services(
+        self, datapath: Datapath, ids: dict[BackendKey, int], real: Mapping[bytes, bytes]
+    ) -> tuple[_Plan, list[int]]:
         """Writes what is new or changed of the services. What is left: entries to delete, slot runs to free."""
         table = self._maps["svc"]
-        real = table.items()
         taken = {abi.SVC_VALUE.unpack(value)[0] for value in real.values()}
         fresh = [frontend for frontend in datapath.services if _svc_key(frontend) not in real]
         numbers = dict(zip(fresh, self._deal(abi.Meta.SERVICE_ID, len(fresh), taken), strict=True))
         free: list[int] = []
+        put: dict[bytes, bytes] = {}
         added = changed = 0
         wanted: set[bytes] = set()
         for frontend, service in datapath.services.items():
@@ -543,13 +564,14 @@ class BpfDatapath:
                     free.append(base)
                 changed += 1
             base = self._write_slots(backends)
-            table.put(key, abi.SVC_VALUE.pack(number, base, len(backends), 0))
-        delete = [key for key in real if key not in wanted]
+            put[key] = abi.SVC_VALUE.pack(number, base, len(backends), 0)
+            table.put(key, put[key])
+        delete = {key for key in real if key not in wanted}
         for key in delete:
             _, base, count, _ = abi.SVC_VALUE.unpack(real[key])
             if count:
                 free.append(base)
-        return _Plan("svc", {}, delete, MapChange(added, changed, len(delete))), free
+        return _Plan("svc", put, delete, MapChange(added, changed, len(delete))), free
 
     def _read_slots(self, base: int, count: int) -> list[int]:
         if self._slot_view is None:
@@ -707,27 +729,48 @@ def _workload_value(address: Address) -> bytes:
     return abi.WORKLOAD_VALUE.pack(abi.NO_ADDRESS, packed)
 
 
-def _tables(datapath: Datapath) -> dict[str, dict[bytes, bytes]]:
-    """The maps that are a plain image of what is wanted."""
+def _tables(datapath: Datapath, known: _Known | None = None) -> dict[str, dict[bytes, bytes]]:
+    """The maps that are a plain image of what is wanted; those of the same objects are `known`'s own."""
+    before = known.datapath if known is not None else Datapath(0)
+    made = known.maps if known is not None else {}
+    hosts, prefixes = (
+        (made["ipcache_host"], made["ipcache_cidr"])
+        if datapath.ipcache is before.ipcache
+        else _ipcache_tables(datapath.ipcache)
+    )
+    local = (
+        made["local"]
+        if datapath.local is before.local
+        else {
+            abi.pack_address(address): abi.LOCAL_VALUE.pack(identity, 0) for address, identity in datapath.local.items()
+        }
+    )
+    peers = (
+        made["peers"]
+        if datapath.peers is before.peers
+        else {
+            abi.pack_address(address): abi.PEER_VALUE.pack(cluster_id, 0)
+            for address, cluster_id in datapath.peers.items()
+        }
+    )
+    return {
+        "ipcache_host": hosts,
+        "ipcache_cidr": prefixes,
+        "local": local,
+        "peers": peers,
+        "workloads": {abi.U64.pack(cgroup): _workload_value(address) for cgroup, address in datapath.workloads.items()},
+    }
+
+
+def _ipcache_tables(ipcache: Mapping[Network, IpcacheEntry]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
     hosts: dict[bytes, bytes] = {}
     prefixes: dict[bytes, bytes] = {}
-    for network, entry in datapath.ipcache.items():
+    for network, entry in ipcache.items():
         if network.prefixlen == network.max_prefixlen:
             hosts[abi.pack_address(network.network_address)] = _ipcache_value(entry)
         else:
             prefixes[abi.pack_prefix(network)] = _ipcache_value(entry)
-    return {
-        "ipcache_host": hosts,
-        "ipcache_cidr": prefixes,
-        "local": {
-            abi.pack_address(address): abi.LOCAL_VALUE.pack(identity, 0) for address, identity in datapath.local.items()
-        },
-        "peers": {
-            abi.pack_address(address): abi.PEER_VALUE.pack(cluster_id, 0)
-            for address, cluster_id in datapath.peers.items()
-        },
-        "workloads": {abi.U64.pack(cgroup): _workload_value(address) for cgroup, address in datapath.workloads.items()},
-    }
+    return hosts, prefixes
 
 
 def _key_words(name: str, key: bytes) -> str:

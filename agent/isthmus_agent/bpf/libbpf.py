@@ -165,6 +165,7 @@ class Libbpf:
     """One loaded libbpf. `path` None means the bundle's `libbpf.so.1`, else the system's."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.calls = 0  # of functions of the library: it grows while a caller gets on
         name = os.fspath(path) if path is not None else default_library()
         try:
             self._dll = ctypes.CDLL(name, use_errno=True)
@@ -217,6 +218,7 @@ class Libbpf:
     def __getattr__(self, name: str) -> Any:
         if name not in FUNCTIONS:
             raise AttributeError(name)
+        self.calls += 1
         return getattr(self._dll, name)
 
     def check(self, result: int, what: str) -> int:

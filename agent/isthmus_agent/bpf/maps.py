@@ -20,6 +20,7 @@ _HASH = (
     libbpf.MAP_TYPE_LRU_HASH,
     libbpf.MAP_TYPE_LRU_PERCPU_HASH,
 )
+_BATCHED = (*_HASH, libbpf.MAP_TYPE_LPM_TRIE)
 _BATCH = 1024
 _FULL = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 
@@ -126,7 +127,7 @@ class Map:
 
     def items(self) -> dict[bytes, bytes]:
         """The whole map. Entries that programs change meanwhile are seen before or after the change."""
-        if self.type in _HASH:
+        if self.type in _BATCHED:
             return self._items_by_batch()
         found: dict[bytes, bytes] = {}
         for key in self.walk():

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
@@ -12,10 +13,12 @@ from isthmus_mesh.spec import NodeSpec
 from isthmus_agent.desired import addressing
 from isthmus_agent.desired.datapath import Address, Backend, Datapath
 from isthmus_agent.desired.reach import NodeKey, Reachability
-from isthmus_agent.desired.services import Services, ServiceView, services
+from isthmus_agent.desired.services import Placement, Services, ServiceView, services
 from isthmus_agent.state.model import MeshState
 
 WorkloadKey = tuple[str, str]  # (namespace, name)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,34 @@ class Desired:
     refused: tuple[str, ...]
 
 
-def desired(spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFacts) -> Desired:
+class Memory:
+    """What `desired` found before. Sections of the state that did not change are the same objects, so what hangs on
+    them alone is not computed again: the change of a service must not cost what a mesh of thousands of nodes does."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[tuple[object, ...], object]] = {}
+
+    def of(self, what: str, inputs: tuple[object, ...], compute: Callable[[], T]) -> T:
+        """What `compute` made of the same `inputs` (by identity; numbers by value), else what it makes of them now."""
+        before, found = self._found.get(what, ((), None))
+        if len(before) == len(inputs) and all(
+            a is b or (isinstance(a, int) and a == b) for a, b in zip(before, inputs, strict=True)
+        ):
+            return cast("T", found)
+        made = compute()
+        self._found[what] = (inputs, made)
+        return made
+
+
+def desired(
+    spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFacts, memory: Memory | None = None
+) -> Desired:
     """Everything this host should be, from what is known."""
+    memory = memory or Memory()
     own = (spec.cluster.name, spec.host)
-    nodes, refused = addressing.remotes(spec, state)
-    found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach)
+    nodes, refused = memory.of("remotes", (spec, state.nodes), lambda: addressing.remotes(spec, state))
+    placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
+    found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
     mtu = addressing.path_mtu(facts.underlay_mtu, 0, spec.overlay.mtu)
     by_workload = {(workload.namespace, workload.name): workload.address4 for workload in spec.workloads}
     datapath = Datapath(
@@ -57,7 +83,7 @@ def desired(spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFa
         overlay_port=spec.overlay.port,
         overlay_mtu=mtu,
         addresses=addressing.own_addresses(spec),
-        local=addressing.local_identities(spec, state),
+        local=memory.of("local", (spec, state.ips), lambda: addressing.local_identities(spec, state)),
         workloads={
             cgroup: by_workload[key]
             for key, cgroups in facts.cgroups.items()
@@ -65,9 +91,13 @@ def desired(spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFa
             for cgroup in cgroups
         },
         services=found.table,
-        ipcache=addressing.ipcache(spec, state, nodes),
-        peers=addressing.peers(nodes),
-        routes=addressing.routes(spec, nodes, facts.underlay_mtu),
+        ipcache=memory.of(
+            "ipcache", (spec, nodes, state.ips, state.configs), lambda: addressing.ipcache(spec, state, nodes)
+        ),
+        peers=memory.of("peers", (nodes,), lambda: addressing.peers(nodes)),
+        routes=memory.of(
+            "routes", (spec, nodes, facts.underlay_mtu), lambda: addressing.routes(spec, nodes, facts.underlay_mtu)
+        ),
         rules=addressing.rules(spec),
     )
     return Desired(
@@ -75,7 +105,11 @@ def desired(spec: NodeSpec, state: MeshState, reach: Reachability, facts: HostFa
         names=_names(found.views, spec.dns_domain),
         views=found.views,
         holders=frozenset(b.node for view in found.views for b in view.backends if b.node is not None),
-        mesh={(node.cluster, node.name): node.mesh for node in nodes if node.mesh is not None},
+        mesh=memory.of(
+            "mesh",
+            (nodes,),
+            lambda: {(node.cluster, node.name): node.mesh for node in nodes if node.mesh is not None},
+        ),
         dead=found.dead,
         refused=refused,
     )

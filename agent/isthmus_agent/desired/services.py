@@ -61,10 +61,13 @@ class Services:
 
 
 class Placement:
-    """Finds the node of a backend: by its published address, else by the range it lies in."""
+    """Finds the node of a backend: by its published address, else by the range it lies in.
+
+    It hangs on the state's nodes and addresses alone and remembers what it found."""
 
     def __init__(self, state: MeshState) -> None:
         self._state = state
+        self._found: dict[tuple[str, str], tuple[Address, NodeKey | None, Address | None]] = {}
         self._by_address: dict[tuple[str, str], NodeKey] = {}
         self._by_range: dict[tuple[str, IPv4Network], NodeKey] = {}
         self._lengths: dict[str, set[int]] = {}
@@ -76,6 +79,15 @@ class Placement:
                 if isinstance(cidr, IPv4Network):
                     self._by_range[key[0], cidr] = key
                     self._lengths.setdefault(key[0], set()).add(cidr.prefixlen)
+
+    def of(self, cluster: str, ip: str) -> tuple[Address, NodeKey | None, Address | None]:
+        """The address, the node that carries it and that node's tunnel endpoint."""
+        found = self._found.get((cluster, ip))
+        if found is None:
+            address = ip_address(ip)
+            node = self.node(cluster, address)
+            found = self._found[cluster, ip] = (address, node, self.endpoint(node))
+        return found
 
     def node(self, cluster: str, address: Address) -> NodeKey | None:
         """The node that carries `address` of `cluster`."""
@@ -155,9 +167,10 @@ def choose(local: list[Placed], remote: list[Placed], affinity: str) -> tuple[li
     return use, [b for b in local + remote if id(b) not in used]
 
 
-def services(state: MeshState, cluster: str, cluster_id: int, own: NodeKey, reach: Reachability) -> Services:
+def services(
+    state: MeshState, cluster: str, cluster_id: int, own: NodeKey, reach: Reachability, placement: Placement
+) -> Services:
     """Every service of the own cluster with its backends, merged and ordered."""
-    placement = Placement(state)
     remote_by_name: dict[ServiceName, list[ClusterService]] = {}
     for (owner, ns, name), service in sorted(state.services.items()):
         if owner != cluster and service.shared:
@@ -168,10 +181,9 @@ def services(state: MeshState, cluster: str, cluster_id: int, own: NodeKey, reac
     dead: set[Backend] = set()
 
     def placed(owner: str, owner_id: int, ip: str, port: int, protocol: str) -> Placed:
-        address = ip_address(ip)
-        node = placement.node(owner, address)
+        address, node, endpoint = placement.of(owner, ip)
         return Placed(
-            Backend(address, port, PROTOCOLS[protocol], owner_id, placement.endpoint(node)),
+            Backend(address, port, PROTOCOLS[protocol], owner_id, endpoint),
             owner,
             node,
             reachable=node == own or reach.reachable(node),
@@ -187,7 +199,7 @@ def services(state: MeshState, cluster: str, cluster_id: int, own: NodeKey, reac
             for ip, ports in sorted(backends.items())
             if (port := ports.get(port_name)) is not None
             and port.protocol in (protocol, "ANY")
-            and ip_address(ip).version == 4
+            and placement.of(owner, ip)[0].version == 4
         ]
 
     for local in _local_services(state, cluster):

@@ -5,7 +5,7 @@ All functions are synchronous and act in the calling thread's network namespace.
 synchronous classes cannot run inside a running event loop: call these functions in a thread.
 """
 
-from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 from isthmus_agent.netlink.network import (
     OVERLAY,
     ROUTE_PROTOCOL,
@@ -29,6 +29,7 @@ __all__ = [
     "RULE_PRIORITY",
     "NetworkError",
     "NetworkResult",
+    "OverlayMissing",
     "apply_network",
     "audit_network",
     "destroy_sockets",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
@@ -18,7 +18,8 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Rule
-from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
+from isthmus_agent.netlink.routes import ADD, DELETE, REPLACE, Found, RouteSocket, explain
 
 OVERLAY = "isthmus0"
 ROUTE_PROTOCOL = 73
@@ -28,9 +29,7 @@ RULE_PRIORITY = 730
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _IFF_UP = 0x1
 _IFF_NOARP = 0x80
-_RTN_UNICAST = 1
-_RTN_UNREACHABLE = 7
-_RT_SCOPE_LINK = 253
+_GONE = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
 _ADDR_GEN_MODE_NONE = 1
 _TABLE_MAIN = 254
 
@@ -43,14 +42,6 @@ class NetworkResult:
 
     def __bool__(self) -> bool:
         return bool(self.changes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A route of ours as it is in the kernel, with the device it leads to (0: none)."""
-
-    route: Route
-    oif: int
 
 
 def _index(ipr: Any, name: str) -> int | None:
@@ -136,28 +127,6 @@ def _addresses(ipr: Any, index: int) -> Iterator[Any]:
                 yield interface
 
 
-def _routes(ipr: Any) -> list[_Found]:
-    """Routes of our protocol in any table."""
-    found = []
-    for family in _FAMILIES:
-        for message in ipr.get_routes(family=family, proto=ROUTE_PROTOCOL):
-            if message["proto"] != ROUTE_PROTOCOL:
-                continue
-            default = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a prefix, not a listener
-            prefix = ip_network(f"{message.get_attr('RTA_DST') or default}/{message['dst_len']}")
-            source = message.get_attr("RTA_PREFSRC")
-            metrics = message.get_attr("RTA_METRICS")
-            route = Route(
-                prefix=prefix,
-                source=ip_address(source) if source else None,
-                mtu=(metrics.get_attr("RTAX_MTU") or 0) if metrics is not None else 0,
-                table=message.get_attr("RTA_TABLE") or message["table"],
-                unreachable=message["type"] == _RTN_UNREACHABLE,
-            )
-            found.append(_Found(route, 0 if route.unreachable else message.get_attr("RTA_OIF") or 0))
-    return found
-
-
 def _rules(ipr: Any) -> set[Rule]:
     """Policy rules of our protocol."""
     found = set()
@@ -180,25 +149,6 @@ def _family(network: Network) -> int:
     return int(socket.AF_INET if network.version == 4 else socket.AF_INET6)
 
 
-def _route_arguments(route: Route, index: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "family": _family(route.prefix),
-        "dst": str(route.prefix),
-        "table": route.table,
-        "proto": ROUTE_PROTOCOL,
-    }
-    if route.unreachable:
-        arguments["type"] = "unreachable"
-        return arguments
-    arguments["oif"] = index
-    arguments["scope"] = _RT_SCOPE_LINK
-    if route.source is not None:
-        arguments["prefsrc"] = str(route.source)
-    if route.mtu:
-        arguments["metrics"] = {"mtu": route.mtu}
-    return arguments
-
-
 def _route_words(route: Route) -> str:
     words = [f"unreachable {route.prefix}" if route.unreachable else str(route.prefix)]
     if route.table != _TABLE_MAIN:
@@ -214,6 +164,15 @@ def _rule_words(rule: Rule) -> str:
     return f"rule {rule.priority}: from {rule.source} lookup {rule.table}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Real:
+    """What the kernel has of ours."""
+
+    addresses: set[Any]
+    routes: dict[tuple[Network, int], Found]
+    rules: Set[Rule]
+
+
 @dataclass(slots=True)
 class _Difference:
     """What stands between the kernel and what is wanted."""
@@ -223,59 +182,106 @@ class _Difference:
     remove_addresses: list[Any]
     add_routes: list[Route]
     replace_routes: list[tuple[Route, Route]]  # (real, wanted) of the same prefix and table
-    remove_routes: list[_Found]
+    remove_routes: list[Found]
     add_rules: list[Rule]
     remove_rules: list[Rule]
 
 
-def _difference(ipr: Any, datapath: Datapath, index: int) -> _Difference:
-    (link,) = ipr.get_links(index)
-    addresses = set(_addresses(ipr, index))
-    wanted_addresses = {ip_interface(f"{each}/{each.max_prefixlen}"): each for each in datapath.addresses}
-    real_routes = {(each.route.prefix, each.route.table): each for each in _routes(ipr)}
-    wanted_routes = {(each.prefix, each.table): each for each in datapath.routes}
-    rules = _rules(ipr)
+def _read(ipr: Any, routes: RouteSocket, index: int) -> _Real:
+    found = {(each.route.prefix, each.route.table): each for each in routes.dump()}
+    return _Real(set(_addresses(ipr, index)), found, _rules(ipr))
+
+
+def _by_prefix(routes: Iterable[Route]) -> dict[tuple[Network, int], Route]:
+    return {(each.prefix, each.table): each for each in routes}
+
+
+def _interfaces(datapath: Datapath) -> dict[Any, Address]:
+    return {ip_interface(f"{each}/{each.max_prefixlen}"): each for each in datapath.addresses}
+
+
+def _as_made(datapath: Datapath, index: int) -> _Real:
+    """What the kernel has after `datapath` was applied without a problem."""
+    return _Real(
+        set(_interfaces(datapath)),
+        {key: Found(route, 0 if route.unreachable else index) for key, route in _by_prefix(datapath.routes).items()},
+        datapath.rules,
+    )
+
+
+def _difference(real: _Real, datapath: Datapath, index: int, up: bool) -> _Difference:
+    wanted_addresses = _interfaces(datapath)
+    wanted_routes = _by_prefix(datapath.routes)
     add, replace = [], []
-    for key, route in sorted(wanted_routes.items(), key=str):
-        found = real_routes.get(key)
+    for key, route in wanted_routes.items():
+        found = real.routes.get(key)
         if found is None:
             add.append(route)
         elif found.route != route or found.oif != (0 if route.unreachable else index):
             replace.append((found.route, route))
     return _Difference(
-        up=bool(link["flags"] & _IFF_UP),
-        add_addresses=[wanted_addresses[each] for each in sorted(wanted_addresses.keys() - addresses, key=str)],
-        remove_addresses=sorted(addresses - wanted_addresses.keys(), key=str),
-        add_routes=add,
-        replace_routes=replace,
-        remove_routes=[found for key, found in sorted(real_routes.items(), key=str) if key not in wanted_routes],
-        add_rules=sorted(datapath.rules - rules, key=str),
-        remove_rules=sorted(rules - datapath.rules, key=str),
+        up=up,
+        add_addresses=[wanted_addresses[each] for each in sorted(wanted_addresses.keys() - real.addresses, key=str)],
+        remove_addresses=sorted(real.addresses - wanted_addresses.keys(), key=str),
+        add_routes=sorted(add, key=_order),
+        replace_routes=sorted(replace, key=lambda pair: _order(pair[1])),
+        remove_routes=sorted(
+            (found for key, found in real.routes.items() if key not in wanted_routes),
+            key=lambda found: _order(found.route),
+        ),
+        add_rules=sorted(datapath.rules - real.rules, key=str),
+        remove_rules=sorted(real.rules - datapath.rules, key=str),
     )
 
 
-def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
+def _order(route: Route) -> tuple[int, int, int, int]:
+    return route.table, route.prefix.version, int(route.prefix.network_address), route.prefix.prefixlen
+
+
+def _is_up(ipr: Any, index: int) -> bool:
+    (link,) = ipr.get_links(index)
+    return bool(link["flags"] & _IFF_UP)
+
+
+def apply_network(
+    datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None, made: Datapath | None = None
+) -> NetworkResult:
     """Brings the device up and makes addresses, routes and rules what is wanted: additions first.
 
+    `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same device:
+    only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
+    audit_network() to find.
     NetworkError after everything that could be done was done."""
     changes: list[str] = []
     problems: list[str] = []
-    with IPRoute() as ipr:
+    with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL, step) as routes:
         index = _index(ipr, name)
         if index is None:
-            raise NetworkError(f"the overlay device {name} is missing: ensure_overlay() comes first")
-        difference = _difference(ipr, datapath, index)
+            raise OverlayMissing(f"the overlay device {name} is missing: ensure_overlay() comes first")
+        up = _is_up(ipr, index)
+        # A device that went down lost its routes.
+        real = _as_made(made, index) if made is not None and up else _read(ipr, routes, index)
+        difference = _difference(real, datapath, index, up)
 
         def attempt(words: str, kind: str, action: str, **arguments: Any) -> None:
+            step()
             try:
                 getattr(ipr, kind)(action, **arguments)
             except NetlinkError as error:
                 # What is to go may have gone with its address or device.
-                if action == "del" and error.code in (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL):
+                if action == "del" and error.code in _GONE:
                     return
-                problems.append(f"cannot {words}: {_explain(error, action, kind)}")
+                problems.append(f"cannot {words}: {_explain(error, kind)}")
             else:
                 changes.append(words)
+
+        def attempt_routes(action: str, verb: str, wanted: Sequence[tuple[Route, int]]) -> None:
+            results = routes.change([(action, route, oif) for route, oif in wanted])
+            for (route, _), number in zip(wanted, results, strict=True):
+                if number == 0:
+                    changes.append(f"{verb} {_route_words(route)}")
+                elif action != DELETE or number not in _GONE:
+                    problems.append(f"cannot {verb} {_route_words(route)}: {explain(number, action, ROUTE_PROTOCOL)}")
 
         if not difference.up:
             attempt(f"set {name} up", "link", "set", index=index, state="up")
@@ -289,16 +295,13 @@ def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
                 prefixlen=address.max_prefixlen,
                 family=socket.AF_INET if address.version == 4 else socket.AF_INET6,
             )
-        for route in difference.add_routes:
-            attempt(f"add {_route_words(route)}", "route", "add", **_route_arguments(route, index))
-        for _, route in difference.replace_routes:
-            attempt(f"change to {_route_words(route)}", "route", "replace", **_route_arguments(route, index))
+        attempt_routes(ADD, "add", [(route, index) for route in difference.add_routes])
+        attempt_routes(REPLACE, "change to", [(route, index) for _, route in difference.replace_routes])
         for rule in difference.add_rules:
             attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
         for rule in difference.remove_rules:
             attempt(f"remove {_rule_words(rule)}", "rule", "del", **_rule_arguments(rule))
-        for found in difference.remove_routes:
-            attempt(f"remove {_route_words(found.route)}", "route", "del", **_route_arguments(found.route, found.oif))
+        attempt_routes(DELETE, "remove", [(found.route, found.oif) for found in difference.remove_routes])
         for interface in difference.remove_addresses:
             attempt(
                 f"remove address {interface}",
@@ -310,7 +313,7 @@ def apply_network(datapath: Datapath, name: str = OVERLAY) -> NetworkResult:
                 family=socket.AF_INET if interface.version == 4 else socket.AF_INET6,
             )
     if problems:
-        raise NetworkError(problems)
+        raise NetworkError(problems, tuple(changes))
     return NetworkResult(tuple(changes))
 
 
@@ -325,18 +328,16 @@ def _rule_arguments(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _explain(error: Any, action: str, kind: str) -> str:
+def _explain(error: Any, kind: str) -> str:
     text = str(error.args[1] if len(error.args) > 1 else error)
-    if kind == "route" and action == "add" and error.code == errno.EEXIST:
-        return f"{text}: a route that is not ours (another protocol than {ROUTE_PROTOCOL}) has this prefix already"
     if kind == "link" and error.code in (errno.EADDRINUSE, errno.EEXIST):
         return f"{text}: its UDP port is in use (ss -ulnp; ip -d link show type vxlan)"
     return text
 
 
-def audit_network(datapath: Datapath, name: str = OVERLAY) -> list[str]:
-    """What differs from what is wanted, in words. Changes nothing."""
-    with IPRoute() as ipr:
+def audit_network(datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None) -> list[str]:
+    """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read."""
+    with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL, step) as routes:
         index = _index(ipr, name)
         if index is None:
             return [f"the overlay device {name} is missing"]
@@ -344,7 +345,7 @@ def audit_network(datapath: Datapath, name: str = OVERLAY) -> list[str]:
         problems = [f"{name} {words}" for words in _link_differences(link, datapath.overlay_port)]
         if link.get_attr("IFLA_MTU") != datapath.overlay_mtu:
             problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {datapath.overlay_mtu}")
-        difference = _difference(ipr, datapath, index)
+        difference = _difference(_read(ipr, routes, index), datapath, index, bool(link["flags"] & _IFF_UP))
     if not difference.up:
         problems.append(f"{name} is down")
     problems += [f"address {each} is missing on {name}" for each in difference.add_addresses]
@@ -363,12 +364,14 @@ def audit_network(datapath: Datapath, name: str = OVERLAY) -> list[str]:
 def remove_network(name: str = OVERLAY) -> list[str]:
     """Removes our rules, routes and the device; answers what was removed."""
     removed = []
-    with IPRoute() as ipr:
+    with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL) as routes:
         for rule in sorted(_rules(ipr), key=str):
             ipr.rule("del", **_rule_arguments(rule))
             removed.append(_rule_words(rule))
-        for found in _routes(ipr):
-            ipr.route("del", **_route_arguments(found.route, found.oif))
+        real = routes.dump()
+        for found, number in zip(real, routes.change([(DELETE, each.route, each.oif) for each in real]), strict=True):
+            if number and number not in _GONE:
+                raise NetworkError(f"cannot remove {_route_words(found.route)}: {explain(number, DELETE, 0)}")
             removed.append(_route_words(found.route))
         index = _index(ipr, name)
         if index is not None:

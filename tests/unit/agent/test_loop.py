@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +27,15 @@ class FakeKernel:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.failure: Exception | None = None
+        self.problems: tuple[str, ...] = ()
+        self.work: Callable[[], None] = lambda: None
+        self.done = 0
 
     def is_fresh(self) -> bool:
         return True
+
+    def steps(self) -> int:
+        return self.done
 
     def start(self, datapath: Datapath) -> Applied:
         return self._do("start", datapath)
@@ -37,9 +45,10 @@ class FakeKernel:
 
     def _do(self, what: str, datapath: Datapath) -> Applied:
         self.calls.append((what, datapath.overlay_mtu))
+        self.work()
         if self.failure is not None:
             raise self.failure
-        return Applied()
+        return Applied(problems=self.problems)
 
 
 async def until(condition: Callable[[], bool], words: str) -> None:
@@ -85,6 +94,87 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
     assert kernel.calls[-1] == ("start", 1450)
 
 
+async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
+    applier = asyncio.create_task(agent._applier())
+    try:
+        agent.wake()
+        await until(lambda: len(kernel.calls) >= 3, "it is tried again")
+        assert agent.progress.problems == kernel.problems
+        assert agent.progress.applied is not None
+        assert agent.progress.error == ""
+        assert agent._last_good_wake.is_set(), "what comes after the kernel is done as well"
+        kernel.problems = ()
+        await until(lambda: not agent.progress.problems, "the way is free again")
+        assert agent._again is None
+    finally:
+        applier.cancel()
+        await asyncio.wait([applier])
+
+
+def test_a_route_that_the_kernel_refuses_stops_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RETRY", (0.02, 0.02))
+    kernel = FakeKernel()
+    kernel.problems = ("cannot add route 10.102.0.0/28",)
+    agent = an_agent(tmp_path, kernel)
+    agent.watcher.synced = True
+    asyncio.run(refuse_a_route(agent, kernel))
+    assert [call for call, _ in kernel.calls[:2]] == ["start", "apply"]
+
+
+async def beats_in(agent: Agent, seconds: float, monkeypatch: pytest.MonkeyPatch) -> int:
+    beats: list[str] = []
+    monkeypatch.setattr(loop.sdnotify, "notify", beats.append)
+    monkeypatch.setenv("WATCHDOG_USEC", "80000")
+    jobs = [asyncio.create_task(agent._applier()), asyncio.create_task(agent._feed_watchdog(0.04))]
+    try:
+        agent.wake()
+        await asyncio.sleep(0.1)  # until the kernel is in it
+        beats.clear()
+        await asyncio.sleep(seconds)
+        return len([text for text in beats if text.startswith("WATCHDOG=1")])
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.wait(jobs)
+
+
+def test_the_watchdog_is_fed_while_a_long_turn_gets_on(tmp_path, monkeypatch):
+    kernel = FakeKernel()
+
+    def work() -> None:
+        for _ in range(60):
+            time.sleep(0.01)
+            kernel.done += 1
+
+    kernel.work = work
+    assert asyncio.run(beats_in(an_agent(tmp_path, kernel), 0.3, monkeypatch)) >= 5
+
+
+def test_the_watchdog_is_fed_by_an_idle_agent(tmp_path, monkeypatch):
+    assert asyncio.run(beats_in(an_agent(tmp_path, FakeKernel()), 0.3, monkeypatch)) >= 5
+
+
+@pytest.mark.parametrize("status_asks", [False, True])
+def test_a_kernel_call_that_hangs_is_left_to_the_watchdog(tmp_path, monkeypatch, status_asks):
+    """Also one that somebody else than the applier made."""
+    kernel = FakeKernel()
+    release = threading.Event()
+    agent = an_agent(tmp_path, kernel)
+
+    async def story() -> int:
+        asked = asyncio.create_task(agent.kernel_call(release.wait)) if status_asks else None
+        try:
+            return await beats_in(agent, 0.3, monkeypatch)
+        finally:
+            release.set()
+            if asked is not None:
+                await asked
+
+    if not status_asks:
+        kernel.work = release.wait  # type: ignore[assignment]
+    assert asyncio.run(story()) == 0
+
+
 async def lose_last_good(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, last: object) -> None:
         raise OSError(28, "No space left on device")
@@ -114,7 +204,7 @@ def test_the_device_follows_its_mtu(monkeypatch):
         def open(self, *_: object) -> None: ...
         def attach_overlay(self, _: int) -> None: ...
         def attach_cgroup(self) -> None: ...
-        def apply(self, _: Datapath) -> Any:
+        def apply(self, _: Datapath, read: bool = True) -> Any:
             return type("Result", (), {"maps": {}})
 
     from isthmus_agent import netlink
@@ -122,7 +212,7 @@ def test_the_device_follows_its_mtu(monkeypatch):
     mtus: list[int] = []
     monkeypatch.setattr(kernel_module, "BpfDatapath", Bpf)
     monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: mtus.append(mtu) or 7)
-    monkeypatch.setattr(netlink, "apply_network", lambda _: type("Result", (), {"changes": ()}))
+    monkeypatch.setattr(netlink, "apply_network", lambda _, **__: type("Result", (), {"changes": ()}))
     host = HostKernel()
     host.start(Datapath(1, overlay_mtu=1450))
     host.apply(Datapath(1, overlay_mtu=1450))
