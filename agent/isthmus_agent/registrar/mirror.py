@@ -318,8 +318,8 @@ class Mirror:
             self.refused_last = (_speakable(key, _KEY_LENGTH), reason)
         self.refused[key] = reason
 
-    def _take(self) -> None:
-        """Judge what changed, and everything again when the record's addresses changed."""
+    def _take(self) -> frozenset[str]:
+        """Judge what changed, and everything again when the record's addresses changed; the kinds complete by now."""
         foreign = self._foreign()
         again = foreign is not self._foreign_seen and foreign != self._foreign_seen
         self._foreign_seen = foreign
@@ -327,6 +327,7 @@ class Mirror:
             changed = store.take()
             for key in {*changed, *store.items} if again else changed:
                 self._judge(kind, key, store.items.get(key), foreign)
+        return frozenset(kind for kind, store in self.stores.items() if store.trusted)
 
     def _judge(self, kind: str, key: str, kv: KeyValue | None, foreign: Mapping[str, str]) -> None:
         if kv is None:
@@ -348,7 +349,7 @@ class Mirror:
         self.wanted[target] = text
 
     async def _write(self) -> None:
-        self._take()
+        complete = self._take()
         changes = [Change(key, text) for key, text in self.wanted.items() if self.actual.get(key) != text]
         changes += [Change(key, None) for key in sorted(self.actual.keys() - self.wanted.keys())]
 
@@ -372,25 +373,26 @@ class Mirror:
             await self.writer.apply(changes)
             self.actual = dict(self.wanted)
             self._last_change = self._wall()
-        await self._write_canaries()
+        await self._write_canaries(complete)
         await self._write_status()
 
-    async def _write_canaries(self) -> None:
+    async def _write_canaries(self, complete: frozenset[str]) -> None:
         """A kind is complete here once a list of the peer was believed and written. Written again now and then: a
-        reader that saw our etcd go back to an older state believes only a canary that is younger than that."""
+        reader that saw our etcd go back to an older state believes only a canary that is younger than that.
+
+        `complete` was judged together with what is written by now: a list may have become complete since.
+        """
         now = self._clock()
-        complete = [
+        due = [
             kind
-            for kind, store in self.stores.items()
-            if store.trusted and now - self._canaries.get(kind, float("-inf")) >= CANARY_INTERVAL
+            for kind in keys.KINDS
+            if kind in complete and now - self._canaries.get(kind, float("-inf")) >= CANARY_INTERVAL
         ]
-        if not complete:
+        if not due:
             return
         value = canary_value(self._wall(), self.writer.header.cluster_id)
-        await self.writer.apply(
-            [Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in complete]
-        )
-        self._canaries.update(dict.fromkeys(complete, now))
+        await self.writer.apply([Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in due])
+        self._canaries.update(dict.fromkeys(due, now))
 
     def status(self) -> PeerStatus:
         """How this mirror stands now."""
