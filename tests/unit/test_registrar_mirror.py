@@ -197,7 +197,7 @@ def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
         writer or Written(),
         cache={},
         actual={},
-        config=None,
+        config="{}",
         actual_config=None,
         previous=None,
         foreign=dict,

@@ -162,8 +162,9 @@ class Mirror:
     """Mirrors one peer as long as `run` runs, writing through a term's `Writer`.
 
     `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config` and `actual_config`
-    likewise for our copy of the peer's cluster-config; `previous`: the status document that stands; for `foreign`
-    and `reserved` see `translate`; `started` is called when our etcd has all that is remembered of the peer.
+    likewise for our copy of the peer's cluster-config, which stands until the peer was read; `previous`: the status
+    document that stands; for `foreign` and `reserved` see `translate`; `started` is called when our etcd has the
+    peer's cluster-config.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Mirror:
         *,
         cache: Mapping[str, str],
         actual: Mapping[str, str],
-        config: str | None,
+        config: str,
         actual_config: str | None,
         previous: PeerStatus | None,
         foreign: Callable[[], Mapping[str, str]],
@@ -244,8 +245,9 @@ class Mirror:
         """Mirror until cancelled. NotLeader and EtcdError of our own etcd go to the caller."""
         reader = asyncio.create_task(self._read())
         try:
-            await self._write()
+            await self._write_config()
             self._started()
+            await self._write()
             while True:
                 if await wait_set(self._changed, TICK):
                     await asyncio.sleep(DEBOUNCE)
@@ -348,6 +350,18 @@ class Mirror:
         self.refused.pop(key, None)
         self.wanted[target] = text
 
+    async def _write_config(self) -> None:
+        if self._config is not None:
+            self.config_text = ClusterConfig(
+                id=self._config.id,
+                synced_canaries=True,
+                cached=True,
+                max_connected_clusters=self._config.max_connected_clusters,
+            ).to_json()
+        if self.config_text != self._actual_config:
+            await self.writer.apply([Change(keys.cluster_config_key(self.peer.name), self.config_text)])
+            self._actual_config = self.config_text
+
     async def _write(self) -> None:
         complete = self._take()
         changes = [Change(key, text) for key, text in self.wanted.items() if self.actual.get(key) != text]
@@ -359,16 +373,7 @@ class Mirror:
             return -number if change.value is None else number
 
         changes.sort(key=lambda change: (change.value is None, place(change)))
-        if self._config is not None:
-            self.config_text = ClusterConfig(
-                id=self._config.id,
-                synced_canaries=True,
-                cached=True,
-                max_connected_clusters=self._config.max_connected_clusters,
-            ).to_json()
-        if self.config_text is not None and self.config_text != self._actual_config:
-            await self.writer.apply([Change(keys.cluster_config_key(self.peer.name), self.config_text)])
-            self._actual_config = self.config_text
+        await self._write_config()
         if changes:
             await self.writer.apply(changes)
             self.actual = dict(self.wanted)
