@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer, require_etcd
 from isthmus_agent.kvstore import Permission, canary_cluster_id
-from isthmus_agent.registrar import service
+from isthmus_agent.registrar import mirror, service
 from isthmus_agent.registrar.leader import Election, NotLeader, Writer
 from isthmus_agent.registrar.publish import Change
 from isthmus_agent.registrar.service import Registrar, utc_now
@@ -440,6 +440,29 @@ def test_hostile_peer_is_refused_counted_and_named(onprem: Cluster, cloud: Clust
         async with running(onprem.registrar(cloud)):
             await until(lambda: status(onprem, "cloud").state == "refused", "another id is refused as a whole")
             assert onprem.server.dump("cilium/cache/") == good
+
+    asyncio.run(run())
+
+
+def test_mirror_that_somebody_changed_is_repaired(
+    onprem: Cluster, cloud: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "AUDIT_INTERVAL", 2.0)
+
+    async def run() -> None:
+        onprem.put_all(1)
+        cloud.put_all(2)
+        async with running(onprem.registrar(cloud), cloud.registrar()):
+            await until(lambda: mirrored(onprem, cloud, 2), "mirrored")
+            config = keys.cluster_config_key("cloud")
+            good = {**onprem.server.dump("cilium/cache/"), **onprem.server.dump(config)}
+            onprem.server.etcdctl("del", keys.node_key("cloud", "h1", cached=True))
+            onprem.server.etcdctl("del", config)
+            onprem.put({keys.service_key("cloud", "shop", "web", cached=True): "{}"})
+            onprem.put({keys.ip_key("10.102.9.9", "cloud"): "{}"})
+            await until(
+                lambda: {**onprem.server.dump("cilium/cache/"), **onprem.server.dump(config)} == good, "as it was"
+            )
 
     asyncio.run(run())
 

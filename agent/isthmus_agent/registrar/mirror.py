@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ from isthmus_agent.kvstore import EtcdClient, EtcdError, KeyValue, Listing, Pref
 from isthmus_agent.kvstore.tasks import end, wait_set
 
 from .leader import Writer
-from .publish import Change
+from .publish import Change, apply_changes
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ CONFIG_INTERVAL = 30.0
 CONFIG_RETRY = 1.0
 STATUS_INTERVAL = 10.0
 CANARY_INTERVAL = 60.0
+AUDIT_INTERVAL = 60.0
 DEBOUNCE = 0.05
 TICK = 1.0
 
@@ -153,9 +155,24 @@ def _underlay_addresses(addresses: Iterable[str], reserved: Sequence[IPv4Network
             raise Refused("underlay address is in a range of the mesh")
 
 
+def _audit_delay() -> float:
+    """Seconds until the next audit, spread so that 50 peers are not read at once."""
+    return AUDIT_INTERVAL * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, no secret
+
+
 def _speakable(text: str, limit: int) -> str:
     """Text of a peer for a document: UTF-8 (a key may be any bytes), and not longer than `limit` characters."""
     return text.encode("utf-8", "backslashreplace").decode()[:limit]
+
+
+async def read_mirrored(client: EtcdClient, peer: str) -> tuple[dict[str, str], str | None]:
+    """What our etcd holds of a peer: mirrored keys with their values, and the peer's cluster-config."""
+    found: dict[str, str] = {}
+    for kind in keys.KINDS:
+        for kv in (await client.range(keys.cache_prefix(kind, peer))).kvs:
+            found[kv.key] = kv.value.decode("utf-8", "surrogateescape")
+    config = await client.get(keys.cluster_config_key(peer))
+    return found, None if config is None else config.value.decode("utf-8", "replace")
 
 
 class Mirror:
@@ -191,6 +208,8 @@ class Mirror:
         self.writer = writer
         self.wanted: dict[str, str] = dict(cache)
         self.actual: dict[str, str] = dict(actual)
+        self._counts = Counter(key.split("/")[2] for key in self.wanted)
+        self._pending = self._differences()
         self.refused: dict[str, str] = {}
         self.refused_last: tuple[str, str] | None = previous.refused_last if previous else None
         self._previous = previous
@@ -209,6 +228,7 @@ class Mirror:
         self._actual_config = actual_config
         self._started = started
         self._canaries: dict[str, float] = {}
+        self._audit_at = clock() + _audit_delay()
         self._status_text = ""
         self._status_time = float("-inf")
         self._foreign_seen: Mapping[str, str] = {}
@@ -254,6 +274,8 @@ class Mirror:
                 if reader.done():
                     reader.result()
                 self._changed.clear()
+                if self._clock() >= self._audit_at:
+                    await self._audit()
                 await self._write()
         finally:
             await end([reader])
@@ -335,9 +357,12 @@ class Mirror:
         if kv is None:
             self.refused.pop(key, None)
             try:
-                self.wanted.pop(cache_key(kind, self.peer.name, key), None)
+                target = cache_key(kind, self.peer.name, key)
             except Refused:
                 return  # a key of that form was never taken over
+            if self.wanted.pop(target, None) is not None:
+                self._counts[kind] -= 1
+                self._pending.add(target)
             return
         try:
             target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign, self._reserved)
@@ -348,7 +373,24 @@ class Mirror:
             self._refuse(key, "cannot be written as JSON")
             return
         self.refused.pop(key, None)
-        self.wanted[target] = text
+        if target not in self.wanted:
+            self._counts[kind] += 1
+        if self.wanted.get(target) != text:
+            self.wanted[target] = text
+            self._pending.add(target)
+
+    def _differences(self) -> set[str]:
+        return {key for key in self.wanted.keys() | self.actual.keys() if self.wanted.get(key) != self.actual.get(key)}
+
+    async def _audit(self) -> None:
+        """Read what our etcd has of the peer anew: what was changed there behind our back is written again."""
+        self.actual, self._actual_config = await read_mirrored(self.writer.client, self.peer.name)
+        self._pending = self._differences()
+        if self._pending:
+            logger.warning(
+                "the mirror was changed by somebody", extra=fields(peer=self.peer.name, keys=len(self._pending))
+            )
+        self._audit_at = self._clock() + _audit_delay()
 
     async def _write_config(self) -> None:
         if self._config is not None:
@@ -364,8 +406,11 @@ class Mirror:
 
     async def _write(self) -> None:
         complete = self._take()
-        changes = [Change(key, text) for key, text in self.wanted.items() if self.actual.get(key) != text]
-        changes += [Change(key, None) for key in sorted(self.actual.keys() - self.wanted.keys())]
+        changes = [
+            Change(key, self.wanted.get(key))
+            for key in sorted(self._pending)
+            if self.wanted.get(key) != self.actual.get(key)
+        ]
 
         def place(change: Change) -> int:
             """An identity comes before the address that uses it, and goes after it."""
@@ -376,8 +421,9 @@ class Mirror:
         await self._write_config()
         if changes:
             await self.writer.apply(changes)
-            self.actual = dict(self.wanted)
+            apply_changes(changes, self.actual)
             self._last_change = self._wall()
+        self._pending.clear()
         await self._write_canaries(complete)
         await self._write_status()
 
@@ -418,7 +464,6 @@ class Mirror:
             # While a list is not believed the old values stay, so that a restart of ours does not forget the doubt.
             store = max(self.stores.values(), key=lambda store: store.revision)
             self._believed = (f"{store.cluster_id:016x}", store.revision)
-        counts = Counter(key.split("/")[2] for key in self.wanted)
         return PeerStatus(
             state=state,
             last_proof=self._last_proof,
@@ -426,7 +471,7 @@ class Mirror:
             endpoint=self.client.endpoint,
             cluster_id=self._believed[0],
             revision=self._believed[1],
-            keys={kind: counts[kind] for kind in keys.KINDS},
+            keys={kind: self._counts[kind] for kind in keys.KINDS},
             refused=dict(Counter(self.refused.values()).most_common(_REASONS)),
             refused_last=self.refused_last,
         )

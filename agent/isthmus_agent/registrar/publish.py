@@ -117,6 +117,15 @@ def difference(wanted: Mapping[str, str], actual: Mapping[str, str], prefixes: I
     return puts + gone
 
 
+def apply_changes(changes: Iterable[Change], actual: dict[str, str]) -> None:
+    """What `actual` is after `changes` were written."""
+    for change in changes:
+        if change.value is None:
+            actual.pop(change.key, None)
+        else:
+            actual[change.key] = change.value
+
+
 def overlay(*layers: Mapping[str, str]) -> dict[str, str]:
     """All keys of `layers`; the first layer that has a key counts, and its keys come first.
 

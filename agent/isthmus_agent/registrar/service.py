@@ -39,13 +39,14 @@ from isthmus_agent.sdnotify import notify, watchdog_interval
 
 from .leader import Election, NotLeader, Term, Writer
 from .memory import Known, Memory
-from .mirror import Mirror
+from .mirror import Mirror, read_mirrored
 from .publish import (
     Change,
     Inputs,
     Own,
     Problem,
     Publication,
+    apply_changes,
     cluster_config,
     difference,
     overlay,
@@ -305,11 +306,7 @@ class Registrar:
                 changes.append(Change(keys.HEARTBEAT, self._wall()))
                 heartbeat = now
             await writer.apply(changes)
-            for change in changes:
-                if change.value is None:
-                    actual.pop(change.key, None)
-                else:
-                    actual[change.key] = change.value
+            apply_changes(changes, actual)
             previous = dict(found.keys)
             if waiting:
                 complete_before = False
@@ -455,15 +452,10 @@ class Registrar:
         await self.estate.refresh()
         while self._record()[0] is None:  # who else is in the estate, and that there is one, is not known yet
             await asyncio.sleep(RETRY_DELAY)
-        actual: dict[str, str] = {}
-        for kind in keys.KINDS:
-            for kv in (await self.client.range(keys.cache_prefix(kind, peer.name))).kvs:
-                actual[kv.key] = kv.value.decode("utf-8", "surrogateescape")
-        config = await self.client.get(keys.cluster_config_key(peer.name))
+        actual, stands = await read_mirrored(self.client, peer.name)
         header = self.client.last_header
         assert header is not None
         cache = dict(actual)
-        stands = None if config is None else config.value.decode("utf-8", "replace")
         wanted = stands
         remembered = self._mirrored.get(peer.name)
         if remembered and (remembered.cluster_id != header.cluster_id or remembered.revision > header.revision):
