@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer, require_etcd
 from isthmus_agent.kvstore import Permission, canary_cluster_id
+from isthmus_agent.registrar import mirror, service
 from isthmus_agent.registrar.leader import Election, NotLeader, Writer
 from isthmus_agent.registrar.publish import Change
 from isthmus_agent.registrar.service import Registrar, utc_now
@@ -137,10 +138,10 @@ class Cluster:
         )
         return {keys.workload_key(f"h{number}", "shop", "web"): report.to_json()}
 
-    def service(self) -> dict[str, str]:
+    def service(self, name: str = "web") -> dict[str, str]:
         ports = (ServicePort("http", 80, 8080),)
-        service = ServiceDefinition("web", "shop", ports, {"app": "web"}, is_global=True)
-        return {keys.service_definition_key("shop", "web"): service.to_json()}
+        definition = ServiceDefinition(name, "shop", ports, {"app": name}, is_global=True)
+        return {keys.service_definition_key("shop", name): definition.to_json()}
 
     def put(self, *documents: dict[str, str]) -> None:
         with self.server.sync_client() as client:
@@ -206,7 +207,19 @@ class Cluster:
         }
 
     def registrar(self, *peers: Cluster, host: str = "h1") -> Registrar:
-        return Registrar(self.spec(host, *peers), estate_file=self.estate_file)
+        state = self.state_directory(host)
+        return Registrar(self.spec(host, *peers), estate_file=self.estate_file, state_directory=state)
+
+    def state_directory(self, host: str) -> Path:
+        return self.directory / f"{self.name}-{host}-state"
+
+    def lose_everything(self, token: str) -> None:
+        """The machine lost its disk: an etcd without data, with `token` that may be the one of before."""
+        self.server.stop()
+        self.server.wipe()
+        self.server.token = token
+        self.server.start()
+        self.prepare()
 
 
 @pytest.fixture
@@ -431,6 +444,29 @@ def test_hostile_peer_is_refused_counted_and_named(onprem: Cluster, cloud: Clust
     asyncio.run(run())
 
 
+def test_mirror_that_somebody_changed_is_repaired(
+    onprem: Cluster, cloud: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "AUDIT_INTERVAL", 2.0)
+
+    async def run() -> None:
+        onprem.put_all(1)
+        cloud.put_all(2)
+        async with running(onprem.registrar(cloud), cloud.registrar()):
+            await until(lambda: mirrored(onprem, cloud, 2), "mirrored")
+            config = keys.cluster_config_key("cloud")
+            good = {**onprem.server.dump("cilium/cache/"), **onprem.server.dump(config)}
+            onprem.server.etcdctl("del", keys.node_key("cloud", "h1", cached=True))
+            onprem.server.etcdctl("del", config)
+            onprem.put({keys.service_key("cloud", "shop", "web", cached=True): "{}"})
+            onprem.put({keys.ip_key("10.102.9.9", "cloud"): "{}"})
+            await until(
+                lambda: {**onprem.server.dump("cilium/cache/"), **onprem.server.dump(config)} == good, "as it was"
+            )
+
+    asyncio.run(run())
+
+
 def test_peer_out_of_reach_keeps_its_state_and_its_age_grows(onprem: Cluster, cloud: Cluster) -> None:
     async def run() -> None:
         onprem.put_all(1)
@@ -510,6 +546,127 @@ def test_lost_history_withdraws_nothing_and_leaves_nobody_stale(
     asyncio.run(run())
 
 
+def allocated(cluster: Cluster) -> dict[str, str]:
+    return {k: v for k, v in cluster.server.dump(keys.ALLOC_PREFIX).items() if not k.startswith(keys.PEERS_PREFIX)}
+
+
+def canaries(cluster: Cluster) -> set[str]:
+    return set(cluster.server.dump(f"cilium/synced/{cluster.name}/cilium/state/"))
+
+
+@pytest.mark.parametrize("token", ["test", "another"])
+def test_lost_disk_and_new_processes_change_no_owner(onprem: Cluster, token: str) -> None:
+    """The etcd starts empty while no registrar runs; numbers and addresses are remembered on its disk."""
+
+    async def run() -> None:
+        released = {"labels": "k8s:app=old;", "created": "2026-01-01T00:00:00Z", "released": utc_now()}
+        onprem.put({keys.alloc_identity_key(65537): json.dumps(released)})
+        onprem.put_all(2)
+        async with running(onprem.registrar()):
+            await until(lambda: published(onprem, 2) and canaries(onprem), "published")
+            onprem.put(onprem.service("api"))  # comes later than web, so it has the higher address
+            await until(lambda: keys.vip_key("shop", "api") in allocated(onprem), "second service")
+            await until(lambda: len(onprem.server.dump("cilium/state/services/")) == 2, "published too")
+        dealt, state = allocated(onprem), onprem.server.dump("cilium/state/")
+        assert json.loads(dealt[keys.vip_key("shop", "api")])["ipv4"] == "10.111.0.2"
+        assert keys.identity_key(65538) in state
+        await asyncio.to_thread(onprem.lose_everything, token)
+        onprem.put(onprem.service(), onprem.service("api"), onprem.record(2))  # `site`; agents are still silent
+        async with running(onprem.registrar()):
+            await until(lambda: onprem.server.dump("cilium/state/") == state, "all published again")
+            assert allocated(onprem) == dealt
+            assert not canaries(onprem)
+            onprem.put(onprem.node(1), onprem.web(1), onprem.node(2), onprem.web(2))
+            await until(lambda: canaries(onprem), "canaries after the reports")
+            assert onprem.server.dump("cilium/state/") == state
+
+    asyncio.run(run())
+
+
+def test_what_etcd_has_counts_for_more_than_an_old_disk(onprem: Cluster) -> None:
+    """A registrar whose disk is of another time comes to an etcd that another registrar has filled since."""
+
+    async def run() -> None:
+        onprem.put_all(1)
+        async with running(onprem.registrar(host="h2")):
+            await until(lambda: published(onprem, 1) and canaries(onprem), "published")
+        await asyncio.to_thread(onprem.lose_everything, "another")
+        onprem.put(onprem.service("api"))
+        onprem.put_all(1)
+        async with running(onprem.registrar()):
+            await until(lambda: len(onprem.server.dump("cilium/state/services/")) == 2 and canaries(onprem), "filled")
+        state, dealt = onprem.server.dump("cilium/state/"), allocated(onprem)
+        assert json.loads(dealt[keys.vip_key("shop", "api")])["ipv4"] == "10.111.0.1"
+        onprem.server.etcdctl("del", keys.HEARTBEAT)
+        async with running(onprem.registrar(host="h2")):
+            await until(lambda: onprem.server.dump(keys.HEARTBEAT), "the other leads")
+            assert (onprem.server.dump("cilium/state/"), allocated(onprem)) == (state, dealt)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["all report", "one stays silent"])
+def test_lost_disk_of_all_is_not_published_as_an_empty_cluster(
+    onprem: Cluster, cloud: Cluster, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file, no etcd, no reports yet: a peer keeps what it knows until the agents have reported."""
+    if how == "one stays silent":
+        monkeypatch.setattr(service, "REPORT_GRACE", 4.0)
+
+    async def run() -> None:
+        onprem.put_all(2)
+        cloud.put_all(1)
+        async with running(cloud.registrar(onprem)):
+            async with running(onprem.registrar(host="h1")):
+                await until(lambda: mirrored(cloud, onprem, 2), "mirrored")
+            good = cloud.server.dump("cilium/cache/")
+            await asyncio.to_thread(onprem.lose_everything, "another")
+            onprem.put(onprem.service(), onprem.record(2))
+            async with running(onprem.registrar(host="h3")):
+                await until(lambda: keys.vip_key("shop", "web") in allocated(onprem), "at work")
+                onprem.put(onprem.node(1), onprem.web(1))
+                await until(lambda: keys.node_key("onprem", "h1") in onprem.server.dump("cilium/"), "first reported")
+                await asyncio.sleep(1.5)  # more than a turn of its loop
+                assert not canaries(onprem)
+                assert not onprem.server.dump("cilium/state/services/")
+                assert cloud.server.dump("cilium/cache/") == good
+                if how == "all report":
+                    onprem.put(onprem.node(2), onprem.web(2))
+                await until(lambda: canaries(onprem), "canaries")
+                if how == "all report":
+                    assert published(onprem, 2)
+                    await until(lambda: status(cloud, "onprem").state == "connected", "connected again")
+                    assert cloud.server.dump("cilium/cache/") == good
+
+    asyncio.run(run())
+
+
+def test_lost_disk_drops_no_peer_that_is_out_of_reach(onprem: Cluster, cloud: Cluster) -> None:
+    """Agents drop a peer whose cluster-config is missing from an etcd whose canaries are valid."""
+
+    async def run() -> None:
+        onprem.put_all(1)
+        cloud.put_all(1)
+        async with running(onprem.registrar(cloud), cloud.registrar()):
+            await until(lambda: mirrored(onprem, cloud, 1) and canaries(onprem), "mirrored")
+        config = onprem.server.dump(keys.cluster_config_key("cloud"))
+        cloud.server.stop(signal.SIGKILL)
+        await asyncio.to_thread(onprem.lose_everything, "another")
+        onprem.put_all(1)
+        async with running(onprem.registrar(cloud)):
+            await until(lambda: canaries(onprem), "canaries")
+            assert onprem.server.dump(keys.cluster_config_key("cloud")) == config
+            with onprem.server.sync_client() as client:
+                [first] = client.range(keys.cluster_config_key("cloud")).kvs
+                created = [kv.create_revision for kv in client.range(keys.canary_prefix("onprem")).kvs]
+            assert first.create_revision < min(created)
+            await until(lambda: status(onprem, "cloud").state == "unreachable", "noticed")
+            assert onprem.server.dump("cilium/synced/cloud/") == {}
+            assert onprem.server.dump("cilium/cache/") == {}
+
+    asyncio.run(run())
+
+
 @contextlib.contextmanager
 def process(cluster: Cluster, host: str, endpoints: list[str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     config = cluster.directory / f"{host}.json"
@@ -519,7 +676,8 @@ def process(cluster: Cluster, host: str, endpoints: list[str] | None = None) -> 
     command = [sys.executable, "-m", "isthmus_agent.registrar.main", "--config", str(config)]
     log = (cluster.directory / f"{host}.log").open("wb")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "agent")}
-    child = subprocess.Popen([*command, "--estate", str(cluster.estate_file)], env=environment, stderr=log)
+    command += ["--estate", str(cluster.estate_file), "--state-dir", str(cluster.state_directory(host))]
+    child = subprocess.Popen(command, env=environment, stderr=log)
     try:
         yield child
     finally:

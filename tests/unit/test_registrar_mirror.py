@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Network
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from isthmus_agent.kvstore.client import EtcdClient, KeyValue, decode_key
+from isthmus_agent.kvstore.client import EtcdClient, Header, KeyValue, RangeResult, decode_key
+from isthmus_agent.registrar.leader import Writer
 from isthmus_agent.registrar.mirror import Mirror, cache_key, state_key, translate
+from isthmus_agent.registrar.publish import Change
 from isthmus_mesh import keys
 from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.spec import EtcdSpec, PeerSpec
@@ -168,22 +171,70 @@ def test_readers_route_health_and_ingress_addresses_too(more: dict[str, Any], re
         take("nodes", GOOD["nodes"][0], node(**more))
 
 
-def a_mirror(**more: Any) -> Mirror:
+class Written(Writer):
+    """A writer that remembers; `before` runs at each write, as what happens while etcd is awaited."""
+
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+        self.header = Header(0xA1, 1, 10, 1)
+        self.changes: list[Change] = []
+        self.before = before
+
+    async def apply(self, changes: Sequence[Change]) -> None:
+        self.before()
+        await asyncio.sleep(0)
+        self.changes += changes
+
+    def puts(self) -> set[str]:
+        return {change.key for change in self.changes if change.value is not None}
+
+
+def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
     client = EtcdClient(["https://127.0.0.1:1"], *more.pop("files", ("ca", "cert", "key")))
     return Mirror(
         PEER,
         255,
         client,
-        None,  # type: ignore[arg-type] - nothing is written
+        writer or Written(),
         cache={},
         actual={},
-        config=None,
+        config="{}",
         actual_config=None,
         previous=None,
         foreign=dict,
         started=lambda: None,
         wall=lambda: "2026-01-02T03:04:05Z",
+        **more,
     )
+
+
+def listed(mirror: Mirror, kind: str, items: dict[str, object]) -> None:
+    """As if a list of this kind had just been completed and believed."""
+    store = mirror.stores[kind]
+    kvs = tuple(KeyValue(key, text(value), mod_revision=5) for key, value in sorted(items.items()))
+    store._apply_list(RangeResult(kvs, 5, 0xB2, 1), True)
+
+
+def text(value: object) -> bytes:
+    return (value if isinstance(value, str) else json.dumps(value)).encode()
+
+
+def test_a_list_that_completes_while_etcd_is_awaited_has_no_canary_yet() -> None:
+    """Its keys are not written: a reader that believed the canary would delete what it holds of that kind."""
+
+    async def run() -> None:
+        writer = Written()
+        mirror = a_mirror(writer)
+        listed(mirror, "nodes", {GOOD["nodes"][0]: GOOD["nodes"][1]})
+        writer.before = lambda: listed(mirror, "services", {GOOD["services"][0]: GOOD["services"][1]})
+        await mirror._write()
+        assert keys.canary_key("cloud", "nodes", cached=True) in writer.puts()
+        assert keys.canary_key("cloud", "services", cached=True) not in writer.puts()
+        await mirror._write()
+        assert keys.canary_key("cloud", "services", cached=True) in writer.puts()
+        order = [change.key for change in writer.changes]
+        assert order.index(GOOD["services"][2]) < order.index(keys.canary_key("cloud", "services", cached=True))
+
+    asyncio.run(run())
 
 
 def judged(key: str, value: bytes) -> dict[str, Any]:

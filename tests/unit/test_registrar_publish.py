@@ -17,6 +17,7 @@ from isthmus_agent.registrar.publish import (
     Publication,
     cluster_config,
     difference,
+    overlay,
     owned_prefixes,
     publish,
 )
@@ -222,6 +223,38 @@ def test_what_never_was_reported_is_not_published() -> None:
     found = run(nodes={}, workloads={})
     assert [key for key in found.keys if key.startswith("cilium/")] == ["cilium/state/services/v1/onprem/shop/web"]
     assert backends(found) == set()
+
+
+SAYS = {
+    "all said": ({}, []),
+    "no node report": ({"nodes": dict([node_report(1)])}, [keys.node_report_key("h0")]),
+    "no workload report": (
+        {"workloads": {k: v for k, v in WORKLOADS.items() if not k.endswith("h0/shop.db")}},
+        [keys.workload_key("h0", "shop", "db")],
+    ),
+    "service not judged yet": (
+        {"workloads": {**WORKLOADS, **dict([report("h0", "web", "10.101.0.2", None)])}},
+        [keys.workload_key("h0", "shop", "web")],
+    ),
+    "no host": ({"record": {"state": "absent"}, "nodes": {}, "workloads": {}}, []),
+}
+
+
+@pytest.mark.parametrize(("inputs", "silent"), SAYS.values(), ids=SAYS)
+def test_who_is_silent_is_named(inputs: dict[str, Any], silent: list[str]) -> None:
+    assert list(run(**inputs).silent) == silent
+    assert list(run(**inputs, previous=run().keys).silent) == silent
+
+
+def test_what_is_remembered_keeps_its_address_over_what_was_dealt_since() -> None:
+    before = run()
+    since = run(services=dict([definition("api")]))
+    vip = {name: keys.vip_key("shop", name) for name in ("api", "web")}
+    assert since.keys[vip["api"]] == before.keys[vip["web"]]
+    both = dict([definition("api"), definition()])
+    found = run(services=both, previous=overlay(before.keys, since.keys))
+    assert found.keys[vip["web"]] == before.keys[vip["web"]]
+    assert found.keys[vip["api"]] != before.keys[vip["web"]]
 
 
 def test_not_ready_leaves_the_service_and_nothing_else() -> None:

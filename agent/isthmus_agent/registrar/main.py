@@ -14,7 +14,7 @@ from isthmus_mesh.spec import NodeSpec, SpecError
 
 from isthmus_agent.agent.log import configure
 
-from .service import ESTATE_FILE, Registrar
+from .service import ESTATE_FILE, STATE_DIRECTORY, Registrar
 
 EX_CONFIG = 78
 """sysexits.h; the unit does not start a process again that ended with it."""
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="isthmus-registrar", description="publish this cluster and mirror its peers")
     parser.add_argument("--config", type=Path, default=Path("/etc/isthmus/node.json"), help="the host's node spec")
     parser.add_argument("--estate", type=Path, default=ESTATE_FILE, help="the host's copy of the estate record")
+    parser.add_argument("--state-dir", type=Path, default=STATE_DIRECTORY, help="where own output is remembered")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     options = parser.parse_args(arguments)
     configure(options.log_level)
@@ -36,16 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if spec.registrar is None:
         print(f"isthmus-registrar: {options.config}: host {spec.host} carries no registrar", file=sys.stderr)
         return EX_CONFIG
-    asyncio.run(_run(spec, options.estate))
+    asyncio.run(_run(spec, options.estate, options.state_dir))
     return 0
 
 
-async def _run(spec: NodeSpec, estate_file: Path) -> None:
+async def _run(spec: NodeSpec, estate_file: Path, state_directory: Path) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await Registrar(spec, estate_file=estate_file).run(stop)
+    await Registrar(spec, estate_file=estate_file, state_directory=state_directory).run(stop)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ from isthmus_agent.kvstore import EtcdClient, EtcdError, KeyValue, Listing, Pref
 from isthmus_agent.kvstore.tasks import end, wait_set
 
 from .leader import Writer
-from .publish import Change
+from .publish import Change, apply_changes
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ CONFIG_INTERVAL = 30.0
 CONFIG_RETRY = 1.0
 STATUS_INTERVAL = 10.0
 CANARY_INTERVAL = 60.0
+AUDIT_INTERVAL = 60.0
 DEBOUNCE = 0.05
 TICK = 1.0
 
@@ -153,17 +155,33 @@ def _underlay_addresses(addresses: Iterable[str], reserved: Sequence[IPv4Network
             raise Refused("underlay address is in a range of the mesh")
 
 
+def _audit_delay() -> float:
+    """Seconds until the next audit, spread so that 50 peers are not read at once."""
+    return AUDIT_INTERVAL * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, no secret
+
+
 def _speakable(text: str, limit: int) -> str:
     """Text of a peer for a document: UTF-8 (a key may be any bytes), and not longer than `limit` characters."""
     return text.encode("utf-8", "backslashreplace").decode()[:limit]
+
+
+async def read_mirrored(client: EtcdClient, peer: str) -> tuple[dict[str, str], str | None]:
+    """What our etcd holds of a peer: mirrored keys with their values, and the peer's cluster-config."""
+    found: dict[str, str] = {}
+    for kind in keys.KINDS:
+        for kv in (await client.range(keys.cache_prefix(kind, peer))).kvs:
+            found[kv.key] = kv.value.decode("utf-8", "surrogateescape")
+    config = await client.get(keys.cluster_config_key(peer))
+    return found, None if config is None else config.value.decode("utf-8", "replace")
 
 
 class Mirror:
     """Mirrors one peer as long as `run` runs, writing through a term's `Writer`.
 
     `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config` and `actual_config`
-    likewise for our copy of the peer's cluster-config; `previous`: the status document that stands; for `foreign`
-    and `reserved` see `translate`; `started` is called when our etcd has all that is remembered of the peer.
+    likewise for our copy of the peer's cluster-config, which stands until the peer was read; `previous`: the status
+    document that stands; for `foreign` and `reserved` see `translate`; `started` is called when our etcd has the
+    peer's cluster-config.
     """
 
     def __init__(
@@ -175,7 +193,7 @@ class Mirror:
         *,
         cache: Mapping[str, str],
         actual: Mapping[str, str],
-        config: str | None,
+        config: str,
         actual_config: str | None,
         previous: PeerStatus | None,
         foreign: Callable[[], Mapping[str, str]],
@@ -190,6 +208,8 @@ class Mirror:
         self.writer = writer
         self.wanted: dict[str, str] = dict(cache)
         self.actual: dict[str, str] = dict(actual)
+        self._counts = Counter(key.split("/")[2] for key in self.wanted)
+        self._pending = self._differences()
         self.refused: dict[str, str] = {}
         self.refused_last: tuple[str, str] | None = previous.refused_last if previous else None
         self._previous = previous
@@ -208,6 +228,7 @@ class Mirror:
         self._actual_config = actual_config
         self._started = started
         self._canaries: dict[str, float] = {}
+        self._audit_at = clock() + _audit_delay()
         self._status_text = ""
         self._status_time = float("-inf")
         self._foreign_seen: Mapping[str, str] = {}
@@ -244,14 +265,17 @@ class Mirror:
         """Mirror until cancelled. NotLeader and EtcdError of our own etcd go to the caller."""
         reader = asyncio.create_task(self._read())
         try:
-            await self._write()
+            await self._write_config()
             self._started()
+            await self._write()
             while True:
                 if await wait_set(self._changed, TICK):
                     await asyncio.sleep(DEBOUNCE)
                 if reader.done():
                     reader.result()
                 self._changed.clear()
+                if self._clock() >= self._audit_at:
+                    await self._audit()
                 await self._write()
         finally:
             await end([reader])
@@ -318,8 +342,8 @@ class Mirror:
             self.refused_last = (_speakable(key, _KEY_LENGTH), reason)
         self.refused[key] = reason
 
-    def _take(self) -> None:
-        """Judge what changed, and everything again when the record's addresses changed."""
+    def _take(self) -> frozenset[str]:
+        """Judge what changed, and everything again when the record's addresses changed; the kinds complete by now."""
         foreign = self._foreign()
         again = foreign is not self._foreign_seen and foreign != self._foreign_seen
         self._foreign_seen = foreign
@@ -327,14 +351,18 @@ class Mirror:
             changed = store.take()
             for key in {*changed, *store.items} if again else changed:
                 self._judge(kind, key, store.items.get(key), foreign)
+        return frozenset(kind for kind, store in self.stores.items() if store.trusted)
 
     def _judge(self, kind: str, key: str, kv: KeyValue | None, foreign: Mapping[str, str]) -> None:
         if kv is None:
             self.refused.pop(key, None)
             try:
-                self.wanted.pop(cache_key(kind, self.peer.name, key), None)
+                target = cache_key(kind, self.peer.name, key)
             except Refused:
                 return  # a key of that form was never taken over
+            if self.wanted.pop(target, None) is not None:
+                self._counts[kind] -= 1
+                self._pending.add(target)
             return
         try:
             target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign, self._reserved)
@@ -345,19 +373,26 @@ class Mirror:
             self._refuse(key, "cannot be written as JSON")
             return
         self.refused.pop(key, None)
-        self.wanted[target] = text
+        if target not in self.wanted:
+            self._counts[kind] += 1
+        if self.wanted.get(target) != text:
+            self.wanted[target] = text
+            self._pending.add(target)
 
-    async def _write(self) -> None:
-        self._take()
-        changes = [Change(key, text) for key, text in self.wanted.items() if self.actual.get(key) != text]
-        changes += [Change(key, None) for key in sorted(self.actual.keys() - self.wanted.keys())]
+    def _differences(self) -> set[str]:
+        return {key for key in self.wanted.keys() | self.actual.keys() if self.wanted.get(key) != self.actual.get(key)}
 
-        def place(change: Change) -> int:
-            """An identity comes before the address that uses it, and goes after it."""
-            number = ("identities", "nodes", "ip", "services").index(change.key.split("/")[2])
-            return -number if change.value is None else number
+    async def _audit(self) -> None:
+        """Read what our etcd has of the peer anew: what was changed there behind our back is written again."""
+        self.actual, self._actual_config = await read_mirrored(self.writer.client, self.peer.name)
+        self._pending = self._differences()
+        if self._pending:
+            logger.warning(
+                "the mirror was changed by somebody", extra=fields(peer=self.peer.name, keys=len(self._pending))
+            )
+        self._audit_at = self._clock() + _audit_delay()
 
-        changes.sort(key=lambda change: (change.value is None, place(change)))
+    async def _write_config(self) -> None:
         if self._config is not None:
             self.config_text = ClusterConfig(
                 id=self._config.id,
@@ -365,32 +400,50 @@ class Mirror:
                 cached=True,
                 max_connected_clusters=self._config.max_connected_clusters,
             ).to_json()
-        if self.config_text is not None and self.config_text != self._actual_config:
+        if self.config_text != self._actual_config:
             await self.writer.apply([Change(keys.cluster_config_key(self.peer.name), self.config_text)])
             self._actual_config = self.config_text
+
+    async def _write(self) -> None:
+        complete = self._take()
+        changes = [
+            Change(key, self.wanted.get(key))
+            for key in sorted(self._pending)
+            if self.wanted.get(key) != self.actual.get(key)
+        ]
+
+        def place(change: Change) -> int:
+            """An identity comes before the address that uses it, and goes after it."""
+            number = ("identities", "nodes", "ip", "services").index(change.key.split("/")[2])
+            return -number if change.value is None else number
+
+        changes.sort(key=lambda change: (change.value is None, place(change)))
+        await self._write_config()
         if changes:
             await self.writer.apply(changes)
-            self.actual = dict(self.wanted)
+            apply_changes(changes, self.actual)
             self._last_change = self._wall()
-        await self._write_canaries()
+        self._pending.clear()
+        await self._write_canaries(complete)
         await self._write_status()
 
-    async def _write_canaries(self) -> None:
+    async def _write_canaries(self, complete: frozenset[str]) -> None:
         """A kind is complete here once a list of the peer was believed and written. Written again now and then: a
-        reader that saw our etcd go back to an older state believes only a canary that is younger than that."""
+        reader that saw our etcd go back to an older state believes only a canary that is younger than that.
+
+        `complete` was judged together with what is written by now: a list may have become complete since.
+        """
         now = self._clock()
-        complete = [
+        due = [
             kind
-            for kind, store in self.stores.items()
-            if store.trusted and now - self._canaries.get(kind, float("-inf")) >= CANARY_INTERVAL
+            for kind in keys.KINDS
+            if kind in complete and now - self._canaries.get(kind, float("-inf")) >= CANARY_INTERVAL
         ]
-        if not complete:
+        if not due:
             return
         value = canary_value(self._wall(), self.writer.header.cluster_id)
-        await self.writer.apply(
-            [Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in complete]
-        )
-        self._canaries.update(dict.fromkeys(complete, now))
+        await self.writer.apply([Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in due])
+        self._canaries.update(dict.fromkeys(due, now))
 
     def status(self) -> PeerStatus:
         """How this mirror stands now."""
@@ -411,7 +464,6 @@ class Mirror:
             # While a list is not believed the old values stay, so that a restart of ours does not forget the doubt.
             store = max(self.stores.values(), key=lambda store: store.revision)
             self._believed = (f"{store.cluster_id:016x}", store.revision)
-        counts = Counter(key.split("/")[2] for key in self.wanted)
         return PeerStatus(
             state=state,
             last_proof=self._last_proof,
@@ -419,7 +471,7 @@ class Mirror:
             endpoint=self.client.endpoint,
             cluster_id=self._believed[0],
             revision=self._believed[1],
-            keys={kind: counts[kind] for kind in keys.KINDS},
+            keys={kind: self._counts[kind] for kind in keys.KINDS},
             refused=dict(Counter(self.refused.values()).most_common(_REASONS)),
             refused_last=self.refused_last,
         )

@@ -70,10 +70,14 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """`keys`: everything that should be below `owned_prefixes`, in the order in which it is to be written."""
+    """`keys`: everything that should be below `owned_prefixes`, in the order in which it is to be written.
+
+    `silent`: the reports that lack, or that say nothing about a service of their workload, by key.
+    """
 
     keys: dict[str, str]
     problems: tuple[Problem, ...]
+    silent: tuple[str, ...]
 
 
 def owned_prefixes(cluster: str) -> tuple[str, ...]:
@@ -113,6 +117,27 @@ def difference(wanted: Mapping[str, str], actual: Mapping[str, str], prefixes: I
     return puts + gone
 
 
+def apply_changes(changes: Iterable[Change], actual: dict[str, str]) -> None:
+    """What `actual` is after `changes` were written."""
+    for change in changes:
+        if change.value is None:
+            actual.pop(change.key, None)
+        else:
+            actual[change.key] = change.value
+
+
+def overlay(*layers: Mapping[str, str]) -> dict[str, str]:
+    """All keys of `layers`; the first layer that has a key counts, and its keys come first.
+
+    Of two keys that claim one address, `publish` gives it to the one that comes first.
+    """
+    found: dict[str, str] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            found.setdefault(key, value)
+    return found
+
+
 def publish(own: Own, inputs: Inputs) -> Publication:
     """Everything that this cluster should have published and allocated."""
     return _Publisher(own, inputs).run()
@@ -138,6 +163,7 @@ class _Publisher:
         self.own = own
         self.inputs = inputs
         self.problems: set[Problem] = set()
+        self.silent: set[str] = set()
         present = inputs.record.get("state") != "absent"
         self.hosts: dict[str, Mapping[str, Any]] = {
             name: host
@@ -164,7 +190,7 @@ class _Publisher:
             if (labels := self._labels(workload)) in numbers:
                 wanted[keys.ip_key(workload.address)] = self._address(workload, numbers[labels])
         wanted.update(self._services(definitions, vips, workloads))
-        return Publication(wanted, tuple(sorted(self.problems)))
+        return Publication(wanted, tuple(sorted(self.problems)), tuple(sorted(self.silent)))
 
     # --- nodes
 
@@ -185,6 +211,7 @@ class _Publisher:
     def _node(self, name: str, host: Mapping[str, Any]) -> str | None:
         key = keys.node_report_key(name)
         if key not in self.inputs.nodes:
+            self.silent.add(key)
             return None
         try:
             report = NodeReport.from_json(self.inputs.nodes[key])
@@ -259,6 +286,7 @@ class _Publisher:
     def _report(self, node: str, namespace: str, name: str, entry: Mapping[str, Any]) -> WorkloadReport | None:
         key = keys.workload_key(node, namespace, name)
         if key not in self.inputs.workloads:
+            self.silent.add(key)
             return None
         try:
             report = WorkloadReport.from_json(self.inputs.workloads[key])
@@ -457,6 +485,7 @@ class _Publisher:
                 continue
             ready = None if workload.report is None else workload.report.services.get(full)
             if ready is None:  # the agent is silent about it: what was published stands
+                self.silent.add(workload.key)
                 ready = workload.address in before
             if ready:
                 backends[workload.address] = {

@@ -22,19 +22,42 @@ from isthmus_mesh import keys
 from isthmus_mesh.documents import DocumentError, PeerStatus
 from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.spec import NodeSpec, PeerSpec
+from isthmus_mesh.wire import ClusterConfig
 
 from isthmus_agent.agent.log import fields
-from isthmus_agent.kvstore import EtcdClient, EtcdError, PrefixStore, canary_value, same_history
+from isthmus_agent.kvstore import (
+    DeletionRule,
+    EtcdClient,
+    EtcdError,
+    PrefixStore,
+    canary_rule,
+    canary_value,
+    same_history,
+)
 from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.sdnotify import notify, watchdog_interval
 
 from .leader import Election, NotLeader, Term, Writer
-from .mirror import Mirror
-from .publish import Change, Inputs, Own, Problem, cluster_config, difference, owned_prefixes, publish
+from .memory import Known, Memory
+from .mirror import Mirror, read_mirrored
+from .publish import (
+    Change,
+    Inputs,
+    Own,
+    Problem,
+    Publication,
+    apply_changes,
+    cluster_config,
+    difference,
+    overlay,
+    owned_prefixes,
+    publish,
+)
 
 logger = logging.getLogger(__name__)
 
 ESTATE_FILE = Path("/etc/isthmus/estate.json")
+STATE_DIRECTORY = Path("/var/lib/isthmus/registrar")
 HEARTBEAT_INTERVAL = 60.0
 AUDIT_INTERVAL = 60.0
 DEBOUNCE = 0.02
@@ -42,8 +65,10 @@ TICK = 1.0
 OWN_TIMEOUT = 2.0
 OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
-MIRROR_GRACE = 10.0
-"""How long canaries wait for the mirrors to have written back what is remembered of the peers."""
+REPORT_GRACE = 60.0
+"""How long canaries and withdrawals wait for the agents' reports after etcd lost what was published."""
+SAVE_INTERVAL = 5.0
+SAVE_RETRY = 60.0
 
 
 def utc_now() -> str:
@@ -55,6 +80,7 @@ class Registrar:
     """One registrar process. `run` returns after `stop` is set, with the leadership given back.
 
     `estate_file`: this host's copy of the estate record; a record in etcd that is older than it is not published.
+    `state_directory`: where own output is remembered for an etcd that lost it (`memory`).
     """
 
     def __init__(
@@ -63,6 +89,7 @@ class Registrar:
         *,
         holder: str | None = None,
         estate_file: Path = ESTATE_FILE,
+        state_directory: Path = STATE_DIRECTORY,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], str] = utc_now,
     ) -> None:
@@ -85,8 +112,19 @@ class Registrar:
         self.services = self._store(keys.SERVICE_DEFINITIONS_PREFIX)
         self.nodes = self._store(keys.NODE_REPORTS_PREFIX)
         self.workloads = self._store(keys.WORKLOADS_PREFIX)
-        self.allocations = self._store(keys.ALLOC_PREFIX)
-        self.state = self._store(keys.STATE_PREFIX)
+        # Own output is complete in an etcd when a registrar has said so there: until then what is known beside it
+        # counts for more.
+        own_canary = keys.canary_key(self.own.name, "services")
+        self.allocations = self._store(keys.ALLOC_PREFIX, canary_rule, own_canary)
+        self.state = self._store(keys.STATE_PREFIX, canary_rule, own_canary)
+        self._memory = Memory(state_directory, spec.estate, self.own.name)
+        self._saved: Known | None = self._memory.load()
+        if self._saved is not None:
+            for store in (self.allocations, self.state):
+                mine = {k: v for k, v in self._saved.keys.items() if k.startswith(store.prefix)}
+                values = {key: value.encode("utf-8", "surrogateescape") for key, value in mine.items()}
+                store.seed(values, self._saved.cluster_id, self._saved.revision)
+        self._doubted: float | None = None  # since when own output is known to be incomplete in etcd
         self._estate_file = estate_file
         self._clock = clock
         self._wall = wall
@@ -98,13 +136,14 @@ class Registrar:
         self._peers = tuple(peer.name for peer in self.registrar.peers)
         self._forgotten: dict[str, bytes] = {}  # absent clusters of which nothing is left, by their tombstone
         self._mirrored: dict[str, _Remembered] = {}
-        self._mirroring: set[str] = set()  # peers whose mirror has begun to write in this term
+        self._mirroring: set[str] = set()  # peers whose cluster-config was seen to in this term
 
-    def _store(self, prefix: str) -> PrefixStore:
+    def _store(self, prefix: str, rule: DeletionRule = same_history, canary: str | None = None) -> PrefixStore:
         return PrefixStore(
             self.client,
             prefix,
-            rule=same_history,
+            rule=rule,
+            canary=canary,
             changed=self.changed,
             max_delay=OWN_MAX_DELAY,
             progress_interval=2.0,
@@ -121,7 +160,8 @@ class Registrar:
         leading = asyncio.create_task(self._campaign_for_ever(), name="leadership")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         beating = asyncio.create_task(self._watchdog(), name="watchdog")
-        tasks = [*watching, leading, stopping, beating]
+        saving = asyncio.create_task(self._save_for_ever(), name="memory")
+        tasks = [*watching, leading, stopping, beating, saving]
         notify("READY=1")
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -132,6 +172,7 @@ class Registrar:
         finally:
             notify("STOPPING=1")
             await end(tasks)
+            await self._save()
             await self.client.close()
 
     async def _watchdog(self) -> None:
@@ -140,6 +181,36 @@ class Registrar:
         while True:
             await asyncio.sleep(interval or 3600.0)
             notify("WATCHDOG=1")
+
+    # --- memory
+
+    async def _save_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_INTERVAL if await self._save() else SAVE_RETRY)
+
+    async def _save(self) -> bool:
+        """Remember own output on disk when it differs from what was; whether that is not to be tried again soon."""
+        stores = (self.allocations, self.state)
+        if not all(store.synced for store in stores):
+            return True
+        prefixes = owned_prefixes(self.own.name)
+        found = {
+            key: kv.value.decode("utf-8", "surrogateescape")
+            for store in stores
+            for key, kv in store.items.items()
+            if key.startswith(prefixes)
+        }
+        # While the list of an etcd is not believed the one before stays, so that a restart does not forget the doubt.
+        cluster_id, revision = (self._saved.cluster_id, self._saved.revision) if self._saved else (0, 0)
+        if all(store.trusted for store in stores) and stores[0].cluster_id == stores[1].cluster_id:
+            cluster_id, revision = stores[0].cluster_id, min(store.revision for store in stores)
+        if not found or (self._saved and (self._saved.keys, self._saved.cluster_id) == (found, cluster_id)):
+            return True
+        known = Known(found, cluster_id, revision)
+        if not await asyncio.to_thread(self._memory.save, known):
+            return False
+        self._saved = known
+        return True
 
     # --- leadership
 
@@ -188,7 +259,6 @@ class Registrar:
     # --- publishing
 
     async def _publish(self, writer: Writer) -> None:
-        began = self._clock()
         actual: dict[str, str] | None = None
         previous: dict[str, str] = {}
         audited = heartbeat = canaries = float("-inf")
@@ -208,8 +278,8 @@ class Registrar:
             record, waiting = self._record()
             if not ready:
                 waiting = "waiting for own etcd: " + "; ".join(store.error or store.prefix for store in self._absent())
-            self._say(waiting)
             if record is None or not ready:
+                self._say(waiting)
                 continue
             if not refreshed:
                 # The leader before may have acted on inputs that have not reached these stores yet.
@@ -218,12 +288,17 @@ class Registrar:
                 continue
             if actual is None or now - audited >= AUDIT_INTERVAL:
                 actual, audited = await self._read_actual(), now
-                previous = {**actual, **self._remembered(), **previous}
+                previous = overlay(previous, self._remembered(), actual)
             found = publish(self.own, self._inputs(record, previous))
             self._tell(found.problems)
             changes = difference(found.keys, actual, owned_prefixes(self.own.name))
-            if waiting:  # the record in etcd is known to be old: add and change, but withdraw nothing
+            unreported = self._unreported(found)
+            waiting = waiting or unreported
+            self._say(waiting)
+            if waiting:  # the record in etcd is known to be old, or reports lack: add and change, but withdraw nothing
                 changes = [change for change in changes if change.value is not None]
+            if unreported:
+                changes = self._without_new_services(changes, actual)
             config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
             if actual.get(config_key) != config:
                 changes.insert(0, Change(config_key, config))
@@ -231,22 +306,43 @@ class Registrar:
                 changes.append(Change(keys.HEARTBEAT, self._wall()))
                 heartbeat = now
             await writer.apply(changes)
-            for change in changes:
-                if change.value is None:
-                    actual.pop(change.key, None)
-                else:
-                    actual[change.key] = change.value
+            apply_changes(changes, actual)
             previous = dict(found.keys)
             if waiting:
                 complete_before = False
                 continue
             await self._forget(writer)
-            if self._clock() - began < MIRROR_GRACE and not self._mirroring.issuperset(self._peers):
+            if not self._mirroring.issuperset(self._peers):
                 continue  # our canary also says that every peer's cluster-config is here
             if not complete_before or now - canaries >= HEARTBEAT_INTERVAL:
                 value = canary_value(self._wall(), writer.header.cluster_id)
                 await writer.apply([Change(keys.canary_key(self.own.name, kind), value) for kind in keys.KINDS])
                 canaries, complete_before = now, True
+
+    def _unreported(self, found: Publication) -> str:
+        """Why what was published cannot be complete yet although the record is here; empty: it is, or it was waited
+        for as long as makes sense. Only an etcd without a valid canary of ours is in question: one that is new, was
+        wiped or was restored."""
+        if self.allocations.trusted and self.state.trusted:
+            self._doubted = None
+            return ""
+        now = self._clock()
+        if self._doubted is None:
+            self._doubted = now
+        if not found.silent or now - self._doubted >= REPORT_GRACE:
+            return ""
+        named = ", ".join(found.silent[:3]) + (" and others" if len(found.silent) > 3 else "")
+        return (
+            f"this etcd lacks what was published before, and agents have not said all yet ({named}): withdrawing "
+            f"nothing and writing no canary for up to {REPORT_GRACE:.0f} s"
+        )
+
+    def _without_new_services(self, changes: list[Change], actual: Mapping[str, str]) -> list[Change]:
+        """A watch takes a service without its backends as a change, whatever the canary says: so none is written of
+        which nothing is known from before."""
+        prefixes = (keys.state_prefix("services", self.own.name), keys.LOCAL_SERVICES_PREFIX)
+        known = actual.keys() | self._remembered().keys()
+        return [change for change in changes if not change.key.startswith(prefixes) or change.key in known]
 
     async def _forget(self, writer: Writer) -> None:
         """Remove what is mirrored of clusters that the record calls absent; the config first, as readers follow it."""
@@ -356,20 +452,22 @@ class Registrar:
         await self.estate.refresh()
         while self._record()[0] is None:  # who else is in the estate, and that there is one, is not known yet
             await asyncio.sleep(RETRY_DELAY)
-        actual: dict[str, str] = {}
-        for kind in keys.KINDS:
-            for kv in (await self.client.range(keys.cache_prefix(kind, peer.name))).kvs:
-                actual[kv.key] = kv.value.decode("utf-8", "surrogateescape")
-        config = await self.client.get(keys.cluster_config_key(peer.name))
+        actual, stands = await read_mirrored(self.client, peer.name)
         header = self.client.last_header
         assert header is not None
         cache = dict(actual)
-        stands = None if config is None else config.value.decode("utf-8", "replace")
         wanted = stands
         remembered = self._mirrored.get(peer.name)
         if remembered and (remembered.cluster_id != header.cluster_id or remembered.revision > header.revision):
             cache = {**actual, **remembered.keys}  # our own etcd lost what it held of this peer
             wanted = remembered.config
+        # A reader drops all that it holds of a cluster without a config, so a peer that was never read has one too.
+        wanted = (
+            wanted
+            or ClusterConfig(
+                id=peer.id, synced_canaries=True, cached=True, max_connected_clusters=self.own.max_clusters
+            ).to_json()
+        )
         client = EtcdClient(peer.etcd.endpoints, peer.etcd.ca, peer.etcd.cert, peer.etcd.key, clock=self._clock)
         mirror = Mirror(
             peer,
