@@ -162,10 +162,10 @@ static __always_inline bool is_local(const struct isthmus_addr *addr)
 /*
  * The inner source must be behind the sending node, or belong to its cluster
  * (a workload that just moved there) without being a node's own address. It can
- * never be an address of this host.
+ * never be an address of this host. The node may have sent from another of its
+ * addresses than the endpoint that others send to.
  */
-static __always_inline bool source_allowed(const struct isthmus_addr *src, const struct isthmus_addr *outer,
-					   __u16 cluster_id)
+static __always_inline bool source_allowed(const struct isthmus_addr *src, const struct isthmus_peer_value *peer)
 {
 	const struct isthmus_ipcache_value *entry;
 
@@ -174,9 +174,10 @@ static __always_inline bool source_allowed(const struct isthmus_addr *src, const
 	entry = ipcache_lookup(src);
 	if (!entry)
 		return false;
-	if (addr_equal(&entry->tunnel, outer))
+	if (addr_equal(&entry->tunnel, &peer->endpoint))
 		return true;
-	return entry->cluster_id == cluster_id && !(entry->flags & ISTHMUS_IPCACHE_NODE);
+	return entry->cluster_id == peer->cluster_id &&
+	       !(entry->flags & (ISTHMUS_IPCACHE_NODE | ISTHMUS_IPCACHE_FIXED));
 }
 
 static __always_inline void count_identity(const struct __sk_buff *skb, const struct isthmus_ident_key *key)
@@ -213,7 +214,7 @@ int overlay_ingress(struct __sk_buff *skb)
 		return drop(skb, reason);
 	if (!identity_allowed(identity, peer->cluster_id))
 		return drop(skb, ISTHMUS_DROP_BAD_IDENTITY);
-	if (!source_allowed(&packet.src, &outer, peer->cluster_id))
+	if (!source_allowed(&packet.src, peer))
 		return drop(skb, ISTHMUS_DROP_BAD_SOURCE);
 	if (!is_local(&packet.dst))
 		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -75,6 +76,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in UNREVIEWED:
         terminalreporter.write_line(f"SKIP NOT ON THE REVIEWED LIST (tests/skips.txt): {line}", red=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bpffs() -> Iterator[None]:
+    """A BPF file system where systemd mounts one at every boot: a container, or a build machine without systemd, has
+    none, and the agent does not mount one that would go with its own mounts."""
+    if os.geteuid() != 0 or os.path.ismount("/sys/fs/bpf"):
+        yield
+        return
+    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", "/sys/fs/bpf"], check=True)
+    yield
+    subprocess.run(["umount", "/sys/fs/bpf"], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@
  * Addresses are 16 bytes, IPv4 as ::ffff:a.b.c.d, network order: one map set
  * and one code path serve both families. Fixed-width types, explicit padding;
  * a test compares every struct with its Python format through BTF.
- * A change of any layout here raises ISTHMUS_ABI_VERSION (it is part of the
- * pin directory), because the kernel refuses to reuse a pin of other geometry.
+ * The agent makes a pinned map of another geometry (type, sizes, flags) anew; the
+ * old programs keep the old one until they are replaced. A value that changes its
+ * meaning but not its size needs another map name.
  */
 #pragma once
 
@@ -29,6 +30,7 @@ struct isthmus_ipcache_value {
 _Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
 
 #define ISTHMUS_IPCACHE_NODE	(1 << 0)	/* an underlay address of a node */
+#define ISTHMUS_IPCACHE_FIXED	(1 << 1)	/* a node's mesh, health or ingress address: it never moves */
 
 struct isthmus_lpm_key {
 	__u32 prefixlen;		/* of the 128-bit form: v4 length + 96 */
@@ -36,11 +38,16 @@ struct isthmus_lpm_key {
 };
 _Static_assert(sizeof(struct isthmus_lpm_key) == 20, "lpm key");
 
-/* A node that may send us overlay packets, by outer source address. */
+/*
+ * A node that may send us overlay packets, by outer source address: any of its
+ * underlay addresses. @endpoint is what stands in the ipcache for what is behind it.
+ */
 struct isthmus_peer_value {
+	struct isthmus_addr endpoint;
 	__u16 cluster_id;
 	__u16 flags;
 };
+_Static_assert(sizeof(struct isthmus_peer_value) == 20, "peer value");
 
 /* An address of this host: which identity its packets carry. */
 struct isthmus_local_value {

@@ -12,7 +12,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 from bpf.topology import TCP, VIP, Inside, Node, backend, two_nodes, wait_for
 from isthmus_agent import netlink
-from isthmus_agent.desired.datapath import IpcacheEntry
+from isthmus_agent.desired.datapath import IpcacheEntry, Peer, Route
 from pyroute2 import IPRoute
 
 Nodes = tuple[Node, Node]
@@ -87,6 +87,7 @@ def test_an_address_of_the_senders_cluster_is_let_in_and_a_nodes_is_not(nodes: N
                 **right.datapath.ipcache,
                 ip_network("10.101.0.16/28"): IpcacheEntry(2, 1, elsewhere),
                 ip_network("198.18.0.77/32"): IpcacheEntry(6, 1, elsewhere, is_node=True),
+                ip_network("10.101.0.17/32"): IpcacheEntry(6, 1, elsewhere, is_fixed=True),
             },
         )
     )
@@ -94,19 +95,63 @@ def test_an_address_of_the_senders_cluster_is_let_in_and_a_nodes_is_not(nodes: N
     _send(attacker, right, left.identity, "10.101.0.20", right.mesh)
     wait_for(lambda: right.bpf.counters().identities, "the moved workload's packet")
     assert not any(right.drops().values())
-    _send(attacker, right, 6, "198.18.0.77", right.mesh)
-    _dropped(right, "bad_source")
+    for count, of_a_node in enumerate(("198.18.0.77", "10.101.0.17"), 1):
+        _send(attacker, right, 6, of_a_node, right.mesh)
+        wait_for(lambda count=count: right.drops()["bad_source"] == count, f"{of_a_node} dropped")
 
 
 def test_a_node_of_the_same_cluster_cannot_send_as_us(nodes: Nodes) -> None:
     left, right = nodes
     # For the receiver the sender is now a neighbour in its own cluster, whose addresses it may send from.
-    right.apply(replace(right.datapath, peers={ip_address(left.underlay): right.cluster_id}))
+    right.apply(
+        replace(right.datapath, peers={ip_address(left.underlay): Peer(right.cluster_id, ip_address(left.underlay))})
+    )
     _send(left.process(), right, right.identity, "10.102.0.9", right.mesh)
     wait_for(lambda: right.bpf.counters().identities or any(right.drops().values()), "a verdict")
     assert right.drops()["bad_source"] == 1, "nobody's address"
     _send(left.process(), right, right.identity, right.workload, right.mesh)
     wait_for(lambda: right.drops()["bad_source"] == 2, "our own address dropped")
+
+
+def test_a_node_that_sends_from_another_address_than_it_advertises(nodes: Nodes) -> None:
+    left, right = nodes
+    advertised = ip_address("198.18.0.99")
+
+    def second_address() -> None:
+        with IPRoute() as ipr:
+            (index,) = ipr.link_lookup(ifname="eth0")
+            ipr.addr("add", index=index, address=str(advertised), prefixlen=24)
+
+    left.call(second_address)
+    left.apply(replace(left.datapath, local={**left.datapath.local, advertised: 6}))
+    behind = {
+        network: replace(entry, tunnel=advertised) if entry.tunnel is not None else entry
+        for network, entry in right.datapath.ipcache.items()
+    }
+    behind[ip_network(f"{advertised}/32")] = IpcacheEntry(6, left.cluster_id, advertised, is_node=True)
+    peer = Peer(left.cluster_id, advertised)
+    back = Route(ip_network(f"{advertised}/32"), ip_address(right.mesh), 1450, table=netlink.ROUTE_TABLE)
+    right.apply(
+        replace(
+            right.datapath,
+            ipcache=behind,
+            peers={ip_address(left.underlay): peer, advertised: peer},
+            routes=right.datapath.routes | {back},
+        )
+    )
+    right.process().do(f"serve_tcp('b', '{right.mesh}', 9000)")
+    for bound in (left.underlay, str(advertised), left.mesh, left.workload):
+        text = left.process().do(
+            f"s = socket.create_connection(('{right.mesh}', 9000), 5, ('{bound}', 0)); result = line(s)"
+        )
+        assert text == f"b {bound}"
+    assert not any(right.drops().values())
+    # And it is still no other node.
+    right.apply(
+        replace(right.datapath, peers={ip_address(left.underlay): Peer(left.cluster_id, ip_address("198.18.0.98"))})
+    )
+    _send(left.process(), right, 6, left.mesh, right.mesh, outer=left.underlay)
+    _dropped(right, "bad_source")
 
 
 def test_an_unknown_peer_is_dropped(nodes: Nodes) -> None:

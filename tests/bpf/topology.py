@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from isthmus_agent import netlink
 from isthmus_agent.bpf.driver import BpfDatapath
 from isthmus_agent.bpf.mounts import cgroup2_root
-from isthmus_agent.desired.datapath import Backend, Datapath, Frontend, IpcacheEntry, Route, Rule, Service
+from isthmus_agent.desired.datapath import Backend, Datapath, Frontend, IpcacheEntry, Peer, Route, Rule, Service
 from pyroute2 import IPRoute
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ def _wanted(own: Node, other: Node, mtu: int) -> Datapath:
             Frontend(ip_address(VIP_EMPTY), 53, UDP): Service("shop/none", ()),
         },
         ipcache={
-            ip_network(f"{other.mesh}/32"): IpcacheEntry(6, other.cluster_id, tunnel),
+            ip_network(f"{other.mesh}/32"): IpcacheEntry(6, other.cluster_id, tunnel, is_fixed=True),
             ip_network(f"{other.workload}/32"): IpcacheEntry(other.identity, other.cluster_id, tunnel),
             ip_network(f"{other.underlay}/32"): IpcacheEntry(6, other.cluster_id, tunnel, is_node=True),
             ip_network(other.prefix): IpcacheEntry(2, other.cluster_id, tunnel),
@@ -211,7 +211,7 @@ def _wanted(own: Node, other: Node, mtu: int) -> Datapath:
             ip_network(f"{own.mesh}/32"): IpcacheEntry(6, own.cluster_id, None),
             ip_network(f"{own.underlay}/32"): IpcacheEntry(6, own.cluster_id, None, is_node=True),
         },
-        peers={tunnel: other.cluster_id},
+        peers={tunnel: Peer(other.cluster_id, tunnel)},
         routes=frozenset(
             {
                 Route(ip_network(other.prefix), ip_address(own.mesh), mtu),

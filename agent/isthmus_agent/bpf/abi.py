@@ -17,6 +17,7 @@ from isthmus_agent.desired.datapath import Address, Network
 ABI_VERSION = 1
 
 IPCACHE_NODE = 1 << 0
+IPCACHE_FIXED = 1 << 1
 CONFIG_SET_RETVAL = 1 << 0
 
 
@@ -36,7 +37,7 @@ LAYOUTS: dict[str, Layout] = {
     "isthmus_addr": Layout("16s", ("a",)),
     "isthmus_ipcache_value": Layout("16sIHH", ("tunnel", "identity", "cluster_id", "flags")),
     "isthmus_lpm_key": Layout("I16s", ("prefixlen", "addr")),
-    "isthmus_peer_value": Layout("HH", ("cluster_id", "flags")),
+    "isthmus_peer_value": Layout("16sHH", ("endpoint", "cluster_id", "flags")),
     "isthmus_local_value": Layout("II", ("identity", "flags")),
     "isthmus_workload_value": Layout("16s16s", ("addr4", "addr6")),
     "isthmus_svc_key": Layout("16s2sBB", ("addr", "port", "proto", "scope")),

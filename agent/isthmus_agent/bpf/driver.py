@@ -36,7 +36,7 @@ from isthmus_agent.bpf.libbpf import (
 from isthmus_agent.bpf.maps import Map
 from isthmus_agent.bpf.mounts import cgroup2_root, ensure_bpffs
 from isthmus_agent.bpf.slots import Arena, ArenaFull
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry, Network
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry, Network, Peer
 
 PIN_DIR = Path(f"/sys/fs/bpf/isthmus/v{abi.ABI_VERSION}")
 OBJECTS_DIR = Path(__file__).parent / "objects"
@@ -243,13 +243,27 @@ class BpfDatapath:
         size = self._max_entries.get(name)
         if path.exists():
             pinned = Map.pinned(self.lib, path)
-            size = pinned.max_entries
+            geometry = (pinned.type, pinned.key_size, pinned.value_size, pinned.flags)
+            pinned_size = pinned.max_entries
             pinned.close()
+            if geometry == self._geometry(handle):
+                size = pinned_size
+            else:
+                # An older version's: its programs keep it until ours replace them, after apply() filled the new one.
+                path.unlink()
         if size:
             self.lib.check(
                 self.lib.bpf_map__set_max_entries(handle, size), f"cannot set the size of map {name} to {size}"
             )
         self.lib.check(self.lib.bpf_map__set_pin_path(handle, os.fsencode(path)), f"cannot set the pin path {path}")
+
+    def _geometry(self, handle: int) -> tuple[int, int, int, int]:
+        return (
+            self.lib.bpf_map__type(handle),
+            self.lib.bpf_map__key_size(handle),
+            self.lib.bpf_map__value_size(handle),
+            self.lib.bpf_map__map_flags(handle),
+        )
 
     def _map_slots(self) -> None:
         slots = self._maps["slots"]
@@ -718,8 +732,12 @@ def _backend_words(key: BackendKey) -> str:
 
 def _ipcache_value(entry: IpcacheEntry) -> bytes:
     tunnel = abi.pack_address(entry.tunnel) if entry.tunnel is not None else abi.NO_ADDRESS
-    flags = abi.IPCACHE_NODE if entry.is_node else 0
+    flags = (abi.IPCACHE_NODE if entry.is_node else 0) | (abi.IPCACHE_FIXED if entry.is_fixed else 0)
     return abi.IPCACHE_VALUE.pack(tunnel, entry.identity, entry.cluster_id, flags)
+
+
+def _peer_value(peer: Peer) -> bytes:
+    return abi.PEER_VALUE.pack(abi.pack_address(peer.endpoint), peer.cluster_id, 0)
 
 
 def _workload_value(address: Address) -> bytes:
@@ -748,10 +766,7 @@ def _tables(datapath: Datapath, known: _Known | None = None) -> dict[str, dict[b
     peers = (
         made["peers"]
         if datapath.peers is before.peers
-        else {
-            abi.pack_address(address): abi.PEER_VALUE.pack(cluster_id, 0)
-            for address, cluster_id in datapath.peers.items()
-        }
+        else {abi.pack_address(address): _peer_value(peer) for address, peer in datapath.peers.items()}
     )
     return {
         "ipcache_host": hosts,
@@ -785,12 +800,14 @@ def _value_words(name: str, value: bytes) -> str:
     if name.startswith("ipcache"):
         tunnel, identity, cluster_id, flags = abi.IPCACHE_VALUE.unpack(value)
         via = f" via {abi.unpack_address(tunnel)}" if tunnel != abi.NO_ADDRESS else " local"
-        return f"identity {identity} cluster {cluster_id}{via}{' node' if flags & abi.IPCACHE_NODE else ''}"
+        kind = " node" if flags & abi.IPCACHE_NODE else " fixed" if flags & abi.IPCACHE_FIXED else ""
+        return f"identity {identity} cluster {cluster_id}{via}{kind}"
     if name == "workloads":
         addr4, addr6 = abi.WORKLOAD_VALUE.unpack(value)
         return str(abi.unpack_address(addr4 if addr4 != abi.NO_ADDRESS else addr6))
     if name == "peers":
-        return f"cluster {abi.PEER_VALUE.unpack(value)[0]}"
+        endpoint, cluster_id, _ = abi.PEER_VALUE.unpack(value)
+        return f"cluster {cluster_id} endpoint {abi.unpack_address(endpoint)}"
     return f"identity {abi.LOCAL_VALUE.unpack(value)[0]}"
 
 

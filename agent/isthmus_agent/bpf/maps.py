@@ -39,6 +39,7 @@ class Map:
         self.key_size = int(info.key_size)
         self.value_size = int(info.value_size)
         self.max_entries = int(info.max_entries)
+        self.flags = int(info.map_flags)
         self._owned = owned
         self.cpus = 1
         self.stride = self.value_size  # bytes of one CPU's value as the kernel copies it

@@ -16,7 +16,7 @@ from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
 from isthmus_mesh.wire import Node
 
-from isthmus_agent.desired.datapath import Address, IpcacheEntry, Network, Route, Rule
+from isthmus_agent.desired.datapath import Address, IpcacheEntry, Network, Peer, Route, Rule
 from isthmus_agent.state.model import MeshState
 
 TABLE = 730
@@ -165,7 +165,7 @@ def _of_nodes(nodes: Iterable[Remote]) -> dict[Network, IpcacheEntry]:
         )
         for address, number in special:
             if address is not None:
-                found[IPv4Network(address)] = IpcacheEntry(number, node.cluster_id, node.endpoint)
+                found[IPv4Network(address)] = IpcacheEntry(number, node.cluster_id, node.endpoint, is_fixed=True)
         for address in (*node.underlay, node.endpoint):
             found[IPv4Network(address)] = IpcacheEntry(
                 identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True
@@ -173,9 +173,11 @@ def _of_nodes(nodes: Iterable[Remote]) -> dict[Network, IpcacheEntry]:
     return found
 
 
-def peers(nodes: tuple[Remote, ...]) -> dict[Address, int]:
-    """Outer source addresses that may send us overlay packets, with their cluster."""
-    return {address: node.cluster_id for node in nodes for address in (*node.underlay, node.endpoint)}
+def peers(nodes: tuple[Remote, ...]) -> dict[Address, Peer]:
+    """Outer source addresses that may send us overlay packets, with whose they are."""
+    return {
+        address: Peer(node.cluster_id, node.endpoint) for node in nodes for address in (*node.underlay, node.endpoint)
+    }
 
 
 def path_mtu(own_underlay: int, other_underlay: int, configured: int | None) -> int:

@@ -45,12 +45,22 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class IpcacheEntry:
-    """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node."""
+    """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node. `is_fixed`: another
+    address of a node itself, which no other node may send from."""
 
     identity: int
     cluster_id: int
     tunnel: Address | None
     is_node: bool = False
+    is_fixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node that may send to us; `endpoint` is the `tunnel` of what is behind it, whichever address it sends from."""
+
+    cluster_id: int
+    endpoint: Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,6 @@ class Datapath:
     workloads: dict[int, Address] = field(default_factory=dict)  # cgroup id -> address
     services: dict[Frontend, Service] = field(default_factory=dict)
     ipcache: dict[Network, IpcacheEntry] = field(default_factory=dict)  # /32 and /128 go to the hash map
-    peers: dict[Address, int] = field(default_factory=dict)  # outer source -> cluster id
+    peers: dict[Address, Peer] = field(default_factory=dict)  # by outer source
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 import agent_mesh as mesh
 import pytest
 from isthmus_agent.desired.compute import HostFacts, desired
-from isthmus_agent.desired.datapath import Frontend, IpcacheEntry, Route, Rule
+from isthmus_agent.desired.datapath import Frontend, IpcacheEntry, Peer, Route, Rule
 from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import keys, wire
 
@@ -34,10 +34,10 @@ def test_ipcache_of_nodes_ranges_and_workloads():
     found = compute(mesh.documents({})).datapath.ipcache
     cloud = addr("198.18.2.11")
     assert found[net("198.18.2.11/32")] == IpcacheEntry(6, 2, cloud, is_node=True)
-    assert found[net("10.102.0.1/32")] == IpcacheEntry(6, 2, cloud)
+    assert found[net("10.102.0.1/32")] == IpcacheEntry(6, 2, cloud, is_fixed=True)
     assert found[net("10.102.0.0/28")] == IpcacheEntry(2, 2, cloud)
     assert found[net("10.102.0.2/32")] == IpcacheEntry((2 << 16) + 1, 2, cloud)
-    assert found[net("10.101.0.17/32")] == IpcacheEntry(6, 1, addr("198.18.1.12"))
+    assert found[net("10.101.0.17/32")] == IpcacheEntry(6, 1, addr("198.18.1.12"), is_fixed=True)
 
 
 def test_ipcache_of_this_host_has_no_tunnel():
@@ -69,12 +69,12 @@ def test_peers_are_all_underlay_addresses_of_other_nodes():
     items[keys.node_key("cloud", "cloud-1", cached=True)] = two.to_json().encode()
     found = compute(items).datapath
     assert found.peers == {
-        addr("203.0.113.7"): 2,
-        addr("198.18.2.11"): 2,
-        addr("198.18.2.12"): 2,
-        addr("198.18.1.12"): 1,
-        addr("198.18.1.13"): 1,
-        addr("198.18.3.11"): 3,
+        addr("203.0.113.7"): Peer(2, addr("203.0.113.7")),
+        addr("198.18.2.11"): Peer(2, addr("203.0.113.7")),
+        addr("198.18.2.12"): Peer(2, addr("198.18.2.12")),
+        addr("198.18.1.12"): Peer(1, addr("198.18.1.12")),
+        addr("198.18.1.13"): Peer(1, addr("198.18.1.13")),
+        addr("198.18.3.11"): Peer(3, addr("198.18.3.11")),
     }
     # Both lead to the address that others dial.
     assert found.ipcache[net("198.18.2.11/32")].tunnel == addr("203.0.113.7")
