@@ -546,6 +546,37 @@ def test_lost_history_withdraws_nothing_and_leaves_nobody_stale(
     asyncio.run(run())
 
 
+def test_inputs_are_believed_again_once_site_has_run(
+    onprem: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A definition that is younger than the restored snapshot and that the inventory has no more."""
+    monkeypatch.setattr(service, "SITE_SETTLE", 1.5)
+
+    async def run() -> None:
+        onprem.put_all(1)
+        registrar = onprem.registrar()
+        api = keys.service_key("onprem", "shop", "api")
+        async with running(registrar):
+            await until(lambda: published(onprem, 1) and canaries(onprem), "published")
+            with onprem.server.sync_client() as client:
+                client.snapshot(tmp_path / "snap.db")
+            onprem.put(onprem.service("api"))
+            await until(lambda: api in onprem.server.dump("cilium/state/"), "the younger one")
+            await asyncio.to_thread(onprem.server.stop)
+            onprem.server.restore(tmp_path / "snap.db", token="after-restore")  # noqa: S106 - no secret
+            await asyncio.to_thread(onprem.server.start)
+            await until(lambda: api in onprem.server.dump("cilium/state/"), "published again")
+            await asyncio.sleep(2.5)  # longer than SITE_SETTLE
+            assert api in onprem.server.dump("cilium/state/")
+            assert not registrar.services.trusted
+            onprem.put(onprem.record(1))  # `site`
+            await until(lambda: api not in onprem.server.dump("cilium/state/"), "withdrawn")
+            assert published(onprem, 1)
+            await until(lambda: all(store.trusted for store in registrar.stores), "all believed")
+
+    asyncio.run(run())
+
+
 def allocated(cluster: Cluster) -> dict[str, str]:
     return {k: v for k, v in cluster.server.dump(keys.ALLOC_PREFIX).items() if not k.startswith(keys.PEERS_PREFIX)}
 

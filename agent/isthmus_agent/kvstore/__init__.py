@@ -39,7 +39,16 @@ from .errors import (
     EtcdPrecondition,
     EtcdUnavailable,
 )
-from .store import DeletionRule, Listing, PrefixStore, canary_cluster_id, canary_rule, canary_value, same_history
+from .store import (
+    DeletionRule,
+    Listing,
+    PrefixStore,
+    canary_cluster_id,
+    canary_rule,
+    canary_value,
+    same_history,
+    written_since,
+)
 from .sync import SyncEtcd
 
 __all__ = [
@@ -76,4 +85,5 @@ __all__ = [
     "canary_rule",
     "canary_value",
     "same_history",
+    "written_since",
 ]

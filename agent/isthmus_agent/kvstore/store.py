@@ -40,7 +40,8 @@ class Listing:
 
     `changed`: since the last list that was believed, another etcd began to answer (other id, or a revision or raft
     term that went back). `floor`: if it did so under the same cluster id, the revision at which that was seen, else
-    0; what was written after it has a higher mod_revision. `canary` is the prefix's canary at `revision`.
+    0; what was written after it has a higher mod_revision. `canary` is the prefix's canary at `revision`. `noticed`:
+    the revision at which another etcd was first seen to answer, whatever its cluster id, else 0.
     """
 
     prefix: str
@@ -49,6 +50,7 @@ class Listing:
     changed: bool
     floor: int
     canary: KeyValue | None
+    noticed: int = 0
 
 
 DeletionRule = Callable[[Listing], bool]
@@ -93,6 +95,14 @@ def canary_rule(listing: Listing) -> bool:
 def same_history(listing: Listing) -> bool:
     """The deletion rule for documents without canary: believe lists as long as it is the same etcd."""
     return not listing.changed
+
+
+def written_since(listing: Listing) -> bool:
+    """The deletion rule for documents that somebody writes on purpose, with one of them as canary: believe lists as
+    long as it is the same etcd, and those of another one once that document has been written there."""
+    if same_history(listing):
+        return True
+    return listing.canary is not None and listing.canary.mod_revision > listing.noticed
 
 
 class PrefixStore:
@@ -251,7 +261,7 @@ class PrefixStore:
         self.cluster_id, self.revision, self._raft_term = result.cluster_id, result.revision, result.raft_term
 
     def _listing(self, cluster_id: int, revision: int, canary: KeyValue | None) -> Listing:
-        return Listing(self.prefix, cluster_id, revision, self._noticed > 0, self._floor, canary)
+        return Listing(self.prefix, cluster_id, revision, self._noticed > 0, self._floor, canary, self._noticed)
 
     def _apply_list(self, result: RangeResult, believed: bool) -> None:
         listed = {kv.key: kv for kv in result.kvs}

@@ -29,10 +29,12 @@ from isthmus_agent.kvstore import (
     DeletionRule,
     EtcdClient,
     EtcdError,
+    Listing,
     PrefixStore,
     canary_rule,
     canary_value,
     same_history,
+    written_since,
 )
 from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.sdnotify import notify, watchdog_interval
@@ -67,6 +69,9 @@ OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
 REPORT_GRACE = 60.0
 """How long canaries and withdrawals wait for the agents' reports after etcd lost what was published."""
+SITE_SETTLE = 30.0
+"""How long after the roster was written in an etcd that lost history its lists are believed: the definitions of
+services are written after it."""
 SAVE_INTERVAL = 5.0
 SAVE_RETRY = 60.0
 
@@ -106,12 +111,13 @@ class Registrar:
             endpoints, spec.etcd.ca, self.registrar.cert, self.registrar.key, timeout=OWN_TIMEOUT, clock=clock
         )
         self.changed = asyncio.Event()
+        self._site_seen: dict[str, tuple[tuple[int, int, int], float]] = {}  # by prefix: which run of `site`, since
         self.election = Election(self.client, spec.host, holder or f"{spec.host}/{os.getpid()}", clock=clock)
         self.leading = False
-        self.estate = self._store(keys.ESTATE_PREFIX)
-        self.services = self._store(keys.SERVICE_DEFINITIONS_PREFIX)
-        self.nodes = self._store(keys.NODE_REPORTS_PREFIX)
-        self.workloads = self._store(keys.WORKLOADS_PREFIX)
+        self.estate = self._store(keys.ESTATE_PREFIX, self._site_has_run, keys.ROSTER)
+        self.services = self._store(keys.SERVICE_DEFINITIONS_PREFIX, self._site_has_run, keys.ROSTER)
+        self.nodes = self._store(keys.NODE_REPORTS_PREFIX, self._site_has_run, keys.ROSTER)
+        self.workloads = self._store(keys.WORKLOADS_PREFIX, self._site_has_run, keys.ROSTER)
         # Own output is complete in an etcd when a registrar has said so there: until then what is known beside it
         # counts for more.
         own_canary = keys.canary_key(self.own.name, "services")
@@ -138,7 +144,20 @@ class Registrar:
         self._mirrored: dict[str, _Remembered] = {}
         self._mirroring: set[str] = set()  # peers whose cluster-config was seen to in this term
 
-    def _store(self, prefix: str, rule: DeletionRule = same_history, canary: str | None = None) -> PrefixStore:
+    def _site_has_run(self, listing: Listing) -> bool:
+        """The deletion rule for inputs: what an etcd that lost history lacks is held until `site` has run there."""
+        if same_history(listing):
+            return True
+        if not written_since(listing):
+            return False
+        assert listing.canary is not None
+        run, now = (listing.cluster_id, listing.noticed, listing.canary.mod_revision), self._clock()
+        seen, since = self._site_seen.get(listing.prefix, (None, now))
+        if seen != run:
+            self._site_seen[listing.prefix] = (run, now)
+        return seen == run and now - since >= SITE_SETTLE
+
+    def _store(self, prefix: str, rule: DeletionRule, canary: str) -> PrefixStore:
         return PrefixStore(
             self.client,
             prefix,
