@@ -20,7 +20,7 @@ from integration.etcd_fixture import EtcdServer, require_etcd
 from isthmus_agent.kvstore import Permission, canary_cluster_id
 from isthmus_agent.registrar import mirror, service
 from isthmus_agent.registrar.leader import Election, NotLeader, Writer
-from isthmus_agent.registrar.publish import Change
+from isthmus_agent.registrar.publish import Change, publish
 from isthmus_agent.registrar.service import Registrar, utc_now
 from isthmus_mesh import keys
 from isthmus_mesh.documents import NodeReport, PeerStatus, ServiceDefinition, ServicePort, WorkloadReport
@@ -361,6 +361,34 @@ def test_nothing_before_the_roster_and_only_differences_after_a_restart(onprem: 
         assert onprem.server.dump("cilium/state/") == before
         assert onprem.server.dump(keys.ALLOC_PREFIX) == allocated
         assert time.time() - start < 20
+
+    asyncio.run(run())
+
+
+def test_nothing_is_computed_while_nothing_changes(onprem: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = 0
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal computed
+        computed += 1
+        return publish(*arguments)
+
+    monkeypatch.setattr(service, "publish", counting)
+
+    async def run() -> None:
+        onprem.put_all(2)
+        async with running(onprem.registrar()):
+            await until(lambda: published(onprem, 2) and canaries(onprem), "published")
+            await asyncio.sleep(2.5)
+            before = computed
+            await asyncio.sleep(3.5)  # some turns of its loop
+            assert computed == before
+            onprem.put(onprem.web(1, ready=False))
+            await until(lambda: not published(onprem, 2), "a change is seen", 5.0)
+            document = json.loads(onprem.record(2, 4)[keys.estate_cluster_key("onprem")])
+            before = computed
+            onprem.estate_file.write_text(json.dumps({"clusters/onprem": document}))
+            await until(lambda: computed > before, "so is the host's copy", 5.0)
 
     asyncio.run(run())
 

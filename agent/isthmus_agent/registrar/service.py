@@ -139,6 +139,8 @@ class Registrar:
         # Every mirror asks each second, and a record of 50 clusters is large: parsed once per change.
         self._underlays_of: frozenset[tuple[str, int]] | None = None
         self._underlays_found: Mapping[str, str] = {}
+        self._record_of: tuple[object, ...] = ()
+        self._record_found: tuple[Mapping[str, Any] | None, str] = (None, "")
         self._peers = tuple(peer.name for peer in self.registrar.peers)
         self._forgotten: dict[str, bytes] = {}  # absent clusters of which nothing is left, by their tombstone
         self._mirrored: dict[str, _Remembered] = {}
@@ -283,13 +285,14 @@ class Registrar:
         audited = heartbeat = canaries = float("-inf")
         complete_before = False
         refreshed = False
+        dirty = True
+        published: Mapping[str, Any] | None = None  # the record that was published last
         epoch = 0
         while True:
             if await wait_set(self.changed, TICK):
                 await asyncio.sleep(DEBOUNCE)
             self.changed.clear()
-            for store in self.stores:
-                store.take()
+            dirty = self._take() or dirty
             if refreshed and self._epoch() != epoch:
                 raise NotLeader("another etcd answers: all is to be read again")
             now = self._clock()
@@ -306,27 +309,29 @@ class Registrar:
                 refreshed, epoch = True, self._epoch()
                 continue
             if actual is None or now - audited >= AUDIT_INTERVAL:
-                actual, audited = await self._read_actual(), now
+                actual, audited, dirty = await self._read_actual(), now, True
                 previous = overlay(previous, self._remembered(), actual)
-            found = publish(self.own, self._inputs(record, previous))
-            self._tell(found.problems)
-            changes = difference(found.keys, actual, owned_prefixes(self.own.name))
-            unreported = self._unreported(found)
-            waiting = waiting or unreported
-            self._say(waiting)
-            if waiting:  # the record in etcd is known to be old, or reports lack: add and change, but withdraw nothing
-                changes = [change for change in changes if change.value is not None]
-            if unreported:
-                changes = self._without_new_services(changes, actual)
-            config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
-            if actual.get(config_key) != config:
-                changes.insert(0, Change(config_key, config))
+            # Who waited looks each second: what it waited for may be the clock.
+            if dirty or self._told or record is not published:
+                found = publish(self.own, self._inputs(record, previous))
+                self._tell(found.problems)
+                changes = difference(found.keys, actual, owned_prefixes(self.own.name))
+                unreported = self._unreported(found)
+                waiting = waiting or unreported
+                self._say(waiting)
+                if waiting:  # the record in etcd is known to be old, or reports lack: withdraw nothing
+                    changes = [change for change in changes if change.value is not None]
+                if unreported:
+                    changes = self._without_new_services(changes, actual)
+                config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
+                if actual.get(config_key) != config:
+                    changes.insert(0, Change(config_key, config))
+                await writer.apply(changes)
+                apply_changes(changes, actual)
+                previous, published, dirty = dict(found.keys), record, False
             if now - heartbeat >= HEARTBEAT_INTERVAL:
-                changes.append(Change(keys.HEARTBEAT, self._wall()))
+                await writer.apply([Change(keys.HEARTBEAT, self._wall())])
                 heartbeat = now
-            await writer.apply(changes)
-            apply_changes(changes, actual)
-            previous = dict(found.keys)
             if waiting:
                 complete_before = False
                 continue
@@ -337,6 +342,13 @@ class Registrar:
                 value = canary_value(self._wall(), writer.header.cluster_id)
                 await writer.apply([Change(keys.canary_key(self.own.name, kind), value) for kind in keys.KINDS])
                 canaries, complete_before = now, True
+
+    def _take(self) -> bool:
+        """Whether an input changed since the last call. Own output is read anew by the audit."""
+        inputs = [store.take() for store in (self.estate, self.services, self.nodes, self.workloads)]
+        for store in (self.allocations, self.state):
+            store.take()
+        return any(inputs)
 
     def _unreported(self, found: Publication) -> str:
         """Why what was published cannot be complete yet although the record is here; empty: it is, or it was waited
@@ -419,6 +431,20 @@ class Registrar:
         }
 
     def _record(self) -> tuple[Mapping[str, Any] | None, str]:
+        """`_read_record`, read anew when something of it changed: a record of 1,000 hosts takes long to parse."""
+        own = self.estate.items.get(keys.estate_cluster_key(self.own.name))
+        roster = keys.ROSTER in self.estate.items and keys.ROSTER not in self.estate.absent
+        try:
+            file = self._estate_file.stat()
+            copy = (file.st_ino, file.st_size, file.st_mtime_ns)
+        except OSError:
+            copy = None
+        seen = (own and own.value, roster, copy)
+        if seen != self._record_of:
+            self._record_of, self._record_found = seen, self._read_record()
+        return self._record_found
+
+    def _read_record(self) -> tuple[Mapping[str, Any] | None, str]:
         """This cluster's document of the estate record, and what publishing (without a document) or withdrawing and
         canaries (with one) wait for; empty: nothing. Of etcd's document and the host's copy the newer one counts."""
         own = keys.estate_cluster_key(self.own.name)
