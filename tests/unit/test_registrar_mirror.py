@@ -18,7 +18,7 @@ from isthmus_agent.registrar.leader import Writer
 from isthmus_agent.registrar.mirror import Budget, Mirror, cache_key, state_key, translate
 from isthmus_agent.registrar.publish import Change
 from isthmus_mesh import keys
-from isthmus_mesh.documents import PeerStatus
+from isthmus_mesh.documents import DocumentError, PeerStatus
 from isthmus_mesh.spec import EtcdSpec, PeerSpec
 from isthmus_mesh.wire import ClusterConfig, WireError
 
@@ -200,7 +200,7 @@ def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
         actual={},
         config="{}",
         actual_config=None,
-        previous=None,
+        previous=more.pop("previous", None),
         foreign=dict,
         started=lambda: None,
         wall=lambda: "2026-01-02T03:04:05Z",
@@ -370,3 +370,31 @@ def test_refused_keys_are_remembered_up_to_a_bound() -> None:
     mirror._refuse(keys.cluster_config_key("cloud"), "cluster id is not the cluster's")
     assert len(mirror.refused) == 1001
     assert mirror.status().state == "refused"
+
+
+def test_the_age_of_a_proof_is_by_one_clock() -> None:
+    now = 1000.0
+    mirror = a_mirror(clock=lambda: now)
+    assert mirror.status().proof_age is None
+    mirror._proved()
+    now += 12.5
+    assert mirror.status().proof_age == 12.5
+    mirror.stores["ip"].last_proof = now - 2.0
+    assert PeerStatus.from_json(mirror.status().to_json()).proof_age == 2.0
+
+
+@pytest.mark.parametrize(
+    ("proof", "age", "expected"),
+    [("2026-01-02T03:03:05Z", 4.0, 60.0), ("2026-01-02T03:05:05Z", 4.0, 4.0), ("2026-01-02T03:04:00Z", None, 5.0)],
+)
+def test_the_age_of_an_earlier_terms_proof_is_not_forgotten(proof: str, age: float | None, expected: float) -> None:
+    mirror = a_mirror(previous=PeerStatus("connected", last_proof=proof, proof_age=age))
+    assert mirror.status().proof_age == expected
+
+
+def test_a_status_without_the_age_of_the_proof_is_accepted() -> None:
+    document = json.loads(PeerStatus("connected", last_proof="2026-01-02T03:04:05Z").to_json())
+    del document["proof_age"]
+    assert PeerStatus.from_json(json.dumps(document)).proof_age is None
+    with pytest.raises(DocumentError, match="proof_age"):
+        PeerStatus.from_json(json.dumps({**document, "proof_age": -1}))

@@ -49,7 +49,7 @@ from isthmus_agent.kvstore import (
 from isthmus_agent.kvstore.tasks import end, wait_set
 
 from .leader import Writer
-from .publish import Change, apply_changes
+from .publish import Change, apply_changes, seconds_between
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class Mirror:
         self._config: ClusterConfig | None = None
         self._config_reason: str | None = None
         self._last_proof = previous.last_proof if previous else None
-        self._proof_age: float | None = None
+        self._proved_at: float | None = None  # by `clock`; `last_proof` is by `wall`
         self._last_change = previous.last_change if previous else None
         self.config_text = config
         self._actual_config = actual_config
@@ -372,7 +372,7 @@ class Mirror:
 
     def _proved(self) -> None:
         self._last_proof = self._wall()
-        self._proof_age = self._clock()
+        self._proved_at = self._clock()
 
     # --- writing here
 
@@ -528,12 +528,20 @@ class Mirror:
         await self.writer.apply([Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in due])
         self._canaries.update(dict.fromkeys(due, now))
 
+    def _proof_age(self) -> float | None:
+        """Seconds since the peer's etcd last answered; of a proof of an earlier term at least what wall clocks say."""
+        if self._proved_at is not None:
+            return max(0.0, self._clock() - self._proved_at)
+        if self._previous is None or self._last_proof is None:
+            return None
+        return max(self._previous.proof_age or 0.0, seconds_between(self._last_proof, self._wall()))
+
     def status(self) -> PeerStatus:
         """How this mirror stands now."""
         for store in self.stores.values():
-            if store.last_proof is not None and (self._proof_age is None or store.last_proof > self._proof_age):
+            if store.last_proof is not None and (self._proved_at is None or store.last_proof > self._proved_at):
                 self._last_proof = self._wall()
-                self._proof_age = store.last_proof
+                self._proved_at = store.last_proof
         if self._frozen is not None:
             state = FROZEN
         elif self._config is None:
@@ -559,6 +567,7 @@ class Mirror:
             keys={kind: self._counts[kind] for kind in keys.KINDS},
             refused=dict(Counter(self.refused.values()).most_common(_REASONS)),
             refused_last=self._frozen or self.refused_last,
+            proof_age=None if (age := self._proof_age()) is None else round(age, 1),
         )
 
     async def _write_status(self) -> None:
