@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from integration.etcd_fixture import EtcdServer
-from isthmus_agent.kvstore import EtcdClient, PrefixStore, canary_rule, canary_value, same_history
+from isthmus_agent.kvstore import EtcdClient, Limits, PrefixStore, canary_rule, canary_value, same_history
 
 CANARY = "synced/p"
 
@@ -23,7 +23,9 @@ def server(tmp_path: Path) -> EtcdServer:
 
 
 @contextlib.asynccontextmanager
-async def running(client: EtcdClient, *, canary: str | None = CANARY) -> AsyncIterator[PrefixStore]:
+async def running(
+    client: EtcdClient, *, canary: str | None = CANARY, limits: Limits | None = None
+) -> AsyncIterator[PrefixStore]:
     store = PrefixStore(
         client,
         "p/",
@@ -33,6 +35,7 @@ async def running(client: EtcdClient, *, canary: str | None = CANARY) -> AsyncIt
         page=10,
         progress_interval=0.5,
         inactivity_timeout=2.0,
+        limits=limits or Limits(),
     )
     task = asyncio.create_task(store.run())
     try:
@@ -77,6 +80,32 @@ def test_lists_in_pages_then_follows_and_collapses_bursts(server: EtcdServer) ->
             age = store.age()
             assert age is not None
             assert age < 5
+
+    with server:
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"), [(Limits(keys=12), "more than 12 keys"), (Limits(bytes=100), "more than 100 bytes")]
+)
+def test_a_prefix_that_holds_too_much_is_not_taken(server: EtcdServer, limits: Limits, reason: str) -> None:
+    """Found by the watch, then by each list, until there is less again; what was known before stays."""
+
+    async def run() -> None:
+        async with server.client() as writer, running(server.client(), limits=limits) as store:
+            await put_canary(writer)
+            for number in range(12):
+                await writer.put(f"p/{number:02}", "0")
+            await until(lambda: store.connected and len(store.items) == 12, "all listed")
+            assert (store.size, store.excess) == (12 * 5, None)
+            await writer.put("p/12", "0" * 60)
+            await until(lambda: store.excess == reason, "too much")
+            lists = store.lists
+            await asyncio.sleep(1.0)  # more than its delay: it has listed again, in vain
+            assert (store.lists, store.excess, store.connected) == (lists, reason, False)
+            await writer.delete("p/12")
+            await until(lambda: store.connected and store.excess is None, "followed again")
+            assert store.size == 12 * 5
 
     with server:
         asyncio.run(run())

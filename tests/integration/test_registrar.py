@@ -20,7 +20,7 @@ from integration.etcd_fixture import EtcdServer, require_etcd
 from isthmus_agent.kvstore import Permission, canary_cluster_id
 from isthmus_agent.registrar import mirror, service
 from isthmus_agent.registrar.leader import Election, NotLeader, Writer
-from isthmus_agent.registrar.publish import Change
+from isthmus_agent.registrar.publish import Change, publish
 from isthmus_agent.registrar.service import Registrar, utc_now
 from isthmus_mesh import keys
 from isthmus_mesh.documents import NodeReport, PeerStatus, ServiceDefinition, ServicePort, WorkloadReport
@@ -365,6 +365,34 @@ def test_nothing_before_the_roster_and_only_differences_after_a_restart(onprem: 
     asyncio.run(run())
 
 
+def test_nothing_is_computed_while_nothing_changes(onprem: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = 0
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal computed
+        computed += 1
+        return publish(*arguments)
+
+    monkeypatch.setattr(service, "publish", counting)
+
+    async def run() -> None:
+        onprem.put_all(2)
+        async with running(onprem.registrar()):
+            await until(lambda: published(onprem, 2) and canaries(onprem), "published")
+            await asyncio.sleep(2.5)
+            before = computed
+            await asyncio.sleep(3.5)  # some turns of its loop
+            assert computed == before
+            onprem.put(onprem.web(1, ready=False))
+            await until(lambda: not published(onprem, 2), "a change is seen", 5.0)
+            document = json.loads(onprem.record(2, 4)[keys.estate_cluster_key("onprem")])
+            before = computed
+            onprem.estate_file.write_text(json.dumps({"clusters/onprem": document}))
+            await until(lambda: computed > before, "so is the host's copy", 5.0)
+
+    asyncio.run(run())
+
+
 def test_record_that_is_older_than_the_hosts_copy_withdraws_nothing(onprem: Cluster) -> None:
     async def run() -> None:
         onprem.put_all(2)
@@ -542,6 +570,37 @@ def test_lost_history_withdraws_nothing_and_leaves_nobody_stale(
             await until(
                 lambda: keys.node_key("onprem", "h2", cached=True) not in cloud.server.dump("cilium/"), "removal"
             )
+
+    asyncio.run(run())
+
+
+def test_inputs_are_believed_again_once_site_has_run(
+    onprem: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A definition that is younger than the restored snapshot and that the inventory has no more."""
+    monkeypatch.setattr(service, "SITE_SETTLE", 1.5)
+
+    async def run() -> None:
+        onprem.put_all(1)
+        registrar = onprem.registrar()
+        api = keys.service_key("onprem", "shop", "api")
+        async with running(registrar):
+            await until(lambda: published(onprem, 1) and canaries(onprem), "published")
+            with onprem.server.sync_client() as client:
+                client.snapshot(tmp_path / "snap.db")
+            onprem.put(onprem.service("api"))
+            await until(lambda: api in onprem.server.dump("cilium/state/"), "the younger one")
+            await asyncio.to_thread(onprem.server.stop)
+            onprem.server.restore(tmp_path / "snap.db", token="after-restore")  # noqa: S106 - no secret
+            await asyncio.to_thread(onprem.server.start)
+            await until(lambda: api in onprem.server.dump("cilium/state/"), "published again")
+            await asyncio.sleep(2.5)  # longer than SITE_SETTLE
+            assert api in onprem.server.dump("cilium/state/")
+            assert not registrar.services.trusted
+            onprem.put(onprem.record(1))  # `site`
+            await until(lambda: api not in onprem.server.dump("cilium/state/"), "withdrawn")
+            assert published(onprem, 1)
+            await until(lambda: all(store.trusted for store in registrar.stores), "all believed")
 
     asyncio.run(run())
 

@@ -23,6 +23,7 @@ from isthmus_agent.kvstore import (
     canary_rule,
     canary_value,
     same_history,
+    written_since,
 )
 from isthmus_agent.kvstore.client import decode_key, encode_key, error_of, parse_endpoint, prefix_end
 from isthmus_agent.kvstore.proto import message
@@ -100,6 +101,19 @@ def test_canary_rule(canary: KeyValue | None, changed: bool, floor: int, believe
 @pytest.mark.parametrize("changed", [False, True])
 def test_same_history_rule(changed: bool) -> None:
     assert same_history(Listing("p/", 0xA1, 9, changed, 0, None)) is not changed
+
+
+@pytest.mark.parametrize(
+    ("canary", "changed", "noticed", "believed"),
+    [
+        (None, False, 0, True),
+        (None, True, 5, False),
+        (kv("{}", 5), True, 5, False),
+        (kv("{}", 6), True, 5, True),
+    ],
+)
+def test_written_since_rule(canary: KeyValue | None, changed: bool, noticed: int, believed: bool) -> None:
+    assert written_since(Listing("p/", 0xA1, 9, changed, 0, canary, noticed)) is believed
 
 
 @given(st.integers(min_value=0, max_value=2**64 - 1))

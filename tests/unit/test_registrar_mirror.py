@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from isthmus_agent.kvstore.client import EtcdClient, Header, KeyValue, RangeResult, decode_key
+from isthmus_agent.kvstore import EtcdTooLarge
+from isthmus_agent.kvstore.client import EtcdClient, Event, Header, KeyValue, RangeResult, WatchBatch, decode_key
 from isthmus_agent.registrar.leader import Writer
-from isthmus_agent.registrar.mirror import Mirror, cache_key, state_key, translate
+from isthmus_agent.registrar.mirror import Budget, Mirror, cache_key, state_key, translate
 from isthmus_agent.registrar.publish import Change
 from isthmus_mesh import keys
-from isthmus_mesh.documents import PeerStatus
+from isthmus_mesh.documents import DocumentError, PeerStatus
 from isthmus_mesh.spec import EtcdSpec, PeerSpec
-from isthmus_mesh.wire import WireError
+from isthmus_mesh.wire import ClusterConfig, WireError
 
 PEER = PeerSpec(
     "cloud", 2, (IPv4Network("10.102.0.0/16"),), IPv4Network("10.112.0.0/16"), EtcdSpec(("https://a:1",), "", "", "")
@@ -199,7 +200,7 @@ def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
         actual={},
         config="{}",
         actual_config=None,
-        previous=None,
+        previous=more.pop("previous", None),
         foreign=dict,
         started=lambda: None,
         wall=lambda: "2026-01-02T03:04:05Z",
@@ -272,3 +273,128 @@ async def no_certificate() -> PeerStatus:
 def test_a_peer_whose_certificate_is_not_there_yet_is_unreachable() -> None:
     """The peer's CA signs it; while that site is cut off, this cluster must go on publishing."""
     assert asyncio.run(no_certificate()).state == "unreachable"
+
+
+SMALL = Budget({"nodes": 3, "ip": 3, "identities": 3, "services": 3}, bytes=2000, value=600, rate=1.0)
+
+
+def services(count: int, **more: Any) -> dict[str, object]:
+    return {
+        f"cilium/state/services/v1/cloud/shop/s{number}": service(name=f"s{number}", **more) for number in range(count)
+    }
+
+
+class Frozen:
+    """A mirror with a small budget and a clock of its own that has mirrored one service."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.writer = Written()
+        self.mirror = a_mirror(self.writer, budget=SMALL, clock=lambda: self.now)
+        self.mirror._config = ClusterConfig(id=2, synced_canaries=True)
+        listed(self.mirror, "services", services(1))
+        self.write()
+        assert self.mirror.status().state != "frozen"
+        self.writer.changes.clear()
+
+    def write(self, after: float = 0.0) -> None:
+        self.now += after
+        asyncio.run(self.mirror._write())
+
+    def mirrored(self) -> int:
+        return sum(change.key.startswith("cilium/cache/") for change in self.writer.changes)
+
+    def says(self) -> tuple[str, str]:
+        status = self.mirror.status()
+        assert status.refused_last is not None
+        return status.state, status.refused_last[1]
+
+
+def event(key: str, value: object) -> WatchBatch:
+    return WatchBatch((Event(KeyValue(key, text(value)), False),), 6, 0xB2)
+
+
+def test_a_peer_with_too_many_keys_is_frozen_and_comes_back() -> None:
+    frozen = Frozen()
+    store = frozen.mirror.stores["services"]
+    *fitting, last = [event(key, value) for key, value in services(4).items()]
+    for batch in fitting:
+        store._apply_batch(batch)
+    with pytest.raises(EtcdTooLarge) as raised:
+        store._apply_batch(last)
+    store._lost(raised.value)
+    frozen.write(1.0)
+    assert frozen.mirrored() == 0
+    assert frozen.says() == ("frozen", "more than 3 keys, which is this peer's budget")
+    listed(frozen.mirror, "services", services(2))
+    frozen.write(1.0)
+    assert frozen.mirrored() == 0, "it is tried again after a minute"
+    frozen.write(60.0)
+    assert frozen.mirrored() == 1
+    assert frozen.mirror.status().state != "frozen"
+
+
+def test_a_peer_with_too_many_bytes_is_frozen() -> None:
+    frozen = Frozen()
+    listed(frozen.mirror, "services", services(3, labels={"a": "x" * 400}))
+    listed(frozen.mirror, "nodes", {GOOD["nodes"][0]: node(Labels={"a": "x" * 400})})
+    frozen.write(1.0)
+    assert frozen.mirrored() == 0
+    assert frozen.says() == ("frozen", "more than 2000 bytes, which is this peer's budget")
+
+
+def test_a_peer_that_changes_too_much_is_frozen_until_it_has_calmed_down() -> None:
+    frozen = Frozen()
+    for turn in range(6):  # 12 keys in a burst, of which one is used up; three changed keys each second
+        listed(frozen.mirror, "services", services(3, labels={"turn": str(turn)}))
+        frozen.write(1.0)
+    assert frozen.says() == ("frozen", "more than 1 changed keys a second, which is this peer's budget")
+    before = frozen.mirrored()
+    frozen.write(60.0)
+    assert frozen.mirrored() == before + 3
+
+
+def test_a_value_that_is_too_large_is_refused_alone() -> None:
+    frozen = Frozen()
+    listed(frozen.mirror, "services", {**services(2), **services(1, labels={"a": "x" * 600})})
+    frozen.write(1.0)
+    assert frozen.mirrored() == 1
+    assert frozen.says()[1] == "value is larger than 600 bytes"
+    assert frozen.mirror.status().state != "frozen"
+
+
+def test_refused_keys_are_remembered_up_to_a_bound() -> None:
+    mirror = a_mirror()
+    for number in range(3000):
+        mirror._refuse(f"cilium/state/x{number}", "not JSON")
+    mirror._refuse(keys.cluster_config_key("cloud"), "cluster id is not the cluster's")
+    assert len(mirror.refused) == 1001
+    assert mirror.status().state == "refused"
+
+
+def test_the_age_of_a_proof_is_by_one_clock() -> None:
+    now = 1000.0
+    mirror = a_mirror(clock=lambda: now)
+    assert mirror.status().proof_age is None
+    mirror._proved()
+    now += 12.5
+    assert mirror.status().proof_age == 12.5
+    mirror.stores["ip"].last_proof = now - 2.0
+    assert PeerStatus.from_json(mirror.status().to_json()).proof_age == 2.0
+
+
+@pytest.mark.parametrize(
+    ("proof", "age", "expected"),
+    [("2026-01-02T03:03:05Z", 4.0, 60.0), ("2026-01-02T03:05:05Z", 4.0, 4.0), ("2026-01-02T03:04:00Z", None, 5.0)],
+)
+def test_the_age_of_an_earlier_terms_proof_is_not_forgotten(proof: str, age: float | None, expected: float) -> None:
+    mirror = a_mirror(previous=PeerStatus("connected", last_proof=proof, proof_age=age))
+    assert mirror.status().proof_age == expected
+
+
+def test_a_status_without_the_age_of_the_proof_is_accepted() -> None:
+    document = json.loads(PeerStatus("connected", last_proof="2026-01-02T03:04:05Z").to_json())
+    del document["proof_age"]
+    assert PeerStatus.from_json(json.dumps(document)).proof_age is None
+    with pytest.raises(DocumentError, match="proof_age"):
+        PeerStatus.from_json(json.dumps({**document, "proof_age": -1}))

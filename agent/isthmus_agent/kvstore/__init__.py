@@ -37,9 +37,20 @@ from .errors import (
     EtcdNotFound,
     EtcdPermissionDenied,
     EtcdPrecondition,
+    EtcdTooLarge,
     EtcdUnavailable,
 )
-from .store import DeletionRule, Listing, PrefixStore, canary_cluster_id, canary_rule, canary_value, same_history
+from .store import (
+    DeletionRule,
+    Limits,
+    Listing,
+    PrefixStore,
+    canary_cluster_id,
+    canary_rule,
+    canary_value,
+    same_history,
+    written_since,
+)
 from .sync import SyncEtcd
 
 __all__ = [
@@ -55,12 +66,14 @@ __all__ = [
     "EtcdNotFound",
     "EtcdPermissionDenied",
     "EtcdPrecondition",
+    "EtcdTooLarge",
     "EtcdUnavailable",
     "Event",
     "Get",
     "Header",
     "KeyValue",
     "Lease",
+    "Limits",
     "Listing",
     "Member",
     "Operation",
@@ -76,4 +89,5 @@ __all__ = [
     "canary_rule",
     "canary_value",
     "same_history",
+    "written_since",
 ]

@@ -32,6 +32,7 @@ from .errors import (
     EtcdNotFound,
     EtcdPermissionDenied,
     EtcdPrecondition,
+    EtcdTooLarge,
     EtcdUnavailable,
 )
 from .tasks import within
@@ -491,14 +492,25 @@ class EtcdClient:
         answer = await self._call("KV/Range", f"get {key}", key=encode_key(key), revision=revision)
         return _key_value(answer.kvs[0]) if answer.kvs else None
 
-    async def range(self, prefix: str, *, revision: int = 0, page: int = PAGE, keys_only: bool = False) -> RangeResult:
+    async def range(
+        self,
+        prefix: str,
+        *,
+        revision: int = 0,
+        page: int = PAGE,
+        keys_only: bool = False,
+        max_keys: int | None = None,
+        max_bytes: int | None = None,
+    ) -> RangeResult:
         """All keys that begin with `prefix`, read in pages that are pinned to the first page's revision.
 
-        Linearizable: what was acknowledged before is in it. EtcdCompacted when the pinned revision went meanwhile.
+        Linearizable: what was acknowledged before is in it. EtcdCompacted when the pinned revision went meanwhile,
+        EtcdTooLarge for more than `max_keys`, or more than `max_bytes` of keys and values.
         """
         start = encode_key(prefix)
         end = prefix_end(start)
         kvs: list[KeyValue] = []
+        size = 0
         first: Header | None = None
         while True:
             answer = await self._call(
@@ -520,6 +532,11 @@ class EtcdClient:
                 reason = f"cluster id changed from {first.cluster_id:016x} to {header.cluster_id:016x} between pages"
                 raise EtcdChanged(self.endpoint, f"list {prefix}", reason)
             kvs.extend(_key_value(kv) for kv in answer.kvs)
+            size += sum(len(kv.key) + len(kv.value) for kv in answer.kvs)
+            if max_keys is not None and len(kvs) > max_keys:
+                raise EtcdTooLarge(self.endpoint, f"list {prefix}", f"more than {max_keys} keys")
+            if max_bytes is not None and size > max_bytes:
+                raise EtcdTooLarge(self.endpoint, f"list {prefix}", f"more than {max_bytes} bytes")
             if not answer.more or not answer.kvs:
                 return RangeResult(tuple(kvs), revision, first.cluster_id, first.raft_term)
             start = answer.kvs[-1].key + b"\0"

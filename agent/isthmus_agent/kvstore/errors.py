@@ -46,5 +46,9 @@ class EtcdNoSpace(EtcdError):
     """The backend quota is used up: compact, defragment, then disarm the alarm."""
 
 
+class EtcdTooLarge(EtcdError):
+    """A prefix holds more than the reader is ready to take."""
+
+
 class EtcdChanged(EtcdError):
     """Another etcd answers than before: its cluster id changed or its revision went back. List again."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .client import INACTIVITY_TIMEOUT, PAGE, PROGRESS_INTERVAL, EtcdClient, KeyValue, RangeResult, WatchBatch
-from .errors import EtcdChanged, EtcdError
+from .errors import EtcdChanged, EtcdError, EtcdTooLarge
 from .tasks import end
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class Listing:
 
     `changed`: since the last list that was believed, another etcd began to answer (other id, or a revision or raft
     term that went back). `floor`: if it did so under the same cluster id, the revision at which that was seen, else
-    0; what was written after it has a higher mod_revision. `canary` is the prefix's canary at `revision`.
+    0; what was written after it has a higher mod_revision. `canary` is the prefix's canary at `revision`. `noticed`:
+    the revision at which another etcd was first seen to answer, whatever its cluster id, else 0.
     """
 
     prefix: str
@@ -49,6 +50,15 @@ class Listing:
     changed: bool
     floor: int
     canary: KeyValue | None
+    noticed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a store takes of its prefix at most: keys, and bytes of keys and values together. None: whatever comes."""
+
+    keys: int | None = None
+    bytes: int | None = None
 
 
 DeletionRule = Callable[[Listing], bool]
@@ -95,6 +105,14 @@ def same_history(listing: Listing) -> bool:
     return not listing.changed
 
 
+def written_since(listing: Listing) -> bool:
+    """The deletion rule for documents that somebody writes on purpose, with one of them as canary: believe lists as
+    long as it is the same etcd, and those of another one once that document has been written there."""
+    if same_history(listing):
+        return True
+    return listing.canary is not None and listing.canary.mod_revision > listing.noticed
+
+
 class PrefixStore:
     """All keys below `prefix`, kept current by `run` until it is cancelled.
 
@@ -107,7 +125,8 @@ class PrefixStore:
     those of them that it lacks. `synced`: at
     least one list was completed. `trusted`: the last list was believed, deletions included. `epoch`: counts how often
     another etcd was seen. `last_proof`: when etcd last answered. `error`: the last failure's text while not
-    connected.
+    connected. `size`: bytes of all keys and values. `excess`: why the prefix is not followed, when it holds more than
+    `limits`; what was known before stays.
     """
 
     def __init__(
@@ -123,6 +142,7 @@ class PrefixStore:
         page: int = PAGE,
         progress_interval: float = PROGRESS_INTERVAL,
         inactivity_timeout: float = INACTIVITY_TIMEOUT,
+        limits: Limits = Limits(),
     ) -> None:
         self.client = client
         self.prefix = prefix
@@ -140,6 +160,9 @@ class PrefixStore:
         self.lists = 0
         self.last_proof: float | None = None
         self.error: str | None = None
+        self.size = 0
+        self.excess: str | None = None
+        self._limits = limits
         self._rule = rule
         self._clock = clock
         self._max_delay = max_delay
@@ -161,6 +184,7 @@ class PrefixStore:
         """
         self.items.update((key, KeyValue(key, value)) for key, value in values.items())
         self._dirty.update(values)
+        self.size = sum(_size(kv) for kv in self.items.values())
         self.cluster_id, self.revision = cluster_id, revision
         self.changed.set()
 
@@ -169,6 +193,10 @@ class PrefixStore:
         taken = frozenset(self._dirty)
         self._dirty.clear()
         return taken
+
+    def waiting(self) -> int:
+        """How many keys the next `take` gives."""
+        return len(self._dirty)
 
     def age(self) -> float | None:
         """Seconds since etcd last answered; None before the first answer."""
@@ -207,6 +235,8 @@ class PrefixStore:
             log.warning("lost %s: %s", self.prefix, error)
         self.connected = False
         self.error = str(error)
+        if isinstance(error, EtcdTooLarge):
+            self.excess = error.reason
         self.changed.set()
 
     async def _list(self) -> None:
@@ -222,7 +252,9 @@ class PrefixStore:
                 waiter.set_result(None)
 
     async def _list_once(self) -> None:
-        result = await self.client.range(self.prefix, page=self._page)
+        result = await self.client.range(
+            self.prefix, page=self._page, max_keys=self._limits.keys, max_bytes=self._limits.bytes
+        )
         self._notice_history(result)
         canary = await self.client.get(self.canary, revision=result.revision) if self.canary else None
         believed = self._rule(self._listing(result.cluster_id, result.revision, canary))
@@ -251,7 +283,7 @@ class PrefixStore:
         self.cluster_id, self.revision, self._raft_term = result.cluster_id, result.revision, result.raft_term
 
     def _listing(self, cluster_id: int, revision: int, canary: KeyValue | None) -> Listing:
-        return Listing(self.prefix, cluster_id, revision, self._noticed > 0, self._floor, canary)
+        return Listing(self.prefix, cluster_id, revision, self._noticed > 0, self._floor, canary, self._noticed)
 
     def _apply_list(self, result: RangeResult, believed: bool) -> None:
         listed = {kv.key: kv for kv in result.kvs}
@@ -276,6 +308,7 @@ class PrefixStore:
         if held and held != self.held:
             log.warning("holding %d keys of %s that the list lacks or has older", len(held), self.prefix)
         self.held, self.absent = held, set(missing)
+        self.size, self.excess = sum(_size(kv) for kv in self.items.values()), None
         self.trusted = believed
         self.synced = True
         self.changed.set()
@@ -323,13 +356,23 @@ class PrefixStore:
             key = event.kv.key
             self.held.discard(key)
             self.absent.discard(key)
-            if event.deleted:
-                self.items.pop(key, None)
-            else:
+            before = self.items.pop(key, None)
+            self.size -= 0 if before is None else _size(before)
+            if not event.deleted:
                 self.items[key] = event.kv
+                self.size += _size(event.kv)
             self._dirty.add(key)
         if batch.events:
             self.changed.set()
+            self._check_limits()
+
+    def _check_limits(self) -> None:
+        for what, found, limit in (
+            ("keys", len(self.items), self._limits.keys),
+            ("bytes", self.size, self._limits.bytes),
+        ):
+            if limit is not None and found > limit:
+                raise EtcdTooLarge(self.client.endpoint, f"watch {self.prefix}", f"more than {limit} {what}")
 
     async def _believable(self) -> bool:
         """Whether a list that the rule did not believe would be believed now that its canary was written."""
@@ -338,3 +381,7 @@ class PrefixStore:
         self._asked = self._clock()
         canary = await self.client.get(self.canary)
         return self._rule(self._listing(self.cluster_id, self.revision, canary))
+
+
+def _size(kv: KeyValue) -> int:
+    return len(kv.key) + len(kv.value)

@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Network, ip_address
 
 from isthmus_mesh import keys
@@ -35,11 +36,20 @@ from isthmus_mesh.wire import (
 )
 
 from isthmus_agent.agent.log import fields
-from isthmus_agent.kvstore import EtcdClient, EtcdError, KeyValue, Listing, PrefixStore, canary_rule, canary_value
+from isthmus_agent.kvstore import (
+    EtcdClient,
+    EtcdError,
+    KeyValue,
+    Limits,
+    Listing,
+    PrefixStore,
+    canary_rule,
+    canary_value,
+)
 from isthmus_agent.kvstore.tasks import end, wait_set
 
 from .leader import Writer
-from .publish import Change, apply_changes
+from .publish import Change, apply_changes, seconds_between
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +62,35 @@ DEBOUNCE = 0.05
 TICK = 1.0
 
 CONNECTED, CONNECTING, UNREACHABLE, REFUSED = "connected", "connecting", "unreachable", "refused"
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one peer may take of our etcd and of this process: a peer over it is frozen, the others are not concerned.
+
+    `keys` by kind; `bytes` of all its keys and values; `value`: bytes of one value, a longer one is refused by itself;
+    `rate`: changed keys a second over a long time, after a burst of as many as a full list may have.
+    """
+
+    keys: Mapping[str, int]
+    bytes: int = 64 * 1024 * 1024
+    value: int = 64 * 1024
+    rate: float = 500.0
+
+    @property
+    def burst(self) -> int:
+        return sum(self.keys.values())
+
+
+BUDGET = Budget({"nodes": 5_000, "ip": 100_000, "identities": 65_536, "services": 10_000})
+FREEZE_RETRY = 60.0
 
 
 # What a status document tells of refused keys is bounded: their text is the peer's.
 _REASONS, _REASON_LENGTH, _KEY_LENGTH = 20, 200, 512
+_REFUSED_KEYS = 1000
+"""Refused keys that are remembered and logged one by one; those beyond are as little taken, but not counted."""
 
 _NO_UNDERLAY = ("CiliumInternalIP", "Hostname", "InternalDNS", "ExternalDNS")
 
@@ -202,6 +237,7 @@ class Mirror:
         wall: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
         max_delay: float = 30.0,
+        budget: Budget = BUDGET,
     ) -> None:
         self.peer = peer
         self.client = client
@@ -222,12 +258,16 @@ class Mirror:
         self._config: ClusterConfig | None = None
         self._config_reason: str | None = None
         self._last_proof = previous.last_proof if previous else None
-        self._proof_age: float | None = None
+        self._proved_at: float | None = None  # by `clock`; `last_proof` is by `wall`
         self._last_change = previous.last_change if previous else None
         self.config_text = config
         self._actual_config = actual_config
         self._started = started
         self._canaries: dict[str, float] = {}
+        self._budget = budget
+        self._tokens, self._tokens_at = float(budget.burst), clock()
+        self._frozen: tuple[str, str] | None = None  # (prefix, why)
+        self._frozen_until = float("-inf")
         self._audit_at = clock() + _audit_delay()
         self._status_text = ""
         self._status_time = float("-inf")
@@ -244,6 +284,7 @@ class Mirror:
                 changed=self._changed,
                 clock=clock,
                 max_delay=max_delay,
+                limits=Limits(budget.keys[kind], budget.bytes),
             )
             prefix = keys.cache_prefix(kind, peer.name)
             store.seed(
@@ -331,16 +372,55 @@ class Mirror:
 
     def _proved(self) -> None:
         self._last_proof = self._wall()
-        self._proof_age = self._clock()
+        self._proved_at = self._clock()
 
     # --- writing here
 
     def _refuse(self, key: str, reason: str) -> None:
         reason = _speakable(reason, _REASON_LENGTH)
+        whole = key == keys.cluster_config_key(self.peer.name)
+        if key not in self.refused and len(self.refused) >= _REFUSED_KEYS and not whole:
+            return
         if self.refused.get(key) != reason:
             logger.warning("refused a peer's key", extra=fields(peer=self.peer.name, key=key, reason=reason))
             self.refused_last = (_speakable(key, _KEY_LENGTH), reason)
         self.refused[key] = reason
+
+    def _excess(self) -> tuple[str, str] | None:
+        """What of the peer is over its budget (prefix, why); takes what is within it off the changes that are left."""
+        for store in self.stores.values():
+            if store.excess is not None:
+                return store.prefix, f"{store.excess}, which is this peer's budget"
+        size = sum(store.size for store in self.stores.values())
+        if size > self._budget.bytes:
+            return keys.STATE_PREFIX, f"more than {self._budget.bytes} bytes, which is this peer's budget"
+        changed = sum(store.waiting() for store in self.stores.values())
+        if changed > self._tokens:
+            return (
+                keys.STATE_PREFIX,
+                f"more than {self._budget.rate:g} changed keys a second, which is this peer's budget",
+            )
+        self._tokens -= changed
+        return None
+
+    def _within_budget(self) -> bool:
+        """Whether the peer's changes are taken over now. One that is over its budget is looked at again a minute later;
+        until then what is mirrored of it stays as it is."""
+        now = self._clock()
+        self._tokens = min(float(self._budget.burst), self._tokens + (now - self._tokens_at) * self._budget.rate)
+        self._tokens_at = now
+        if now < self._frozen_until:
+            return False
+        excess = self._excess()
+        if excess is not None:
+            if self._frozen is None:
+                logger.warning("froze a peer", extra=fields(peer=self.peer.name, key=excess[0], reason=excess[1]))
+            self._frozen, self._frozen_until = excess, now + FREEZE_RETRY
+            return False
+        if self._frozen is not None:
+            logger.info("a peer is within its budget again", extra=fields(peer=self.peer.name))
+            self._frozen = None
+        return True
 
     def _take(self) -> frozenset[str]:
         """Judge what changed, and everything again when the record's addresses changed; the kinds complete by now."""
@@ -363,6 +443,9 @@ class Mirror:
             if self.wanted.pop(target, None) is not None:
                 self._counts[kind] -= 1
                 self._pending.add(target)
+            return
+        if len(kv.value) > self._budget.value:
+            self._refuse(key, f"value is larger than {self._budget.value} bytes")
             return
         try:
             target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign, self._reserved)
@@ -405,7 +488,7 @@ class Mirror:
             self._actual_config = self.config_text
 
     async def _write(self) -> None:
-        complete = self._take()
+        complete = self._take() if self._within_budget() else frozenset()
         changes = [
             Change(key, self.wanted.get(key))
             for key in sorted(self._pending)
@@ -445,13 +528,23 @@ class Mirror:
         await self.writer.apply([Change(keys.canary_key(self.peer.name, kind, cached=True), value) for kind in due])
         self._canaries.update(dict.fromkeys(due, now))
 
+    def _proof_age(self) -> float | None:
+        """Seconds since the peer's etcd last answered; of a proof of an earlier term at least what wall clocks say."""
+        if self._proved_at is not None:
+            return max(0.0, self._clock() - self._proved_at)
+        if self._previous is None or self._last_proof is None:
+            return None
+        return max(self._previous.proof_age or 0.0, seconds_between(self._last_proof, self._wall()))
+
     def status(self) -> PeerStatus:
         """How this mirror stands now."""
         for store in self.stores.values():
-            if store.last_proof is not None and (self._proof_age is None or store.last_proof > self._proof_age):
+            if store.last_proof is not None and (self._proved_at is None or store.last_proof > self._proved_at):
                 self._last_proof = self._wall()
-                self._proof_age = store.last_proof
-        if self._config is None:
+                self._proved_at = store.last_proof
+        if self._frozen is not None:
+            state = FROZEN
+        elif self._config is None:
             refused = keys.cluster_config_key(self.peer.name) in self.refused
             state = REFUSED if refused else (UNREACHABLE if self._config_reason else CONNECTING)
         elif all(store.connected for store in self.stores.values()):
@@ -473,7 +566,8 @@ class Mirror:
             revision=self._believed[1],
             keys={kind: self._counts[kind] for kind in keys.KINDS},
             refused=dict(Counter(self.refused.values()).most_common(_REASONS)),
-            refused_last=self.refused_last,
+            refused_last=self._frozen or self.refused_last,
+            proof_age=None if (age := self._proof_age()) is None else round(age, 1),
         )
 
     async def _write_status(self) -> None:

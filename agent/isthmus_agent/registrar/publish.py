@@ -541,6 +541,12 @@ def _backends(before: tuple[str, str] | None) -> frozenset[str]:
         return frozenset()
 
 
+def seconds_between(earlier: str, later: str) -> float:
+    """Seconds from one RFC 3339 time in UTC to another; 0 when one of them is none."""
+    times = _time(earlier), _time(later)
+    return 0.0 if times[0] is None or times[1] is None else (times[1] - times[0]).total_seconds()
+
+
 def _time(text: str) -> datetime | None:
     try:
         return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")

@@ -29,10 +29,12 @@ from isthmus_agent.kvstore import (
     DeletionRule,
     EtcdClient,
     EtcdError,
+    Listing,
     PrefixStore,
     canary_rule,
     canary_value,
     same_history,
+    written_since,
 )
 from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.sdnotify import notify, watchdog_interval
@@ -67,6 +69,9 @@ OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
 REPORT_GRACE = 60.0
 """How long canaries and withdrawals wait for the agents' reports after etcd lost what was published."""
+SITE_SETTLE = 30.0
+"""How long after the roster was written in an etcd that lost history its lists are believed: the definitions of
+services are written after it."""
 SAVE_INTERVAL = 5.0
 SAVE_RETRY = 60.0
 
@@ -106,12 +111,13 @@ class Registrar:
             endpoints, spec.etcd.ca, self.registrar.cert, self.registrar.key, timeout=OWN_TIMEOUT, clock=clock
         )
         self.changed = asyncio.Event()
+        self._site_seen: dict[str, tuple[tuple[int, int, int], float]] = {}  # by prefix: which run of `site`, since
         self.election = Election(self.client, spec.host, holder or f"{spec.host}/{os.getpid()}", clock=clock)
         self.leading = False
-        self.estate = self._store(keys.ESTATE_PREFIX)
-        self.services = self._store(keys.SERVICE_DEFINITIONS_PREFIX)
-        self.nodes = self._store(keys.NODE_REPORTS_PREFIX)
-        self.workloads = self._store(keys.WORKLOADS_PREFIX)
+        self.estate = self._store(keys.ESTATE_PREFIX, self._site_has_run, keys.ROSTER)
+        self.services = self._store(keys.SERVICE_DEFINITIONS_PREFIX, self._site_has_run, keys.ROSTER)
+        self.nodes = self._store(keys.NODE_REPORTS_PREFIX, self._site_has_run, keys.ROSTER)
+        self.workloads = self._store(keys.WORKLOADS_PREFIX, self._site_has_run, keys.ROSTER)
         # Own output is complete in an etcd when a registrar has said so there: until then what is known beside it
         # counts for more.
         own_canary = keys.canary_key(self.own.name, "services")
@@ -133,12 +139,27 @@ class Registrar:
         # Every mirror asks each second, and a record of 50 clusters is large: parsed once per change.
         self._underlays_of: frozenset[tuple[str, int]] | None = None
         self._underlays_found: Mapping[str, str] = {}
+        self._record_of: tuple[object, ...] = ()
+        self._record_found: tuple[Mapping[str, Any] | None, str] = (None, "")
         self._peers = tuple(peer.name for peer in self.registrar.peers)
         self._forgotten: dict[str, bytes] = {}  # absent clusters of which nothing is left, by their tombstone
         self._mirrored: dict[str, _Remembered] = {}
         self._mirroring: set[str] = set()  # peers whose cluster-config was seen to in this term
 
-    def _store(self, prefix: str, rule: DeletionRule = same_history, canary: str | None = None) -> PrefixStore:
+    def _site_has_run(self, listing: Listing) -> bool:
+        """The deletion rule for inputs: what an etcd that lost history lacks is held until `site` has run there."""
+        if same_history(listing):
+            return True
+        if not written_since(listing):
+            return False
+        assert listing.canary is not None
+        run, now = (listing.cluster_id, listing.noticed, listing.canary.mod_revision), self._clock()
+        seen, since = self._site_seen.get(listing.prefix, (None, now))
+        if seen != run:
+            self._site_seen[listing.prefix] = (run, now)
+        return seen == run and now - since >= SITE_SETTLE
+
+    def _store(self, prefix: str, rule: DeletionRule, canary: str) -> PrefixStore:
         return PrefixStore(
             self.client,
             prefix,
@@ -264,13 +285,14 @@ class Registrar:
         audited = heartbeat = canaries = float("-inf")
         complete_before = False
         refreshed = False
+        dirty = True
+        published: Mapping[str, Any] | None = None  # the record that was published last
         epoch = 0
         while True:
             if await wait_set(self.changed, TICK):
                 await asyncio.sleep(DEBOUNCE)
             self.changed.clear()
-            for store in self.stores:
-                store.take()
+            dirty = self._take() or dirty
             if refreshed and self._epoch() != epoch:
                 raise NotLeader("another etcd answers: all is to be read again")
             now = self._clock()
@@ -287,27 +309,29 @@ class Registrar:
                 refreshed, epoch = True, self._epoch()
                 continue
             if actual is None or now - audited >= AUDIT_INTERVAL:
-                actual, audited = await self._read_actual(), now
+                actual, audited, dirty = await self._read_actual(), now, True
                 previous = overlay(previous, self._remembered(), actual)
-            found = publish(self.own, self._inputs(record, previous))
-            self._tell(found.problems)
-            changes = difference(found.keys, actual, owned_prefixes(self.own.name))
-            unreported = self._unreported(found)
-            waiting = waiting or unreported
-            self._say(waiting)
-            if waiting:  # the record in etcd is known to be old, or reports lack: add and change, but withdraw nothing
-                changes = [change for change in changes if change.value is not None]
-            if unreported:
-                changes = self._without_new_services(changes, actual)
-            config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
-            if actual.get(config_key) != config:
-                changes.insert(0, Change(config_key, config))
+            # Who waited looks each second: what it waited for may be the clock.
+            if dirty or self._told or record is not published:
+                found = publish(self.own, self._inputs(record, previous))
+                self._tell(found.problems)
+                changes = difference(found.keys, actual, owned_prefixes(self.own.name))
+                unreported = self._unreported(found)
+                waiting = waiting or unreported
+                self._say(waiting)
+                if waiting:  # the record in etcd is known to be old, or reports lack: withdraw nothing
+                    changes = [change for change in changes if change.value is not None]
+                if unreported:
+                    changes = self._without_new_services(changes, actual)
+                config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
+                if actual.get(config_key) != config:
+                    changes.insert(0, Change(config_key, config))
+                await writer.apply(changes)
+                apply_changes(changes, actual)
+                previous, published, dirty = dict(found.keys), record, False
             if now - heartbeat >= HEARTBEAT_INTERVAL:
-                changes.append(Change(keys.HEARTBEAT, self._wall()))
+                await writer.apply([Change(keys.HEARTBEAT, self._wall())])
                 heartbeat = now
-            await writer.apply(changes)
-            apply_changes(changes, actual)
-            previous = dict(found.keys)
             if waiting:
                 complete_before = False
                 continue
@@ -318,6 +342,13 @@ class Registrar:
                 value = canary_value(self._wall(), writer.header.cluster_id)
                 await writer.apply([Change(keys.canary_key(self.own.name, kind), value) for kind in keys.KINDS])
                 canaries, complete_before = now, True
+
+    def _take(self) -> bool:
+        """Whether an input changed since the last call. Own output is read anew by the audit."""
+        inputs = [store.take() for store in (self.estate, self.services, self.nodes, self.workloads)]
+        for store in (self.allocations, self.state):
+            store.take()
+        return any(inputs)
 
     def _unreported(self, found: Publication) -> str:
         """Why what was published cannot be complete yet although the record is here; empty: it is, or it was waited
@@ -400,6 +431,20 @@ class Registrar:
         }
 
     def _record(self) -> tuple[Mapping[str, Any] | None, str]:
+        """`_read_record`, read anew when something of it changed: a record of 1,000 hosts takes long to parse."""
+        own = self.estate.items.get(keys.estate_cluster_key(self.own.name))
+        roster = keys.ROSTER in self.estate.items and keys.ROSTER not in self.estate.absent
+        try:
+            file = self._estate_file.stat()
+            copy = (file.st_ino, file.st_size, file.st_mtime_ns)
+        except OSError:
+            copy = None
+        seen = (own and own.value, roster, copy)
+        if seen != self._record_of:
+            self._record_of, self._record_found = seen, self._read_record()
+        return self._record_found
+
+    def _read_record(self) -> tuple[Mapping[str, Any] | None, str]:
         """This cluster's document of the estate record, and what publishing (without a document) or withdrawing and
         canaries (with one) wait for; empty: nothing. Of etcd's document and the host's copy the newer one counts."""
         own = keys.estate_cluster_key(self.own.name)

@@ -313,7 +313,8 @@ class Alive:
 class PeerStatus:
     """How the mirror of one peer stands (`isthmus/v1/alloc/peers/<peer>`).
 
-    `last_proof` is the time of the last answer of the peer's etcd, `last_change` that of the last
+    `last_proof` is the time of the last answer of the peer's etcd, `proof_age` how many seconds old
+    that was when this was written (by one clock; None: not known), `last_change` the time of the last
     key taken over; `keys` counts mirrored keys by kind, `refused` refusals by reason. `cluster_id`
     (16 hex digits, as in a canary) and `revision` tell which state of the peer's etcd was believed last.
     """
@@ -327,6 +328,7 @@ class PeerStatus:
     keys: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)
     refused_last: tuple[str, str] | None = None  # (key, reason)
+    proof_age: float | None = None
 
     def to_json(self) -> str:
         last = None if self.refused_last is None else {"key": self.refused_last[0], "reason": self.refused_last[1]}
@@ -334,6 +336,7 @@ class PeerStatus:
             {
                 "state": self.state,
                 "last_proof": self.last_proof,
+                "proof_age": self.proof_age,
                 "last_change": self.last_change,
                 "endpoint": self.endpoint,
                 "cluster_id": self.cluster_id,
@@ -347,6 +350,9 @@ class PeerStatus:
     @classmethod
     def from_json(cls, text: str | bytes) -> PeerStatus:
         fields = _object(text)
+        age = None if fields.value.get("proof_age") is None else fields.number("proof_age", 0.0)
+        if age is not None and not 0 <= age < float("inf"):
+            fields.fail("proof_age", "is not a number of seconds")
         last = None
         if fields.value.get("refused_last") is not None:
             entry = fields.object("refused_last")
@@ -361,6 +367,7 @@ class PeerStatus:
             keys=_counts(fields, "keys"),
             refused=_counts(fields, "refused"),
             refused_last=last,
+            proof_age=age,
         )
 
 

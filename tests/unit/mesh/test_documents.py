@@ -194,6 +194,7 @@ DOCUMENTS = (
         keys=st.dictionaries(TEXT, st.integers(0, 1000), max_size=3),
         refused=st.dictionaries(TEXT, st.integers(0, 1000), max_size=3),
         refused_last=st.none() | st.tuples(TEXT, TEXT),
+        proof_age=st.none() | st.floats(0, 1e9),
     )
 )
 
