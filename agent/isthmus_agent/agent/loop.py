@@ -47,7 +47,7 @@ from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
 from isthmus_agent.state.model import MeshState
-from isthmus_agent.state.watch import StateWatcher
+from isthmus_agent.state.watch import CHUNK, StateWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Agent:
 
     async def run(self) -> None:
         """Start from last-known-good, then follow own etcd, until cancelled."""
-        self._load_last_good()
+        await self._load_last_good()
         self._fresh = await self.kernel_call(self.kernel.is_fresh)
         self.cgroups.poll()
         self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
@@ -217,7 +217,7 @@ class Agent:
 
     # --- inputs
 
-    def _load_last_good(self) -> None:
+    async def _load_last_good(self) -> None:
         path = self.paths.last_good
         try:
             last = LastGood.from_json(path.read_bytes())
@@ -235,8 +235,10 @@ class Agent:
                 extra=fields(path=str(path), cluster=last.cluster),
             )
             return
-        for key, value in last.documents.items():
+        for number, (key, value) in enumerate(last.documents.items(), 1):
             self.decoder.put(key, value)
+            if number % CHUNK == 0:
+                await asyncio.sleep(0)
         self.watcher.seed(last)
         self._has_last_good = True
         self.progress.last_good_loaded = last.written

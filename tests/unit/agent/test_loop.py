@@ -274,6 +274,31 @@ def test_a_watcher_that_failed_starts_from_what_is_known():
     assert first == second
 
 
+async def decode_much(items: dict[str, bytes]) -> int:
+    turns = 0
+    decoder = mesh.decoder()
+    watcher = StateWatcher(FakeEtcd(items), decoder, lambda: None)  # type: ignore[arg-type]
+    job = asyncio.create_task(watcher.run())
+    try:
+        while not decoder.documents():
+            await asyncio.sleep(0)
+        while len(decoder.documents()) < len(items):
+            assert not decoder.state().vips, "not a half"
+            turns += 1
+            await asyncio.sleep(0)
+        await until(lambda: watcher.synced, "all is listed")
+        assert len(decoder.state().vips) == len(items)
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+    return turns
+
+
+def test_others_get_their_turn_while_much_is_decoded():
+    items = {keys.vip_key("shop", f"s{number}"): b'{"ipv4": "10.111.0.10"}' for number in range(2000)}
+    assert asyncio.run(decode_much(items)) >= 5
+
+
 async def own_lists_come_first(items: dict[str, bytes]) -> None:
     decoder = mesh.decoder()
     etcd = FakeEtcd(items)
