@@ -28,8 +28,8 @@ def bundled_libbpf() -> Path | None:
 class Applied:
     """What a call changed, in words; empty when everything was as wanted.
 
-    `problems`: what of the network the kernel refused, such as a route whose prefix another daemon's route has. All
-    the rest was done.
+    `problems`: what of the network the kernel refused, such as a route whose prefix another daemon's route has, and
+    addresses that a map has no room for. All the rest was done.
     """
 
     changes: tuple[str, ...] = ()
@@ -112,14 +112,14 @@ class HostKernel:
         self._made = None
         network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
 
     def apply(self, datapath: Datapath) -> Applied:
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
         maps = self._bpf.apply(datapath, read=False)
         network = self._apply_network(datapath)
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
 
     def _apply_network(self, datapath: Datapath) -> Applied:
         """One refused route must not keep the hooks, and with them every service, from this host."""

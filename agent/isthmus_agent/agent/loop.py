@@ -97,7 +97,7 @@ class Progress:
     last_change: float | None = None
     error: str = ""
     errors: int = 0
-    problems: tuple[str, ...] = ()  # what of the network the kernel refuses; the rest is applied
+    problems: tuple[str, ...] = ()  # what the kernel refuses or has no room for; the rest is applied
     holding: str = ""
     last_audit: float | None = None
     drift: tuple[str, ...] = ()  # what the last audit found
@@ -446,7 +446,7 @@ class Agent:
     def _note_problems(self, problems: tuple[str, ...]) -> None:
         for words in problems:
             if words not in self.progress.problems:
-                logger.warning("network is not all as wanted; tried again", extra=fields(problem=words))
+                logger.warning("datapath is not all as wanted; tried again", extra=fields(problem=words))
         self.progress.problems = problems
         if problems:
             self._again = time.monotonic() + self._again_delay

@@ -14,7 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from isthmus_agent.bpf import abi
@@ -85,6 +85,7 @@ class ApplyResult:
 
     maps: dict[str, MapChange] = field(default_factory=dict)
     removed_backends: tuple[BackendKey, ...] = ()
+    problems: tuple[str, ...] = ()  # what was left out because a map is too small
 
     def __bool__(self) -> bool:
         return bool(self.maps)
@@ -138,9 +139,10 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What apply() left in the maps: the image of `datapath`. The agent alone writes these maps."""
+    """What apply() left in the maps, and the whole image of `datapath`. The agent alone writes these maps."""
 
     datapath: Datapath
+    image: dict[str, dict[bytes, bytes]]
     maps: dict[str, dict[bytes, bytes]]
 
 
@@ -422,13 +424,94 @@ class BpfDatapath:
         """Makes the maps hold exactly what is wanted, whatever they hold now.
 
         Without `read` the maps are taken to hold what the last call left there, if that did not fail.
+        Addresses of peers that are too many are left out and told in `problems`.
         New entries first, then the services are flipped one by one (each in one step for the programs),
         then what is not wanted any more goes. CapacityError before anything is changed if a map is too
         small."""
         known, self._known = self._known, None
-        wanted = _tables(datapath, known)
-        self._check_capacity(datapath, wanted)
+        image = _tables(datapath, known)
         real = known.maps if known is not None and not read else self._read()
+        wanted, problems = self._fitting(datapath, image, real)
+        self._check_capacity(datapath, wanted)
+        removed: tuple[BackendKey, ...] = ()
+        try:
+            try:
+                result = self._make(datapath, image, wanted, real)
+            except CapacityError:
+                # Old and new together are too many: a moment without what goes is better than being stuck.
+                removed = self._make_room(datapath, wanted)
+                result = self._make(datapath, image, wanted, self._read())
+        except BaseException:
+            self._keep_slots()
+            raise
+        return replace(result, removed_backends=removed + result.removed_backends, problems=problems)
+
+    def _fitting(
+        self, datapath: Datapath, image: dict[str, dict[bytes, bytes]], real: Mapping[str, Mapping[bytes, bytes]]
+    ) -> tuple[dict[str, dict[bytes, bytes]], tuple[str, ...]]:
+        """The image with as many addresses and prefixes as their maps can hold, and what was left out in words."""
+        fitting = dict(image)
+        problems: list[str] = []
+        for name in ("ipcache_host", "ipcache_cidr"):
+            fitting[name], words = self._without_excess(name, datapath, image[name], real[name])
+            problems += words
+        return fitting, tuple(problems)
+
+    def _without_excess(
+        self, table: str, datapath: Datapath, wanted: dict[bytes, bytes], real: Mapping[bytes, bytes]
+    ) -> tuple[dict[bytes, bytes], list[str]]:
+        """Of the largest peer is left out first, and of that what is in the map already last. No peer keeps another's
+        addresses, or a withdrawal, from this host."""
+        size = self._maps[table].max_entries
+        excess = len(wanted) - size
+        if excess <= 0:
+            return wanted, []
+        clusters: dict[int, list[bytes]] = {}
+        for key, value in wanted.items():
+            clusters.setdefault(abi.IPCACHE_VALUE.unpack(value)[2], []).append(key)
+        clusters.pop(datapath.cluster_id, None)
+        out: set[bytes] = set()
+        problems = []
+        for number, addresses in sorted(clusters.items(), key=lambda item: -len(item[1])):
+            if excess <= 0:
+                break
+            going = sorted(addresses, key=lambda key: key in real)[:excess]
+            out.update(going)
+            excess -= len(going)
+            name = datapath.clusters.get(number, f"with id {number}")
+            problems.append(
+                f"map {table} holds at most {size} entries, {len(wanted)} are wanted: {len(going)} addresses of "
+                f"cluster {name}, which has {len(addresses)}, are left out and cannot be reached. Next: find out why "
+                "it publishes so many, or remove it from this cluster's peers"
+            )
+        return {key: value for key, value in wanted.items() if key not in out}, problems
+
+    def _make_room(self, datapath: Datapath, wanted: Mapping[str, Mapping[bytes, bytes]]) -> tuple[BackendKey, ...]:
+        """Removes what is not wanted; answers the backends among it."""
+        real = self._read()
+        keep = {"svc": {_svc_key(frontend) for frontend in datapath.services}}
+        for name in ("svc", *wanted):
+            self._maps[name].delete_all(real[name].keys() - keep.get(name, wanted.get(name, {}).keys()))
+        self._keep_slots()
+        backends = {(each.address, each.port, each.protocol) for each in _backends(datapath)}
+        gone = {key for key, value in real["backends"].items() if _backend_key(value) not in backends}
+        removed = self._removed_backends(gone, real["backends"])
+        self._maps["backends"].delete_all(gone)
+        self._maps["backend_stats"].delete_all(real["backend_stats"].keys() - (real["backends"].keys() - gone))
+        return removed
+
+    def _keep_slots(self) -> None:
+        """After a failure: runs that no service has are free, whoever held them when it failed."""
+        values = [abi.SVC_VALUE.unpack(value) for value in self._maps["svc"].items().values()]
+        self._arena.keep({base for _, base, count, _ in values if count}, time.monotonic())
+
+    def _make(
+        self,
+        datapath: Datapath,
+        image: dict[str, dict[bytes, bytes]],
+        wanted: dict[str, dict[bytes, bytes]],
+        real: dict[str, dict[bytes, bytes]],
+    ) -> ApplyResult:
         ids, backends = self._plan_backends(datapath, real["backends"])
         tables = [self._plan(name, entries, real[name]) for name, entries in wanted.items()]
 
@@ -443,7 +526,7 @@ class BpfDatapath:
         now = time.monotonic()
         for base in resting:
             self._arena.free(base, now)
-        removed = self._removed_backends(backends, real["backends"])
+        removed = self._removed_backends(backends.delete, real["backends"])
         self._erase(backends)
         self._maps["backend_stats"].delete_all(real["backend_stats"].keys() - stats)
         for plan in tables:
@@ -455,7 +538,7 @@ class BpfDatapath:
             | backends.put,
             "backend_stats": dict.fromkeys(stats, b""),
         }
-        self._known = _Known(datapath, left)
+        self._known = _Known(datapath, image, left)
 
         changes = {plan.name: plan.change for plan in (backends, services, *tables) if plan.change}
         return ApplyResult(maps=changes, removed_backends=removed)
@@ -466,11 +549,11 @@ class BpfDatapath:
         real["backend_stats"] = dict.fromkeys(self._maps["backend_stats"].walk(), b"")
         return real
 
-    def _removed_backends(self, plan: _Plan, real: Mapping[bytes, bytes]) -> tuple[BackendKey, ...]:
+    def _removed_backends(self, keys: Iterable[bytes], real: Mapping[bytes, bytes]) -> tuple[BackendKey, ...]:
         now = time.monotonic()
         self._gone = {number: gone for number, gone in self._gone.items() if gone[0] > now - GONE_SECONDS}
         removed = []
-        for key in plan.delete:
+        for key in keys:
             backend = _backend_key(real[key])
             self._gone[abi.U32.unpack(key)[0]] = (now, backend)
             removed.append(backend)
@@ -603,10 +686,11 @@ class BpfDatapath:
     def audit(self, datapath: Datapath) -> list[str]:
         """Differences between maps and what is wanted, in words. Changes nothing."""
         problems: list[str] = []
-        tables = _tables(datapath)
+        image = _tables(datapath)
+        real = {name: self._maps[name].items() for name in image}
+        tables, _ = self._fitting(datapath, image, real)
         for name, wanted in tables.items():
-            real = self._maps[name].items()
-            problems += _differences(name, wanted, real)
+            problems += _differences(name, wanted, real[name])
         backends = self._maps["backends"].items()
         by_id = {abi.U32.unpack(key)[0]: _backend_key(value) for key, value in backends.items()}
         wanted_backends = {(each.address, each.port, each.protocol): each for each in _backends(datapath)}
@@ -732,7 +816,7 @@ def _workload_value(address: Address) -> bytes:
 def _tables(datapath: Datapath, known: _Known | None = None) -> dict[str, dict[bytes, bytes]]:
     """The maps that are a plain image of what is wanted; those of the same objects are `known`'s own."""
     before = known.datapath if known is not None else Datapath(0)
-    made = known.maps if known is not None else {}
+    made = known.image if known is not None else {}
     hosts, prefixes = (
         (made["ipcache_host"], made["ipcache_cidr"])
         if datapath.ipcache is before.ipcache

@@ -89,3 +89,4 @@ class Datapath:
     peers: dict[Address, int] = field(default_factory=dict)  # outer source -> cluster id
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()
+    clusters: dict[int, str] = field(default_factory=dict)  # cluster id -> name, for words only

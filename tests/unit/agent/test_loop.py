@@ -205,7 +205,7 @@ def test_the_device_follows_its_mtu(monkeypatch):
         def attach_overlay(self, _: int) -> None: ...
         def attach_cgroup(self) -> None: ...
         def apply(self, _: Datapath, read: bool = True) -> Any:
-            return type("Result", (), {"maps": {}})
+            return type("Result", (), {"maps": {}, "problems": ()})
 
     from isthmus_agent import netlink
 
