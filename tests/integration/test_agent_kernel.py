@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,6 +220,18 @@ def test_audit_names_drift_and_repairs_it(estate: Estate) -> None:
     ask(estate.daemon_a.socket, "/v1/repair", "POST")
     assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
     assert estate.client.do("result = dial()")[0] == "b"
+
+
+def test_pins_that_were_removed_are_made_again(estate: Estate) -> None:
+    shutil.rmtree(estate.a.pin_dir)
+    problems = ask(estate.daemon_a.socket, "/v1/audit")["problems"]
+    assert any("map svc is not pinned" in words for words in problems)
+    assert any("cgroup hook connect4 is not attached" in words for words in problems)
+    ask(estate.daemon_a.socket, "/v1/repair", "POST")
+    assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
+    assert estate.client.do("result = dial()")[0] == "b"
+    estate.daemon_a.stop(signal.SIGKILL)
+    assert estate.client.do("result = dial()")[0] == "b", "it outlives the agent again"
 
 
 @pytest.mark.parametrize("estate", [{"onprem": [1], "cloud": [1]}], indirect=True)

@@ -102,7 +102,8 @@ class HostKernel:
     def start(self, datapath: Datapath) -> Applied:
         from isthmus_agent import netlink
 
-        if not self._ifindex:
+        if not self._ifindex or self._bpf.unpinned():
+            self._ifindex = 0  # until all of this was done
             self._bpf.open(datapath.cluster_id, datapath.identity_shift)
         # Maps before hooks, checks before packets: at no moment does a program decide on an empty map.
         maps = self._bpf.apply(datapath)

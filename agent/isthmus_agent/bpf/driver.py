@@ -264,6 +264,10 @@ class BpfDatapath:
             used.append((base, count))
         self._arena = Arena(slots.max_entries, used)
 
+    def unpinned(self) -> list[str]:
+        """Names of maps whose pins are gone: the next process would start with others."""
+        return [name for name in sorted(self._maps) if not (self.pin_dir / name).exists()]
+
     def _program(self, object_name: str, program: str) -> int:
         if object_name not in self._objects:
             raise BpfError(f"program {program} is not loaded: open() comes first")
@@ -275,7 +279,7 @@ class BpfDatapath:
         """Attaches the socket hooks to the cgroup root by pinned links; links that are there are updated in
         place, so no call goes by without a program."""
         links = self.pin_dir / "links"
-        links.mkdir(mode=0o700, exist_ok=True)
+        links.mkdir(mode=0o700, parents=True, exist_ok=True)
         cgroup_id = self.cgroup_root.stat().st_ino
         cgroup_fd = os.open(self.cgroup_root, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -355,7 +359,7 @@ class BpfDatapath:
 
     def audit_attachments(self, ifindex: int) -> list[str]:
         """What of the attached programs is missing, in words; `ifindex` is the overlay device's."""
-        problems = []
+        problems = [f"map {name} is not pinned: {self.pin_dir / name} is missing" for name in self.unpinned()]
         cgroup_id = self.cgroup_root.stat().st_ino
         for name in CGROUP_PROGRAMS:
             pin = self.pin_dir / "links" / name
