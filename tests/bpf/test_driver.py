@@ -22,6 +22,7 @@ from isthmus_agent.bpf.maps import Map
 from isthmus_agent.bpf.mounts import cgroup2_root, parse_mounts
 from isthmus_agent.bpf.slots import Arena, ArenaFull
 from isthmus_agent.desired.datapath import Backend, Datapath, Frontend, IpcacheEntry, Service
+from isthmus_agent.desired.drain import DrainTracker
 
 _numbers = itertools.count(1)
 
@@ -181,6 +182,22 @@ def test_draining_keeps_the_entry_and_loses_the_slot(datapath: BpfDatapath) -> N
     assert datapath.capacity()["slots"].used == 1
     assert datapath.capacity()["backends"].used == 2
     assert (ip_address("10.101.0.2"), 80, 6) in datapath.counters().backends
+
+
+def test_what_an_earlier_agent_left_is_told_and_drains(datapath: BpfDatapath) -> None:
+    earlier = _service(_backend(1), _backend(2), draining=(_backend(3),))
+    datapath.apply(earlier)
+    reader = BpfDatapath(datapath.pin_dir, datapath.cgroup_root)
+    reader.open_pinned()
+    tracker = DrainTracker()
+    tracker.seed(reader.services())
+    reader.close()
+    services, ended, deadline = tracker.apply(_service(_backend(1)).services, 100.0)
+    (service,) = services.values()
+    assert [each.address for each in service.draining] == [ip_address("10.101.0.2")]
+    assert (ended, deadline) == ((), 130.0)
+    _, ended, _ = tracker.apply(_service(_backend(1)).services, 130.0)
+    assert {each.address for each in ended} == {ip_address("10.101.0.2"), ip_address("10.101.0.3")}
 
 
 def test_a_changed_service_moves_to_other_slots(datapath: BpfDatapath) -> None:

@@ -20,7 +20,7 @@ from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server, routes
 from isthmus_agent.bpf.driver import Counters
 from isthmus_agent.cli.main import main as cli
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, Service
 from isthmus_agent.etcd_admin import ensure_access, wanted_access
 from isthmus_agent.kvstore import canary_value
 from isthmus_agent.state.watch import own_prefixes, peer_prefixes
@@ -52,6 +52,9 @@ class FakeKernel:
 
     def is_fresh(self) -> bool:
         return self.fresh
+
+    def held(self) -> dict[Frontend, Service]:
+        return {}
 
     def underlay_mtu(self, address: Address) -> int:
         return 1500

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
-from isthmus_agent.desired.datapath import Address, Backend, Datapath
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, Service
 from isthmus_agent.desired.drain import endpoint
 
 
@@ -49,6 +49,9 @@ class Kernel(Protocol):
 
     def is_fresh(self) -> bool:
         """Nothing of an earlier agent is pinned on this host."""
+
+    def held(self) -> dict[Frontend, Service]:
+        """The services that an earlier agent left in the maps."""
 
     def underlay_mtu(self, address: Address) -> int:
         """MTU in bytes of the device that carries `address`."""
@@ -93,6 +96,13 @@ class HostKernel:
 
     def is_fresh(self) -> bool:
         return not (self._pin_dir / "svc").exists()
+
+    def held(self) -> dict[Frontend, Service]:
+        self._bpf.open_pinned()
+        try:
+            return self._bpf.services()
+        finally:
+            self._bpf.close()
 
     def underlay_mtu(self, address: Address) -> int:
         from isthmus_agent import netlink

@@ -178,6 +178,11 @@ class Agent:
         """Start from last-known-good, then follow own etcd, until cancelled."""
         await self._load_last_good()
         self._fresh = await self.kernel_call(self.kernel.is_fresh)
+        if not self._fresh:
+            try:
+                self._drain.seed(await self.kernel_call(self.kernel.held))
+            except BpfError as error:
+                logger.warning("what an earlier agent left cannot be read", extra=fields(error=str(error)))
         self.cgroups.poll()
         self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
         await self._read_mtu()

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from isthmus_agent.bpf import abi
@@ -36,7 +37,7 @@ from isthmus_agent.bpf.libbpf import (
 from isthmus_agent.bpf.maps import Map
 from isthmus_agent.bpf.mounts import cgroup2_root, ensure_bpffs
 from isthmus_agent.bpf.slots import Arena, ArenaFull
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry, Network
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry, Network, Service
 
 PIN_DIR = Path(f"/sys/fs/bpf/isthmus/v{abi.ABI_VERSION}")
 OBJECTS_DIR = Path(__file__).parent / "objects"
@@ -63,6 +64,8 @@ FILLED_MAPS = ("svc", "backends", "ipcache_host", "ipcache_cidr", "local", "peer
 
 # How long sockets_of() still knows a backend that apply() removed.
 GONE_SECONDS = 600.0
+
+NO_FRONTEND = Frontend(IPv4Address(0), 0, 0)
 
 BackendKey = tuple[Address, int, int]  # address, port, protocol
 
@@ -757,6 +760,28 @@ class BpfDatapath:
         used = sum(abi.SVC_VALUE.unpack(value)[2] for value in self._maps["svc"].items().values())
         found["slots"] = Capacity(used, self._maps["slots"].max_entries)
         return found
+
+    def services(self) -> dict[Frontend, Service]:
+        """What the maps say, without names and nodes. Backends that no service has any more (they drain) are those of
+        `NO_FRONTEND`."""
+        backends: dict[int, Backend] = {}
+        for raw, value in self._maps["backends"].items().items():
+            address, port, protocol, _, cluster_id = abi.BACKEND_VALUE.unpack(value)
+            backends[abi.U32.unpack(raw)[0]] = Backend(
+                abi.unpack_address(address), abi.unpack_port(port), protocol, cluster_id
+            )
+        found: dict[Frontend, Service] = {}
+        used: set[int] = set()
+        for raw, value in self._maps["svc"].items().items():
+            address, port, protocol, _ = abi.SVC_KEY.unpack(raw)
+            _, base, count, _ = abi.SVC_VALUE.unpack(value)
+            ids = [number for number in self._read_slots(base, count) if number in backends]
+            used.update(ids)
+            found[Frontend(abi.unpack_address(address), abi.unpack_port(port), protocol)] = Service(
+                "", tuple(backends[number] for number in ids)
+            )
+        left = tuple(backend for number, backend in backends.items() if number not in used)
+        return {**found, NO_FRONTEND: Service("", (), left)} if left else found
 
     def sockets_of(self, backends: Iterable[Backend | BackendKey]) -> set[int]:
         """Cookies of open sockets that the connect hook gave to one of `backends`; these may be removed ones
