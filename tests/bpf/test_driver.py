@@ -22,6 +22,7 @@ from isthmus_agent.bpf.maps import Map
 from isthmus_agent.bpf.mounts import cgroup2_root, parse_mounts
 from isthmus_agent.bpf.slots import Arena, ArenaFull
 from isthmus_agent.desired.datapath import Backend, Datapath, Frontend, IpcacheEntry, Peer, Service
+from isthmus_agent.desired.drain import DrainTracker
 
 _numbers = itertools.count(1)
 
@@ -183,6 +184,22 @@ def test_draining_keeps_the_entry_and_loses_the_slot(datapath: BpfDatapath) -> N
     assert (ip_address("10.101.0.2"), 80, 6) in datapath.counters().backends
 
 
+def test_what_an_earlier_agent_left_is_told_and_drains(datapath: BpfDatapath) -> None:
+    earlier = _service(_backend(1), _backend(2), draining=(_backend(3),))
+    datapath.apply(earlier)
+    reader = BpfDatapath(datapath.pin_dir, datapath.cgroup_root)
+    reader.open_pinned()
+    tracker = DrainTracker()
+    tracker.seed(reader.services())
+    reader.close()
+    services, ended, deadline = tracker.apply(_service(_backend(1)).services, 100.0)
+    (service,) = services.values()
+    assert [each.address for each in service.draining] == [ip_address("10.101.0.2")]
+    assert (ended, deadline) == ((), 130.0)
+    _, ended, _ = tracker.apply(_service(_backend(1)).services, 130.0)
+    assert {each.address for each in ended} == {ip_address("10.101.0.2"), ip_address("10.101.0.3")}
+
+
 def test_a_changed_service_moves_to_other_slots(datapath: BpfDatapath) -> None:
     def place() -> tuple[int, int]:
         (value,) = _pin(datapath, "svc").items().values()
@@ -263,7 +280,7 @@ def test_pinned_maps_are_readable_without_loading(datapath: BpfDatapath) -> None
         (
             Datapath(
                 1,
-                ipcache={ip_network(f"10.102.0.{each}/32"): IpcacheEntry(6, 2, None) for each in range(9)},
+                ipcache={ip_network(f"10.102.0.{each}/32"): IpcacheEntry(6, 1, None) for each in range(9)},
             ),
             "ipcache_host",
         ),
@@ -276,6 +293,82 @@ def test_a_full_map_is_an_error_that_names_it_and_changes_nothing(
     with pytest.raises(CapacityError, match=f"map {name} holds at most 8 entries, 9 are wanted"):
         datapath.apply(wanted)
     assert datapath.audit(FULL) == []
+
+
+def _ports(first: int, backend: Backend) -> Datapath:
+    """Eight services, which fill the map."""
+    services = {
+        Frontend(ip_address("10.111.0.1"), port, 6): Service("shop/web", (backend,)) for port in range(first, first + 8)
+    }
+    return Datapath(1, services=services)
+
+
+def test_what_fits_alone_replaces_what_is_there_also_when_both_do_not_fit(datapath: BpfDatapath) -> None:
+    for wanted in (
+        _service(*(_backend(each) for each in range(1, 9))),
+        _service(*(_backend(each) for each in range(11, 19))),
+        _ports(1, _backend(1)),
+        _ports(11, _backend(2)),
+        Datapath(1, ipcache={ip_network(f"10.102.0.{each}/32"): IpcacheEntry(6, 2, None) for each in range(8)}),
+        Datapath(1, ipcache={ip_network(f"10.102.1.{each}/32"): IpcacheEntry(6, 2, None) for each in range(8)}),
+    ):
+        assert datapath.apply(wanted, read=False)
+        assert datapath.audit(wanted) == []
+        assert not datapath.apply(wanted, read=False)
+
+
+def test_removed_backends_are_known_also_when_room_was_made_for_others(datapath: BpfDatapath) -> None:
+    datapath.apply(_service(*(_backend(each) for each in range(1, 9))))
+    removed = datapath.apply(_service(*(_backend(each) for each in range(11, 19)))).removed_backends
+    assert {key[0] for key in removed} == {ip_address(f"10.101.0.{each}") for each in range(1, 9)}
+
+
+def test_a_failed_apply_loses_no_slots(datapath: BpfDatapath, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Map.put
+    writes = 0
+
+    def fail(table: Map, key: bytes, value: bytes) -> None:
+        nonlocal writes
+        writes += table.name == "svc"
+        if table.name == "svc" and writes % 3 == 0:
+            raise BpfError("cannot write map svc: EIO", 5)
+        put(table, key, value)
+
+    datapath._arena.grace = 0.0
+    datapath.apply(_ports(1, _backend(1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Map, "put", fail)
+        for number in range(200):
+            with pytest.raises(BpfError, match="EIO"):
+                datapath.apply(_ports(1, _backend(number % 7 + 2)))
+            assert datapath._arena.used == 8
+    datapath.apply(_ports(1, _backend(1)))
+    assert datapath.audit(_ports(1, _backend(1))) == []
+
+
+def test_a_peer_with_too_many_addresses_harms_itself_alone(datapath: BpfDatapath) -> None:
+    def wanted(flood: int, others: int, first: int = 0) -> Datapath:
+        ipcache = {ip_network(f"10.102.0.{each}/32"): IpcacheEntry(7, 2, None) for each in range(first, first + flood)}
+        ipcache |= {ip_network(f"10.103.0.{each}/32"): IpcacheEntry(7, 3, None) for each in range(others)}
+        ipcache[ip_network("10.101.0.1/32")] = IpcacheEntry(7, 1, None)
+        return replace(_service(_backend(flood)), ipcache=ipcache, clusters={2: "cloud", 3: "edge"})
+
+    def held() -> set[str]:
+        return {str(abi.unpack_address(key)) for key in _pin(datapath, "ipcache_host").walk()}
+
+    assert datapath.apply(wanted(4, 1)).problems == ()
+    for read in (True, False):
+        result = datapath.apply(wanted(20, 2), read=read)
+        (problem,) = result.problems
+        assert "15 addresses of cluster cloud, which has 20, are left out" in problem
+        assert {"10.101.0.1", "10.103.0.0", "10.103.0.1"} <= held(), "all others' are there"
+        assert {f"10.102.0.{each}" for each in range(4)} <= held(), "what it had it keeps"
+        assert len(held()) == 8
+        assert datapath.audit(wanted(20, 2)) == []
+    datapath.apply(wanted(20, 2, first=100), read=False)
+    assert not held() & {f"10.102.0.{each}" for each in range(20)}, "what it withdraws goes"
+    assert datapath.apply(wanted(5, 2), read=False).problems == ()
+    assert datapath.audit(wanted(5, 2)) == []
 
 
 def test_removing_leaves_nothing(datapath: BpfDatapath) -> None:

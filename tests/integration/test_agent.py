@@ -20,7 +20,9 @@ from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server, routes
 from isthmus_agent.bpf.driver import Counters
 from isthmus_agent.cli.main import main as cli
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend
+from isthmus_agent.desired.compute import desired
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, Service
+from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.etcd_admin import ensure_access, wanted_access
 from isthmus_agent.kvstore import canary_value
 from isthmus_agent.state.watch import own_prefixes, peer_prefixes
@@ -52,6 +54,9 @@ class FakeKernel:
 
     def is_fresh(self) -> bool:
         return self.fresh
+
+    def held(self) -> dict[Frontend, Service]:
+        return {}
 
     def underlay_mtu(self, address: Address) -> int:
         return 1500
@@ -87,6 +92,13 @@ class FakeKernel:
 def used(kernel: FakeKernel) -> set[str]:
     service = kernel.now.services.get(VIP) if kernel.applied else None
     return {str(backend.address) for backend in service.backends} if service is not None else set()
+
+
+def settled(found: Agent, kernel: FakeKernel) -> bool:
+    """Everything that etcd has was read and applied: lists come one by one."""
+    if not found.watcher.trusted or not kernel.applied:
+        return False
+    return kernel.now == desired(found.spec, found.decoder.state(), Reachability(), found.facts).datapath
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +325,7 @@ def test_a_wiped_and_a_restored_etcd_withdraw_nothing(own_server: EtcdServer, tm
         fill(server, mesh.documents(BACKENDS))
         kernel = FakeKernel()
         async with agent(spec_for(server), kernel, tmp_path) as found:
-            await until(lambda: used(kernel) == ALL and found.watcher.trusted, "applied")
+            await until(lambda: used(kernel) == ALL and settled(found, kernel), "applied")
             await in_etcd(server, WEB, lambda d: WEB in d, "reported")
             before = kernel.now
 
@@ -344,7 +356,7 @@ def test_bad_values_are_named_and_harm_nothing(server: EtcdServer, tmp_path: Pat
         fill(server, mesh.documents(BACKENDS))
         kernel = FakeKernel()
         async with agent(spec_for(server), kernel, tmp_path) as found:
-            await until(lambda: used(kernel) == ALL, "applied")
+            await until(lambda: used(kernel) == ALL and settled(found, kernel), "applied")
             before = kernel.now
             node = keys.node_key("cloud", "cloud-1", cached=True)
             for key in (node, keys.service_key("cloud", "shop", "web", cached=True), keys.vip_key("shop", "web")):
@@ -483,7 +495,7 @@ def test_status_services_peers_and_audit(
         fill(server, mesh.documents(BACKENDS))
         kernel = FakeKernel()
         async with agent(spec_for(server), kernel, tmp_path) as found:
-            await until(lambda: used(kernel) == ALL and found.watcher.trusted, "applied")
+            await until(lambda: used(kernel) == ALL and settled(found, kernel), "applied")
             await until(found.watcher.connected, "all watches stand")
             api = routes(found)
             await api.listen_unix(found.paths.socket)

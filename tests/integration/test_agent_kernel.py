@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,6 +220,28 @@ def test_audit_names_drift_and_repairs_it(estate: Estate) -> None:
     ask(estate.daemon_a.socket, "/v1/repair", "POST")
     assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
     assert estate.client.do("result = dial()")[0] == "b"
+
+
+def test_sockets_to_a_backend_that_went_while_the_agent_was_away_end(estate: Estate) -> None:
+    estate.client.do("held = socket.create_connection(('10.111.0.10', 80), 3); result = len(held.recv(100))")
+    estate.daemon_a.stop(signal.SIGKILL)
+    last = LastGood("onprem", "2026-01-02T03:04:05Z", _documents("onprem", {"cloud": []}))
+    (estate.daemon_a.directory / "state" / "last-known-good.json").write_text(last.to_json())
+    estate.daemon_a.start()
+    assert estate.client.do("held.sendall(b'abc?'); result = len(held.recv(100))") > 0, "it drains first"
+    wait_for(lambda: estate.daemon_a.status()["datapath"]["sockets_ended"] == 1, "the socket is ended", 45)
+
+
+def test_pins_that_were_removed_are_made_again(estate: Estate) -> None:
+    shutil.rmtree(estate.a.pin_dir)
+    problems = ask(estate.daemon_a.socket, "/v1/audit")["problems"]
+    assert any("map svc is not pinned" in words for words in problems)
+    assert any("cgroup hook connect4 is not attached" in words for words in problems)
+    ask(estate.daemon_a.socket, "/v1/repair", "POST")
+    assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
+    assert estate.client.do("result = dial()")[0] == "b"
+    estate.daemon_a.stop(signal.SIGKILL)
+    assert estate.client.do("result = dial()")[0] == "b", "it outlives the agent again"
 
 
 @pytest.mark.parametrize("estate", [{"onprem": [1], "cloud": [1]}], indirect=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
-from isthmus_agent.desired.datapath import Address, Backend, Datapath
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, Service
 from isthmus_agent.desired.drain import endpoint
 
 
@@ -28,8 +28,8 @@ def bundled_libbpf() -> Path | None:
 class Applied:
     """What a call changed, in words; empty when everything was as wanted.
 
-    `problems`: what of the network the kernel refused, such as a route whose prefix another daemon's route has. All
-    the rest was done.
+    `problems`: what of the network the kernel refused, such as a route whose prefix another daemon's route has, and
+    addresses that a map has no room for. All the rest was done.
     """
 
     changes: tuple[str, ...] = ()
@@ -49,6 +49,9 @@ class Kernel(Protocol):
 
     def is_fresh(self) -> bool:
         """Nothing of an earlier agent is pinned on this host."""
+
+    def held(self) -> dict[Frontend, Service]:
+        """The services that an earlier agent left in the maps."""
 
     def underlay_mtu(self, address: Address) -> int:
         """MTU in bytes of the device that carries `address`."""
@@ -94,6 +97,13 @@ class HostKernel:
     def is_fresh(self) -> bool:
         return not (self._pin_dir / "svc").exists()
 
+    def held(self) -> dict[Frontend, Service]:
+        self._bpf.open_pinned()
+        try:
+            return self._bpf.services()
+        finally:
+            self._bpf.close()
+
     def underlay_mtu(self, address: Address) -> int:
         from isthmus_agent import netlink
 
@@ -102,7 +112,8 @@ class HostKernel:
     def start(self, datapath: Datapath) -> Applied:
         from isthmus_agent import netlink
 
-        if not self._ifindex:
+        if not self._ifindex or self._bpf.unpinned():
+            self._ifindex = 0  # until all of this was done
             self._bpf.open(datapath.cluster_id, datapath.identity_shift)
         # Maps before hooks, checks before packets: at no moment does a program decide on an empty map.
         maps = self._bpf.apply(datapath)
@@ -112,14 +123,14 @@ class HostKernel:
         self._made = None
         network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
 
     def apply(self, datapath: Datapath) -> Applied:
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
         maps = self._bpf.apply(datapath, read=False)
         network = self._apply_network(datapath)
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), network.problems)
+        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
 
     def _apply_network(self, datapath: Datapath) -> Applied:
         """One refused route must not keep the hooks, and with them every service, from this host."""

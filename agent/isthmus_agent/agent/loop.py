@@ -47,7 +47,7 @@ from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
 from isthmus_agent.state.model import MeshState
-from isthmus_agent.state.watch import StateWatcher
+from isthmus_agent.state.watch import CHUNK, StateWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Progress:
     last_change: float | None = None
     error: str = ""
     errors: int = 0
-    problems: tuple[str, ...] = ()  # what of the network the kernel refuses; the rest is applied
+    problems: tuple[str, ...] = ()  # what is refused or has no room; the rest is applied and this tried again
     holding: str = ""
     last_audit: float | None = None
     drift: tuple[str, ...] = ()  # what the last audit found
@@ -146,6 +146,8 @@ class Agent:
         self._deadline: float | None = None
         self._again: float | None = None  # when to try again what the kernel refused
         self._again_delay = RETRY[0]
+        self._kernel_problems: tuple[str, ...] = ()
+        self._names_problems: tuple[str, ...] = ()
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
         self._fresh = False
@@ -174,8 +176,13 @@ class Agent:
 
     async def run(self) -> None:
         """Start from last-known-good, then follow own etcd, until cancelled."""
-        self._load_last_good()
+        await self._load_last_good()
         self._fresh = await self.kernel_call(self.kernel.is_fresh)
+        if not self._fresh:
+            try:
+                self._drain.seed(await self.kernel_call(self.kernel.held))
+            except BpfError as error:
+                logger.warning("what an earlier agent left cannot be read", extra=fields(error=str(error)))
         self.cgroups.poll()
         self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
         await self._read_mtu()
@@ -217,7 +224,7 @@ class Agent:
 
     # --- inputs
 
-    def _load_last_good(self) -> None:
+    async def _load_last_good(self) -> None:
         path = self.paths.last_good
         try:
             last = LastGood.from_json(path.read_bytes())
@@ -235,8 +242,10 @@ class Agent:
                 extra=fields(path=str(path), cluster=last.cluster),
             )
             return
-        for key, value in last.documents.items():
+        for number, (key, value) in enumerate(last.documents.items(), 1):
             self.decoder.put(key, value)
+            if number % CHUNK == 0:
+                await asyncio.sleep(0)
         self.watcher.seed(last)
         self._has_last_good = True
         self.progress.last_good_loaded = last.written
@@ -387,18 +396,19 @@ class Agent:
         datapath = replace(found.datapath, services=services)
         self._log_refused(found)
         self.desired = found
-        self.names.write(found.names)
         began = time.monotonic()
         if not self._started or self.progress.error:
             # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
             done = await self.kernel_call(self.kernel.start, datapath)
-        elif datapath != self.progress.applied or self.progress.problems:
+        elif datapath != self.progress.applied or self._kernel_problems:
             done = await self.kernel_call(self.kernel.apply, datapath)
         else:
             done = None
         if done is not None:
             self._note_applied(datapath, done.changes, time.monotonic() - began)
-            self._note_problems(done.problems)
+            self._kernel_problems = done.problems
+        self._write_names(found)
+        self._note_problems()
         self._inputs = inputs
         self.progress.error = ""
         # After the routes: a probe that cannot be sent would count as a miss.
@@ -441,10 +451,23 @@ class Agent:
             sdnotify.notify(f"READY=1\nSTATUS=datapath applied from {progress.source}")
             logger.info("ready", extra=fields(source=progress.source))
 
-    def _note_problems(self, problems: tuple[str, ...]) -> None:
+    def _write_names(self, found: Desired) -> None:
+        """After the kernel: a full /run must not keep traffic where it was."""
+        try:
+            self.names.write(found.names)
+        except OSError as error:
+            self._names_problems = (
+                f"names cannot be written below {self.paths.names}: {error}. "
+                f"Next: make room there (df {self.paths.run})",
+            )
+        else:
+            self._names_problems = ()
+
+    def _note_problems(self) -> None:
+        problems = (*self._kernel_problems, *self._names_problems)
         for words in problems:
             if words not in self.progress.problems:
-                logger.warning("network is not all as wanted; tried again", extra=fields(problem=words))
+                logger.warning("datapath is not all as wanted; tried again", extra=fields(problem=words))
         self.progress.problems = problems
         if problems:
             self._again = time.monotonic() + self._again_delay
@@ -480,7 +503,8 @@ class Agent:
         if found and repair and self.progress.applied is not None:
             logger.warning("drift repaired", extra=fields(count=len(found), first=found[:20]))
             done = await self.kernel_call(self.kernel.start, self.progress.applied)
-            self._note_problems(done.problems)
+            self._kernel_problems = done.problems
+            self._note_problems()
             self.progress.repaired += max(0, len(found) - len(done.problems))
         return found
 

@@ -14,7 +14,8 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from isthmus_agent.bpf import abi
@@ -36,7 +37,16 @@ from isthmus_agent.bpf.libbpf import (
 from isthmus_agent.bpf.maps import Map
 from isthmus_agent.bpf.mounts import cgroup2_root, ensure_bpffs
 from isthmus_agent.bpf.slots import Arena, ArenaFull
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, IpcacheEntry, Network, Peer
+from isthmus_agent.desired.datapath import (
+    Address,
+    Backend,
+    Datapath,
+    Frontend,
+    IpcacheEntry,
+    Network,
+    Peer,
+    Service,
+)
 
 PIN_DIR = Path(f"/sys/fs/bpf/isthmus/v{abi.ABI_VERSION}")
 OBJECTS_DIR = Path(__file__).parent / "objects"
@@ -64,6 +74,8 @@ FILLED_MAPS = ("svc", "backends", "ipcache_host", "ipcache_cidr", "local", "peer
 # How long sockets_of() still knows a backend that apply() removed.
 GONE_SECONDS = 600.0
 
+NO_FRONTEND = Frontend(IPv4Address(0), 0, 0)
+
 BackendKey = tuple[Address, int, int]  # address, port, protocol
 
 
@@ -85,6 +97,7 @@ class ApplyResult:
 
     maps: dict[str, MapChange] = field(default_factory=dict)
     removed_backends: tuple[BackendKey, ...] = ()
+    problems: tuple[str, ...] = ()  # what was left out because a map is too small
 
     def __bool__(self) -> bool:
         return bool(self.maps)
@@ -138,9 +151,10 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What apply() left in the maps: the image of `datapath`. The agent alone writes these maps."""
+    """What apply() left in the maps, and the whole image of `datapath`. The agent alone writes these maps."""
 
     datapath: Datapath
+    image: dict[str, dict[bytes, bytes]]
     maps: dict[str, dict[bytes, bytes]]
 
 
@@ -276,6 +290,10 @@ class BpfDatapath:
             used.append((base, count))
         self._arena = Arena(slots.max_entries, used)
 
+    def unpinned(self) -> list[str]:
+        """Names of maps whose pins are gone: the next process would start with others."""
+        return [name for name in sorted(self._maps) if not (self.pin_dir / name).exists()]
+
     def _program(self, object_name: str, program: str) -> int:
         if object_name not in self._objects:
             raise BpfError(f"program {program} is not loaded: open() comes first")
@@ -287,7 +305,7 @@ class BpfDatapath:
         """Attaches the socket hooks to the cgroup root by pinned links; links that are there are updated in
         place, so no call goes by without a program."""
         links = self.pin_dir / "links"
-        links.mkdir(mode=0o700, exist_ok=True)
+        links.mkdir(mode=0o700, parents=True, exist_ok=True)
         cgroup_id = self.cgroup_root.stat().st_ino
         cgroup_fd = os.open(self.cgroup_root, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -367,7 +385,7 @@ class BpfDatapath:
 
     def audit_attachments(self, ifindex: int) -> list[str]:
         """What of the attached programs is missing, in words; `ifindex` is the overlay device's."""
-        problems = []
+        problems = [f"map {name} is not pinned: {self.pin_dir / name} is missing" for name in self.unpinned()]
         cgroup_id = self.cgroup_root.stat().st_ino
         for name in CGROUP_PROGRAMS:
             pin = self.pin_dir / "links" / name
@@ -436,13 +454,94 @@ class BpfDatapath:
         """Makes the maps hold exactly what is wanted, whatever they hold now.
 
         Without `read` the maps are taken to hold what the last call left there, if that did not fail.
+        Addresses of peers that are too many are left out and told in `problems`.
         New entries first, then the services are flipped one by one (each in one step for the programs),
         then what is not wanted any more goes. CapacityError before anything is changed if a map is too
         small."""
         known, self._known = self._known, None
-        wanted = _tables(datapath, known)
-        self._check_capacity(datapath, wanted)
+        image = _tables(datapath, known)
         real = known.maps if known is not None and not read else self._read()
+        wanted, problems = self._fitting(datapath, image, real)
+        self._check_capacity(datapath, wanted)
+        removed: tuple[BackendKey, ...] = ()
+        try:
+            try:
+                result = self._make(datapath, image, wanted, real)
+            except CapacityError:
+                # Old and new together are too many: a moment without what goes is better than being stuck.
+                removed = self._make_room(datapath, wanted)
+                result = self._make(datapath, image, wanted, self._read())
+        except BaseException:
+            self._keep_slots()
+            raise
+        return replace(result, removed_backends=removed + result.removed_backends, problems=problems)
+
+    def _fitting(
+        self, datapath: Datapath, image: dict[str, dict[bytes, bytes]], real: Mapping[str, Mapping[bytes, bytes]]
+    ) -> tuple[dict[str, dict[bytes, bytes]], tuple[str, ...]]:
+        """The image with as many addresses and prefixes as their maps can hold, and what was left out in words."""
+        fitting = dict(image)
+        problems: list[str] = []
+        for name in ("ipcache_host", "ipcache_cidr"):
+            fitting[name], words = self._without_excess(name, datapath, image[name], real[name])
+            problems += words
+        return fitting, tuple(problems)
+
+    def _without_excess(
+        self, table: str, datapath: Datapath, wanted: dict[bytes, bytes], real: Mapping[bytes, bytes]
+    ) -> tuple[dict[bytes, bytes], list[str]]:
+        """Of the largest peer is left out first, and of that what is in the map already last. No peer keeps another's
+        addresses, or a withdrawal, from this host."""
+        size = self._maps[table].max_entries
+        excess = len(wanted) - size
+        if excess <= 0:
+            return wanted, []
+        clusters: dict[int, list[bytes]] = {}
+        for key, value in wanted.items():
+            clusters.setdefault(abi.IPCACHE_VALUE.unpack(value)[2], []).append(key)
+        clusters.pop(datapath.cluster_id, None)
+        out: set[bytes] = set()
+        problems = []
+        for number, addresses in sorted(clusters.items(), key=lambda item: -len(item[1])):
+            if excess <= 0:
+                break
+            going = sorted(addresses, key=lambda key: key in real)[:excess]
+            out.update(going)
+            excess -= len(going)
+            name = datapath.clusters.get(number, f"with id {number}")
+            problems.append(
+                f"map {table} holds at most {size} entries, {len(wanted)} are wanted: {len(going)} addresses of "
+                f"cluster {name}, which has {len(addresses)}, are left out and cannot be reached. Next: find out why "
+                "it publishes so many, or remove it from this cluster's peers"
+            )
+        return {key: value for key, value in wanted.items() if key not in out}, problems
+
+    def _make_room(self, datapath: Datapath, wanted: Mapping[str, Mapping[bytes, bytes]]) -> tuple[BackendKey, ...]:
+        """Removes what is not wanted; answers the backends among it."""
+        real = self._read()
+        keep = {"svc": {_svc_key(frontend) for frontend in datapath.services}}
+        for name in ("svc", *wanted):
+            self._maps[name].delete_all(real[name].keys() - keep.get(name, wanted.get(name, {}).keys()))
+        self._keep_slots()
+        backends = {(each.address, each.port, each.protocol) for each in _backends(datapath)}
+        gone = {key for key, value in real["backends"].items() if _backend_key(value) not in backends}
+        removed = self._removed_backends(gone, real["backends"])
+        self._maps["backends"].delete_all(gone)
+        self._maps["backend_stats"].delete_all(real["backend_stats"].keys() - (real["backends"].keys() - gone))
+        return removed
+
+    def _keep_slots(self) -> None:
+        """After a failure: runs that no service has are free, whoever held them when it failed."""
+        values = [abi.SVC_VALUE.unpack(value) for value in self._maps["svc"].items().values()]
+        self._arena.keep({base for _, base, count, _ in values if count}, time.monotonic())
+
+    def _make(
+        self,
+        datapath: Datapath,
+        image: dict[str, dict[bytes, bytes]],
+        wanted: dict[str, dict[bytes, bytes]],
+        real: dict[str, dict[bytes, bytes]],
+    ) -> ApplyResult:
         ids, backends = self._plan_backends(datapath, real["backends"])
         tables = [self._plan(name, entries, real[name]) for name, entries in wanted.items()]
 
@@ -457,7 +556,7 @@ class BpfDatapath:
         now = time.monotonic()
         for base in resting:
             self._arena.free(base, now)
-        removed = self._removed_backends(backends, real["backends"])
+        removed = self._removed_backends(backends.delete, real["backends"])
         self._erase(backends)
         self._maps["backend_stats"].delete_all(real["backend_stats"].keys() - stats)
         for plan in tables:
@@ -469,7 +568,7 @@ class BpfDatapath:
             | backends.put,
             "backend_stats": dict.fromkeys(stats, b""),
         }
-        self._known = _Known(datapath, left)
+        self._known = _Known(datapath, image, left)
 
         changes = {plan.name: plan.change for plan in (backends, services, *tables) if plan.change}
         return ApplyResult(maps=changes, removed_backends=removed)
@@ -480,11 +579,11 @@ class BpfDatapath:
         real["backend_stats"] = dict.fromkeys(self._maps["backend_stats"].walk(), b"")
         return real
 
-    def _removed_backends(self, plan: _Plan, real: Mapping[bytes, bytes]) -> tuple[BackendKey, ...]:
+    def _removed_backends(self, keys: Iterable[bytes], real: Mapping[bytes, bytes]) -> tuple[BackendKey, ...]:
         now = time.monotonic()
         self._gone = {number: gone for number, gone in self._gone.items() if gone[0] > now - GONE_SECONDS}
         removed = []
-        for key in plan.delete:
+        for key in keys:
             backend = _backend_key(real[key])
             self._gone[abi.U32.unpack(key)[0]] = (now, backend)
             removed.append(backend)
@@ -617,10 +716,11 @@ class BpfDatapath:
     def audit(self, datapath: Datapath) -> list[str]:
         """Differences between maps and what is wanted, in words. Changes nothing."""
         problems: list[str] = []
-        tables = _tables(datapath)
+        image = _tables(datapath)
+        real = {name: self._maps[name].items() for name in image}
+        tables, _ = self._fitting(datapath, image, real)
         for name, wanted in tables.items():
-            real = self._maps[name].items()
-            problems += _differences(name, wanted, real)
+            problems += _differences(name, wanted, real[name])
         backends = self._maps["backends"].items()
         by_id = {abi.U32.unpack(key)[0]: _backend_key(value) for key, value in backends.items()}
         wanted_backends = {(each.address, each.port, each.protocol): each for each in _backends(datapath)}
@@ -683,6 +783,28 @@ class BpfDatapath:
         used = sum(abi.SVC_VALUE.unpack(value)[2] for value in self._maps["svc"].items().values())
         found["slots"] = Capacity(used, self._maps["slots"].max_entries)
         return found
+
+    def services(self) -> dict[Frontend, Service]:
+        """What the maps say, without names and nodes. Backends that no service has any more (they drain) are those of
+        `NO_FRONTEND`."""
+        backends: dict[int, Backend] = {}
+        for raw, value in self._maps["backends"].items().items():
+            address, port, protocol, _, cluster_id = abi.BACKEND_VALUE.unpack(value)
+            backends[abi.U32.unpack(raw)[0]] = Backend(
+                abi.unpack_address(address), abi.unpack_port(port), protocol, cluster_id
+            )
+        found: dict[Frontend, Service] = {}
+        used: set[int] = set()
+        for raw, value in self._maps["svc"].items().items():
+            address, port, protocol, _ = abi.SVC_KEY.unpack(raw)
+            _, base, count, _ = abi.SVC_VALUE.unpack(value)
+            ids = [number for number in self._read_slots(base, count) if number in backends]
+            used.update(ids)
+            found[Frontend(abi.unpack_address(address), abi.unpack_port(port), protocol)] = Service(
+                "", tuple(backends[number] for number in ids)
+            )
+        left = tuple(backend for number, backend in backends.items() if number not in used)
+        return {**found, NO_FRONTEND: Service("", (), left)} if left else found
 
     def sockets_of(self, backends: Iterable[Backend | BackendKey]) -> set[int]:
         """Cookies of open sockets that the connect hook gave to one of `backends`; these may be removed ones
@@ -750,7 +872,7 @@ def _workload_value(address: Address) -> bytes:
 def _tables(datapath: Datapath, known: _Known | None = None) -> dict[str, dict[bytes, bytes]]:
     """The maps that are a plain image of what is wanted; those of the same objects are `known`'s own."""
     before = known.datapath if known is not None else Datapath(0)
-    made = known.maps if known is not None else {}
+    made = known.image if known is not None else {}
     hosts, prefixes = (
         (made["ipcache_host"], made["ipcache_cidr"])
         if datapath.ipcache is before.ipcache

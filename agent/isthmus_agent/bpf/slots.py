@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ArenaFull(Exception):
@@ -47,6 +47,11 @@ class Arena:
         if position + count > self.size:
             raise ArenaFull
         return position
+
+    def keep(self, bases: Collection[int], now: float) -> None:
+        """Gives every run back but those that begin at `bases`."""
+        for base in [base for base in self._used if base not in bases]:
+            self.free(base, now)
 
     def free(self, base: int, now: float) -> None:
         """Gives a run back; it is dealt again after the grace time."""

@@ -99,6 +99,7 @@ def desired(
             "routes", (spec, nodes, facts.underlay_mtu), lambda: addressing.routes(spec, nodes, facts.underlay_mtu)
         ),
         rules=addressing.rules(spec),
+        clusters={config.id: cluster for cluster, config in state.configs.items()},
     )
     return Desired(
         datapath=datapath,

@@ -99,3 +99,4 @@ class Datapath:
     peers: dict[Address, Peer] = field(default_factory=dict)  # by outer source
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()
+    clusters: dict[int, str] = field(default_factory=dict)  # cluster id -> name, for words only

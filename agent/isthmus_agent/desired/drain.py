@@ -29,6 +29,14 @@ class DrainTracker:
     _last: dict[Frontend, dict[Endpoint, Backend]] = field(default_factory=dict)
     _since: dict[Frontend, dict[Endpoint, tuple[float, Backend]]] = field(default_factory=dict)
 
+    def seed(self, services: Mapping[Frontend, Service]) -> None:
+        """Take over from an earlier agent: what it had given and is not wanted any more drains from the first `apply`
+        on."""
+        self._last = {
+            front: {endpoint(backend): backend for backend in (*svc.backends, *svc.draining)}
+            for front, svc in services.items()
+        }
+
     def apply(
         self, services: Mapping[Frontend, Service], now: float
     ) -> tuple[dict[Frontend, Service], tuple[Backend, ...], float | None]:

@@ -9,7 +9,8 @@ are validated again because an agent must survive whatever its etcd holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +58,16 @@ class Decoder:
         self._sections: dict[str, dict[Any, Any]] = {name: {} for name in SECTIONS}
         self._dirty: set[str] = set()
         self._state = MeshState()
+        self._batches = 0
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Meanwhile `state` stays what it was: nobody sees a half of what belongs together."""
+        self._batches += 1
+        try:
+            yield
+        finally:
+            self._batches -= 1
 
     def put(self, key: str, value: bytes) -> bool:
         """Take a value. True when the state changed."""
@@ -98,8 +109,9 @@ class Decoder:
         return True
 
     def state(self) -> MeshState:
-        """The present state; sections without a change are the same objects as before."""
-        if self._dirty:
+        """The present state, or that before a batch which is not done yet. Sections without a change are the same
+        objects as before."""
+        if self._dirty and not self._batches:
             changed = {name: MappingProxyType(dict(self._sections[name])) for name in self._dirty}
             self._state = MeshState(**{name: changed.get(name, getattr(self._state, name)) for name in SECTIONS})
             self._dirty.clear()
@@ -131,7 +143,8 @@ class Decoder:
     def _config_changed(self, cluster: str) -> None:
         """A peer's id became known or changed: its values are judged again, those of another id go."""
         again = self._waiting.pop(cluster, {})
-        for key in [key for key in self._raw if (place := self._place(key)) and place.cluster == cluster]:
+        mine = [key for key in self._raw if cluster in key]  # few of very many; the exact answer costs more
+        for key in [key for key in mine if (place := self._place(key)) and place.cluster == cluster]:
             value = self._raw[key]
             self.delete(key)
             again.setdefault(key, value)

@@ -138,3 +138,13 @@ def test_no_json_can_raise(key, junk, field):
     document[field] = junk
     decoder.put(key, json.dumps(document).encode())
     decoder.state()
+
+
+def test_nobody_sees_a_half_of_a_batch():
+    decoder = mesh.decoder()
+    before = decoder.state()
+    with decoder.batch():
+        for key, value in mesh.documents({"cloud": [1]}).items():
+            decoder.put(key, value)
+            assert decoder.state() is before
+    assert len(decoder.state().nodes) == 6

@@ -121,6 +121,37 @@ def test_a_route_that_the_kernel_refuses_stops_nothing_else(tmp_path, monkeypatc
     assert [call for call, _ in kernel.calls[:2]] == ["start", "apply"]
 
 
+async def fill_the_disk(agent: Agent, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(names: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    applier = asyncio.create_task(agent._applier())
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(agent.names, "write", full)
+            agent.wake()
+            await until(lambda: bool(agent.progress.problems), "it is told")
+            assert "No space left" in agent.progress.problems[0]
+            agent.facts = replace(agent.facts, underlay_mtu=1400)
+            agent.wake()
+            await until(lambda: kernel.calls[-1:] == [("apply", 1350)], "the datapath goes on")
+            assert agent.progress.error == ""
+        await until(lambda: not agent.progress.problems, "the names are written when there is room")
+    finally:
+        applier.cancel()
+        await asyncio.wait([applier])
+
+
+def test_a_full_run_directory_does_not_stop_the_datapath(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RETRY", (0.02, 0.02))
+    kernel = FakeKernel()
+    agent = an_agent(tmp_path, kernel)
+    (tmp_path / "run" / "dns").mkdir(parents=True)
+    asyncio.run(fill_the_disk(agent, kernel, monkeypatch))
+    assert [call for call, _ in kernel.calls] == ["start", "apply"]
+    assert (tmp_path / "run" / "dns" / "hosts").exists()
+
+
 async def beats_in(agent: Agent, seconds: float, monkeypatch: pytest.MonkeyPatch) -> int:
     beats: list[str] = []
     monkeypatch.setattr(loop.sdnotify, "notify", beats.append)
@@ -202,10 +233,13 @@ def test_the_device_follows_its_mtu(monkeypatch):
     class Bpf:
         def __init__(self, **_: object) -> None: ...
         def open(self, *_: object) -> None: ...
+        def unpinned(self) -> list[str]:
+            return []
+
         def attach_overlay(self, _: int) -> None: ...
         def attach_cgroup(self) -> None: ...
         def apply(self, _: Datapath, read: bool = True) -> Any:
-            return type("Result", (), {"maps": {}})
+            return type("Result", (), {"maps": {}, "problems": ()})
 
     from isthmus_agent import netlink
 
@@ -272,6 +306,31 @@ def test_a_watcher_that_failed_starts_from_what_is_known():
     )
     assert keys.cache_prefix("nodes", "cloud") in first
     assert first == second
+
+
+async def decode_much(items: dict[str, bytes]) -> int:
+    turns = 0
+    decoder = mesh.decoder()
+    watcher = StateWatcher(FakeEtcd(items), decoder, lambda: None)  # type: ignore[arg-type]
+    job = asyncio.create_task(watcher.run())
+    try:
+        while not decoder.documents():
+            await asyncio.sleep(0)
+        while len(decoder.documents()) < len(items):
+            assert not decoder.state().vips, "not a half"
+            turns += 1
+            await asyncio.sleep(0)
+        await until(lambda: watcher.synced, "all is listed")
+        assert len(decoder.state().vips) == len(items)
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+    return turns
+
+
+def test_others_get_their_turn_while_much_is_decoded():
+    items = {keys.vip_key("shop", f"s{number}"): b'{"ipv4": "10.111.0.10"}' for number in range(2000)}
+    assert asyncio.run(decode_much(items)) >= 5
 
 
 async def own_lists_come_first(items: dict[str, bytes]) -> None:
