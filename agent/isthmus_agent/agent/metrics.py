@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
-from isthmus_agent.agent.status import parse_time, read_kernel
+from isthmus_agent.agent.status import proof_age, read_kernel
 
 
 class _Snapshot:
@@ -46,10 +46,11 @@ class _Snapshot:
 
     def _peers(self) -> Metric:
         family = GaugeMetricFamily("isthmus_peer_age_seconds", "Since a peer's etcd last answered.", labels=["peer"])
+        changes = self._agent.decoder.peer_changes
         for name, peer in self._agent.decoder.state().peers.items():
-            proof = parse_time(peer.last_proof)
-            if proof is not None:
-                family.add_metric([name], time.time() - proof)
+            age = proof_age(peer, changes[name], time.time(), time.monotonic())
+            if age is not None:
+                family.add_metric([name], age)
         return family
 
     def _nodes(self) -> Metric:
