@@ -98,6 +98,7 @@ class Progress:
     errors: int = 0
     holding: str = ""
     last_audit: float | None = None
+    problems: tuple[str, ...] = ()  # what of the network the kernel refuses; the rest is applied
     drift: tuple[str, ...] = ()  # what the last audit found
     repaired: int = 0
     sockets_ended: int = 0

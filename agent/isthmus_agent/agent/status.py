@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from isthmus_mesh.documents import PeerStatus
 
+from isthmus_agent.agent import certificates
 from isthmus_agent.agent.checks import listeners, misplaced
 from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
@@ -159,6 +161,11 @@ def _nodes(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
     return found
 
 
+def certificates_of(agent: Agent) -> dict[str, certificates.Validity]:
+    """Those beside the agent's own."""
+    return certificates.read(Path(agent.spec.etcd.cert).parent)
+
+
 def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | None) -> list[str]:
     """What a person should look at, in words that say what to do next."""
     found = []
@@ -167,6 +174,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
         found.append(progress.holding)
     if progress.error:
         found.append(f"the datapath cannot be applied: {progress.error}")
+    found.extend(f"the kernel refuses part of the network: {problem}" for problem in progress.problems)
     if not agent.watcher.connected():
         found.append(
             "own etcd does not answer; traffic goes on with what is known (look at: systemctl status "
@@ -206,6 +214,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
                 found.append(f"map {table} is {100 * capacity.used // capacity.maximum} % full")
     if progress.drift:
         found.append(f"the last audit found {len(progress.drift)} differences, the first: {progress.drift[0]}")
+    found.extend(certificates.warnings(certificates_of(agent), time.time()))
     for key, reason in sorted(agent.decoder.bad.items())[:10]:
         found.append(f"etcd key {key} is refused: {reason}; its last good value is used")
     return found
