@@ -22,10 +22,14 @@ _SANDBOX = """\
 NoNewPrivileges=yes
 ProtectSystem=strict
 ProtectHome=yes
+PrivateDevices=yes
 PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
 ProtectHostname=yes
-ProtectKernelModules=yes
 ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
 LockPersonality=yes
 RestrictNamespaces=yes
 RestrictRealtime=yes
@@ -69,7 +73,9 @@ def agent_unit(config: str) -> str:
     """`isthmusd.service`. CAP_BPF and CAP_PERFMON load programs, CAP_NET_ADMIN attaches them and sets up the device,
     routes and rules and ends sockets, CAP_NET_RAW probes.
 
-    The agent leaves its pinned programs, device and routes when it stops: the datapath goes on without it.
+    The agent leaves its pinned programs, device and routes when it stops: the datapath goes on without it. Its exec
+    health checks run inside the same walls, without root's way to the host over /proc/sys; they see all processes (no
+    ProtectProc), because looking for one is what such a check may do.
     """
     return (
         _HEADER
@@ -115,10 +121,10 @@ After=network-online.target isthmus-etcd.service
 StartLimitIntervalSec=0
 
 [Service]
-{_daemon("isthmus-registrar", config)}CapabilityBoundingSet=
-PrivateDevices=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
+{_daemon("isthmus-registrar", config)}StateDirectory=isthmus isthmus/registrar
+StateDirectoryMode=0755
+CapabilityBoundingSet=
+ProtectProc=invisible
 {_SANDBOX}SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
@@ -153,9 +159,7 @@ DynamicUser=yes
 User=isthmus-dns
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
-PrivateDevices=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
+ProtectProc=invisible
 {_SANDBOX}SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK

@@ -253,6 +253,30 @@ def test_a_pinned_map_of_another_layout_is_made_again_and_the_rest_stays(datapat
         other.close()
 
 
+# What ProtectKernelTunables and ProtectControlGroups of the agent's unit make of its mounts.
+_SANDBOX = """
+mount -o remount,bind,ro /sys && mount -o remount,bind,ro "$1" && mount --bind /proc/sys /proc/sys &&
+mount -o remount,bind,ro /proc/sys && ! mkdir "$1/x" 2>/dev/null && shift && exec "$@"
+"""
+_OPEN = """
+import sys
+from isthmus_agent.bpf.driver import BpfDatapath
+from isthmus_agent import netlink
+datapath = BpfDatapath(sys.argv[1], sys.argv[2])
+datapath.open(1)
+datapath.attach_cgroup()
+index = netlink.ensure_overlay()
+datapath.attach_overlay(index)
+assert datapath.audit_attachments(index) == []
+"""
+
+
+def test_the_sandbox_of_the_unit_is_no_obstacle(datapath: BpfDatapath) -> None:
+    command = ["unshare", "--mount", "--net", "sh", "-c", _SANDBOX, "sh", str(cgroup2_root())]
+    inner = [sys.executable, "-c", _OPEN, str(datapath.pin_dir), str(datapath.cgroup_root)]
+    subprocess.run([*command, *inner], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
 def test_pinned_maps_are_readable_without_loading(datapath: BpfDatapath) -> None:
     datapath.apply(FULL)
     reader = BpfDatapath(datapath.pin_dir, datapath.cgroup_root)

@@ -60,6 +60,31 @@ def test_identities_are_let_in_or_dropped_by_the_sending_cluster(pair: Nodes) ->
         wait_for(lambda count=count: right.drops()["bad_identity"] == count, f"identity {identity} dropped")
 
 
+# The same with 511 clusters: 15 bits of identities each; the sender is cluster 1, then 300.
+ALLOWED_511 = {1: [2, 255, 1 << 15, (1 << 15) + 300, (2 << 15) - 1], 300: [6, 300 << 15, (301 << 15) - 1]}
+REFUSED_511 = {1: [256, 0x7FFF, 2 << 15, (1 << 16) + 300, 511 << 15], 300: [300, 1 << 15, (301 << 15), 255 << 16]}
+
+
+@pytest.mark.parametrize("cluster_id", [1, 300])
+def test_with_511_clusters_the_cluster_of_an_identity_starts_one_bit_lower(nodes: Nodes, cluster_id: int) -> None:
+    left, right = nodes
+    right.bpf.close()
+    endpoint = ip_address(left.underlay)
+    right.datapath = replace(right.datapath, identity_shift=15, peers={endpoint: Peer(cluster_id, endpoint)})
+    right.load()
+    attacker = left.process()
+    for identity in ALLOWED_511[cluster_id]:
+        _send(attacker, right, identity, left.mesh, right.mesh)
+    wait_for(lambda: len(right.bpf.counters().identities) == len(ALLOWED_511[cluster_id]), "all let in")
+    assert {(each.identity, each.cluster_id) for each in right.bpf.counters().identities} == {
+        (identity, cluster_id) for identity in ALLOWED_511[cluster_id]
+    }
+    assert not any(right.drops().values())
+    for count, identity in enumerate(REFUSED_511[cluster_id], 1):
+        _send(attacker, right, identity, left.mesh, right.mesh)
+        wait_for(lambda count=count: right.drops()["bad_identity"] == count, f"identity {identity} dropped")
+
+
 @pytest.mark.parametrize(
     ("source", "destination", "reason"),
     [

@@ -111,6 +111,77 @@ def test_a_socket_bound_by_its_application_keeps_its_address(served: Nodes) -> N
     assert answer == f"b {left.mesh}"
 
 
+@pytest.mark.parametrize("bound", ["mesh", "workload"])
+def test_a_mapped_ipv6_socket_bound_by_its_application_keeps_its_address(served: Nodes, bound: str) -> None:
+    left, _ = served
+    source = getattr(left, bound)
+    for cgroup in ("host", "web"):
+        answers = left.process(cgroup).do(
+            "s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM); s.settimeout(5); "
+            f"s.bind(('::ffff:{source}', 0)); s.connect(('::ffff:{VIP}', 80))\n"
+            "u = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); u.settimeout(5); "
+            f"u.bind(('::ffff:{source}', 0)); u.sendto(b'x', ('::ffff:{VIP}', 53))\n"
+            "data, peer = u.recvfrom(100); result = [line(s), s.getpeername()[:2], data.decode(), peer[:2]]"
+        )
+        text = f"b {source}"
+        assert answers == [text, [f"::ffff:{VIP}", 80], text, [f"::ffff:{VIP}", 53]]
+
+
+def test_the_source_of_a_datagrams_packet_information_is_kept(served: Nodes) -> None:
+    left, _ = served
+    client = left.process("web")
+    for source in (left.mesh, left.workload):
+        text = client.do(
+            "u = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); u.settimeout(5)\n"
+            f"info = socket.inet_pton(socket.AF_INET6, '::ffff:{source}') + bytes(4)\n"
+            "u.sendmsg([b'x'], [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info)], 0, "
+            f"('::ffff:{VIP}', 53)); result = u.recv(100).decode()"
+        )
+        assert text == f"b {source}"
+
+
+# Python gives an AF_INET6 socket AF_INET6 addresses only; C programs and the JVM of old do this.
+_AF_INET_ADDRESS = """
+u = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); u.settimeout(5)
+libc = ctypes.CDLL(None, use_errno=True)
+def checked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+def inet(address, port):
+    return struct.pack("=HH", socket.AF_INET, socket.htons(port)) + socket.inet_aton(address) + bytes(8)
+"""
+
+
+@pytest.mark.parametrize("cgroup", ["host", "web"])
+def test_an_ipv4_address_given_to_an_ipv6_datagram_socket(served: Nodes, cgroup: str) -> None:
+    left, _ = served
+    client = left.process(cgroup)
+    source = left.mesh if cgroup == "host" else left.workload
+    client.do(f"{_AF_INET_ADDRESS}\nchecked(libc.sendto(u.fileno(), b'x', 1, 0, inet('{VIP}', 53), 16))")
+    answer = client.do("data, peer = u.recvfrom(100); result = [data.decode(), peer[:2]]")
+    assert answer == [f"b {source}", [f"::ffff:{VIP}", 53]]
+    client.do(f"{_AF_INET_ADDRESS}\nchecked(libc.connect(u.fileno(), inet('{VIP}', 53), 16)); u.send(b'x')")
+    answer = client.do("data, peer = u.recvfrom(100); result = [data.decode(), peer[:2], u.getpeername()[:2]]")
+    assert answer == [f"b {source}", [f"::ffff:{VIP}", 53], [f"::ffff:{VIP}", 53]]
+
+
+def test_a_datagram_socket_keeps_its_mesh_source_when_it_dials_outside_later(served: Nodes) -> None:
+    """A known limit (docs/architecture.md): to the kernel, what a hook bound is the application's own choice."""
+    left, right = served
+    client = left.process("web")
+    client.do(
+        f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(('{right.mesh}', 9))\n"
+        "checked = ctypes.CDLL(None).connect(u.fileno(), bytes(16), 16)\n"  # AF_UNSPEC: no longer connected
+        f"u.connect(('{right.underlay}', 9))"
+    )
+    assert client.do("result = [checked, u.getsockname()[0]]") == [0, left.workload]
+    fresh = client.do(
+        f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(('{right.underlay}', 9)); "
+        "result = u.getsockname()[0]"
+    )
+    assert fresh == left.underlay
+
+
 def test_a_nodes_underlay_address_is_reached_with_the_underlay_address(nodes: Nodes) -> None:
     left, right = nodes
     right.process().do(f"serve_tcp('b', '{right.underlay}', 8081)")

@@ -135,7 +135,7 @@ class Node:
 
     def load(self) -> None:
         """Loads, attaches and applies, as the agent does."""
-        self.bpf.open(self.cluster_id)
+        self.bpf.open(self.cluster_id, self.datapath.identity_shift)
         self.bpf.attach_cgroup()
         index = self.call(netlink.ensure_overlay, netlink.OVERLAY, 8472, self.datapath.overlay_mtu)
         self.call(self.bpf.attach_overlay, index)

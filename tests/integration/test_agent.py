@@ -15,6 +15,7 @@ from pathlib import Path
 import agent_mesh as mesh
 import pytest
 from integration.etcd_fixture import EtcdServer
+from isthmus_agent.agent import certificates
 from isthmus_agent.agent.kernel import Applied, Reading
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server, routes
@@ -489,7 +490,7 @@ def test_a_kernel_that_refuses_is_tried_again_and_told(server: EtcdServer, tmp_p
 
 
 def test_status_services_peers_and_audit(
-    server: EtcdServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: EtcdServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
         fill(server, mesh.documents(BACKENDS))
@@ -516,8 +517,15 @@ def test_status_services_peers_and_audit(
                 assert document["workloads"][0]["identity"] == 65537
                 assert any("shop/web does not run" in words for words in document["warnings"])
 
-                code, text = await run("status")
+                found.progress.problems = ("cannot add route 10.102.0.0/28",)
+                with monkeypatch.context() as patched:
+                    ended = certificates.Validity(0.0, 1577923200.0)
+                    patched.setattr(certificates, "read", lambda _: {"registrar": ended})
+                    code, text = await run("status")
+                found.progress.problems = ()
                 assert "datapath   applied" in text
+                assert "! the kernel refuses part of the network: cannot add route 10.102.0.0/28" in text
+                assert "! certificate registrar ended at 2020-01-02 00:00 UTC" in text
                 code, text = await run("services")
                 assert code == 0
                 assert "shop/web" in text
@@ -547,6 +555,8 @@ def test_status_services_peers_and_audit(
                 writer.close()
                 assert "isthmus_datapath_applied 1.0" in body
                 assert "isthmus_etcd_connected 1.0" in body
+                assert "isthmus_network_problems 0.0" in body
+                assert 'isthmus_certificate_expiry_seconds{name="isthmus-agent-onprem-1"}' in body
                 assert 'isthmus_service_connects_total{cluster="cloud"' in body
             finally:
                 await api.close()

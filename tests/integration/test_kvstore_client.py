@@ -252,6 +252,33 @@ def test_renewed_certificate_files_are_taken_up(server: EtcdServer, tmp_path: Pa
     asyncio.run(run())
 
 
+def test_renewed_files_count_for_every_open_connection(server: EtcdServer, tmp_path: Path) -> None:
+    """Another endpoint that is opened with the new files does not make the old connection look new."""
+    now = 0.0
+    server.add_user("both", Permission("read", "both/", prefix=True))
+    crt, key = tmp_path / "c.crt", tmp_path / "c.key"
+
+    def install(cn: str) -> None:
+        for source, target in zip(server.ca.issue(cn), (crt, key), strict=True):
+            target.unlink(missing_ok=True)
+            target.write_bytes(source.read_bytes())
+
+    async def run() -> None:
+        nonlocal now
+        other = server.endpoint.replace("127.0.0.1", "localhost")
+        install("nobody")
+        async with EtcdClient([server.endpoint, other], server.ca.crt, crt, key, clock=lambda: now) as client:
+            with pytest.raises(EtcdPermissionDenied):
+                await client.range("both/")
+            install("both")
+            now = 3.0
+            await client.status(other)
+            now = 7.0
+            assert (await client.range("both/")).kvs == ()
+
+    asyncio.run(run())
+
+
 def test_dead_endpoint_is_left_for_the_next(server: EtcdServer, keys: str) -> None:
     dead = f"https://127.0.0.1:{free_port()}"
 

@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -24,7 +24,9 @@ from isthmus_agent.kvstore.tasks import end, within
 
 logger = logging.getLogger(__name__)
 
-_LISTEN = "0A"  # state of a listening socket in /proc/net/tcp (include/net/tcp_states.h)
+# State in /proc/net of a socket that takes what comes from anyone (include/net/tcp_states.h): TCP_LISTEN, and
+# TCP_CLOSE for a datagram socket that is bound and not connected.
+_STATES = {"TCP": "0A", "UDP": "07"}
 
 
 async def run_check(check: HealthCheck, address: str) -> str:
@@ -150,10 +152,10 @@ class Checks:
             await asyncio.sleep(check.interval)
 
 
-def listeners(port: int, proc: Path = Path("/proc/net")) -> frozenset[IPv4Address | IPv6Address]:
-    """Addresses on which TCP sockets of this host listen at `port` (proc_net_tcp(5))."""
+def listeners(port: int, protocol: str = "TCP", proc: Path = Path("/proc/net")) -> frozenset[IPv4Address | IPv6Address]:
+    """Addresses on which sockets of this host listen at `port` (proc_net_tcp(5)); `protocol` is TCP or UDP."""
     found: set[IPv4Address | IPv6Address] = set()
-    for name in ("tcp", "tcp6"):
+    for name in (protocol.lower(), f"{protocol.lower()}6"):
         try:
             lines = (proc / name).read_text().splitlines()[1:]
         except FileNotFoundError:
@@ -161,20 +163,24 @@ def listeners(port: int, proc: Path = Path("/proc/net")) -> frozenset[IPv4Addres
         for line in lines:
             columns = line.split()
             address, _, number = columns[1].partition(":")
-            if columns[3] == _LISTEN and int(number, 16) == port:
+            if columns[3] == _STATES[protocol] and int(number, 16) == port:
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
                 found.add(ip_address(b"".join(words)))
     return frozenset(found)
 
 
-def misplaced(address: IPv4Address, listening: frozenset[IPv4Address | IPv6Address]) -> tuple[str, ...]:
+def misplaced(
+    address: IPv4Address,
+    listening: frozenset[IPv4Address | IPv6Address],
+    others: Collection[IPv4Address] = (),
+) -> tuple[str, ...]:
     """Where a daemon listens that cannot be reached at the workload's `address`; empty when it can, or when
-    nothing listens at all."""
+    nothing listens at all. Who listens on an address of `others`, the host's other workloads, is one of them."""
+    elsewhere = []
     for found in listening:
-        if found.is_unspecified or found == address:
+        plain = found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+        if plain.is_unspecified or plain == address:
             return ()
-        if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
-            mapped = found.ipv4_mapped
-            if mapped == address or mapped.is_unspecified:
-                return ()
-    return tuple(sorted(str(found) for found in listening))
+        if plain not in others:
+            elsewhere.append(str(plain))
+    return tuple(sorted(elsewhere))

@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
-from isthmus_agent.agent.status import parse_time, read_kernel
+from isthmus_agent.agent.status import certificates_of, proof_age, read_kernel
 
 
 class _Snapshot:
@@ -31,6 +31,9 @@ class _Snapshot:
         yield _counter("isthmus_sockets_ended", "Sockets ended because their backend was lost.", progress.sockets_ended)
         yield _counter("isthmus_job_restarts", "Failed jobs started again.", progress.restarts)
         yield _gauge(
+            "isthmus_network_problems", "Parts of the network that the kernel refuses.", len(progress.problems)
+        )
+        yield _gauge(
             "isthmus_etcd_connected", "1 while own etcd answers all watches.", float(agent.watcher.connected())
         )
         age = agent.watcher.age()
@@ -40,16 +43,26 @@ class _Snapshot:
         for reason, count in agent.decoder.refused.items():
             refused.add_metric([reason], count)
         yield refused
+        yield self._certificates()
         yield self._peers()
         yield self._nodes()
         yield from self._kernel()
 
+    def _certificates(self) -> Metric:
+        family = GaugeMetricFamily(
+            "isthmus_certificate_expiry_seconds", "Until a certificate of this host ends.", labels=["name"]
+        )
+        for name, valid in certificates_of(self._agent).items():
+            family.add_metric([name], valid.end - time.time())
+        return family
+
     def _peers(self) -> Metric:
         family = GaugeMetricFamily("isthmus_peer_age_seconds", "Since a peer's etcd last answered.", labels=["peer"])
+        changes = self._agent.decoder.peer_changes
         for name, peer in self._agent.decoder.state().peers.items():
-            proof = parse_time(peer.last_proof)
-            if proof is not None:
-                family.add_metric([name], time.time() - proof)
+            age = proof_age(peer, changes[name], time.time(), time.monotonic())
+            if age is not None:
+                family.add_metric([name], age)
         return family
 
     def _nodes(self) -> Metric:

@@ -6,8 +6,12 @@ from __future__ import annotations
 import os
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
+from isthmus_mesh.documents import PeerStatus
+
+from isthmus_agent.agent import certificates
 from isthmus_agent.agent.checks import listeners, misplaced
 from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
@@ -37,6 +41,23 @@ def peer_state(said: str, proof_age: float | None, etcd_connected: bool) -> str:
     if said == "connected" and (proof_age is None or proof_age > SILENT_AFTER):
         return "silent"
     return said
+
+
+def proof_age(said: PeerStatus, change: tuple[float, int], now: float, clock: float) -> float | None:
+    """Seconds since the peer's etcd last answered the registrar; `change` is the decoder's of this document,
+    `now` is wall clock, `clock` the decoder's.
+
+    What the document said, and the time since it came: no clock of two machines is compared. It may have been old when
+    we first saw it, and the first change may be the one from last-known-good to the first list, so until it changed
+    twice before our eyes the clocks' difference counts too if that is more. It alone is what an older registrar gives.
+    """
+    proof = parse_time(said.last_proof)
+    difference = None if proof is None else max(0.0, now - proof)
+    if said.proof_age is None:
+        return difference
+    came, changes = change
+    age = said.proof_age + max(0.0, clock - came)
+    return age if changes >= 2 or difference is None else max(age, difference)
 
 
 def _age(since: float | None, now: float) -> float | None:
@@ -104,12 +125,12 @@ def _backend_here(agent: Agent, state: MeshState, key: CheckKey, checks: dict[Ch
         ready = check.ready if check is not None else None
         reason = check.reason if check is not None else "not checked yet"
     workload = next(w for w in agent.spec.workloads if (w.namespace, w.name) == key.workload)
+    others = {each.address4 for each in agent.spec.workloads if each is not workload}
     elsewhere: set[str] = set()
-    for port in definition.ports:
-        if port.protocol == "TCP":
-            elsewhere.update(
-                f"{address}:{port.target_port}" for address in misplaced(workload.address4, listeners(port.target_port))
-            )
+    if key.workload in agent.cgroups.ids:  # else whoever listens there is not its daemon
+        for port in definition.ports:
+            found = misplaced(workload.address4, listeners(port.target_port, port.protocol), others)
+            elsewhere.update(f"{address}:{port.target_port}" for address in found)
     return {"ready": ready, "reason": reason, "listens_elsewhere": sorted(elsewhere)}
 
 
@@ -140,6 +161,11 @@ def _nodes(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
     return found
 
 
+def certificates_of(agent: Agent) -> dict[str, certificates.Validity]:
+    """Those beside the agent's own."""
+    return certificates.read(Path(agent.spec.etcd.cert).parent)
+
+
 def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | None) -> list[str]:
     """What a person should look at, in words that say what to do next."""
     found = []
@@ -148,6 +174,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
         found.append(progress.holding)
     if progress.error:
         found.append(f"the datapath cannot be applied: {progress.error}")
+    found.extend(f"the kernel refuses part of the network: {problem}" for problem in progress.problems)
     if not agent.watcher.connected():
         found.append(
             "own etcd does not answer; traffic goes on with what is known (look at: systemctl status "
@@ -187,6 +214,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
                 found.append(f"map {table} is {100 * capacity.used // capacity.maximum} % full")
     if progress.drift:
         found.append(f"the last audit found {len(progress.drift)} differences, the first: {progress.drift[0]}")
+    found.extend(certificates.warnings(certificates_of(agent), time.time()))
     for key, reason in sorted(agent.decoder.bad.items())[:10]:
         found.append(f"etcd key {key} is refused: {reason}; its last good value is used")
     return found
@@ -300,15 +328,14 @@ async def services(agent: Agent) -> dict[str, Any]:
 
 async def peers(agent: Agent) -> dict[str, Any]:
     """The document of `GET /v1/peers`: the registrar's word about each peer's etcd, and our own about its nodes."""
-    now = time.time()
+    now, clock = time.time(), time.monotonic()
     state = agent.decoder.state()
     etcd = _etcd(agent)
     found = []
     for name in sorted({*state.peers, *state.configs}):
         said = state.peers.get(name)
         config = state.configs.get(name)
-        proof = parse_time(said.last_proof) if said is not None else None
-        age = _age(proof, now)
+        age = proof_age(said, agent.decoder.peer_changes[name], now, clock) if said is not None else None
         probes = [probe for (cluster, _), probe in agent.prober.table.states.items() if cluster == name]
         found.append(
             {
@@ -317,7 +344,7 @@ async def peers(agent: Agent) -> dict[str, Any]:
                 "state": peer_state(said.state if said is not None else "unknown", age, etcd["connected"]),
                 "registrar_says": said.state if said is not None else None,
                 "last_proof": said.last_proof if said is not None else None,
-                "age": age,
+                "age": None if age is None else round(age, 1),
                 "endpoint": said.endpoint if said is not None else None,
                 "keys": dict(said.keys) if said is not None else {},
                 "refused": dict(said.refused) if said is not None else {},

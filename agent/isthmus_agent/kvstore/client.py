@@ -317,12 +317,17 @@ def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
     return EtcdError(endpoint, what, f"{code.name}: {details}")
 
 
-class _Connection:
-    """A channel to one endpoint and the number of calls on it; a retired one closes when the last call ends."""
+_Stamp = tuple[tuple[int, int, int], ...]  # inode, time of change and size of each certificate file
 
-    def __init__(self, endpoint: str, channel: Any) -> None:
+
+class _Connection:
+    """A channel to one endpoint, which certificate files it was made with, and the number of calls on it; a retired one
+    closes when the last call ends."""
+
+    def __init__(self, endpoint: str, channel: Any, stamp: _Stamp) -> None:
         self.endpoint = endpoint
         self.channel = channel
+        self.stamp = stamp
         self.calls = 0
         self.retired = False
 
@@ -357,8 +362,7 @@ class EtcdClient:
         self._current = 0
         self._connections: dict[str, _Connection] = {}
         self._retired: set[_Connection] = set()
-        self._stamp: tuple[tuple[int, int, int], ...] | None = None
-        self._stamp_checked = 0.0
+        self._stamp_checked = clock()
         self.last_header: Header | None = None
 
     async def __aenter__(self) -> EtcdClient:
@@ -384,24 +388,21 @@ class EtcdClient:
 
     # --- connections
 
-    def _read_stamp(self) -> tuple[tuple[int, int, int], ...]:
+    def _read_stamp(self) -> _Stamp:
         stats = [file.stat() for file in self._files]
         return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 
     async def _retire_if_renewed(self) -> None:
         now = self._clock()
-        if self._stamp is None or now - self._stamp_checked < _CERTIFICATE_CHECK:
+        if not self._connections or now - self._stamp_checked < _CERTIFICATE_CHECK:
             return
         self._stamp_checked = now
         try:
-            changed = self._read_stamp() != self._stamp
+            stamp = self._read_stamp()
         except FileNotFoundError:
             return  # between the removal and the creation of a file that is being renewed: the open connection is good
-        if not changed:
-            return
-        connections = list(self._connections.values())
-        self._connections.clear()
-        for connection in connections:
+        for connection in [each for each in self._connections.values() if each.stamp != stamp]:
+            del self._connections[connection.endpoint]
             connection.retired = True
             if connection.calls:
                 self._retired.add(connection)
@@ -411,12 +412,11 @@ class EtcdClient:
     def _connect(self, endpoint: str) -> _Connection:
         connection = self._connections.get(endpoint)
         if connection is None:
-            self._stamp = self._read_stamp()
-            self._stamp_checked = self._clock()
+            stamp = self._read_stamp()
             ca, cert, key = (file.read_bytes() for file in self._files)
             credentials = grpc.ssl_channel_credentials(ca, key, cert)
             channel = grpc.aio.secure_channel(self._targets[endpoint], credentials, options=_OPTIONS)
-            connection = self._connections[endpoint] = _Connection(endpoint, channel)
+            connection = self._connections[endpoint] = _Connection(endpoint, channel, stamp)
         return connection
 
     @contextlib.asynccontextmanager

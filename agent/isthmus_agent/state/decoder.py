@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Documents of own etcd into one `MeshState`. Pure: keys and values in, state out.
+"""Documents of own etcd into one `MeshState`. Pure but for the clock: keys and values in, state out.
 
 A value that does not parse or does not belong to its key is refused: it is counted and named, and the
 last good value of that key stays. The mirror's values were validated by the registrar already; they
@@ -8,6 +8,7 @@ are validated again because an agent must survive whatever its etcd holds.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,12 +47,17 @@ class _Place:
 class Decoder:
     """Holds the last good value of every key and makes states of them."""
 
-    def __init__(self, cluster: str, cluster_id: int, max_clusters: int) -> None:
+    def __init__(
+        self, cluster: str, cluster_id: int, max_clusters: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.cluster = cluster
         self.cluster_id = cluster_id
         self.max_clusters = max_clusters
         self.refused: Counter[str] = Counter()  # by reason, since start
         self.bad: dict[str, str] = {}  # keys whose present value was refused -> reason
+        # When a peer's status document last changed (by `clock`), and how often it did since it was first seen.
+        self.peer_changes: dict[str, tuple[float, int]] = {}
+        self._clock = clock
         self._news: list[Refusal] = []
         self._raw: dict[str, bytes] = {}
         self._waiting: dict[str, dict[str, bytes]] = {}  # peers whose config is not known yet
@@ -87,6 +93,9 @@ class Decoder:
             self._refuse(key, str(exc))
             return False
         self.bad.pop(key, None)
+        if place.section == "peers":
+            _, changes = self.peer_changes.get(place.name, (0.0, -1))
+            self.peer_changes[place.name] = (self._clock(), changes + 1)
         self._raw[key] = value
         self._sections[place.section][place.name] = record
         self._dirty.add(place.section)
@@ -105,6 +114,8 @@ class Decoder:
         if self._raw.pop(key, None) is None:
             return False
         del self._sections[place.section][place.name]
+        if place.section == "peers":
+            del self.peer_changes[place.name]
         self._dirty.add(place.section)
         return True
 

@@ -7,8 +7,9 @@ import agent_mesh as mesh
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from isthmus_agent.state.decoder import Refusal
+from isthmus_agent.state.decoder import Decoder, Refusal
 from isthmus_mesh import keys, wire
+from isthmus_mesh.documents import PeerStatus
 
 
 def test_state_of_all_clusters_has_one_shape():
@@ -32,6 +33,20 @@ def test_state_of_all_clusters_has_one_shape():
 def test_order_of_keys_does_not_matter(items):
     """A peer's values may come before the config that says which id they must have."""
     assert mesh.state(dict(items)) == mesh.state(mesh.documents({"onprem": [1], "cloud": [1]}))
+
+
+def test_changes_of_a_peers_status_are_noted():
+    now = [5.0]
+    decoder = Decoder("onprem", 1, 255, clock=lambda: now[0])
+    key = keys.peer_status_key("cloud")
+    for age in (1.0, 2.0, 2.0, 3.0):
+        now[0] += 10.0
+        decoder.put(key, PeerStatus("connected", proof_age=age).to_json().encode())
+    assert decoder.peer_changes == {"cloud": (45.0, 2)}
+    decoder.put(key, b"{")
+    assert decoder.peer_changes == {"cloud": (45.0, 2)}, "a refused value is no news"
+    decoder.delete(key)
+    assert decoder.peer_changes == {}
 
 
 @pytest.mark.parametrize(

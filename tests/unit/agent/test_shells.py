@@ -19,6 +19,7 @@ from isthmus_agent.agent.names import NamesFile
 from isthmus_agent.cli import main, text
 from isthmus_agent.cli.client import AgentAbsent, AgentSilent, ask
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
+from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.spec import Cgroup
 
 
@@ -142,13 +143,19 @@ PROC_TCP6 = """\
    0: 00000000000000000000000000000000:1F92 00000000000000000000000000000000:0000 0A 00000000:00000000
    1: 0000000000000000FFFF00000B0112C6:1F93 00000000000000000000000000000000:0000 0A 00000000:00000000
 """
+PROC_UDP = """\
+   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops
+  100: 0B0112C6:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 1 2 0 0
+  101: 0200650A:0036 0100007F:0016 01 00000000:00000000 00:00000000 00000000     0        0 2 2 0 0
+"""
 
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
     (tmp_path / "tcp").write_text(PROC_TCP)
     (tmp_path / "tcp6").write_text(PROC_TCP6)
-    return tmp_path
+    (tmp_path / "udp").write_text(PROC_UDP)
+    return tmp_path  # without udp6, as with a kernel that has no IPv6
 
 
 @pytest.mark.parametrize(
@@ -159,13 +166,25 @@ def proc(tmp_path: Path) -> Path:
         (22, "10.101.0.2", ()),  # on all addresses
         (8081, "10.101.0.2", ()),  # a connection, not a listener
         (8082, "10.101.0.2", ()),  # on all addresses of both families
-        (8083, "10.101.0.2", ("::ffff:c612:10b",)),  # a JVM on one address
+        (8083, "10.101.0.2", ("198.18.1.11",)),  # a JVM on one address
         (9999, "10.101.0.2", ()),
     ],
 )
 def test_daemons_that_listen_elsewhere_are_found(proc, port, address, elsewhere):
-    found = checks.misplaced(IPv4Address(address), checks.listeners(port, proc))
+    found = checks.misplaced(IPv4Address(address), checks.listeners(port, proc=proc))
     assert {ip_address(each) for each in found} == {ip_address(each) for each in elsewhere}
+
+
+def test_datagram_sockets_that_are_elsewhere_are_found(proc):
+    own = IPv4Address("10.101.0.2")
+    assert checks.misplaced(own, checks.listeners(53, "UDP", proc)) == ("198.18.1.11",)
+    assert checks.misplaced(own, checks.listeners(54, "UDP", proc)) == (), "connected: a client"
+    assert checks.misplaced(own, checks.listeners(53, "TCP", proc)) == ()
+
+
+def test_another_workloads_daemon_is_not_taken_for_ours(proc):
+    listening = checks.listeners(8080, proc=proc) | checks.listeners(8083, proc=proc)
+    assert checks.misplaced(IPv4Address("10.101.0.2"), listening, {IPv4Address("198.18.1.11")}) == ()
 
 
 def test_echo_request_and_reply():
@@ -194,6 +213,20 @@ def test_no_packet_can_raise(packet):
 )
 def test_a_peer_is_connected_only_with_a_proof(said, age, etcd, shown):
     assert status.peer_state(said, age, etcd) == shown
+
+
+@pytest.mark.parametrize(
+    ("said_age", "change", "age"),
+    [
+        (2.0, (1000.0, 2), 7.0),  # the clocks' difference, 300 s, does not matter
+        (2.0, (1000.0, 1), 300.0),  # perhaps an old document: the worse of both
+        (400.0, (1000.0, 0), 405.0),
+        (None, (1000.0, 9), 300.0),  # an older registrar
+    ],
+)
+def test_the_age_of_a_peer_is_of_one_clock(said_age, change, age):
+    said = PeerStatus("connected", last_proof="1970-01-01T00:01:00Z", proof_age=said_age)
+    assert status.proof_age(said, change, 360.0, 1005.0) == age
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,30 @@ def test_nobody_has_more_than_it_needs() -> None:
         assert options(FILES[name], "NoNewPrivileges") == ["yes"]
 
 
+# Exposure as `systemd-analyze security` counts it, 0 to 10, lower is better: the score that we state (SECURITY.md).
+STATED = {"isthmusd.service": 2.5, "isthmus-registrar.service": 2.0, "isthmus-dns.service": 1.9}
+
+
+@pytest.mark.parametrize("name", sorted(STATED))
+def test_the_stated_score_is_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FILES[name])
+    threshold = round(STATED[name] * 10)
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", f"--threshold={threshold}", "--no-pager", tmp_path / name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+
+
+def test_no_unit_may_write_to_the_kernels_settings_or_devices() -> None:
+    for name in STATED:
+        for option in ("ProtectKernelTunables", "ProtectControlGroups", "ProtectClock", "PrivateDevices"):
+            assert options(FILES[name], option) == ["yes"], f"{name}: {option}"
+    assert options(FILES["isthmusd.service"], "ReadWritePaths") == ["/sys/fs/bpf"]
+
+
 def test_stopping_the_agent_leaves_the_datapath() -> None:
     assert not options(FILES["isthmusd.service"], "ExecStop")
     assert options(FILES["isthmusd.service"], "RuntimeDirectoryPreserve") == ["yes"]
