@@ -2,7 +2,7 @@
 """What Ansible keeps in a cluster's etcd: the estate record and service definitions.
 
 Every write is a transaction that compares the revision that was read, so that two writers never overwrite each other
-unseen. Nothing is removed that was not named.
+unseen. Nothing is removed that was not named, or that belongs to a host which the record does not have.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, ServiceDefinition
 
 from .kvstore import Compare, Delete, KeyValue, Put, SyncEtcd
+
+TXN_OPERATIONS = 100
+"""etcd takes 128 in one transaction."""
+_CHANGED = "{key} was changed by somebody else during this run. Run the playbook again"
 
 
 class EstateError(Exception):
@@ -32,23 +36,77 @@ class Change:
 
 
 def write_documents(client: SyncEtcd, documents: Mapping[str, Any], apply: bool) -> list[Change]:
-    """Make the record in etcd equal to ``documents``; others stay. `EstateError` for one that is newer in etcd.
+    """Make the record in etcd equal to ``documents``; others stay.
 
-    The roster comes last: it is what says that the record is complete.
+    `EstateError`, before anything is written, when somebody else wrote one of them since they were planned. The
+    roster comes last: it is what says that the record is complete.
     """
-    changes = []
+    differing = []
     for name in sorted(documents, key=lambda name: (keys.ESTATE_PREFIX + name == keys.ROSTER, name)):
         key = keys.ESTATE_PREFIX + name
         found = client.get(key)
-        document = _json(key, found)
-        if document == documents[name]:
-            continue
-        if document is not None and document.get("revision", 0) > documents[name]["revision"]:
-            raise EstateError(
-                f"{key} has revision {document['revision']} in etcd, and this run would write "
-                f"{documents[name]['revision']}: another run was faster. Run the playbook again"
-            )
-        changes.append(_change(client, key, found, documents[name], apply))
+        words = superseded(key, found, documents[name])
+        if words:
+            raise EstateError(words)
+        held, document = _json(key, found) or {}, documents[name]
+        if document.get("ca_certificate") is None and _unsigned(held) == _unsigned(document):
+            continue  # a certificate that this run does not know stays
+        if held != document:
+            differing.append((key, found, document))
+    return [_change(client, key, found, document, apply) for key, found, document in differing]
+
+
+def superseded(key: str, found: KeyValue | None, document: Mapping[str, Any]) -> str:
+    """Why what was planned as ``document`` of the record must not be done: somebody wrote another one since.
+
+    Empty when it may be. Two runs that were planned from one record deal the same numbers and addresses, so what has
+    the same revision must be the same.
+    """
+    held = _json(key, found)
+    if held is None or held.get("revision", 0) < document["revision"] or _unsigned(held) == _unsigned(document):
+        return ""
+    stamp = held.get("last_applied", held)
+    who = f"{stamp.get('by') or 'somebody'} wrote it at {stamp.get('when') or 'an unknown time'}"
+    following = "Next: run the playbook again; the plan is then made from it"
+    if held["revision"] > document["revision"]:
+        return (
+            f"{key} has revision {held['revision']} in etcd, and this run would write {document['revision']}: "
+            f"another run was faster ({who}). {following}"
+        )
+    return (
+        f"{key} has revision {held['revision']} in etcd, and this run would write other content under that number: "
+        f"another run was planned from the same record ({who}). {following}"
+    )
+
+
+def _unsigned(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the authority's certificate, which is added without a new revision."""
+    return {name: value for name, value in document.items() if name != "ca_certificate"}
+
+
+def delete_reports(client: SyncEtcd, document: Mapping[str, Any], apply: bool) -> list[Change]:
+    """Delete what agents said of hosts that the cluster's ``document``, as it is in etcd, does not have.
+
+    An orphan is in the record, so its reports stay. `EstateError` when the record changes meanwhile: agents report
+    after the record has their host.
+    """
+    known = {name for name, entry in document["hosts"].items() if entry["state"] != "absent"}
+    record = keys.estate_cluster_key(document["name"])
+    found = client.get(record)
+    changes = [
+        Change(kv.key, kv.value.decode(errors="replace"), "")
+        for prefix in (keys.NODE_REPORTS_PREFIX, keys.WORKLOADS_PREFIX, keys.ALIVE_PREFIX)
+        for kv in client.range(prefix).kvs
+        if kv.key[len(prefix) :].split("/")[0] not in known
+    ]
+    words = superseded(record, found, document)
+    if words:
+        raise EstateError(words)
+    unchanged = Compare(record, "mod", "=", 0 if found is None else found.mod_revision)
+    for first in range(0, len(changes) if apply else 0, TXN_OPERATIONS):
+        batch = [Delete(change.key) for change in changes[first : first + TXN_OPERATIONS]]
+        if not client.txn([unchanged], batch, []).succeeded:
+            raise EstateError(_CHANGED.format(key=record))
     return changes
 
 
@@ -106,7 +164,7 @@ def _change(client: SyncEtcd, key: str, found: KeyValue | None, document: Any, a
         unchanged = Compare(key, "mod", "=", 0 if found is None else found.mod_revision)
         operation = Delete(key) if document is None else Put(key, after)
         if not client.txn([unchanged], [operation], []).succeeded:
-            raise EstateError(f"{key} was changed by somebody else during this run. Run the playbook again")
+            raise EstateError(_CHANGED.format(key=key))
     return Change(key, "" if found is None else found.value.decode(errors="replace"), after)
 
 

@@ -14,15 +14,16 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from isthmus_mesh import keys
 from isthmus_mesh.spec import MemberSpec, NodeSpec
 
+from .estate_admin import superseded
 from .kvstore import (
     Compare,
     EtcdError,
@@ -42,6 +43,11 @@ PKI_DIRECTORY = "/etc/isthmus/pki"
 MAINTENANCE_LOCK = f"{keys.LOCK}/etcd-maintenance"
 LOCK_TTL = 120
 """Seconds a member may be away for a restart or a defragmentation before another may take its turn."""
+JOINING = f"{keys.LOCK}/etcd-joining/"
+JOINING_TTL = 1800
+"""Seconds in which the run that adds a member writes the record that lists it."""
+SETTLE = 30.0
+"""Seconds to wait before a member leaves: the one before may have been the leader."""
 
 
 class AdminError(Exception):
@@ -167,22 +173,28 @@ def wait_for_former(member: MemberSpec, connect: EtcdConnector, former: str, tim
     return found
 
 
-def join(member: MemberSpec, connect: EtcdConnector, answering: Iterable[str], timeout: float) -> dict[str, str]:
+def join(
+    member: MemberSpec, connect: EtcdConnector, answering: Iterable[str], revision: int, timeout: float
+) -> dict[str, str]:
     """Announce this member as a learner. Returns all members' peer URLs by name, for its first start.
 
     An announcement of an earlier, interrupted run is used; a member of this name that had data which is now gone is
     removed first (it can never come back with an empty log). etcd admits one learner at a time, so this waits for
-    others that join. `AdminError` after ``timeout`` seconds.
+    others that join. ``revision`` is that of the record's document that lists the member: until it is written, a run
+    with an older one must not take the member for one that left. `AdminError` after ``timeout`` seconds.
     """
     endpoints = [member.client_urls[name] for name in answering]
     with connect(endpoints) as client:
+        mark = json.dumps({"peer_url": member.peer_url, "revision": revision})
+        client.put(JOINING + member.name, mark, client.lease_grant(JOINING_TTL).id)
         own = _own_entry(member, client.member_list())
         if own is not None and own.name:
-            healthy, sick = _others_health(client, own, connect)
-            if healthy < (healthy + len(sick)) // 2 + 1:
+            others = {entry.id for entry in client.member_list() if not entry.learner} - {own.id}
+            sick = _sick(client, connect, without=own.id)
+            if not _quorate(others, sick):
                 raise AdminError(
                     f"etcd member {member.name} lost its data, and without it too few members are healthy: "
-                    f"{'; '.join(sick)}. Repair one of them first"
+                    f"{'; '.join(sick.values())}. Repair one of them first"
                 )
             client.member_remove(own.id)
             own = None
@@ -312,36 +324,34 @@ def wait_healthy(member: MemberSpec, connect: EtcdConnector, timeout: float) -> 
     return result
 
 
-def _others_health(client: SyncEtcd, away: Member, connect: EtcdConnector) -> tuple[int, list[str]]:
-    """Of the voters but ``away``: how many are healthy, and who is not and why."""
-    healthy, sick = 0, []
+def _sick(client: SyncEtcd, connect: EtcdConnector, without: int = 0) -> dict[int, str]:
+    """Voters that are not healthy, by id: who and why. ``without``: one that is not asked."""
+    found = {}
     for entry in client.member_list():
-        if entry.learner or entry.id == away.id:
+        if entry.learner or entry.id == without:
             continue
-        name = entry.name or entry.peer_urls[0]
         if not entry.client_urls:
-            sick.append(f"{name} never started")
+            found[entry.id] = f"{entry.name or entry.peer_urls[0]} never started"
             continue
         try:
             with connect(list(entry.client_urls), 3.0) as direct:
                 direct.status()
-            healthy += 1
         except EtcdError as exc:
-            sick.append(f"{name}: {exc}")
-    return healthy, sick
+            found[entry.id] = f"{entry.name or entry.peer_urls[0]}: {exc}"
+    return found
+
+
+def _quorate(voters: Collection[int], sick: Collection[int]) -> bool:
+    """Whether these voters could decide anything."""
+    return len(set(voters) - set(sick)) > len(voters) // 2
 
 
 @contextlib.contextmanager
-def turn(member: MemberSpec, connect: EtcdConnector, timeout: float) -> Iterator[None]:
-    """Have this member's turn to be away: one at a time, the others healthy, leadership handed over.
+def _maintenance(client: SyncEtcd, holder: str, timeout: float) -> Iterator[Callable[[], object]]:
+    """Hold the lock that all maintenance of this etcd takes; what is given renews it for `LOCK_TTL` seconds.
 
-    A cluster of one has nobody to ask. Raises `AdminError` when the turn does not come within ``timeout`` seconds or
-    another member is not healthy.
+    `AdminError` when others hold it for ``timeout`` seconds.
     """
-    if len(member.members) == 1:
-        yield
-        return
-    client = connect([*other_endpoints(member).values(), local_endpoint(member)])
     lease = 0
     last = ""
 
@@ -352,7 +362,7 @@ def turn(member: MemberSpec, connect: EtcdConnector, timeout: float) -> Iterator
                 client.lease_keepalive(lease)
             else:
                 lease = client.lease_grant(LOCK_TTL).id
-            mine = json.dumps({"holder": member.name, "lease": f"{lease:x}"})
+            mine = json.dumps({"holder": holder, "lease": f"{lease:x}"})
             client.txn([Compare(MAINTENANCE_LOCK, "create", "=", 0)], [Put(MAINTENANCE_LOCK, mine, lease)], [])
             # Asked, not concluded from the transaction: its answer may be lost with the member that gives it.
             held = client.get(MAINTENANCE_LOCK)
@@ -367,36 +377,212 @@ def turn(member: MemberSpec, connect: EtcdConnector, timeout: float) -> Iterator
 
     try:
         if _until(locked, timeout) is None:
-            raise AdminError(f"etcd member {member.name} waited {timeout:.0f} s for its turn; {last}")
-        try:
+            raise AdminError(f"etcd member {holder} waited {timeout:.0f} s for its turn; {last}")
+        yield lambda: client.lease_keepalive(lease)
+    finally:
+        if lease:
+            with contextlib.suppress(EtcdUnavailable, EtcdNotFound):  # it ends by itself
+                client.lease_revoke(lease)
+
+
+@contextlib.contextmanager
+def turn(member: MemberSpec, connect: EtcdConnector, timeout: float) -> Iterator[None]:
+    """Have this member's turn to be away: one at a time, the others healthy, leadership handed over.
+
+    A cluster of one has nobody to ask. Raises `AdminError` when the turn does not come within ``timeout`` seconds or
+    another member is not healthy.
+    """
+    with connect([*other_endpoints(member).values(), local_endpoint(member)]) as client:
+        if _is_alone(member, client):
+            yield
+            return
+        with _maintenance(client, member.name, timeout) as renew:
             own = _own_entry(member, client.member_list())
             if own is None:
                 raise AdminError(f"etcd member {member.name} is not in its cluster's member list")
-            _, sick = _others_health(client, own, connect)
+            sick = _sick(client, connect, without=own.id)
             if sick:
                 raise AdminError(
                     f"etcd member {member.name} is left as it is, because another one is not healthy: "
-                    f"{'; '.join(sick)}. Repair that one first"
+                    f"{'; '.join(sick.values())}. Repair that one first"
                 )
-            _hand_over(client, member, own)
-            client.lease_keepalive(lease)
+            _hand_over(client, own, local_endpoint(member))
+            renew()
             yield
-        finally:
-            with contextlib.suppress(EtcdUnavailable, EtcdNotFound):  # the lease ends by itself
-                client.lease_revoke(lease)
-    finally:
-        client.close()
 
 
-def _hand_over(client: SyncEtcd, member: MemberSpec, own: Member) -> None:
-    """Give leadership to another voter, so that the cluster has no gap while this member is away."""
-    local = local_endpoint(member)
-    if client.status(local).leader != own.id:
+def _is_alone(member: MemberSpec, client: SyncEtcd) -> bool:
+    """Whether nobody else votes: also of a member that is too sick to tell, when no other one is declared."""
+    if len(member.members) > 1:
+        return False
+    try:
+        return len(client.member_list()) == 1
+    except (EtcdError, OSError):
+        return True
+
+
+def _hand_over(client: SyncEtcd, own: Member, endpoint: str, heirs: Collection[int] = ()) -> None:
+    """Give leadership to another voter (of ``heirs``, when given), so that the cluster has no gap while ``own``, which
+    serves at ``endpoint``, is away."""
+    if client.status(endpoint).leader != own.id:
         return
     for entry in client.member_list():
-        if entry.id != own.id and not entry.learner and entry.name:
-            client.move_leader(local, entry.id)
+        if entry.id != own.id and not entry.learner and entry.name and (not heirs or entry.id in heirs):
+            client.move_leader(endpoint, entry.id)
             return
+
+
+# --- members that leave
+
+
+def dismiss(
+    document: Mapping[str, Any],
+    holder: str,
+    connect: EtcdConnector,
+    endpoints: Sequence[str],
+    snapshot: Callable[[SyncEtcd], object],
+    apply: bool,
+    timeout: float,
+    only: str | None = None,
+) -> Iterator[str]:
+    """Take members that the record does not list out of the cluster, one at a time; gives the name of each that went.
+
+    ``document`` is the cluster's document of the record as planned, ``holder`` who does this. With ``only`` just the
+    member of that name or peer URL goes. ``snapshot`` is called before the first one goes. Without ``apply`` it only
+    tells who would.
+
+    Raises `AdminError` when the record in etcd is newer than the plan, when a member that stays is not healthy, or
+    when the rest would lose its quorum; after `SETTLE` seconds when a member has just gone.
+    """
+    with connect(endpoints) as client:
+        leaving = _leaving(client, document, only)
+        if not leaving:
+            return
+        key = keys.estate_cluster_key(document["name"])
+        newer = superseded(key, client.get(key), document)
+        if newer:
+            raise AdminError(f"etcd member {_names(leaving)} is not in this run's plan and was left: {newer}")
+        _next_to_leave(client, connect, document, leaving)
+        if not apply:
+            yield from map(_name, leaving)
+            return
+        with _maintenance(client, holder, timeout) as renew:
+            leaving = _leaving(client, document, only)  # again: whoever had the lock may have done it
+            if leaving:
+                snapshot(client)
+            while leaving:
+                gone = _take_out_one(client, connect, document, leaving)
+                renew()
+                yield _name(gone)
+                leaving.remove(gone)
+
+
+def _take_out_one(
+    client: SyncEtcd, connect: EtcdConnector, document: Mapping[str, Any], leaving: Sequence[Member]
+) -> Member:
+    """Remove the one of ``leaving`` that may go next. `AdminError` after `SETTLE` seconds."""
+    last = ""
+
+    def removed() -> Member | None:
+        nonlocal last
+        try:
+            entries = client.member_list()
+            for entry in leaving:
+                if entry.id not in {other.id for other in entries}:
+                    return entry  # it was done, the answer was lost
+            entry = _next_to_leave(client, connect, document, leaving)
+            with contextlib.suppress(EtcdError, IndexError):
+                _hand_over(client, entry, entry.client_urls[0], _stay(entries, document))
+            client.member_remove(entry.id)
+        except (AdminError, EtcdPrecondition, EtcdUnavailable, EtcdNotFound) as exc:
+            last = str(exc)
+            return None
+        return entry
+
+    result = _until(removed, SETTLE)
+    if result is None:
+        raise AdminError(last)
+    return result
+
+
+def _leaving(client: SyncEtcd, document: Mapping[str, Any], only: str | None) -> list[Member]:
+    """Members that the record does not list; `AdminError` for those that another run is just adding."""
+    found = [
+        entry
+        for entry in client.member_list()
+        if not _listed(entry, document) and (only is None or only in (entry.name, *entry.peer_urls))
+    ]
+    if not found:
+        return []
+    marks = [json.loads(kv.value) for kv in client.range(JOINING).kvs]
+    new = {mark["peer_url"] for mark in marks if mark["revision"] >= document["revision"]}
+    joining = [entry for entry in found if new & set(entry.peer_urls)]
+    if joining:
+        raise AdminError(
+            f"etcd member {_names(joining)} is not in this run's plan (revision {document['revision']}): another run "
+            "is just adding it. It was left as it is. Next: run the playbook again when that run has ended"
+        )
+    return found
+
+
+def _listed(entry: Member, document: Mapping[str, Any]) -> bool:
+    """Whether the record has this member, by its name or by any of its addresses."""
+    etcd, hosts = document["etcd"], document["hosts"]
+    urls = {
+        f"https://{hosts[name][address]}:{etcd['peer_port']}"
+        for name in etcd["members"]
+        for address in ("underlay4", "advertise4")
+    }
+    return entry.name in etcd["members"] or bool(urls & set(entry.peer_urls))
+
+
+def _stay(entries: Iterable[Member], document: Mapping[str, Any]) -> set[int]:
+    return {entry.id for entry in entries if not entry.learner and _listed(entry, document)}
+
+
+def _next_to_leave(
+    client: SyncEtcd, connect: EtcdConnector, document: Mapping[str, Any], leaving: Sequence[Member]
+) -> Member:
+    """Who of ``leaving`` may go now: the sick ones first, the leader last."""
+    entries = client.member_list()
+    voters = {entry.id for entry in entries if not entry.learner}
+    stay = _stay(entries, document)
+    sick = _sick(client, connect)
+    leader = client.status().leader
+    what = f"etcd member {_names(leaving)} is to leave cluster {document['name']}"
+    if not stay:
+        raise AdminError(
+            f"{what}, but none of those that stay ({', '.join(document['etcd']['members'])}) votes in it yet. Next: "
+            "run the playbook on them first"
+        )
+    if stay & sick.keys():
+        words = "; ".join(sick[one] for one in sorted(stay & sick.keys()))
+        raise AdminError(f"{what}, but one that stays is not healthy: {words}. Next: repair that one, then run again")
+    for entry in sorted(leaving, key=lambda one: (one.id not in sick, one.id == leader, one.name)):
+        if _quorate(voters - {entry.id}, sick):
+            return entry
+    raise AdminError(
+        f"{what}, but then too few of the rest are healthy: {'; '.join(sick.values())}. Next: run the playbook on the "
+        f"members that stay ({', '.join(document['etcd']['members'])}), which takes out the sick ones first"
+    )
+
+
+def _name(entry: Member) -> str:
+    return entry.name or entry.peer_urls[0]
+
+
+def _names(entries: Iterable[Member]) -> str:
+    return ", ".join(sorted(map(_name, entries)))
+
+
+def is_expelled(member: MemberSpec, connect: EtcdConnector) -> bool:
+    """Whether the other members serve and do not know this one: it was taken out, so its data is of no use."""
+    answering = survey(member, connect).answering
+    if not answering:
+        return False
+    with connect([member.client_urls[name] for name in answering]) as client:
+        client.get(keys.HEARTBEAT)  # through raft: what it answers next is not older
+        return _own_entry(member, client.member_list()) is None
 
 
 def defragment(spec: NodeSpec, connect: EtcdConnector) -> str:
@@ -505,26 +691,28 @@ def _all(kind: str) -> Callable[..., frozenset[Permission]]:
 
 @dataclass(frozen=True, slots=True)
 class AccessResult:
-    """``changes`` as lines for people; ``stale`` are users that nobody in the plan is, left as they are."""
+    """``changes`` as lines for people; ``stale`` are users of peers that nobody knows, left as they are."""
 
     changes: tuple[str, ...]
     stale: tuple[str, ...]
 
 
 def ensure_access(
-    client: SyncEtcd, wanted: Access, known: Iterable[str], prune: Iterable[str], apply: bool, enable: bool
+    client: SyncEtcd, wanted: Access, apply: bool, enable: bool, absent: Iterable[str] | None = None
 ) -> AccessResult:
     """Make roles and users as wanted and, with ``enable``, switch authentication on last.
 
-    ``known`` are users that are right to exist beside the wanted ones; agents' and peers' users that are neither are
-    reported as stale, and deleted only when named in ``prune``. Without ``apply`` only says what would change.
+    ``absent`` are the clusters that the record calls so, when ``wanted`` is all that the record knows: their users go,
+    and those of agents whose host is in no record. With None other users are not looked at. Without ``apply`` only
+    says what would change.
     """
     changes: list[str] = []
 
     def step(line: str, call: Callable[..., object], *arguments: object) -> None:
         changes.append(line)
         if apply:
-            with contextlib.suppress(EtcdExists):  # an earlier try of this call was done, its answer lost
+            # An earlier try of this call was done, its answer lost.
+            with contextlib.suppress(EtcdExists, EtcdNotFound):
                 call(*arguments)
 
     have_roles, have_users = set(client.role_list()), set(client.user_list())
@@ -548,15 +736,22 @@ def ensure_access(
             step(f"user {user}: take role {role}", client.user_revoke_role, user, role)
         for role in sorted(roles - held):
             step(f"user {user}: role {role}", client.user_grant_role, user, role)
-    ours = {user for user in have_users if user.startswith((AGENT_USER, REMOTE_USER))}
-    stale = ours - wanted.users.keys() - set(known)
-    for user in sorted(stale & set(prune)):
-        step(f"delete user {user}", client.user_delete, user)
-        if user in have_roles:
-            step(f"delete role {user}", client.role_delete, user)
+    stale: list[str] = []
+    if absent is not None:
+        departed = {REMOTE_USER + cluster for cluster in absent}
+
+        def gone(names: Iterable[str]) -> list[str]:
+            return sorted(name for name in names if name.startswith(AGENT_USER) or name in departed)
+
+        for user in gone(have_users - wanted.users.keys()):
+            step(f"delete user {user}", client.user_delete, user)
+        for role in gone(have_roles - wanted.roles.keys()):
+            step(f"delete role {role}", client.role_delete, role)
+        unknown = have_users - wanted.users.keys() - departed
+        stale = sorted(user for user in unknown if user.startswith(REMOTE_USER))
     if enable and not client.auth_status():
         step("authentication on", client.auth_enable)
-    return AccessResult(tuple(changes), tuple(sorted(stale - set(prune))))
+    return AccessResult(tuple(changes), tuple(stale))
 
 
 def _order(permission: Permission) -> tuple[str, bool, str]:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 SERVICE = "isthmus-etcd.service"
 DEFRAG_SERVICE = "isthmus-etcd-defrag.service"
 DEFRAG_TIMER = "isthmus-etcd-defrag.timer"
+UNITS = (SERVICE, DEFRAG_SERVICE, DEFRAG_TIMER)
 USER = "isthmus-etcd"
 DATA = "/var/lib/isthmus/etcd"
+SNAPSHOTS = "/var/lib/isthmus/snapshots"
 ENVIRONMENT = "/etc/isthmus/etcd.env"
 PKI = "/etc/isthmus/pki"
 DISTRIBUTION = "etcd.service"
@@ -28,7 +30,7 @@ def environment(spec: Mapping[str, Any]) -> str:
     member = spec["member"]
     cluster = spec["cluster"]["name"]
     peer_cn = next(entry["cn"] for entry in spec["pki"]["certificates"] if entry["name"] == "etcd-peer")
-    settings = {
+    values = {
         "ETCD_NAME": member["name"],
         "ETCD_DATA_DIR": DATA,
         "ETCD_LISTEN_CLIENT_URLS": f"https://0.0.0.0:{urlsplit(member['client_url']).port}",
@@ -56,7 +58,23 @@ def environment(spec: Mapping[str, Any]) -> str:
         "ETCD_LOGGER": "zap",
         "ETCD_LOG_OUTPUTS": "stderr",
     }
-    return _HEADER + "".join(f"{name}={value}\n" for name, value in settings.items())
+    return _HEADER + "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+def settings(environment: str) -> dict[str, str]:
+    """The settings in the text of an environment file."""
+    return dict(line.split("=", 1) for line in environment.splitlines() if line.startswith("ETCD_") and "=" in line)
+
+
+def cluster_of(settings: Mapping[str, str]) -> str:
+    """The cluster that a member with these settings belongs to, by the authority that it trusts; empty without any."""
+    directory, _slash, name = settings.get("ETCD_TRUSTED_CA_FILE", "").rpartition("/")
+    return name[: -len(".crt")] if directory == f"{PKI}/trust" and name.endswith(".crt") else ""
+
+
+def local_url(settings: Mapping[str, str]) -> str:
+    """The member's client endpoint as seen from its own host."""
+    return f"https://127.0.0.1:{urlsplit(settings['ETCD_ADVERTISE_CLIENT_URLS']).port}"
 
 
 def service(binary: str, config: str) -> str:

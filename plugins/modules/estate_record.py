@@ -13,10 +13,11 @@ description:
     (C(/etc/isthmus/estate.json)).
   - Reading takes it from the etcd of the host, and from the copy when that does not answer. It never fails for a host
     that has neither; then nothing is returned.
-  - Writing compares revisions, so that a run never overwrites what another one wrote meanwhile. With the record the
-    services that the inventory owns are written.
+  - Writing compares revisions and content, so that a run never overwrites what another one wrote since the record was
+    read; that is a failure. With the record the services that the inventory owns are written, and what agents reported
+    of hosts that the record does not have is deleted.
   - Runs on an etcd host of the cluster, with the operator's certificate. On a host that is none yet, and for an etcd
-    that does not answer, nothing is written and a warning says so; then no record is returned.
+    that does not take the record, a warning says so and no record is returned.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
 author:
@@ -114,13 +115,9 @@ OWNER = "inventory"
 def read(module):
     """The record from etcd, else the copy, else None."""
     cluster = module.params["cluster"]
-    try:
-        node = estate.read_json(estate.NODE)
-    except ValueError as exc:
-        module.warn(f"{estate.NODE} is damaged ({exc}); etcd is not asked")
-        node = None
-    if node and node["cluster"]["name"] == cluster and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
-        documents, services = read_etcd(module, node["etcd"]["endpoints"])
+    endpoints = own_endpoints(module)
+    if endpoints and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
+        documents, services = read_etcd(module, endpoints)
         if documents:
             owners = {
                 name: found["owner"]
@@ -135,6 +132,21 @@ def read(module):
         module.warn(f"{estate.ESTATE} is damaged ({exc}) and not used")
         return None
     return {"cluster": None, "documents": documents} if documents else None
+
+
+def own_endpoints(module):
+    """Of the cluster's etcd as this host knows it; empty on a host of none or of another cluster."""
+    cluster = module.params["cluster"]
+    try:
+        node = estate.read_json(estate.NODE)
+    except ValueError as exc:
+        module.warn(f"{estate.NODE} is damaged ({exc}) and not used")
+        node = None
+    if node is not None:
+        return node["etcd"]["endpoints"] if node["cluster"]["name"] == cluster else []
+    # A run that ended early wrote the record, but not yet the host's specification.
+    settings = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+    return [etcd_unit.local_url(settings)] if etcd_unit.cluster_of(settings) == cluster else []
 
 
 def read_etcd(module, endpoints):
@@ -201,17 +213,29 @@ def present(module, changes):
             estate.show(changes, admin.write_documents(client, record, apply))
             made = admin.write_services(client, services["present"], services["absent"], OWNER, apply)
             estate.show(changes, made)
+            estate.show(changes, admin.delete_reports(client, record["clusters/" + cluster], apply))
     except admin.EstateError as exc:
         module.fail_json(msg=str(exc))
-    except kvstore.EtcdUnavailable as exc:
+    except (kvstore.EtcdError, OSError) as exc:
+        # One cluster's sick etcd is no reason to stop the hosts of the others.
         module.warn(
-            f"the etcd of cluster {cluster} does not answer ({exc}), so the estate record was not written there. Its "
-            "registrars go on from their hosts' copies; run the playbook again when it answers"
+            f"the etcd of cluster {cluster} did not take the estate record: {exc}. Its registrars go on from their "
+            f"hosts' copies. Next: {remedy(kvstore, exc)}, then run the playbook again"
         )
         return changes.result()
-    except (kvstore.EtcdError, OSError) as exc:
-        module.fail_json(msg=f"the estate record cannot be written: {exc}. Run the etcd role on this cluster first")
     return changes.result(record=answer)
+
+
+def remedy(kvstore, exc):
+    """What to do about an etcd that refuses a write."""
+    if isinstance(exc, kvstore.EtcdNoSpace):
+        return (
+            "free space there (`etcdctl compact`, `etcdctl defrag`, `etcdctl alarm disarm`) or raise etcd.quota_bytes "
+            "of the cluster"
+        )
+    if isinstance(exc, kvstore.EtcdPermissionDenied):
+        return "run the playbook with --tags etcd on that cluster, which gives the operator's certificate its rights"
+    return "look at `journalctl -u isthmus-etcd` on its etcd hosts"
 
 
 def main():

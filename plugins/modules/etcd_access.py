@@ -13,18 +13,18 @@ description:
     certificate that this cluster's own authority signed; there are no passwords.
   - Agents write their own host's keys only, the registrar C(cilium/) and what it allots, the operator what Ansible
     writes. A peer's registrar reads what Cilium's role C(remote) may read and the mirror of that peer's own keys.
-  - Runs on an etcd host of the cluster, with its C(root) certificate. Users of hosts or peers that the plan does not
-    know are reported and left.
+  - Users of agents whose host is not in the record, and of clusters that the record calls absent, are deleted. What the
+    inventory lacks only is in the record, and keeps its rights.
+  - Runs on an etcd host of the cluster, with its C(root) certificate.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
-  nodes:
-    description: All hosts of the cluster, by node name.
-    type: list
-    elements: str
+  record:
+    description: Documents of the estate record by name, as M(isthmus.mesh.plan) returns them.
+    type: dict
     required: true
   only:
     description:
@@ -32,11 +32,6 @@ options:
       - Everything else is neither changed nor reported.
     type: list
     elements: str
-  prune:
-    description: Users of agents or peers to delete, by full name, when the plan does not know them any more.
-    type: list
-    elements: str
-    default: []
 seealso:
   - module: isthmus.mesh.etcd_member
 """
@@ -45,16 +40,16 @@ EXAMPLES = r"""
 - name: Give every certificate its rights
   isthmus.mesh.etcd_access:
     spec: "{{ isthmus_spec }}"
-    nodes: "{{ isthmus_record['clusters/onprem'].hosts | list }}"
+    record: "{{ isthmus_record }}"
 """
 
 RETURN = r"""
 stale:
-  description: Users of agents and peers that the plan does not know; they were left as they are.
+  description: Users of peers that the record does not know; they were left as they are.
   returned: success
   type: list
   elements: str
-  sample: [isthmus-agent-onprem-9]
+  sample: [remote-old]
 changes:
   description: What was changed, a line each.
   returned: success
@@ -70,29 +65,42 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
+PREFIX = "isthmus/v1/estate/"
 
-def ensure(module, admin, spec):
+
+def ensure(module, admin, estate_admin, spec):
     """Compare and change the rights; an `AccessResult`."""
     cluster = spec["cluster"]["name"]
-    registrar = spec["registrar"] or {"peers": []}
-    peers = [peer["name"] for peer in registrar["peers"]]
-    only = module.params["only"]
-    everything = admin.wanted_access(cluster, module.params["nodes"], peers)
-    wanted = everything if only is None else admin.wanted_for_nodes(only)
-    connect = admin.EtcdConnector(cluster)
-    with connect(spec["etcd"]["endpoints"]) as client:
-        return admin.ensure_access(
-            client, wanted, everything.users, module.params["prune"], apply=not module.check_mode, enable=only is None
-        )
+    record = module.params["record"]
+    apply = not module.check_mode
+    with admin.EtcdConnector(cluster, directory=etcd_unit.PKI)(spec["etcd"]["endpoints"]) as client:
+        only = module.params["only"]
+        if only is not None:
+            return admin.ensure_access(client, admin.wanted_for_nodes(only), apply, enable=False)
+        hosts = record["clusters/" + cluster]["hosts"]
+        nodes = [name for name, entry in hosts.items() if entry["state"] != "absent"]
+        peers = [peer["name"] for peer in (spec["registrar"] or {"peers": []})["peers"]]
+        absent = [
+            document["name"]
+            for name, document in record.items()
+            if name.startswith("clusters/") and document["state"] == "absent"
+        ]
+        for name in ("roster", "clusters/" + cluster):
+            newer = estate_admin.superseded(PREFIX + name, client.get(PREFIX + name), record[name])
+            if newer:
+                module.warn(f"cluster {cluster}: no user was deleted from its etcd: {newer}")
+                absent = None
+                break
+        wanted = admin.wanted_access(cluster, nodes, peers)
+        return admin.ensure_access(client, wanted, apply, enable=True, absent=absent)
 
 
 def main():
     module = AnsibleModule(
         argument_spec={
             "spec": {"type": "dict", "required": True},
-            "nodes": {"type": "list", "elements": "str", "required": True},
+            "record": {"type": "dict", "required": True},
             "only": {"type": "list", "elements": "str"},
-            "prune": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
@@ -105,8 +113,9 @@ def main():
         changes.note(what, "", "users and roles made")
         module.exit_json(**changes.result(stale=[], changes=[]))
     kvstore = bundle_module(module, "isthmus_agent.kvstore")
+    estate_admin = bundle_module(module, "isthmus_agent.estate_admin")
     try:
-        done = ensure(module, admin, spec)
+        done = ensure(module, admin, estate_admin, spec)
     except (kvstore.EtcdError, OSError) as exc:
         if module.check_mode and isinstance(exc, kvstore.EtcdUnavailable):
             # The run would start it before.
@@ -117,8 +126,8 @@ def main():
         changes.note(what, "", "\n".join(done.changes))
     if done.stale:
         module.warn(
-            f"cluster {spec['cluster']['name']}: etcd users that the plan does not know were left: "
-            f"{', '.join(done.stale)}. Name them in isthmus_prune to delete them"
+            f"cluster {spec['cluster']['name']}: etcd has users of clusters that the record does not know: "
+            f"{', '.join(done.stale)}. They were left. Next: `etcdctl user delete` those that nobody needs"
         )
     module.exit_json(**changes.result(stale=list(done.stale), changes=list(done.changes)))
 

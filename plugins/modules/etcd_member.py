@@ -6,7 +6,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: etcd_member
-short_description: Run this host's member of its cluster's etcd
+short_description: Run this host's member of its cluster's etcd, or put it away
 version_added: 1.0.0
 description:
   - Installs etcd (the distribution's package or an archive), writes C(/etc/isthmus/etcd.env) and the unit
@@ -14,15 +14,26 @@ description:
   - A cluster forms as one member; every other one joins as a learner and is promoted when it has caught up. Members may
     be brought up together, one by one or with C(--limit), in any order.
   - A data directory that exists is never overwritten or initialised again. A member without data joins when another one
-    serves, forms the cluster when there cannot be one, and is refused when that cannot be told.
+    serves, forms the cluster when there cannot be one, and is refused when that cannot be told. The data of a member
+    that its cluster took out is moved aside; the member joins anew.
   - A running member is restarted only when its configuration changed, in its turn, while all others are healthy, after
     a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then; the result says so.
+  - Members that the record does not list any more are taken out of the cluster by O(former), one at a time, after a
+    snapshot, while all that stay are healthy; else a warning says why not. They are left when the record in etcd is
+    newer than the plan.
+  - On a host that the spec gives no member, one that is there leaves its cluster in the same way, if no other did it,
+    and is stopped. Its unit, timer, settings and keys are removed, its data is moved aside to
+    C(/var/lib/isthmus/etcd.removed-TIME). It goes on running when it may not leave; that is a failure.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
 options:
+  record:
+    description: The cluster's document of the estate record, as M(isthmus.mesh.plan) returns it.
+    type: dict
+    required: true
   formed:
     description:
       - Whether the estate record shows that this cluster's etcd existed before.
@@ -31,7 +42,8 @@ options:
     default: false
   former:
     description:
-      - The member that forms the cluster in this run when there is none; others wait for it.
+      - The member that acts for all in this run. It forms the cluster when there is none, others wait for it; and it
+        takes out members that the record does not list.
       - By default the member that the spec names as the initial one.
     type: str
   archive:
@@ -49,28 +61,28 @@ EXAMPLES = r"""
 - name: Run the member
   isthmus.mesh.etcd_member:
     spec: "{{ isthmus_spec }}"
-  when: isthmus_spec.member is not none
+    record: "{{ isthmus_record['clusters/' ~ isthmus_spec.cluster.name] }}"
 """
 
 RETURN = r"""
 action:
-  description: What was done, V(formed), V(joined), V(restarted), V(started) or V(none).
+  description: What was done, V(formed), V(joined), V(restarted), V(started), V(left) or V(none).
   returned: success
   type: str
   sample: joined
 members:
   description: Names of all members.
-  returned: success, not in check mode when the member does not run yet
+  returned: success on a host with a member, not in check mode when it does not run yet
   type: list
   elements: str
   sample: [onprem-1, onprem-2, onprem-3]
 leader:
   description: Name of the leader.
-  returned: success, not in check mode when the member does not run yet
+  returned: success on a host with a member, not in check mode when it does not run yet
   type: str
 version:
   description: Version of the etcd server.
-  returned: success, not in check mode when the member does not run yet
+  returned: success on a host with a member, not in check mode when it does not run yet
   type: str
   sample: 3.4.23
 notes:
@@ -92,7 +104,7 @@ import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_file
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, former
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
@@ -104,7 +116,6 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
 
 VERSION_FLOOR = (3, 4, 0)
 ARCHIVES = bundle.ETCD
-SNAPSHOTS = "/var/lib/isthmus/snapshots"
 SNAPSHOTS_KEPT = 5
 PACKAGES = {"apt-get": "etcd-server", "dnf": "etcd"}
 
@@ -257,6 +268,37 @@ class Install:
                 os.chmod(os.path.join(directory, name), 0o755)  # noqa: S103 - everybody may run etcd's programs
 
 
+def snapshot(client, reason):
+    """A copy of the data before a step that could hurt it; the newest few are kept."""
+    os.makedirs(etcd_unit.SNAPSHOTS, mode=0o700, exist_ok=True)
+    client.snapshot(
+        os.path.join(etcd_unit.SNAPSHOTS, time.strftime(f"%Y%m%dT%H%M%SZ-before-{reason}.db", time.gmtime()))
+    )
+    for old in sorted(glob.glob(etcd_unit.SNAPSHOTS + "/*-before-*.db"))[:-SNAPSHOTS_KEPT]:
+        os.unlink(old)
+
+
+def set_aside(module, changes):
+    """The data is kept, at a place where no member finds it."""
+    place = etcd_unit.DATA + time.strftime(".removed-%Y%m%dT%H%M%SZ", time.gmtime())
+    changes.note(etcd_unit.DATA, "the member's data", f"moved to {place}")
+    if module.check_mode:
+        return
+    try:
+        os.rename(etcd_unit.DATA, place)
+    except OSError as exc:
+        module.fail_json(
+            msg=f"{etcd_unit.DATA} cannot be moved to {place}: {exc}. Move what is in it to a place of your choice, "
+            "remove the directory (a mount point: unmount it), and run again"
+        )
+
+
+def take_out(changes, gone):
+    """Note each member that went; those before one that could not are noted too."""
+    for name in gone:
+        changes.note(f"member {name}", "in the cluster", "taken out")
+
+
 class MemberModule:
     """From the files to a member that serves."""
 
@@ -271,7 +313,7 @@ class MemberModule:
         self.notes = []
         if admin is not None:
             self.member = node_spec.NodeSpec.from_dict(self.spec).member
-            self.connect = admin.EtcdConnector(self.spec["cluster"]["name"])
+            self.connect = admin.EtcdConnector(self.spec["cluster"]["name"], directory=etcd_unit.PKI)
 
     def run(self):
         install = Install(self.module, self.changes, self.spec["member"]["source"])
@@ -285,12 +327,16 @@ class MemberModule:
         started = self.unit_is("active", etcd_unit.SERVICE)
         outdated = started and self.running_config() != digest
         gap = outdated and len(self.spec["member"]["members"]) == 1
+        if started and (outdated or self.acts()):
+            # Before the restart: one that is gone for good would refuse it.
+            self.dismiss()
         if gap:
             self.notes.append(f"etcd of cluster {self.spec['cluster']['name']} has one member, and it restarts now")
         if outdated and not self.module.check_mode:
             # The gate comes before anything is written: a refusal leaves the host as it is.
             with self.admin.turn(self.member, self.connect, self.timeout):
-                self.snapshot()
+                with self.connect([self.admin.local_endpoint(self.member)]) as client:
+                    snapshot(client, "restart")
                 self.write(text, unit)
                 self.units.systemd.run("restart", etcd_unit.SERVICE)
                 self.admin.wait_healthy(self.member, self.connect, self.timeout)
@@ -336,22 +382,46 @@ class MemberModule:
                 self.units.systemd.run("enable", "--quiet", etcd_unit.SERVICE)
         self.units.running(etcd_unit.DEFRAG_TIMER)
 
-    def snapshot(self):
-        """A copy of the data before the step that could hurt it; the newest few are kept."""
-        os.makedirs(SNAPSHOTS, mode=0o700, exist_ok=True)
-        path = os.path.join(SNAPSHOTS, time.strftime("%Y%m%dT%H%M%SZ-before-restart.db", time.gmtime()))
-        with self.connect([self.admin.local_endpoint(self.member)]) as client:
-            client.snapshot(path)
-        for old in sorted(glob.glob(SNAPSHOTS + "/*-before-restart.db"))[:-SNAPSHOTS_KEPT]:
-            os.unlink(old)
+    def acts(self):
+        """Whether this member does in this run what is done once for all."""
+        return (self.module.params["former"] or self.spec["member"]["initial"]) == self.spec["member"]["name"]
+
+    def dismiss(self):
+        """Members that the record does not list leave the cluster; a note says why one does not."""
+        if self.admin is None:
+            return
+        gone = self.admin.dismiss(
+            self.module.params["record"],
+            self.member.name,
+            self.connect,
+            [self.admin.local_endpoint(self.member), *self.admin.other_endpoints(self.member).values()],
+            lambda client: snapshot(client, "removal"),
+            apply=not self.module.check_mode,
+            timeout=self.timeout,
+        )
+        try:
+            take_out(self.changes, gone)
+        except (self.admin.AdminError, self.kvstore.EtcdError, OSError) as exc:
+            self.notes.append(str(exc))
+
+    def expelled(self):
+        """Whether the data here is that of a member that was taken out; not when that cannot be told."""
+        try:
+            return self.admin is not None and self.admin.is_expelled(self.member, self.connect)
+        except (self.kvstore.EtcdError, OSError):
+            return False
 
     def start(self):
         """Start a member that does not run: with its data, or by forming or joining the cluster."""
         self.changes.note(f"unit {etcd_unit.SERVICE}", "inactive", "active")
         if os.path.isdir(os.path.join(etcd_unit.DATA, "member")):
+            if not self.expelled():
+                if not self.module.check_mode:
+                    self.units.systemd.run("restart", "--no-block", etcd_unit.SERVICE)
+                return self.finish("started")
             if not self.module.check_mode:
-                self.units.systemd.run("restart", "--no-block", etcd_unit.SERVICE)
-            return self.finish("started")
+                self.units.systemd.run("stop", etcd_unit.SERVICE)
+            set_aside(self.module, self.changes)
         if self.module.check_mode:
             return self.finish("formed or joined")
         former = self.module.params["former"] or self.member.initial
@@ -359,10 +429,14 @@ class MemberModule:
         decision = self.admin.decide_formation(self.member, found, self.module.params["formed"], former)
         if decision == "wait":
             found = self.admin.wait_for_former(self.member, self.connect, former, self.timeout)
+        if decision != "form" and self.acts():
+            # etcd admits nobody while one that is gone for good counts.
+            self.dismiss()
         if decision == "form":
             first = etcd_unit.first_start({self.member.name: self.member.peer_url}, "new", self.member.token)
         else:
-            peers = self.admin.join(self.member, self.connect, found.answering, self.timeout)
+            revision = self.module.params["record"]["revision"]
+            peers = self.admin.join(self.member, self.connect, found.answering, revision, self.timeout)
             first = etcd_unit.first_start(peers, "existing", self.member.token)
         os.makedirs(os.path.dirname(etcd_unit.FIRST_START), exist_ok=True)
         with open(etcd_unit.FIRST_START, "w", encoding="utf-8") as file:
@@ -386,15 +460,70 @@ class MemberModule:
             # An earlier run may have been interrupted here; it lives in /run and matters only until the next start.
             os.unlink(etcd_unit.FIRST_START)
             self.units.systemd.run("daemon-reload")
+        if action in ("started", "joined") and self.acts():
+            self.dismiss()
         return self.changes.result(
             action=action, members=health.members, leader=health.leader, version=health.version, notes=self.notes
         )
+
+
+class FormerMember:
+    """From a member that the plan does not have any more to a host without one."""
+
+    def __init__(self, module, admin, kvstore):
+        self.module = module
+        self.admin = admin
+        self.kvstore = kvstore
+        self.spec = module.params["spec"]
+        self.changes = Changes(module)
+        self.units = Units(module, self.changes)
+
+    def run(self):
+        if os.path.lexists(etcd_unit.DATA):  # else an earlier run was interrupted after this
+            self.leave()
+        self.units.write(dict.fromkeys(etcd_unit.UNITS))
+        self.units.daemon_reload(etcd_unit.UNITS)
+        if not self.module.check_mode:
+            # etcd ends with an error when it was taken out, and systemd remembers that of a unit that is gone.
+            self.module.run_command(["systemctl", "reset-failed", etcd_unit.SERVICE])
+        if os.path.lexists(etcd_unit.DATA):
+            set_aside(self.module, self.changes)
+        self.changes.absent(etcd_unit.FIRST_START)
+        self.changes.absent(etcd_unit.ENVIRONMENT)
+        former.remove_unlisted(self.changes, self.spec, etcd_unit.PKI)
+        return self.changes.result(action="left", notes=[])
+
+    def leave(self):
+        """Out of the cluster before it stops, so that those that stay never wait for it."""
+        settings = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+        cluster = self.spec["cluster"]["name"]
+        if self.admin is None or etcd_unit.cluster_of(settings) not in ("", cluster):
+            return  # the members of another cluster take it out themselves: this host has no certificate of theirs
+        connect = self.admin.EtcdConnector(cluster, directory=etcd_unit.PKI)
+        gone = self.admin.dismiss(
+            self.module.params["record"],
+            self.spec["host"],
+            connect,
+            self.spec["etcd"]["endpoints"],
+            lambda client: snapshot(client, "removal"),
+            apply=not self.module.check_mode,
+            timeout=self.module.params["timeout"],
+            only=settings.get("ETCD_INITIAL_ADVERTISE_PEER_URLS", self.spec["host"]),
+        )
+        try:
+            take_out(self.changes, gone)
+        except (self.admin.AdminError, self.kvstore.EtcdError, OSError) as exc:
+            self.module.fail_json(
+                msg=f"the etcd member on this host is to leave cluster {cluster} and cannot yet: {exc}. It goes on "
+                "running as it was. Run the playbook again when that is solved"
+            )
 
 
 def main():
     module = AnsibleModule(
         argument_spec={
             "spec": {"type": "dict", "required": True},
+            "record": {"type": "dict", "required": True},
             "formed": {"type": "bool", "default": False},
             "former": {"type": "str"},
             "archive": {"type": "path"},
@@ -402,8 +531,9 @@ def main():
         },
         supports_check_mode=True,
     )
-    if module.params["spec"]["member"] is None:
-        module.fail_json(msg=f"the plan gives {module.params['spec']['host']} no etcd member")
+    spec = module.params["spec"]
+    if spec["member"] is None and not former.member_remains():
+        module.exit_json(changed=False, action="none", notes=[])
     admin = bundle_module(module, "isthmus_agent.etcd_admin")
     kvstore = node_spec = None
     refusals = ()
@@ -412,7 +542,10 @@ def main():
         node_spec = bundle_module(module, "isthmus_mesh.spec")
         refusals = (admin.AdminError, kvstore.EtcdError)
     try:
-        result = MemberModule(module, admin, kvstore, node_spec).run()
+        if spec["member"] is None:
+            result = FormerMember(module, admin, kvstore).run()
+        else:
+            result = MemberModule(module, admin, kvstore, node_spec).run()
     except refusals as exc:
         module.fail_json(msg=str(exc))
     for note in result["notes"]:

@@ -15,6 +15,9 @@ description:
     0600 and the owner of the program that uses it. A private key never leaves the host and is never part of a result.
   - Pins the certificate authorities that are already known, and returns signing requests for every certificate that is
     missing, damaged, different from the plan, or has less than a third of its lifetime left.
+  - Removes keys, certificates and pinned authorities of ours that the spec does not name any more. Those of an etcd
+    member that the plan took away stay until M(isthmus.mesh.etcd_member) has taken it out of its cluster. The key of an
+    authority is never removed.
   - What is pending is signed by M(isthmus.mesh.pki_sign) at each authority's place and installed by
     M(isthmus.mesh.pki_install). On a converged host nothing is pending.
 attributes:
@@ -77,6 +80,10 @@ certificates:
   description: Certificates that are good, with name, issuer, fingerprint and dates.
   returned: success
   type: dict
+former_member:
+  description: Whether an etcd member is on this host that the spec does not have.
+  returned: success
+  type: bool
 """
 
 import datetime
@@ -84,6 +91,7 @@ import os
 import pwd
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import former
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -176,12 +184,14 @@ def ensure_key(changes, pki, directory, spec, now):
 def run(module, pki):
     """Do the module's work; returns what exit_json is given. ``pki`` is None in check mode without a bundle."""
     directory = module.params["directory"]
-    wanted = module.params["spec"]["pki"]
+    spec = module.params["spec"]
+    wanted = spec["pki"]
     now = datetime.datetime.now(datetime.timezone.utc)
     changes = Changes(module)
     specs = {}
     if pki is not None:
         specs = {entry["name"]: pki.CertificateSpec.from_dict(entry) for entry in wanted["certificates"]}
+    former_member = spec.get("member") is None and bool(former.member_remains())
 
     for owner in sorted({entry["owner"] for entry in wanted["certificates"]} - {"root"}):
         ensure_owner(module, changes, owner)
@@ -217,8 +227,8 @@ def run(module, pki):
         if pki is None:
             reason = None if key is not None and certificate is not None else "there is none yet"
         else:
-            spec = specs[entry["name"]]
-            reason = pki.renewal_reason(spec, key, certificate, pinned.get(spec.ca_cluster), now)
+            about = specs[entry["name"]]
+            reason = pki.renewal_reason(about, key, certificate, pinned.get(about.ca_cluster), now)
         if reason is None:
             changes.file(path, certificate)
             if pki is not None:
@@ -226,7 +236,10 @@ def run(module, pki):
             continue
         request = None if pki is None or key is None else pki.new_request(key, entry["cn"], path)
         group(entry["ca_cluster"])["requests"].append({"name": entry["name"], "csr": request, "reason": reason})
-    return changes.result(pending=[groups[cluster] for cluster in sorted(groups)], certificates=good)
+    if not former_member:
+        former.remove_unlisted(changes, spec, directory)
+    pending = [groups[cluster] for cluster in sorted(groups)]
+    return changes.result(pending=pending, certificates=good, former_member=former_member)
 
 
 def main():

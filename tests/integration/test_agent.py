@@ -127,7 +127,7 @@ def own_server(tmp_path: Path) -> Iterator[EtcdServer]:
 def _access(server: EtcdServer) -> None:
     with server.sync_client() as client:
         wanted = wanted_access("onprem", ["onprem-1"], ["cloud", "edge"])
-        ensure_access(client, wanted, known=(), prune=(), apply=True, enable=True)
+        ensure_access(client, wanted, apply=True, enable=True)
 
 
 def spec_for(server: EtcdServer, **changes: object) -> NodeSpec:

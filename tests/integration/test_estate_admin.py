@@ -20,7 +20,7 @@ def server(tmp_path: Path) -> Iterator[EtcdServer]:
     with EtcdServer(tmp_path / "a", name="a") as made:
         with made.sync_client() as client:
             wanted = etcd_admin.wanted_access("onprem", ["onprem-1"], ["cloud"])
-            etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
+            etcd_admin.ensure_access(client, wanted, apply=True, enable=True)
         yield made
 
 
@@ -65,6 +65,45 @@ def test_a_newer_record_is_never_overwritten(server: EtcdServer, operator: SyncE
         with pytest.raises(estate_admin.EstateError, match="has revision 5 in etcd, and this run would write 4"):
             estate_admin.write_documents(operator, {"roster": {"revision": 4, "x": 1}}, apply)
     assert server.dump("isthmus/v1/estate/") == {"isthmus/v1/estate/roster": '{"revision":5}'}
+
+
+def test_two_runs_planned_from_one_record_do_not_overwrite_each_other(server: EtcdServer, operator: SyncEtcd) -> None:
+    """The second dealt the same range to another host; nothing of it is written, not even what does not collide."""
+
+    def planned(host: str, by: str) -> dict[str, Any]:
+        stamp = {"when": "2026-01-02T03:04:05Z", "by": by}
+        cluster = {"revision": 7, "name": "onprem", "hosts": {host: {"range4": "10.101.0.16/28"}}}
+        return {
+            "clusters/cloud": {"revision": 3, "name": "cloud", "label": by},
+            "clusters/onprem": {**cluster, "last_applied": stamp},
+            "roster": {"revision": 2, **stamp},
+        }
+
+    first = planned("onprem-4", "alice")
+    del first["clusters/cloud"]
+    estate_admin.write_documents(operator, first, apply=True)
+    before = server.dump("isthmus/v1/estate/")
+    said = (
+        r"clusters/onprem has revision 7 in etcd.*other content under that number.*"
+        r"alice wrote it at 2026-01-02T03:04:05Z.*Next: run the playbook again; the plan is then made from it"
+    )
+    for apply in (False, True):
+        with pytest.raises(estate_admin.EstateError, match=said):
+            estate_admin.write_documents(operator, planned("onprem-5", "bob"), apply)
+    second = planned("onprem-4", "bob")
+    del second["clusters/onprem"]
+    with pytest.raises(estate_admin.EstateError, match=r"estate/roster has revision 2 .*alice wrote it"):
+        estate_admin.write_documents(operator, second, apply=True)
+    assert server.dump("isthmus/v1/estate/") == before
+
+
+def test_an_authority_gets_no_revision_and_is_never_taken_away(server: EtcdServer, operator: SyncEtcd) -> None:
+    document = {"revision": 1, "name": "onprem", "ca_certificate": None}
+    signed = {**document, "ca_certificate": "PEM"}
+    for wanted, changed in ((document, True), (signed, True), (document, False), (signed, False)):
+        done = estate_admin.write_documents(operator, {"clusters/onprem": wanted}, apply=True)
+        assert bool(done) is changed
+    assert json.loads(server.dump("isthmus/v1/estate/")["isthmus/v1/estate/clusters/onprem"]) == signed
 
 
 def test_a_write_between_read_and_write_is_noticed(
@@ -119,6 +158,52 @@ def test_bad_definitions_are_refused_with_their_name(server: EtcdServer, operato
     server.etcdctl("put", "isthmus/v1/services/shop/web", "{broken")
     with pytest.raises(estate_admin.EstateError, match=r"services/shop/web in etcd is damaged .* delete it"):
         estate_admin.write_services(operator, [service("web")], [], "inventory", apply=True)
+
+
+def reports(*hosts: str, workloads: int = 1) -> set[str]:
+    return {
+        f"isthmus/v1/{key}"
+        for host in hosts
+        for key in (f"nodes/{host}", f"alive/{host}", *(f"workloads/{host}/shop.web{n}" for n in range(workloads)))
+    }
+
+
+def test_reports_of_hosts_that_the_record_does_not_have_go(server: EtcdServer, operator: SyncEtcd) -> None:
+    """An orphan is in the record. More keys than etcd takes in one transaction."""
+    document = {"name": "onprem", "revision": 2, "hosts": {"onprem-1": {"state": "present"}, "o": {"state": "present"}}}
+    kept, gone = reports("onprem-1", "o"), reports("onprem-11", "x", workloads=120)
+    for key in kept | gone:
+        operator.put(key, "{}")
+    estate_admin.write_documents(operator, {"clusters/onprem": document}, apply=True)
+    predicted = estate_admin.delete_reports(operator, document, apply=False)
+    assert {change.key for change in predicted} == gone
+    assert set(server.dump("isthmus/v1/nodes/")) == {key for key in kept | gone if "/nodes/" in key}
+    assert estate_admin.delete_reports(operator, document, apply=True) == predicted
+    found = {key for kind in ("nodes", "alive", "workloads") for key in server.dump(f"isthmus/v1/{kind}/")}
+    assert found == kept
+    assert estate_admin.delete_reports(operator, document, apply=True) == []
+
+
+def test_reports_of_a_host_that_another_run_adds_stay(
+    server: EtcdServer, operator: SyncEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = {"name": "onprem", "revision": 2, "hosts": {}}
+    estate_admin.write_documents(operator, {"clusters/onprem": document}, apply=True)
+    newer = json.dumps({**document, "revision": 3, "hosts": {"n": {"state": "present"}}})
+    real = operator.range
+
+    def range_and_be_late(prefix: str) -> Any:
+        """The other run writes its record, and its agent reports."""
+        server.etcdctl("put", "isthmus/v1/estate/clusters/onprem", newer)
+        server.etcdctl("put", "isthmus/v1/nodes/n", "{}")
+        return real(prefix)
+
+    monkeypatch.setattr(operator, "range", range_and_be_late)
+    with pytest.raises(estate_admin.EstateError, match="clusters/onprem was changed by somebody else"):
+        estate_admin.delete_reports(operator, document, apply=True)
+    with pytest.raises(estate_admin.EstateError, match="clusters/onprem has revision 3 in etcd"):
+        estate_admin.delete_reports(operator, document, apply=True)
+    assert set(server.dump("isthmus/v1/nodes/")) == {"isthmus/v1/nodes/n"}
 
 
 def test_facts_are_read_with_an_agents_rights(server: EtcdServer, operator: SyncEtcd) -> None:

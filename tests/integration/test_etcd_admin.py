@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.etcd_fixture import Ca, EtcdServer
 from isthmus_agent import etcd_admin
-from isthmus_agent.kvstore import EtcdError
+from isthmus_agent.kvstore import EtcdError, SyncEtcd
 from isthmus_mesh.spec import MemberSpec
 
 
@@ -20,6 +23,7 @@ class Trio:
     """Three declared members on loopback, sharing one CA. Nothing runs until it is told to."""
 
     def __init__(self, root: Path) -> None:
+        self.root, self.snapshots = root, 0
         self.ca = Ca(root / "pki", "onprem")
         (root / "pki/trust").mkdir()
         shutil.copy(self.ca.crt, root / "pki/trust/onprem.crt")
@@ -46,13 +50,44 @@ class Trio:
         server.initial_cluster = peers or {name: server.peer_url}
         server.start(state="existing" if peers else "new", wait=wait)
 
-    def join(self, name: str) -> None:
+    def join(self, name: str, revision: int = 1) -> None:
         spec = self.spec(name)
         found = etcd_admin.survey(spec, self.connect)
         assert etcd_admin.decide_formation(spec, found, formed=False, former="a") == "join"
-        self.start(name, etcd_admin.join(spec, self.connect, found.answering, 30), wait=False)
+        self.start(name, etcd_admin.join(spec, self.connect, found.answering, revision, 30), wait=False)
         etcd_admin.promote(spec, self.connect, 30)
         etcd_admin.wait_healthy(spec, self.connect, 30)
+
+    def form(self) -> None:
+        """All three, one after the other."""
+        self.start("a")
+        self.join("b")
+        self.join("c")
+
+    def document(self, *members: str, revision: int = 2) -> dict[str, Any]:
+        """The cluster's document of the record, with these members."""
+        hosts = {name: {"underlay4": "127.0.0.1", "advertise4": "127.0.0.1", "state": "present"} for name in "abcd"}
+        etcd = {"members": list(members), "initial": "a", "peer_port": 1}
+        stamp = {"when": "2026-01-02T03:04:05Z", "by": "alice"}
+        return {"name": "onprem", "revision": revision, "etcd": etcd, "hosts": hosts, "last_applied": stamp}
+
+    def record(self, document: dict[str, Any]) -> None:
+        """The document is in etcd."""
+        self.servers["a"].etcdctl("put", "isthmus/v1/estate/clusters/onprem", json.dumps(document))
+
+    def dismiss(self, document: dict[str, Any], apply: bool = True, only: str | None = None) -> list[str]:
+        endpoints = [self.servers[name].endpoint for name in document["etcd"]["members"] if name in self.servers]
+        return list(
+            etcd_admin.dismiss(document, "a", self.connect, endpoints, self.snapshot, apply, timeout=10, only=only)
+        )
+
+    def snapshot(self, client: SyncEtcd) -> None:
+        self.snapshots += 1
+        client.snapshot(self.root / f"snapshot-{self.snapshots}.db")
+
+    def members(self) -> list[str]:
+        """Names of all members, by etcd's own tool."""
+        return sorted(line.split(", ")[2] for line in self.servers["a"].etcdctl("member", "list").splitlines())
 
 
 @pytest.fixture
@@ -68,9 +103,7 @@ def test_one_member_forms_and_two_join_as_learners(trio: Trio) -> None:
     nobody = etcd_admin.survey(trio.spec("a"), trio.connect)
     assert nobody.refusing == ("b", "c")
     assert etcd_admin.decide_formation(trio.spec("a"), nobody, formed=False, former="a") == "form"
-    trio.start("a")
-    trio.join("b")
-    trio.join("c")
+    trio.form()
     health = etcd_admin.wait_healthy(trio.spec("c"), trio.connect, 10)
     assert health.members == ("a", "b", "c")
     assert health.learners == ()
@@ -101,16 +134,14 @@ def test_who_may_form_a_cluster(trio: Trio) -> None:
 def test_an_announced_member_that_never_started_is_used(trio: Trio) -> None:
     trio.start("a")
     spec = trio.spec("b")
-    first = etcd_admin.join(spec, trio.connect, ("a",), 10)
-    assert etcd_admin.join(spec, trio.connect, ("a",), 10) == first
+    first = etcd_admin.join(spec, trio.connect, ("a",), 1, 10)
+    assert etcd_admin.join(spec, trio.connect, ("a",), 1, 10) == first
     trio.join("b")
     assert trio.servers["a"].etcdctl("member", "list").count("\n") == 2
 
 
 def test_a_member_that_lost_its_data_is_replaced(trio: Trio) -> None:
-    trio.start("a")
-    trio.join("b")
-    trio.join("c")
+    trio.form()
     before = trio.servers["a"].etcdctl("member", "list")
     trio.servers["c"].stop()
     trio.servers["c"].wipe()
@@ -122,9 +153,7 @@ def test_a_member_that_lost_its_data_is_replaced(trio: Trio) -> None:
 
 
 def test_a_member_that_lost_its_data_stays_when_another_is_away(trio: Trio) -> None:
-    trio.start("a")
-    trio.join("b")
-    trio.join("c")
+    trio.form()
     for name in ("b", "c"):
         trio.servers[name].stop()
     trio.servers["c"].wipe()
@@ -135,9 +164,7 @@ def test_a_member_that_lost_its_data_stays_when_another_is_away(trio: Trio) -> N
 
 
 def test_turns_come_one_at_a_time_and_hand_leadership_over(trio: Trio) -> None:
-    trio.start("a")
-    trio.join("b")
-    trio.join("c")
+    trio.form()
     with etcd_admin.turn(trio.spec("a"), trio.connect, 10):
         assert etcd_admin.wait_healthy(trio.spec("b"), trio.connect, 10).leader in ("b", "c")
         with (
@@ -152,13 +179,128 @@ def test_turns_come_one_at_a_time_and_hand_leadership_over(trio: Trio) -> None:
 
 
 def test_no_turn_while_another_member_is_down(trio: Trio) -> None:
-    trio.start("a")
-    trio.join("b")
-    trio.join("c")
+    trio.form()
     trio.servers["c"].stop()
     with (
         pytest.raises(etcd_admin.AdminError, match="another one is not healthy: c"),
         etcd_admin.turn(trio.spec("b"), trio.connect, 10),
+    ):
+        pass
+
+
+# --- members that leave
+
+
+def test_members_that_the_record_does_not_list_leave_the_sick_one_first(trio: Trio) -> None:
+    """The other way round the cluster would lose its quorum on the way."""
+    trio.form()
+    trio.record(trio.document("a", "b", "c", revision=1))
+    trio.servers["c"].stop()
+    wanted = trio.document("a")
+    assert sorted(trio.dismiss(wanted, apply=False)) == ["b", "c"]
+    assert (trio.members(), trio.snapshots) == (["a", "b", "c"], 0)
+    assert trio.dismiss(wanted) == ["c", "b"]
+    assert (trio.members(), trio.snapshots) == (["a"], 1)
+    trio.servers["a"].etcdctl("put", "x", "1")
+    for apply in (True, False):
+        assert trio.dismiss(wanted, apply) == []
+    with etcd_admin.turn(trio.spec("a"), trio.connect, 1) as nobody:
+        assert nobody is None
+
+
+def test_the_leader_leaves_without_a_gap(trio: Trio) -> None:
+    trio.form()
+    trio.record(trio.document("a", "c"))
+    with trio.connect([trio.servers["a"].endpoint]) as client:
+        leader = client.status().leader
+        ids = {entry.name: entry.id for entry in client.member_list()}
+        where = next(name for name, number in ids.items() if number == leader)
+        if where != "b":
+            client.move_leader(trio.servers[where].endpoint, ids["b"])
+    assert trio.dismiss(trio.document("a", "c")) == ["b"]
+    assert trio.members() == ["a", "c"]
+    assert etcd_admin.wait_healthy(trio.spec("a"), trio.connect, 1).leader in ("a", "c")
+
+
+def test_one_that_leaves_by_itself_leaves_alone(trio: Trio) -> None:
+    trio.form()
+    trio.record(trio.document("a"))
+    assert trio.dismiss(trio.document("a"), only="c") == ["c"]
+    assert trio.members() == ["a", "b"]
+    assert trio.dismiss(trio.document("a"), only=trio.servers["b"].peer_url) == ["b"]
+    assert trio.dismiss(trio.document("a"), only=trio.servers["b"].peer_url) == []
+
+
+def test_nobody_leaves_while_one_that_stays_is_sick(trio: Trio) -> None:
+    trio.form()
+    trio.record(trio.document("a", "b"))
+    trio.servers["b"].stop()
+    for apply in (False, True):
+        with pytest.raises(etcd_admin.AdminError, match=r"member c is to leave .* one that stays is not healthy: b"):
+            trio.dismiss(trio.document("a", "b"), apply)
+    assert (trio.members(), trio.snapshots) == (["a", "b", "c"], 0)
+
+
+def test_one_does_not_leave_by_itself_when_the_rest_would_lose_its_quorum(trio: Trio) -> None:
+    trio.form()
+    trio.record(trio.document("a"))
+    trio.servers["c"].stop()
+    with pytest.raises(etcd_admin.AdminError, match=r"member b .* too few of the rest are healthy: c"):
+        trio.dismiss(trio.document("a"), only="b")
+    assert trio.members() == ["a", "b", "c"]
+
+
+def test_nobody_leaves_before_one_that_stays_is_there(trio: Trio) -> None:
+    trio.start("a")
+    wanted = trio.document("d")
+    trio.record(wanted)
+    endpoints = [trio.servers["a"].endpoint]
+    with pytest.raises(etcd_admin.AdminError, match=r"member a .* none of those that stay \(d\) votes in it yet"):
+        list(etcd_admin.dismiss(wanted, "d", trio.connect, endpoints, trio.snapshot, True, 10))
+    assert trio.members() == ["a"]
+
+
+@pytest.mark.parametrize("revision", [2, 3])
+def test_an_older_plan_takes_nobody_out(trio: Trio, revision: int) -> None:
+    """Another run added a member and wrote it down, since this one was planned."""
+    trio.form()
+    trio.record({**trio.document("a", "b", "c", revision=revision), "ca_certificate": "PEM"})
+    for apply in (False, True):
+        with pytest.raises(etcd_admin.AdminError, match=r"member c .* was left.*alice wrote it.*playbook again"):
+            trio.dismiss(trio.document("a", "b"), apply)
+    assert trio.members() == ["a", "b", "c"]
+
+
+def test_a_member_that_another_run_just_adds_is_left(trio: Trio) -> None:
+    """It is in etcd before it is in the record."""
+    trio.start("a")
+    trio.record(trio.document("a"))
+    trio.join("b", revision=3)
+    for revision in (2, 3):
+        with pytest.raises(etcd_admin.AdminError, match="another run is just adding it"):
+            trio.dismiss(trio.document("a", revision=revision))
+    assert trio.members() == ["a", "b"]
+    assert trio.dismiss(trio.document("a", revision=4)) == ["b"]
+
+
+def test_who_was_taken_out_is_told_from_who_is_away(trio: Trio) -> None:
+    trio.form()
+    trio.record(trio.document("a", "b"))
+    trio.servers["c"].stop()
+    assert not etcd_admin.is_expelled(trio.spec("c"), trio.connect)
+    assert trio.dismiss(trio.document("a", "b")) == ["c"]
+    assert etcd_admin.is_expelled(trio.spec("c"), trio.connect)
+    trio.servers["b"].stop()  # now nobody can tell
+    assert not etcd_admin.is_expelled(trio.spec("c"), trio.connect)
+
+
+def test_the_last_declared_member_waits_for_its_turn_while_others_vote(trio: Trio) -> None:
+    trio.form()
+    trio.servers["c"].stop()
+    alone = replace(trio.spec("a"), members={"a": trio.servers["a"].peer_url}, client_urls={"a": "https://x:1"})
+    with (
+        pytest.raises(etcd_admin.AdminError, match="another one is not healthy: c"),
+        etcd_admin.turn(alone, trio.connect, 5),
     ):
         pass
 
@@ -175,13 +317,13 @@ def guarded(trio: Trio) -> EtcdServer:
     server = trio.servers["a"]
     wanted = etcd_admin.wanted_access("onprem", ["n1", "n2"], ["cloud"])
     with server.sync_client() as client:
-        predicted = etcd_admin.ensure_access(client, wanted, (), (), apply=False, enable=True)
+        predicted = etcd_admin.ensure_access(client, wanted, apply=False, enable=True)
         assert client.user_list() == ()
-        done = etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
+        done = etcd_admin.ensure_access(client, wanted, apply=True, enable=True)
         assert done.changes[-1] == "authentication on"
         assert {line.split(":")[0] for line in predicted.changes} == {line.split(":")[0] for line in done.changes}
         for apply in (True, False):
-            assert etcd_admin.ensure_access(client, wanted, (), (), apply=apply, enable=True) == NOTHING
+            assert etcd_admin.ensure_access(client, wanted, apply=apply, enable=True) == NOTHING
     return server
 
 
@@ -278,18 +420,37 @@ def test_another_authoritys_root_is_refused(guarded: EtcdServer, tmp_path: Path)
     assert "certificate signed by unknown authority" in (guarded.directory / "etcd.log").read_text()
 
 
-def test_stale_users_are_told_and_go_only_by_name(guarded: EtcdServer) -> None:
+def test_users_of_hosts_and_clusters_that_are_gone_go(guarded: EtcdServer) -> None:
+    """With the role, so that nothing of the name is left; a peer that the record does not know is only told."""
+    assert allowed(guarded, "isthmus-agent-n2", "put", "isthmus/v1/alive/n2", "x")
     wanted = etcd_admin.wanted_access("onprem", ["n1"], [])
     with guarded.sync_client() as client:
-        told = etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
-        assert (told.changes, told.stale) == ((), ("isthmus-agent-n2", "remote-cloud"))
-        assert allowed(guarded, "isthmus-agent-n2", "put", "isthmus/v1/alive/n2", "x")
-        assert etcd_admin.ensure_access(client, wanted, ["remote-cloud"], (), True, True).stale == ("isthmus-agent-n2",)
-        gone = etcd_admin.ensure_access(client, wanted, ["remote-cloud"], ["isthmus-agent-n2"], True, True)
-        assert gone.changes == ("delete user isthmus-agent-n2", "delete role isthmus-agent-n2")
-        assert gone.stale == ()
+        told = etcd_admin.ensure_access(client, wanted, True, True, absent=[])
+        assert told.stale == ("remote-cloud",)
+        assert told.changes == ("delete user isthmus-agent-n2", "delete role isthmus-agent-n2")
+        lines = ("delete user remote-cloud", "delete role remote-cloud")
+        for apply in (False, True):
+            gone = etcd_admin.ensure_access(client, wanted, apply, True, absent=["cloud"])
+            assert gone == etcd_admin.AccessResult(lines, ())
+        assert etcd_admin.ensure_access(client, wanted, True, True, absent=["cloud"]) == NOTHING
+    assert guarded.etcdctl("user", "list").split() == ["isthmus-agent-n1", "isthmus-operator", "isthmus-registrar",
+                                                       "remote", "root"]  # fmt: skip
+    assert not set(guarded.etcdctl("role", "list").split()) & {"isthmus-agent-n2", "remote-cloud"}
     with pytest.raises(RuntimeError):
         guarded.etcdctl("put", "isthmus/v1/alive/n2", "x", cn="isthmus-agent-n2")
+
+
+def test_a_role_that_an_interrupted_run_left_goes_too(guarded: EtcdServer) -> None:
+    guarded.etcdctl("user", "delete", "isthmus-agent-n2")
+    wanted = etcd_admin.wanted_access("onprem", ["n1"], ["cloud"])
+    with guarded.sync_client() as client:
+        done = etcd_admin.ensure_access(client, wanted, True, True, absent=[])
+    assert done == etcd_admin.AccessResult(("delete role isthmus-agent-n2",), ())
+
+
+def test_a_limited_run_looks_at_no_other_user(guarded: EtcdServer) -> None:
+    with guarded.sync_client() as client:
+        assert etcd_admin.ensure_access(client, etcd_admin.wanted_for_nodes(["n1"]), True, False) == NOTHING
 
 
 def test_rights_added_by_hand_are_taken_back(guarded: EtcdServer) -> None:
@@ -297,7 +458,7 @@ def test_rights_added_by_hand_are_taken_back(guarded: EtcdServer) -> None:
     guarded.etcdctl("user", "grant-role", "isthmus-agent-n1", "root")
     with guarded.sync_client() as client:
         wanted = etcd_admin.wanted_access("onprem", ["n1"], ["cloud"])
-        done = etcd_admin.ensure_access(client, wanted, ["isthmus-agent-n2"], (), True, True)
+        done = etcd_admin.ensure_access(client, wanted, True, True)
     assert done.changes == (
         "role isthmus-agent-n1: revoke readwrite cilium/*",
         "user isthmus-agent-n1: take role root",
@@ -309,4 +470,4 @@ def test_a_full_disk_or_an_error_is_not_hidden(trio: Trio) -> None:
     with pytest.raises(etcd_admin.AdminError, match="does not serve after"):
         etcd_admin.wait_healthy(trio.spec("a"), trio.connect, 0.5)
     with pytest.raises(EtcdError), trio.servers["a"].sync_client() as client:
-        etcd_admin.ensure_access(client, etcd_admin.wanted_access("onprem", [], []), (), (), True, True)
+        etcd_admin.ensure_access(client, etcd_admin.wanted_access("onprem", [], []), True, True)

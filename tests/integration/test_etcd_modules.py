@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from integration.etcd_fixture import EtcdServer
 from integration.module_runner import collection, run_module
@@ -35,8 +36,61 @@ def test_programs_start_while_a_connection_to_etcd_is_open(tmp_path: Path) -> No
 
 def test_access_is_predicted_without_the_bundle() -> None:
     spec = {"host": "onprem-1", "cluster": {"name": "onprem"}, "registrar": None}
-    result = run_module("etcd_access", {"spec": spec, "nodes": ["onprem-1"]}, check=True, bundle=False)
+    result = run_module("etcd_access", {"spec": spec, "record": {}}, check=True, bundle=False)
     assert result["changed"]
+
+
+def test_users_follow_the_record(tmp_path: Path) -> None:
+    """A host that went and a cluster that is absent lose theirs, an orphan keeps its own; an older plan deletes
+    nobody, and a limited run sees to its own host only."""
+    with EtcdServer(tmp_path / "etcd", name="onprem-1") as server:
+        pki = tmp_path / "pki"
+        (pki / "trust").mkdir(parents=True)
+        (pki / "trust" / "onprem.crt").symlink_to(server.ca.crt)
+        for suffix, path in zip(("crt", "key"), server.ca.issue("root"), strict=True):
+            (pki / f"root.{suffix}").symlink_to(path)
+        (tmp_path / "data" / "member").mkdir(parents=True)
+        places = {"etcd_unit.PKI": str(pki), "etcd_unit.DATA": str(tmp_path / "data")}
+
+        def record(revision: int, hosts: list[str], cloud: str, by: str = "alice") -> dict[str, Any]:
+            present = {name: {"state": "present"} for name in hosts}
+            return {
+                "roster": {"revision": revision, "by": by},
+                "clusters/onprem": {"name": "onprem", "state": "present", "revision": revision, "hosts": present},
+                "clusters/cloud": {"name": "cloud", "state": cloud, "revision": revision},
+            }
+
+        def run(documents: dict[str, Any], peers: list[str], check: bool = False, **more: Any) -> dict[str, Any]:
+            registrar = {"peers": [{"name": name} for name in peers]}
+            etcd = {"endpoints": [server.endpoint]}
+            spec = {"host": "onprem-1", "cluster": {"name": "onprem"}, "registrar": registrar, "etcd": etcd}
+            return run_module("etcd_access", {"spec": spec, "record": documents, **more}, check=check, places=places)
+
+        def users() -> set[str]:
+            ours = ("isthmus-agent-", "remote-")
+            return {name for name in server.etcdctl("user", "list").split() if name.startswith(ours)}
+
+        first = record(1, ["onprem-1", "onprem-2", "orphan"], "present")
+        run(first, ["cloud"])
+        everybody = {"isthmus-agent-onprem-1", "isthmus-agent-onprem-2", "isthmus-agent-orphan", "remote-cloud"}
+        assert users() == everybody
+        server.etcdctl("put", "isthmus/v1/estate/roster", json.dumps({"revision": 2, "by": "bob"}))
+
+        following = record(2, ["onprem-1", "orphan"], "absent")
+        told = run(following, [])
+        assert "no user was deleted from its etcd" in " ".join(map(str, told["warnings"]))
+        assert "bob wrote it" in " ".join(map(str, told["warnings"]))
+        assert users() == everybody
+        assert run(following, [], only=["onprem-1"])["changes"] == []
+
+        server.etcdctl("put", "isthmus/v1/estate/roster", json.dumps(first["roster"]))
+        lines = [f"delete {what} {name}" for what in ("user", "role") for name in sorted(everybody)]
+        lines = [line for line in lines if "onprem-2" in line or "cloud" in line]
+        for check in (True, False):
+            assert run(following, [], check)["changes"] == lines
+        assert users() == {"isthmus-agent-onprem-1", "isthmus-agent-orphan"}
+        for check in (True, False):
+            assert run(following, [], check)["changed"] is False
 
 
 def test_etcd_admits_its_own_authority_and_its_own_peers_only() -> None:

@@ -167,6 +167,67 @@ def test_a_lost_or_damaged_file_is_repaired(estate: Estate, name: str, damage: s
     assert stat.S_IMODE((pki / "agent.key").stat().st_mode) == 0o600
 
 
+def files_of(pki: Path) -> set[str]:
+    return {str(path.relative_to(pki)) for path in pki.rglob("*") if path.is_file() and path.name != ".ca.lock"}
+
+
+def test_what_the_plan_does_not_name_any_more_goes(estate: Estate) -> None:
+    """A host that had an etcd member, and one that had a peer; what others put there stays."""
+    estate.role(spec("cloud-1", "cloud"))
+    for host in ("onprem-1", "onprem-2"):
+        estate.role(spec(host, "onprem", ("cloud",)))
+    kept = {"company.crt", "company.key", "agent.p12"}
+    for name in kept:
+        (estate.pki("onprem-2") / name).write_text("x")
+    worker = spec("onprem-2", "onprem")
+    worker["pki"]["certificates"] = worker["pki"]["certificates"][:1]
+    secrets = secrets_of(estate.root)
+    estate.converge(worker)
+    assert files_of(estate.pki("onprem-2")) == {*kept, "agent.key", "agent.crt", "trust/onprem.crt"}
+    estate.converge(spec("onprem-1", "onprem"))
+    names = ("agent", "etcd-server", "etcd-peer", "root", "ca")
+    pairs = {f"{name}.{suffix}" for name in names for suffix in ("key", "crt")}
+    assert files_of(estate.pki("onprem-1")) == {*pairs, "trust/onprem.crt"}
+    text = json.dumps(estate.outputs)
+    assert not [line for line in secrets if line in text]
+
+
+def test_the_key_of_an_authority_is_never_removed(estate: Estate) -> None:
+    """Not even where it has no business: nobody could make it again."""
+    estate.role(spec("onprem-1", "onprem"))
+    estate.role(spec("onprem-2", "onprem"))
+    pki = estate.pki("onprem-2")
+    for name in ("ca.key", "ca.crt"):
+        shutil.copy(estate.pki("onprem-1") / name, pki)
+    for _ in range(2):
+        result = estate.run("pki_request", {"spec": spec("onprem-2", "onprem")}, "onprem-2")
+        assert result["changed"] is False
+        (warning,) = map(str, result["warnings"])
+        assert f"{pki}/ca.key is the key of an authority" in warning
+        assert "of cluster onprem belongs to onprem-1. It was left. Next: move it there" in warning
+    (pki / "ca.key").unlink()
+    estate.converge(spec("onprem-2", "onprem"))
+    assert not (pki / "ca.crt").exists()
+
+
+def test_a_member_keeps_its_keys_until_it_has_left(estate: Estate) -> None:
+    """It needs them to leave; etcd_member removes them then."""
+    estate.role(spec("onprem-1", "onprem"))
+    estate.role(spec("onprem-2", "onprem"))
+    worker = spec("onprem-2", "onprem")
+    worker["pki"]["certificates"] = worker["pki"]["certificates"][:1]
+    data = estate.root / "data"
+    data.mkdir()
+    before = files_of(estate.pki("onprem-2"))
+    for member, expected in ((None, True), ({"name": "onprem-2"}, False)):
+        arguments = {"spec": {**worker, "member": member}}
+        result = estate.run("pki_request", arguments, "onprem-2", check=True, places={"etcd_unit.DATA": str(data)})
+        assert result["former_member"] is expected
+        assert result["changed"] is not expected
+    estate.run("pki_request", {"spec": worker}, "onprem-2", places={"etcd_unit.DATA": str(data)})
+    assert files_of(estate.pki("onprem-2")) == before
+
+
 def test_a_readable_key_is_closed_again(estate: Estate) -> None:
     wanted = spec("onprem-1", "onprem")
     estate.role(wanted)

@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
         running.etcdctl("put", "isthmus/v1/before", "1")
         wanted = etcd_admin.wanted_access("onprem", ["onprem-1"], ["cloud"])
         with running.sync_client() as client:
-            etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
+            etcd_admin.ensure_access(client, wanted, apply=True, enable=True)
         yield running
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from . import spec
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
-from .record import QUARANTINE, SCHEMA, Record, format_time, parse_time
+from .record import CLUSTERS, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
 from .schema import Problem, suggestion
 
 PKI = "/etc/isthmus/pki"
@@ -104,7 +104,7 @@ class _Planner:
         for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
             document = self.cluster(name)
             if document is not None:
-                documents[name] = document
+                documents[name] = self.settled(document, CLUSTERS + name, self.record.clusters.get(name))
         roster = self.roster(documents)
         if self.problems:
             raise ModelError(self.problems)
@@ -560,6 +560,13 @@ class _Planner:
         document["last_applied"] = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return document
 
+    def settled(self, document: dict[str, Any], name: str, old: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The next revision also of a document that did not change, when copies of it are in conflict."""
+        if old is None or name not in self.record.conflicts or document["revision"] > old["revision"]:
+            return document
+        applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
+        return {**document, "revision": old["revision"] + 1, "last_applied": applied}
+
     def roster(self, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
@@ -595,7 +602,8 @@ class _Planner:
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
-        if old is not None and all(old.get(key) == roster.get(key) for key in (set(old) | set(roster)) - own):
+        unchanged = old is not None and all(old.get(key) == roster.get(key) for key in (set(old) | set(roster)) - own)
+        if old is not None and unchanged and ROSTER not in self.record.conflicts:
             return dict(old)
         roster["revision"] = 1 if old is None else old["revision"] + 1
         roster["when"] = format_time(self.now)

@@ -57,11 +57,15 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """`roster` None: nothing was ever applied. The documents are plain JSON objects and are not changed in place."""
+    """`roster` None: nothing was ever applied. The documents are plain JSON objects and are not changed in place.
+
+    `conflicts` names documents of which two different copies have the highest revision: the next plan gives them a
+    higher one, whether they change or not, so that one of them can be written everywhere."""
 
     roster: Mapping[str, Any] | None = None
     clusters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    conflicts: frozenset[str] = frozenset()
 
     def to_documents(self) -> dict[str, Any]:
         """Document name -> document, as it is written under `isthmus/v1/estate/` and to `estate.json`."""
@@ -94,10 +98,12 @@ def merge(copies: Iterable[Any]) -> Record:
             found.setdefault(name, []).append(((revision, own, signed, jsontext.canonical(document)), document))
     chosen: dict[str, Mapping[str, Any]] = {}
     warnings: list[str] = []
+    conflicts: set[str] = set()
     for name, ranked in found.items():
         (revision, *_rest), document = max(ranked, key=lambda entry: entry[0])
         latest = [other for rank, other in sorted(ranked, key=lambda entry: entry[0]) if rank[0] == revision]
         if any(_without_authority(other) != _without_authority(document) for other in latest):
+            conflicts.add(name)
             warnings.append(
                 f"estate record {name}: two different documents have revision {revision}; the one from the cluster's "
                 "own etcd counts, else one chosen by content. Two runs at the same time can cause this: compare "
@@ -123,7 +129,7 @@ def merge(copies: Iterable[Any]) -> Record:
                 "Without it addresses would be dealt twice. Next: make a member of that cluster, "
                 "or a host with /etc/isthmus/estate.json, reachable and run again"
             )
-    return Record(roster, clusters, tuple(sorted(warnings)))
+    return Record(roster, clusters, tuple(sorted(warnings)), frozenset(conflicts))
 
 
 def _with_authority(document: Mapping[str, Any], copies: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -47,6 +47,27 @@ def test_of_two_with_one_revision_the_clusters_own_counts_and_it_is_said() -> No
         assert warning in planned_warnings(record)
 
 
+def test_two_with_one_revision_end_with_a_higher_one() -> None:
+    """Etcd refuses another content under the same revision, so neither could be written where the other is."""
+    own, other = documents(), documents()
+    for name in ("clusters/cloud", "roster"):
+        other[name] = {**other[name], "by": "another"}
+    found = merge([{"cluster": "cloud", "documents": own}, {"cluster": "onprem", "documents": other}])
+    assert found.conflicts == {"clusters/cloud", "roster"}
+    later = plan(model(), found, NOW + timedelta(hours=1), by="bob")
+    assert {name: document["revision"] for name, document in later.record.items()} == {
+        "clusters/cloud": 2,
+        "clusters/onprem": 1,
+        "roster": 2,
+    }
+    assert later.record["clusters/cloud"]["last_applied"]["by"] == later.record["roster"]["by"] == "bob"
+    assert later.changes == ()
+    for mixed in ([own, later.record], [later.record, other]):
+        settled = merge([dict(one) for one in mixed])
+        assert settled.conflicts == frozenset()
+        assert plan(model(), settled, NOW + timedelta(hours=2)).record == later.record
+
+
 def test_a_ca_certificate_that_one_copy_has_completes_the_others() -> None:
     without, having = documents(), documents()
     having["clusters/cloud"]["ca_certificate"] = "PEM"

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What a host keeps of a part that the plan took from it: an etcd member's files, keys and certificates."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, units
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+
+# Names that the planner gives; whatever else somebody put there is theirs.
+_OURS = re.compile(r"(agent|etcd-server|etcd-peer|root|operator|registrar|peer-.+)\.(key|crt)")
+
+
+def member_remains() -> list[str]:
+    """What is left on this host of an etcd member, by path; empty where none was, or all of it is put away."""
+    files = [f"{units.UNIT_DIRECTORY}/{name}" for name in etcd_unit.UNITS]
+    return [path for path in (*files, etcd_unit.ENVIRONMENT, etcd_unit.DATA) if os.path.lexists(path)]
+
+
+def remove_unlisted(changes: Changes, spec: Mapping[str, Any], directory: str) -> None:
+    """Keys, certificates and pinned authorities of ours that the spec does not name are gone.
+
+    The key of an authority is never removed: a warning names it where it has no business.
+    """
+    pki = spec["pki"]
+    wanted = {entry["name"] for entry in pki["certificates"]}
+    for name in _files(directory):
+        match = _OURS.fullmatch(name)
+        if match is not None and match.group(1) not in wanted:
+            changes.absent(os.path.join(directory, name), secret=match.group(2) == "key")
+    trust = os.path.join(directory, "trust")
+    for name in _files(trust):
+        if name.endswith(".crt") and name[: -len(".crt")] not in pki["trust"]:
+            changes.absent(os.path.join(trust, name))
+    if pki["ca"]["here"]:
+        return
+    key, certificate = os.path.join(directory, "ca.key"), os.path.join(directory, "ca.crt")
+    if os.path.exists(key):
+        changes.module.warn(
+            f"{key} is the key of an authority, and the one of cluster {pki['ca']['cluster']} belongs to "
+            f"{pki['ca']['host']}. It was left. Next: move it there if it is that one, or delete it"
+        )
+    else:
+        changes.absent(certificate)
+
+
+def _files(directory: str) -> list[str]:
+    return sorted(os.listdir(directory)) if os.path.isdir(directory) else []

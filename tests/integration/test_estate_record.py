@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""estate_record as Ansible runs it: what a sick or a busy etcd means for a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.etcd_fixture import EtcdServer
+from integration.module_runner import ModuleFailed, run_module
+from isthmus_agent import etcd_admin
+from isthmus_agent.kvstore import EtcdNoSpace
+
+
+class Host:
+    """An etcd host of cluster onprem."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.server = EtcdServer(directory / "etcd", name="onprem-1", arguments=arguments)
+        self.directory = directory
+        self.pki = directory / "pki"
+        (self.pki / "trust").mkdir(parents=True)
+        (self.pki / "trust" / "onprem.crt").symlink_to(self.server.ca.crt)
+        for suffix, path in zip(("crt", "key"), self.server.ca.issue("isthmus-operator"), strict=True):
+            (self.pki / f"operator.{suffix}").symlink_to(path)
+        (directory / "data" / "member").mkdir(parents=True)
+        self.places = {
+            "estate.NODE": str(directory / "node.json"),
+            "estate.ESTATE": str(directory / "estate.json"),
+            "estate.PKI": str(self.pki),
+            "etcd_unit.PKI": str(self.pki),
+            "etcd_unit.DATA": str(directory / "data"),
+            "etcd_unit.ENVIRONMENT": str(directory / "etcd.env"),
+            "respawn.BUNDLE_PYTHON": sys.executable,
+        }
+
+    def give_rights(self) -> None:
+        with self.server.sync_client() as client:
+            wanted = etcd_admin.wanted_access("onprem", ["onprem-1"], [])
+            etcd_admin.ensure_access(client, wanted, apply=True, enable=True)
+
+    def record(self, *hosts: str, revision: int = 1, by: str = "alice") -> dict[str, Any]:
+        stamp = {"when": "2026-01-02T03:04:05Z", "by": by}
+        cluster = {
+            "name": "onprem",
+            "state": "present",
+            "revision": revision,
+            "ca_certificate": "PEM",
+            "etcd": {"members": ["onprem-1"], "client_port": self.server.port},
+            "hosts": {name: {"underlay4": "127.0.0.1", "state": "present"} for name in hosts},
+            "last_applied": stamp,
+        }
+        return {"clusters/onprem": cluster, "roster": {"revision": revision, **stamp}}
+
+    def write(self, record: dict[str, Any], check: bool = False) -> dict[str, Any]:
+        return run_module("estate_record", {"cluster": "onprem", "record": record}, check=check, places=self.places)
+
+    def read(self) -> Any:
+        result = run_module("estate_record", {"cluster": "onprem", "state": "read"}, places=self.places)
+        return result.get("record")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    with made.server:
+        made.give_rights()
+        yield made
+
+
+def warnings_of(result: dict[str, Any]) -> str:
+    return " ".join(map(str, result.get("warnings", ())))
+
+
+def test_a_removed_hosts_reports_go_with_it(host: Host) -> None:
+    reports = [f"isthmus/v1/{key}" for key in ("nodes/onprem-2", "alive/onprem-2", "workloads/onprem-2/shop.web")]
+    host.write(host.record("onprem-1", "onprem-2"))
+    for key in (*reports, "isthmus/v1/nodes/onprem-1"):
+        host.server.etcdctl("put", key, "{}")
+    following = host.record("onprem-1", revision=2)
+    predicted = host.write(following, check=True)
+    assert [entry["before_header"] for entry in predicted["diff"]][-3:] == [reports[0], reports[2], reports[1]]
+    assert host.write(following)["diff"] == predicted["diff"]
+    assert not set(reports) & set(host.server.dump("isthmus/v1/"))
+    assert "isthmus/v1/nodes/onprem-1" in host.server.dump("isthmus/v1/")
+    assert [host.write(following, check)["changed"] for check in (False, True)] == [False, False]
+
+
+def test_the_same_revision_with_other_content_is_a_failure(host: Host) -> None:
+    host.write(host.record("onprem-1", "onprem-2"))
+    before = host.server.dump("isthmus/v1/estate/")
+    for check in (True, False):
+        with pytest.raises(
+            ModuleFailed, match=r"other content under that number.*alice wrote it.*run the playbook again"
+        ):
+            host.write(host.record("onprem-1", "onprem-3", by="bob"), check)
+    assert host.server.dump("isthmus/v1/estate/") == before
+
+
+def test_an_etcd_without_space_is_told_and_stops_nobody(tmp_path: Path) -> None:
+    host = Host(tmp_path, "--quota-backend-bytes=8388608")
+    with host.server, host.server.sync_client() as client:
+        host.give_rights()
+        with contextlib.suppress(EtcdNoSpace):
+            for number in range(30):
+                client.put(f"fill{number}", b"x" * 1_000_000)
+        result = host.write(host.record("onprem-1"))
+    assert "record" not in result
+    said = warnings_of(result)
+    assert "the etcd of cluster onprem did not take the estate record" in said
+    assert "space exceeded" in said
+    assert "Next: free space there" in said
+
+
+def test_an_etcd_that_denies_the_operator_is_told_and_stops_nobody(host: Host) -> None:
+    host.server.etcdctl("user", "revoke-role", "isthmus-operator", "isthmus-operator")
+    host.server.etcdctl("user", "revoke-role", "isthmus-operator", "isthmus-reader")
+    for check in (True, False):
+        result = host.write(host.record("onprem-1"), check)
+        assert (result["changed"], "record" in result) == (False, False)
+        assert "permission denied" in warnings_of(result)
+        assert "Next: run the playbook with --tags etcd on that cluster" in warnings_of(result)
+
+
+def test_an_etcd_that_does_not_answer_is_told_and_stops_nobody(host: Host) -> None:
+    host.server.stop()
+    assert "Next: look at `journalctl -u isthmus-etcd`" in warnings_of(host.write(host.record("onprem-1")))
+
+
+def test_the_record_of_a_run_that_ended_early_is_found(host: Host) -> None:
+    """It was written, but the host's specification was not: without it the same would be dealt again."""
+    host.write(host.record("onprem-1"))
+    assert host.read() is None
+    settings = {
+        "ETCD_ADVERTISE_CLIENT_URLS": f"https://192.0.2.1:{host.server.port}",
+        "ETCD_TRUSTED_CA_FILE": f"{host.pki}/trust/onprem.crt",
+    }
+    environment = host.directory / "etcd.env"
+    environment.write_text("# by us\n" + "".join(f"{name}={value}\n" for name, value in settings.items()))
+    found = host.read()
+    assert (found["cluster"], found["documents"]) == ("onprem", host.record("onprem-1"))
+    environment.write_text(environment.read_text().replace("onprem.crt", "cloud.crt"))
+    assert host.read() is None
+    (host.directory / "estate.json").write_text(json.dumps(host.record("onprem-1")))
+    assert host.read()["cluster"] is None
