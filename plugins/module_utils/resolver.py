@@ -7,6 +7,9 @@ Two ways, found by probing, never by the distribution's name:
 - `file`: `/etc/resolv.conf` names the servers. There is no routing by domain in that file, so the local dnsmasq goes
   in front and forwards every other name to the servers that were there. When the file is a symbolic link that another
   program keeps (NetworkManager, resolvconf), dnsmasq reads the link's target, so that program stays in charge.
+
+dnsmasq cannot forward for one listener and not for another, so it has one: what forwards listens on a loopback address,
+where no other host can ask it; what must be on the mesh address, for systemd-resolved, forwards nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 from dataclasses import dataclass
 
 RESOLV_CONF = "/etc/resolv.conf"
+NSSWITCH = "/etc/nsswitch.conf"
 STATE_DIRECTORY = "/var/lib/isthmus/resolver"
 ORIGINAL = STATE_DIRECTORY + "/original"
 ORIGINAL_LINK = STATE_DIRECTORY + "/original-link"
@@ -24,11 +28,11 @@ MARK = "# isthmus.mesh: the first name server is the host's own dnsmasq (isthmus
 # there before the overlay device is, and in nobody else's way on port 53.
 LOCAL_SERVER = "127.0.0.73"
 
-_RESOLVED_FILES = (
-    "/run/systemd/resolve/stub-resolv.conf",
-    "/run/systemd/resolve/resolv.conf",
-    "/usr/lib/systemd/resolv.conf",
-)
+# systemd-resolved's own address on the host, and its files: with the stubs programs ask resolved. With the file of
+# uplinks they ask the network's servers themselves, so that settings of resolved would not be seen.
+_STUB = "127.0.0.53"
+_STUB_FILES = ("/run/systemd/resolve/stub-resolv.conf", "/usr/lib/systemd/resolv.conf")
+_UPLINKS = "/run/systemd/resolve/resolv.conf"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Found:
 
     method: str
     link: str | None
-    original: str | None  # content of the operator's own file, None: there was none
+    original: str | None  # what stands behind our lines: the operator's own file, None: there was none
     joined: bool  # our line is in the file now
 
 
@@ -50,12 +54,12 @@ def probe(resolved_active: bool) -> Found:
         was_link = _read(ORIGINAL_LINK)
         # The program behind the link goes on keeping its file, so that is today's original. In a file of the
         # operator's own it is what stands behind our lines: it may have been edited there, or our copy be lost.
-        original = _read(_link_target(was_link)) if was_link else _behind(content or "") or _read(ORIGINAL)
+        original = _kept(_link_target(was_link)) if was_link else _behind(content or "") or _read(ORIGINAL)
         return Found("file", was_link, original, True)
-    target = os.path.realpath(RESOLV_CONF) if link else RESOLV_CONF
-    if resolved_active and (target in _RESOLVED_FILES or "127.0.0.53" in servers(content or "")):
+    asks_resolved = os.path.realpath(RESOLV_CONF) in _STUB_FILES or _STUB in servers(content or "") or _nss_resolve()
+    if resolved_active and asks_resolved:
         return Found("resolved", link, content, False)
-    return Found("file", link, content, False)
+    return Found("file", link, content if link is None else _kept(_link_target(link)), False)
 
 
 def servers(content: str) -> list[str]:
@@ -63,6 +67,27 @@ def servers(content: str) -> list[str]:
     return [
         line.split()[1] for line in content.splitlines() if len(line.split()) > 1 and line.split()[0] == "nameserver"
     ]
+
+
+def _nss_resolve() -> bool:
+    """Whether programs ask systemd-resolved past resolv.conf (nss-resolve, nsswitch.conf(5))."""
+    for line in (_read(NSSWITCH) or "").splitlines():
+        database, _colon, services = line.partition("#")[0].partition(":")
+        if database.strip() == "hosts":
+            return "resolve" in services.split()
+    return False
+
+
+def _kept(path: str) -> str | None:
+    """What a file that another program keeps gives to stand behind our lines."""
+    content = _read(path)
+    if content is None or os.path.realpath(path) != _UPLINKS:
+        return content
+    # resolved reads a resolv.conf that is not its own and writes the servers of it into this file: those of today
+    # would stay there for ever. Its stub, which it does not read back, knows those of every day.
+    settings = [line for line in content.splitlines() if line.split() and line[0] not in "#;"]
+    others = [line for line in settings if line.split()[0] != "nameserver"]
+    return "".join(f"{line}\n" for line in [*others, f"nameserver {_STUB}"])
 
 
 def joined_file(original: str | None) -> str:
@@ -87,6 +112,17 @@ def upstream(found: Found) -> str | None:
     return ORIGINAL
 
 
+def server(found: Found, mesh_address: str) -> str:
+    """The address at which this host's dnsmasq answers."""
+    return _listen_address(mesh_address, upstream(found))
+
+
+def _listen_address(mesh_address: str, upstream_file: str | None) -> str:
+    # Versions of systemd-resolved bind questions for a link's server to the link's device, unless the address is on a
+    # device of the host: then no answer comes from 127.0.0.73.
+    return mesh_address if upstream_file is None else LOCAL_SERVER
+
+
 def dnsmasq_conf(mesh_address: str, domain: str, upstream_file: str | None) -> str:
     """dnsmasq as a name server for one domain: no cache of others' answers, no DHCP, nothing from /etc/hosts.
 
@@ -95,8 +131,9 @@ def dnsmasq_conf(mesh_address: str, domain: str, upstream_file: str | None) -> s
     lines = [
         "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.",
         "port=53",
-        f"listen-address={mesh_address},{LOCAL_SERVER}",
-        "bind-dynamic",
+        f"listen-address={_listen_address(mesh_address, upstream_file)}",
+        # The mesh address comes with the agent, after dnsmasq.
+        "bind-dynamic" if upstream_file is None else "bind-interfaces",
         "no-hosts",
         "addn-hosts=/run/isthmus/dns/hosts",
         f"local=/{domain}/",
@@ -104,7 +141,9 @@ def dnsmasq_conf(mesh_address: str, domain: str, upstream_file: str | None) -> s
         "cache-size=0",
         "pid-file=",
     ]
-    lines += ["no-resolv"] if upstream_file is None else [f"resolv-file={upstream_file}", "strict-order"]
+    # Programs that keep a resolv.conf may copy what they find in ours: dnsmasq must not ask itself.
+    forward = [f"resolv-file={upstream_file}", "strict-order", "dns-loop-detect"]
+    lines += ["no-resolv"] if upstream_file is None else forward
     return "\n".join(lines) + "\n"
 
 

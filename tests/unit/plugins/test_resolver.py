@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host's /etc and the collection's state directory, both empty."""
     (tmp_path / "state").mkdir()
     monkeypatch.setattr(resolver, "RESOLV_CONF", str(tmp_path / "resolv.conf"))
+    monkeypatch.setattr(resolver, "NSSWITCH", str(tmp_path / "nsswitch.conf"))
     monkeypatch.setattr(resolver, "ORIGINAL", str(tmp_path / "state" / "original"))
     monkeypatch.setattr(resolver, "ORIGINAL_LINK", str(tmp_path / "state" / "original-link"))
     return tmp_path
@@ -65,11 +69,82 @@ def test_a_host_without_the_file_is_joined_too(host: Path) -> None:
     assert resolver.servers(resolver.joined_file(None)) == [resolver.LOCAL_SERVER]
 
 
-@pytest.mark.parametrize(("upstream", "line"), [(None, "no-resolv"), ("/x", "resolv-file=/x")])
-def test_dnsmasq_answers_for_one_domain_only(upstream: str | None, line: str) -> None:
-    lines = resolver.dnsmasq_conf("10.0.0.1", "clusterset.local", upstream).splitlines()
-    assert {"no-hosts", "local=/clusterset.local/", "cache-size=0", line} <= set(lines)
-    assert f"listen-address=10.0.0.1,{resolver.LOCAL_SERVER}" in lines
+@pytest.mark.parametrize(
+    ("content", "address", "line"),
+    [
+        ("nameserver 127.0.0.53\n", "10.0.0.1", "no-resolv"),
+        ("nameserver 192.0.2.1\n", resolver.LOCAL_SERVER, "resolv-file="),
+    ],
+    ids=["resolved", "file"],
+)
+def test_dnsmasq_answers_for_one_domain_and_forwards_for_the_host_only(
+    host: Path, content: str, address: str, line: str
+) -> None:
+    (host / "resolv.conf").write_text(content)
+    found = resolver.probe(resolved_active=True)
+    lines = resolver.dnsmasq_conf("10.0.0.1", "clusterset.local", resolver.upstream(found)).splitlines()
+    assert {"no-hosts", "local=/clusterset.local/", "cache-size=0"} <= set(lines)
+    assert [one for one in lines if one.startswith("listen-address=")] == [f"listen-address={address}"]
+    assert [one for one in lines if one.startswith(line)]
+    assert resolver.server(found, "10.0.0.1") == address
+
+
+@pytest.fixture
+def resolved(host: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """systemd-resolved's files of the host, with one server of the network's."""
+    place = host / "resolve"
+    place.mkdir()
+    monkeypatch.setattr(resolver, "_STUB_FILES", (str(place / "stub-resolv.conf"),))
+    monkeypatch.setattr(resolver, "_UPLINKS", str(place / "resolv.conf"))
+    (place / "stub-resolv.conf").write_text("nameserver 127.0.0.53\n")
+    (place / "resolv.conf").write_text("# by resolved\n\nnameserver 192.0.2.1\nsearch example.org\n")
+    return place
+
+
+def test_only_the_stub_of_resolved_means_resolved(host: Path, resolved: Path) -> None:
+    (host / "resolv.conf").symlink_to("resolve/stub-resolv.conf")
+    assert resolver.probe(resolved_active=True).method == "resolved"
+    (host / "resolv.conf").unlink()
+    (host / "resolv.conf").symlink_to("resolve/resolv.conf")
+    found = resolver.probe(resolved_active=True)
+    assert (found.method, found.link) == ("file", "resolve/resolv.conf")
+    assert resolver.upstream(found) == str(resolved / "resolv.conf")
+
+
+@pytest.mark.parametrize(
+    ("line", "method"),
+    [
+        ("hosts: files resolve [!UNAVAIL=return] dns", "resolved"),
+        ("hosts:\tfiles myhostname resolve", "resolved"),
+        ("hosts: files dns # resolve", "file"),
+        ("networks: resolve", "file"),
+    ],
+)
+def test_programs_that_ask_resolved_past_resolv_conf_are_seen(
+    host: Path, resolved: Path, line: str, method: str
+) -> None:
+    (host / "nsswitch.conf").write_text(f"passwd: files\n{line}\n")
+    (host / "resolv.conf").symlink_to("resolve/resolv.conf")
+    assert resolver.probe(resolved_active=True).method == method
+    assert resolver.probe(resolved_active=False).method == "file"
+
+
+def test_what_resolved_reads_back_from_our_file_changes_nothing(host: Path, resolved: Path) -> None:
+    """resolved copies the servers of a resolv.conf that is not its own into its file of uplinks."""
+    (host / "resolv.conf").symlink_to("resolve/resolv.conf")
+    found = resolver.probe(resolved_active=True)
+    joined = resolver.joined_file(found.original)
+    assert resolver.servers(joined) == [resolver.LOCAL_SERVER, "127.0.0.53"]
+    assert "search example.org\n" in joined
+    (host / "state" / "original-link").write_text(found.link or "")
+    (host / "resolv.conf").unlink()
+    (host / "resolv.conf").write_text(joined)
+    (resolved / "resolv.conf").write_text(
+        f"# by resolved\nnameserver {resolver.LOCAL_SERVER}\nnameserver 192.0.2.9\nsearch example.org\n"
+    )
+    again = resolver.probe(resolved_active=True)
+    assert (again.method, again.link, again.joined) == ("file", "resolve/resolv.conf", True)
+    assert resolver.joined_file(again.original) == joined
 
 
 def test_what_the_operator_edits_behind_our_lines_counts(host: Path) -> None:
@@ -88,3 +163,52 @@ def test_a_lost_copy_of_the_original_loses_no_name_server(host: Path) -> None:
     (host / "state" / "original").write_text("nameserver 192.0.2.2\n")
     (host / "resolv.conf").write_text(resolver.joined_file(None))
     assert resolver.probe(resolved_active=False).original == "nameserver 192.0.2.2\n"
+
+
+# In a network namespace of its own: the configuration under test, and the network's server that it forwards to.
+_ASK = """
+import pathlib, subprocess, sys, time
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets, resolver
+
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+place = pathlib.Path(sys.argv[1])
+(place / "hosts").write_text("10.111.0.1 web.shop.svc.clusterset.local\\n")
+(place / "servers").write_text(f"nameserver {resolver.LOCAL_SERVER}\\nnameserver 127.0.0.99\\n")
+ours = resolver.dnsmasq_conf("10.0.0.1", "clusterset.local", str(place / "servers"))
+(place / "ours").write_text(ours.replace("/run/isthmus/dns/hosts", str(place / "hosts")))
+network = ("listen-address=127.0.0.99", "bind-interfaces", "no-hosts", "no-resolv", "address=/example.org/192.0.2.77")
+(place / "network").write_text("\\n".join([*network, "pid-file=", ""]))
+command = ["dnsmasq", "--keep-in-foreground", "--user=root", "--conf-file="]
+running = [subprocess.Popen([*command[:-1], command[-1] + str(place / name)]) for name in ("network", "ours")]
+try:
+    for server, name in (("127.0.0.99", "example.org"), (resolver.LOCAL_SERVER, "web.shop.svc.clusterset.local")):
+        for attempt in range(100):
+            try:
+                print(name, *packets.query(server, name, "A", 1))
+                break
+            except packets.NoAnswer:
+                time.sleep(0.1)
+    print("example.org", *packets.query(resolver.LOCAL_SERVER, "example.org", "A", 1))
+finally:
+    for one in running:
+        one.terminate()
+        one.wait()
+"""
+
+
+@pytest.mark.root
+def test_dnsmasq_answers_and_does_not_ask_itself(tmp_path: Path) -> None:
+    """Its file of servers names it too, as systemd-resolved's file of uplinks does once it is joined."""
+    if shutil.which("dnsmasq") is None:
+        pytest.fail("dnsmasq is missing; it is Debian's package dnsmasq-base (requirements/apt.txt)")
+    search = [path for path in sys.path if (Path(path) / "ansible_collections").is_dir()]
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", _ASK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"PYTHONPATH": ":".join(search), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    network, ours = "example.org 0 ['192.0.2.77']", "web.shop.svc.clusterset.local 0 ['10.111.0.1']"
+    assert done.stdout.splitlines() == [network, ours, network], done.stderr
