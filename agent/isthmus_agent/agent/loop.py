@@ -100,7 +100,6 @@ class Progress:
     problems: tuple[str, ...] = ()  # what is refused or has no room; the rest is applied and this tried again
     holding: str = ""
     last_audit: float | None = None
-    problems: tuple[str, ...] = ()  # what of the network the kernel refuses; the rest is applied
     drift: tuple[str, ...] = ()  # what the last audit found
     repaired: int = 0
     sockets_ended: int = 0

@@ -317,8 +317,6 @@ class PeerStatus:
     that was when this was written (by one clock; None: not known), `last_change` the time of the last
     key taken over; `keys` counts mirrored keys by kind, `refused` refusals by reason. `cluster_id`
     (16 hex digits, as in a canary) and `revision` tell which state of the peer's etcd was believed last.
-    `proof_age` is how old `last_proof` was when this was written, seconds by the writer's own clock, so that a
-    reader need not compare two machines' clocks.
     """
 
     state: str
@@ -346,7 +344,6 @@ class PeerStatus:
                 "keys": jsontext.sorted_mapping(self.keys),
                 "refused": jsontext.sorted_mapping(self.refused),
                 "refused_last": last,
-                "proof_age": self.proof_age,
             }
         )
 
@@ -360,11 +357,6 @@ class PeerStatus:
         if fields.value.get("refused_last") is not None:
             entry = fields.object("refused_last")
             last = (entry.text("key"), entry.text("reason"))
-        age = None
-        if fields.value.get("proof_age") is not None:
-            age = fields.number("proof_age", 0.0)
-            if not 0 <= age < float("inf"):
-                fields.fail("proof_age", "is no age")
         return cls(
             state=_filled(fields, "state"),
             last_proof=fields.optional_text("last_proof"),
