@@ -70,14 +70,25 @@ def _checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def query(server: str, name: str, kind: str, timeout: float, tcp: bool = False) -> tuple[int, list[str]]:
+def knock(target: str, port: int, timeout: float) -> None:
+    """Send TCP to a host; that nobody listens on the port is an answer of its too. NoAnswer when nothing comes back."""
+    try:
+        with socket.create_connection((target, port), timeout):
+            pass
+    except ConnectionRefusedError:
+        pass
+    except OSError as exc:
+        raise NoAnswer(f"no answer from TCP port {port}: {exc.strerror or exc}") from exc
+
+
+def query(server: str, name: str, kind: str, timeout: float) -> tuple[int, list[str]]:
     """Ask one name server: (response code, addresses). `kind` is `A` or `AAAA`. RFC 1035."""
     number = struct.unpack(">H", os.urandom(2))[0]
     labels = b"".join(bytes([len(part)]) + part.encode("ascii") for part in name.rstrip(".").split("."))
     question = struct.pack(">HHHHHH", number, 0x0100, 1, 0, 0, 0) + labels + b"\0"
     question += struct.pack(">HH", _A if kind == "A" else _AAAA, 1)
     try:
-        answer = _exchange_tcp(server, question, timeout) if tcp else _exchange_udp(server, question, timeout)
+        answer = _exchange(server, question, timeout)
     except OSError as exc:
         raise NoAnswer(f"{server} does not answer: {exc.strerror or exc}") from exc
     if len(answer) < 12 or answer[:2] != question[:2]:
@@ -105,24 +116,12 @@ def _skip_name(message: bytes, at: int) -> int:
     return at + 1
 
 
-def _exchange_udp(server: str, question: bytes, timeout: float) -> bytes:
+def _exchange(server: str, question: bytes, timeout: float) -> bytes:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wire:
         wire.settimeout(timeout)
         wire.connect((server, 53))
         wire.send(question)
         return wire.recv(4096)
-
-
-def _exchange_tcp(server: str, question: bytes, timeout: float) -> bytes:
-    with socket.create_connection((server, 53), timeout) as wire:
-        wire.sendall(struct.pack(">H", len(question)) + question)
-        data = b""
-        while len(data) < 2 or len(data) < 2 + struct.unpack_from(">H", data)[0]:
-            part = wire.recv(4096)
-            if not part:
-                break
-            data += part
-        return data[2:]
 
 
 def request(address: str, port: int, timeout: float, http: tuple[str, str] | None = None) -> str:

@@ -24,7 +24,10 @@ class Socket:
 def _address(text: str) -> str:
     # /proc prints the address as 32-bit words in host order.
     words = [struct.pack("=I", int(text[at : at + 8], 16)) for at in range(0, len(text), 8)]
-    return str(ipaddress.ip_address(b"".join(words)))
+    address = ipaddress.ip_address(b"".join(words))
+    # An IPv6 socket on ::ffff:a.b.c.d holds the port of a.b.c.d.
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
 
 
 def bound(protocol: str, port: int) -> list[Socket]:
@@ -46,14 +49,14 @@ def bound(protocol: str, port: int) -> list[Socket]:
 
 
 def clashes(sockets: list[Socket], address: str | None) -> list[Socket]:
-    """Those that a new socket on `address` (None: all addresses) would collide with."""
+    """Those that a new socket on the IPv4 `address` (None: all of them, 0.0.0.0) would collide with."""
     if address is None:
-        return sockets
+        return [one for one in sockets if "." in one.address or one.address == "::"]
     return [one for one in sockets if one.address in (address, "0.0.0.0", "::")]  # noqa: S104 - compared, not bound
 
 
 def holder(sock: Socket) -> tuple[str, str]:
-    """Process and unit that hold a socket, as words: ("etcd (pid 12)", "etcd.service")."""
+    """Process and unit that hold a socket, as words: ("etcd (pid 12)", "etcd.service"); "" for a process of no unit."""
     link = f"socket:[{sock.inode}]"
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -71,6 +74,6 @@ def _unit(pid: str) -> str:
     with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
         for line in file:
             name = line.strip().rsplit("/", 1)[-1]
-            if name.endswith(".service"):
+            if name.endswith((".service", ".scope")):
                 return name
     return ""

@@ -104,7 +104,7 @@ import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_file
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, former
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, former, packages
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
@@ -152,7 +152,7 @@ class Install:
     def from_package(self):
         """The distribution's etcd; its own unit is kept from starting and holding the ports."""
         binary = "/usr/bin/etcd"
-        manager = next((name for name in PACKAGES if self.module.get_bin_path(name)), None)
+        manager = packages.manager(self.module)
         if not os.path.exists(binary):
             if manager is None:
                 self.module.fail_json(
@@ -163,7 +163,7 @@ class Install:
             self.mask("absent")
             if self.module.check_mode:
                 return None
-            self.install(manager, PACKAGES[manager])
+            packages.install(self.module, [PACKAGES[manager]], "declare etcd.source with type archive")
         elif self.unit_state() == "enabled":
             self.mask("enabled")
         return binary
@@ -184,27 +184,6 @@ class Install:
             os.makedirs(os.path.dirname(etcd_unit.MASKED), exist_ok=True)
             atomic_write(etcd_unit.MASKED, before.encode(), 0o644, 0, 0)
             self.module.run_command(["systemctl", "mask", etcd_unit.DISTRIBUTION], check_rc=True)
-
-    def install(self, manager, package):
-        environment = {"DEBIAN_FRONTEND": "noninteractive"}
-        quiet = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=120"]
-        if manager == "dnf":
-            commands = [["dnf", "-q", "-y", "install", package]]
-        else:
-            # Lists may be there and good: a refresh only when the first try fails.
-            commands = [
-                [*quiet, "install", "--no-install-recommends", package],
-                [*quiet, "update"],
-                [*quiet, "install", "--no-install-recommends", package],
-            ]
-        for command in commands:
-            code, out, err = self.module.run_command(command, environ_update=environment)
-            if code == 0 and "install" in command:
-                return
-        self.module.fail_json(
-            msg=f"the package {package} cannot be installed: {(err or out).strip()[-1500:]}. Repair the package "
-            "sources of this host, or declare etcd.source with type archive"
-        )
 
     def from_archive(self):
         """The binary out of the release archive, under /opt/isthmus/etcd/<version>."""

@@ -12,6 +12,7 @@ description:
   - Writes the definition of one service of machines into the etcd of the host's cluster, with the owner V(module). The
     inventory's services and the C(site) playbook leave it alone.
   - A service that the inventory defines is not taken over; the module fails and names both owners.
+  - Options mean what the keys of the same names mean in C(isthmus_estate.services), and are checked by the same rules.
   - Runs on an etcd host, once for every cluster that takes part in the service.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
@@ -39,7 +40,6 @@ options:
       name:
         description: Name of the port; needed when there are several.
         type: str
-        default: ""
       port:
         description: Port of the service address.
         type: int
@@ -60,7 +60,7 @@ options:
         description: All of these labels.
         type: dict
       workloads:
-        description: These workloads, C(host/name). An empty list makes a service without backends in this cluster.
+        description: These workloads, C(host/name), of any cluster; each cluster uses its own.
         type: list
         elements: str
   health:
@@ -73,10 +73,11 @@ options:
         choices: [tcp, http, exec]
         required: true
       port:
-        description: Port to check, for V(tcp) and V(http).
+        description:
+          - Port to check, for V(tcp) and V(http); the target port of the first TCP port by default.
         type: int
       path:
-        description: Path to get, for V(http).
+        description: Path to get, for V(http); V(/) by default.
         type: str
       command:
         description: Command and arguments, for V(exec).
@@ -157,45 +158,44 @@ cluster:
   sample: onprem
 """
 
-import re
+import dataclasses
+import json
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import estate
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import model, schema
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 OWNER = "module"
-LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+KEYS = ("name", "namespace", "ports", "backends", "health", "global", "shared", "affinity", "labels")
 
 
 def definition(module):
-    """The service's document from the module's options; fails for names that are no labels and for missing parts."""
+    """The service's document, None for one that is to go; fails for options that the inventory would not take."""
     params = module.params
-    for option in ("name", "namespace"):
-        if not LABEL.fullmatch(params[option]):
-            module.fail_json(
-                msg=f"{option} {params[option]!r} is not an RFC 1123 label: lower-case letters, digits and '-', at "
-                "most 63, beginning and ending with a letter or digit"
-            )
+    name = f"{params['namespace']}/{params['name']}"
+    problems = []
     if params["state"] == "absent":
-        return None
-    if len(params["ports"]) > 1 and len({port["name"] for port in params["ports"]}) < len(params["ports"]):
-        module.fail_json(msg="ports: with several ports each needs a name of its own")
-    backends = {key: value for key, value in params["backends"].items() if value is not None}
-    health = params["health"]
-    return {
-        "owner": OWNER,
-        "revision": 0,
-        "name": params["name"],
-        "namespace": params["namespace"],
-        "ports": [{**port, "target_port": port["target_port"] or port["port"]} for port in params["ports"]],
-        "backends": backends,
-        "health": None if health is None else {key: value for key, value in health.items() if value is not None},
-        "global": params["global"],
-        "shared": params["shared"],
-        "affinity": params["affinity"],
-        "labels": params["labels"],
-    }
+        for option in ("name", "namespace"):
+            schema.LABEL.read(params[option], option, problems)
+        found = None
+    else:
+        try:
+            found = model.read_service({key: params[key] for key in KEYS}, f"service {name}")
+        except model.ModelError as exc:
+            problems = exc.problems
+    if problems:
+        words = " ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1))
+        module.fail_json(msg=f"service {name} cannot be used as it is written; nothing was changed. {words}")
+    return None if found is None else dataclasses.replace(found, owner=OWNER, revision=0).to_dict()
+
+
+def unknown(module, changes, name, document):
+    """What check mode says where etcd cannot be asked, because the agent's bundle is missing."""
+    module.warn("this host has no agent bundle, so whether the service is registered already is not known")
+    if document is not None:
+        changes.note(f"service {name}", "", json.dumps(document, indent=2, sort_keys=True))
 
 
 def run(module, changes):
@@ -211,6 +211,9 @@ def run(module, changes):
         )
     admin = bundle_module(module, "isthmus_agent.estate_admin")
     kvstore = bundle_module(module, "isthmus_agent.kvstore")
+    if admin is None or kvstore is None:
+        unknown(module, changes, name, document)
+        return changes.result(service=name, cluster=cluster)
     try:
         with kvstore.SyncEtcd(node["etcd"]["endpoints"], *estate.operator_files(cluster)) as client:
             if document is None:
@@ -240,7 +243,7 @@ def main():
                 "type": "list",
                 "elements": "dict",
                 "options": {
-                    "name": {"type": "str", "default": ""},
+                    "name": {"type": "str"},
                     "port": {"type": "int", "required": True},
                     "target_port": {"type": "int"},
                     "protocol": {"type": "str", "choices": ["TCP", "UDP"], "default": "TCP"},

@@ -12,9 +12,9 @@ version_added: 1.0.0
 description:
   - Probes the host for each thing the mesh needs (kernel features one by one, cgroup2, systemd, Python, architecture,
     free ports, clock, addresses) and reports all problems in one message.
-  - Changes nothing, in check mode or not.
+  - Changes nothing, unless O(install=true), and then only when there is no problem.
 extends_documentation_fragment:
-  - isthmus.mesh.attributes.info
+  - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
@@ -47,6 +47,11 @@ options:
       - Seconds by which the host's clock may differ from the controller's.
     type: int
     default: 120
+  install:
+    description:
+      - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -56,6 +61,14 @@ EXAMPLES = r"""
     platforms:
       - arch: x86_64
         python: "3.11"
+
+- name: It has the packages that the mesh needs
+  isthmus.mesh.preflight:
+    spec: "{{ __isthmus_plan.specs[inventory_hostname] }}"
+    platforms:
+      - arch: x86_64
+        python: "3.11"
+    install: true
 """
 
 RETURN = r"""
@@ -82,7 +95,7 @@ python:
     version: "3.11"
     path: /usr/bin/python3.11
 packages:
-  description: Distribution packages that are missing and that the playbook will install.
+  description: Distribution packages that are missing, or were missing before they were installed.
   returned: success
   type: list
   elements: str
@@ -98,11 +111,15 @@ import re
 import socket
 import struct
 import time
+from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, ports, resolver
+from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, packages, ports, resolver
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 DEVICE = "isthmus0"
+DNSMASQ = "/usr/sbin/dnsmasq"
+MOVE = "Stop that service or make it listen on other addresses only."
 
 
 def kernel_problems(arch):
@@ -167,21 +184,24 @@ def port_problems(spec):
                 f"UDP port {port}, the overlay's, is used by {holder} (another VXLAN device, when it is the kernel: "
                 "`ip -d link show type vxlan`). Free it, or set another overlay port for the whole estate."
             )
-    wanted = [("udp", 53, spec["node"]["mesh4"], "isthmus-dns.service", "name server's")]
-    wanted += [("tcp", 53, spec["node"]["mesh4"], "isthmus-dns.service", "name server's")]
-    wanted += [("udp", 53, resolver.LOCAL_SERVER, "isthmus-dns.service", "name server's")]
-    wanted += [("tcp", 9968, "127.0.0.1", "isthmusd.service", "agent's metrics'")]
+    # The name server listens on one of the two, by how the host resolves names.
+    wanted = [
+        (protocol, 53, address, "isthmus-dns.service", "the name server's", MOVE)
+        for address in (spec["node"]["mesh4"], resolver.LOCAL_SERVER)
+        for protocol in ("udp", "tcp")
+    ]
+    wanted.append(("tcp", 9968, "127.0.0.1", "isthmusd.service", "the agent's metrics'", MOVE))
     member = spec.get("member")
-    if member:
-        for url, what in ((member["client_url"], "etcd's client"), (member["peer_url"], "etcd's peer")):
-            address, number = url.split("//", 1)[1].rsplit(":", 1)
-            wanted.append(("tcp", int(number), address.strip("[]"), "isthmus-etcd.service", what))
-    for protocol, number, address, own, what in wanted:
+    for part, url in (("client", member["client_url"]), ("peer", member["peer_url"])) if member else ():
+        # etcd listens on all addresses, whatever address others dial.
+        remedy = (
+            f"The mesh's etcd listens on all addresses: stop that service (and disable it), or set another "
+            f"etcd.{part}_port for the whole cluster."
+        )
+        wanted.append(("tcp", urlsplit(url).port, None, "isthmus-etcd.service", f"etcd's {part}", remedy))
+    for protocol, number, address, own, whose, remedy in wanted:
         for holder in foreign(ports.clashes(ports.bound(protocol, number), address), (own,)):
-            words = (
-                f"{protocol.upper()} port {number} on {address}, {what} port, is used by {holder}. "
-                "Stop that service or make it listen on other addresses only."
-            )
+            words = f"{protocol.upper()} port {number}, {whose} port, is used by {holder}. {remedy}"
             if words not in problems:
                 problems.append(words)
     return problems
@@ -217,15 +237,31 @@ def address_problems(spec):
 
 def packages_missing(module, interpreter):
     """Packages by the distribution's names: the name server, what the venv is made with, and libbpf's libelf."""
-    debian = os.path.exists("/usr/bin/apt-get")
-    packages = []
-    if not os.access("/usr/sbin/dnsmasq", os.X_OK):
-        packages.append("dnsmasq-base" if debian else "dnsmasq")
+    debian = packages.manager(module) == "apt-get"
+    missing = []
+    # None of them starts a service: Debian's dnsmasq-base has no unit, and Fedora's presets leave dnsmasq's off.
+    if not os.access(DNSMASQ, os.X_OK):
+        missing.append("dnsmasq-base" if debian else "dnsmasq")
     if not glob.glob("/usr/lib*/libelf.so.1") + glob.glob("/usr/lib/*/libelf.so.1"):
-        packages.append("libelf1" if debian else "elfutils-libelf")
+        missing.append("libelf1" if debian else "elfutils-libelf")
     if debian and module.run_command([interpreter, "-c", "import ensurepip"])[0] != 0:
-        packages.append("python3-venv")
-    return packages
+        missing.append("python3-venv")
+    return missing
+
+
+def install(module, changes, missing, interpreter):
+    """The missing packages are there; in check mode they are named only."""
+    for name in missing:
+        changes.note(f"package {name}", "", "installed")
+    if not missing or module.check_mode:
+        return
+    packages.install(module, missing, "install the packages by hand")
+    lacking = packages_missing(module, interpreter)
+    if lacking:
+        module.fail_json(
+            msg=f"{' '.join(lacking)} was installed, but what is needed of it is not there ({DNSMASQ}, libelf.so.1, "
+            f"ensurepip of {interpreter}). Next: install that by hand and run again."
+        )
 
 
 def main():
@@ -241,6 +277,7 @@ def main():
             "python": {"type": "path"},
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
+            "install": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -254,22 +291,33 @@ def main():
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)
+    missing = []
     if chosen is None:
         problems.append(bundle.missing_words(spec["host"], arch, present, platforms))
+    else:
+        missing = packages_missing(module, chosen[1])
+    if missing and packages.manager(module) is None:
+        problems.append(
+            f"The host lacks {', '.join(missing)} (by Fedora's names), and it has neither apt-get nor dnf to install "
+            "them with. Install them by hand."
+        )
     if problems:
         module.fail_json(
             msg=f"{spec['host']} cannot join the mesh yet; nothing was changed on it. "
             + " ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1)),
             problems=problems,
         )
-    module.exit_json(
-        changed=False,
-        problems=[],
-        arch=arch,
-        kernel=platform.release(),
-        python={"version": chosen[0], "path": chosen[1]},
-        packages=packages_missing(module, chosen[1]),
-    )
+    changes = Changes(module)
+    if module.params["install"]:
+        install(module, changes, missing, chosen[1])
+    facts = {
+        "problems": [],
+        "arch": arch,
+        "kernel": platform.release(),
+        "python": {"version": chosen[0], "path": chosen[1]},
+        "packages": missing,
+    }
+    module.exit_json(**changes.result(**facts))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ description:
     routing rules, pinned BPF programs and maps, files and users that the collection made, on etcd hosts also the data
     of etcd.
   - Needs neither the bundle nor a running agent, so it also clears away what an interrupted run left.
-  - Distribution packages stay installed.
+  - Distribution packages stay installed. A directory of ours that is a mount point, or a link of the operator's to
+    another place, is emptied and stays.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
 author:
@@ -44,16 +45,22 @@ removed:
   sample:
     - unit isthmusd.service
     - device isthmus0
+notes:
+  description: What of the operator's own was emptied and stays.
+  returned: always
+  type: list
+  elements: str
+  sample:
+    - /var/lib/isthmus/etcd is emptied and stays, because something is mounted there
 """
 
-import glob
 import os
 import pwd
 import re
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, resolver, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 
 DEVICE = "isthmus0"
@@ -64,6 +71,40 @@ PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
 USER = "isthmus-etcd"
 PLACES = ("/etc/isthmus", "/var/lib/isthmus", "/run/isthmus", "/opt/isthmus")
+MOUNTS = "/proc/self/mountinfo"
+
+# By name: what else is called isthmus-something, such as an operator's timer for backups, is not ours.
+UNITS = (
+    "isthmus-dns-reload.path",
+    "isthmus-dns-reload.service",
+    "isthmus-dns.service",
+    etcd_unit.DEFRAG_TIMER,
+    etcd_unit.DEFRAG_SERVICE,
+    "isthmus-registrar.service",
+    "isthmus-resolved.service",
+    "isthmusd.service",
+    BPFFS_UNIT,
+    etcd_unit.SERVICE,
+)
+
+
+def mount_points():
+    """Where something is mounted. os.path.ismount does not see a bind mount from the same file system."""
+    with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
+        fields = [line.split()[4] for line in file]
+    # Blanks and backslashes are octal: proc(5).
+    return {re.sub(r"\\([0-7]{3})", lambda found: chr(int(found.group(1), 8)), field) for field in fields}
+
+
+def removable(path, mounts, stays=False):
+    """The largest things that can be removed of `path`: itself, unless it `stays` or something is mounted in it."""
+    if not stays and path not in mounts and not any(one.startswith(path + "/") for one in mounts):
+        return [path]
+    found = []
+    for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
+        if path not in mounts or name != "lost+found":  # the file system's own
+            found += removable(os.path.join(path, name), mounts)
+    return found
 
 
 class Teardown:
@@ -74,6 +115,7 @@ class Teardown:
         self.changes = Changes(module)
         self.systemd = units.Systemd(module)
         self.removed = []
+        self.notes = []
 
     def gone(self, what):
         self.removed.append(what)
@@ -95,13 +137,14 @@ class Teardown:
         self.distribution_unit()
         self.device()
         self.pins()
+        if os.path.islink(etcd_unit.DATA):  # with the link alone the data would stay behind
+            self.tree(etcd_unit.DATA)
         for path in PLACES:
             self.tree(path)
-        for path in ("/usr/local/bin/isthmus", *glob.glob("/etc/sysctl.d/*isthmus*.conf")):
-            if os.path.lexists(path):
-                self.gone(path)
-                if not self.module.check_mode:
-                    os.unlink(path)
+        if os.path.lexists(bundle.COMMAND):
+            self.gone(bundle.COMMAND)
+            if not self.module.check_mode:
+                os.unlink(bundle.COMMAND)
         self.user()
 
     def resolver(self):
@@ -123,8 +166,7 @@ class Teardown:
             self.changes.absent(resolver.RESOLV_CONF)
 
     def units(self):
-        paths = sorted(glob.glob(units.UNIT_DIRECTORY + "/isthmus*.*"))
-        names = [os.path.basename(path) for path in paths if os.path.isfile(path)]
+        names = [name for name in UNITS if os.path.lexists(os.path.join(units.UNIT_DIRECTORY, name))]
         self.tree(os.path.dirname(etcd_unit.FIRST_START))
         if not names:
             return
@@ -133,11 +175,8 @@ class Teardown:
             self.removed.append(f"unit {name}")
         if not self.module.check_mode:
             self.command("systemctl", "disable", "--now", "--quiet", *names)
-        for path in paths:
-            if os.path.isdir(path):
-                self.tree(path)
-            else:
-                self.changes.absent(path)
+        for name in names:
+            self.changes.absent(os.path.join(units.UNIT_DIRECTORY, name))
         if not self.module.check_mode:
             self.command("systemctl", "daemon-reload")
             # A unit that failed is remembered until then; one that did not is unknown now, which is no failure.
@@ -191,10 +230,26 @@ class Teardown:
         self.tree(PINS)
 
     def tree(self, path):
-        if os.path.lexists(path):
-            self.gone(path)
-            if not self.module.check_mode:
-                shutil.rmtree(path)
+        """Remove a directory with all in it; a mount point in it, or the directory that a link names, is emptied."""
+        if not os.path.lexists(path):
+            return
+        place, linked, mounts = os.path.realpath(path), os.path.islink(path), mount_points()
+        doomed = removable(place, mounts, stays=linked)
+        if not doomed:
+            return
+        whole = doomed == [place]
+        self.gone(path if whole else f"content of {path}")
+        if linked:
+            self.notes.append(f"{place} is emptied and stays, because {path} is a link to it")
+        for one in sorted(mounts):
+            if one.startswith(place + "/") or (one == place and not linked):
+                self.notes.append(f"{one} is emptied and stays, because something is mounted there")
+        if not self.module.check_mode:
+            for one in doomed:
+                if os.path.isdir(one) and not os.path.islink(one):
+                    shutil.rmtree(one)
+                else:
+                    os.unlink(one)
 
     def user(self):
         try:
@@ -218,7 +273,9 @@ def main():
         )
     teardown = Teardown(module)
     teardown.run()
-    module.exit_json(**teardown.changes.result(removed=teardown.removed))
+    for note in teardown.notes:
+        module.warn(note)
+    module.exit_json(**teardown.changes.result(removed=teardown.removed, notes=teardown.notes))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,10 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import packets, resol
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
+NODE = "/etc/isthmus/node.json"
 PKI = "/etc/isthmus/pki"
+TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
+RESOLVED = "systemd-resolved.service"
 FRESH = 30  # seconds after which a peer's proof is too old
 SITE = "run the playbook isthmus.mesh.site"
 
@@ -133,16 +136,24 @@ class Verifier:
         return good
 
     def run(self):
-        self.check_units()
-        self.check_spec()
-        self.check_certificates()
+        self.look("units", self.check_units)
+        self.look("spec", self.check_spec)
+        self.look("certificates", self.check_certificates)
         if self.spec.get("member"):
-            self.check_etcd()
-        status = self.check_agent()
+            self.look("etcd", self.check_etcd)
+        status = self.look("agent", self.check_agent)
         if status is not None:
-            self.check_services(status)
-            self.check_peers()
-        self.check_packets()
+            self.look("services", self.check_services, status)
+            self.look("peers", self.check_peers)
+        self.look("packets", self.check_packets)
+
+    def look(self, kind, method, *arguments):
+        """One side of the host. What nobody thought of on it must not hide what the other sides show."""
+        try:
+            return method(*arguments)
+        except Exception as exc:
+            self.check(kind, False, f"this could not be looked at to the end: {type(exc).__name__}: {exc}; {SITE}")
+            return None
 
     def check_units(self):
         names = ["isthmusd.service", "isthmus-dns.service", "isthmus-dns-reload.path"]
@@ -162,16 +173,19 @@ class Verifier:
 
     def check_spec(self):
         try:
-            with open("/etc/isthmus/node.json", encoding="utf-8") as file:
+            with open(NODE, encoding="utf-8") as file:
                 found = json.load(file)
         except (OSError, ValueError) as exc:
-            self.check("spec", False, f"/etc/isthmus/node.json cannot be read: {exc}; {SITE}")
+            self.check("spec", False, f"{NODE} cannot be read: {exc}; {SITE}")
+            return
+        if not isinstance(found, dict):
+            self.check("spec", False, f"{NODE} is no specification: it holds a {type(found).__name__}; {SITE}")
             return
         differing = sorted(key for key in {*found, *self.spec} if found.get(key) != self.spec.get(key))
         self.check(
             "spec",
             not differing,
-            f"/etc/isthmus/node.json is not what the inventory gives ({', '.join(differing)} differ); {SITE}",
+            f"{NODE} is not what the inventory gives ({', '.join(differing)} differ); {SITE}",
         )
 
     def check_certificates(self):
@@ -189,16 +203,18 @@ class Verifier:
                 self.proofs["certificates"] += 1
         for entry in self.spec["pki"]["certificates"]:
             path = f"{PKI}/{entry['name']}"
-            key, certificate, authority = (
-                read_or_none(name) for name in (path + ".key", path + ".crt", f"{PKI}/trust/{entry['ca_cluster']}.crt")
-            )
-            reason = pki.renewal_reason(
-                pki.CertificateSpec.from_dict(entry),
-                None if key is None else key.encode(),
-                None if certificate is None else certificate.encode(),
-                authority,
-                now,
-            )
+            trusted = f"{PKI}/trust/{entry['ca_cluster']}.crt"
+            key, certificate, authority = (read_or_none(name) for name in (path + ".key", path + ".crt", trusted))
+            try:
+                reason = pki.renewal_reason(
+                    pki.CertificateSpec.from_dict(entry),
+                    None if key is None else key.encode(),
+                    None if certificate is None else certificate.encode(),
+                    authority,
+                    now,
+                )
+            except pki.PkiError as exc:
+                reason = f"it cannot be compared with its authority {trusted}: {exc}"
             self.check("certificates", reason is None, f"{path}.crt: {reason}; {SITE}")
             if key is not None:
                 mode = stat.S_IMODE(os.stat(path + ".key").st_mode)
@@ -213,7 +229,8 @@ class Verifier:
         endpoint = admin.local_endpoint(member)
         restart = "see `journalctl -u isthmus-etcd` there"
         try:
-            with admin.EtcdConnector(self.cluster)([endpoint], timeout=self.timeout) as client:
+            connect = admin.EtcdConnector(self.cluster, directory=PKI)
+            with connect([endpoint], timeout=self.timeout) as client:
                 status = client.status()
                 members = client.member_list()
                 alarms = client.alarms()
@@ -221,7 +238,7 @@ class Verifier:
                 self.check_published(client)
                 for entry in members:
                     for url in entry.client_urls[:1]:
-                        with admin.EtcdConnector(self.cluster)([url], timeout=self.timeout) as other:
+                        with connect([url], timeout=self.timeout) as other:
                             self.check_answers(other, entry, errors)
         except (errors.EtcdError, OSError) as exc:
             self.check("etcd", False, f"member {member.name} does not serve: {exc}; {restart}")
@@ -257,6 +274,8 @@ class Verifier:
                 client.txn([never], [client_module.Put(foreign, "")], [])
         except errors.EtcdError as exc:
             self.check("etcd", "permission" in str(exc).lower(), f"the agent's certificate is not usable: {exc}")
+        except OSError as exc:
+            self.check("etcd", False, f"the agent's certificate is not usable: {exc}; {SITE}")
         else:
             self.check("etcd", False, f"an agent may write {foreign}; its role has too many rights; {SITE}")
 
@@ -266,7 +285,11 @@ class Verifier:
         for name, document in self.record.items():
             key = keys.ROSTER if name == "roster" else keys.estate_cluster_key(name.split("/", 1)[1])
             found = client.get(key)
-            revision = None if found is None else json.loads(found.value).get("revision")
+            try:
+                revision = None if found is None else json.loads(found.value)["revision"]
+            except (ValueError, TypeError, KeyError):
+                self.check("etcd", False, f"{key} is damaged: it is no document with a revision; {SITE}")
+                continue
             self.check(
                 "etcd",
                 revision == document["revision"],
@@ -293,7 +316,8 @@ class Verifier:
             return None
         datapath = status["datapath"]
         self.check("agent", datapath["state"] == "applied", f"its datapath is {datapath['state']}: {datapath['error']}")
-        self.check("agent", status["spec_hash"] == self.spec["hash"], f"it runs with an older specification; {SITE}")
+        same = status["spec_hash"] == self.spec["hash"]
+        self.check("agent", same, f"it runs with another specification than planned; {SITE}")
         self.check("agent", status["etcd"]["connected"], f"it has no connection to etcd: {status['etcd']['error']}")
         self.check("agent", status["reports"]["error"] is None, f"it cannot report: {status['reports']['error']}")
         self.warnings = status["warnings"]
@@ -314,25 +338,30 @@ class Verifier:
                     f"{workload['namespace']}/{workload['name']} on {self.spec['host']} is no backend of {service}: "
                     f"{backend['reason']}",
                 )
+        server = self.name_server()
         for service in self.services:
             name = f"{service['namespace']}/{service['name']}"
             one = found.get((service["namespace"], service["name"]))
             if not self.check("services", one is not None, f"{name} is not known here; is the registrar running?"):
                 continue
             if self.check("services", one["address"], f"{name} has no address yet; is the registrar running?"):
-                self.check_names(one)
+                self.check_names(one, server)
                 self.check_requests(service, one)
 
-    def check_names(self, service):
+    def name_server(self):
+        """Where this host's dnsmasq answers."""
+        resolved = units.Systemd(self.module).show([RESOLVED])[RESOLVED].get("ActiveState") == "active"
+        return resolver.server(resolver.probe(resolved), self.spec["node"]["mesh4"])
+
+    def check_names(self, service, server):
         name, address = service["dns"], service["address"]
-        for server in (self.spec["node"]["mesh4"], resolver.LOCAL_SERVER):
-            try:
-                code, found = packets.query(server, name, "A", self.timeout)
-                self.check("names", found == [address], f"{name} is {found or 'unknown'} at {server}, not {address}")
-                code, found = packets.query(server, name, "AAAA", self.timeout)
-                self.check("names", (code, found) == (0, []), f"{name} has AAAA {found} (code {code}) at {server}")
-            except packets.NoAnswer as exc:
-                self.check("names", False, f"{name}: {exc}; see `journalctl -u isthmus-dns`")
+        try:
+            code, found = packets.query(server, name, "A", self.timeout)
+            self.check("names", found == [address], f"{name} is {found or 'unknown'} at {server}, not {address}")
+            code, found = packets.query(server, name, "AAAA", self.timeout)
+            self.check("names", (code, found) == (0, []), f"{name} has AAAA {found} (code {code}) at {server}")
+        except packets.NoAnswer as exc:
+            self.check("names", False, f"{name}: {exc}; see `journalctl -u isthmus-dns`")
         code, out, _err = self.module.run_command(["getent", "ahostsv4", name])
         found = sorted({line.split()[0] for line in out.splitlines() if line.split()})
         words = f"the host's own resolver says {found or 'nothing'} for {name}, not {address}; {SITE}"
@@ -381,7 +410,7 @@ class Verifier:
                     self.check("packets", not words, f"{target}: {words}; see `isthmus status` on both hosts")
 
     def reach(self, source, target):
-        """Empty text for each thing that works: a small packet, one of full size, a TCP connection."""
+        """Empty text for each thing that works: a small packet, one of full size, a packet of TCP."""
         results = []
         for size in (84, None):
             try:
@@ -390,7 +419,7 @@ class Verifier:
             except (packets.NoAnswer, OSError) as exc:
                 results.append(f"an echo {'of full size' if size is None else ''} over the overlay: {exc}")
         try:
-            packets.query(target, "isthmus.invalid", "A", self.timeout, tcp=True)
+            packets.knock(target, TCP_PORT, self.timeout)
             results.append("")
         except packets.NoAnswer as exc:
             results.append(f"TCP over the overlay: {exc}")

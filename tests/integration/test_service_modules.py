@@ -98,19 +98,61 @@ def test_what_the_inventory_owns_is_refused(host: Host, more: dict[str, Any]) ->
     ("more", "words"),
     [
         ({"name": "Web_1"}, "not an RFC 1123 label"),
-        ({"ports": [{"port": 80}, {"port": 443}]}, "each needs a name"),
+        ({"ports": [{"port": 80}, {"port": 443}]}, "with several ports the name says which is which"),
         ({"ports": [{"port": 70000}]}, "out of range 1..65535"),
-        ({"ports": []}, "port"),
+        ({"ports": []}, r"ports: the list is empty.*Next: add"),
+        ({"ports": [{"port": 80}, {"name": "b", "port": 80}]}, "80/TCP is there twice"),
+        ({"ports": [{"name": "HTTP", "port": 80}]}, "'HTTP' is not a port name"),
         ({"backends": {"labels": {"app": "a"}, "workloads": ["h/w"]}}, "mutually exclusive"),
+        ({"backends": {"labels": {"app": "a;b=c"}}}, "'a;b=c' is not a Kubernetes label value"),
+        ({"backends": {"labels": {}}}, "every workload of the namespace would match"),
+        ({"backends": {"workloads": ["x"]}}, "'x' is not '<host>/<workload>'"),
+        ({"backends": {"workloads": []}}, "backends.workloads: the list is empty"),
+        ({"labels": {"tier": "a;b"}}, "'a;b' is not a Kubernetes label value"),
         ({"health": {"type": "exec"}}, "command"),
+        ({"health": {"type": "tcp", "path": "/"}}, "it goes with type: http only"),
+        ({"health": {"type": "http", "path": "healthz"}}, "is not a path that begins with '/'"),
+        ({"health": {"type": "tcp", "interval": 0}}, "is not a number 0.1..3600"),
+        ({"health": {"type": "tcp", "fall": 0}}, "0 is out of range 1..100"),
+        ({"health": {"type": "tcp"}, "ports": [{"port": 53, "protocol": "UDP"}]}, "the service has no TCP port"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
 def test_bad_input_is_refused_in_words_and_writes_nothing(host: Host, more: dict[str, Any], words: str) -> None:
     for check in (True, False):
         with pytest.raises(ModuleFailed, match=words):
             host.run("global_service", check, **{**WEB, **more})
     assert host.server.dump("isthmus/v1/services/") == {}
+
+
+def test_a_name_that_is_none_is_refused_also_when_it_is_to_go(host: Host) -> None:
+    with pytest.raises(ModuleFailed, match="'We;b' is not an RFC 1123 label"):
+        host.run("global_service", name="We;b", state="absent")
+
+
+def test_all_problems_are_told_at_once(host: Host) -> None:
+    with pytest.raises(ModuleFailed, match=r"service shop/web .*nothing was changed\. \(1\) .* \(2\) "):
+        host.run("global_service", **{**WEB, "labels": {"a": "b;c"}, "backends": {"workloads": ["x"]}})
+
+
+def test_a_check_has_the_port_and_path_that_the_inventory_would_give(host: Host) -> None:
+    for health, expected in (({"type": "tcp"}, ("tcp", 8080, None)), ({"type": "http"}, ("http", 8080, "/"))):
+        assert host.changed(**{**WEB, "health": health}) == [True, True, False, False]
+        written = json.loads(host.server.dump(KEY)[KEY])["health"]
+        assert (written["type"], written["port"], written.get("path")) == expected
+
+
+def test_check_mode_says_what_it_cannot_know_on_a_host_whose_bundle_is_gone(host: Host) -> None:
+    found = run_module("global_service", WEB, check=True, bundle=False, places=host.places)
+    assert found["changed"]
+    assert '"owner": "module"' in found["diff"][0]["after"]
+    assert "no agent bundle" in str(found["warnings"])
+    gone = {"name": "web", "namespace": "shop", "state": "absent"}
+    assert run_module("global_service", gone, check=True, bundle=False, places=host.places)["changed"] is False
+    with pytest.raises(ModuleFailed, match="needs the agent bundle"):
+        run_module("global_service", WEB, bundle=False, places=host.places)
+    for name in ("service_info", "mesh_info"):
+        assert run_module(name, {}, check=True, bundle=False, places=host.places)["changed"] is False
 
 
 def test_a_host_that_may_not_write_says_so(host: Host, tmp_path: Path) -> None:

@@ -140,6 +140,19 @@ def read_model(estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
     return _Reader().read(estate, hosts)
 
 
+def read_service(given: Any, where: str) -> ServiceDefinition:
+    """Read one service outside an inventory by the inventory's rules; whether its workloads exist is not looked at.
+
+    `where` names it in problems. Raises ModelError with all problems found.
+    """
+    reader = _Reader()
+    entry = schema.SERVICE.read(given, where, reader.problems)
+    service = None if entry is INVALID else reader.service(where, entry, {"clusters": {}}, {}, None)
+    if service is None or reader.problems:
+        raise ModelError(reader.problems)
+    return service.definition
+
+
 class _Reader:
     """One pass over an inventory; `problems` grows, and what is invalid is left out of later checks."""
 
@@ -647,8 +660,9 @@ class _Reader:
         entry: dict[str, Any],
         top: dict[str, Any],
         clusters: Mapping[str, Cluster],
-        hosts: Mapping[str, Host],
+        hosts: Mapping[str, Host] | None,
     ) -> Service | None:
+        """`hosts` are those that backends must be on; None: they are not known here."""
         before = len(self.problems)
         names = entry["clusters"]
         if names != "all" and names is not INVALID:
@@ -749,7 +763,7 @@ class _Reader:
         )
 
     def backends(
-        self, where: str, entry: dict[str, Any], hosts: Mapping[str, Host]
+        self, where: str, entry: dict[str, Any], hosts: Mapping[str, Host] | None
     ) -> tuple[Mapping[str, str] | None, tuple[str, ...]]:
         given = entry["backends"]
         where = f"{where}.backends"
@@ -767,7 +781,8 @@ class _Reader:
                     f"{where}.labels", "it is empty", "every workload of the namespace would match", "add a label"
                 )
             elif (
-                entry["state"] != "absent"
+                hosts is not None
+                and entry["state"] != "absent"
                 and not self.broken_hosts
                 and not any(
                     workload.namespace == entry["namespace"]
@@ -784,7 +799,7 @@ class _Reader:
             return labels, ()
         for reference in workloads:
             host, _slash, name = reference.partition("/")
-            if host in self.broken_hosts:
+            if hosts is None or host in self.broken_hosts:
                 continue
             if host not in hosts:
                 self.problem(

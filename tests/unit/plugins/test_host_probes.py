@@ -30,6 +30,22 @@ def test_a_listener_is_found_and_named() -> None:
     assert ports.bound("tcp", port) == []
 
 
+@pytest.mark.parametrize(
+    ("address", "clash"),
+    [("0.0.0.0", True), ("127.0.0.1", True), ("::", True), ("::1", False)],  # noqa: S104 - compared, not bound
+)
+def test_a_socket_on_all_ipv4_addresses_collides(address: str, clash: bool) -> None:
+    assert bool(ports.clashes([ports.Socket("tcp", address, 2379, 1)], None)) is clash
+
+
+def test_an_ipv6_socket_on_an_ipv4_address_is_one_of_ipv4() -> None:
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.bind(("::ffff:127.0.0.1", 0))
+        listener.listen()
+        (found,) = ports.bound("tcp", listener.getsockname()[1])
+    assert found.address == "127.0.0.1"
+
+
 def test_a_connection_is_no_listener() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.bind(("127.0.0.1", 0))

@@ -36,3 +36,10 @@ def test_variables_agree(role: str) -> None:
 @pytest.mark.parametrize("role", NAMES)
 def test_variables_have_the_roles_prefix(role: str) -> None:
     assert [name for name in options_of(role) if not name.startswith(role + "_")] == []
+
+
+def test_no_role_needs_pythons_bindings_of_a_package_manager() -> None:
+    """ansible.builtin.package and apt ask a bare host for python3-apt, in check mode in vain."""
+    needing = ("ansible.builtin.package", "ansible.builtin.apt", "ansible.builtin.dnf")
+    texts = {path: path.read_text() for path in ROLES.glob("*/tasks/*.yml")}
+    assert [str(path) for path, text in texts.items() if any(f"{name}:" in text for name in needing)] == []

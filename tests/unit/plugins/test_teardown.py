@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +100,119 @@ def test_resolv_conf_is_given_back_without_our_copy_too(
     again = teardown.Teardown(Host())
     again.resolver()
     assert again.changes.changed is False
+
+
+# --- places that are partly the operator's
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A directory like /var/lib/isthmus."""
+    place = tmp_path / "lib" / "isthmus"
+    (place / "etcd" / "member").mkdir(parents=True)
+    (place / "etcd" / "member" / "db").write_text("keys")
+    (place / "resolver").mkdir()
+    (place / "resolver" / "original").write_text("nameserver 192.0.2.1\n")
+    return place
+
+
+def trees(*paths: Path) -> tuple[list[str], list[str]]:
+    """Removed and noted: predicted, done, and nothing left to do afterwards."""
+    predicted, done, again = (teardown.Teardown(Host(check=check)) for check in (True, False, False))
+    for step in (predicted, done, again):
+        for path in paths:
+            step.tree(str(path))
+    assert (predicted.removed, predicted.notes, predicted.changes.diff) == (done.removed, done.notes, done.changes.diff)
+    assert (again.removed, again.notes, again.changes.changed) == ([], [], False)
+    return done.removed, done.notes
+
+
+def test_a_directory_of_ours_goes_whole(state: Path) -> None:
+    assert trees(state) == ([str(state)], [])
+    assert not state.exists()
+
+
+def test_a_link_of_the_operators_stays_and_its_directory_is_emptied(state: Path, tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    state.rename(target)
+    state.symlink_to(target)
+    removed, notes = trees(state)
+    assert removed == [f"content of {state}"]
+    assert notes == [f"{target} is emptied and stays, because {state} is a link to it"]
+    assert state.is_symlink()
+    assert list(target.iterdir()) == []
+
+
+def test_a_link_to_nothing_stops_nothing(state: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    assert trees(link, state) == ([str(state)], [])
+    assert link.is_symlink()
+
+
+def test_a_parent_that_is_a_link_is_no_reason_to_keep_ours(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "var").symlink_to(tmp_path / "lib")
+    assert trees(tmp_path / "var" / "isthmus") == ([str(tmp_path / "var" / "isthmus")], [])
+    assert not state.exists()
+
+
+def test_mount_points_are_read_with_their_blanks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "36 35 98:0 / /data/a\\040b rw - ext4 /dev/x rw\n37 35 98:0 /x /bound rw master:1 - ext4 /dev/x rw\n"
+    )
+    monkeypatch.setattr(teardown, "MOUNTS", str(table))
+    assert teardown.mount_points() == {"/data/a b", "/bound"}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", [".", "etcd"])
+def test_a_mount_point_is_emptied_and_stays(state: Path, tmp_path: Path, where: str) -> None:
+    """Bound from the same file system, which os.path.ismount would not see."""
+    place = state / where
+    disk = tmp_path / "disk"
+    place.rename(disk)
+    place.mkdir()
+    (disk / "lost+found").mkdir()
+    subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+    try:
+        removed, notes = trees(state)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    assert removed == [f"content of {state}"]
+    assert notes == [f"{place} is emptied and stays, because something is mounted there"]
+    assert [path.name for path in disk.iterdir()] == ["lost+found"]
+    left = {str(path.relative_to(state)) for path in state.rglob("*")}
+    assert left == (set() if where == "." else {where})
+
+
+# --- units
+
+
+def test_only_units_of_ours_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(etcd_unit, "FIRST_START", str(tmp_path / "run" / "first-start.conf"))
+    theirs = ["isthmus-backup.timer", "isthmus-backup.service", "isthmus.mount"]
+    for name in ("isthmusd.service", "isthmus-etcd.service", *theirs):
+        (tmp_path / name).write_text("[Unit]\n")
+    (tmp_path / "isthmusd.service.d").mkdir()
+    host = Host()
+    step = teardown.Teardown(host)
+    step.units()
+    assert step.removed == ["unit isthmusd.service", "unit isthmus-etcd.service"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*theirs, "isthmusd.service.d"])
+    assert host.ran[0] == "systemctl disable --now --quiet isthmusd.service isthmus-etcd.service"
+
+
+def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
+    """Every text in the modules that ends like a unit's name and begins like one of ours."""
+    root = Path(teardown.__file__).parents[1]
+    files = [*root.glob("modules/*.py"), *root.glob("module_utils/*.py")]
+    texts = {
+        node.value
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    named = {text for text in texts if text.startswith("isthmus") and text.endswith((".service", ".timer", ".path"))}
+    assert named == set(teardown.UNITS)

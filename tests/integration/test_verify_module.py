@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""verify on a host with damaged files and keys: each is a named problem, and none hides what else is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.modules import verify
+from integration.etcd_fixture import EtcdServer
+from isthmus_agent import etcd_admin
+from unit.mesh import estates
+
+HOST = "c1"  # the only etcd member of cluster cloud
+KEYS = "isthmus/v1/estate/"
+
+
+class Module:
+    """What Verifier uses of an AnsibleModule."""
+
+    check_mode = False
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+    def fail_json(self, msg: str, **_more: Any) -> None:
+        raise AssertionError(msg)
+
+    def run_command(self, words: list[str]) -> tuple[int, str, str]:
+        return 0, "\n\n".join("ActiveState=active\nUnitFileState=enabled" for word in words if "." in word), ""
+
+
+class Host:
+    """The files of an etcd host, with an etcd that holds what Ansible writes."""
+
+    def __init__(self, server: EtcdServer, place: Path) -> None:
+        self.server, self.place = server, place
+        self.pki = place / "pki"
+        (self.pki / "trust").mkdir(parents=True)
+        self.node = place / "node.json"
+        estate = estates.estate()
+        estate["clusters"]["cloud"]["etcd"]["client_port"] = server.port
+        self.plan = estates.planned(estates.model(estate))
+        self.spec: dict[str, Any] = copy.deepcopy(dict(self.plan.specs[HOST]))
+        for name in self.spec["pki"]["trust"]:
+            (self.pki / "trust" / f"{name}.crt").write_bytes(server.ca.crt.read_bytes())
+        for name, cn in (("root", "root"), ("agent", f"isthmus-agent-{HOST}")):
+            for path in server.ca.issue(cn):
+                (self.pki / f"{name}{path.suffix}").write_bytes(path.read_bytes())
+        self.spec["etcd"] |= {
+            "ca": str(self.pki / "trust" / "cloud.crt"),
+            "cert": str(self.pki / "agent.crt"),
+            "key": str(self.pki / "agent.key"),
+        }
+        self.node.write_text(json.dumps(self.spec))
+        for name, document in self.plan.record.items():
+            server.etcdctl("put", KEYS + name, json.dumps(document))
+
+    def verifier(self) -> verify.Verifier:
+        record = dict(self.plan.record)
+        hosts = [{"name": HOST, "cluster": "cloud", "mesh4": self.spec["node"]["mesh4"]}]
+        params = {"spec": self.spec, "record": record, "services": [], "hosts": hosts, "timeout": 3}
+        return verify.Verifier(Module(params))
+
+    def problems(self, *kinds: str) -> list[str]:
+        """All that a whole run finds, of these kinds."""
+        found = self.verifier()
+        found.run()
+        return [words for words in found.problems if words.split(":")[0] in kinds]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    with EtcdServer(tmp_path_factory.mktemp("etcd"), name=HOST) as running:
+        wanted = etcd_admin.wanted_access("cloud", [HOST], ["onprem"])
+        with running.sync_client() as client:
+            etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
+        yield running
+
+
+@pytest.fixture
+def host(server: EtcdServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    found = Host(server, tmp_path)
+    monkeypatch.setattr(verify, "PKI", str(found.pki))
+    monkeypatch.setattr(verify, "NODE", str(found.node))
+    monkeypatch.setattr(verify, "SOCKET", tmp_path / "agent.sock")
+    try:
+        yield found
+    finally:
+        server.etcdctl("del", "--prefix", "isthmus/v1/")
+
+
+def test_what_is_right_is_no_problem(host: Host) -> None:
+    assert host.problems("spec", "units") == []
+    assert [
+        words for words in host.problems("etcd") if "its members are" not in words and "published" not in words
+    ] == []
+
+
+@pytest.mark.parametrize("damage", [b"no certificate", b"\xff\xfe\0", b""], ids=["text", "bytes", "nothing"])
+def test_a_damaged_authority_is_named_with_what_stands_on_it(host: Host, damage: bytes) -> None:
+    path = host.pki / "trust" / "cloud.crt"
+    path.write_bytes(damage)
+    found = host.problems("certificates")
+    assert [words for words in found if words.startswith(f"certificates: {path} holds no readable PEM certificate")]
+    (agent,) = [words for words in found if words.startswith(f"certificates: {host.pki}/agent.crt: ")]
+    assert f"it cannot be compared with its authority {path}" in agent
+    # The rest was looked at all the same.
+    assert [words for words in found if words.startswith(f"certificates: {host.pki}/registrar.crt: there is none yet")]
+    assert host.problems("agent") != []
+
+
+@pytest.mark.parametrize("name", ["agent.crt", "agent.key"])
+def test_a_missing_certificate_of_the_agent_is_named(host: Host, name: str) -> None:
+    (host.pki / name).unlink()
+    found = host.problems("etcd")
+    (words,) = [words for words in found if words.startswith("etcd: the agent's certificate is not usable: ")]
+    assert str(host.pki / name) in words
+    assert "run the playbook isthmus.mesh.site" in words
+
+
+@pytest.mark.parametrize("value", ["no JSON", "[1]", '"text"', "null", "{}"])
+def test_a_damaged_document_of_the_estate_is_named(host: Host, value: str) -> None:
+    host.server.etcdctl("put", KEYS + "roster", value)
+    found = host.problems("etcd")
+    assert [words for words in found if words.startswith(f"etcd: {KEYS}roster is damaged: ")]
+    # Others are read all the same, and so are the rights after them.
+    host.server.etcdctl("del", KEYS + "clusters/onprem")
+    found = host.problems("etcd")
+    assert [words for words in found if words.startswith(f"etcd: {KEYS}clusters/onprem has revision None, not ")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "is no specification: it holds a list; "),
+        ("null", "is no specification: it holds a NoneType; "),
+        ("{", "cannot be read: "),
+        ("{}", "is not what the inventory gives (cluster, "),
+    ],
+)
+def test_a_damaged_specification_is_named(host: Host, text: str, words: str) -> None:
+    host.node.write_text(text)
+    (found,) = host.problems("spec")
+    assert found.startswith(f"spec: {host.node} {words}")
+
+
+def test_what_nobody_thought_of_hides_nothing_else(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def surprise(_verifier: verify.Verifier) -> None:
+        raise RuntimeError("a surprise")
+
+    monkeypatch.setattr(verify.Verifier, "check_certificates", surprise)
+    host.node.write_text("[]")
+    (found,) = host.problems("certificates")
+    assert found.startswith("certificates: this could not be looked at to the end: RuntimeError: a surprise; ")
+    assert len(host.problems("spec")) == 1
+    assert len(host.problems("agent")) == 1
+
+
+def test_another_specification_is_not_called_older(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent tells the digest of what it really read: that may be newer than the plan, or edited by hand."""
+    status = {
+        "spec_hash": "0" * 64,
+        "datapath": {"state": "applied", "error": None},
+        "etcd": {"connected": True, "error": None},
+        "reports": {"error": None},
+        "warnings": [],
+        "workloads": [],
+    }
+    answers = {"/v1/status": status, "/v1/audit": {"problems": []}, "/v1/services": {"services": []}}
+    monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, route: answers.get(route, {"peers": []}))
+    (found,) = host.problems("agent")
+    assert found.startswith("agent: it runs with another specification than planned; ")
+
+
+def test_tcp_is_proven_by_any_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        verify.packets.knock("127.0.0.1", port, 2)
+    verify.packets.knock("127.0.0.1", port, 2)  # refused now
+
+    def silence(*_arguments: Any) -> socket.socket:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(verify.packets.socket, "create_connection", silence)
+    with pytest.raises(verify.packets.NoAnswer, match=f"no answer from TCP port {port}: timed out"):
+        verify.packets.knock("127.0.0.1", port, 2)

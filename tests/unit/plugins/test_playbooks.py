@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Playbooks work with `--tags`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("place", "needed"),
+    [
+        ("playbooks/verify.yml", ["Plan", "See which hosts answer"]),
+        ("roles/site/tasks/main.yml", ["Plan"]),
+    ],
+)
+def test_a_part_has_what_it_needs_of_the_others(place: str, needed: list[str]) -> None:
+    """What the plan gives, and which hosts it is for, is needed whatever tags are asked for."""
+    content = yaml.safe_load((ROOT / place).read_text())
+    tasks = content[0]["tasks"] if "hosts" in content[0] else content
+    ends = [task["name"] for task in tasks if task.get("ansible.builtin.meta") == "end_host"]
+    assert len(ends) == 2
+    tagged = {task["name"] for task in tasks if "always" in task.get("tags", [])}
+    assert {*ends, *needed} - tagged == set()
