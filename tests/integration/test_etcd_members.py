@@ -46,10 +46,13 @@ class Host:
 
     def give_keys(self, wanted: dict[str, Any]) -> None:
         """What the pki role does: what is there already stays."""
-        shutil.copy(self.ca.crt, self.pki / "trust" / f"{wanted['ca']['cluster']}.crt")
+        copies = {self.pki / "trust" / f"{wanted['ca']['cluster']}.crt": self.ca.crt}
         for entry in wanted["certificates"]:
             for path, suffix in zip(self.ca.issue(entry["cn"]), ("crt", "key"), strict=True):
-                shutil.copy(path, self.pki / f"{entry['name']}.{suffix}")
+                copies[self.pki / f"{entry['name']}.{suffix}"] = path
+        for target, path in copies.items():
+            if not target.exists():
+                shutil.copy(path, target)
 
     def keys(self) -> set[str]:
         return {path.stem for path in self.pki.iterdir() if path.is_file()}
