@@ -145,6 +145,19 @@ def write_services(
     return changes
 
 
+def confirm(client: SyncEtcd) -> None:
+    """Put the roster again as it is: what is in this etcd now is what the inventory wants.
+
+    A registrar whose etcd lost history believes its lists again after this (docs/architecture.md, "etcd").
+    `EstateError` when somebody else writes it meanwhile.
+    """
+    found = client.get(keys.ROSTER)
+    if found is not None:
+        unchanged = Compare(keys.ROSTER, "mod", "=", found.mod_revision)
+        if not client.txn([unchanged], [Put(keys.ROSTER, found.value.decode())], []).succeeded:
+            raise EstateError(_CHANGED.format(key=keys.ROSTER))
+
+
 def owner_of(client: SyncEtcd, name: str) -> str | None:
     """Who owns the service ``<namespace>/<name>``; None when there is none."""
     key = keys.service_definition_key(*name.split("/", 1))

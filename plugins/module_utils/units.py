@@ -29,7 +29,6 @@ ProtectControlGroups=yes
 ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
-ProtectKernelTunables=yes
 LockPersonality=yes
 RestrictNamespaces=yes
 RestrictRealtime=yes
@@ -75,7 +74,8 @@ def agent_unit(config: str) -> str:
 
     The agent leaves its pinned programs, device and routes when it stops: the datapath goes on without it. Its exec
     health checks run inside the same walls, without root's way to the host over /proc/sys; they see all processes (no
-    ProtectProc), because looking for one is what such a check may do.
+    ProtectProc), because looking for one is what such a check may do. ProtectKernelTunables would take the pinned maps
+    below /sys away as well, so its paths are named.
     """
     return (
         _HEADER
@@ -95,6 +95,7 @@ StateDirectory=isthmus isthmus/agent
 StateDirectoryMode=0755
 CapabilityBoundingSet=CAP_BPF CAP_PERFMON CAP_NET_ADMIN CAP_NET_RAW
 {_SANDBOX}ReadWritePaths=/sys/fs/bpf
+ReadOnlyPaths=-/proc/sys -/proc/sysrq-trigger -/sys/kernel -/sys/module
 SystemCallFilter=@system-service bpf
 SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
@@ -125,6 +126,7 @@ StartLimitIntervalSec=0
 StateDirectoryMode=0755
 CapabilityBoundingSet=
 ProtectProc=invisible
+ProtectKernelTunables=yes
 {_SANDBOX}SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
@@ -160,6 +162,7 @@ User=isthmus-dns
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 ProtectProc=invisible
+ProtectKernelTunables=yes
 {_SANDBOX}SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK

@@ -214,6 +214,8 @@ def present(module, changes):
             made = admin.write_services(client, services["present"], services["absent"], OWNER, apply)
             estate.show(changes, made)
             estate.show(changes, admin.delete_reports(client, record["clusters/" + cluster], apply))
+            if apply:
+                admin.confirm(client)
     except admin.EstateError as exc:
         module.fail_json(msg=str(exc))
     except (kvstore.EtcdError, OSError) as exc:
