@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
     ("place", "needed"),
     [
         ("playbooks/verify.yml", ["Plan", "See which hosts answer"]),
-        ("roles/site/tasks/main.yml", ["Plan"]),
+        ("roles/site/tasks/look.yml", ["Plan"]),
     ],
 )
 def test_a_part_has_what_it_needs_of_the_others(place: str, needed: list[str]) -> None:
