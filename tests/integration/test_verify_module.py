@@ -79,7 +79,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     with EtcdServer(tmp_path_factory.mktemp("etcd"), name=HOST) as running:
         wanted = etcd_admin.wanted_access("cloud", [HOST], ["onprem"])
         with running.sync_client() as client:
-            etcd_admin.ensure_access(client, wanted, (), (), apply=True, enable=True)
+            etcd_admin.ensure_access(client, wanted, apply=True, enable=True)
         yield running
 
 
