@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer
 from isthmus_agent import estate_admin, etcd_admin, facts
-from isthmus_agent.kvstore import SyncEtcd
+from isthmus_agent.kvstore import KeyValue, SyncEtcd
+from isthmus_mesh import keys
 from isthmus_mesh.documents import ServiceDefinition
 
 
@@ -120,6 +121,36 @@ def test_a_write_between_read_and_write_is_noticed(
     with pytest.raises(estate_admin.EstateError, match="changed by somebody else during this run"):
         estate_admin.write_documents(operator, {"roster": {"revision": 1}}, apply=True)
     assert server.dump("isthmus/v1/estate/") == {"isthmus/v1/estate/roster": '{"revision":1,"by":"another"}'}
+
+
+def test_a_run_confirms_the_roster_without_changing_it(server: EtcdServer, operator: SyncEtcd) -> None:
+    estate_admin.confirm(operator)
+    assert server.dump("isthmus/v1/estate/") == {}, "no roster, nothing to confirm"
+    estate_admin.write_documents(operator, {"roster": {"revision": 5}}, apply=True)
+    before = operator.get(keys.ROSTER)
+    estate_admin.confirm(operator)
+    after = operator.get(keys.ROSTER)
+    assert before is not None
+    assert after is not None
+    assert after.value == before.value
+    assert after.mod_revision > before.mod_revision
+
+
+def test_a_roster_that_another_run_writes_is_not_put_back(
+    server: EtcdServer, operator: SyncEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estate_admin.write_documents(operator, {"roster": {"revision": 5}}, apply=True)
+    read = operator.get
+
+    def overtaken(key: str) -> KeyValue | None:
+        found = read(key)
+        server.etcdctl("put", key, '{"revision":6}')
+        return found
+
+    monkeypatch.setattr(operator, "get", overtaken)
+    with pytest.raises(estate_admin.EstateError, match="was changed by somebody else"):
+        estate_admin.confirm(operator)
+    assert server.dump("isthmus/v1/estate/") == {"isthmus/v1/estate/roster": '{"revision":6}'}
 
 
 def test_a_damaged_document_is_replaced(server: EtcdServer, operator: SyncEtcd) -> None:
