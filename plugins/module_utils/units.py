@@ -259,6 +259,18 @@ WantedBy=multi-user.target systemd-resolved.service
     )
 
 
+def resolved_differs(module: AnsibleModule, server: str, domain: str) -> bool:
+    """Whether systemd-resolved has other settings for the overlay device than `resolved_unit` makes, or cannot say.
+
+    They belong to the device and the running resolved, not to a file: both may have been made anew since.
+    """
+    for setting, wanted in (("dns", server), ("domain", f"~{domain}")):
+        code, out, _err = module.run_command(["resolvectl", setting, "isthmus0"])
+        if code != 0 or out.partition("):")[2].split() != [wanted]:  # "Link 3 (isthmus0): 10.1.0.1"
+            return True
+    return False
+
+
 class Systemd:
     """The host's service manager, asked in few calls."""
 
@@ -354,10 +366,10 @@ class Units:
         if (self.reload or stale) and not self.module.check_mode:
             self.systemd.run("daemon-reload")
 
-    def running(self, name: str, config: str | None = None, reads: str = "") -> bool:
+    def running(self, name: str, config: str | None = None, reads: str = "", wrong: str = "") -> bool:
         """`name` is enabled and active; restarted when its process was started with another configuration than
-        `config` (its `ISTHMUS_CONFIG`), or after somebody changed the file `reads` by hand, which is put right now.
-        Returns whether something had to change. Does not wait: see `wait`.
+        `config` (its `ISTHMUS_CONFIG`), after somebody changed the file `reads` by hand, which is put right now, or
+        for the reason `wrong` that the caller found. Returns whether something had to change. Does not wait for it.
         """
         state = self.systemd.show([name])[name]
         before = state.get("ActiveState", "inactive")
@@ -375,6 +387,8 @@ class Units:
             reason = "its configuration changed"
         elif reads in self.changes.replaced and _started(state) >= self.changes.replaced[reads]:
             reason = f"it was started with another {reads}"
+        elif wrong:
+            reason = wrong
         if reason is not None:
             changed = True
             self.changes.note(f"unit {name}", before, f"active (started anew: {reason})")

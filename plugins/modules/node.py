@@ -133,7 +133,7 @@ def main():
         }
     )
     names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
-    runner.daemon_reload([BPFFS, DNS_RELOAD, *names])
+    runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names])
 
     runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)
@@ -166,9 +166,11 @@ def wait(module, runner, names, spec):
 def join_resolver(module, changes, runner, found):
     """The last step, when the name server already answers."""
     if found.method == "resolved":
-        runner.running(RESOLVED)
+        spec = module.params["spec"]
+        differs = units.resolved_differs(module, spec["node"]["mesh4"], spec["dns"]["domain"])
+        runner.running(RESOLVED, wrong="systemd-resolved has other settings for isthmus0" if differs else "")
         if not module.check_mode:
-            wait(module, runner, [RESOLVED], module.params["spec"])
+            wait(module, runner, [RESOLVED], spec)
         return
     if not found.joined:
         if found.link is not None:

@@ -140,3 +140,26 @@ def test_a_process_that_read_a_file_edited_by_hand_is_started_anew(
     monkeypatch.setattr(units, "process_environment", lambda pid: {units.CONFIG_VARIABLE: "same"})
     assert runner.running("isthmusd.service", "same", str(spec)) is anew
     assert done == ([("restart", "--no-block", "isthmusd.service")] if anew else [])
+
+
+@pytest.mark.parametrize(
+    ("dns", "domain", "differs"),
+    [
+        ("Link 3 (isthmus0): 10.0.0.1\n", "Link 3 (isthmus0): ~clusterset.local\n", False),
+        ("Link 3 (isthmus0): 10.0.0.9\n", "Link 3 (isthmus0): ~clusterset.local\n", True),
+        ("Link 3 (isthmus0): 10.0.0.1 10.0.0.9\n", "Link 3 (isthmus0): ~clusterset.local\n", True),
+        ("Link 3 (isthmus0):\n", "Link 3 (isthmus0):\n", True),
+        ("Link 3 (isthmus0): 10.0.0.1\n", "Link 3 (isthmus0): clusterset.local\n", True),
+        (None, None, True),
+    ],
+    ids=["as wanted", "another address", "one more", "reverted", "a search domain", "no device"],
+)
+def test_what_resolved_has_for_the_device_is_compared(dns: str | None, domain: str | None, differs: bool) -> None:
+    out = {"dns": dns, "domain": domain}
+
+    def run_command(arguments: list[str]) -> tuple[int, str, str]:
+        answer = out[arguments[1]]
+        return (1, "", "Failed to resolve interface") if answer is None else (0, answer, "")
+
+    module: Any = SimpleNamespace(run_command=run_command)
+    assert units.resolved_differs(module, "10.0.0.1", "clusterset.local") is differs
