@@ -208,6 +208,26 @@ class _Planner:
                 "it sets the layout of every identity",
                 f"put {roster['max_clusters']} back",
             )
+        if roster.get("domain") not in (None, self.model.domain):
+            self.change_not_yet(
+                "isthmus_estate.domain",
+                roster["domain"],
+                self.model.domain,
+                "until the last host has the new one, names of services would be found on a part of the hosts only",
+                f"put {roster['domain']} back",
+            )
+        if roster.get("overlay_port") not in (None, self.model.overlay_port):
+            self.change_not_yet(
+                "isthmus_estate.overlay.port",
+                roster["overlay_port"],
+                self.model.overlay_port,
+                "hosts that have the new one and hosts that do not could not reach each other's workloads",
+                f"put {roster['overlay_port']} back",
+            )
+
+    def change_not_yet(self, where: str, old: Any, new: Any, why: str, following: str) -> None:
+        """A change that a later version may make: refused now, as this one would leave it half done."""
+        self.problem(where, f"a change from {old} to {new} is not yet supported", why, following)
 
     def check_ranges(self) -> None:
         """What the model adds against clusters that only the record knows."""
@@ -263,6 +283,48 @@ class _Planner:
                 "a private key never leaves its host",
                 f"put {doc['ca_host']} back or leave ca_host out",
             )
+        if doc.get("ca_certificate") is None:
+            return  # its etcd has not run: a first run that failed can be put right
+        for key, new, why in (
+            ("client_port", cluster.etcd.client_port, "agents and peers would look for its members where none listens"),
+            ("peer_port", cluster.etcd.peer_port, "its members know each other by the port that they joined with"),
+        ):
+            if new != doc["etcd"][key]:
+                self.change_not_yet(f"{where}.etcd.{key}", doc["etcd"][key], new, why, f"put {doc['etcd'][key]} back")
+
+    def check_members(
+        self, cluster: Cluster, running: Mapping[str, Any], hosts: Mapping[str, Any], members: list[str]
+    ) -> None:
+        """Running members stay at the addresses by which the others know them."""
+        if running.get("ca_certificate") is None:
+            return
+        before = _announced(running["hosts"], running["etcd"]["members"])
+        after = _announced(hosts, [member for member in members if member in hosts])
+        for member in sorted(set(before) & set(after)):
+            for key, variable in (("underlay4", "isthmus_underlay"), ("advertise4", "isthmus_advertise")):
+                old, new = running["hosts"][member][key], hosts[member][key]
+                if old != new:
+                    self.change_not_yet(
+                        f"host {member}.{variable}",
+                        old,
+                        new,
+                        f"the host carries a member of cluster {cluster.name}'s etcd, and the others know it by its "
+                        "addresses",
+                        f"put {old} back; to move the member, take the host out of etcd.hosts (another one in its "
+                        f"place) with isthmus_prune=member/{cluster.name}/{member}, and list it again later",
+                    )
+                    break
+            else:
+                # Back to one site is no harm: what was announced can be dialled from there too.
+                if before[member] != after[member] and before[member] == running["hosts"][member]["underlay4"]:
+                    self.change_not_yet(
+                        f"isthmus_estate.clusters.{cluster.name}.etcd.hosts",
+                        before[member],
+                        f"{after[member]} as the address of member {member}",
+                        "members in several sites dial each other at isthmus_advertise, and the others know it by "
+                        "isthmus_underlay",
+                        "keep the members in one site",
+                    )
 
     # One cluster
 
@@ -284,6 +346,8 @@ class _Planner:
             self.check_fixed(cluster, running)
         hosts, released = self.hosts(cluster, running)
         members = self.members(cluster, running, hosts)
+        if running is not None:
+            self.check_members(cluster, running, hosts, members)
         initial = running["etcd"]["initial"] if running is not None else cluster.etcd.hosts[0]
         ca_host = running["ca_host"] if running is not None else cluster.ca_host or cluster.etcd.hosts[0]
         if members and initial not in members:
@@ -708,12 +772,8 @@ class _Spec:
         return found
 
     def member_urls(self, port: int) -> dict[str, str]:
-        """Every member announces one URL to all; within one site that is the underlay address."""
-        hosts, members = self.own["hosts"], self.own["etcd"]["members"]
-        one_site = len({hosts[member]["site"] for member in members}) == 1
-        return {
-            member: f"https://{hosts[member]['underlay4' if one_site else 'advertise4']}:{port}" for member in members
-        }
+        announced = _announced(self.own["hosts"], self.own["etcd"]["members"])
+        return {member: f"https://{address}:{port}" for member, address in announced.items()}
 
     def etcd_member(self) -> dict[str, Any]:
         etcd = self.own["etcd"]
@@ -789,6 +849,13 @@ class _Spec:
             "usages": ["client"],
             "owner": "root",
         }
+
+
+def _announced(hosts: Mapping[str, Any], members: Iterable[str]) -> dict[str, str]:
+    """The one address at which each member is known to all members: within one site its underlay address."""
+    carrying = {member: hosts[member] for member in members}
+    key = "underlay4" if len({host["site"] for host in carrying.values()}) == 1 else "advertise4"
+    return {member: host[key] for member, host in carrying.items()}
 
 
 def _trust(cluster: str) -> str:

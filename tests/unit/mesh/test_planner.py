@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -33,6 +34,16 @@ def refused(edit: Edit, previous: Plan | None = None, prune: tuple[str, ...] = (
     with pytest.raises(ModelError) as caught:
         replanned(edit, previous, prune=prune)
     return [str(problem) for problem in caught.value.problems]
+
+
+def running(edit: Edit | None = None) -> Plan:
+    """What was planned, as it stands when every cluster's etcd has run."""
+    found = planned(model()) if edit is None else replanned(edit)
+    documents = copy.deepcopy(dict(found.record))
+    for name, document in documents.items():
+        if name.startswith("clusters/"):
+            document["ca_certificate"] = "PEM"
+    return replace(found, record=documents)
 
 
 def nothing(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
@@ -509,6 +520,101 @@ def _grown(prefix: str) -> Edit:
 )
 def test_what_does_not_go_with_the_record_is_refused(edit: Edit, message: str) -> None:
     assert message in refused(edit)
+
+
+MEMBER_STAYS = (
+    "Why: the host carries a member of cluster onprem's etcd, and the others know it by its addresses. Next: put {0} "
+    "back; to move the member, take the host out of etcd.hosts (another one in its place) with "
+    "isthmus_prune=member/onprem/o2, and list it again later."
+)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda e, h: e.update(domain="example.org"),
+            "isthmus_estate.domain: a change from clusterset.local to example.org is not yet supported. Why: until the "
+            "last host has the new one, names of services would be found on a part of the hosts only. Next: put "
+            "clusterset.local back.",
+        ),
+        (
+            lambda e, h: e.update(overlay={"port": 8473}),
+            "isthmus_estate.overlay.port: a change from 8472 to 8473 is not yet supported. Why: hosts that have the "
+            "new one and hosts that do not could not reach each other's workloads. Next: put 8472 back.",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"]["etcd"].update(client_port=2479),
+            "isthmus_estate.clusters.onprem.etcd.client_port: a change from 2379 to 2479 is not yet supported. Why: "
+            "agents and peers would look for its members where none listens. Next: put 2379 back.",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"]["etcd"].update(peer_port=2480),
+            "isthmus_estate.clusters.onprem.etcd.peer_port: a change from 2380 to 2480 is not yet supported. Why: its "
+            "members know each other by the port that they joined with. Next: put 2380 back.",
+        ),
+        (
+            lambda e, h: h["o2"].update(ansible_host="198.18.1.22"),
+            "host o2.isthmus_underlay: a change from 198.18.1.2 to 198.18.1.22 is not yet supported. "
+            + MEMBER_STAYS.format("198.18.1.2"),
+        ),
+        (
+            lambda e, h: h["o2"].update(isthmus_advertise="203.0.113.2"),
+            "host o2.isthmus_advertise: a change from 198.18.1.2 to 203.0.113.2 is not yet supported. "
+            + MEMBER_STAYS.format("198.18.1.2"),
+        ),
+    ],
+)
+def test_a_change_that_a_running_estate_cannot_make_yet_is_refused(edit: Edit, message: str) -> None:
+    assert refused(edit, running()) == [message]
+
+
+def test_what_has_not_run_can_be_put_right() -> None:
+    """A first run that reached one cluster only leaves the others in the record as they were planned."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["onprem"]["etcd"].update(client_port=2479, peer_port=2480)
+        h["o2"].update(ansible_host="198.18.1.22")
+
+    urls = replanned(edit).specs["o1"]["member"]["members"]
+    assert urls["o2"] == "https://198.18.1.22:2480"
+
+
+def test_a_member_that_goes_and_a_host_that_carries_none_may_have_new_addresses() -> None:
+    def without_o2(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["onprem"]["etcd"].update(hosts=["o1", "o3"])
+        h["o2"].update(ansible_host="198.18.1.22")
+
+    assert len(refused(without_o2, running())) == 1, "absence from the list removes no member"
+    found = replanned(without_o2, running(), prune=("member/onprem/o2",))
+    assert found.specs["o2"]["node"]["underlay4"] == "198.18.1.22"
+
+    def with_o4(address: str) -> Edit:
+        return lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": address})
+
+    moved = replanned(with_o4("198.18.1.44"), running(with_o4("198.18.1.4")))
+    assert moved.specs["o4"]["node"]["underlay4"] == "198.18.1.44"
+
+
+def test_members_do_not_leave_the_one_site_by_whose_addresses_they_know_each_other() -> None:
+    def behind(e: dict[str, Any], h: dict[str, Any]) -> None:
+        for number in (1, 2, 3):
+            h[f"o{number}"].update(isthmus_advertise=f"203.0.113.{number}")
+        h["o4"] = {"isthmus_cluster": "onprem", "ansible_host": "198.18.3.4", "isthmus_site": "far"}
+
+    def far(e: dict[str, Any], h: dict[str, Any]) -> None:
+        behind(e, h)
+        e["clusters"]["onprem"]["etcd"]["hosts"].append("o4")
+
+    messages = refused(far, running(behind))
+    assert len(messages) == 3
+    assert messages[0] == (
+        "isthmus_estate.clusters.onprem.etcd.hosts: a change from 198.18.1.1 to 203.0.113.1 as the address of member "
+        "o1 is not yet supported. Why: members in several sites dial each other at isthmus_advertise, and the others "
+        "know it by isthmus_underlay. Next: keep the members in one site."
+    )
+    back = replanned(behind, running(far), prune=("member/onprem/o4",))
+    assert back.removed == ("member/onprem/o4",), "the way back loses nobody"
 
 
 def test_a_new_cluster_against_one_that_only_the_record_knows() -> None:
