@@ -84,6 +84,11 @@ class Host:
     workloads: tuple[Workload, ...]
     absent: bool = False
 
+    @property
+    def addresses(self) -> dict[IPv4Address, str]:
+        """The host's addresses outside the mesh, and the variable that each comes from."""
+        return {self.advertise: "isthmus_advertise", self.underlay: "isthmus_underlay"}
+
 
 @dataclass(frozen=True)
 class Service:
@@ -477,7 +482,7 @@ class _Reader:
     def unique_addresses(self, hosts: Mapping[str, Host]) -> None:
         seen: dict[IPv4Address, str] = {}
         for host in hosts.values():
-            for address, variable in _addresses(host).items():
+            for address, variable in host.addresses.items():
                 owner = seen.setdefault(address, host.name)
                 if owner != host.name:
                     self.problem(
@@ -618,7 +623,7 @@ class _Reader:
                 "choose ranges that are apart",
             )
         for host in hosts.values():
-            for address, variable in _addresses(host).items():
+            for address, variable in host.addresses.items():
                 for network, where in named:
                     if address in network:
                         self.problem(
@@ -834,11 +839,6 @@ def _overlaps(
         found += [(outer, entry) for outer in stack]
         stack.append(entry)
     return found
-
-
-def _addresses(host: Host) -> dict[IPv4Address, str]:
-    """The host's addresses outside the mesh, and the variable that each comes from."""
-    return {host.advertise: "isthmus_advertise", host.underlay: "isthmus_underlay"}
 
 
 def _shared(one: IPv4Network, other: IPv4Network) -> str:

@@ -99,7 +99,7 @@ class _Planner:
 
     def run(self) -> Plan:
         self.check_roster()
-        self.check_ranges()
+        self.check_orphans()
         documents = {}
         for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
             document = self.cluster(name)
@@ -170,7 +170,26 @@ class _Planner:
                     "the next run would bring it back",
                     "take it out of the inventory, or use state: absent instead",
                 )
+            whole = self.orphan_of(name)
+            if whole is not None and whole not in found:
+                self.problem(
+                    f"isthmus_prune={name}",
+                    f"it is a part of {whole}, which the inventory lacks too",
+                    "what the inventory lacks goes as a whole",
+                    f"write {whole}, or put that back into the inventory",
+                )
         return found
+
+    def orphan_of(self, name: str) -> str | None:
+        """The orphan that something of the record is a part of."""
+        kind, _slash, rest = name.partition("/")
+        first = rest.partition("/")[0]
+        if kind not in ("member", "host", "workload"):
+            return None
+        for cluster in sorted(set(self.known) - set(self.model.clusters)):
+            if first == cluster if kind == "member" else first in self.known[cluster]["hosts"]:
+                return f"cluster/{cluster}"
+        return f"host/{first}" if kind == "workload" and first not in self.model.hosts else None
 
     def declared(self, name: str) -> bool:
         kind, _slash, rest = name.partition("/")
@@ -229,35 +248,71 @@ class _Planner:
         """A change that a later version may make: refused now, as this one would leave it half done."""
         self.problem(where, f"a change from {old} to {new} is not yet supported", why, following)
 
-    def check_ranges(self) -> None:
-        """What the model adds against clusters that only the record knows."""
-        for name in sorted(set(self.known) - set(self.model.clusters)):
-            if f"cluster/{name}" in self.prune:
+    def check_orphans(self) -> None:
+        """What the model has against what only the record knows: it still runs and keeps what it has."""
+        orphaned = sorted(set(self.known) - set(self.model.clusters))
+        for name in orphaned:
+            if f"cluster/{name}" not in self.prune:
+                self.check_orphaned_cluster(name, self.known[name])
+        hosts: dict[IPv4Address, tuple[str, str]] = {}
+        for name, doc in self.known.items():
+            if f"cluster/{name}" in self.prune or (name in self.model.clusters and self.model.clusters[name].absent):
                 continue
-            doc = self.known[name]
-            own = [IPv4Network(text) for text in (*doc["workload_ranges"], doc["service_range"])]
-            for cluster in self.model.clusters.values():
-                if cluster.absent or cluster.name in self.known:
+            for host, entry in doc["hosts"].items():
+                if host in self.model.hosts or f"host/{host}" in self.prune:
                     continue
-                where = f"isthmus_estate.clusters.{cluster.name}"
-                following = f"choose another, or remove that cluster with isthmus_prune=cluster/{name}"
-                if cluster.id == doc["id"]:
-                    self.problem(
-                        f"{where}.id",
-                        f"{cluster.id} is the id of cluster {name}, which the record knows and the inventory lacks",
-                        "what is absent from the inventory still runs",
-                        following,
+                orphan = f"cluster/{name}" if name in orphaned else f"host/{host}"
+                for key in ("underlay4", "advertise4"):
+                    hosts[IPv4Address(entry[key])] = f"host {host} of cluster {name}", orphan
+        for host in self.model.hosts.values():
+            for address, variable in host.addresses.items():
+                if address in hosts and not host.absent:
+                    owner, orphan = hosts[address]
+                    self.orphan_problem(
+                        f"host {host.name}.{variable}", f"{address} is also an address of {owner}", orphan
                     )
-                for new in (*cluster.workload_ranges, cluster.service_range):
-                    for old in own:
-                        if new.overlaps(old):
-                            self.problem(
-                                where,
-                                f"{new} overlaps {old} of cluster {name}, which the record knows "
-                                "and the inventory lacks",
-                                "what is absent from the inventory still runs",
-                                following,
-                            )
+        for cluster in self.model.clusters.values():
+            for address, (owner, orphan) in hosts.items():
+                for network in () if cluster.absent else (*cluster.workload_ranges, cluster.service_range):
+                    if address in network:
+                        self.orphan_problem(
+                            f"isthmus_estate.clusters.{cluster.name}", f"{network} holds {address} of {owner}", orphan
+                        )
+
+    def check_orphaned_cluster(self, name: str, doc: Mapping[str, Any]) -> None:
+        orphan = f"cluster/{name}"
+        ranges = [IPv4Network(text) for text in (*doc["workload_ranges"], doc["service_range"])]
+        for cluster in self.model.clusters.values():
+            where = f"isthmus_estate.clusters.{cluster.name}"
+            if cluster.absent:
+                continue
+            if cluster.id == doc["id"]:
+                self.orphan_problem(f"{where}.id", f"{cluster.id} is the id of cluster {name}", orphan)
+            for new in (*cluster.workload_ranges, cluster.service_range):
+                for old in ranges:
+                    if new.overlaps(old):
+                        self.orphan_problem(where, f"{new} overlaps {old} of cluster {name}", orphan)
+        for host in self.model.hosts.values():
+            if host.absent:
+                continue
+            if host.name in doc["hosts"]:
+                self.orphan_problem(
+                    f"host {host.name}.isthmus_cluster", f"{host.cluster}, but the host runs in cluster {name}", orphan
+                )
+            for address, variable in host.addresses.items():
+                for old in ranges:
+                    if address in old:
+                        self.orphan_problem(
+                            f"host {host.name}.{variable}", f"{address} lies in {old} of cluster {name}", orphan
+                        )
+
+    def orphan_problem(self, where: str, what: str, orphan: str) -> None:
+        self.problem(
+            where,
+            f"{what}, which the record knows and the inventory lacks",
+            "what is absent from the inventory still runs",
+            f"choose another, or remove that {orphan.partition('/')[0]} with isthmus_prune={orphan}",
+        )
 
     def check_fixed(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
         where = f"isthmus_estate.clusters.{cluster.name}"
@@ -482,7 +537,9 @@ class _Planner:
                 )
                 continue
             for name, other in sorted(taken.items()):
-                if name != host.name and other.overlaps(pinned):
+                if name != host.name and other.overlaps(pinned) and name not in self.model.hosts:
+                    self.orphan_problem(where, f"{pinned} overlaps {other}, the range of host {name}", f"host/{name}")
+                elif name != host.name and other.overlaps(pinned):
                     self.problem(
                         where,
                         f"{pinned} overlaps {other}, the range of host {name}",
@@ -528,6 +585,15 @@ class _Planner:
             elif key not in declared:
                 self.orphans.append(name)
         present = [workload for workload in host.workloads if not workload.absent]
+        processes = {tuple(workloads[key]["cgroup"].items()): key for key in workloads if key not in declared}
+        for workload in present:
+            orphan = processes.get(tuple(workload.cgroup.items()))
+            if orphan is not None:
+                self.orphan_problem(
+                    f"host {host.name}.isthmus_workloads ({workload.key})",
+                    f"{next(iter(workload.cgroup.values()))} is also the workload {orphan}",
+                    f"workload/{host.name}/{orphan}",
+                )
         addresses = self.addresses(host, node_range, mesh, present, workloads, released)
         for workload in present:
             if workload.key in addresses:
@@ -560,6 +626,7 @@ class _Planner:
         found: dict[str, IPv4Address] = {}
         owners = {mesh: "the host itself"}
         owners.update({IPv4Address(entry["address4"]): key for key, entry in old.items()})
+        orphans = set(old) - {workload.key for workload in present}
         pinned = {workload.address: workload.key for workload in present if workload.address is not None}
         for workload in present:
             where = f"host {host.name}.isthmus_workloads ({workload.key}).address"
@@ -581,6 +648,11 @@ class _Planner:
                     f"{workload.address} is not in the host's range {node_range}",
                     "other hosts find the workload by its host's range",
                     "choose an address inside it",
+                )
+            elif owners.get(workload.address) in orphans:
+                owner = owners[workload.address]
+                self.orphan_problem(
+                    where, f"{workload.address} is the address of {owner}", f"workload/{host.name}/{owner}"
                 )
             elif workload.address in owners:
                 self.problem(

@@ -631,6 +631,125 @@ def test_a_new_cluster_against_one_that_only_the_record_knows() -> None:
     assert any("10.102.64.0/18 overlaps 10.102.0.0/16 of cluster cloud" in message for message in messages)
 
 
+LACKS = (
+    "which the record knows and the inventory lacks. Why: what is absent from the inventory still runs. Next: choose"
+)
+
+
+def _without_c2(*edits: Edit) -> Edit:
+    """The inventory of `_with_c2` without its host and workload, and with something else."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        h["c1"]["isthmus_workloads"] = []
+        for one in edits:
+            one(e, h)
+
+    return edit
+
+
+def _with_c2(e: dict[str, Any], h: dict[str, Any]) -> None:
+    h["c2"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2", "isthmus_advertise": "203.0.113.2"}
+
+
+def _new_host(**variables: Any) -> Edit:
+    return lambda e, h: h.update(new={"isthmus_cluster": "cloud", "isthmus_underlay": "198.18.2.9", **variables})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message", "prune"),
+    [
+        (
+            _new_host(isthmus_underlay="198.18.2.2"),
+            f"host new.isthmus_underlay: 198.18.2.2 is also an address of host c2 of cluster cloud, {LACKS} another, "
+            "or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            _new_host(isthmus_advertise="203.0.113.2"),
+            "host new.isthmus_advertise: 203.0.113.2 is also an address of host c2 of cluster cloud, "
+            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            _new_host(isthmus_node_range="10.102.0.16/28"),
+            "host new.isthmus_node_range: 10.102.0.16/28 overlaps 10.102.0.16/28, the range of host c2, "
+            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"]["workload_ranges"].append("203.0.113.0/28"),
+            "isthmus_estate.clusters.onprem: 203.0.113.0/28 holds 203.0.113.2 of host c2 of cluster cloud, "
+            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            lambda e, h: h["c1"].update(
+                isthmus_workloads=[{"name": "b", "unit": "b.service", "address": "10.102.0.2"}]
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.0.2 is the address of shop/web, "
+            f"{LACKS} another, or remove that workload with isthmus_prune=workload/c1/shop/web.",
+            "workload/c1/shop/web",
+        ),
+        (
+            lambda e, h: h["c1"].update(isthmus_workloads=[{"name": "renamed", "unit": "web.service"}]),
+            "host c1.isthmus_workloads (default/renamed): web.service is also the workload shop/web, "
+            f"{LACKS} another, or remove that workload with isthmus_prune=workload/c1/shop/web.",
+            "workload/c1/shop/web",
+        ),
+    ],
+)
+def test_what_only_the_record_knows_keeps_its_own(edit: Edit, message: str, prune: str) -> None:
+    first = replanned(_with_c2)
+    assert refused(_without_c2(edit), first) == [message]
+    assert prune in replanned(_without_c2(edit), first, prune=(prune,)).removed
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda e, h: e["clusters"]["onprem"]["workload_ranges"].append("10.112.4.0/24"),
+            f"isthmus_estate.clusters.onprem: 10.112.4.0/24 overlaps 10.112.0.0/16 of cluster cloud, {LACKS} another, "
+            "or remove that cluster with isthmus_prune=cluster/cloud.",
+        ),
+        (
+            lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": "198.18.2.1"}),
+            f"host o4.isthmus_underlay: 198.18.2.1 is also an address of host c1 of cluster cloud, {LACKS} another, or "
+            "remove that cluster with isthmus_prune=cluster/cloud.",
+        ),
+        (
+            lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": "10.102.9.9"}),
+            f"host o4.isthmus_underlay: 10.102.9.9 lies in 10.102.0.0/16 of cluster cloud, {LACKS} another, or remove "
+            "that cluster with isthmus_prune=cluster/cloud.",
+        ),
+        (
+            lambda e, h: h.update(c1={"isthmus_cluster": "onprem", "ansible_host": "198.18.1.9"}),
+            f"host c1.isthmus_cluster: onprem, but the host runs in cluster cloud, {LACKS} another, or remove that "
+            "cluster with isthmus_prune=cluster/cloud.",
+        ),
+    ],
+)
+def test_a_cluster_that_only_the_record_knows_keeps_its_own(edit: Edit, message: str) -> None:
+    def without_cloud(e: dict[str, Any], h: dict[str, Any]) -> None:
+        del e["clusters"]["cloud"], h["c1"]
+        edit(e, h)
+
+    assert refused(without_cloud, planned(model())) == [message]
+    assert replanned(without_cloud, prune=("cluster/cloud",)).removed == ("cluster/cloud",)
+
+
+def test_a_part_of_an_orphan_does_not_go_alone() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        del e["clusters"]["cloud"], h["c1"]
+
+    for name in ("host/c1", "member/cloud/c1", "workload/c1/shop/web"):
+        assert refused(edit, prune=(name,)) == [
+            f"isthmus_prune={name}: it is a part of cluster/cloud, which the inventory lacks too. Why: what the "
+            "inventory lacks goes as a whole. Next: write cluster/cloud, or put that back into the inventory."
+        ]
+        assert replanned(edit, prune=(name, "cluster/cloud")).removed == ("cluster/cloud",)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
