@@ -216,7 +216,11 @@ def test_names_to_prune_may_be_one_string(site: Site) -> None:
     record = site.plan()["record"]
     site.hosts(**three)
     assert site.plan(records=[record])["orphans"] == ["host/b2", "host/b3"]
-    assert site.plan(records=[record], isthmus_prune="b2,host/b3")["removed"] == ["host/b2", "host/b3"]
+    gone = site.plan(records=[record], isthmus_prune="b2,host/b3")
+    assert gone["removed"] == ["host/b2", "host/b3"]
+    again = site.plan(records=[gone["record"]], isthmus_prune="b2,host/b3")
+    assert (again["removed"], again["record"]) == ([], gone["record"])
+    assert [warning.partition(":")[0] for warning in again["warnings"]] == ["isthmus_prune=b2", "isthmus_prune=host/b3"]
 
 
 def test_a_newer_record_is_refused_in_words(site: Site) -> None:

@@ -20,7 +20,7 @@ from . import spec
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
 from .record import CLUSTERS, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
-from .schema import Problem, suggestion
+from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
 
@@ -139,7 +139,7 @@ class _Planner:
                 candidates.add(f"host/{host}")
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
         roster = self.record.roster or {"services": {}}
-        candidates |= {f"service/{key}" for key in roster["services"]}
+        candidates |= {f"service/{key}" for key, entry in roster["services"].items() if entry["state"] != "absent"}
         found = set()
         for given in prune:
             name = given.strip()
@@ -153,12 +153,11 @@ class _Planner:
                     "what is removed must be certain",
                     "write the full name",
                 )
-            elif not meant:
-                self.problem(
-                    f"isthmus_prune={name}",
-                    "the record knows nothing of that name",
-                    "there is nothing to remove",
-                    suggestion(name, candidates),
+            elif not meant or all(self.moved(one) for one in meant):
+                near = nearest(name, candidates - meant)
+                self.warnings.append(
+                    f"isthmus_prune={name}: there is nothing of that name to remove; it has gone before"
+                    + (f", or did you mean {near!r}?" if near else "")
                 )
             else:
                 found |= meant
@@ -190,6 +189,20 @@ class _Planner:
             if first == cluster if kind == "member" else first in self.known[cluster]["hosts"]:
                 return f"cluster/{cluster}"
         return f"host/{first}" if kind == "workload" and first not in self.model.hosts else None
+
+    def moved(self, name: str) -> bool:
+        """Whether it is a host that was removed from one cluster and is in another now."""
+        kind, _slash, host = name.partition("/")
+        return (
+            kind == "host"
+            and self.declared(name)
+            and any(
+                entry.get("owner") == host
+                for cluster, doc in self.known.items()
+                for entry in doc["released"]
+                if cluster != self.model.hosts[host].cluster
+            )
+        )
 
     def declared(self, name: str) -> bool:
         kind, _slash, rest = name.partition("/")

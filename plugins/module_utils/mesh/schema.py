@@ -62,12 +62,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def nearest(word: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """What a misspelt word was probably meant to be."""
+    near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
 def suggestion(word: Any, known: Iterable[str]) -> str:
     """`did you mean X?` for a near miss, else what is known."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    near = nearest(word, names)
     if near:
-        return f"did you mean {near[0]!r}? Change it"
+        return f"did you mean {near!r}? Change it"
     if not names:
         return "remove it"
     return "use one of " + ", ".join(names[:20]) if len(names) <= 20 else "check the spelling"

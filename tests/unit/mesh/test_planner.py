@@ -754,11 +754,6 @@ def test_a_part_of_an_orphan_does_not_go_alone() -> None:
     ("name", "message"),
     [
         (
-            "host/o9",
-            "isthmus_prune=host/o9: the record knows nothing of that name. Why: there is nothing to remove. Next: did "
-            "you mean 'host/o3'? Change it.",
-        ),
-        (
             "c1",
             "isthmus_prune=host/c1: the inventory still has it. Why: the next run would bring it back. Next: take it "
             "out of the inventory, or use state: absent instead.",
@@ -767,6 +762,53 @@ def test_a_part_of_an_orphan_does_not_go_alone() -> None:
 )
 def test_names_to_prune_that_are_refused(name: str, message: str) -> None:
     assert refused(nothing, prune=(name,)) == [message]
+
+
+def _without_what_went(e: dict[str, Any], h: dict[str, Any]) -> None:
+    """Of each kind something is gone from the inventory."""
+    del e["services"]
+    e["clusters"]["onprem"]["etcd"]["hosts"] = ["o1"]
+    h.pop("o3")
+
+
+@pytest.mark.parametrize(
+    ("edit", "prune"),
+    [
+        (_without_what_went, ("host/o3", "member/onprem/o2", "service/shop/web")),
+        (_without_what_went, ("o3", "onprem/o2", "shop/web")),
+        (lambda e, h: h["c1"].pop("isthmus_workloads"), ("workload/c1/shop/web",)),
+        (lambda e, h: (e["clusters"].pop("cloud"), h.pop("c1")), ("cluster/cloud",)),
+    ],
+)
+def test_what_is_pruned_twice_is_gone_once(edit: Edit, prune: tuple[str, ...]) -> None:
+    gone = replanned(edit, prune=prune)
+    assert len(gone.removed) >= len(prune)
+    again = replanned(edit, gone, timedelta(days=40), prune=prune)
+    assert again.record == gone.record
+    assert (again.specs, again.services) == (gone.specs, gone.services)
+    assert again.changes == again.removed == again.orphans == ()
+    for name in prune:
+        assert any(
+            warning.startswith(f"isthmus_prune={name}: there is nothing of that name to remove; it has gone before")
+            for warning in again.warnings
+        )
+
+
+def test_a_host_that_moves_is_pruned_twice() -> None:
+    def into(cluster: str) -> Edit:
+        return lambda e, h: h.update(x={"isthmus_cluster": cluster, "ansible_host": "198.18.2.7"})
+
+    moved = replanned(into("onprem"), replanned(into("cloud")), prune=("host/x",))
+    again = replanned(into("onprem"), moved, prune=("host/x",))
+    assert again.record == moved.record
+    assert again.removed == ()
+
+
+def test_a_misspelt_name_to_prune_is_said() -> None:
+    (warning,) = replanned(nothing, prune=("host/o9",)).warnings
+    assert warning == (
+        "isthmus_prune=host/o9: there is nothing of that name to remove; it has gone before, or did you mean 'host/o3'?"
+    )
 
 
 def test_a_name_to_prune_that_can_mean_two_things() -> None:
