@@ -16,10 +16,10 @@ from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import spec
+from . import jsontext, spec
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
-from .record import CLUSTERS, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
+from .record import CLUSTERS, LARGEST_DOCUMENT, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
 from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
@@ -106,6 +106,7 @@ class _Planner:
             if document is not None:
                 documents[name] = self.settled(document, CLUSTERS + name, self.record.clusters.get(name))
         roster = self.roster(documents)
+        self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
         following = Record(roster, documents)
@@ -694,6 +695,35 @@ class _Planner:
         return found
 
     # Documents
+
+    def check_sizes(self, documents: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> None:
+        for name, document in documents.items():
+            if document["state"] == "absent":
+                continue
+            workloads = sum(len(entry["workloads"]) for entry in document["hosts"].values())
+            self.check_size(
+                f"cluster {name}",
+                f"{len(document['hosts'])} hosts with {workloads} workloads",
+                document,
+                "spread its hosts over more clusters, shorten labels, or remove orphans",
+            )
+        self.check_size(
+            "isthmus_estate",
+            f"{len(roster['clusters'])} clusters and {len(roster['services'])} services",
+            roster,
+            "use fewer services",
+        )
+
+    def check_size(self, where: str, content: str, document: Mapping[str, Any], following: str) -> None:
+        size = len(jsontext.dumps(document).encode())
+        if size > LARGEST_DOCUMENT:
+            self.problem(
+                where,
+                f"its document in the estate record would have {size / 2**20:.2f} MiB ({content}), more than "
+                f"{LARGEST_DOCUMENT / 2**20:.2f} MiB",
+                "etcd refuses what is larger than 1.5 MiB",
+                following,
+            )
 
     def stamped(self, document: dict[str, Any], old: Mapping[str, Any] | None) -> dict[str, Any]:
         """The old document when nothing changed, else the new one with the next revision."""

@@ -865,6 +865,42 @@ def test_pins_are_kept_clear_when_others_are_dealt() -> None:
     }
 
 
+def test_a_document_that_etcd_would_refuse_is_refused_before() -> None:
+    labels = {f"label-{number}": "v" * 63 for number in range(20)}
+
+    def edit(count: int) -> Edit:
+        workloads = [{"name": f"w{one}", "unit": f"w{one}.service", "labels": labels} for one in range(13)]
+        return lambda e, h: h.update(
+            {
+                f"h{number}": {
+                    "isthmus_cluster": "onprem",
+                    "ansible_host": f"198.18.3.{number}",
+                    "isthmus_workloads": workloads,
+                }
+                for number in range(1, count + 1)
+            }
+        )
+
+    (message,) = refused(edit(70))
+    assert message == (
+        "cluster onprem: its document in the estate record would have 1.44 MiB (73 hosts with 910 workloads), more "
+        "than 1.25 MiB. Why: etcd refuses what is larger than 1.5 MiB. Next: spread its hosts over more clusters, "
+        "shorten labels, or remove orphans."
+    )
+    document = replanned(edit(60)).record["clusters/onprem"]
+    assert 1.1 * 2**20 < len(json.dumps(document, separators=(",", ":"))) <= 1.25 * 2**20
+
+
+def test_a_roster_that_etcd_would_refuse_is_refused_before() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        service = e["services"][0]
+        e["services"] = [{**service, "name": f"{number:063}"} for number in range(11000)]
+
+    (message,) = refused(edit)
+    assert message.startswith("isthmus_estate: its document in the estate record would have ")
+    assert "(2 clusters and 11001 services), more than 1.25 MiB" in message
+
+
 def test_plan_of_nothing_yet() -> None:
     found = plan(model(), Record(), NOW, "alice")
     assert found.record["roster"]["by"] == "alice"
