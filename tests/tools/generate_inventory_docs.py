@@ -128,6 +128,14 @@ def _sections() -> Iterator[str]:
         for name, key in table.keys.items():
             yield f"| `{name}` | {key.kind.words()} | {default_words(key)} | {key.doc} |"
         yield ""
+    yield "## Variables of a run\n"
+    yield "For the playbooks, with `-e`; those of the bundle may stand in the inventory too.\n"
+    yield "| Variable | Meaning |"
+    yield "| --- | --- |"
+    for name, words in schema.PLAY_VARIABLES.items():
+        yield f"| `{name}` | {words} |"
+    yield "\nAny other variable that begins with `isthmus_` gets a warning."
+    yield ""
 
 
 def json_schema() -> str:

@@ -364,9 +364,12 @@ class _Reader:
     ) -> dict[str, Host]:
         found: dict[str, Host] = {}
         declared = set(top["clusters"]) if top["clusters"] is not INVALID else set()
+        unknown: dict[str, list[str]] = {}
         for name in sorted(hosts):
             for variable in sorted(hosts[name]):
-                meant = schema.unknown_variable(variable)
+                meant = schema.misspelt_variable(variable)
+                if meant is None and schema.unknown_variable(variable) is not None:
+                    unknown.setdefault(variable, []).append(name)
                 if meant is not None:
                     self.problem(
                         f"host {name}.{variable}",
@@ -417,6 +420,12 @@ class _Reader:
                 labels=entry["isthmus_labels"],
                 workloads=workloads,
                 absent=entry["isthmus_state"] == "absent" or clusters[cluster].absent,
+            )
+        for variable, places in sorted(unknown.items()):
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            self.warnings.append(
+                f"host {places[0]}{more}: {variable} is not a variable of Isthmus, which ignores it; "
+                f"{schema.unknown_variable(variable)}"
             )
         self.unique_addresses(found)
         self.pins(found)

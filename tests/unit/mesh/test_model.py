@@ -598,6 +598,23 @@ def test_an_even_number_of_members_is_warned_about() -> None:
     )
 
 
+def test_a_variable_that_nobody_reads_is_warned_about() -> None:
+    the_hosts = hosts()
+    for variables in the_hosts.values():
+        variables.update(isthmus_services=[], isthmus_prune="host/o9", isthmus_bundle_python="python3", other=1)
+    the_hosts["o1"]["isthmus_data_of_another_team"] = "x"
+    the_hosts["o2"]["isthmus_bundels"] = ["x"]
+    the_hosts["Printer_1"] = {"isthmus_bundels": []}
+    assert model(the_hosts=the_hosts).warnings == (
+        "host Printer_1 and 1 more: isthmus_bundels is not a variable of Isthmus, which ignores it; did you mean "
+        "'isthmus_bundles'?",
+        "host c1 and 3 more: isthmus_services is not a variable of Isthmus, which ignores it; rename it, if it is "
+        "your own",
+        "host o1: isthmus_data_of_another_team is not a variable of Isthmus, which ignores it; rename it, if it is "
+        "your own",
+    )
+
+
 def test_a_service_without_backends_is_warned_about() -> None:
     the_estate = estate()
     the_estate["services"][0]["backends"] = {"labels": {"app": "wep"}}
