@@ -663,6 +663,13 @@ class _Planner:
                     "other hosts find the workload by its host's range",
                     "choose an address inside it",
                 )
+            elif workload.address in (node_range.network_address, node_range.broadcast_address):
+                self.problem(
+                    where,
+                    f"{workload.address} is the first or last address of the host's range {node_range}",
+                    "in an IPv4 network they stand for the network and for all of its hosts",
+                    "choose another inside it",
+                )
             elif owners.get(workload.address) in orphans:
                 owner = owners[workload.address]
                 self.orphan_problem(

@@ -501,6 +501,27 @@ def _grown(prefix: str) -> Edit:
             "other hosts find the workload by its host's range. Next: choose an address inside it.",
         ),
         (
+            lambda e, h: h["c1"]["isthmus_workloads"].append(
+                {"name": "b", "unit": "b.service", "address": "10.102.0.15"}
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.0.15 is the first or last address of the host's "
+            "range 10.102.0.0/28. Why: in an IPv4 network they stand for the network and for all of its hosts. Next: "
+            "choose another inside it.",
+        ),
+        (
+            lambda e, h: h.update(
+                c2={
+                    "isthmus_cluster": "cloud",
+                    "ansible_host": "198.18.2.2",
+                    "isthmus_node_range": "10.102.4.0/28",
+                    "isthmus_workloads": [{"name": "b", "unit": "b.service", "address": "10.102.4.0"}],
+                }
+            ),
+            "host c2.isthmus_workloads (default/b).address: 10.102.4.0 is the first or last address of the host's "
+            "range 10.102.4.0/28. Why: in an IPv4 network they stand for the network and for all of its hosts. Next: "
+            "choose another inside it.",
+        ),
+        (
             lambda e, h: h["c1"].update(
                 isthmus_workloads=[{"name": f"w{n}", "unit": f"w{n}.service"} for n in range(13)] + [web()]
             ),
