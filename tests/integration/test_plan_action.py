@@ -235,6 +235,21 @@ def test_names_to_prune_may_be_one_string(site: Site) -> None:
     assert [warning.partition(":")[0] for warning in again["warnings"]] == ["isthmus_prune=b2", "isthmus_prune=host/b3"]
 
 
+def test_changes_that_a_running_estate_cannot_make_yet(site: Site) -> None:
+    record = site.plan()["record"]
+    for name in ("clusters/a", "clusters/b"):
+        record[name]["ca_certificate"] = "PEM"
+    a = {**ESTATE["clusters"]["a"], "etcd": {"hosts": ["a1"], "client_port": 2479}}
+    changed = {**ESTATE, "overlay": {"port": 8473}, "clusters": {**ESTATE["clusters"], "a": a}}
+    site.write("group_vars/all.yml", {"isthmus_estate": changed, "ansible_python_interpreter": sys.executable})
+    site.hosts(a1={"ansible_host": "192.0.2.1"}, b1={"ansible_host": "192.0.2.22"})
+    refusal = site.refusal(records=[record])
+    assert "The mesh cannot be planned: 3 problems. Nothing was changed on any host." in refusal
+    assert "host b1.isthmus_underlay: a change from 192.0.2.2 to 192.0.2.22 is not yet supported" in refusal
+    assert "isthmus_estate.overlay.port: a change from 8472 to 8473 is not yet supported" in refusal
+    assert "clusters.a.etcd.client_port: a change from 2379 to 2479 is not yet supported" in refusal
+
+
 def test_a_newer_record_is_refused_in_words(site: Site) -> None:
     record = site.plan()["record"]
     record["clusters/a"]["schema"] = 2
