@@ -223,7 +223,7 @@ def an_empty_group(_: Any, groups: dict[str, Any]) -> None:
 
 
 def a_foreign_address(_: Any, groups: dict[str, Any]) -> None:
-    groups["edge"]["hosts"][EDGE]["isthmus_underlay"] = "198.18.3.99"
+    groups["cloud"]["hosts"]["cloud-2"]["isthmus_underlay"] = "198.18.2.99"
 
 
 def nothing(_: Any, __: Any) -> None:
@@ -235,7 +235,7 @@ def nothing(_: Any, __: Any) -> None:
     [
         (overlapping, ("isthmus_estate", "edge", "cloud", "10.102.128.0/17", "overlap", "Next: "), ()),
         (an_empty_group, ("clusters.cloud.etcd.hosts", "'cloud-1' is not a host of the inventory"), ()),
-        (a_foreign_address, (EDGE, "198.18.3.99 is not an address of this host", "Correct isthmus_underlay"), ()),
+        (a_foreign_address, ("cloud-2", "198.18.2.99 is not an address of this host", "Correct isthmus_underlay"), ()),
         (
             nothing,
             (

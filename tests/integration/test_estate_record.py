@@ -15,6 +15,8 @@ from integration.etcd_fixture import EtcdServer
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import etcd_admin
 from isthmus_agent.kvstore import EtcdNoSpace
+from isthmus_mesh import jsontext
+from isthmus_mesh.record import LARGEST_DOCUMENT
 
 
 class Host:
@@ -100,6 +102,16 @@ def test_the_same_revision_with_other_content_is_a_failure(host: Host) -> None:
         ):
             host.write(host.record("onprem-1", "onprem-3", by="bob"), check)
     assert host.server.dump("isthmus/v1/estate/") == before
+
+
+def test_etcd_takes_the_largest_document_that_is_planned(host: Host) -> None:
+    record = host.record("onprem-1")
+    cluster = record["clusters/onprem"]
+    cluster["filling"] = "x" * (LARGEST_DOCUMENT - len(jsontext.dumps(cluster)) - len(',"filling":""'))
+    assert len(jsontext.dumps(cluster)) == LARGEST_DOCUMENT
+    cluster["ca_certificate"] = "P" * 4096
+    assert host.write(record)["record"]["documents"] == record
+    assert host.server.dump("isthmus/v1/estate/clusters/onprem")
 
 
 def test_an_etcd_without_space_is_told_and_stops_nobody(tmp_path: Path) -> None:

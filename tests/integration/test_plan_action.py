@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from isthmus_mesh.documents import ServiceDefinition
+from isthmus_mesh.identity import identity_range
+from isthmus_mesh.spec import NodeSpec, spec_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,6 +172,18 @@ def test_all_problems_in_one_message(site: Site) -> None:
     assert "did you mean 'isthmus_labels'? Change it" in refusal
 
 
+def test_a_variable_that_nobody_reads_is_warned_about(site: Site) -> None:
+    """Also one that was given with -e; what the playbooks define for their own roles is nobody's mistake."""
+    site.hosts(a1={"ansible_host": "192.0.2.1", "isthmus_hosst": "x"}, b1={"ansible_host": "192.0.2.2"})
+    play = site.place / "play.yml"
+    play.write_text(PLAYBOOK.replace("  tasks:", "  vars: {isthmus_spec: x, isthmus_runs: true}\n  tasks:", 1))
+    assert site.plan(isthmus_prun="b2", isthmus_serial=1)["warnings"] == [
+        "host a1 and 1 more: isthmus_prun is not a variable of Isthmus, which ignores it; did you mean "
+        "'isthmus_prune'?",
+        "host a1: isthmus_hosst is not a variable of Isthmus, which ignores it; did you mean 'isthmus_hosts'?",
+    ]
+
+
 def test_a_host_in_the_groups_of_two_clusters(site: Site) -> None:
     site.write("hosts.yml", {"all": {"children": {"x": {"hosts": {"a1": {}, "b1": {}}}, "y": {"hosts": {"a1": {}}}}}})
     site.write("group_vars/x.yml", {"isthmus_cluster": "a"})
@@ -211,7 +228,26 @@ def test_names_to_prune_may_be_one_string(site: Site) -> None:
     record = site.plan()["record"]
     site.hosts(**three)
     assert site.plan(records=[record])["orphans"] == ["host/b2", "host/b3"]
-    assert site.plan(records=[record], isthmus_prune="b2,host/b3")["removed"] == ["host/b2", "host/b3"]
+    gone = site.plan(records=[record], isthmus_prune="b2,host/b3")
+    assert gone["removed"] == ["host/b2", "host/b3"]
+    again = site.plan(records=[gone["record"]], isthmus_prune="b2,host/b3")
+    assert (again["removed"], again["record"]) == ([], gone["record"])
+    assert [warning.partition(":")[0] for warning in again["warnings"]] == ["isthmus_prune=b2", "isthmus_prune=host/b3"]
+
+
+def test_changes_that_a_running_estate_cannot_make_yet(site: Site) -> None:
+    record = site.plan()["record"]
+    for name in ("clusters/a", "clusters/b"):
+        record[name]["ca_certificate"] = "PEM"
+    a = {**ESTATE["clusters"]["a"], "etcd": {"hosts": ["a1"], "client_port": 2479}}
+    changed = {**ESTATE, "overlay": {"port": 8473}, "clusters": {**ESTATE["clusters"], "a": a}}
+    site.write("group_vars/all.yml", {"isthmus_estate": changed, "ansible_python_interpreter": sys.executable})
+    site.hosts(a1={"ansible_host": "192.0.2.1"}, b1={"ansible_host": "192.0.2.22"})
+    refusal = site.refusal(records=[record])
+    assert "The mesh cannot be planned: 3 problems. Nothing was changed on any host." in refusal
+    assert "host b1.isthmus_underlay: a change from 192.0.2.2 to 192.0.2.22 is not yet supported" in refusal
+    assert "isthmus_estate.overlay.port: a change from 8472 to 8473 is not yet supported" in refusal
+    assert "clusters.a.etcd.client_port: a change from 2379 to 2479 is not yet supported" in refusal
 
 
 def test_a_newer_record_is_refused_in_words(site: Site) -> None:
@@ -220,3 +256,122 @@ def test_a_newer_record_is_refused_in_words(site: Site) -> None:
     refusal = site.refusal(records=[record])
     assert "record 1 (clusters/a): its schema 2 is newer than 1" in refusal
     assert "Next: run that version or later" in refusal
+
+
+# Names at the edges of what is accepted, and words that mean something to YAML, Python, Jinja or Ansible.
+CLUSTERS = ("null", "true", "1e9", "all-1", "items", "0", "7" + "-" * 30 + "z")
+MEMBERS = (1, 3, 5, 1, 3, 1, 5)
+SITES = ("no", "9" * 63, "a--b")
+LONG = "0" + "-" * 61 + "z"
+HOSTS = ("keys", "false", "0x10", "1.2.example", "198.18.0.7", "localhost.localdomain", "h" * 48 + "-1")
+
+
+def seven_clusters() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Estate and hosts (with the cluster as their variable): members and other hosts, dealt and pinned ranges, several
+    sites, one of them behind address translation."""
+    clusters: dict[str, Any] = {}
+    hosts: dict[str, dict[str, Any]] = {}
+    for index, (name, members) in enumerate(zip(CLUSTERS, MEMBERS, strict=True)):
+        names = [HOSTS[index], *(f"{number}-{index}.all" for number in range(members + 1))]
+        for number, host in enumerate(names):
+            hosts[host] = {
+                "isthmus_cluster": name,
+                "isthmus_underlay": f"198.18.{index}.{number + 1}",
+                "isthmus_site": SITES[(index + number % 2) % len(SITES)],
+                "isthmus_workloads": [
+                    {"name": LONG, "namespace": "null", "labels": {"app": "true"}, "slice": f"w{number}.slice"},
+                    {"name": "1e9", "unit": "w@1.service", "service_account": "no"},
+                ],
+            }
+            if number % 2:
+                hosts[host]["isthmus_advertise"] = f"203.0.{index}.{number + 1}"
+        pinned = hosts[names[-1]]
+        pinned["isthmus_node_range"] = f"10.{index}.0.16/28"
+        pinned["isthmus_workloads"][0]["address"] = f"10.{index}.0.18"
+        clusters[name] = {
+            "id": 255 - index,
+            "site": SITES[index % len(SITES)],
+            "workload_ranges": [f"10.{index}.0.0/26", f"10.{index}.128.0/20"],
+            "service_range": f"10.{index}.64.0/20",
+            "etcd": {"hosts": names[:members]},
+        }
+    service = {"ports": [{"port": 80}], "backends": {"labels": {"app": "true"}}, "namespace": "null", "global": True}
+    services = [{"name": name, **service} for name in ("null", "1e9", LONG)]
+    return {"name": "0", "sites": {site: {} for site in SITES}, "clusters": clusters, "services": services}, hosts
+
+
+def write_groups(site: Site, estate: dict[str, Any], hosts: dict[str, dict[str, Any]]) -> None:
+    """Hosts in groups by their cluster, in the order given."""
+    groups: dict[str, Any] = {}
+    for name, variables in hosts.items():
+        own = {key: value for key, value in variables.items() if key != "isthmus_cluster"}
+        group = groups.setdefault(
+            f"group_{CLUSTERS.index(variables['isthmus_cluster'])}",
+            {"hosts": {}, "vars": {"isthmus_cluster": variables["isthmus_cluster"]}},
+        )
+        group["hosts"][name] = own
+    site.write("hosts.yml", {"all": {"children": groups}})
+    site.write("group_vars/all.yml", {"isthmus_estate": estate, "ansible_python_interpreter": sys.executable})
+
+
+def test_seven_clusters_with_odd_names(site: Site) -> None:
+    estate, hosts = seven_clusters()
+    write_groups(site, estate, hosts)
+    found = site.plan()
+    specs = {name: NodeSpec.from_dict(document) for name, document in found["specs"].items()}
+    assert sorted(specs) == sorted(hosts)
+    assert all(spec.host == name and spec.hash == spec_hash(found["specs"][name]) for name, spec in specs.items())
+    assert all(spec.cluster.name == hosts[name]["isthmus_cluster"] for name, spec in specs.items())
+
+    ranges = [spec.node.range4 for spec in specs.values()]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(ranges, 2))
+    addresses: list[IPv4Address] = []
+    for name, spec in specs.items():
+        assert str(spec.node.underlay4) == hosts[name]["isthmus_underlay"]
+        assert any(spec.node.range4.subnet_of(outer) for outer in spec.cluster.workload_ranges4)
+        inner = [spec.node.mesh4, *(workload.address4 for workload in spec.workloads)]
+        assert len(inner) == 3
+        assert all(address in spec.node.range4 for address in inner)
+        addresses += [*inner, *{spec.node.underlay4, spec.node.advertise4}]
+    assert len(set(addresses)) == len(addresses)
+    pinned = {name: variables for name, variables in hosts.items() if "isthmus_node_range" in variables}
+    assert len(pinned) == 7
+    for name, variables in pinned.items():
+        assert str(specs[name].node.range4) == variables["isthmus_node_range"]
+        wanted = variables["isthmus_workloads"][0]["address"]
+        assert wanted in {str(workload.address4) for workload in specs[name].workloads if workload.name == LONG}
+
+    outer = [*specs["keys"].mesh_ranges4, *specs["keys"].service_ranges4]
+    assert len(outer) == 21
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(outer, 2))
+    assert not any(spec.node.underlay4 in network for spec in specs.values() for network in outer)
+    identities = sorted({identity_range(spec.cluster.id, spec.cluster.max_clusters) for spec in specs.values()})
+    assert len(identities) == 7
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(identities))
+
+    for name, members in zip(CLUSTERS, MEMBERS, strict=True):
+        own = [spec for spec in specs.values() if spec.cluster.name == name]
+        carrying = [spec for spec in own if spec.member is not None and spec.registrar is not None]
+        assert len(carrying) == members
+        for spec in carrying:
+            assert spec.member is not None
+            assert sorted(spec.member.members) == sorted(one.host for one in carrying)
+            assert spec.registrar is not None
+            assert {peer.name for peer in spec.registrar.peers} == set(CLUSTERS) - {name}
+            assert set(spec.pki.trust) == set(CLUSTERS)
+        assert all(len(spec.etcd.endpoints) == members for spec in own)
+        assert [spec.host for spec in own if spec.pki.ca.here] == estate["clusters"][name]["etcd"]["hosts"][:1]
+        present = [ServiceDefinition.from_dict(one) for one in found["services"][name]["present"]]
+        assert sorted(one.name for one in present) == sorted(["null", "1e9", LONG])
+
+
+def test_seven_clusters_planned_again_and_in_another_order(site: Site) -> None:
+    estate, hosts = seven_clusters()
+    write_groups(site, estate, hosts)
+    first = site.plan()
+    turned = {**estate, "clusters": dict(reversed(estate["clusters"].items())), "services": estate["services"][::-1]}
+    write_groups(site, turned, dict(reversed(hosts.items())))
+    again = site.plan(records=[first["record"]])
+    assert (again["specs"], again["record"], again["changes"]) == (first["specs"], first["record"], [])
+    assert again["services"] == first["services"]
+    assert site.plan()["specs"] == first["specs"]

@@ -62,15 +62,20 @@ isthmus_estate: "{{ estate_base | combine(estate_north, estate_south, recursive=
 
 **Absence is never removal.** What was applied and is not in the inventory any more is reported as an orphan and left
 running: hosts, workloads, services, etcd members, whole clusters. It goes by `state: absent` (`isthmus_state: absent`
-for a host), or by its name: `-e isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists.
+for a host), or by its name: `-e isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until
+then it keeps its ranges, addresses and ids: what is new and collides with them is refused.
 
 **What never changes.** Ids, dealt ranges and addresses, the CA's place and the estate's name stay as they were first
 applied; a change of one is refused. Addresses that were released are not dealt again for 30 days, unless an inventory
 pins them.
 
+**How large.** What is recorded of one cluster must fit into one value of etcd; a plan that comes to more than 1.25 MiB
+is refused. That is about 4,000 hosts with one workload each.
+
 **Not yet.** What a later version will do is part of the schema already and refused by name: `routing: native` and
 `hybrid`, `control_plane: in_cluster`, `inbound: false`, a part of the clusters as `peers`, a part of the services as
-`export`, IPv6 ranges and addresses.
+`export`, IPv6 ranges and addresses. So are changes that a running estate cannot make: of `domain` and `overlay.port`,
+and of the ports, the addresses and the one site of a cluster's etcd members once that etcd has run.
 """
 
 TABLES = (
@@ -127,6 +132,14 @@ def _sections() -> Iterator[str]:
         for name, key in table.keys.items():
             yield f"| `{name}` | {key.kind.words()} | {default_words(key)} | {key.doc} |"
         yield ""
+    yield "## Variables of a run\n"
+    yield "For the playbooks, with `-e`; those of the bundle may stand in the inventory too.\n"
+    yield "| Variable | Meaning |"
+    yield "| --- | --- |"
+    for name, words in schema.PLAY_VARIABLES.items():
+        yield f"| `{name}` | {words} |"
+    yield "\nAny other variable that begins with `isthmus_` gets a warning."
+    yield ""
 
 
 def json_schema() -> str:

@@ -84,6 +84,11 @@ class Host:
     workloads: tuple[Workload, ...]
     absent: bool = False
 
+    @property
+    def addresses(self) -> dict[IPv4Address, str]:
+        """The host's addresses outside the mesh, and the variable that each comes from."""
+        return {self.advertise: "isthmus_advertise", self.underlay: "isthmus_underlay"}
+
 
 @dataclass(frozen=True)
 class Service:
@@ -359,9 +364,12 @@ class _Reader:
     ) -> dict[str, Host]:
         found: dict[str, Host] = {}
         declared = set(top["clusters"]) if top["clusters"] is not INVALID else set()
+        unknown: dict[str, list[str]] = {}
         for name in sorted(hosts):
             for variable in sorted(hosts[name]):
-                meant = schema.unknown_variable(variable)
+                meant = schema.misspelt_variable(variable)
+                if meant is None and schema.unknown_variable(variable) is not None:
+                    unknown.setdefault(variable, []).append(name)
                 if meant is not None:
                     self.problem(
                         f"host {name}.{variable}",
@@ -412,6 +420,12 @@ class _Reader:
                 labels=entry["isthmus_labels"],
                 workloads=workloads,
                 absent=entry["isthmus_state"] == "absent" or clusters[cluster].absent,
+            )
+        for variable, places in sorted(unknown.items()):
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            self.warnings.append(
+                f"host {places[0]}{more}: {variable} is not a variable of Isthmus, which ignores it; "
+                f"{schema.unknown_variable(variable)}"
             )
         self.unique_addresses(found)
         self.pins(found)
@@ -477,7 +491,7 @@ class _Reader:
     def unique_addresses(self, hosts: Mapping[str, Host]) -> None:
         seen: dict[IPv4Address, str] = {}
         for host in hosts.values():
-            for address, variable in _addresses(host).items():
+            for address, variable in host.addresses.items():
                 owner = seen.setdefault(address, host.name)
                 if owner != host.name:
                     self.problem(
@@ -618,7 +632,7 @@ class _Reader:
                 "choose ranges that are apart",
             )
         for host in hosts.values():
-            for address, variable in _addresses(host).items():
+            for address, variable in host.addresses.items():
                 for network, where in named:
                     if address in network:
                         self.problem(
@@ -834,11 +848,6 @@ def _overlaps(
         found += [(outer, entry) for outer in stack]
         stack.append(entry)
     return found
-
-
-def _addresses(host: Host) -> dict[IPv4Address, str]:
-    """The host's addresses outside the mesh, and the variable that each comes from."""
-    return {host.advertise: "isthmus_advertise", host.underlay: "isthmus_underlay"}
 
 
 def _shared(one: IPv4Network, other: IPv4Network) -> str:

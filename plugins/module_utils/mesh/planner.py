@@ -16,11 +16,11 @@ from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import spec
+from . import jsontext, spec
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
-from .record import CLUSTERS, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
-from .schema import Problem, suggestion
+from .record import CLUSTERS, LARGEST_DOCUMENT, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
+from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
 
@@ -99,13 +99,14 @@ class _Planner:
 
     def run(self) -> Plan:
         self.check_roster()
-        self.check_ranges()
+        self.check_orphans()
         documents = {}
         for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
             document = self.cluster(name)
             if document is not None:
                 documents[name] = self.settled(document, CLUSTERS + name, self.record.clusters.get(name))
         roster = self.roster(documents)
+        self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
         following = Record(roster, documents)
@@ -139,7 +140,7 @@ class _Planner:
                 candidates.add(f"host/{host}")
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
         roster = self.record.roster or {"services": {}}
-        candidates |= {f"service/{key}" for key in roster["services"]}
+        candidates |= {f"service/{key}" for key, entry in roster["services"].items() if entry["state"] != "absent"}
         found = set()
         for given in prune:
             name = given.strip()
@@ -153,12 +154,11 @@ class _Planner:
                     "what is removed must be certain",
                     "write the full name",
                 )
-            elif not meant:
-                self.problem(
-                    f"isthmus_prune={name}",
-                    "the record knows nothing of that name",
-                    "there is nothing to remove",
-                    suggestion(name, candidates),
+            elif not meant or all(self.moved(one) for one in meant):
+                near = nearest(name, candidates - meant)
+                self.warnings.append(
+                    f"isthmus_prune={name}: there is nothing of that name to remove; it has gone before"
+                    + (f", or did you mean {near!r}?" if near else "")
                 )
             else:
                 found |= meant
@@ -170,7 +170,40 @@ class _Planner:
                     "the next run would bring it back",
                     "take it out of the inventory, or use state: absent instead",
                 )
+            whole = self.orphan_of(name)
+            if whole is not None and whole not in found:
+                self.problem(
+                    f"isthmus_prune={name}",
+                    f"it is a part of {whole}, which the inventory lacks too",
+                    "what the inventory lacks goes as a whole",
+                    f"write {whole}, or put that back into the inventory",
+                )
         return found
+
+    def orphan_of(self, name: str) -> str | None:
+        """The orphan that something of the record is a part of."""
+        kind, _slash, rest = name.partition("/")
+        first = rest.partition("/")[0]
+        if kind not in ("member", "host", "workload"):
+            return None
+        for cluster in sorted(set(self.known) - set(self.model.clusters)):
+            if first == cluster if kind == "member" else first in self.known[cluster]["hosts"]:
+                return f"cluster/{cluster}"
+        return f"host/{first}" if kind == "workload" and first not in self.model.hosts else None
+
+    def moved(self, name: str) -> bool:
+        """Whether it is a host that was removed from one cluster and is in another now."""
+        kind, _slash, host = name.partition("/")
+        return (
+            kind == "host"
+            and self.declared(name)
+            and any(
+                entry.get("owner") == host
+                for cluster, doc in self.known.items()
+                for entry in doc["released"]
+                if cluster != self.model.hosts[host].cluster
+            )
+        )
 
     def declared(self, name: str) -> bool:
         kind, _slash, rest = name.partition("/")
@@ -208,36 +241,92 @@ class _Planner:
                 "it sets the layout of every identity",
                 f"put {roster['max_clusters']} back",
             )
+        if roster.get("domain") not in (None, self.model.domain):
+            self.change_not_yet(
+                "isthmus_estate.domain",
+                roster["domain"],
+                self.model.domain,
+                "until the last host has the new one, names of services would be found on a part of the hosts only",
+                f"put {roster['domain']} back",
+            )
+        if roster.get("overlay_port") not in (None, self.model.overlay_port):
+            self.change_not_yet(
+                "isthmus_estate.overlay.port",
+                roster["overlay_port"],
+                self.model.overlay_port,
+                "hosts that have the new one and hosts that do not could not reach each other's workloads",
+                f"put {roster['overlay_port']} back",
+            )
 
-    def check_ranges(self) -> None:
-        """What the model adds against clusters that only the record knows."""
-        for name in sorted(set(self.known) - set(self.model.clusters)):
-            if f"cluster/{name}" in self.prune:
+    def change_not_yet(self, where: str, old: Any, new: Any, why: str, following: str) -> None:
+        """A change that a later version may make: refused now, as this one would leave it half done."""
+        self.problem(where, f"a change from {old} to {new} is not yet supported", why, following)
+
+    def check_orphans(self) -> None:
+        """What the model has against what only the record knows: it still runs and keeps what it has."""
+        orphaned = sorted(set(self.known) - set(self.model.clusters))
+        for name in orphaned:
+            if f"cluster/{name}" not in self.prune:
+                self.check_orphaned_cluster(name, self.known[name])
+        hosts: dict[IPv4Address, tuple[str, str]] = {}
+        for name, doc in self.known.items():
+            if f"cluster/{name}" in self.prune or (name in self.model.clusters and self.model.clusters[name].absent):
                 continue
-            doc = self.known[name]
-            own = [IPv4Network(text) for text in (*doc["workload_ranges"], doc["service_range"])]
-            for cluster in self.model.clusters.values():
-                if cluster.absent or cluster.name in self.known:
+            for host, entry in doc["hosts"].items():
+                if host in self.model.hosts or f"host/{host}" in self.prune:
                     continue
-                where = f"isthmus_estate.clusters.{cluster.name}"
-                following = f"choose another, or remove that cluster with isthmus_prune=cluster/{name}"
-                if cluster.id == doc["id"]:
-                    self.problem(
-                        f"{where}.id",
-                        f"{cluster.id} is the id of cluster {name}, which the record knows and the inventory lacks",
-                        "what is absent from the inventory still runs",
-                        following,
+                orphan = f"cluster/{name}" if name in orphaned else f"host/{host}"
+                for key in ("underlay4", "advertise4"):
+                    hosts[IPv4Address(entry[key])] = f"host {host} of cluster {name}", orphan
+        for host in self.model.hosts.values():
+            for address, variable in host.addresses.items():
+                if address in hosts and not host.absent:
+                    owner, orphan = hosts[address]
+                    self.orphan_problem(
+                        f"host {host.name}.{variable}", f"{address} is also an address of {owner}", orphan
                     )
-                for new in (*cluster.workload_ranges, cluster.service_range):
-                    for old in own:
-                        if new.overlaps(old):
-                            self.problem(
-                                where,
-                                f"{new} overlaps {old} of cluster {name}, which the record knows "
-                                "and the inventory lacks",
-                                "what is absent from the inventory still runs",
-                                following,
-                            )
+        for cluster in self.model.clusters.values():
+            for address, (owner, orphan) in hosts.items():
+                for network in () if cluster.absent else (*cluster.workload_ranges, cluster.service_range):
+                    if address in network:
+                        self.orphan_problem(
+                            f"isthmus_estate.clusters.{cluster.name}", f"{network} holds {address} of {owner}", orphan
+                        )
+
+    def check_orphaned_cluster(self, name: str, doc: Mapping[str, Any]) -> None:
+        orphan = f"cluster/{name}"
+        ranges = [IPv4Network(text) for text in (*doc["workload_ranges"], doc["service_range"])]
+        for cluster in self.model.clusters.values():
+            where = f"isthmus_estate.clusters.{cluster.name}"
+            if cluster.absent:
+                continue
+            if cluster.id == doc["id"]:
+                self.orphan_problem(f"{where}.id", f"{cluster.id} is the id of cluster {name}", orphan)
+            for new in (*cluster.workload_ranges, cluster.service_range):
+                for old in ranges:
+                    if new.overlaps(old):
+                        self.orphan_problem(where, f"{new} overlaps {old} of cluster {name}", orphan)
+        for host in self.model.hosts.values():
+            if host.absent:
+                continue
+            if host.name in doc["hosts"]:
+                self.orphan_problem(
+                    f"host {host.name}.isthmus_cluster", f"{host.cluster}, but the host runs in cluster {name}", orphan
+                )
+            for address, variable in host.addresses.items():
+                for old in ranges:
+                    if address in old:
+                        self.orphan_problem(
+                            f"host {host.name}.{variable}", f"{address} lies in {old} of cluster {name}", orphan
+                        )
+
+    def orphan_problem(self, where: str, what: str, orphan: str) -> None:
+        self.problem(
+            where,
+            f"{what}, which the record knows and the inventory lacks",
+            "what is absent from the inventory still runs",
+            f"choose another, or remove that {orphan.partition('/')[0]} with isthmus_prune={orphan}",
+        )
 
     def check_fixed(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
         where = f"isthmus_estate.clusters.{cluster.name}"
@@ -263,6 +352,48 @@ class _Planner:
                 "a private key never leaves its host",
                 f"put {doc['ca_host']} back or leave ca_host out",
             )
+        if doc.get("ca_certificate") is None:
+            return  # its etcd has not run: a first run that failed can be put right
+        for key, new, why in (
+            ("client_port", cluster.etcd.client_port, "agents and peers would look for its members where none listens"),
+            ("peer_port", cluster.etcd.peer_port, "its members know each other by the port that they joined with"),
+        ):
+            if new != doc["etcd"][key]:
+                self.change_not_yet(f"{where}.etcd.{key}", doc["etcd"][key], new, why, f"put {doc['etcd'][key]} back")
+
+    def check_members(
+        self, cluster: Cluster, running: Mapping[str, Any], hosts: Mapping[str, Any], members: list[str]
+    ) -> None:
+        """Running members stay at the addresses by which the others know them."""
+        if running.get("ca_certificate") is None:
+            return
+        before = _announced(running["hosts"], running["etcd"]["members"])
+        after = _announced(hosts, [member for member in members if member in hosts])
+        for member in sorted(set(before) & set(after)):
+            for key, variable in (("underlay4", "isthmus_underlay"), ("advertise4", "isthmus_advertise")):
+                old, new = running["hosts"][member][key], hosts[member][key]
+                if old != new:
+                    self.change_not_yet(
+                        f"host {member}.{variable}",
+                        old,
+                        new,
+                        f"the host carries a member of cluster {cluster.name}'s etcd, and the others know it by its "
+                        "addresses",
+                        f"put {old} back; to move the member, take the host out of etcd.hosts (another one in its "
+                        f"place) with isthmus_prune=member/{cluster.name}/{member}, and list it again later",
+                    )
+                    break
+            else:
+                # Back to one site is no harm: what was announced can be dialled from there too.
+                if before[member] != after[member] and before[member] == running["hosts"][member]["underlay4"]:
+                    self.change_not_yet(
+                        f"isthmus_estate.clusters.{cluster.name}.etcd.hosts",
+                        before[member],
+                        f"{after[member]} as the address of member {member}",
+                        "members in several sites dial each other at isthmus_advertise, and the others know it by "
+                        "isthmus_underlay",
+                        "keep the members in one site",
+                    )
 
     # One cluster
 
@@ -284,6 +415,8 @@ class _Planner:
             self.check_fixed(cluster, running)
         hosts, released = self.hosts(cluster, running)
         members = self.members(cluster, running, hosts)
+        if running is not None:
+            self.check_members(cluster, running, hosts, members)
         initial = running["etcd"]["initial"] if running is not None else cluster.etcd.hosts[0]
         ca_host = running["ca_host"] if running is not None else cluster.ca_host or cluster.etcd.hosts[0]
         if members and initial not in members:
@@ -418,7 +551,9 @@ class _Planner:
                 )
                 continue
             for name, other in sorted(taken.items()):
-                if name != host.name and other.overlaps(pinned):
+                if name != host.name and other.overlaps(pinned) and name not in self.model.hosts:
+                    self.orphan_problem(where, f"{pinned} overlaps {other}, the range of host {name}", f"host/{name}")
+                elif name != host.name and other.overlaps(pinned):
                     self.problem(
                         where,
                         f"{pinned} overlaps {other}, the range of host {name}",
@@ -464,6 +599,15 @@ class _Planner:
             elif key not in declared:
                 self.orphans.append(name)
         present = [workload for workload in host.workloads if not workload.absent]
+        processes = {tuple(workloads[key]["cgroup"].items()): key for key in workloads if key not in declared}
+        for workload in present:
+            orphan = processes.get(tuple(workload.cgroup.items()))
+            if orphan is not None:
+                self.orphan_problem(
+                    f"host {host.name}.isthmus_workloads ({workload.key})",
+                    f"{next(iter(workload.cgroup.values()))} is also the workload {orphan}",
+                    f"workload/{host.name}/{orphan}",
+                )
         addresses = self.addresses(host, node_range, mesh, present, workloads, released)
         for workload in present:
             if workload.key in addresses:
@@ -496,6 +640,7 @@ class _Planner:
         found: dict[str, IPv4Address] = {}
         owners = {mesh: "the host itself"}
         owners.update({IPv4Address(entry["address4"]): key for key, entry in old.items()})
+        orphans = set(old) - {workload.key for workload in present}
         pinned = {workload.address: workload.key for workload in present if workload.address is not None}
         for workload in present:
             where = f"host {host.name}.isthmus_workloads ({workload.key}).address"
@@ -517,6 +662,18 @@ class _Planner:
                     f"{workload.address} is not in the host's range {node_range}",
                     "other hosts find the workload by its host's range",
                     "choose an address inside it",
+                )
+            elif workload.address in (node_range.network_address, node_range.broadcast_address):
+                self.problem(
+                    where,
+                    f"{workload.address} is the first or last address of the host's range {node_range}",
+                    "in an IPv4 network they stand for the network and for all of its hosts",
+                    "choose another inside it",
+                )
+            elif owners.get(workload.address) in orphans:
+                owner = owners[workload.address]
+                self.orphan_problem(
+                    where, f"{workload.address} is the address of {owner}", f"workload/{host.name}/{owner}"
                 )
             elif workload.address in owners:
                 self.problem(
@@ -545,6 +702,35 @@ class _Planner:
         return found
 
     # Documents
+
+    def check_sizes(self, documents: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> None:
+        for name, document in documents.items():
+            if document["state"] == "absent":
+                continue
+            workloads = sum(len(entry["workloads"]) for entry in document["hosts"].values())
+            self.check_size(
+                f"cluster {name}",
+                f"{len(document['hosts'])} hosts with {workloads} workloads",
+                document,
+                "spread its hosts over more clusters, shorten labels, or remove orphans",
+            )
+        self.check_size(
+            "isthmus_estate",
+            f"{len(roster['clusters'])} clusters and {len(roster['services'])} services",
+            roster,
+            "use fewer services",
+        )
+
+    def check_size(self, where: str, content: str, document: Mapping[str, Any], following: str) -> None:
+        size = len(jsontext.dumps(document).encode())
+        if size > LARGEST_DOCUMENT:
+            self.problem(
+                where,
+                f"its document in the estate record would have {size / 2**20:.2f} MiB ({content}), more than "
+                f"{LARGEST_DOCUMENT / 2**20:.2f} MiB",
+                "etcd refuses what is larger than 1.5 MiB",
+                following,
+            )
 
     def stamped(self, document: dict[str, Any], old: Mapping[str, Any] | None) -> dict[str, Any]:
         """The old document when nothing changed, else the new one with the next revision."""
@@ -708,12 +894,8 @@ class _Spec:
         return found
 
     def member_urls(self, port: int) -> dict[str, str]:
-        """Every member announces one URL to all; within one site that is the underlay address."""
-        hosts, members = self.own["hosts"], self.own["etcd"]["members"]
-        one_site = len({hosts[member]["site"] for member in members}) == 1
-        return {
-            member: f"https://{hosts[member]['underlay4' if one_site else 'advertise4']}:{port}" for member in members
-        }
+        announced = _announced(self.own["hosts"], self.own["etcd"]["members"])
+        return {member: f"https://{address}:{port}" for member, address in announced.items()}
 
     def etcd_member(self) -> dict[str, Any]:
         etcd = self.own["etcd"]
@@ -789,6 +971,13 @@ class _Spec:
             "usages": ["client"],
             "owner": "root",
         }
+
+
+def _announced(hosts: Mapping[str, Any], members: Iterable[str]) -> dict[str, str]:
+    """The one address at which each member is known to all members: within one site its underlay address."""
+    carrying = {member: hosts[member] for member in members}
+    key = "underlay4" if len({host["site"] for host in carrying.values()}) == 1 else "advertise4"
+    return {member: host[key] for member, host in carrying.items()}
 
 
 def _trust(cluster: str) -> str:

@@ -46,6 +46,9 @@ from . import jsontext
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
+LARGEST_DOCUMENT = 1280 * 1024
+"""Bytes of a document as it is written. etcd takes 1.5 MiB in a request (--max-request-bytes); the rest is for the key
+and the CA's certificate, and so that what is close to the limit can still be changed into what is not."""
 QUARANTINE = timedelta(days=30)
 ROSTER = "roster"
 CLUSTERS = "clusters/"

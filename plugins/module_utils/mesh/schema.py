@@ -62,12 +62,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def nearest(word: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """What a misspelt word was probably meant to be."""
+    near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
 def suggestion(word: Any, known: Iterable[str]) -> str:
     """`did you mean X?` for a near miss, else what is known."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    near = nearest(word, names)
     if near:
-        return f"did you mean {near[0]!r}? Change it"
+        return f"did you mean {near!r}? Change it"
     if not names:
         return "remove it"
     return "use one of " + ", ".join(names[:20]) if len(names) <= 20 else "check the spelling"
@@ -813,9 +819,29 @@ HOST_VARIABLES = (*HOST.keys, "ansible_host")
 """All that is read of a host's variables; others may hold anybody's secrets."""
 
 
+PLAY_VARIABLES = {
+    "isthmus_hosts": "Hosts that a playbook works on, as a pattern; `all` without it.",
+    "isthmus_serial": "Batch of `site` in clusters that run already, as `serial` of a play; all hosts without it.",
+    "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
+    "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",
+    "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
+    "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
+}
+"""What the playbooks and roles read besides; nothing of the mesh's plan."""
+
+_PREFIX = "isthmus_"
+_VARIABLES = (*HOST.keys, *PLAY_VARIABLES, "isthmus_estate")
+
+
+def misspelt_variable(name: str) -> str | None:
+    """The variable of the plan that one was certainly meant to be: a slip of a letter or two."""
+    known = [*HOST.keys, "isthmus_estate"]
+    return None if name in _VARIABLES else nearest(name, known, 0.9)
+
+
 def unknown_variable(name: str) -> str | None:
-    """The variable that a misspelt one was probably meant to be; None when it is not nearly one of ours."""
-    if name in HOST_VARIABLES or name == "isthmus_estate":
+    """What to do about a variable with our prefix that is none of ours; None for every other one."""
+    if not name.startswith(_PREFIX) or name in _VARIABLES:
         return None
-    near = difflib.get_close_matches(name, [*HOST.keys, "isthmus_estate"], n=1, cutoff=0.9)
-    return near[0] if near else None
+    near = nearest(name[len(_PREFIX) :], [known[len(_PREFIX) :] for known in _VARIABLES])
+    return f"did you mean {_PREFIX + near!r}?" if near else "rename it, if it is your own"

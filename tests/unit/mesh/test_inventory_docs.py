@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import yaml
 from isthmus_mesh.model import ModelError, read_model
 from isthmus_mesh.planner import plan
 from isthmus_mesh.record import Record
-from isthmus_mesh.schema import HOST_VARIABLES
+from isthmus_mesh.schema import HOST, HOST_VARIABLES, PLAY_VARIABLES
 from unit.mesh.estates import NOW, estate, hosts
 from unit.mesh.test_model import MESSAGES, Edit
 
 ROOT = Path(__file__).resolve().parents[3]
+VARIABLE = re.compile(r"\bisthmus_[a-z0-9_]*[a-z0-9]")
 SCHEMA = json.loads((ROOT / "docs" / "inventory.schema.json").read_text())
 
 
@@ -77,7 +80,49 @@ def test_the_readmes_own_two_servers_are_planned_and_short() -> None:
 
 def test_every_variable_is_on_the_page() -> None:
     page = (ROOT / "docs" / "inventory.md").read_text()
-    assert all(f"`{name}`" in page for name in HOST_VARIABLES)
+    assert all(f"`{name}`" in page for name in (*HOST_VARIABLES, *PLAY_VARIABLES))
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts of a YAML document, those of keys and templates too."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from texts(key)
+            yield from texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from texts(entry)
+    elif isinstance(value, str):
+        yield value
+
+
+def code_texts(path: Path) -> Iterator[str]:
+    """Texts in a plugin's code, without Ansible's documentation blocks."""
+    tree = ast.parse(path.read_text())
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if any(isinstance(one, ast.Name) and one.id in ("DOCUMENTATION", "EXAMPLES", "RETURN") for one in targets):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_the_variables_are_those_that_the_collection_reads() -> None:
+    used: set[str] = set()
+    own: set[str] = set()  # of the playbooks, for the roles
+    for path in [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/*/*/*.yml")]:
+        if path.parent.name == "meta":
+            continue
+        document = yaml.safe_load(path.read_text())
+        used |= {name for text in texts(document) for name in VARIABLE.findall(text)}
+        if path.parent.name == "playbooks":
+            own |= {name for play in document for name in play.get("vars", {})}
+    for path in ROOT.glob("plugins/**/*.py"):
+        if path.name != "schema.py":
+            used |= {name for text in code_texts(path) for name in VARIABLE.findall(text)}
+    packages = {path.name for path in (ROOT / "agent").iterdir()}
+    assert used - own - packages == {*HOST.keys, *PLAY_VARIABLES, "isthmus_estate"}
 
 
 FORM = [

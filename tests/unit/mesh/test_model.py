@@ -115,6 +115,20 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "address.",
     ),
     (
+        "an underlay address inside another cluster's service range",
+        _host("c1", ansible_host="10.111.7.7"),
+        f"host c1.isthmus_underlay: 10.111.7.7 lies in 10.111.0.0/16 ({C}.onprem.service_range). Why: packets "
+        "between hosts would be sent into the mesh that they carry. Next: choose a range that holds no host's own "
+        "address.",
+    ),
+    (
+        "an advertised address inside the own range",
+        _host("c1", isthmus_advertise="10.102.0.1"),
+        f"host c1.isthmus_advertise: 10.102.0.1 lies in 10.102.0.0/16 ({C}.cloud.workload_ranges). Why: packets "
+        "between hosts would be sent into the mesh that they carry. Next: choose a range that holds no host's own "
+        "address.",
+    ),
+    (
         "host bits",
         _cluster("cloud", service_range="10.112.0.1/16"),
         f"{C}.cloud.service_range: '10.112.0.1/16' has bits set behind its prefix. Why: addresses are dealt from it. "
@@ -277,6 +291,30 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         ),
         "host o2.isthmus_node_range: 10.101.0.16/28 and 10.101.0.0/27 of host o1 share 16 addresses (10.101.0.16/28). "
         "Why: an address belongs to one host. Next: choose another range.",
+    ),
+    (
+        "two workloads with one pinned address",
+        lambda e, h: (
+            h["c1"]["isthmus_workloads"][0].update(address="10.102.0.5"),
+            h.update(
+                c2={
+                    "isthmus_cluster": "cloud",
+                    "ansible_host": "198.18.2.2",
+                    "isthmus_workloads": [{**web(), "address": "10.102.0.5"}],
+                }
+            ),
+        ),
+        "host c2.isthmus_workloads (shop/web).address: 10.102.0.5 is also the address of c1/shop/web. Why: an address "
+        "belongs to one workload. Next: choose another.",
+    ),
+    (
+        "a pinned address outside the pinned range",
+        lambda e, h: (
+            h["c1"].update(isthmus_node_range="10.102.0.0/28"),
+            h["c1"]["isthmus_workloads"][0].update(address="10.102.0.17"),
+        ),
+        "host c1.isthmus_workloads (shop/web).address: 10.102.0.17 is not in the node range 10.102.0.0/28. Why: other "
+        "hosts find the workload by its host's range. Next: choose an address inside it.",
     ),
     # Control plane
     (
@@ -488,6 +526,11 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "remove one.",
     ),
     (
+        "a port's name twice",
+        _service(ports=[{"name": "a", "port": 80}, {"name": "a", "port": 81}]),
+        f"{S}.ports[1].name: 'a' is there twice. Why: the name is its key. Next: rename one.",
+    ),
+    (
         "a port without a name",
         _service(ports=[{"name": "a", "port": 80}, {"port": 81}]),
         f"{S}.ports[1].name: it is missing. Why: with several ports the name says which is which. Next: add a name.",
@@ -595,6 +638,23 @@ def test_an_even_number_of_members_is_warned_about() -> None:
     the_estate["clusters"]["onprem"]["etcd"]["hosts"] = ["o1", "o2"]
     assert model(the_estate).warnings == (
         f"{C}.onprem.etcd.hosts: 2 members tolerate no more failures than 1; use an odd number",
+    )
+
+
+def test_a_variable_that_nobody_reads_is_warned_about() -> None:
+    the_hosts = hosts()
+    for variables in the_hosts.values():
+        variables.update(isthmus_services=[], isthmus_prune="host/o9", isthmus_bundle_python="python3", other=1)
+    the_hosts["o1"]["isthmus_data_of_another_team"] = "x"
+    the_hosts["o2"]["isthmus_bundels"] = ["x"]
+    the_hosts["Printer_1"] = {"isthmus_bundels": []}
+    assert model(the_hosts=the_hosts).warnings == (
+        "host Printer_1 and 1 more: isthmus_bundels is not a variable of Isthmus, which ignores it; did you mean "
+        "'isthmus_bundles'?",
+        "host c1 and 3 more: isthmus_services is not a variable of Isthmus, which ignores it; rename it, if it is "
+        "your own",
+        "host o1: isthmus_data_of_another_team is not a variable of Isthmus, which ignores it; rename it, if it is "
+        "your own",
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -33,6 +34,16 @@ def refused(edit: Edit, previous: Plan | None = None, prune: tuple[str, ...] = (
     with pytest.raises(ModelError) as caught:
         replanned(edit, previous, prune=prune)
     return [str(problem) for problem in caught.value.problems]
+
+
+def running(edit: Edit | None = None) -> Plan:
+    """What was planned, as it stands when every cluster's etcd has run."""
+    found = planned(model()) if edit is None else replanned(edit)
+    documents = copy.deepcopy(dict(found.record))
+    for name, document in documents.items():
+        if name.startswith("clusters/"):
+            document["ca_certificate"] = "PEM"
+    return replace(found, record=documents)
 
 
 def nothing(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
@@ -490,6 +501,27 @@ def _grown(prefix: str) -> Edit:
             "other hosts find the workload by its host's range. Next: choose an address inside it.",
         ),
         (
+            lambda e, h: h["c1"]["isthmus_workloads"].append(
+                {"name": "b", "unit": "b.service", "address": "10.102.0.15"}
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.0.15 is the first or last address of the host's "
+            "range 10.102.0.0/28. Why: in an IPv4 network they stand for the network and for all of its hosts. Next: "
+            "choose another inside it.",
+        ),
+        (
+            lambda e, h: h.update(
+                c2={
+                    "isthmus_cluster": "cloud",
+                    "ansible_host": "198.18.2.2",
+                    "isthmus_node_range": "10.102.4.0/28",
+                    "isthmus_workloads": [{"name": "b", "unit": "b.service", "address": "10.102.4.0"}],
+                }
+            ),
+            "host c2.isthmus_workloads (default/b).address: 10.102.4.0 is the first or last address of the host's "
+            "range 10.102.4.0/28. Why: in an IPv4 network they stand for the network and for all of its hosts. Next: "
+            "choose another inside it.",
+        ),
+        (
             lambda e, h: h["c1"].update(
                 isthmus_workloads=[{"name": f"w{n}", "unit": f"w{n}.service"} for n in range(13)] + [web()]
             ),
@@ -511,6 +543,101 @@ def test_what_does_not_go_with_the_record_is_refused(edit: Edit, message: str) -
     assert message in refused(edit)
 
 
+MEMBER_STAYS = (
+    "Why: the host carries a member of cluster onprem's etcd, and the others know it by its addresses. Next: put {0} "
+    "back; to move the member, take the host out of etcd.hosts (another one in its place) with "
+    "isthmus_prune=member/onprem/o2, and list it again later."
+)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda e, h: e.update(domain="example.org"),
+            "isthmus_estate.domain: a change from clusterset.local to example.org is not yet supported. Why: until the "
+            "last host has the new one, names of services would be found on a part of the hosts only. Next: put "
+            "clusterset.local back.",
+        ),
+        (
+            lambda e, h: e.update(overlay={"port": 8473}),
+            "isthmus_estate.overlay.port: a change from 8472 to 8473 is not yet supported. Why: hosts that have the "
+            "new one and hosts that do not could not reach each other's workloads. Next: put 8472 back.",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"]["etcd"].update(client_port=2479),
+            "isthmus_estate.clusters.onprem.etcd.client_port: a change from 2379 to 2479 is not yet supported. Why: "
+            "agents and peers would look for its members where none listens. Next: put 2379 back.",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"]["etcd"].update(peer_port=2480),
+            "isthmus_estate.clusters.onprem.etcd.peer_port: a change from 2380 to 2480 is not yet supported. Why: its "
+            "members know each other by the port that they joined with. Next: put 2380 back.",
+        ),
+        (
+            lambda e, h: h["o2"].update(ansible_host="198.18.1.22"),
+            "host o2.isthmus_underlay: a change from 198.18.1.2 to 198.18.1.22 is not yet supported. "
+            + MEMBER_STAYS.format("198.18.1.2"),
+        ),
+        (
+            lambda e, h: h["o2"].update(isthmus_advertise="203.0.113.2"),
+            "host o2.isthmus_advertise: a change from 198.18.1.2 to 203.0.113.2 is not yet supported. "
+            + MEMBER_STAYS.format("198.18.1.2"),
+        ),
+    ],
+)
+def test_a_change_that_a_running_estate_cannot_make_yet_is_refused(edit: Edit, message: str) -> None:
+    assert refused(edit, running()) == [message]
+
+
+def test_what_has_not_run_can_be_put_right() -> None:
+    """A first run that reached one cluster only leaves the others in the record as they were planned."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["onprem"]["etcd"].update(client_port=2479, peer_port=2480)
+        h["o2"].update(ansible_host="198.18.1.22")
+
+    urls = replanned(edit).specs["o1"]["member"]["members"]
+    assert urls["o2"] == "https://198.18.1.22:2480"
+
+
+def test_a_member_that_goes_and_a_host_that_carries_none_may_have_new_addresses() -> None:
+    def without_o2(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["onprem"]["etcd"].update(hosts=["o1", "o3"])
+        h["o2"].update(ansible_host="198.18.1.22")
+
+    assert len(refused(without_o2, running())) == 1, "absence from the list removes no member"
+    found = replanned(without_o2, running(), prune=("member/onprem/o2",))
+    assert found.specs["o2"]["node"]["underlay4"] == "198.18.1.22"
+
+    def with_o4(address: str) -> Edit:
+        return lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": address})
+
+    moved = replanned(with_o4("198.18.1.44"), running(with_o4("198.18.1.4")))
+    assert moved.specs["o4"]["node"]["underlay4"] == "198.18.1.44"
+
+
+def test_members_do_not_leave_the_one_site_by_whose_addresses_they_know_each_other() -> None:
+    def behind(e: dict[str, Any], h: dict[str, Any]) -> None:
+        for number in (1, 2, 3):
+            h[f"o{number}"].update(isthmus_advertise=f"203.0.113.{number}")
+        h["o4"] = {"isthmus_cluster": "onprem", "ansible_host": "198.18.3.4", "isthmus_site": "far"}
+
+    def far(e: dict[str, Any], h: dict[str, Any]) -> None:
+        behind(e, h)
+        e["clusters"]["onprem"]["etcd"]["hosts"].append("o4")
+
+    messages = refused(far, running(behind))
+    assert len(messages) == 3
+    assert messages[0] == (
+        "isthmus_estate.clusters.onprem.etcd.hosts: a change from 198.18.1.1 to 203.0.113.1 as the address of member "
+        "o1 is not yet supported. Why: members in several sites dial each other at isthmus_advertise, and the others "
+        "know it by isthmus_underlay. Next: keep the members in one site."
+    )
+    back = replanned(behind, running(far), prune=("member/onprem/o4",))
+    assert back.removed == ("member/onprem/o4",), "the way back loses nobody"
+
+
 def test_a_new_cluster_against_one_that_only_the_record_knows() -> None:
     def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
         e["clusters"]["fresh"] = {**e["clusters"].pop("cloud"), "workload_ranges": ["10.102.64.0/18"]}
@@ -525,14 +652,128 @@ def test_a_new_cluster_against_one_that_only_the_record_knows() -> None:
     assert any("10.102.64.0/18 overlaps 10.102.0.0/16 of cluster cloud" in message for message in messages)
 
 
+LACKS = (
+    "which the record knows and the inventory lacks. Why: what is absent from the inventory still runs. Next: choose"
+)
+
+
+def _without_c2(*edits: Edit) -> Edit:
+    """The inventory of `_with_c2` without its host and workload, and with something else."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        h["c1"]["isthmus_workloads"] = []
+        for one in edits:
+            one(e, h)
+
+    return edit
+
+
+def _with_c2(e: dict[str, Any], h: dict[str, Any]) -> None:
+    h["c2"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2", "isthmus_advertise": "203.0.113.2"}
+
+
+def _new_host(**variables: Any) -> Edit:
+    return lambda e, h: h.update(new={"isthmus_cluster": "cloud", "isthmus_underlay": "198.18.2.9", **variables})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message", "prune"),
+    [
+        (
+            _new_host(isthmus_underlay="198.18.2.2"),
+            f"host new.isthmus_underlay: 198.18.2.2 is also an address of host c2 of cluster cloud, {LACKS} another, "
+            "or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            _new_host(isthmus_advertise="203.0.113.2"),
+            "host new.isthmus_advertise: 203.0.113.2 is also an address of host c2 of cluster cloud, "
+            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            _new_host(isthmus_node_range="10.102.0.16/28"),
+            "host new.isthmus_node_range: 10.102.0.16/28 overlaps 10.102.0.16/28, the range of host c2, "
+            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            lambda e, h: e["clusters"]["onprem"]["workload_ranges"].append("203.0.113.0/28"),
+            "isthmus_estate.clusters.onprem: 203.0.113.0/28 holds 203.0.113.2 of host c2 of cluster cloud, "
+            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            "host/c2",
+        ),
+        (
+            lambda e, h: h["c1"].update(
+                isthmus_workloads=[{"name": "b", "unit": "b.service", "address": "10.102.0.2"}]
+            ),
+            "host c1.isthmus_workloads (default/b).address: 10.102.0.2 is the address of shop/web, "
+            f"{LACKS} another, or remove that workload with isthmus_prune=workload/c1/shop/web.",
+            "workload/c1/shop/web",
+        ),
+        (
+            lambda e, h: h["c1"].update(isthmus_workloads=[{"name": "renamed", "unit": "web.service"}]),
+            "host c1.isthmus_workloads (default/renamed): web.service is also the workload shop/web, "
+            f"{LACKS} another, or remove that workload with isthmus_prune=workload/c1/shop/web.",
+            "workload/c1/shop/web",
+        ),
+    ],
+)
+def test_what_only_the_record_knows_keeps_its_own(edit: Edit, message: str, prune: str) -> None:
+    first = replanned(_with_c2)
+    assert refused(_without_c2(edit), first) == [message]
+    assert prune in replanned(_without_c2(edit), first, prune=(prune,)).removed
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda e, h: e["clusters"]["onprem"]["workload_ranges"].append("10.112.4.0/24"),
+            f"isthmus_estate.clusters.onprem: 10.112.4.0/24 overlaps 10.112.0.0/16 of cluster cloud, {LACKS} another, "
+            "or remove that cluster with isthmus_prune=cluster/cloud.",
+        ),
+        (
+            lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": "198.18.2.1"}),
+            f"host o4.isthmus_underlay: 198.18.2.1 is also an address of host c1 of cluster cloud, {LACKS} another, or "
+            "remove that cluster with isthmus_prune=cluster/cloud.",
+        ),
+        (
+            lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": "10.102.9.9"}),
+            f"host o4.isthmus_underlay: 10.102.9.9 lies in 10.102.0.0/16 of cluster cloud, {LACKS} another, or remove "
+            "that cluster with isthmus_prune=cluster/cloud.",
+        ),
+        (
+            lambda e, h: h.update(c1={"isthmus_cluster": "onprem", "ansible_host": "198.18.1.9"}),
+            f"host c1.isthmus_cluster: onprem, but the host runs in cluster cloud, {LACKS} another, or remove that "
+            "cluster with isthmus_prune=cluster/cloud.",
+        ),
+    ],
+)
+def test_a_cluster_that_only_the_record_knows_keeps_its_own(edit: Edit, message: str) -> None:
+    def without_cloud(e: dict[str, Any], h: dict[str, Any]) -> None:
+        del e["clusters"]["cloud"], h["c1"]
+        edit(e, h)
+
+    assert refused(without_cloud, planned(model())) == [message]
+    assert replanned(without_cloud, prune=("cluster/cloud",)).removed == ("cluster/cloud",)
+
+
+def test_a_part_of_an_orphan_does_not_go_alone() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        del e["clusters"]["cloud"], h["c1"]
+
+    for name in ("host/c1", "member/cloud/c1", "workload/c1/shop/web"):
+        assert refused(edit, prune=(name,)) == [
+            f"isthmus_prune={name}: it is a part of cluster/cloud, which the inventory lacks too. Why: what the "
+            "inventory lacks goes as a whole. Next: write cluster/cloud, or put that back into the inventory."
+        ]
+        assert replanned(edit, prune=(name, "cluster/cloud")).removed == ("cluster/cloud",)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "host/o9",
-            "isthmus_prune=host/o9: the record knows nothing of that name. Why: there is nothing to remove. Next: did "
-            "you mean 'host/o3'? Change it.",
-        ),
         (
             "c1",
             "isthmus_prune=host/c1: the inventory still has it. Why: the next run would bring it back. Next: take it "
@@ -542,6 +783,53 @@ def test_a_new_cluster_against_one_that_only_the_record_knows() -> None:
 )
 def test_names_to_prune_that_are_refused(name: str, message: str) -> None:
     assert refused(nothing, prune=(name,)) == [message]
+
+
+def _without_what_went(e: dict[str, Any], h: dict[str, Any]) -> None:
+    """Of each kind something is gone from the inventory."""
+    del e["services"]
+    e["clusters"]["onprem"]["etcd"]["hosts"] = ["o1"]
+    h.pop("o3")
+
+
+@pytest.mark.parametrize(
+    ("edit", "prune"),
+    [
+        (_without_what_went, ("host/o3", "member/onprem/o2", "service/shop/web")),
+        (_without_what_went, ("o3", "onprem/o2", "shop/web")),
+        (lambda e, h: h["c1"].pop("isthmus_workloads"), ("workload/c1/shop/web",)),
+        (lambda e, h: (e["clusters"].pop("cloud"), h.pop("c1")), ("cluster/cloud",)),
+    ],
+)
+def test_what_is_pruned_twice_is_gone_once(edit: Edit, prune: tuple[str, ...]) -> None:
+    gone = replanned(edit, prune=prune)
+    assert len(gone.removed) >= len(prune)
+    again = replanned(edit, gone, timedelta(days=40), prune=prune)
+    assert again.record == gone.record
+    assert (again.specs, again.services) == (gone.specs, gone.services)
+    assert again.changes == again.removed == again.orphans == ()
+    for name in prune:
+        assert any(
+            warning.startswith(f"isthmus_prune={name}: there is nothing of that name to remove; it has gone before")
+            for warning in again.warnings
+        )
+
+
+def test_a_host_that_moves_is_pruned_twice() -> None:
+    def into(cluster: str) -> Edit:
+        return lambda e, h: h.update(x={"isthmus_cluster": cluster, "ansible_host": "198.18.2.7"})
+
+    moved = replanned(into("onprem"), replanned(into("cloud")), prune=("host/x",))
+    again = replanned(into("onprem"), moved, prune=("host/x",))
+    assert again.record == moved.record
+    assert again.removed == ()
+
+
+def test_a_misspelt_name_to_prune_is_said() -> None:
+    (warning,) = replanned(nothing, prune=("host/o9",)).warnings
+    assert warning == (
+        "isthmus_prune=host/o9: there is nothing of that name to remove; it has gone before, or did you mean 'host/o3'?"
+    )
 
 
 def test_a_name_to_prune_that_can_mean_two_things() -> None:
@@ -596,6 +884,42 @@ def test_pins_are_kept_clear_when_others_are_dealt() -> None:
         "z": "10.102.0.3",
         "a": "10.102.0.4",
     }
+
+
+def test_a_document_that_etcd_would_refuse_is_refused_before() -> None:
+    labels = {f"label-{number}": "v" * 63 for number in range(20)}
+
+    def edit(count: int) -> Edit:
+        workloads = [{"name": f"w{one}", "unit": f"w{one}.service", "labels": labels} for one in range(13)]
+        return lambda e, h: h.update(
+            {
+                f"h{number}": {
+                    "isthmus_cluster": "onprem",
+                    "ansible_host": f"198.18.3.{number}",
+                    "isthmus_workloads": workloads,
+                }
+                for number in range(1, count + 1)
+            }
+        )
+
+    (message,) = refused(edit(70))
+    assert message == (
+        "cluster onprem: its document in the estate record would have 1.44 MiB (73 hosts with 910 workloads), more "
+        "than 1.25 MiB. Why: etcd refuses what is larger than 1.5 MiB. Next: spread its hosts over more clusters, "
+        "shorten labels, or remove orphans."
+    )
+    document = replanned(edit(60)).record["clusters/onprem"]
+    assert 1.1 * 2**20 < len(json.dumps(document, separators=(",", ":"))) <= 1.25 * 2**20
+
+
+def test_a_roster_that_etcd_would_refuse_is_refused_before() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        service = e["services"][0]
+        e["services"] = [{**service, "name": f"{number:063}"} for number in range(11000)]
+
+    (message,) = refused(edit)
+    assert message.startswith("isthmus_estate: its document in the estate record would have ")
+    assert "(2 clusters and 11001 services), more than 1.25 MiB" in message
 
 
 def test_plan_of_nothing_yet() -> None:
