@@ -39,7 +39,7 @@ mkdir -p build
 whole=$(date +%s)
 suite "units" tests/unit --cov --cov-report=
 suite "eBPF" tests/bpf
-suite "integration" tests/integration --cov --cov-append --cov-report=
+suite "integration" tests/integration --numprocesses 2 --dist loadfile --cov --cov-append --cov-report=
 suite "end to end" tests/e2e
 if [ "${1:-}" = full ]; then stage "molecule" make --no-print-directory molecule; fi
 suite "lab" tests/lab

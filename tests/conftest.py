@@ -29,6 +29,8 @@ REVIEWED_SKIPS = tuple(
 )
 UNREVIEWED: list[str] = []
 
+BPFFS = "/sys/fs/bpf"
+
 # `ansible_collections.isthmus.mesh` is this checkout, for tests that import its plugins.
 _PLACE = tempfile.TemporaryDirectory(prefix="isthmus-collections-")
 Path(_PLACE.name, "ansible_collections", "isthmus").mkdir(parents=True)
@@ -47,6 +49,23 @@ E2E_ORDER = (
 def e2e_rank(item: pytest.Item) -> int:
     name = item.path.stem
     return E2E_ORDER.index(name) if item.path.parent.name == "e2e" and name in E2E_ORDER else -1
+
+
+MOUNTED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A BPF file system where systemd mounts one at every boot: a container, or a build machine without systemd, has
+    none, and the agent does not mount one that would go with its own mounts. Workers use their controller's."""
+    if os.geteuid() != 0 or hasattr(config, "workerinput") or os.path.ismount(BPFFS):
+        return
+    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", BPFFS], check=True)
+    config.stash[MOUNTED] = True
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if config.stash.get(MOUNTED, False):
+        subprocess.run(["umount", BPFFS], check=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,18 +95,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in UNREVIEWED:
         terminalreporter.write_line(f"SKIP NOT ON THE REVIEWED LIST (tests/skips.txt): {line}", red=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bpffs() -> Iterator[None]:
-    """A BPF file system where systemd mounts one at every boot: a container, or a build machine without systemd, has
-    none, and the agent does not mount one that would go with its own mounts."""
-    if os.geteuid() != 0 or os.path.ismount("/sys/fs/bpf"):
-        yield
-        return
-    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", "/sys/fs/bpf"], check=True)
-    yield
-    subprocess.run(["umount", "/sys/fs/bpf"], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import random
 import shutil
 import signal
 import socket
@@ -39,11 +40,24 @@ def require_etcd() -> None:
         pytest.skip(f"needs {' and '.join(missing)} (Debian: etcd-server, etcd-client)")
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port of loopback that nobody listens on and that this process did not give away before.
+
+    Below the ports that the kernel gives to outgoing connections, any of which could take it before its server does.
+    """
+    while True:
+        port = random.randrange(15000, 32000)  # noqa: S311 - no secret
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in _GIVEN:
+            _GIVEN.add(port)
+            return port
 
 
 class Ca:
