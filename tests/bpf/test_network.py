@@ -208,6 +208,7 @@ def test_ipv6_addresses_routes_and_rules(call: Call) -> None:
     call(netlink.apply_network, wanted)
     assert call(netlink.audit_network, wanted) == []
     assert not call(netlink.apply_network, wanted)
+    assert "nodad" in call(_ip, "-6", "address", "show", "dev", "isthmus0", "to", "fd00:101::1")
     call(netlink.remove_network)
     assert "fd00" not in call(_ip, "-6", "route", "show", "table", "all")
 
