@@ -86,6 +86,7 @@ pytest: bpf ## run tests (ARGS='tests/unit -k name')
 test: lint collection ## every gate and every test that fits into every run (CI runs this)
 	@sh scripts/test.sh
 
+test-full: export ISTHMUS_FULL := 1
 test-full: lint collection ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
 

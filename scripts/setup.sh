@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Installs what the controller needs: Debian packages (requirements/apt.txt) and a Python environment with
 # exact versions (requirements/controller.txt) outside of the clone. Does only what is missing.
-# usage: scripts/setup.sh VENV
+# usage: [ISTHMUS_FULL=1] scripts/setup.sh VENV
+# ISTHMUS_FULL: also what only `make test-full` needs (requirements/apt-full.txt).
 set -eu
 
 venv=$1
@@ -12,7 +13,7 @@ root=$(dirname "$here")
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-packages=$(sed 's/#.*//' "$root/requirements/apt.txt" | xargs)
+packages=$(sed 's/#.*//' "$root/requirements/apt.txt" ${ISTHMUS_FULL:+"$root/requirements/apt-full.txt"} | xargs)
 
 missing_packages() {
     # One query for all: what is not "install ok installed" is printed.
@@ -27,7 +28,7 @@ missing_packages() {
 install_packages() {
     [ "$(id -u)" = 0 ] || die "these Debian packages are missing: $1; run this as root"
     command -v apt-get >/dev/null || die "this is no Debian (no apt-get); install by hand: $1"
-    say "installing Debian packages (1 to 5 minutes, at most 0.9 GB): $1"
+    say "installing Debian packages (1 to 5 minutes, at most 1 GB): $1"
     # Nothing that is installed here may start a service on this machine (etcd-server would).
     policy=/usr/sbin/policy-rc.d
     saved=

@@ -39,6 +39,7 @@ mkdir -p build
 whole=$(date +%s)
 suite "units" tests/unit --cov --cov-report=
 suite "eBPF" tests/bpf
+if [ "${1:-}" = full ]; then suite "other kernels" tests/kernel; fi
 suite "integration" tests/integration --numprocesses 2 --dist loadfile --cov --cov-append --cov-report=
 suite "end to end" tests/e2e
 if [ "${1:-}" = full ]; then stage "molecule" make --no-print-directory molecule; fi

@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
-from bpf.topology import CLONE_NEWNET
+from bpf.topology import CLONE_NEWNET, PATIENCE
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, Route, Rule
 from isthmus_agent.netlink import NetworkError
@@ -208,6 +208,7 @@ def test_ipv6_addresses_routes_and_rules(call: Call) -> None:
     call(netlink.apply_network, wanted)
     assert call(netlink.audit_network, wanted) == []
     assert not call(netlink.apply_network, wanted)
+    assert "nodad" in call(_ip, "-6", "address", "show", "dev", "isthmus0", "to", "fd00:101::1")
     call(netlink.remove_network)
     assert "fd00" not in call(_ip, "-6", "route", "show", "table", "all")
 
@@ -232,7 +233,7 @@ def test_thousands_of_routes_are_made_read_and_removed_in_seconds(call: Call) ->
         took.append(time.monotonic() - began)
         assert call(netlink.audit_network, wanted) == []
     print(f"10,000 routes: made {took[0]:.2f} s, read {took[1]:.2f} s, removed {took[2]:.2f} s")
-    assert max(took) < 5
+    assert max(took) < 5 * PATIENCE
     assert len(steps) > 150, "it shows that it gets on"
 
 

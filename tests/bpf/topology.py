@@ -31,13 +31,16 @@ TCP, UDP = 6, 17
 VIP = "10.111.0.10"
 VIP_EMPTY = "10.111.0.11"
 CLONE_NEWNET = 0x40000000
+# What limits of time are multiplied by: an emulated processor (tests/kernel) takes about ten times as long.
+PATIENCE = 10 if "QEMU TCG" in Path("/proc/cpuinfo").read_text() else 1
 
 _numbers = itertools.count(1)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 10.0) -> T:
-    """The first true value of `condition`, or an assertion that names `what`."""
+    """The first true value of `condition`, or an assertion that names `what`. `seconds`: times PATIENCE."""
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while True:
         value = condition()

@@ -30,7 +30,8 @@ def test_every_dependency_has_its_reason() -> None:
     cells = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)
     told = [plain(name) for cell in cells for name in cell.split(",") if cell not in ("Dependency", "---")]
     assert len(told) == len(set(told))
-    wanted = of_the_wheel().union(*(required(name) for name in ("agent.txt", "apt.txt", "controller.in")))
+    files = ("agent.txt", "apt.txt", "apt-full.txt", "controller.in")
+    wanted = of_the_wheel().union(*(required(name) for name in files))
     assert set(told) == wanted
 
 

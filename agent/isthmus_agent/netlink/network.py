@@ -31,6 +31,7 @@ _IFF_UP = 0x1
 _IFF_NOARP = 0x80
 _GONE = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
 _ADDR_GEN_MODE_NONE = 1
+_IFA_F_NODAD = 0x02  # linux/if_addr.h
 _TABLE_MAIN = 254
 
 
@@ -294,6 +295,8 @@ def apply_network(
                 address=str(address),
                 prefixlen=address.max_prefixlen,
                 family=socket.AF_INET if address.version == 4 else socket.AF_INET6,
+                # Until its duplicate address detection is over, the kernel takes no route with an address as source.
+                flags=0 if address.version == 4 else _IFA_F_NODAD,
             )
         attempt_routes(ADD, "add", [(route, index) for route in difference.add_routes])
         attempt_routes(REPLACE, "change to", [(route, index) for _, route in difference.replace_routes])
