@@ -8,7 +8,7 @@ unseen. Nothing is removed that was not named, or that belongs to a host which t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,10 @@ from .kvstore import Compare, Delete, KeyValue, Put, SyncEtcd
 
 TXN_OPERATIONS = 100
 """etcd takes 128 in one transaction."""
-_CHANGED = "{key} was changed by somebody else during this run. Run the playbook again"
+_CHANGED = (
+    "{key} was changed by somebody else during this run, or the run's lock was broken or ran out. "
+    "Next: run the playbook again"
+)
 
 
 class EstateError(Exception):
@@ -35,8 +38,10 @@ class Change:
     after: str
 
 
-def write_documents(client: SyncEtcd, documents: Mapping[str, Any], apply: bool) -> list[Change]:
-    """Make the record in etcd equal to ``documents``; others stay.
+def write_documents(
+    client: SyncEtcd, documents: Mapping[str, Any], apply: bool, fence: Sequence[Compare] = ()
+) -> list[Change]:
+    """Make the record in etcd equal to ``documents``; others stay. ``fence`` must be true whenever it is written.
 
     `EstateError`, before anything is written, when somebody else wrote one of them since they were planned. The
     roster comes last: it is what says that the record is complete.
@@ -53,7 +58,7 @@ def write_documents(client: SyncEtcd, documents: Mapping[str, Any], apply: bool)
             continue  # a certificate that this run does not know stays
         if held != document:
             differing.append((key, found, document))
-    return [_change(client, key, found, document, apply) for key, found, document in differing]
+    return [_change(client, key, found, document, apply, fence) for key, found, document in differing]
 
 
 def superseded(key: str, found: KeyValue | None, document: Mapping[str, Any]) -> str:
@@ -84,7 +89,9 @@ def _unsigned(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name != "ca_certificate"}
 
 
-def delete_reports(client: SyncEtcd, document: Mapping[str, Any], apply: bool) -> list[Change]:
+def delete_reports(
+    client: SyncEtcd, document: Mapping[str, Any], apply: bool, fence: Sequence[Compare] = ()
+) -> list[Change]:
     """Delete what agents said of hosts that the cluster's ``document``, as it is in etcd, does not have.
 
     An orphan is in the record, so its reports stay. `EstateError` when the record changes meanwhile: agents report
@@ -105,13 +112,18 @@ def delete_reports(client: SyncEtcd, document: Mapping[str, Any], apply: bool) -
     unchanged = Compare(record, "mod", "=", 0 if found is None else found.mod_revision)
     for first in range(0, len(changes) if apply else 0, TXN_OPERATIONS):
         batch = [Delete(change.key) for change in changes[first : first + TXN_OPERATIONS]]
-        if not client.txn([unchanged], batch, []).succeeded:
+        if not client.txn([*fence, unchanged], batch, []).succeeded:
             raise EstateError(_CHANGED.format(key=record))
     return changes
 
 
 def write_services(
-    client: SyncEtcd, present: Iterable[Mapping[str, Any]], absent: Iterable[str], owner: str, apply: bool
+    client: SyncEtcd,
+    present: Iterable[Mapping[str, Any]],
+    absent: Iterable[str],
+    owner: str,
+    apply: bool,
+    fence: Sequence[Compare] = (),
 ) -> list[Change]:
     """Make services of ``owner`` so; ``absent`` are ``<namespace>/<name>``.
 
@@ -135,17 +147,17 @@ def write_services(
         if held is not None and replace(held, revision=0) == replace(wanted, revision=0):
             continue
         revision = 1 if held is None else held.revision + 1
-        changes.append(_change(client, key, found, replace(wanted, revision=revision).to_dict(), apply))
+        changes.append(_change(client, key, found, replace(wanted, revision=revision).to_dict(), apply, fence))
     for name in absent:
         key = keys.service_definition_key(*name.split("/", 1))
         found = client.get(key)
         held = _definition(key, found)
         if held is not None and held.owner == owner:
-            changes.append(_change(client, key, found, None, apply))
+            changes.append(_change(client, key, found, None, apply, fence))
     return changes
 
 
-def confirm(client: SyncEtcd) -> None:
+def confirm(client: SyncEtcd, fence: Sequence[Compare] = ()) -> None:
     """Put the roster again as it is: what is in this etcd now is what the inventory wants.
 
     A registrar whose etcd lost history believes its lists again after this (docs/architecture.md, "etcd").
@@ -154,7 +166,7 @@ def confirm(client: SyncEtcd) -> None:
     found = client.get(keys.ROSTER)
     if found is not None:
         unchanged = Compare(keys.ROSTER, "mod", "=", found.mod_revision)
-        if not client.txn([unchanged], [Put(keys.ROSTER, found.value.decode())], []).succeeded:
+        if not client.txn([*fence, unchanged], [Put(keys.ROSTER, found.value.decode())], []).succeeded:
             raise EstateError(_CHANGED.format(key=keys.ROSTER))
 
 
@@ -171,12 +183,14 @@ _WHERE = {
 }
 
 
-def _change(client: SyncEtcd, key: str, found: KeyValue | None, document: Any, apply: bool) -> Change:
+def _change(
+    client: SyncEtcd, key: str, found: KeyValue | None, document: Any, apply: bool, fence: Sequence[Compare]
+) -> Change:
     after = "" if document is None else jsontext.dumps(document)
     if apply:
         unchanged = Compare(key, "mod", "=", 0 if found is None else found.mod_revision)
         operation = Delete(key) if document is None else Put(key, after)
-        if not client.txn([unchanged], [operation], []).succeeded:
+        if not client.txn([*fence, unchanged], [operation], []).succeeded:
             raise EstateError(_CHANGED.format(key=key))
     return Change(key, "" if found is None else found.value.decode(errors="replace"), after)
 

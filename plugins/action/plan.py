@@ -7,8 +7,6 @@ the whole inventory, never from the hosts of the play, and adds the clock.
 
 from __future__ import annotations
 
-import getpass
-import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -20,6 +18,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Mod
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import plan, refuse_foreign_services
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import RecordError, merge
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.schema import HOST_VARIABLES
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import operator
 
 _ESTATE = "isthmus_estate"
 
@@ -53,7 +52,7 @@ class ActionModule(ActionBase):
                 read_model(estate, hosts),
                 record,
                 datetime.now(timezone.utc),
-                options["by"] or _operator(variables),
+                options["by"] or operator(variables),
                 [str(name) for name in options["prune"]],
             )
             refuse_foreign_services(
@@ -83,17 +82,6 @@ class ActionModule(ActionBase):
             },
         )
         return result
-
-
-def _operator(variables: Mapping[str, Any]) -> str:
-    """Who runs this, for the record: AWX's user, else the controller's."""
-    for name in ("awx_user_name", "tower_user_name"):
-        if variables.get(name):
-            return str(variables[name])
-    try:
-        return os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):  # an execution environment may run under a user id without a name
-        return f"uid {os.getuid()}"
 
 
 def _refuse_slice(variables: Mapping[str, Any]) -> None:

@@ -24,10 +24,38 @@ author:
   - Isthmus contributors (@isthmus-mesh)
 options:
   state:
-    description: V(read) returns the record, V(present) makes it so.
+    description:
+      - V(read) returns the record, V(present) makes it so, V(released) gives the lock back that this run holds.
     type: str
-    choices: [read, present]
+    choices: [read, present, released]
     default: present
+  lock:
+    description:
+      - Whether O(state=read) takes the lock first that keeps other runs of the playbook away; O(state=present) always
+        does. It is in the cluster's etcd, or in a file of this host while no etcd can be asked, and is held for two
+        minutes after a read and for ten after a write. In check mode no lock is taken.
+    type: bool
+    default: false
+  break_lock:
+    description: Name of another run whose lock is taken away, as the message about it gives it.
+    type: str
+    default: ""
+  run:
+    description: Who runs this; filled in on the controller. Without it no lock is taken.
+    type: dict
+    suboptions:
+      by:
+        description: The operator.
+        type: str
+        required: true
+      where:
+        description: The controller or the job.
+        type: str
+        required: true
+      process:
+        description: The same for all tasks of this run, and for no other run.
+        type: str
+        required: true
   cluster:
     description: Cluster whose etcd is on this host.
     type: str
@@ -78,6 +106,21 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+locked:
+  description: Whether this run holds the lock of the cluster now.
+  returned: O(state=read) and O(state=present)
+  type: bool
+locked_by:
+  description: The run that holds the lock.
+  returned: when that is another one, which is a failure
+  type: dict
+  sample:
+    name: 3fa9c1d2
+    by: alice
+    where: ctl1
+    since: "2026-01-02T03:04:05Z"
+    until: "2026-01-02T03:06:05Z"
+    process: 0b1c2d3e4f5a/4711/123456
 record:
   description: The record that was found or written. Missing when there is none.
   returned: when there is a record
@@ -103,7 +146,7 @@ import json
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit, run_lock
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import BUNDLE_PYTHON, bundle_module
 
@@ -113,25 +156,68 @@ OWNER = "inventory"
 
 
 def read(module):
-    """The record from etcd, else the copy, else None."""
+    """What exit_json is given: the record from etcd, else the copy, else none; and whether the lock is held."""
     cluster = module.params["cluster"]
+    wanted = module.params["lock"] and module.params["run"] is not None and not module.check_mode
+    locked = False
+    documents, services = {}, {}
     endpoints = own_endpoints(module)
     if endpoints and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
-        documents, services = read_etcd(module, endpoints)
+        documents, services, locked = read_etcd(module, endpoints, wanted)
+    if wanted and not locked:
+        try:
+            run_lock.take_file(run_lock.document(module.params["run"], run_lock.LOOKING), module.params["break_lock"])
+        except run_lock.HeldError as exc:
+            refuse(module, exc.holder)
+        locked = True
+    found = None
+    if documents:
+        owners = {
+            name: found["owner"] for name, found in services.items() if isinstance(found, dict) and found.get("owner")
+        }
+        foreign = {name: owner for name, owner in owners.items() if owner != OWNER}
+        found = {"cluster": cluster, "documents": documents, "foreign_services": foreign}
+    else:
+        try:
+            documents = estate.read_json(estate.ESTATE)
+        except ValueError as exc:
+            module.warn(f"{estate.ESTATE} is damaged ({exc}) and not used")
         if documents:
-            owners = {
-                name: found["owner"]
-                for name, found in services.items()
-                if isinstance(found, dict) and found.get("owner")
-            }
-            foreign = {name: owner for name, owner in owners.items() if owner != OWNER}
-            return {"cluster": cluster, "documents": documents, "foreign_services": foreign}
-    try:
-        documents = estate.read_json(estate.ESTATE)
-    except ValueError as exc:
-        module.warn(f"{estate.ESTATE} is damaged ({exc}) and not used")
+            found = {"cluster": None, "documents": documents}
+    return {"changed": False, "locked": locked, **({} if found is None else {"record": found})}
+
+
+def refuse(module, holder):
+    """End: another run has the lock."""
+    module.fail_json(msg=run_lock.words(module.params["cluster"], holder), locked_by=dict(holder))
+
+
+def hold(module, client, seconds):
+    """Take the lock in etcd; what is true while this run has it. None for a bundle that is older than the lock."""
+    locks = bundle_module(module, "isthmus_agent.run_lock", required=False)
+    if locks is None:
         return None
-    return {"cluster": None, "documents": documents} if documents else None
+    try:
+        wanted = run_lock.document(module.params["run"], seconds)
+        return locks.take(client, wanted, seconds, module.params["break_lock"])
+    except locks.LockedError as exc:
+        return refuse(module, exc.holder)
+
+
+def release(module):
+    """Give back what this run holds. It is no change of the host."""
+    cluster = module.params["cluster"]
+    name = run_lock.document(module.params["run"], 0)["name"]
+    run_lock.release_file(name)
+    endpoints = own_endpoints(module)
+    if endpoints and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
+        locks = bundle_module(module, "isthmus_agent.run_lock")
+        kvstore = bundle_module(module, "isthmus_agent.kvstore")
+        try:
+            with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
+                locks.release(client, name)
+        except (kvstore.EtcdError, OSError) as exc:
+            module.warn(f"the lock of cluster {cluster} was not given back ({exc}); it ends by itself")
 
 
 def own_endpoints(module):
@@ -149,20 +235,24 @@ def own_endpoints(module):
     return [etcd_unit.local_url(settings)] if etcd_unit.cluster_of(settings) == cluster else []
 
 
-def read_etcd(module, endpoints):
-    """The record's documents and the services' definitions; empty, with a warning, when they cannot be read."""
+def read_etcd(module, endpoints, lock):
+    """The record's documents and the services' definitions, empty, with a warning, when they cannot be read; and
+    whether the lock is held, which is taken before."""
     # The bundle may be of an older version, which this run is about to replace: only the client is used.
     kvstore = bundle_module(module, "isthmus_agent.kvstore", required=False)
     cluster = module.params["cluster"]
     if kvstore is None:
         module.warn("the agent bundle has no etcd client; the copy of the estate record on the host is read")
-        return {}, {}
+        return {}, {}, False
+    locked = False
     try:
         with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
-            return tuple(json_documents(module, prefix, client.range(prefix).kvs) for prefix in (PREFIX, SERVICES))
+            locked = lock and hold(module, client, run_lock.LOOKING) is not None
+            found = [json_documents(module, prefix, client.range(prefix).kvs) for prefix in (PREFIX, SERVICES)]
+            return (*found, locked)
     except (kvstore.EtcdError, OSError) as exc:
         module.warn(f"the etcd of cluster {cluster} does not answer ({exc}); the copy on the host is read")
-        return {}, {}
+        return {}, {}, locked
 
 
 def json_documents(module, prefix, entries):
@@ -208,14 +298,17 @@ def present(module, changes):
     kvstore = bundle_module(module, "isthmus_agent.kvstore")
     endpoints = estate.endpoints_from_record(record, cluster)
     apply = not module.check_mode
+    locked = apply and module.params["run"] is not None
     try:
         with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster)) as client:
-            estate.show(changes, admin.write_documents(client, record, apply))
-            made = admin.write_services(client, services["present"], services["absent"], OWNER, apply)
+            # In check mode the bundle may be older than the fence.
+            fence = {"fence": [hold(module, client, run_lock.CHANGING)]} if locked else {}
+            estate.show(changes, admin.write_documents(client, record, apply, **fence))
+            made = admin.write_services(client, services["present"], services["absent"], OWNER, apply, **fence)
             estate.show(changes, made)
-            estate.show(changes, admin.delete_reports(client, record["clusters/" + cluster], apply))
+            estate.show(changes, admin.delete_reports(client, record["clusters/" + cluster], apply, **fence))
             if apply:
-                admin.confirm(client)
+                admin.confirm(client, **fence)
     except admin.EstateError as exc:
         module.fail_json(msg=str(exc))
     except (kvstore.EtcdError, OSError) as exc:
@@ -225,7 +318,7 @@ def present(module, changes):
             f"hosts' copies. Next: {remedy(kvstore, exc)}, then run the playbook again"
         )
         return changes.result()
-    return changes.result(record=answer)
+    return changes.result(record=answer, locked=locked)
 
 
 def remedy(kvstore, exc):
@@ -243,7 +336,13 @@ def remedy(kvstore, exc):
 def main():
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["read", "present"], "default": "present"},
+            "state": {"type": "str", "choices": ["read", "present", "released"], "default": "present"},
+            "lock": {"type": "bool", "default": False},
+            "break_lock": {"type": "str", "default": ""},
+            "run": {
+                "type": "dict",
+                "options": {name: {"type": "str", "required": True} for name in ("by", "where", "process")},
+            },
             "cluster": {"type": "str", "required": True},
             "record": {"type": "dict"},
             "formed": {"type": "list", "elements": "str", "default": []},
@@ -255,12 +354,14 @@ def main():
                 },
             },
         },
-        required_if=[("state", "present", ["record"])],
+        required_if=[("state", "present", ["record"]), ("state", "released", ["run"])],
         supports_check_mode=True,
     )
     if module.params["state"] == "read":
-        found = read(module)
-        module.exit_json(changed=False, **({} if found is None else {"record": found}))
+        module.exit_json(**read(module))
+    if module.params["state"] == "released":
+        release(module)
+        module.exit_json(changed=False)
     module.exit_json(**present(module, Changes(module)))
 
 

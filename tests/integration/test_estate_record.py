@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer
 from integration.module_runner import ModuleFailed, run_module
-from isthmus_agent import etcd_admin
+from isthmus_agent import estate_admin, etcd_admin, run_lock
 from isthmus_agent.kvstore import EtcdNoSpace
 from isthmus_mesh import jsontext
+from isthmus_mesh.keys import RUN_LOCK
 from isthmus_mesh.record import LARGEST_DOCUMENT
 
 
@@ -39,6 +41,7 @@ class Host:
             "etcd_unit.DATA": str(directory / "data"),
             "etcd_unit.ENVIRONMENT": str(directory / "etcd.env"),
             "respawn.BUNDLE_PYTHON": sys.executable,
+            "run_lock.FILE": str(directory / "run.lock"),
         }
 
     def give_rights(self) -> None:
@@ -61,6 +64,26 @@ class Host:
 
     def write(self, record: dict[str, Any], check: bool = False) -> dict[str, Any]:
         return run_module("estate_record", {"cluster": "onprem", "record": record}, check=check, places=self.places)
+
+    def node(self) -> None:
+        """The host knows its etcd."""
+        spec = {"cluster": {"name": "onprem"}, "etcd": {"endpoints": [f"https://127.0.0.1:{self.server.port}"]}}
+        (self.directory / "node.json").write_text(json.dumps(spec))
+
+    def by(self, operator: str, state: str, check: bool = False, **more: Any) -> dict[str, Any]:
+        """The module as a task of this operator's run calls it."""
+        run = {"by": operator, "where": f"{operator}s-laptop", "process": f"machine/{operator}"}
+        lock = {"lock": True} if state == "read" else {}
+        arguments = {"cluster": "onprem", "state": state, "run": run, **lock, **more}
+        return run_module("estate_record", arguments, check=check, places=self.places)
+
+    def held(self) -> Any:
+        """The lock in etcd, empty when nobody has it."""
+        return json.loads(self.server.dump(RUN_LOCK).get(RUN_LOCK, "{}"))
+
+    def lock(self) -> Any:
+        """Who has the lock in etcd."""
+        return self.held().get("by")
 
     def read(self) -> Any:
         result = run_module("estate_record", {"cluster": "onprem", "state": "read"}, places=self.places)
@@ -160,3 +183,93 @@ def test_the_record_of_a_run_that_ended_early_is_found(host: Host) -> None:
     assert host.read() is None
     (host.directory / "estate.json").write_text(json.dumps(host.record("onprem-1")))
     assert host.read()["cluster"] is None
+
+
+def test_one_run_at_a_time_has_the_lock(host: Host) -> None:
+    host.node()
+    assert host.by("alice", "read")["locked"]
+    for state in ("read", "present"):
+        more = {"record": host.record("onprem-1")} if state == "present" else {}
+        with pytest.raises(
+            ModuleFailed, match=r"onprem is being changed by another run: alice on alices-laptop"
+        ) as told:
+            host.by("bob", state, **more)
+        assert told.value.result["locked_by"]["process"] == "machine/alice"
+        assert f"isthmus_break_lock={told.value.result['locked_by']['name']}" in told.value.msg
+    assert host.server.dump("isthmus/v1/estate/") == {}
+    assert host.by("alice", "present", record=host.record("onprem-1"))["locked"]
+    host.by("bob", "released")
+    assert host.lock() == "alice", "bob has nothing to give back"
+    host.by("alice", "released")
+    assert host.lock() is None
+    assert host.by("bob", "read")["locked"]
+    assert host.lock() == "bob"
+
+
+def test_a_run_keeps_the_lock_it_has_for_longer(host: Host) -> None:
+    host.node()
+    host.by("alice", "read")
+    before = host.held()
+    host.by("alice", "present", record=host.record("onprem-1"))
+    after = host.held()
+    assert after["since"] == before["since"]
+    assert after["until"] > before["until"]
+
+
+def test_a_lock_ends_by_itself(host: Host) -> None:
+    host.node()
+    host.places["run_lock.LOOKING"] = 1
+    host.by("alice", "read")
+    deadline = time.monotonic() + 30
+    while host.lock() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert host.by("bob", "read")["locked"]
+
+
+def test_what_check_mode_and_a_plan_read_takes_no_lock(host: Host) -> None:
+    host.node()
+    host.by("alice", "read", check=True)
+    host.by("alice", "read", lock=False)
+    assert host.lock() is None
+    host.by("bob", "read")
+    assert not host.by("alice", "read", check=True)["locked"]
+    assert host.lock() == "bob"
+
+
+def test_a_broken_lock_lets_its_run_write_nothing_more(host: Host) -> None:
+    host.node()
+    host.by("alice", "read")
+    with host.server.sync_client("isthmus-operator") as client:
+        fence = run_lock.take(client, {"name": "carol", "since": ""}, 60, breaking=host.held()["name"])
+        assert host.held()["name"] == "carol"
+        with pytest.raises(ModuleFailed, match="being changed by another run"):
+            host.by("alice", "present", record=host.record("onprem-1"))
+        # Broken between its look at the lock and its write.
+        run_lock.take(client, {"name": "dave", "since": ""}, 60, breaking="carol")
+        with pytest.raises(estate_admin.EstateError, match="lock was broken or ran out"):
+            estate_admin.write_documents(client, host.record("onprem-1"), True, [fence])
+    assert host.server.dump("isthmus/v1/estate/") == {}
+
+
+def test_only_the_named_run_loses_its_lock(host: Host) -> None:
+    host.node()
+    host.by("alice", "read")
+    name = host.held()["name"]
+    with pytest.raises(ModuleFailed, match="another run: alice"):
+        host.by("bob", "read", break_lock="0badcafe")
+    assert host.by("bob", "read", break_lock=name)["locked"]
+    assert host.lock() == "bob"
+
+
+def test_before_there_is_an_etcd_the_host_has_the_lock(host: Host) -> None:
+    """No specification on the host, so no etcd to ask: a new estate."""
+    file = Path(host.places["run_lock.FILE"])
+    assert host.by("alice", "read")["locked"]
+    assert host.lock() is None
+    with pytest.raises(ModuleFailed, match="another run: alice on alices-laptop"):
+        host.by("bob", "read")
+    host.by("bob", "released")
+    assert file.exists()
+    host.by("alice", "released")
+    assert not file.exists()

@@ -823,6 +823,7 @@ PLAY_VARIABLES = {
     "isthmus_hosts": "Hosts that a playbook works on, as a pattern; `all` without it.",
     "isthmus_serial": "Batch of `site` in clusters that run already, as `serial` of a play; all hosts without it.",
     "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
+    "isthmus_break_lock": "Name of another run whose lock this run takes away, as the message about the lock gives it.",
     "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Controller's side of isthmus.mesh.estate_record: says which run asks, and knows which runs of its own have ended."""
+
+from __future__ import annotations
+
+from ansible.plugins.action import ActionBase
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import has_ended, this_run
+
+
+class ActionModule(ActionBase):
+    """Runs the module once, and again when the lock is a dead run's of this controller."""
+
+    _requires_connection = True
+
+    def run(self, tmp=None, task_vars=None):
+        result = super().run(tmp, task_vars)
+        arguments = {**self._task.args, "run": this_run(task_vars)}
+        answer = self._module(arguments, task_vars)
+        locked_by = answer.get("locked_by") or {}
+        if has_ended(locked_by.get("process", "")):
+            answer = self._module({**arguments, "break_lock": locked_by["name"]}, task_vars)
+        answer.pop("invocation", None)
+        result.update(answer)
+        return result
+
+    def _module(self, arguments, task_vars):
+        return self._execute_module(
+            module_name="isthmus.mesh.estate_record", module_args=arguments, task_vars=task_vars
+        )

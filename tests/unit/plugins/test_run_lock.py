@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which run has the lock, who is told so, and what a run leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.filter.run_outcome import run_outcome
+from ansible_collections.isthmus.mesh.plugins.module_utils import run_lock
+from ansible_collections.isthmus.mesh.plugins.plugin_utils import runs
+
+ALICE = {"by": "alice", "where": "ctl1", "process": "machine/1/2"}
+BOB = {"by": "bob", "where": "AWX job 7", "process": "machine/3/4"}
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "run.lock"
+    monkeypatch.setattr(run_lock, "FILE", str(place))
+    return place
+
+
+def name(run: dict[str, str]) -> str:
+    return str(run_lock.document(run, 0)["name"])
+
+
+def test_a_file_is_held_until_it_ends_or_is_given_back(file: Path) -> None:
+    run_lock.take_file(run_lock.document(ALICE, 60))
+    with pytest.raises(run_lock.HeldError) as told:
+        run_lock.take_file(run_lock.document(BOB, 60))
+    assert told.value.holder["by"] == "alice"
+    assert not run_lock.release_file(name(BOB))
+    assert run_lock.release_file(name(ALICE))
+    assert not file.exists()
+    assert not run_lock.release_file(name(ALICE))
+    run_lock.take_file(run_lock.document(BOB, -1))
+    run_lock.take_file(run_lock.document(ALICE, 60))
+
+
+def test_who_has_the_file_keeps_its_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_lock.document(ALICE, 60)
+    run_lock.take_file({**first, "since": "2026-01-01T00:00:00Z"})
+    run_lock.take_file(run_lock.document(ALICE, 600))
+    with pytest.raises(run_lock.HeldError) as told:
+        run_lock.take_file(run_lock.document(BOB, 60))
+    assert told.value.holder["since"] == "2026-01-01T00:00:00Z"
+    assert told.value.holder["until"] > first["until"]
+
+
+def test_the_named_run_loses_the_file(file: Path) -> None:
+    run_lock.take_file(run_lock.document(ALICE, 60))
+    run_lock.take_file(run_lock.document(BOB, 60), breaking=name(ALICE))
+    assert not run_lock.release_file(name(ALICE))
+    assert run_lock.release_file(name(BOB))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_damaged_file_is_nobodys_lock(file: Path, content: str) -> None:
+    file.write_text(content)
+    run_lock.take_file(run_lock.document(ALICE, 60))
+
+
+def test_of_many_at_once_one_gets_the_file(file: Path) -> None:
+    """Each gives it back at once, so the file comes and goes under those that wait for it."""
+    inside: list[str] = []
+    most = 0
+
+    def worker(number: int) -> None:
+        nonlocal most
+        mine = run_lock.document({"by": str(number), "where": "here", "process": str(number)}, 60)
+        for _turn in range(50):
+            try:
+                run_lock.take_file(mine)
+            except run_lock.HeldError:
+                continue
+            inside.append(str(number))
+            most = max(most, len(inside))
+            inside.remove(str(number))
+            assert run_lock.release_file(mine["name"])
+
+    threads = [threading.Thread(target=worker, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_the_words_say_who_since_when_and_how_to_go_on() -> None:
+    holder = run_lock.document(ALICE, 60)
+    words = run_lock.words("cloud", holder)
+    for part in (
+        "Cluster cloud",
+        "alice on ctl1",
+        holder["since"],
+        holder["until"],
+        f"isthmus_break_lock={name(ALICE)}",
+    ):
+        assert part in words
+
+
+def test_a_run_is_the_parent_of_the_worker_that_asks() -> None:
+    found = runs.this_run({"awx_user_name": "alice", "awx_job_id": 7})
+    assert (found["by"], found["where"]) == ("alice", "AWX job 7")
+    assert found["process"].split("/")[1] == str(os.getppid())
+    assert not runs.has_ended(found["process"])
+
+
+def test_a_run_of_this_controller_that_ended_is_known() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = f"{runs._machine()}/{child.pid}/{runs._started(child.pid)}"
+        assert not runs.has_ended(process)
+        assert runs.has_ended(process + "0"), "another process has the number now"
+        child.kill()
+    assert runs.has_ended(process)
+    machine, rest = process.split("/", 1)
+    assert not runs.has_ended(f"other{machine}/{rest}"), "nobody knows about another controller's"
+    for unknown in ("", "x", f"{machine}/", f"{machine}/x/y"):
+        assert not runs.has_ended(unknown)
+
+
+def result(kind: str, cluster: str, **more: Any) -> dict[str, Any]:
+    return {f"{kind}_place": {"cluster": cluster, "host": f"{cluster}-1"}, **more}
+
+
+def test_what_a_run_leaves() -> None:
+    members = [
+        {"__plan_first": {"results": [result("plan", "a", locked=True), result("plan", "b", unreachable=True)]}},
+        {
+            "__plan_first": {"results": [result("plan", "a", locked=True)]},
+            "__plan_others": {"skipped": True},
+            "__services_result": {
+                "results": [
+                    result("services", "a", locked=True, record={}),
+                    result("services", "c", locked=True, record={}),
+                ]
+            },
+        },
+    ]
+    found = run_outcome(members, silent=["b-2", "b-1"], clusters=["a", "b", "c"])
+    assert found["locked"] == [{"cluster": "a", "host": "a-1"}, {"cluster": "c", "host": "c-1"}]
+    assert "b-1, b-2" in found["pending"][0]
+    assert "etcd of b did not" in found["pending"][1]
+    assert run_outcome(members, clusters=["a", "c"])["pending"] == []
+    assert run_outcome(members[:1], clusters=["a"])["pending"] == [], "a run that wrote nothing misses nothing"
