@@ -47,8 +47,8 @@ _value:
 _READS = ("__plan_first", "__plan_others")
 _WRITES = ("__services_result", "__services_others")
 _NEXT = (
-    "Nothing was withdrawn because of that. Next: run the playbook again when the reason above is gone; it does what is "
-    "left."
+    "Nothing was withdrawn because of that. Next: run the playbook again when the reason above is gone: it does the "
+    "rest."
 )
 
 
