@@ -186,9 +186,12 @@ class NodeSpec:
         top = Fields(document, SpecError)
         schema = top.integer("schema", UINT16, default=None)
         if schema != SCHEMA:
+            newer = schema > SCHEMA
             raise SpecError(
-                f"schema {schema} is not {SCHEMA}, the one that this version reads; "
-                "run the site playbook of the installed version"
+                f"schema {schema} is {'newer' if newer else 'older'} than {SCHEMA}, the one that this version reads: "
+                f"it was written by {'a newer' if newer else 'an older'} isthmus.mesh. Next: run the site playbook of "
+                f"{'that version' if newer else 'this version'} on this host, which brings agent and specification "
+                "of one version"
             )
         return cls(
             estate=top.text("estate", None),
