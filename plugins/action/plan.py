@@ -73,7 +73,11 @@ class ActionModule(ActionBase):
         except ModelError as exc:
             result.update(failed=True, msg=str(exc), problems=[str(problem) for problem in exc.problems])
             return result
-        except (PlanError, RecordError) as exc:
+        except RecordError as exc:
+            words = f"The mesh cannot be planned. Nothing was changed on any host. {exc}"
+            result.update(failed=True, msg=words, problems=[str(exc)])
+            return result
+        except PlanError as exc:
             result.update(failed=True, msg=str(exc), problems=[str(exc)])
             return result
         result.update(

@@ -170,7 +170,7 @@ def newer_schema(where: str, document: Any, roster: Any = None) -> str:
     command = versions.install(str(version)) if versions.valid(version) else versions.LATEST
     return (
         f"{where}: its schema {schema} is newer than {SCHEMA}, the newest that is known here; a newer isthmus.mesh has "
-        f"been used on this estate. Nothing was changed. Next: {command} on the controller, and run the playbook again"
+        f"been used on this estate. Next: {command} on the controller, and run the playbook again"
     )
 
 

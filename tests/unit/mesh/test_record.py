@@ -121,13 +121,13 @@ def test_a_missing_cluster_document_is_refused() -> None:
         (
             lambda d: d["roster"].update(schema=2),
             "record 1 (roster): its schema 2 is newer than 1, the newest that is known here; a newer isthmus.mesh has "
-            "been used on this estate. Nothing was changed. Next: `ansible-galaxy collection install isthmus.mesh:==1.0.0` "
+            "been used on this estate. Next: `ansible-galaxy collection install isthmus.mesh:==1.0.0` "
             "on the controller, and run the playbook again",
         ),
         (
             lambda d: (d["roster"].pop("version"), d["clusters/cloud"].update(schema=2)),
             "record 1 (clusters/cloud): its schema 2 is newer than 1, the newest that is known here; a newer "
-            "isthmus.mesh has been used on this estate. Nothing was changed. Next: `ansible-galaxy collection install "
+            "isthmus.mesh has been used on this estate. Next: `ansible-galaxy collection install "
             "isthmus.mesh --upgrade` on the controller, and run the playbook again",
         ),
         (
