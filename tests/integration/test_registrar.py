@@ -909,7 +909,7 @@ def test_peer_that_the_record_calls_absent_is_forgotten(onprem: Cluster, cloud: 
     ("content", "words"),
     [
         ("{}", "schema is missing"),
-        ('{"schema": 2}', "schema 2 is newer than 1, the one that this version reads: it was written by a newer"),
+        ('{"schema": 2}', "schema 2 is newer than 1, the one that this version reads: a newer isthmus.mesh wrote it"),
     ],
 )
 def test_refuses_to_start_with_a_spec_that_it_cannot_read(
@@ -923,4 +923,4 @@ def test_refuses_to_start_with_a_spec_that_it_cannot_read(
     assert done.returncode == 78
     assert str(config) in done.stderr
     assert words in done.stderr
-    assert "run the site playbook" in done.stderr
+    assert "; next: run the site playbook of the isthmus.mesh that was applied to the estate last" in done.stderr
