@@ -25,7 +25,7 @@ options:
   paths:
     description:
       - Directories on the controller with a C(bundle.json) and the archives it names. Those that do not exist are
-        passed over; of two archives for one platform the last is used.
+        passed over; of two archives for one platform the last is used. All are of the collection's version.
     type: list
     elements: path
     required: true
