@@ -14,6 +14,7 @@ from typing import Any
 
 from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, ServiceDefinition
+from isthmus_mesh.record import newer_schema
 
 from .kvstore import Compare, Delete, KeyValue, Put, SyncEtcd
 
@@ -68,6 +69,8 @@ def superseded(key: str, found: KeyValue | None, document: Mapping[str, Any]) ->
     the same revision must be the same.
     """
     held = _json(key, found)
+    if words := newer_schema(f"{key} in etcd", held):
+        return words
     if held is None or held.get("revision", 0) < document["revision"] or _unsigned(held) == _unsigned(document):
         return ""
     stamp = held.get("last_applied", held)

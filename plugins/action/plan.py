@@ -15,9 +15,14 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.vars.plugins import get_vars_from_inventory_sources
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import ModelError, read_model
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import plan, refuse_foreign_services
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
+    plan,
+    refuse_foreign_services,
+    refuse_other_version,
+)
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import RecordError, merge
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.schema import HOST_VARIABLES
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import operator
 
 _ESTATE = "isthmus_estate"
@@ -39,19 +44,24 @@ class ActionModule(ActionBase):
             argument_spec={
                 "records": {"type": "list", "elements": "dict", "default": []},
                 "prune": {"type": "list", "elements": "str", "default": []},
+                "version": {"type": "str"},
                 "by": {"type": "str"},
             }
         )
         variables = task_vars or {}
         try:
             _refuse_slice(variables)
-            estate, hosts = _collect(variables["hostvars"])
+            version = collection_version()
             records = _plain(options["records"], "records")
             record = merge(records)
+            # Before the inventory is looked at: it may be written for the version that is wanted.
+            refuse_other_version(record, version, options["version"] or None)
+            estate, hosts = _collect(variables["hostvars"])
             found = plan(
                 read_model(estate, hosts),
                 record,
                 datetime.now(timezone.utc),
+                version,
                 options["by"] or operator(variables),
                 [str(name) for name in options["prune"]],
             )
@@ -62,7 +72,11 @@ class ActionModule(ActionBase):
         except ModelError as exc:
             result.update(failed=True, msg=str(exc), problems=[str(problem) for problem in exc.problems])
             return result
-        except (PlanError, RecordError) as exc:
+        except RecordError as exc:
+            words = f"The mesh cannot be planned. Nothing was changed on any host. {exc}"
+            result.update(failed=True, msg=words, problems=[str(exc)])
+            return result
+        except PlanError as exc:
             result.update(failed=True, msg=str(exc), problems=[str(exc)])
             return result
         result.update(

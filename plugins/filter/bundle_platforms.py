@@ -29,7 +29,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: One dictionary per platform, with C(arch) and C(python).
+  description: One dictionary per platform, with C(arch), C(python) and C(version).
   type: list
   elements: dict
 """
@@ -38,8 +38,8 @@ from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import platfo
 
 
 def bundle_platforms(directories):
-    """Architecture and Python version of every bundle."""
-    return [{"arch": item["arch"], "python": item["python"]} for item in platforms(directories)]
+    """Architecture, Python version and own version of every bundle."""
+    return [{key: item[key] for key in ("arch", "python", "version")} for item in platforms(directories)]
 
 
 class FilterModule:

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import versions
+
 ROOT = "/opt/isthmus"
 CURRENT = ROOT + "/current"
 ETCD = ROOT + "/etcd"  # of releases that etcd_member unpacked
@@ -64,6 +66,18 @@ def missing_words(host: str, arch: str, present: dict[str, str], platforms: list
     return (
         f"There is no agent bundle for {arch} with Python {' or '.join(usable)} ({host}); there are some for: {have}. "
         f"Make it on a machine with the collection's sources: make bundle ARCH={arch} PYTHON={usable[-1]}"
+    )
+
+
+def downgrade_words(host: str, offered: str) -> str:
+    """Why the bundle of version `offered` must not replace what this host runs; empty when it may."""
+    running = installed().get("version")
+    if not versions.valid(running) or versions.order(str(running)) <= versions.order(offered):
+        return ""
+    return (
+        f"{host} runs isthmus.mesh {running} ({CURRENT}), which is newer than {offered}, the version of this "
+        "collection: an upgrade has reached the host. A downgrade is never made. "
+        f"Next: {versions.install(str(running))} on the controller, and run again with isthmus_version={running}."
     )
 
 

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import spec, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,6 +35,11 @@ def own_node(module: AnsibleModule) -> Any:
         return module.fail_json(msg=f"{NODE} is damaged ({exc}). Run the isthmus.mesh.site playbook on this host")
     if node is None:
         module.fail_json(msg=f"{NODE} does not exist: this host is no member of the mesh. Run isthmus.mesh.site first")
+    if node.get("schema", 0) > spec.SCHEMA:
+        module.fail_json(
+            msg=f"{NODE} has schema {node['schema']}, newer than {spec.SCHEMA}, the newest that is known here; "
+            f"a newer one made this host. Nothing was changed. Next: {versions.LATEST}, and run again"
+        )
     return node
 
 

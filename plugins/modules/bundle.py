@@ -14,6 +14,7 @@ description:
     and switches C(/opt/isthmus/current) to it in one step.
   - The action plugin of the same name asks the host what it has, and uploads the files only when they differ. Nothing
     is downloaded by the host.
+  - A host that carries a newer version keeps it, and the module fails; a downgrade is never made.
   - An interrupted installation is never used and is made anew by the next run. The environment before it stays, for a
     way back; older ones are removed.
 extends_documentation_fragment:
@@ -24,7 +25,7 @@ options:
   paths:
     description:
       - Directories on the controller with a C(bundle.json) and the archives it names. Those that do not exist are
-        passed over; of two archives for one platform the last is used.
+        passed over; of two archives for one platform the last is used. All are of the collection's version.
     type: list
     elements: path
     required: true
@@ -108,6 +109,9 @@ def main():
     digest = offered["digest"]
     # Of the digest as well: a changed bundle of the same version never touches the environment that is running.
     home = f"{bundle.ROOT}/{offered['version']}-{digest[:8]}"
+    refusal = bundle.downgrade_words(host, offered["version"])
+    if refusal:
+        module.fail_json(msg=f"{refusal} Nothing was changed on {host}.")
     facts = {"digest": digest, "version": offered["version"], "python": version}
 
     changes = Changes(module)

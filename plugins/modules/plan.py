@@ -46,6 +46,12 @@ options:
     type: list
     elements: str
     default: []
+  version:
+    description:
+      - The version of this collection that is wanted. Another one is refused.
+      - An older version than the estate record's is refused always; a newer one unless it is named here, which asks for
+        the upgrade.
+    type: str
   by:
     description:
       - Who runs this, for the record. The user of AWX or of the controller by default.
@@ -59,6 +65,7 @@ EXAMPLES = r"""
   isthmus.mesh.plan:
     records: "{{ isthmus_records }}"
     prune: "{{ isthmus_prune | default([]) }}"
+    version: "{{ isthmus_version | default(omit) }}"
   run_once: true
   register: isthmus_plan
 """

@@ -34,6 +34,10 @@ options:
         description: Python version, for example V(3.11).
         type: str
         required: true
+      version:
+        description: Version of the bundle.
+        type: str
+        required: true
   python:
     description:
       - Interpreter for the agent, instead of the newest one found that a bundle fits.
@@ -61,6 +65,7 @@ EXAMPLES = r"""
     platforms:
       - arch: x86_64
         python: "3.11"
+        version: 1.0.0
 
 - name: It has the packages that the mesh needs
   isthmus.mesh.preflight:
@@ -68,6 +73,7 @@ EXAMPLES = r"""
     platforms:
       - arch: x86_64
         python: "3.11"
+        version: 1.0.0
     install: true
 """
 
@@ -272,7 +278,7 @@ def main():
                 "type": "list",
                 "elements": "dict",
                 "required": True,
-                "options": {"arch": {"type": "str", "required": True}, "python": {"type": "str", "required": True}},
+                "options": {key: {"type": "str", "required": True} for key in ("arch", "python", "version")},
             },
             "python": {"type": "path"},
             "controller_time": {"type": "str"},
@@ -296,6 +302,7 @@ def main():
         problems.append(bundle.missing_words(spec["host"], arch, present, platforms))
     else:
         missing = packages_missing(module, chosen[1])
+    problems += sorted({bundle.downgrade_words(spec["host"], item["version"]) for item in platforms} - {""})
     if missing and packages.manager(module) is None:
         problems.append(
             f"The host lacks {', '.join(missing)} (by Fedora's names), and it has neither apt-get nor dnf to install "

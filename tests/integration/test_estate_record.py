@@ -127,6 +127,21 @@ def test_the_same_revision_with_other_content_is_a_failure(host: Host) -> None:
     assert host.server.dump("isthmus/v1/estate/") == before
 
 
+def test_what_a_newer_version_wrote_is_not_replaced(host: Host) -> None:
+    """Whatever its revision: of what is newer only the schema can be read."""
+    record = host.record("onprem-1", revision=3)
+    newer = {**host.record("onprem-1")["clusters/onprem"], "schema": 2}
+    host.server.etcdctl("put", "isthmus/v1/estate/clusters/onprem", json.dumps(newer))
+    before = host.server.dump("isthmus/v1/")
+    for check in (True, False):
+        with pytest.raises(
+            ModuleFailed,
+            match=r"clusters/onprem in etcd: its schema 2 is newer than 1.*Next: `ansible-galaxy collection install",
+        ):
+            host.write(record, check)
+    assert host.server.dump("isthmus/v1/") == before
+
+
 def test_etcd_takes_the_largest_document_that_is_planned(host: Host) -> None:
     record = host.record("onprem-1")
     cluster = record["clusters/onprem"]

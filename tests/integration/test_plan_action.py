@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from isthmus_mesh.documents import ServiceDefinition
 from isthmus_mesh.identity import identity_range
 from isthmus_mesh.spec import NodeSpec, spec_hash
 
 ROOT = Path(__file__).resolve().parents[2]
+VERSION = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
 
 PLAYBOOK = """\
 - hosts: all
@@ -26,6 +28,7 @@ PLAYBOOK = """\
     - isthmus.mesh.plan:
         records: "{{ records | default([]) }}"
         prune: "{{ isthmus_prune | default([]) }}"
+        version: "{{ isthmus_version | default(omit) }}"
       run_once: true
       register: found
     - ansible.builtin.copy:
@@ -253,9 +256,57 @@ def test_changes_that_a_running_estate_cannot_make_yet(site: Site) -> None:
 def test_a_newer_record_is_refused_in_words(site: Site) -> None:
     record = site.plan()["record"]
     record["clusters/a"]["schema"] = 2
-    refusal = site.refusal(records=[record])
-    assert "record 1 (clusters/a): its schema 2 is newer than 1" in refusal
-    assert "Next: run that version or later" in refusal
+    record["roster"]["version"] = "99.0.0"
+    refusal = site.refusal("--check", records=[record])
+    assert "Nothing was changed on any host. record 1 (clusters/a): its schema 2 is newer than 1" in refusal
+    assert "Next: `ansible-galaxy collection install isthmus.mesh:==99.0.0` on the controller" in refusal
+
+
+def test_a_pinned_version(site: Site) -> None:
+    """From the inventory or the command line, on a new estate and on a running one."""
+    site.write("group_vars/a.yml", {"isthmus_version": VERSION})
+    record = site.plan("--limit", "a1")["record"]
+    assert record["roster"]["version"] == VERSION
+    assert site.plan(records=[record])["record"] == record
+    site.write("group_vars/a.yml", {"isthmus_version": "99.0.0"})
+    for records in ([], [record]):
+        refusal = site.refusal(records=records)
+        assert f"isthmus_version: 99.0.0 is wanted, and the controller has isthmus.mesh {VERSION}" in refusal
+        assert "Nothing was changed on any host." in refusal
+        assert "Next: `ansible-galaxy collection install isthmus.mesh:==99.0.0`" in refusal
+    assert site.plan(records=[record], isthmus_version=VERSION)["record"] == record
+
+
+def test_a_downgrade_is_refused_before_the_inventory_is_read(site: Site) -> None:
+    """It may be written for the newer version."""
+    record = site.plan()["record"]
+    record["roster"]["version"] = "99.0.0"
+    site.hosts(a1={"ansible_host": "192.0.2.1", "isthmus_labels": 1}, b1={"isthmus_underlay": "{{ nowhere }}"})
+    for mode in ("--check", "--diff"):
+        refusal = site.refusal(mode, records=[record])
+        assert "The mesh cannot be planned: 1 problem. Nothing was changed on any host." in refusal
+        assert f"isthmus.mesh: {VERSION} is older than 99.0.0, which was applied to this estate last" in refusal
+        assert "Next: `ansible-galaxy collection install isthmus.mesh:==99.0.0`, and run again" in refusal
+
+
+def test_an_upgrade_is_made_when_it_is_asked_for(site: Site) -> None:
+    record = site.plan()["record"]
+    older = {**record, "roster": {**record["roster"], "version": "0.0.1"}}
+    refusal = site.refusal("--check", records=[older])
+    assert f"isthmus.mesh: {VERSION} is newer than 0.0.1, which was applied to this estate last" in refusal
+    assert f"`ansible-playbook isthmus.mesh.site -e isthmus_version={VERSION}`" in refusal
+    asked = site.plan(records=[older], isthmus_version=VERSION)
+    assert asked["record"]["roster"]["version"] == VERSION
+    assert site.plan(records=[asked["record"]])["record"] == asked["record"]
+
+
+def test_a_record_of_before_versions_takes_this_one(site: Site) -> None:
+    record = site.plan()["record"]
+    unknown = {**record, "roster": {key: value for key, value in record["roster"].items() if key != "version"}}
+    first = site.plan(records=[unknown])
+    assert first["record"] == {**record, "roster": {**first["record"]["roster"], "version": VERSION, "revision": 2}}
+    second = site.plan(records=[first["record"]])
+    assert (second["record"], second["changes"]) == (first["record"], [])
 
 
 # Names at the edges of what is accepted, and words that mean something to YAML, Python, Jinja or Ansible.

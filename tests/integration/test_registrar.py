@@ -904,13 +904,23 @@ def test_peer_that_the_record_calls_absent_is_forgotten(onprem: Cluster, cloud: 
     asyncio.run(run())
 
 
-def test_refuses_to_start_without_a_registrar_in_its_spec(tmp_path: Path) -> None:
-    require_etcd()
+@pytest.mark.parametrize("program", ["agent", "registrar"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "schema is missing"),
+        ('{"schema": 2}', "schema 2 is newer than 1, the one that this version reads: a newer isthmus.mesh wrote it"),
+    ],
+)
+def test_refuses_to_start_with_a_spec_that_it_cannot_read(
+    tmp_path: Path, program: str, content: str, words: str
+) -> None:
     config = tmp_path / "node.json"
-    config.write_text("{}")
-    command = [sys.executable, "-m", "isthmus_agent.registrar.main", "--config", str(config)]
+    config.write_text(content)
+    command = [sys.executable, "-m", f"isthmus_agent.{program}.main", "--config", str(config)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "agent")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 78
     assert str(config) in done.stderr
-    assert "run the site playbook" in done.stderr
+    assert words in done.stderr
+    assert "; next: run the site playbook of the isthmus.mesh that was applied to the estate last" in done.stderr

@@ -83,6 +83,16 @@ def test_a_service_is_registered_changed_and_removed(host: Host) -> None:
     assert host.server.dump(KEY) == {}
 
 
+@pytest.mark.parametrize("module", ["global_service", "service_info", "mesh_info"])
+def test_a_host_of_a_newer_version_is_left_alone(host: Host, module: str) -> None:
+    node = Path(host.places["estate.NODE"])
+    node.write_text(json.dumps({**json.loads(node.read_text()), "schema": 2}))
+    before = host.server.dump("isthmus/v1/")
+    with pytest.raises(ModuleFailed, match=r"node.json has schema 2, newer than 1.*Next: `ansible-galaxy collection"):
+        host.run(module, **(WEB if module == "global_service" else {}))
+    assert host.server.dump("isthmus/v1/") == before
+
+
 @pytest.mark.parametrize("more", [{}, {"state": "absent"}], ids=["present", "absent"])
 def test_what_the_inventory_owns_is_refused(host: Host, more: dict[str, Any]) -> None:
     host.run("global_service", **WEB)

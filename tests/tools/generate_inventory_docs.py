@@ -133,7 +133,7 @@ def _sections() -> Iterator[str]:
             yield f"| `{name}` | {key.kind.words()} | {default_words(key)} | {key.doc} |"
         yield ""
     yield "## Variables of a run\n"
-    yield "For the playbooks, with `-e`; those of the bundle may stand in the inventory too.\n"
+    yield "For the playbooks, with `-e`; the version and those of the bundle may stand in the inventory too.\n"
     yield "| Variable | Meaning |"
     yield "| --- | --- |"
     for name, words in schema.PLAY_VARIABLES.items():

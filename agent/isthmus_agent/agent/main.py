@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from isthmus_mesh.spec import NodeSpec, SpecError, spec_hash
+from isthmus_mesh.spec import REMEDY, NodeSpec, SpecError, spec_hash
 
 from isthmus_agent.agent import memory, metrics, status
 from isthmus_agent.agent.http import LocalServer, Response
@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         kernel = HostKernel(options.pin_dir, options.cgroup_root)
         cgroup_root = kernel.cgroup_root
     except (OSError, SpecError, BpfError) as error:
-        logger.error("cannot start", extra=fields(config=str(options.config), error=str(error)))
+        words = f"{error}; next: {REMEDY}" if isinstance(error, SpecError) else str(error)
+        logger.error("cannot start", extra=fields(config=str(options.config), error=words))
         return EXIT_CONFIG
     paths = Paths(options.state_dir, options.run_dir)
     asyncio.run(start(spec, kernel, cgroup_root, paths, options.metrics))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from isthmus_mesh.spec import NodeSpec, SpecError
+from isthmus_mesh.spec import REMEDY, NodeSpec, SpecError
 
 from isthmus_agent.agent.log import configure
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         spec = NodeSpec.from_json(options.config.read_bytes())
     except (OSError, SpecError) as error:
-        print(f"isthmus-registrar: {options.config}: {error}; next: run the site playbook", file=sys.stderr)
+        print(f"isthmus-registrar: {options.config}: {error}; next: {REMEDY}", file=sys.stderr)
         return EX_CONFIG
     if spec.registrar is None:
         print(f"isthmus-registrar: {options.config}: host {spec.host} carries no registrar", file=sys.stderr)

@@ -15,7 +15,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import jsontext, schema
+from . import jsontext, schema, versions
 from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .schema import INVALID, Problem, not_yet, suggestion
 
@@ -184,7 +184,7 @@ class _Reader:
                 "isthmus_estate.schema",
                 f"{version} is newer than {schema.VERSION}, the newest that this collection reads",
                 "a newer key could be misread",
-                "install a newer isthmus.mesh",
+                versions.LATEST,
             )
             raise ModelError(self.problems)
         top = schema.ESTATE.read(estate, "isthmus_estate", self.problems)

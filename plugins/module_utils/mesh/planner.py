@@ -16,7 +16,7 @@ from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import jsontext, spec
+from . import jsontext, spec, versions
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
 from .record import CLUSTERS, LARGEST_DOCUMENT, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
@@ -42,13 +42,58 @@ class Plan:
     after: str
 
 
-def plan(model: Model, record: Record, now: datetime, by: str = "", prune: Iterable[str] = ()) -> Plan:
+def plan(model: Model, record: Record, now: datetime, version: str, by: str = "", prune: Iterable[str] = ()) -> Plan:
     """Plan the whole estate.
 
-    `now` (aware) is only used for quarantines and time stamps, `by` is who runs it. Raises ModelError
-    with all problems when model and record do not go together or space has run out.
+    `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
+    `by` is who runs it. Raises ModelError with all problems when model and record do not go together
+    or space has run out.
     """
-    return _Planner(model, record, now, by, prune).run()
+    return _Planner(model, record, now, version, by, prune).run()
+
+
+def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
+    """ModelError when the `installed` version of the collection is not the one to work on this estate with.
+
+    `wanted` is what the operator pinned (`isthmus_version`). A record without a version says nothing about it.
+    VersionError when `installed` is no version.
+    """
+    running = None if record.roster is None else record.roster.get("version")
+    here = versions.order(installed)
+    if wanted is not None and not versions.valid(wanted):
+        problem = Problem(
+            "isthmus_version",
+            f"{wanted!r} is not a version such as 1.2.3",
+            "it names the one version that `site` may install",
+            f"write {installed}, or the version that is meant",
+        )
+    elif running is not None and versions.order(wanted or installed) < versions.order(running):
+        get = "" if here == versions.order(running) else f"{versions.install(running)}, and run again"
+        pin = f"set isthmus_version to {running}, or leave it out" if wanted else ""
+        problem = Problem(
+            "isthmus_version" if wanted else "isthmus.mesh",
+            f"{wanted or installed} is older than {running}, which was applied to this estate last",
+            "a downgrade is never made: what a newer version wrote, an older one may misread",
+            "; ".join(part for part in (pin, get) if part),
+        )
+    elif wanted is not None and versions.order(wanted) != here:
+        problem = Problem(
+            "isthmus_version",
+            f"{wanted} is wanted, and the controller has isthmus.mesh {installed}",
+            "`site` installs the agent of its own version",
+            f"{versions.install(wanted)}, and run again",
+        )
+    elif wanted is None and running is not None and versions.order(running) < here:
+        problem = Problem(
+            "isthmus.mesh",
+            f"{installed} is newer than {running}, which was applied to this estate last",
+            "a running estate is upgraded only when that is asked for",
+            f"to upgrade it, `ansible-playbook isthmus.mesh.site -e isthmus_version={installed}`; to stay, "
+            f"{versions.install(running)}",
+        )
+    else:
+        return
+    raise ModelError([problem])
 
 
 def refuse_foreign_services(
@@ -81,10 +126,13 @@ def refuse_foreign_services(
 
 
 class _Planner:
-    def __init__(self, model: Model, record: Record, now: datetime, by: str, prune: Iterable[str]) -> None:
+    def __init__(
+        self, model: Model, record: Record, now: datetime, version: str, by: str, prune: Iterable[str]
+    ) -> None:
         self.model = model
         self.record = record
         self.now = now
+        self.version = version
         self.by = by
         self.problems: list[Problem] = []
         self.warnings = [*model.warnings, *record.warnings]
@@ -783,6 +831,7 @@ class _Planner:
             "domain": self.model.domain,
             "max_clusters": self.model.max_clusters,
             "overlay_port": self.model.overlay_port,
+            "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
             "hash": self.digest,
@@ -1016,7 +1065,8 @@ def _lines(record: Record) -> dict[str, str]:
     if record.roster is not None:
         roster = record.roster
         found["estate"] = (
-            f"{roster['estate']}, domain {roster.get('domain')}, overlay port {roster.get('overlay_port')}"
+            f"{roster['estate']}, domain {roster.get('domain')}, overlay port {roster.get('overlay_port')}, "
+            f"applied by isthmus.mesh {roster.get('version', 'of an unknown version')}"
         )
         for key, entry in sorted(roster["services"].items()):
             if entry["state"] != "absent":

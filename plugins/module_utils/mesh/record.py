@@ -6,7 +6,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
 `roster`::
 
     {"schema": 1, "revision": 4, "estate": "lab", "domain": "clusterset.local", "max_clusters": 255,
-     "overlay_port": 8472,
+     "overlay_port": 8472, "version": "1.0.0",
      "clusters": {"onprem": {"id": 1, "state": "present"}},
      "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
@@ -29,7 +29,8 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that
 an old copy on a member that was away cannot bring it back. `released` addresses are not dealt again
 for 30 days. `ca_certificate` is a public PEM, added by `site` once the CA exists, without a new
-revision; the planner keeps it. Otherwise `revision` rises by one with each change of a document.
+revision; the planner keeps it. Otherwise `revision` rises by one with each change of a document. The roster's
+`version` is that of the isthmus.mesh that was applied last; records of before it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -42,7 +43,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from . import jsontext
+from . import jsontext, versions
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -95,7 +96,11 @@ def merge(copies: Iterable[Any]) -> Record:
         holder = outer.optional_text("cluster") if "documents" in outer.value else None
         documents = outer.mapping("documents") if "documents" in outer.value else outer.value
         for name, document in documents.items():
-            revision = _check(f"{where} ({name})", name, document)
+            place = f"{where} ({name})"
+            words = newer_schema(place, document, documents.get(ROSTER))
+            if words:
+                raise RecordError(words)
+            revision = _check(place, name, document)
             own = holder is not None and name == CLUSTERS + holder
             signed = document.get("ca_certificate") is not None
             found.setdefault(name, []).append(((revision, own, signed, jsontext.canonical(document)), document))
@@ -153,20 +158,34 @@ def _without_authority(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key != "ca_certificate"}
 
 
+def newer_schema(where: str, document: Any, roster: Any = None) -> str:
+    """Why a document must be neither built on nor replaced: a newer isthmus.mesh wrote it. Empty when it may be.
+
+    `roster`, when it was read with the document, names the version to use.
+    """
+    schema = document.get("schema") if isinstance(document, Mapping) else None
+    if not isinstance(schema, int) or schema <= SCHEMA:
+        return ""
+    version = roster.get("version") if isinstance(roster, Mapping) else None
+    command = versions.install(str(version)) if versions.valid(version) else versions.LATEST
+    return (
+        f"{where}: its schema {schema} is newer than {SCHEMA}, the newest that is known here; a newer isthmus.mesh has "
+        f"been used on this estate. Next: {command} on the controller, and run the playbook again"
+    )
+
+
 def _check(where: str, name: str, document: Any) -> int:
     """The revision of a document whose shape is good enough for the planner to read it by name."""
     fields = Fields(document, RecordError, where)
     schema = fields.integer("schema", UINT64, default=None)
-    if schema > SCHEMA:
-        raise RecordError(
-            f"{where}: its schema {schema} is newer than {SCHEMA}, the newest that this collection knows; a newer "
-            "isthmus.mesh has been used on this estate. Next: run that version or later"
-        )
     if schema < 1:
         fields.fail("schema", "is not a known schema")
     revision = fields.integer("revision", UINT64, default=None)
     if name == ROSTER:
         fields.text("estate", None)
+        version = fields.optional_text("version")
+        if version is not None and not versions.valid(version):
+            fields.fail("version", "is not a version such as 1.2.3")
         for cluster, entry in fields.mapping("clusters").items():
             known = Fields(entry, RecordError, fields.path(f"clusters.{cluster}"))
             known.integer("id", 511, default=None, minimum=1)

@@ -20,6 +20,12 @@ SCHEMA = 1
 
 CGROUP_KINDS = ("unit", "slice", "path")
 
+REMEDY = (
+    "run the site playbook of the isthmus.mesh that was applied to the estate last; it brings programs and "
+    "specification of one version"
+)
+"""What to do, on the controller, about a specification that a program on a host cannot read."""
+
 
 class SpecError(ValueError):
     """A spec that this version cannot use; the text says which field and why."""
@@ -186,9 +192,10 @@ class NodeSpec:
         top = Fields(document, SpecError)
         schema = top.integer("schema", UINT16, default=None)
         if schema != SCHEMA:
+            other, writer = ("newer", "a newer") if schema > SCHEMA else ("older", "an older")
             raise SpecError(
-                f"schema {schema} is not {SCHEMA}, the one that this version reads; "
-                "run the site playbook of the installed version"
+                f"schema {schema} is {other} than {SCHEMA}, the one that this version reads: {writer} isthmus.mesh "
+                "wrote it"
             )
         return cls(
             estate=top.text("estate", None),

@@ -11,6 +11,7 @@ from isthmus_mesh.model import Model, read_model
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, merge
 
+VERSION = "1.0.0"
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
 _ESTATE: dict[str, Any] = {
@@ -64,4 +65,4 @@ def model(the_estate: dict[str, Any] | None = None, the_hosts: dict[str, dict[st
 
 def planned(the_model: Model, previous: Plan | None = None, now: datetime = NOW, prune: tuple[str, ...] = ()) -> Plan:
     record = merge([dict(previous.record)]) if previous is not None else Record()
-    return plan(the_model, record, now, "alice", prune)
+    return plan(the_model, record, now, VERSION, "alice", prune)

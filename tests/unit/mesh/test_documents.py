@@ -50,7 +50,8 @@ def test_the_documented_spec_reads() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 2}, "schema 2 is not 1"),
+        ({"schema": 2}, "schema 2 is newer than 1, the one that this version reads: a newer isthmus.mesh wrote it"),
+        ({"schema": 0}, "schema 0 is older than 1, the one that this version reads: an older isthmus.mesh wrote it"),
         ({"workloads": [{"name": "a"}]}, r"workloads\[0\]"),
         ({"node": {}}, "node.name is missing"),
         ({"service_ranges4": ["x"]}, "service_ranges4 is not a list of IPv4 networks"),

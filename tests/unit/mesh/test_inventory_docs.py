@@ -19,7 +19,7 @@ from isthmus_mesh.model import ModelError, read_model
 from isthmus_mesh.planner import plan
 from isthmus_mesh.record import Record
 from isthmus_mesh.schema import HOST, HOST_VARIABLES, PLAY_VARIABLES
-from unit.mesh.estates import NOW, estate, hosts
+from unit.mesh.estates import NOW, VERSION, estate, hosts
 from unit.mesh.test_model import MESSAGES, Edit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,7 +55,7 @@ def test_the_inventories_are_planned_and_fit_the_json_schema(name: str) -> None:
     the_estate, the_hosts = inventory(ROOT / "inventories" / name)
     model = read_model(the_estate, the_hosts)
     assert model.warnings == ()
-    assert len(plan(model, Record(), NOW).specs) == len(the_hosts)
+    assert len(plan(model, Record(), NOW, VERSION).specs) == len(the_hosts)
     for variables in the_hosts.values():
         jsonschema.validate({"isthmus_estate": the_estate, **variables}, SCHEMA)
 
@@ -64,7 +64,7 @@ def test_the_example_of_the_page_is_planned() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "inventory.md").read_text(), re.DOTALL)
     the_estate = yaml.safe_load(blocks[0])["isthmus_estate"]
     the_hosts = yaml.safe_load(blocks[1])["all"]["hosts"]
-    assert sorted(plan(read_model(the_estate, the_hosts), Record(), NOW).specs) == ["n1", "s1"]
+    assert sorted(plan(read_model(the_estate, the_hosts), Record(), NOW, VERSION).specs) == ["n1", "s1"]
 
 
 def test_the_readmes_own_two_servers_are_planned_and_short() -> None:
@@ -72,7 +72,7 @@ def test_the_readmes_own_two_servers_are_planned_and_short() -> None:
     assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 25
     everything = yaml.safe_load(text)["all"]
     model = read_model(everything["vars"]["isthmus_estate"], everything["hosts"])
-    made = plan(model, Record(), NOW)
+    made = plan(model, Record(), NOW, VERSION)
     assert sorted(made.specs) == ["alpha", "beta"]
     assert [service["name"] for service in made.services["dc"]["present"]] == ["web"]
     assert made.services["dc"] == made.services["burst"]

@@ -598,7 +598,7 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "a newer schema",
         _estate(schema=2),
         "isthmus_estate.schema: 2 is newer than 1, the newest that this collection reads. Why: a newer key could be "
-        "misread. Next: install a newer isthmus.mesh.",
+        "misread. Next: `ansible-galaxy collection install isthmus.mesh --upgrade`.",
     ),
     (
         "no clusters",

@@ -17,7 +17,7 @@ from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan, plan, refuse_foreign_services
 from isthmus_mesh.record import Record, merge
 from isthmus_mesh.spec import NodeSpec, spec_hash
-from unit.mesh.estates import NOW, estate, hosts, model, planned, web
+from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned, web
 
 Edit = Callable[[dict[str, Any], dict[str, Any]], object]
 
@@ -201,7 +201,7 @@ def test_the_input_is_not_changed() -> None:
     before = copy.deepcopy(record)
     the_hosts = hosts()
     the_hosts["c1"]["isthmus_workloads"].append({"name": "x", "unit": "x.service"})
-    plan(model(the_hosts=the_hosts), record, NOW)
+    plan(model(the_hosts=the_hosts), record, NOW, VERSION)
     assert record == before
 
 
@@ -389,7 +389,7 @@ def test_a_cluster_goes_and_leaves_a_tombstone() -> None:
     assert gone.specs["o1"]["pki"]["trust"] == ["onprem"]
     stale = merge([dict(gone.record), dict(first.record)])
     assert stale.clusters["cloud"] == tombstone, "an old copy does not bring it back"
-    back = plan(model(), stale, NOW)
+    back = plan(model(), stale, NOW, VERSION)
     assert back.record["clusters/cloud"]["etcd"]["token"].endswith("-cloud-2")
     assert back.record["clusters/cloud"]["revision"] == 3
 
@@ -923,7 +923,7 @@ def test_a_roster_that_etcd_would_refuse_is_refused_before() -> None:
 
 
 def test_plan_of_nothing_yet() -> None:
-    found = plan(model(), Record(), NOW, "alice")
+    found = plan(model(), Record(), NOW, VERSION, "alice")
     assert found.record["roster"]["by"] == "alice"
     assert found.record["roster"]["when"] == "2026-01-02T03:04:05Z"
     assert found.record["roster"]["hash"] == model().digest()
@@ -933,5 +933,5 @@ def test_plan_of_nothing_yet() -> None:
 def test_a_known_ca_certificate_is_kept() -> None:
     documents = copy.deepcopy(dict(planned(model()).record))
     documents["clusters/cloud"].update(ca_certificate="-----BEGIN CERTIFICATE-----", revision=2)
-    found = plan(model(), merge([documents]), NOW)
+    found = plan(model(), merge([documents]), NOW, VERSION)
     assert found.record["clusters/cloud"] == documents["clusters/cloud"]

@@ -17,7 +17,7 @@ from isthmus_mesh.model import read_model
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import QUARANTINE, Record, merge
 from isthmus_mesh.spec import NodeSpec
-from unit.mesh.estates import NOW
+from unit.mesh.estates import NOW, VERSION
 
 ODD_NAMES = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,10}[a-z0-9])?", fullmatch=True).filter(lambda name: name != "default")
 ODD_HOSTS = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,8}[a-z0-9])?(\.[a-z0-9]{1,6})?", fullmatch=True)
@@ -172,7 +172,7 @@ class ComingAndGoing(RuleBasedStateMachine):
         model = read_model(self.estate, {name: self.hosts[name] for name in names})
         record = merge([dict(self.plan.record)]) if self.plan is not None else Record()
         before = addresses_of(self.plan) if self.plan is not None else {}
-        found = plan(model, record, self.now, prune=prune)
+        found = plan(model, record, self.now, VERSION, prune=prune)
         after = addresses_of(found)
         for key, value in before.items():
             if gone and key.split()[1] == gone:
@@ -183,7 +183,7 @@ class ComingAndGoing(RuleBasedStateMachine):
             if key not in before:
                 for at, one in self.released:
                     assert at + QUARANTINE <= self.now or not IPv4Network(value).overlaps(one), "dealt too early again"
-        assert plan(model, merge([dict(found.record)]), self.now).changes == ()
+        assert plan(model, merge([dict(found.record)]), self.now, VERSION).changes == ()
         self.plan = found
         return found
 
@@ -232,12 +232,12 @@ def estates(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 @given(estates(), st.randoms(use_true_random=False))
 def test_generated_estates(both: tuple[dict[str, Any], dict[str, dict[str, Any]]], shuffler: random.Random) -> None:
     estate, hosts = both
-    found = plan(read_model(estate, hosts), Record(), NOW)
+    found = plan(read_model(estate, hosts), Record(), NOW, VERSION)
     check_disjoint(found)
     names = list(hosts)
     shuffler.shuffle(names)
     turned = {**estate, "clusters": dict(reversed(estate["clusters"].items()))}
-    assert plan(read_model(turned, {name: hosts[name] for name in names}), Record(), NOW) == found
+    assert plan(read_model(turned, {name: hosts[name] for name in names}), Record(), NOW, VERSION) == found
     assert sorted(found.specs) == sorted(hosts)
     ranges = []
     for document in found.specs.values():
@@ -272,6 +272,6 @@ def test_a_fifty_by_forty_estate_is_planned_in_seconds() -> None:
         for host in range(40)
     }
     start = datetime.now()
-    found = plan(read_model({"name": "big", "clusters": clusters}, hosts), Record(), NOW)
+    found = plan(read_model({"name": "big", "clusters": clusters}, hosts), Record(), NOW, VERSION)
     assert len(found.specs) == 2000
     assert datetime.now() - start < timedelta(seconds=30)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from isthmus_mesh.planner import plan
 from isthmus_mesh.record import Record, RecordError, format_time, merge, parse_time
-from unit.mesh.estates import NOW, model, planned
+from unit.mesh.estates import NOW, VERSION, model, planned
 
 
 def documents() -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_two_with_one_revision_end_with_a_higher_one() -> None:
         other[name] = {**other[name], "by": "another"}
     found = merge([{"cluster": "cloud", "documents": own}, {"cluster": "onprem", "documents": other}])
     assert found.conflicts == {"clusters/cloud", "roster"}
-    later = plan(model(), found, NOW + timedelta(hours=1), by="bob")
+    later = plan(model(), found, NOW + timedelta(hours=1), VERSION, by="bob")
     assert {name: document["revision"] for name, document in later.record.items()} == {
         "clusters/cloud": 2,
         "clusters/onprem": 1,
@@ -65,7 +65,7 @@ def test_two_with_one_revision_end_with_a_higher_one() -> None:
     for mixed in ([own, later.record], [later.record, other]):
         settled = merge([dict(one) for one in mixed])
         assert settled.conflicts == frozenset()
-        assert plan(model(), settled, NOW + timedelta(hours=2)).record == later.record
+        assert plan(model(), settled, NOW + timedelta(hours=2), VERSION).record == later.record
 
 
 def test_a_ca_certificate_that_one_copy_has_completes_the_others() -> None:
@@ -100,7 +100,7 @@ def test_an_older_copy_completes_it_too_but_only_of_the_same_etcd() -> None:
 
 def planned_warnings(record: Record) -> tuple[str, ...]:
     fixed = {name: {**doc, "ca_host": doc["etcd"]["initial"]} for name, doc in record.clusters.items()}
-    return plan(model(), Record(record.roster, fixed, record.warnings), NOW).warnings
+    return plan(model(), Record(record.roster, fixed, record.warnings), NOW, VERSION).warnings
 
 
 def test_a_missing_cluster_document_is_refused() -> None:
@@ -120,8 +120,19 @@ def test_a_missing_cluster_document_is_refused() -> None:
     [
         (
             lambda d: d["roster"].update(schema=2),
-            "record 1 (roster): its schema 2 is newer than 1, the newest that this collection knows; a newer "
-            "isthmus.mesh has been used on this estate. Next: run that version or later",
+            "record 1 (roster): its schema 2 is newer than 1, the newest that is known here; a newer isthmus.mesh has "
+            "been used on this estate. Next: `ansible-galaxy collection install isthmus.mesh:==1.0.0` "
+            "on the controller, and run the playbook again",
+        ),
+        (
+            lambda d: (d["roster"].pop("version"), d["clusters/cloud"].update(schema=2)),
+            "record 1 (clusters/cloud): its schema 2 is newer than 1, the newest that is known here; a newer "
+            "isthmus.mesh has been used on this estate. Next: `ansible-galaxy collection install "
+            "isthmus.mesh --upgrade` on the controller, and run the playbook again",
+        ),
+        (
+            lambda d: d["roster"].update(version="1.0.0 && echo"),
+            "record 1 (roster).version is not a version such as 1.2.3",
         ),
         (lambda d: d["roster"].update(schema=0), "record 1 (roster).schema is not a known schema"),
         (lambda d: d["roster"].pop("revision"), "record 1 (roster).revision is missing"),

@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 from ansible.module_utils import basic
-from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, ports
+from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, ports
 from ansible_collections.isthmus.mesh.plugins.modules import preflight
 
-HERE = {"arch": platform.machine(), "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+HERE = {
+    "arch": platform.machine(),
+    "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+    "version": "1.0.0",
+}
 SPEC: dict[str, Any] = {
     "host": "db-1",
     "node": {"underlay4": "127.0.0.1", "mesh4": "203.0.113.1"},
@@ -46,6 +50,7 @@ class Host:
         monkeypatch.setattr(bpfprobe, "missing_features", list)
         monkeypatch.setattr(bpfprobe, "cgroup2_mount", lambda: "/sys/fs/cgroup")
         monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, _port: [])
+        monkeypatch.setattr(bundle, "CURRENT", str(place / "current"))
         self.tool("apt-get", "exit 1")
 
     def tool(self, name: str, script: str) -> None:
@@ -97,6 +102,20 @@ def test_the_wrong_architecture_is_named(host: Host) -> None:
 def test_a_platform_without_a_bundle_is_named(host: Host) -> None:
     host.monkeypatch.setattr(preflight.platform, "machine", lambda: "aarch64")
     assert f"make bundle ARCH=aarch64 PYTHON={HERE['python']}" in host.problem(platforms=[{**HERE, "arch": "x86_64"}])
+
+
+def test_a_host_that_an_upgrade_has_reached_is_told(host: Host) -> None:
+    """Once, however many platforms there are bundles for; what is the same, older or unreadable is no problem."""
+    manifest = host.place / "current" / "bundle.json"
+    manifest.parent.mkdir()
+    manifest.write_text(json.dumps({"version": "1.0.1-rc.1", "python": HERE["python"], "digest": "d"}))
+    words = host.problem(platforms=[HERE, {**HERE, "python": "3.99"}])
+    assert words.startswith(f"db-1 runs isthmus.mesh 1.0.1-rc.1 ({manifest.parent}), which is newer than 1.0.0")
+    assert "Next: `ansible-galaxy collection install isthmus.mesh:==1.0.1-rc.1` on the controller" in words
+    assert words.endswith("and run again with isthmus_version=1.0.1-rc.1.")
+    for content in ('{"version": "1.0.0"}', '{"version": "0.9.0"}', '{"version": "1"}', "{}", "{"):
+        manifest.write_text(content)
+        assert host.run()["problems"] == []
 
 
 def test_a_missing_cgroup2_is_named_with_the_way_to_it(host: Host) -> None:
