@@ -238,7 +238,8 @@ def prefix_end(prefix: bytes) -> bytes:
 
 
 def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
+    """A value as etcd's bytes; what was read as surrogate escapes is written as it was."""
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
 
 
 def _key_value(kv: Any) -> KeyValue:

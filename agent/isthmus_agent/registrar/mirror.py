@@ -289,7 +289,7 @@ class Mirror:
             prefix = keys.cache_prefix(kind, peer.name)
             store.seed(
                 {
-                    state_key(kind, peer.name, key): text.encode()
+                    state_key(kind, peer.name, key): text.encode("utf-8", "surrogateescape")
                     for key, text in cache.items()
                     if key.startswith(prefix)
                 },
