@@ -191,7 +191,7 @@ DOCUMENTS = (
         last_proof=st.none() | TEXT,
         last_change=st.none() | TEXT,
         endpoint=TEXT,
-        cluster_id=TEXT,
+        cluster_id=st.from_regex(r"([0-9a-f]{16})?", fullmatch=True),
         revision=st.integers(0, 2**64 - 1),
         keys=st.dictionaries(TEXT, st.integers(0, 1000), max_size=3),
         refused=st.dictionaries(TEXT, st.integers(0, 1000), max_size=3),
