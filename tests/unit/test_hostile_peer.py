@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Address, ip_address
 from typing import Any
 
 import agent_mesh as mesh
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
 from isthmus_agent.desired.reach import Reachability
@@ -114,6 +115,69 @@ def host_of(items: dict[str, str]) -> tuple[Desired, Decoder]:
 ALONE, _ = host_of({})
 
 
+# Documents without a fault in their form: what each of them claims is the peer's own or somebody else's.
+ADDRESSES = (
+    *("10.102.0.1", "10.102.0.2", "10.102.0.18", "10.102.0.77", "198.18.2.11", "198.18.2.12", "203.0.113.9"),
+    *("10.101.0.1", "10.101.0.2", "10.101.0.18", "10.103.0.2", "10.111.0.10", "198.18.1.11", "198.18.1.12"),
+    *("198.18.3.11", "127.0.0.1", "0.0.0.0", "224.0.0.1", "::1", "fd00::1"),
+    *("::ffff:198.18.1.11", "::ffff:10.101.0.2", "::ffff:127.0.0.1"),
+)
+RANGES = ("10.102.0.0/16", "10.101.0.0/28", "10.101.0.16/28", "10.103.0.2/32", "10.0.0.0/8", "0.0.0.0/0", "fd00::/64")
+
+
+PORTS = {"http": {"Protocol": "TCP", "Port": 8080}}
+
+
+@st.composite
+def claims(draw: st.DrawFn, kind: str) -> tuple[str, str]:
+    """A key and a value of a kind that fit each other; one field of them may be what is not the peer's."""
+    wrong = draw(st.sampled_from(("prefix", "name", "cluster", "id", "machine", "address", "range", "special", "none")))
+
+    def pick(field: str, good: Any, others: Sequence[Any]) -> Any:
+        return draw(st.sampled_from(others)) if field == wrong else good
+
+    prefix = keys.state_prefix(kind, pick("prefix", "cloud", ("onprem", "edge")))
+    cluster, number = pick("cluster", "cloud", ("onprem", "edge")), pick("id", 2, (0, 1, 3, 258))
+    address, machine = pick("address", "10.102.0.2", ADDRESSES), pick("machine", "198.18.2.11", ADDRESSES)
+    if kind == "nodes":
+        name = pick("name", draw(st.sampled_from(("cloud-1", "cloud-9"))), ("onprem-1", "onprem-2"))
+        special = pick("special", "", [each for each in ADDRESSES if ":" not in each])
+        document: dict[str, Any] = {
+            "Name": name,
+            "Cluster": cluster,
+            "ClusterID": number,
+            "IPAddresses": [
+                {"Type": "InternalIP", "IP": machine},
+                {"Type": draw(st.sampled_from(("InternalIP", "ExternalIP", "CiliumInternalIP", "odd"))), "IP": address},
+            ],
+            "IPv4AllocCIDR": "10.102.0.0/28",
+            "IPv4SecondaryAllocCIDRs": [pick("range", "10.102.1.0/28", RANGES)],
+            draw(st.sampled_from(("IPv4HealthIP", "IPv4IngressIP"))): special,
+        }
+        if document["IPAddresses"][1]["Type"] != "CiliumInternalIP" and wrong != "address":
+            del document["IPAddresses"][1]
+        return prefix + name, json.dumps(document)
+    if kind == "ip":
+        identity = pick("special", (number << 16) + 1, (0, 1, 6, 300, (1 << 24) + (2 << 16) + 1))
+        length = pick("range", "", ("/8", "/16", "/31"))
+        masks = {"": None, "/8": "/wAAAA==", "/16": "//8AAA==", "/31": "/////g=="}
+        ip = {"/8": "10.0.0.0", "/16": "10.102.0.0"}.get(length, address)
+        return prefix + ip + length, json.dumps({"IP": ip, "HostIP": machine, "ID": identity, "Mask": masks[length]})
+    if kind == "identities":
+        return f"{prefix}{(number << 16) + 9}", mesh.labels("cloud").replace("cloud", cluster)
+    name = pick("name", "web", ("db",))
+    document = {
+        "cluster": cluster,
+        "namespace": "shop",
+        "name": name,
+        "clusterID": number,
+        "backends": {address: PORTS},
+        "frontends": {machine: PORTS},
+        "shared": True,
+    }
+    return f"{prefix}shop/{name}", json.dumps(document)
+
+
 @st.composite
 def etcds(draw: st.DrawFn) -> dict[str, dict[str, bytes]]:
     """A peer's etcd: valid keys with valid and hostile values, and hostile keys with either."""
@@ -125,6 +189,16 @@ def etcds(draw: st.DrawFn) -> dict[str, dict[str, bytes]]:
             like = draw(st.sampled_from(sorted(good)))
             key = draw(st.just(like) | SUFFIXES.map(lambda suffix, kind=kind: keys.state_prefix(kind, "cloud") + suffix))
             found[kind][key] = draw(hostile(good[like]))
+    return found
+
+
+@st.composite
+def claiming(draw: st.DrawFn) -> dict[str, dict[str, bytes]]:
+    """A peer's etcd in which everything has its form."""
+    found: dict[str, dict[str, bytes]] = {kind: {} for kind in keys.KINDS}
+    for kind in draw(st.lists(st.sampled_from(keys.KINDS), min_size=1, max_size=3)):
+        key, text = draw(claims(kind))
+        found[kind][key] = text.encode()
     return found
 
 
@@ -147,6 +221,16 @@ def test_a_good_peer_is_there() -> None:
 
 @given(etcds())
 def test_a_peer_writes_and_claims_nothing_but_its_own(items: dict[str, dict[str, bytes]]) -> None:
+    check_peer(items)
+
+
+@settings(max_examples=5 * settings.default.max_examples)
+@given(claiming())
+def test_what_has_its_form_claims_nothing_of_others(items: dict[str, dict[str, bytes]]) -> None:
+    check_peer(items)
+
+
+def check_peer(items: dict[str, dict[str, bytes]]) -> None:
     content, mirror = mirrored(items)
 
     # What enters our etcd is the peer's part of it, and everything else is counted.
@@ -160,6 +244,7 @@ def test_a_peer_writes_and_claims_nothing_but_its_own(items: dict[str, dict[str,
         (kind,) = [kind for kind in keys.KINDS if key.startswith(keys.cache_prefix(kind, "cloud"))]
         taken[kind] += 1
         assert cached_to_state(kind, key) in items[kind]
+        check_content(kind, key, content[key])
     status = PeerStatus.from_json(content[keys.peer_status_key("cloud")])
     assert status.keys == {kind: taken[kind] for kind in keys.KINDS}
     assert sum(taken.values()) + len(mirror.refused) == sum(map(len, items.values()))
@@ -169,6 +254,42 @@ def test_a_peer_writes_and_claims_nothing_but_its_own(items: dict[str, dict[str,
     found, decoder = host_of(content)
     assert decoder.bad == {}
     check_claims(found)
+
+
+def check_content(kind: str, key: str, text: str) -> None:
+    """What another reader of our etcd, a Cilium agent, would take of this key."""
+    if kind == "identities":
+        assert int(key.rsplit("/", 1)[1]) >> 16 == 2
+        assert ";k8s:io.cilium.k8s.policy.cluster=cloud;" in f";{text}"
+        return
+    document = json.loads(text)
+    if kind == "ip":
+        assert document["ID"] < 256 or document["ID"] >> 16 == 2
+        assert ip_address(document["IP"]) in PEER.workload_ranges4[0]
+        assert key.rsplit("/cloud/", 1)[1].partition("/")[0] == document["IP"]
+        check_endpoint(ip_address(document["HostIP"]) if document["HostIP"] else None)
+        return
+    inside: list[str] = []
+    if kind == "nodes":
+        assert (document["Cluster"], document["ClusterID"]) == ("cloud", 2)
+        assert key.endswith("/" + document["Name"])
+        named = {"IPv4HealthIP", "IPv6HealthIP", "IPv4IngressIP", "IPv6IngressIP"}
+        inside += [document[name] for name in named if document[name]]
+        for cidr in (document["IPv4AllocCIDR"], *(document["IPv4SecondaryAllocCIDRs"] or ())):
+            if cidr is not None:
+                prefix = int.from_bytes(base64.b64decode(cidr["Mask"]), "big").bit_count()
+                assert IPv4Network(f"{cidr['IP']}/{prefix}").subnet_of(PEER.workload_ranges4[0])
+        assert document["IPv6AllocCIDR"] is document["IPv6SecondaryAllocCIDRs"] is None
+        for entry in document["IPAddresses"] or ():
+            if entry["Type"] == "CiliumInternalIP":
+                inside.append(entry["IP"])
+            elif entry["Type"] not in ("Hostname", "InternalDNS", "ExternalDNS"):
+                check_endpoint(ip_address(entry["IP"]))
+    else:
+        assert (document["cluster"], document["clusterID"]) == ("cloud", 2)
+        assert key.endswith(f"/cloud/{document['namespace']}/{document['name']}")
+        inside += document["backends"]
+    assert all(ip_address(address) in PEER.workload_ranges4[0] for address in inside)
 
 
 def check_claims(found: Desired) -> None:
