@@ -182,6 +182,39 @@ def test_values_of_other_teams_that_nobody_can_decrypt_do_not_matter(site: Site)
     assert json.loads((site.place / "out.json").read_text())["specs"] == before
 
 
+def test_the_roles_look_past_what_nobody_can_decrypt_too(site: Site) -> None:
+    """Where the first host lacks the estate, it is looked for in the variables of all hosts; and so are copies of the
+    record."""
+    role = ROOT / "roles" / "plan"
+    play = [
+        {
+            "hosts": "all",
+            "gather_facts": False,
+            "vars_files": [str(role / "defaults" / "main.yml"), str(role / "vars" / "main.yml")],
+            "tasks": [
+                {"ansible.builtin.meta": "end_host", "when": "isthmus_cluster is not defined"},
+                {
+                    "ansible.builtin.copy": {
+                        "content": "{{ {'estate': plan_estate, 'copies': __plan_copies} | to_json }}",
+                        "dest": "{{ out }}",
+                        "mode": "0600",
+                    },
+                    "run_once": True,
+                    "delegate_to": "localhost",
+                },
+            ],
+        }
+    ]
+    (site.place / "play.yml").write_text(json.dumps(play))
+    site.write("group_vars/all.yml", {"ansible_python_interpreter": sys.executable})
+    site.write("group_vars/b.yml", {"isthmus_estate": ESTATE})
+    site.write("more.yml", {"all": {"hosts": {"db9": {"ansible_host": "192.0.2.99"}}}})
+    (site.inventory / "host_vars").mkdir()
+    for host in ("db9", "a1", "b1"):
+        site.write(f"host_vars/{host}.yml", vaulted("db_password"))
+    assert site.plan() == {"estate": ESTATE, "copies": []}
+
+
 def test_a_value_of_ours_that_nobody_can_decrypt_is_named(site: Site) -> None:
     (site.inventory / "host_vars").mkdir()
     site.write("host_vars/a1.yml", vaulted("isthmus_site"))
