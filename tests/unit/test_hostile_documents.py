@@ -11,7 +11,6 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import agent_mesh as mesh
@@ -32,7 +31,6 @@ from isthmus_mesh.spec import NodeSpec, SpecError
 from isthmus_mesh.wire import WireError
 from unit.hostile import hostile
 from unit.mesh.estates import NOW, hosts, model, planned, web
-
 
 MODEL = model(the_hosts={name: {**host, "isthmus_workloads": [web()]} for name, host in hosts().items()})
 
@@ -77,7 +75,15 @@ READERS = {
         documents.NodeReport.from_json,
         of(
             documents.NodeReport(
-                "a", "onprem", (("InternalIP", "198.18.1.11"),), "10.101.0.0/28", None, "10.101.0.1", None, {"a": "b"}, 9
+                "a",
+                "onprem",
+                (("InternalIP", "198.18.1.11"),),
+                "10.101.0.0/28",
+                None,
+                "10.101.0.1",
+                None,
+                {"a": "b"},
+                9,
             ).to_json()
         ),
         DocumentError,
@@ -138,9 +144,7 @@ STRESS = {
     "deep lists": lambda size: b"[" * size,
     "deep objects": lambda size: b'{"a":' * (size // 5),
     "one name again and again": lambda size: b"{" + b",".join([b'"a":{}'] * (size // 8)) + b"}",
-    "many addresses": lambda size: (
-        b'{"IPAddresses":[' + b",".join([b'{"Type":"x","IP":"::1"}'] * (size // 24)) + b"]}"
-    ),
+    "many addresses": lambda size: b'{"IPAddresses":[' + b",".join([b'{"Type":"x","IP":"::1"}'] * (size // 24)) + b"]}",
     "many ranges": lambda size: b'{"IPv4SecondaryAllocCIDRs":[' + b",".join([b'"10.0.0.0/8"'] * (size // 13)) + b"]}",
     "many backends": lambda size: (
         b'{"backends":{' + b",".join(b'"10.0.%d.%d":{}' % (i >> 8, i & 255) for i in range(size // 16)) + b"}}"
@@ -192,7 +196,9 @@ def test_no_canary_can_raise_but_its_error(raw: bytes) -> None:
     assert found is None or 0 <= found < 2**64
 
 
-@given(st.text(max_size=30) | st.from_regex(r"[0-9]{1,5}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", fullmatch=True))
+@given(
+    st.text(max_size=30) | st.from_regex(r"[0-9]{1,5}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", fullmatch=True)
+)
 def test_no_time_can_raise_but_its_error(text: str) -> None:
     try:
         assert parse_time(text).tzinfo is not None

@@ -12,14 +12,16 @@ from ipaddress import IPv4Network, IPv6Address, ip_address
 from typing import Any
 
 import agent_mesh as mesh
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
 from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.kvstore.client import EtcdClient, Header, KeyValue, RangeResult, decode_key
-from isthmus_agent.registrar.leader import Writer
+from isthmus_agent.registrar.leader import NotLeader, Writer
 from isthmus_agent.registrar.mirror import Mirror
 from isthmus_agent.registrar.publish import Change
+from isthmus_agent.registrar.service import Registrar
 from isthmus_agent.state.decoder import Decoder
 from isthmus_mesh import keys
 from isthmus_mesh.documents import PeerStatus
@@ -187,7 +189,9 @@ def etcds(draw: st.DrawFn) -> dict[str, dict[str, bytes]]:
         found[kind] = {key: value.encode() for key, value in valid.items() if draw(st.booleans())}
         for _ in range(draw(st.integers(0, 2))):
             like = draw(st.sampled_from(sorted(good)))
-            key = draw(st.just(like) | SUFFIXES.map(lambda suffix, kind=kind: keys.state_prefix(kind, "cloud") + suffix))
+            key = draw(
+                st.just(like) | SUFFIXES.map(lambda suffix, kind=kind: keys.state_prefix(kind, "cloud") + suffix)
+            )
             found[kind][key] = draw(hostile(good[like]))
     return found
 
@@ -382,3 +386,33 @@ def test_an_agent_survives_whatever_its_etcd_holds(steps: list[Any]) -> None:
     for key in [*decoder.documents(), *EVERYTHING]:
         decoder.delete(key)
     assert decoder.state() == mesh.decoder().state()
+
+
+def test_a_defect_that_a_peers_data_finds_ends_neither_the_other_parts_nor_the_registrar() -> None:
+    async def run() -> int:
+        turns = 0
+        again = asyncio.Event()
+
+        async def part() -> None:
+            nonlocal turns
+            turns += 1
+            if turns == 1:
+                raise TypeError("unhashable type: 'list'")
+            again.set()
+            await asyncio.Event().wait()
+
+        registrar = Registrar.__new__(Registrar)
+        task = asyncio.create_task(registrar._again("mirror cloud", part))
+        await asyncio.wait_for(again.wait(), 30)
+        task.cancel()
+        return turns
+
+    assert asyncio.run(run()) == 2
+
+
+def test_the_end_of_a_term_ends_every_part() -> None:
+    async def part() -> None:
+        raise NotLeader("another registrar leads")
+
+    with pytest.raises(NotLeader):
+        asyncio.run(Registrar.__new__(Registrar)._again("publish", part))

@@ -211,7 +211,7 @@ def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
         255,
         client,
         writer or Written(),
-        cache={},
+        cache=more.pop("cache", {}),
         actual={},
         config="{}",
         actual_config=None,
@@ -277,6 +277,13 @@ def test_the_text_of_a_refusal_is_bounded() -> None:
     for number in range(100):
         mirror._refuse(f"k{number}" + "x" * 5000, f"{number} " + "y" * 5000)
     assert len(mirror.status().to_json()) < 8000
+
+
+def test_what_is_mirrored_but_no_text_does_not_keep_a_mirror_from_starting() -> None:
+    """Somebody wrote it behind our back; it is written as it is until the peer was read."""
+    cached = GOOD["nodes"][2]
+    mirror = a_mirror(cache={cached: "\udcff"})
+    assert mirror.stores["nodes"].items[GOOD["nodes"][0]].value == b"\xff"
 
 
 async def no_certificate() -> PeerStatus:

@@ -118,6 +118,7 @@ def test_a_definition_that_cannot_be_used(changes: dict[str, Any], reason: str) 
         (WorkloadReport, '{"name":"w","namespace":"n","node":"h","host_ip":"10.0.0.1","services":{"a/b":1}}', "a/b is"),
         (Alive, "[]", "not an object"),
         (PeerStatus, '{"state":"connected","keys":{"nodes":-1}}', "keys.nodes is out of range"),
+        (PeerStatus, '{"state":"connected","cluster_id":"xyz"}', "cluster_id is not 16 hex digits"),
         (PeerStatus, '{"state":"connected","proof_age":-1}', "proof_age is not a number of seconds"),
         (PeerStatus, '{"state":"connected","proof_age":1e999}', "proof_age is not a number of seconds"),
     ],

@@ -104,7 +104,7 @@ def test_no_unit_may_write_to_the_kernels_settings_or_devices() -> None:
     ids=["agent", "registrar", "etcd", "defragmentation"],
 )
 def test_keys_do_not_reach_the_disk_in_a_core_dump(text: str) -> None:
-    """These processes read private keys. systemd-coredump keeps nothing of a process with this limit either."""
+    """These processes read private keys. systemd-coredump honours the limit."""
     assert options(text, "LimitCORE") == ["0"]
 
 
