@@ -35,6 +35,7 @@ RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 UMask=0022
+LimitCORE=0
 """
 
 _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"

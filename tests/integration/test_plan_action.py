@@ -154,6 +154,130 @@ def test_variables_are_templated_and_others_left_alone(site: Site) -> None:
     assert "nobody_defined_this" not in json.dumps(found)
 
 
+OTHER_TEAM = (
+    "$ANSIBLE_VAULT;1.2;AES256;other\n"
+    "62313365396662343061393464336163383764373764613633653634306231386433626436623361\n"
+    "6134333665353966363534333632666535333761666131620a663537646436643839616531643561\n"
+    "63396265333963386166373862626632666265643566633732396439353133323631623164336166\n"
+    "3438\n"
+)
+"""What nobody here has the key of."""
+
+
+def vaulted(name: str, cipher: str = OTHER_TEAM) -> str:
+    return f"{name}: !vault |\n" + "".join(f"  {line}\n" for line in cipher.splitlines())
+
+
+def test_values_of_other_teams_that_nobody_can_decrypt_do_not_matter(site: Site) -> None:
+    """On a host that has no part in the mesh, its connection's included, and in variables of a mesh host that are none
+    of ours; without any vault secret. The host without a cluster leaves the play as in our playbooks."""
+    leave = "    - ansible.builtin.meta: end_host\n      when: isthmus_cluster is not defined\n"
+    (site.place / "play.yml").write_text(PLAYBOOK.replace("  tasks:\n", f"  tasks:\n{leave}", 1))
+    before = site.plan()["specs"]
+    site.write("more.yml", {"all": {"hosts": {"db9": {"ansible_host": "192.0.2.99"}}}})
+    (site.inventory / "host_vars").mkdir()
+    site.write("host_vars/db9.yml", vaulted("db_password") + vaulted("ansible_password"))
+    site.write("host_vars/a1.yml", vaulted("app_token") + f"app: {{nested: [{json.dumps('x')}]}}\n")
+    site.write("group_vars/b.yml", vaulted("group_token"))
+    done = site.run("-vvv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "db9" in done.stdout, "it is a host of the play"
+    assert json.loads((site.place / "out.json").read_text())["specs"] == before
+
+
+def test_the_roles_look_past_what_nobody_can_decrypt_too(site: Site) -> None:
+    """Where the first host lacks the estate, it is looked for in the variables of all hosts; and so are copies of the
+    record."""
+    role = ROOT / "roles" / "plan"
+    play = [
+        {
+            "hosts": "all",
+            "gather_facts": False,
+            "vars_files": [str(role / "defaults" / "main.yml"), str(role / "vars" / "main.yml")],
+            "tasks": [
+                {"ansible.builtin.meta": "end_host", "when": "isthmus_cluster is not defined"},
+                {
+                    "ansible.builtin.copy": {
+                        "content": "{{ {'estate': plan_estate, 'copies': __plan_copies} | to_json }}",
+                        "dest": "{{ out }}",
+                        "mode": "0600",
+                    },
+                    "run_once": True,
+                    "delegate_to": "localhost",
+                },
+            ],
+        }
+    ]
+    (site.place / "play.yml").write_text(json.dumps(play))
+    site.write("group_vars/all.yml", {"ansible_python_interpreter": sys.executable})
+    site.write("group_vars/b.yml", {"isthmus_estate": ESTATE})
+    site.write("more.yml", {"all": {"hosts": {"db9": {"ansible_host": "192.0.2.99"}}}})
+    (site.inventory / "host_vars").mkdir()
+    for host in ("db9", "a1", "b1"):
+        site.write(f"host_vars/{host}.yml", vaulted("db_password"))
+    assert site.plan() == {"estate": ESTATE, "copies": []}
+
+
+def test_a_value_of_ours_that_nobody_can_decrypt_is_named(site: Site) -> None:
+    (site.inventory / "host_vars").mkdir()
+    site.write("host_vars/a1.yml", vaulted("isthmus_site"))
+    refusal = site.refusal()
+    assert "host a1: isthmus_site: it cannot be evaluated" in refusal
+    assert "Next: define what it refers to, in plain text" in refusal
+
+
+def encrypted(site: Site, text: str) -> str:
+    (site.place / "secret").write_text("a word\n")
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("ansible-vault")), "encrypt_string", text),
+            *("--vault-password-file", str(site.place / "secret")),
+        ],
+        env={"PATH": os.environ["PATH"], "HOME": str(site.place), "LANG": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return "".join(f"{line.strip()}\n" for line in done.stdout.splitlines() if "!vault" not in line)
+
+
+def test_values_of_ours_may_be_vaulted(site: Site) -> None:
+    """Of the estate and of a host; the plan holds what they say."""
+    site.hosts(a1={"ansible_host": "192.0.2.1", "isthmus_underlay": "192.0.2.7"}, b1={"ansible_host": "192.0.2.2"})
+    plain = site.plan()["specs"]
+    site.hosts(a1={"ansible_host": "192.0.2.1"}, b1={"ansible_host": "192.0.2.2"})
+    (site.inventory / "host_vars").mkdir()
+    site.write("host_vars/a1.yml", vaulted("isthmus_underlay", encrypted(site, "192.0.2.7")))
+    name = vaulted("name", encrypted(site, "e")).replace("\n", "\n  ").rstrip()
+    estate = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in ESTATE.items() if key != "name")
+    site.write(
+        "group_vars/all.yml",
+        f"ansible_python_interpreter: {sys.executable}\nisthmus_estate:\n  {name}\n{estate}",
+    )
+    found = site.plan("--vault-password-file", str(site.place / "secret"))
+    assert found["specs"] == plain
+    assert found["record"]["roster"]["estate"] == "e"
+
+
+def test_no_key_material_is_printed(site: Site) -> None:
+    """The plan needs no secret: with -vvv and --diff its output holds no key, though the hosts' variables have some."""
+    pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIPsecretsecretsecret\n-----END PRIVATE KEY-----\n"
+    site.hosts(
+        a1={"ansible_host": "192.0.2.1", "ansible_password": "p4ssw0rd-a1", "tls_key": pem},
+        b1={"ansible_host": "192.0.2.2", "ansible_become_password": "p4ssw0rd-b1"},
+    )
+    record = site.plan()["record"]
+    record["clusters/a"]["ca_certificate"] = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+    done = site.run("-vvv", "--diff", records=[record])
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert '"specs": {' in output, "the result is there"
+    for secret in ("PRIVATE KEY", "secretsecret", "p4ssw0rd"):
+        assert secret not in output
+    assert "PRIVATE KEY" not in (site.place / "out.json").read_text()
+
+
 def test_hosts_without_a_cluster_have_no_part(site: Site) -> None:
     before = site.plan()["specs"]
     site.write("more.yml", {"all": {"hosts": {"Printer_1": {"ansible_connection": "local"}}}})

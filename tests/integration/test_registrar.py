@@ -98,7 +98,15 @@ class Cluster:
             "workload_ranges": [f"10.10{self.number}.0.0/16"],
             "service_range": f"10.11{self.number}.0.0/16",
             "ca_host": "h1",
-            "etcd": {"initial": "h1", "token": "t", "members": ["h1"], "client_port": 2379, "peer_port": 2380},
+            "etcd": {
+                "initial": "h1",
+                "token": "t",
+                "members": ["h1"],
+                "client_port": 2379,
+                "peer_port": 2380,
+                "source": {"type": "package"},
+                "quota_bytes": 2147483648,
+            },
             "hosts": {f"h{number}": self.host(number) for number in range(1, hosts + 1)},
             "released": [],
         }

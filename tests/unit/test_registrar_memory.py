@@ -32,6 +32,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "keys are no object": lambda document: {**document, "keys": []},
     "a value is no text": lambda document: {**document, "keys": {"a": 1}},
     "the cluster id is none": lambda document: {**document, "cluster_id": "x"},
+    "the revision is no number": lambda document: {**document, "revision": float("inf")},
     "no object": lambda document: [],
 }
 

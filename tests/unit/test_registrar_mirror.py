@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
@@ -105,8 +105,28 @@ BAD = [
         "nodes",
         "cilium/state/nodes/v1/cloud/n1",
         node(IPAddresses=[{"Type": "InternalIP", "IP": "127.0.0.1"}]),
-        "address is a loopback address",
+        "underlay address is no machine's own",
     ),
+    (
+        "nodes",
+        "cilium/state/nodes/v1/cloud/n1",
+        node(IPAddresses=[{"Type": "InternalIP", "IP": "::ffff:198.18.1.11"}]),
+        r"IPAddresses\[0\].IP is an IPv4 address in IPv6's form",
+    ),
+    (
+        "ip",
+        "cilium/state/ip/v1/default/10.102.0.2",
+        pair(HostIP="::ffff:198.18.1.11"),
+        "HostIP is an IPv4 address in IPv6's form",
+    ),
+    (
+        "ip",
+        "cilium/state/ip/v1/default/10.102.0.2",
+        pair(HostIP=str(IPv4Address(0))),
+        "underlay address is no machine's own",
+    ),
+    ("ip", "cilium/state/ip/v1/default/10.102.0.2", pair(HostIP="0:0::1"), "underlay address is no machine's own"),
+    ("ip", "cilium/state/ip/v1/default/10.102.0.2", pair(HostIP="224.0.0.1"), "underlay address is no machine's own"),
     ("ip", "cilium/state/ip/v1/default/10.102.0.3", pair(), "address differs from key"),
     ("ip", "cilium/state/ip/v1/default/10.101.0.2", pair(IP="10.101.0.2"), "address is not in the cluster's ranges"),
     ("ip", "cilium/state/ip/v1/default/10.102.0.2", pair(ID=65537), "identity is not the cluster's"),
@@ -196,7 +216,7 @@ def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
         255,
         client,
         writer or Written(),
-        cache={},
+        cache=more.pop("cache", {}),
         actual={},
         config="{}",
         actual_config=None,
@@ -262,6 +282,13 @@ def test_the_text_of_a_refusal_is_bounded() -> None:
     for number in range(100):
         mirror._refuse(f"k{number}" + "x" * 5000, f"{number} " + "y" * 5000)
     assert len(mirror.status().to_json()) < 8000
+
+
+def test_what_is_mirrored_but_no_text_does_not_keep_a_mirror_from_starting() -> None:
+    """Somebody wrote it behind our back; it is written as it is until the peer was read."""
+    cached = GOOD["nodes"][2]
+    mirror = a_mirror(cache={cached: "\udcff"})
+    assert mirror.stores["nodes"].items[GOOD["nodes"][0]].value == b"\xff"
 
 
 async def no_certificate() -> PeerStatus:

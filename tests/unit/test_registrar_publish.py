@@ -419,6 +419,13 @@ def test_unreadable_allocation_keeps_its_number_from_others() -> None:
     assert keys.alloc_identity_key(65537) in found.keys
 
 
+@pytest.mark.parametrize("labels", [["k8s:a=b;"], 7, None])
+def test_an_allocation_whose_labels_are_no_text_keeps_its_number_too(labels: object) -> None:
+    found = run(previous={keys.alloc_identity_key(65537): json.dumps({"labels": labels})})
+    assert keys.identity_key(65537) not in found.keys
+    assert keys.alloc_identity_key(65537) in found.keys
+
+
 def test_lost_allocations_are_recovered_from_what_is_published() -> None:
     first = run()
     published = {key: value for key, value in first.keys.items() if key.startswith("cilium/")}

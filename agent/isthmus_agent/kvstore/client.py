@@ -45,7 +45,6 @@ INACTIVITY_TIMEOUT = 15.0
 _CERTIFICATE_CHECK = 5.0
 
 _OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_RECEIVE),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -60,6 +59,8 @@ _OPTIONS = [
 ]
 # The server ends the stream when it loses the quorum, instead of leaving it silent.
 _REQUIRE_LEADER = (("hasleader", "true"),)
+# etcd's revisions are int64, and a watch asks for the one after the last that was seen.
+_LAST_REVISION = 2**63 - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,8 @@ def prefix_end(prefix: bytes) -> bytes:
 
 
 def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
+    """A value as etcd's bytes; what was read as surrogate escapes is written as it was."""
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
 
 
 def _key_value(kv: Any) -> KeyValue:
@@ -246,6 +248,24 @@ def _key_value(kv: Any) -> KeyValue:
 
 def _header(header: Any) -> Header:
     return Header(header.cluster_id, header.member_id, header.revision, header.raft_term)
+
+
+def _checked_header(endpoint: str, what: str, answer: Any) -> Header:
+    """The header of an answer. EtcdUnavailable for an answer that no etcd gives: another cluster's server may send
+    anything, and gRPC hands on None for bytes that are no such message."""
+    if answer is None:
+        raise EtcdUnavailable(endpoint, what, "its answer is not one of etcd's messages")
+    header = _header(answer.header)
+    if not 0 <= header.revision <= _LAST_REVISION:
+        raise EtcdUnavailable(endpoint, what, f"its answer names revision {header.revision}, which none can have")
+    return header
+
+
+def _refuse_strange(endpoint: str, what: str, prefix: bytes, kvs: Iterable[Any]) -> None:
+    """EtcdUnavailable for keys that were not asked for. Also a matter of memory: millions of empty ones fit into a
+    message of a few MiB."""
+    if any(not kv.key.startswith(prefix) for kv in kvs):
+        raise EtcdUnavailable(endpoint, what, "its answer has keys that were not asked for")
 
 
 def _member(member: Any) -> Member:
@@ -305,6 +325,8 @@ def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
         return EtcdChanged(endpoint, what, details)
     if code is status.RESOURCE_EXHAUSTED and "space exceeded" in details:
         return EtcdNoSpace(endpoint, what, details)
+    if code is status.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return EtcdTooLarge(endpoint, what, details)
     if code is status.NOT_FOUND or (code is status.FAILED_PRECONDITION and "not found" in details):
         return EtcdNotFound(endpoint, what, details)
     if "already exist" in details:
@@ -339,7 +361,7 @@ class EtcdClient:
     takes up to `timeout` seconds per endpoint. Calls that may be repeated safely go once around all endpoints; a
     transaction, a member change and the like are tried once, because after a lost answer nobody knows whether it was
     done. Raises the errors of `kvstore.errors`, OSError for unreadable PEM files. `last_header` is that of the latest
-    answer.
+    answer. `max_receive`: bytes of one answer; EtcdTooLarge for a larger one.
     """
 
     def __init__(
@@ -351,6 +373,7 @@ class EtcdClient:
         *,
         timeout: float = CALL_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
+        max_receive: int = MAX_RECEIVE,
     ) -> None:
         if not endpoints:
             raise ValueError("an etcd client needs at least one endpoint")
@@ -359,6 +382,7 @@ class EtcdClient:
         self._files = (Path(ca), Path(cert), Path(key))
         self._timeout = timeout
         self._clock = clock
+        self._options = [*_OPTIONS, ("grpc.max_receive_message_length", max_receive)]
         self._current = 0
         self._connections: dict[str, _Connection] = {}
         self._retired: set[_Connection] = set()
@@ -415,7 +439,7 @@ class EtcdClient:
             stamp = self._read_stamp()
             ca, cert, key = (file.read_bytes() for file in self._files)
             credentials = grpc.ssl_channel_credentials(ca, key, cert)
-            channel = grpc.aio.secure_channel(self._targets[endpoint], credentials, options=_OPTIONS)
+            channel = grpc.aio.secure_channel(self._targets[endpoint], credentials, options=self._options)
             connection = self._connections[endpoint] = _Connection(endpoint, channel, stamp)
         return connection
 
@@ -451,7 +475,7 @@ class EtcdClient:
                 answer = await call(request, timeout=timeout, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 raise error_of(endpoint, what, error.code(), error.details() or "") from None
-        self.last_header = _header(answer.header)
+        self.last_header = _checked_header(endpoint, what, answer)
         return answer
 
     async def _call(
@@ -504,39 +528,48 @@ class EtcdClient:
     ) -> RangeResult:
         """All keys that begin with `prefix`, read in pages that are pinned to the first page's revision.
 
-        Linearizable: what was acknowledged before is in it. EtcdCompacted when the pinned revision went meanwhile,
-        EtcdTooLarge for more than `max_keys`, or more than `max_bytes` of keys and values.
+        Linearizable: what was acknowledged before is in it. A page that is too large for one answer is read in smaller
+        ones. EtcdCompacted when the pinned revision went meanwhile, EtcdTooLarge for more than `max_keys`, or more than
+        `max_bytes` of keys and values.
         """
+        what = f"list {prefix}"
         start = encode_key(prefix)
         end = prefix_end(start)
         kvs: list[KeyValue] = []
         size = 0
         first: Header | None = None
         while True:
-            answer = await self._call(
-                "KV/Range",
-                f"list {prefix}",
-                key=start or b"\0",
-                range_end=end,
-                limit=page,
-                revision=revision,
-                sort_order=proto.SORT_ASCEND,
-                sort_target=proto.SORT_BY_KEY,
-                keys_only=keys_only,
-            )
+            try:
+                answer = await self._call(
+                    "KV/Range",
+                    what,
+                    key=start or b"\0",
+                    range_end=end,
+                    limit=page,
+                    revision=revision,
+                    sort_order=proto.SORT_ASCEND,
+                    sort_target=proto.SORT_BY_KEY,
+                    keys_only=keys_only,
+                )
+            except EtcdTooLarge:
+                if page == 1:
+                    raise
+                page = max(1, page // 10)
+                continue
             header = _header(answer.header)
             if first is None:
                 first = header
                 revision = revision or header.revision
             elif header.cluster_id != first.cluster_id:
                 reason = f"cluster id changed from {first.cluster_id:016x} to {header.cluster_id:016x} between pages"
-                raise EtcdChanged(self.endpoint, f"list {prefix}", reason)
+                raise EtcdChanged(self.endpoint, what, reason)
+            _refuse_strange(self.endpoint, what, encode_key(prefix), answer.kvs)
             kvs.extend(_key_value(kv) for kv in answer.kvs)
             size += sum(len(kv.key) + len(kv.value) for kv in answer.kvs)
             if max_keys is not None and len(kvs) > max_keys:
-                raise EtcdTooLarge(self.endpoint, f"list {prefix}", f"more than {max_keys} keys")
+                raise EtcdTooLarge(self.endpoint, what, f"more than {max_keys} keys")
             if max_bytes is not None and size > max_bytes:
-                raise EtcdTooLarge(self.endpoint, f"list {prefix}", f"more than {max_bytes} bytes")
+                raise EtcdTooLarge(self.endpoint, what, f"more than {max_bytes} bytes")
             if not answer.more or not answer.kvs:
                 return RangeResult(tuple(kvs), revision, first.cluster_id, first.raft_term)
             start = answer.kvs[-1].key + b"\0"
@@ -647,6 +680,7 @@ class EtcdClient:
         exact: bool = False,
         progress_interval: float = PROGRESS_INTERVAL,
         inactivity_timeout: float = INACTIVITY_TIMEOUT,
+        max_bytes: int | None = None,
     ) -> AsyncGenerator[WatchBatch, None]:
         """Changes of all keys that begin with `prefix` (of the one key when `exact`) from `revision` on (0: from now).
 
@@ -654,7 +688,8 @@ class EtcdClient:
         server is asked for a sign of life, after `inactivity_timeout` the watch counts as broken. A sign of life has
         no events, and its revision is no proof that all events before it were delivered (etcd before 3.4.25 and
         3.5.8 may send it too early, etcd issue 15220). The iterator never resumes by itself; it raises EtcdCompacted,
-        EtcdPermissionDenied, EtcdChanged or EtcdUnavailable, after which the caller lists again.
+        EtcdPermissionDenied, EtcdChanged or EtcdUnavailable, after which the caller lists again, and EtcdTooLarge for a
+        batch of more than `max_bytes` of keys and values.
         """
         what = f"watch {prefix}"
         endpoint = self.endpoint
@@ -675,6 +710,7 @@ class EtcdClient:
             try:
                 await within(stream.write(request(create_request=create)), inactivity_timeout)
                 events: list[Event] = []
+                size = 0
                 cluster_id = 0
                 heard = self._clock()
                 while True:
@@ -696,16 +732,20 @@ class EtcdClient:
                     if answer is grpc.aio.EOF:
                         code, details = await stream.code(), await stream.details()
                         raise error_of(endpoint, what, code, details or "the server ended the stream")
+                    header = _checked_header(endpoint, what, answer)
                     self._refuse_canceled(endpoint, what, answer)
-                    header = _header(answer.header)
                     if cluster_id and header.cluster_id != cluster_id:
                         raise EtcdChanged(endpoint, what, f"cluster id changed to {header.cluster_id:016x}")
                     cluster_id = header.cluster_id
+                    _refuse_strange(endpoint, what, key, (event.kv for event in answer.events))
+                    size += sum(len(event.kv.key) + len(event.kv.value) for event in answer.events)
+                    if max_bytes is not None and size > max_bytes:
+                        raise EtcdTooLarge(endpoint, what, f"more than {max_bytes} bytes in one change")
                     events.extend(Event(_key_value(e.kv), e.type == proto.EVENT_DELETE) for e in answer.events)
                     if answer.fragment:
                         continue  # a revision may be split: nothing of it is shown before its last part
                     yield WatchBatch(tuple(events), header.revision, cluster_id)
-                    events = []
+                    events, size = [], 0
             except grpc.aio.AioRpcError as error:
                 self._failed(endpoint)
                 raise error_of(endpoint, what, error.code(), error.details() or "") from None
@@ -727,7 +767,7 @@ class EtcdClient:
         if answer.compact_revision:
             reason = f"compacted up to revision {answer.compact_revision}"
             raise EtcdCompacted(endpoint, what, reason, answer.compact_revision)
-        reason = answer.cancel_reason or "the server cancelled the watch"
+        reason = answer.cancel_reason.decode(errors="replace") or "the server cancelled the watch"
         # Seen with etcd 3.4: `created` and `canceled` in one answer, watch_id -1, "... PermissionDenied ...".
         if "permission denied" in reason.lower() or "permissiondenied" in reason.lower().replace(" ", ""):
             raise EtcdPermissionDenied(endpoint, what, reason)

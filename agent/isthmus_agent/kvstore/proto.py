@@ -24,7 +24,8 @@ SORT_ASCEND, SORT_BY_KEY = 1, 0
 # authpb.Permission.permType
 PERM_READ, PERM_WRITE, PERM_READWRITE = 0, 1, 2
 
-# message -> "name=number:type ..."; a type that is no scalar names another message; `*` means repeated.
+# message -> "name=number:type ..."; a type that is no scalar names another message; `*` means repeated. What another
+# cluster's server says in words is declared as bytes: a string that is no UTF-8 is handed on as bytes anyway.
 _SCHEMA: dict[str, str] = {
     "KeyValue": "key=1:bytes create_revision=2:int64 mod_revision=3:int64 version=4:int64 value=5:bytes lease=6:int64",
     "Event": "type=1:int32 kv=2:KeyValue prev_kv=3:KeyValue",
@@ -66,7 +67,7 @@ _SCHEMA: dict[str, str] = {
     "WatchProgressRequest": "",
     "WatchResponse": (
         "header=1:ResponseHeader watch_id=2:int64 created=3:bool canceled=4:bool compact_revision=5:int64 "
-        "cancel_reason=6:string fragment=7:bool events=11:Event*"
+        "cancel_reason=6:bytes fragment=7:bool events=11:Event*"
     ),
     "LeaseGrantRequest": "TTL=1:int64 ID=2:int64",
     "LeaseGrantResponse": "header=1:ResponseHeader ID=2:int64 TTL=3:int64 error=4:string",

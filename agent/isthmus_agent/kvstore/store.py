@@ -331,6 +331,7 @@ class PrefixStore:
             self.revision + 1,
             progress_interval=self._progress_interval if self.trusted else untrusted,
             inactivity_timeout=self._inactivity_timeout,
+            max_bytes=self._limits.bytes,
         )
         async with contextlib.aclosing(watch):
             async for batch in watch:

@@ -58,7 +58,7 @@ class Memory:
             return Known(known, int(document["cluster_id"], 16), int(document["revision"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             logger.warning("own output of before is not used", extra=fields(path=str(self.path), reason=repr(error)))
             return None
 

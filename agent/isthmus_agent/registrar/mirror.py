@@ -179,13 +179,13 @@ def _own_addresses(addresses: Iterable[str], peer: str, foreign: Mapping[str, st
     for address in addresses:
         if address and foreign.get(address, peer) != peer:
             raise Refused("address is another cluster's machine")
-        if address.startswith("127.") or address == "::1":
-            raise Refused("address is a loopback address")
 
 
 def _underlay_addresses(addresses: Iterable[str], reserved: Sequence[IPv4Network]) -> None:
     for address in filter(None, addresses):
         found = ip_address(address)
+        if found.is_loopback or found.is_unspecified or found.is_multicast:
+            raise Refused("underlay address is no machine's own")
         if any(found in network for network in reserved):
             raise Refused("underlay address is in a range of the mesh")
 
@@ -289,7 +289,7 @@ class Mirror:
             prefix = keys.cache_prefix(kind, peer.name)
             store.seed(
                 {
-                    state_key(kind, peer.name, key): text.encode()
+                    state_key(kind, peer.name, key): text.encode("utf-8", "surrogateescape")
                     for key, text in cache.items()
                     if key.startswith(prefix)
                 },
@@ -382,8 +382,10 @@ class Mirror:
         if key not in self.refused and len(self.refused) >= _REFUSED_KEYS and not whole:
             return
         if self.refused.get(key) != reason:
-            logger.warning("refused a peer's key", extra=fields(peer=self.peer.name, key=key, reason=reason))
             self.refused_last = (_speakable(key, _KEY_LENGTH), reason)
+            logger.warning(
+                "refused a peer's key", extra=fields(peer=self.peer.name, key=self.refused_last[0], reason=reason)
+            )
         self.refused[key] = reason
 
     def _excess(self) -> tuple[str, str] | None:

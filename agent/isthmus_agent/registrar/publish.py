@@ -16,9 +16,10 @@ from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from isthmus_mesh import keys
+from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, NodeReport, ServiceDefinition, WorkloadReport
 from isthmus_mesh.identity import identity_range, workload_labels
+from isthmus_mesh.jsontext import Fields
 from isthmus_mesh.wire import (
     ClusterConfig,
     ClusterService,
@@ -356,10 +357,9 @@ class _Publisher:
             if service is None:
                 continue
             try:
-                document = json.loads(value)
-                address = IPv4Address(document["ipv4"])
-                released = document.get("released")
-            except (ValueError, KeyError, TypeError, AttributeError):
+                document = Fields(jsontext.loads(value, DocumentError), DocumentError)
+                address, released = document.address4("ipv4"), document.optional_text("released")
+            except DocumentError:
                 self.problem(key, "is no allocation of an address; a new one is made")
                 continue
             if address not in self.own.service_range4:
@@ -382,9 +382,11 @@ class _Publisher:
 
     def _allocation(self, key: str, value: str) -> _Allocation:
         try:
-            document = json.loads(value)
-            return _Allocation(document["labels"], document.get("created") or "", document.get("released"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            document = Fields(jsontext.loads(value, DocumentError), DocumentError)
+            return _Allocation(
+                document.text("labels", None), document.text("created"), document.optional_text("released")
+            )
+        except DocumentError:
             self.problem(key, "is no allocation of an identity; its number is not dealt")
             return _Allocation("", "", None)
 

@@ -8,7 +8,6 @@ remembers what an etcd that was wiped or restored has forgotten.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from isthmus_mesh import keys
+from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, PeerStatus
 from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.spec import NodeSpec, PeerSpec
@@ -67,6 +66,8 @@ TICK = 1.0
 OWN_TIMEOUT = 2.0
 OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
+MAX_RECEIVE = 8 * 1024 * 1024
+"""Bytes of one answer of a peer: what a parsed answer takes of memory can be 25 times as much."""
 REPORT_GRACE = 60.0
 """How long canaries and withdrawals wait for the agents' reports after etcd lost what was published."""
 SITE_SETTLE = 30.0
@@ -275,6 +276,12 @@ class Registrar:
                 if told != str(error):
                     told = str(error)
                     logger.warning("trying again", extra=fields(part=name, error=told))
+            except NotLeader:
+                raise
+            except Exception as error:  # a defect of ours that one peer's data found is not to end the other parts
+                if told != repr(error):
+                    told = repr(error)
+                    logger.exception("a part failed", extra=fields(part=name))
             await asyncio.sleep(RETRY_DELAY)
 
     # --- publishing
@@ -454,9 +461,9 @@ class Registrar:
             return None, f"waiting for {own}: run the site playbook"
         name = own[len(keys.ESTATE_PREFIX) :]
         try:
-            document = json.loads(self.estate.items[own].value)
+            document = jsontext.loads(self.estate.items[own].value, RecordError)
             record = merge([{name: document}]).clusters[self.own.name]
-        except (ValueError, RecordError) as error:
+        except RecordError as error:
             return None, f"{own} cannot be used: {error}"
         newer = self._copy_of_host(name)
         if newer is not None and newer["revision"] > record["revision"]:
@@ -473,8 +480,8 @@ class Registrar:
         except FileNotFoundError:
             return None
         try:
-            return merge([{name: json.loads(text)[name]}]).clusters[self.own.name]
-        except (ValueError, KeyError, TypeError, RecordError) as error:
+            return merge([{name: jsontext.loads(text, RecordError)[name]}]).clusters[self.own.name]
+        except (KeyError, TypeError, RecordError) as error:
             self._say(f"{self._estate_file} cannot be used: {error!r}")
             return None
 
@@ -513,7 +520,14 @@ class Registrar:
                 id=peer.id, synced_canaries=True, cached=True, max_connected_clusters=self.own.max_clusters
             ).to_json()
         )
-        client = EtcdClient(peer.etcd.endpoints, peer.etcd.ca, peer.etcd.cert, peer.etcd.key, clock=self._clock)
+        client = EtcdClient(
+            peer.etcd.endpoints,
+            peer.etcd.ca,
+            peer.etcd.cert,
+            peer.etcd.key,
+            clock=self._clock,
+            max_receive=MAX_RECEIVE,
+        )
         mirror = Mirror(
             peer,
             self.own.max_clusters,
@@ -580,7 +594,7 @@ class _Remembered:
 def _document(value: bytes) -> dict[str, Any]:
     """A JSON object; an empty one when it is none."""
     try:
-        document = json.loads(value)
+        document = jsontext.loads(value, ValueError)
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}

@@ -117,6 +117,8 @@ class Decoder:
         if place.section == "peers":
             del self.peer_changes[place.name]
         self._dirty.add(place.section)
+        if place.section == "configs":
+            self._config_gone(place.name)
         return True
 
     def state(self) -> MeshState:
@@ -154,13 +156,22 @@ class Decoder:
     def _config_changed(self, cluster: str) -> None:
         """A peer's id became known or changed: its values are judged again, those of another id go."""
         again = self._waiting.pop(cluster, {})
-        mine = [key for key in self._raw if cluster in key]  # few of very many; the exact answer costs more
-        for key in [key for key in mine if (place := self._place(key)) and place.cluster == cluster]:
+        for key in self._keys_of(cluster, self._raw):
             value = self._raw[key]
             self.delete(key)
             again.setdefault(key, value)
         for key, value in again.items():
             self.put(key, value)
+
+    def _config_gone(self, cluster: str) -> None:
+        """Everything of a peer goes with its config: another cluster may have its id next."""
+        self._waiting.pop(cluster, None)
+        for key in {*self._keys_of(cluster, self._raw), *self._keys_of(cluster, self.bad)}:
+            self.delete(key)
+
+    def _keys_of(self, cluster: str, keys_of_all: Mapping[str, object]) -> list[str]:
+        mine = [key for key in keys_of_all if cluster in key]  # few of very many; the exact answer costs more
+        return [key for key in mine if (place := self._place(key)) and place.cluster == cluster]
 
     def _place(self, key: str) -> _Place | None:
         if key.startswith(keys.STATE_PREFIX):
@@ -180,13 +191,15 @@ class Decoder:
         return None
 
     def _published(self, key: str, own: bool) -> _Place | None:
-        """Keys of Cilium's two layouts. Another cluster's name under `cilium/state` is not ours to read."""
+        """Keys of Cilium's two layouts. Another cluster's name under `cilium/state`, or our own under `cilium/cache`,
+        is not ours to read."""
         if (node := keys.parse_node_key(key)) is not None and (node[0] == self.cluster) == own:
             return _Place("nodes", node, self._node(*node), node[0])
-        if (ip := keys.parse_ip_key(key)) is not None and (ip[0] is None) == own:
+        if (ip := keys.parse_ip_key(key)) is not None and (ip[0] is None) == own and ip[0] != self.cluster:
             cluster = ip[0] or self.cluster
             return _Place("ips", (cluster, ip[1]), self._ip(ip[1]), cluster)
-        if (identity := keys.parse_identity_key(key)) is not None and (identity[0] is None) == own:
+        identity = keys.parse_identity_key(key)
+        if identity is not None and (identity[0] is None) == own and identity[0] != self.cluster:
             cluster = identity[0] or self.cluster
             return _Place("identities", identity[1], self._identity(identity[1], cluster), cluster)
         if (service := keys.parse_service_key(key)) is not None and (service[0] == self.cluster) == own:

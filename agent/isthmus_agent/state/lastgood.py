@@ -60,6 +60,9 @@ class LastGood:
             raise LastGoodError("a document is not text")
         try:
             believed = {str(key): (int(cid, 16), int(revision)) for key, (cid, revision) in value["believed"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise LastGoodError("believed is malformed") from exc
-        return cls(cluster, written, {key: item.encode() for key, item in documents.items()}, believed)
+        try:
+            return cls(cluster, written, {key: item.encode() for key, item in documents.items()}, believed)
+        except UnicodeEncodeError as exc:
+            raise LastGoodError("a document is not UTF-8") from exc

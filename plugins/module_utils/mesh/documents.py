@@ -353,6 +353,9 @@ class PeerStatus:
         age = None if fields.value.get("proof_age") is None else fields.number("proof_age", 0.0)
         if age is not None and not 0 <= age < float("inf"):
             fields.fail("proof_age", "is not a number of seconds")
+        cluster_id = fields.text("cluster_id")
+        if cluster_id and not re.fullmatch("[0-9a-f]{16}", cluster_id):
+            fields.fail("cluster_id", "is not 16 hex digits")
         last = None
         if fields.value.get("refused_last") is not None:
             entry = fields.object("refused_last")
@@ -362,7 +365,7 @@ class PeerStatus:
             last_proof=fields.optional_text("last_proof"),
             last_change=fields.optional_text("last_change"),
             endpoint=fields.text("endpoint"),
-            cluster_id=fields.text("cluster_id"),
+            cluster_id=cluster_id,
             revision=fields.integer("revision", UINT64),
             keys=_counts(fields, "keys"),
             refused=_counts(fields, "refused"),

@@ -45,7 +45,8 @@ def _refuse_constant(text: str) -> NoReturn:
 def loads(text: str | bytes, error: Callable[[str], Exception]) -> Any:
     """Parse JSON; anything that is not JSON or not encodable as UTF-8 raises `error(reason)`."""
     try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        # Text of bytes that were no UTF-8 holds lone surrogates, and so breaks whoever writes it later.
+        decoded = (text if isinstance(text, bytes) else text.encode("utf-8")).decode("utf-8")
         value = json.loads(decoded, parse_constant=_refuse_constant)
         if "\\u" in decoded:
             # A lone surrogate parses, but breaks whoever writes the string later.

@@ -38,6 +38,7 @@ A cluster's document is authoritative in its own etcd; what others hold is a cop
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -51,6 +52,8 @@ LARGEST_DOCUMENT = 1280 * 1024
 """Bytes of a document as it is written. etcd takes 1.5 MiB in a request (--max-request-bytes); the rest is for the key
 and the CA's certificate, and so that what is close to the limit can still be changed into what is not."""
 QUARANTINE = timedelta(days=30)
+DEEPEST = 16
+"""Objects and lists inside each other in a document; those that the planner writes have 5."""
 ROSTER = "roster"
 CLUSTERS = "clusters/"
 
@@ -175,8 +178,9 @@ def newer_schema(where: str, document: Any, roster: Any = None) -> str:
 
 
 def _check(where: str, name: str, document: Any) -> int:
-    """The revision of a document whose shape is good enough for the planner to read it by name."""
+    """The revision of a document that has everything that the planner and the registrar read by name."""
     fields = Fields(document, RecordError, where)
+    _refuse_deep(where, document, DEEPEST)
     schema = fields.integer("schema", UINT64, default=None)
     if schema < 1:
         fields.fail("schema", "is not a known schema")
@@ -186,48 +190,90 @@ def _check(where: str, name: str, document: Any) -> int:
         version = fields.optional_text("version")
         if version is not None and not versions.valid(version):
             fields.fail("version", "is not a version such as 1.2.3")
-        for cluster, entry in fields.mapping("clusters").items():
-            known = Fields(entry, RecordError, fields.path(f"clusters.{cluster}"))
-            known.integer("id", 511, default=None, minimum=1)
-            known.text("state", None)
-        for service, entry in fields.mapping("services").items():
-            known = Fields(entry, RecordError, fields.path(f"services.{service}"))
-            known.texts("clusters")
-            known.text("state", None)
+        for _cluster, entry in _entries(fields, "clusters"):
+            entry.integer("id", 511, default=None, minimum=1)
+            entry.text("state", None)
+        for _service, entry in _entries(fields, "services"):
+            _there(entry, "clusters")
+            entry.texts("clusters")
+            entry.text("state", None)
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")
     fields.integer("id", 511, default=None, minimum=1)
-    if fields.text("state", None) == "absent":
+    fields.optional_text("ca_certificate")
+    state = fields.text("state", None)
+    if state == "absent":
         return revision
+    if state != "present":
+        fields.fail("state", "is not present or absent")
+    _there(fields, "workload_ranges", "released")
     fields.text("site", None)
     fields.networks4("workload_ranges")
     fields.network4("service_range")
     fields.text("ca_host", None)
+    hosts = dict(_entries(fields, "hosts"))
+    for entry in hosts.values():
+        _check_host(entry)
     etcd = fields.object("etcd")
+    _there(etcd, "members")
     for text in ("initial", "token"):
         etcd.text(text, None)
-    etcd.texts("members")
+    for member in etcd.texts("members"):
+        if member not in hosts:
+            etcd.fail("members", "names a host that the document lacks")
     for port in ("client_port", "peer_port"):
         etcd.integer(port, 65535, default=None, minimum=1)
-    for host in fields.mapping("hosts"):
-        entry = Fields(fields.mapping("hosts")[host], RecordError, fields.path(f"hosts.{host}"))
-        entry.network4("range4")
-        entry.text("site", None)
-        entry.text_mapping("labels")
-        for address in ("mesh4", "underlay4", "advertise4"):
-            entry.address4(address)
-        for key, value in entry.mapping("workloads").items():
-            workload = Fields(value, RecordError, entry.path(f"workloads.{key}"))
-            if key.count("/") != 1:
-                entry.fail(f"workloads.{key}", "is not <namespace>/<name>")
-            workload.address4("address4")
-            workload.text_mapping("labels")
-            workload.text_mapping("cgroup")
+    etcd.integer("quota_bytes", UINT64, default=None, minimum=1)
+    etcd.object("source").text("type", None)
+    etcd.text_mapping("source")
     for released in fields.objects("released"):
         released.network4("address")
         parse_time(released.text("at", None), released.path("at"))
     return revision
+
+
+def _check_host(entry: Fields) -> None:
+    _there(entry, "labels")
+    entry.network4("range4")
+    entry.text("site", None)
+    entry.text_mapping("labels")
+    for address in ("mesh4", "underlay4", "advertise4"):
+        entry.address4(address)
+    for key, workload in _entries(entry, "workloads"):
+        if key.count("/") != 1:
+            entry.fail(f"workloads.{key}", "is not <namespace>/<name>")
+        _there(workload, "labels")
+        workload.address4("address4")
+        workload.text("service_account", None)
+        workload.text_mapping("labels")
+        if len(workload.text_mapping("cgroup")) != 1:
+            workload.fail("cgroup", "is not one of unit, slice, path")
+
+
+def _there(fields: Fields, *names: str) -> None:
+    for name in names:
+        if fields.value.get(name) is None:
+            fields.fail(name, "is missing")
+
+
+def _entries(fields: Fields, name: str) -> list[tuple[str, Fields]]:
+    """The objects in an object of objects, by their names; the outer one must be there."""
+    _there(fields, name)
+    return [
+        (key, Fields(value, RecordError, fields.path(f"{name}.{key}"))) for key, value in fields.mapping(name).items()
+    ]
+
+
+def _refuse_deep(where: str, value: Any, left: int) -> None:
+    """Deep documents end in a RecursionError in whoever copies, compares or writes them."""
+    if isinstance(value, (dict, list)):
+        if not left:
+            raise RecordError(f"{where}: the document is nested too deeply")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _refuse_deep(where, inner, left - 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{where}: the document has a number that JSON cannot say")
 
 
 def parse_time(text: str, where: str = "time") -> datetime:

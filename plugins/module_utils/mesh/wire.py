@@ -490,8 +490,12 @@ def _address(name: str, text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Addr
         address = ipaddress.ip_address(text)
     except ValueError as exc:
         raise WireError(f"{name} is not an IP address") from exc
-    if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
-        raise WireError(f"{name} has a zone")
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id:
+            raise WireError(f"{name} has a zone")
+        if address.ipv4_mapped is not None:
+            # To Go's net.IP and to the datapath it is the IPv4 address, which a check by family would not look at.
+            raise WireError(f"{name} is an IPv4 address in IPv6's form")
     return address
 
 

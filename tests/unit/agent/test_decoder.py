@@ -119,6 +119,32 @@ def test_a_peers_new_id_refuses_what_carries_the_old_one():
     assert not [key for key in decoder.state().nodes if key[0] == "cloud"]  # they come again with the next list
 
 
+def test_the_id_of_a_removed_peer_can_be_anothers():
+    decoder = mesh.decoder()
+    items = mesh.documents({"cloud": [1]})
+    for key, value in items.items():
+        decoder.put(key, value)
+    decoder.delete(keys.cluster_config_key("cloud"))
+    assert not [key for key in decoder.documents() if key.startswith("cilium/") and "/cloud" in key]
+    new = {key.replace("/cloud", "/other"): value.replace(b"cloud", b"other") for key, value in items.items()}
+    for key in sorted(new):
+        decoder.put(key, new[key])
+    for key in items.keys() - new.keys():
+        decoder.delete(key)
+    assert decoder.state().identities[(2 << 16) + 1]["k8s:io.cilium.k8s.policy.cluster"] == "other"
+
+
+def test_own_addresses_are_not_read_from_a_mirror():
+    decoder = mesh.decoder()
+    items = mesh.documents({})
+    mirrored = {key.replace("state/ip/v1/default", "cache/ip/v1/onprem"): value for key, value in items.items()}
+    mirrored = {key.replace("state/identities/v1", "cache/identities/v1/onprem"): v for key, v in mirrored.items()}
+    for key, value in mirrored.items():
+        decoder.put(key, value)
+    assert not [key for key in decoder.state().ips if key[0] == "onprem"]
+    assert not [number for number in decoder.state().identities if number >> 16 == 1]
+
+
 def test_foreign_clusters_under_cilium_state_are_not_read():
     decoder = mesh.decoder()
     decoder.put(keys.cluster_config_key("cloud"), wire.ClusterConfig(id=2).to_json().encode())

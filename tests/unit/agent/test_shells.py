@@ -51,6 +51,8 @@ def test_last_good_makes_the_same_state_again():
         {"believed": None},
         {"believed": {"p": [1]}},
         {"believed": {"p": ["xyz", 1]}},
+        {"believed": {"p": ["a", float("inf")]}},
+        {"documents": {"a": "\ud800"}},
     ],
 )
 def test_a_damaged_last_good_is_refused(damage):

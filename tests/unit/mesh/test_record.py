@@ -170,3 +170,37 @@ def test_times() -> None:
     when = datetime(2026, 1, 2, 5, 4, 5, tzinfo=there)
     assert format_time(when) == "2026-01-02T03:04:05Z"
     assert parse_time(format_time(when)) == when
+
+
+def nested(levels: int) -> list[Any]:
+    return [nested(levels - 1)] if levels else []
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "reason"),
+    [
+        (("roster", "clusters"), None, r"clusters is missing"),
+        (("roster", "services"), None, r"services is missing"),
+        (("clusters/cloud", "workload_ranges"), None, r"workload_ranges is missing"),
+        (("clusters/cloud", "released"), None, r"released is missing"),
+        (("clusters/cloud", "state"), "gone", r"state is not present or absent"),
+        (("clusters/cloud", "ca_certificate"), ["PEM"], r"ca_certificate is not a string"),
+        (("clusters/cloud", "etcd", "source"), None, r"source is not an object"),
+        (("clusters/cloud", "etcd", "quota_bytes"), None, r"quota_bytes is missing"),
+        (("clusters/cloud", "etcd", "members"), ["c9"], r"members names a host that the document lacks"),
+        (("clusters/cloud", "hosts", "c1", "labels"), None, r"labels is missing"),
+        (("clusters/cloud", "hosts", "c1", "workloads", "shop/web", "cgroup"), {}, r"cgroup is not one of"),
+        (("clusters/cloud", "hosts", "c1", "workloads", "shop/web", "service_account"), None, r"is missing"),
+        (("clusters/cloud", "more"), nested(50), r"nested too deeply"),
+        (("clusters/cloud", "more"), float("inf"), r"a number that JSON cannot say"),
+    ],
+)
+def test_what_the_planner_reads_must_be_there(where: tuple[str, ...], value: Any, reason: str) -> None:
+    """A copy is read from every cluster's etcd; one that is damaged is named and never a traceback."""
+    damaged = documents()
+    place = damaged
+    for step in where[:-1]:
+        place = place[step]
+    place[where[-1]] = value
+    with pytest.raises(RecordError, match=reason):
+        merge([documents(), damaged])

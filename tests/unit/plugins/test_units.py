@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.isthmus.mesh.plugins.module_utils import units
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 FILES = {
@@ -91,6 +91,21 @@ def test_no_unit_may_write_to_the_kernels_settings_or_devices() -> None:
             assert options(FILES[name], "ProtectKernelTunables") == ["yes"]
     assert {"-/proc/sys", "-/sys/kernel"} <= set(options(FILES["isthmusd.service"], "ReadOnlyPaths")[0].split())
     assert options(FILES["isthmusd.service"], "ReadWritePaths") == ["/sys/fs/bpf"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FILES["isthmusd.service"],
+        FILES["isthmus-registrar.service"],
+        etcd_unit.service("/usr/bin/etcd", "0123"),
+        etcd_unit.defrag_service(),
+    ],
+    ids=["agent", "registrar", "etcd", "defragmentation"],
+)
+def test_keys_do_not_reach_the_disk_in_a_core_dump(text: str) -> None:
+    """These processes read private keys. systemd-coredump honours the limit."""
+    assert options(text, "LimitCORE") == ["0"]
 
 
 def test_stopping_the_agent_leaves_the_datapath() -> None:
