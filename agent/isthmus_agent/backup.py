@@ -86,7 +86,7 @@ def sealed_authority(directory: Path, cluster: str, recipient: bytes | None) -> 
 
 
 def seal(secret: bytes, recipient: bytes) -> bytes:
-    """``secret`` encrypted to ``recipient``, a certificate or public key in PEM. `BackupError` when it is no RSA key."""
+    """``secret`` encrypted to ``recipient``, a certificate or public key in PEM. `BackupError` unless it is RSA."""
     try:
         return (
             pkcs7.PKCS7EnvelopeBuilder()
@@ -108,9 +108,9 @@ def _certificate(recipient: bytes) -> x509.Certificate:
         raise TypeError("it is no RSA key")
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Isthmus backup")])
     now = datetime.datetime.now(datetime.timezone.utc)
-    return (
-        x509.CertificateBuilder(name, name, public, x509.random_serial_number(), now, now + pki.LIFETIME)
-    ).sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    return (x509.CertificateBuilder(name, name, public, x509.random_serial_number(), now, now + pki.LIFETIME)).sign(
+        ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()
+    )
 
 
 def sha256(path: Path) -> str:

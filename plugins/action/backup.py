@@ -91,7 +91,8 @@ class ActionModule(ActionBase):
     @contextlib.contextmanager
     def _on_the_host(self, arguments, task_vars):
         """The host's directory with the files, as long as the block lasts (None in check mode), and the answer."""
-        into = None if self._task.check_mode else self._make_tmp_path()
+        temporary = None if self._task.check_mode else self._make_tmp_path()
+        into = None if temporary is None else self._connection._shell.join_path(temporary, "backup")
         try:
             answer = self._execute_module(
                 module_name="isthmus.mesh.backup",
@@ -101,8 +102,8 @@ class ActionModule(ActionBase):
             answer.pop("invocation", None)
             yield into, answer
         finally:
-            if into is not None:
-                self._remove_tmp_path(into)
+            if temporary is not None:
+                self._remove_tmp_path(temporary)
 
     def _fetch(self, digests, source, place):
         for name, expected in digests.items():

@@ -58,7 +58,7 @@ options:
       - With O(part=etcd) it is only looked at, so that a wrong file is told before anything is done.
     type: str
   into:
-    description: Directory on the host for what the controller fetches; filled in on the controller.
+    description: Directory to make on the host for what the controller fetches; filled in on the controller.
     type: path
   recipient:
     description: Content of O(key); filled in on the controller.
@@ -116,7 +116,7 @@ import os
 import pathlib
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -212,16 +212,19 @@ def main():
     backup = bundle_module(module, "isthmus_agent.backup")
     if backup is None:
         module.fail_json(msg="this host has no agent bundle that can back up; run isthmus.mesh.site first")
+    if into is not None:
+        into.mkdir()
     try:
         about = etcd(module, into) if module.params["part"] == "etcd" else authority(module, into)
     except backup.BackupError as exc:
         module.fail_json(msg=str(exc))
     digests = {}
     if into is not None:
-        owner = into.stat()  # the user that Ansible connects as, who fetches them
+        owner = into.parent.stat()  # the user that Ansible connects as, who fetches them
         for path in into.iterdir():
             digests[path.name] = {"size": path.stat().st_size, "sha256": backup.sha256(path)}
             os.chown(path, owner.st_uid, owner.st_gid)
+        os.chown(into, owner.st_uid, owner.st_gid)
     version = bundle_module(module, "isthmus_agent.agent.main").installed_version()
     module.exit_json(changed=True, about=about, digests=digests, version=version)
 

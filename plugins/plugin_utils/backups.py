@@ -27,7 +27,7 @@ class RefusedError(Exception):
 
 
 def recipient(path):
-    """The public key or certificate in a file, in PEM; `RefusedError` when it is none that a key can be encrypted to."""
+    """The public key or certificate in a file, in PEM; `RefusedError` when nothing can be encrypted to it."""
     following = (
         "Next: give a certificate or an RSA public key in PEM, as `openssl rsa -in KEY -pubout` or "
         "`openssl req -x509 -newkey rsa:4096 -keyout KEY -out FILE` make them"
@@ -48,11 +48,11 @@ def recipient(path):
             public, encoded = found.public_key(), found.public_bytes(serialization.Encoding.PEM)
         else:
             public = serialization.load_pem_public_key(pem)
-            encoded = public.public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
+            encoded = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise RefusedError(f"isthmus_backup_key: {path} holds no public key or certificate in PEM. {following}") from exc
+        raise RefusedError(
+            f"isthmus_backup_key: {path} holds no public key or certificate in PEM. {following}"
+        ) from exc
     if not isinstance(public, rsa.RSAPublicKey) or public.key_size < _SMALLEST:
         raise RefusedError(
             f"isthmus_backup_key: the key in {path} is no RSA key of {_SMALLEST} bits or more, and nothing else can be "
