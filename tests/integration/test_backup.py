@@ -74,7 +74,7 @@ class Cluster:
 
 
 class Site:
-    """Two clusters, and an operator who has a key pair."""
+    """Two clusters, and an operator who has a pair of keys."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -88,7 +88,7 @@ class Site:
         openssl("rsa", "-in", self.private, "-pubout", "-out", self.public)
 
     def run(self, *options: str, unreachable: tuple[str, ...] = (), **more: Any) -> subprocess.CompletedProcess[str]:
-        """Without `key=` or `directory=` the site's; None leaves it out."""
+        """The playbook with more variables; None leaves one of the usual ones out."""
         variables = {"isthmus_backup_dir": str(self.kept), "isthmus_backup_key": str(self.public), **more}
         hosts: dict[str, Any] = {}
         for name, cluster in self.clusters.items():
@@ -201,6 +201,8 @@ def restore_and_compare(cluster: Cluster, snapshot: Path, told: dict[str, Any]) 
     """What docs/operating.md says: a new token, so that nobody takes it for the etcd that was."""
     server = cluster.server
     before = server.dump()
+    status = json.loads(server.etcdctl("snapshot", "status", str(snapshot), "-w", "json"))
+    assert status["revision"] >= told["revision"]
     with server.sync_client() as client:
         assert f"{client.status().header.cluster_id:x}" == told["cluster_id"]
         client.put("after-the-backup", "x")
@@ -247,6 +249,10 @@ def test_one_clusters_silence_is_told_and_the_others_are_backed_up(site: Site) -
     assert site.backups("cloud") == []
     [place] = site.backups("onprem")
     assert json.loads((place / "manifest.json").read_text())["host"] == "o2"
+    silent = site.run("--check", unreachable=("c1",))
+    assert silent.returncode == 2, silent.stdout
+    assert "Cluster cloud was not backed up. c1: " in said(silent)
+    assert "Cluster onprem: " in said(silent)
 
 
 def test_an_authority_that_is_not_there_is_told_and_the_snapshot_kept(site: Site) -> None:
@@ -279,5 +285,6 @@ def test_a_directory_or_a_key_that_cannot_be_used_stops_the_run_at_once(site: Si
         assert done.returncode == 2, done.stdout
         assert words in said(done)
         assert "Next: " in said(done)
-        assert done.stdout.count("An etcd host of the cluster gives a snapshot") == 1
+        assert done.stdout.count("TASK [An etcd host of the cluster gives a snapshot]") == 1
+        assert "not backed up" not in said(done)
     assert not site.kept.exists()
