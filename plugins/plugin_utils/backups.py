@@ -13,10 +13,6 @@ import shutil
 import tempfile
 
 from ansible.errors import AnsibleActionFail
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 MANIFEST = "manifest.json"
 _SMALLEST = 2048  # bits; what NIST SP 800-57 still allows
@@ -28,6 +24,12 @@ class RefusedError(Exception):
 
 def recipient(path):
     """The public key or certificate in a file, in PEM; `RefusedError` when nothing can be encrypted to it."""
+    # ansible-core needs it for its vault, but not everything that loads this plugin (ansible-test) has it.
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
     following = (
         "Next: give a certificate or an RSA public key in PEM, as `openssl rsa -in KEY -pubout` or "
         "`openssl req -x509 -newkey rsa:4096 -keyout KEY -out FILE` make them"
