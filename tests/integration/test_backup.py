@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer
 from isthmus_agent import etcd_admin, pki
+from playbook import documented
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = {"cloud": ("c1",), "onprem": ("o1", "o2")}
@@ -198,7 +199,7 @@ def openssl_der(certificate: Path) -> bytes:
 
 
 def restore_and_compare(cluster: Cluster, snapshot: Path, told: dict[str, Any]) -> None:
-    """What docs/operating.md says: a new token, so that nobody takes it for the etcd that was."""
+    """The commands of docs/operating.md, with this server's places."""
     server = cluster.server
     before = server.dump()
     status = json.loads(server.etcdctl("snapshot", "status", str(snapshot), "-w", "json"))
@@ -207,7 +208,21 @@ def restore_and_compare(cluster: Cluster, snapshot: Path, told: dict[str, Any]) 
         assert f"{client.status().header.cluster_id:x}" == told["cluster_id"]
         client.put("after-the-backup", "x")
     server.stop()
-    server.restore(snapshot, token="restored")  # noqa: S106 - no secret
+    place = snapshot.parents[3] / "restore" / cluster.name
+    place.mkdir(parents=True)
+    (place / "etcd.env").write_text(f"ETCD_NAME={server.name}\nETCD_INITIAL_ADVERTISE_PEER_URLS={server.peer_url}\n")
+    script = documented("operating.md", ". /etc/isthmus/etcd.env")
+    for there, here in (
+        ("/etc/isthmus/etcd.env", f"{place}/etcd.env"),
+        (" snapshot.db", f" {snapshot}"),
+        ("/root/restored", f"{place}/restored"),
+        ("/var/lib/isthmus/etcd", str(server.data)),
+        ("chown -R isthmus-etcd:", "chown -R root:"),
+        ("systemctl start isthmus-etcd", "true"),
+    ):
+        assert there in script
+        script = script.replace(there, here)
+    subprocess.run(["sh", "-e", "-c", script], check=True, capture_output=True)
     server.start()
     assert server.dump() == before
     with server.sync_client() as client:
