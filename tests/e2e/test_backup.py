@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -11,8 +12,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from demo import EDGE
 from estate_tools import ETCD_HOSTS, PKI, Estate
-from playbook import play
+from playbook import documented, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -96,5 +98,45 @@ def test_a_cluster_whose_etcd_is_stopped_is_told(estate: Estate, operator: tuple
     assert run.status == 2, run.output[-6000:]
     assert "Cluster edge was not backed up. edge-1: " in run.output
     assert "is NOT in it" in run.output
-    assert sorted(path.name for path in kept.iterdir() if any(path.iterdir())) == ["cloud", "onprem"]
+    assert sorted(path.name for path in kept.iterdir()) == ["cloud", "onprem"]
     estate.converged()
+
+
+def test_a_lost_etcd_and_authority_come_back_by_the_commands_of_the_docs(
+    estate: Estate, operator: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """cloud has one member and its authority on the same host; traffic goes on meanwhile."""
+    private, public = operator
+    host = "cloud-1"
+    estate.converged()
+    variables = {"isthmus_backup_dir": str(tmp_path / "backups"), "isthmus_backup_key": str(public)}
+    play("backup", "--limit", "cloud", "-e", json.dumps(variables))
+    [place] = (tmp_path / "backups" / "cloud").iterdir()
+    authority = estate.lab.exec(host, ["cat", f"{PKI}/ca.crt"]).stdout
+    term = estate.registrar_leader(host)
+    mirrors = {other: estate.state(other) for other in ("onprem-1", EDGE)}
+    with estate.unnoticed(estate.edge):
+        lose = f"systemctl stop isthmus-etcd && rm -rf /var/lib/isthmus/etcd/member {PKI}/ca.key {PKI}/ca.crt"
+        estate.lab.exec(host, ["sh", "-c", lose])
+        refused = play("site", "--limit", "cloud", check=False)
+        assert refused.status == 2, refused.output[-6000:]
+        assert "Restore a snapshot" in refused.output
+
+        key = openssl("cms", "-decrypt", "-inform", "PEM", "-in", place / "ca.key.cms", "-inkey", private)
+        estate.lab.exec(host, ["sh", "-c", f"umask 077; cat > {PKI}/ca.key"], feed=key)
+        estate.lab.exec(host, ["sh", "-c", f"cat > {PKI}/ca.crt"], feed=(place / "ca.crt").read_text())
+        snapshot = base64.b64encode((place / "snapshot.db").read_bytes()).decode()
+        estate.lab.exec(host, ["sh", "-c", "base64 -d > /root/snapshot.db"], feed=snapshot)
+        commands = documented("operating.md", ". /etc/isthmus/etcd.env")
+        estate.lab.exec(host, ["sh", "-e", "-c", f"cd /root\n{commands}\nrm /root/snapshot.db"])
+
+        play("site")
+        estate.until(
+            "a registrar leads with the restored etcd", lambda: estate.registrar_leader(host)[1] not in (0, term[1])
+        )
+        estate.converged()
+    assert estate.withdrawn(mirrors) == {}
+    assert estate.lab.exec(host, ["cat", f"{PKI}/ca.crt"]).stdout == authority
+    assert estate.lab.exec(host, ["stat", "-c", "%a %U", f"{PKI}/ca.key"]).stdout.split() == ["600", "root"]
+    assert play("site").changed == {}
+    play("verify")
