@@ -68,6 +68,13 @@ def environment(events: Path | None = None) -> dict[str, str]:
     return found
 
 
+def documented(page: str, start: str) -> str:
+    """The commands of the block in docs/`page` that begins with `start`."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    [block] = [block for block in blocks if block.startswith(start)]
+    return str(block)
+
+
 def recaps(output: str) -> dict[str, Recap]:
     """The recap at the end of a run's output, by host."""
     line = re.compile(r"^(\S+)\s*: " + r"\s+".join(rf"{field.name}=(\d+)" for field in dataclasses.fields(Recap)), re.M)

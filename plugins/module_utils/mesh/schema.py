@@ -826,6 +826,8 @@ PLAY_VARIABLES = {
     "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
     "isthmus_break_lock": "Name of another run whose lock this run takes away, as the message about the lock gives it.",
     "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",
+    "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
+    "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }

@@ -111,7 +111,7 @@ def code_texts(path: Path) -> Iterator[str]:
 def test_the_variables_are_those_that_the_collection_reads() -> None:
     used: set[str] = set()
     own: set[str] = set()  # of the playbooks, for the roles
-    for path in [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/*/*/*.yml")]:
+    for path in [*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/*/*.yml")]:
         if path.parent.name == "meta":
             continue
         document = yaml.safe_load(path.read_text())
