@@ -59,7 +59,11 @@ def differing(one: Generation) -> list[str]:
 
 
 def roll_back(
-    place: Path, number: int, why: str, remove_datapath: Callable[[], Sequence[str]], unless_confirmed: int | None = None
+    place: Path,
+    number: int,
+    why: str,
+    remove_datapath: Callable[[], Sequence[str]],
+    unless_confirmed: int | None = None,
 ) -> Restored | None:
     """Make the host what it was in the generation `number`; None when `unless_confirmed` needs no way back any more.
 
@@ -70,9 +74,7 @@ def roll_back(
         raise GenerationError(f"there are no generations in {place}: nothing was changed on this host by the mesh yet")
     with _locked(place):
         found = known(place)
-        if unless_confirmed is not None and (
-            unless_confirmed not in found or found[unless_confirmed].state != WAITING
-        ):
+        if unless_confirmed is not None and (unless_confirmed not in found or found[unless_confirmed].state != WAITING):
             return None
         wanted = found.get(number)
         if wanted is None:
@@ -107,9 +109,7 @@ def _contents(place: Path, wanted: Generation) -> dict[str, bytes]:
     return contents
 
 
-def _restore(
-    wanted: Generation, contents: dict[str, bytes], remove_datapath: Callable[[], Sequence[str]]
-) -> Restored:
+def _restore(wanted: Generation, contents: dict[str, bytes], remove_datapath: Callable[[], Sequence[str]]) -> Restored:
     done: list[str] = []
     problems: list[str] = []
 

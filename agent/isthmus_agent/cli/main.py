@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from isthmus_mesh.generations import SECONDS
+
 from isthmus_agent import generations
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import AgentAbsent, AgentSilent, ask
-from isthmus_mesh.generations import SECONDS
 
 SOCKET = Path("/run/isthmus/agent.sock")
 
