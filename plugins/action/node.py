@@ -74,11 +74,14 @@ class ActionModule(ActionBase):
                 raise lost  # before the module came to its change
             problem = answer.get("problem") or problem
             if time.monotonic() > deadline:
-                return {
-                    "msg": f"{host} could not be asked whether its change stays, for {seconds} s: {problem}. The host "
-                    f"takes it back by itself, {SECONDS} s after it was made. Next: when {host} can be entered, look "
-                    "there with `isthmus generations`, then run with --check --diff."
-                }
+                words = (
+                    f"{host} could not be asked whether its change stays, for {seconds} s: {problem}. The host takes "
+                    f"it back by itself, {SECONDS} s after it was made. Next: when {host} can be entered, look there "
+                    "with `isthmus generations`, then run with --check --diff."
+                )
+                if lost is not None:
+                    raise AnsibleConnectionFailure(words) from lost
+                return {"msg": words}
             time.sleep(PAUSE)
 
     def _new_connection(self):
@@ -96,6 +99,6 @@ def _words(host, made, problem):
     return (
         f"{host} took its change back: generation {made['number']} was given up, generation {made['previous']} is "
         f"restored. Why: it was not confirmed over a new connection within {SECONDS} s"
-        f"{': ' + problem if problem else ''}. The other hosts are not concerned. Next: `isthmus generations` on {host} "
-        "shows what differs, --check --diff what the next run would change; correct the inventory before it."
+        f"{': ' + problem if problem else ''}. Other hosts are not concerned. Next: `isthmus generations` on {host} shows "
+        "what differs, --check --diff what the next run would change; correct the inventory before it."
     )

@@ -171,8 +171,8 @@ class Generations:
         program = next((path for path in programs if os.access(path, os.X_OK)), None)
         if program is None:
             self.module.fail_json(
-                msg=f"There is no {bundle.CURRENT}/bin/isthmus on this host, which takes a change back when it cuts the "
-                "host off. Nothing was changed. Run the role isthmus.mesh.bundle first."
+                msg=f"There is no {bundle.CURRENT}/bin/isthmus on this host, which takes a change back when it cuts "
+                "the host off. Nothing was changed. Run the role isthmus.mesh.bundle first."
             )
         self._disarm()
         command = [

@@ -104,7 +104,8 @@ BPFFS = "isthmus-bpffs.service"
 RESOLVED = "isthmus-resolved.service"
 DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 
-# What makes a generation: the units to start anew when a path is restored, and how our part of an operator's file begins.
+# What makes a generation: the units to start anew when a path is restored, and the mark of our part of an operator's
+# file. Not the copy of the estate record: what the clusters wrote there since is no less true.
 PARTS = {
     SPEC: ((AGENT,), ""),
     DNSMASQ: ((DNS,), ""),

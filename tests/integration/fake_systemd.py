@@ -2,7 +2,7 @@
 """Stands for `systemctl`, `systemd-run`, `ssh` and the agent on a host that is a mount namespace in a test.
 
 By the name it is called with. Units are read from /etc/systemd/system; $ISTHMUS_TEST_HOST holds what runs. A
-specification with `"cut": true` makes the host refuse SSH when the agent is started with it, one without mends that.
+specification with `"cut": true` makes the host refuse SSH while the agent runs with it.
 A timer's seconds are a twentieth of what was asked.
 """
 
@@ -78,6 +78,8 @@ def systemctl(words):
             (HOST / "enabled" / name).touch()
         elif verb in ("stop", "disable"):
             stop(name)
+            if name == "isthmusd.service":
+                CUT.unlink(missing_ok=True)
             if verb == "disable":
                 (HOST / "enabled" / name).unlink(missing_ok=True)
 

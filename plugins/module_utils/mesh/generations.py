@@ -29,8 +29,8 @@ WAITING, CONFIRMED, ROLLED_BACK = "waiting", "confirmed", "rolled back"
 class Entry:
     """What was at a path: a link, a file, or (neither) nothing.
 
-    `restarts` are units that start anew when it is restored. Where there is a `mark` the file is the operator's, with or
-    without a part of ours (`marked`); only that is kept and restored.
+    `restarts` are units that start anew when it is restored. Where there is a `mark` the file is the operator's, with
+    or without a part of ours (`marked`); it is restored only when that differs.
     """
 
     link: str | None = None
