@@ -99,6 +99,6 @@ def _words(host, made, problem):
     return (
         f"{host} took its change back: generation {made['number']} was given up, generation {made['previous']} is "
         f"restored. Why: it was not confirmed over a new connection within {SECONDS} s"
-        f"{': ' + problem if problem else ''}. Other hosts are not concerned. Next: `isthmus generations` on {host} shows "
-        "what differs, --check --diff what the next run would change; correct the inventory before it."
+        f"{': ' + problem if problem else ''}. Other hosts are not concerned. Next: `isthmus generations` on {host} "
+        "shows what differs, --check --diff what the next run would change; correct the inventory before it."
     )

@@ -3,7 +3,8 @@
 
 By the name it is called with. Units are read from /etc/systemd/system; $ISTHMUS_TEST_HOST holds what runs. A
 specification with `"cut": true` makes the host refuse SSH while the agent runs with it.
-A timer's seconds are a twentieth of what was asked.
+A timer ends when so many connections have ended as the file `hurry` says, and never without it: how fast this machine
+is decides nothing.
 """
 
 import json
@@ -87,21 +88,24 @@ def systemctl(words):
 def systemd_run(words):
     options = dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--on-active"))
     command = words[next(place for place, word in enumerate(words) if not word.startswith("--")) :]
-    seconds = int(options["on-active"].removesuffix("s")) / 20
     with (HOST / "calls").open("a") as file:
         file.write(f"timer {options['on-active']} {' '.join(command)}\n")
     # The service is no part of its timer: stopping the timer stops no rollback.
-    script = f"sleep {seconds}; exec setsid --fork " + " ".join(command)
+    awaited = (HOST / "hurry").read_text() if (HOST / "hurry").exists() else "1000"
+    script = f"until [ $(grep -c command {HOST}/ssh) -ge {awaited} ]; do sleep 0.1; done; "
+    script += "exec setsid --fork " + " ".join(command)
     run("isthmus-rollback.timer", ["sh", "-c", script], dict(os.environ))
 
 
 def ssh(words):
-    with (HOST / "ssh").open("a") as file:
-        file.write(("control" if "-O" in words else "command") + "\n")
+    status = 255
     if "-O" in words or CUT.exists():
         print("ssh: connect to host: No route to host", file=sys.stderr)
-        return 255
-    return subprocess.run(["sh", "-c", words[-1]], check=False).returncode
+    else:
+        status = subprocess.run(["sh", "-c", words[-1]], check=False).returncode
+    with (HOST / "ssh").open("a") as file:
+        file.write(("control" if "-O" in words else "command") + "\n")
+    return status
 
 
 def main():
