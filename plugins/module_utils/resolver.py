@@ -151,10 +151,10 @@ def dnsmasq_conf(mesh_address: str, domain: str, upstream_file: str | None) -> s
 
 
 def root_answers(port: int = 53) -> bool:
-    """Whether the first server of resolv.conf answers, within 2 s and without an error, for the root of all names.
+    """Whether the first server of resolv.conf says within 2 s what the root of all names has, or that it has nothing.
 
     That is the way of every name that is not the mesh's, asked without a name of which we would have to know that it
-    is there.
+    is there; a server of a closed network may know no root (NXDOMAIN).
     """
     address = next(iter(servers(_read(RESOLV_CONF) or "")), "")
     number = os.urandom(2)
@@ -168,7 +168,7 @@ def root_answers(port: int = 53) -> bool:
             answer = asked.recv(4096)
     except OSError:
         return False
-    return len(answer) >= 12 and answer[:2] == number and answer[3] & 0x0F == 0
+    return len(answer) >= 12 and answer[:2] == number and answer[3] & 0x0F in (0, 3)
 
 
 def problem(domain: str, root_answered: bool) -> str:

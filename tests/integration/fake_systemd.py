@@ -103,6 +103,9 @@ def ssh(words):
         print("ssh: connect to host: No route to host", file=sys.stderr)
     else:
         status = subprocess.run(["sh", "-c", words[-1]], check=False).returncode
+        if (HOST / "break").exists():
+            (HOST / "break").unlink()
+            status = 255
     with (HOST / "ssh").open("a") as file:
         file.write(("control" if "-O" in words else "command") + "\n")
     return status

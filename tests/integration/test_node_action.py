@@ -236,8 +236,18 @@ def test_a_first_installation_leaves_nothing_when_it_is_taken_back(host: Host) -
     assert run.recap.failed == 1, run.output
     assert "generation 0 is restored" in " ".join(run.output.split())
     assert host.read("/etc/resolv.conf") == before
-    assert host.run("sh", "-c", "ls /etc/systemd/system /etc/isthmus/node.json").stdout == ""
+    assert host.run("ls", "/etc/systemd/system").stdout == ""
+    assert host.run("test", "-e", "/etc/isthmus/node.json").returncode == 1
     assert list((host.place / "enabled").iterdir()) == []
+
+
+def test_a_connection_that_ends_during_the_change_does_not_end_the_task(host: Host) -> None:
+    host.play()
+    (host.place / "break").touch()
+    run = host.play(hash="b" * 64)
+    assert (run.recap.changed, run.recap.failed, run.recap.unreachable) == (1, 0, 0), run.output
+    assert host.states()[2] == "confirmed"
+    assert not (host.place / "break").exists()
 
 
 def test_what_an_interrupted_run_left_is_confirmed_by_the_next(host: Host) -> None:
