@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from isthmus_mesh.generations import DIRECTORY, ROLLED_BACK, SPEC, UNIT, WAITING, Entry, Generation
+from isthmus_mesh.generations import CONFIRMED, DIRECTORY, ROLLED_BACK, SPEC, UNIT, WAITING, Entry, Generation
 
 from .agent.files import write_atomically
 
@@ -83,8 +83,10 @@ def roll_back(
         contents = _contents(place, wanted)
         restored = _restore(wanted, contents, remove_datapath)
         for one in found.values():
-            if one.state == WAITING:
+            if one.state == WAITING and one.number != number:
                 _write(place, dataclasses.replace(one, state=ROLLED_BACK, note=why))
+        if wanted.state != CONFIRMED:  # who chooses it on the host has the way in
+            _write(place, dataclasses.replace(wanted, state=CONFIRMED, note=""))
         _set_current(place, number)
         if unless_confirmed is None:
             _systemctl("stop", f"{UNIT}.timer")

@@ -65,7 +65,7 @@ class ActionModule(ActionBase):
                 problem = problem or f"no new connection could be made ({str(exc).strip()})"
             if answer.get("failed"):
                 return answer
-            made = answer.get("generation") or {}
+            made = answer.get("made") or {}
             if made.get("state") == CONFIRMED:
                 return None
             if made.get("state") == ROLLED_BACK:

@@ -208,7 +208,7 @@ def confirm(module, generations, spec):
             problem = resolver.problem(spec["dns"]["domain"], made.root_answered)
         if not problem:
             made = generations.confirm(made.number)
-    module.exit_json(changed=False, generation=described(made), problem=problem)
+    module.exit_json(changed=False, made=described(made), problem=problem)
 
 
 def wait(module, runner, names, generations, number):

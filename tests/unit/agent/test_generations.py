@@ -206,6 +206,14 @@ def test_only_what_waits_is_taken_back(host: Host) -> None:
     assert generations.known(host.place)[waiting].note == "nobody came"
 
 
+def test_one_that_is_chosen_by_hand_stays(host: Host) -> None:
+    host.change("a")
+    waiting = host.change("b", confirmed=False)
+    host.back(waiting)
+    assert host.systemctl() == ["stop isthmus-rollback.timer"]
+    assert (host.state(waiting), generations.current(host.place)) == ("confirmed", waiting)
+
+
 def test_the_timer_gets_its_time_anew_when_the_change_is_complete(host: Host) -> None:
     host.change("a")
     timers = [word for words in host.ran for word in words if word.startswith("--on-active")]
