@@ -188,7 +188,9 @@ class Generations:
             )
 
     def _disarm(self) -> None:
-        self.module.run_command(["systemctl", "stop", f"{fmt.UNIT}.timer"])  # which fails where there is none
+        # With the lock held its service restores nothing: it waits for the lock, or is at its end and still has the name.
+        # Where there is none, systemd calls that a failure.
+        self.module.run_command(["systemctl", "stop", f"{fmt.UNIT}.timer", f"{fmt.UNIT}.service"])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -182,7 +182,7 @@ def test_a_change_is_confirmed_over_a_new_connection_and_a_converged_run_makes_n
     assert host.current() == 1
     assert "control" in host.lines("ssh"), "the connection was reset"
     assert [line.split()[1] for line in host.lines("calls") if line.startswith("timer")] == ["80s", "60s"]
-    assert "stop isthmus-rollback.timer" in host.lines("calls")[-1]
+    assert host.lines("calls")[-1] == "stop isthmus-rollback.timer isthmus-rollback.service"
     (host.place / "ssh").unlink()
     again = host.play()
     assert (again.recap.ok, again.recap.changed) == (1, 0), again.output

@@ -146,7 +146,9 @@ def generations(document: dict[str, Any]) -> str:
             one["time"],
             one["state"],
             one["spec"][:8] or "-",
-            (", ".join(one["differs"]) or "nothing") if one["complete"] else "it was never completed",
+            (", ".join(path.rsplit("/", 1)[-1] for path in one["differs"]) or "nothing")
+            if one["complete"]
+            else "it was never completed",
             one["note"],
         ]
         for one in document["generations"]
