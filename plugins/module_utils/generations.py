@@ -188,9 +188,10 @@ class Generations:
             )
 
     def _disarm(self) -> None:
-        # With the lock held its service restores nothing: it waits for the lock, or is at its end and still has the name.
-        # Where there is none, systemd calls that a failure.
-        self.module.run_command(["systemctl", "stop", f"{fmt.UNIT}.timer", f"{fmt.UNIT}.service"])
+        # With the lock held the service restores nothing: it waits for the lock, or is at its end and still has the
+        # name. Where there is no such unit, systemd calls that a failure.
+        for kind in ("timer", "service"):
+            self.module.run_command(["systemctl", "stop", f"{fmt.UNIT}.{kind}"])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -182,7 +182,7 @@ def test_a_change_is_confirmed_over_a_new_connection_and_a_converged_run_makes_n
     assert host.current() == 1
     assert "control" in host.lines("ssh"), "the connection was reset"
     assert [line.split()[1] for line in host.lines("calls") if line.startswith("timer")] == ["80s", "60s"]
-    assert host.lines("calls")[-1] == "stop isthmus-rollback.timer isthmus-rollback.service"
+    assert host.lines("calls")[-2:] == ["stop isthmus-rollback.timer", "stop isthmus-rollback.service"]
     (host.place / "ssh").unlink()
     again = host.play()
     assert (again.recap.ok, again.recap.changed) == (1, 0), again.output
@@ -239,6 +239,7 @@ def test_a_first_installation_leaves_nothing_when_it_is_taken_back(host: Host) -
     assert host.run("ls", "/etc/systemd/system").stdout == ""
     assert host.run("test", "-e", "/etc/isthmus/node.json").returncode == 1
     assert list((host.place / "enabled").iterdir()) == []
+    assert [line for line in host.lines("journal") if line.startswith("isthmus:")] == [], "nothing failed on the way"
 
 
 def test_a_connection_that_ends_during_the_change_does_not_end_the_task(host: Host) -> None:
