@@ -118,13 +118,12 @@ def test_hosts_that_a_change_breaks_come_back_and_the_run_says_so(whole: Estate,
 
 
 def test_a_host_goes_back_by_hand_without_controller_agent_and_etcd(whole: Estate, tmp_path: Path) -> None:
-    before = files(whole, EDGE)
+    before, good = files(whole, EDGE), current(whole, EDGE)
     run = change(tmp_path, {EDGE: {"node": {"labels": {"round": "other"}}}})
     assert run.status == 0, run.output[-6000:]
     made = current(whole, EDGE)
     assert generations(whole, EDGE)[made]["state"] == "confirmed"
     assert files(whole, EDGE) != before
-    good = sorted(number for number in generations(whole, EDGE) if number < made)[-1]
     whole.lab.exec(EDGE, ["systemctl", "stop", "isthmusd", "isthmus-registrar", "isthmus-etcd"])
     done = whole.lab.exec(EDGE, ["isthmus", "rollback", str(good)])
     assert "restored /etc/isthmus/node.json" in done.stdout
