@@ -15,6 +15,8 @@ where no other host can ask it; what must be on the mesh address, for systemd-re
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from dataclasses import dataclass
 
 RESOLV_CONF = "/etc/resolv.conf"
@@ -22,6 +24,7 @@ NSSWITCH = "/etc/nsswitch.conf"
 STATE_DIRECTORY = "/var/lib/isthmus/resolver"
 ORIGINAL = STATE_DIRECTORY + "/original"
 ORIGINAL_LINK = STATE_DIRECTORY + "/original-link"
+NAMES = "/run/isthmus/dns/hosts"
 MARK = "# isthmus.mesh: the first name server is the host's own dnsmasq (isthmus-dns.service)."
 
 # A loopback address of its own: refused at once when dnsmasq is down (so the next server is asked without a timeout),
@@ -135,7 +138,7 @@ def dnsmasq_conf(mesh_address: str, domain: str, upstream_file: str | None) -> s
         # The mesh address comes with the agent, after dnsmasq.
         "bind-dynamic" if upstream_file is None else "bind-interfaces",
         "no-hosts",
-        "addn-hosts=/run/isthmus/dns/hosts",
+        f"addn-hosts={NAMES}",
         f"local=/{domain}/",
         "local-ttl=1",
         "cache-size=0",
@@ -145,6 +148,48 @@ def dnsmasq_conf(mesh_address: str, domain: str, upstream_file: str | None) -> s
     forward = [f"resolv-file={upstream_file}", "strict-order", "dns-loop-detect"]
     lines += ["no-resolv"] if upstream_file is None else forward
     return "\n".join(lines) + "\n"
+
+
+def root_answers(port: int = 53) -> bool:
+    """Whether the first server of resolv.conf says within 2 s what the root of all names has, or that it has nothing.
+
+    That is the way of every name that is not the mesh's, asked without a name of which we would have to know that it
+    is there; a server of a closed network may know no root (NXDOMAIN).
+    """
+    address = next(iter(servers(_read(RESOLV_CONF) or "")), "")
+    number = os.urandom(2)
+    # RFC 1035: recursion desired, one question, which is "." (no label), type NS, class IN.
+    question = number + struct.pack("!5HBHH", 0x0100, 1, 0, 0, 0, 0, 2, 1)
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as asked:
+            asked.settimeout(2)
+            asked.connect((address, port))
+            asked.send(question)
+            answer = asked.recv(4096)
+    except OSError:
+        return False
+    return len(answer) >= 12 and answer[:2] == number and answer[3] & 0x0F in (0, 3)
+
+
+def problem(domain: str, root_answered: bool) -> str:
+    """What the host's resolver does not do any more, in words; empty when nothing was found.
+
+    ``root_answered``: it answered for other names before the change.
+    """
+    for line in (_read(NAMES) or "").splitlines():
+        address, _blank, name = line.partition(" ")
+        if not name.endswith("." + domain) or ":" in address:
+            continue
+        try:
+            found = sorted({item[4][0] for item in socket.getaddrinfo(name, None, socket.AF_INET)})
+        except OSError as exc:
+            return f"the host's resolver does not know {name}, a name of the mesh ({exc.strerror or exc})"
+        if address not in found:
+            return f"the host's resolver says that {name} is {', '.join(map(str, found))}; in the mesh it is {address}"
+        break
+    if root_answered and not root_answers():
+        return f"the first name server of {RESOLV_CONF} answers no more for names outside of the mesh, as it did before"
+    return ""
 
 
 def _link_target(link: str) -> str:

@@ -97,6 +97,7 @@ StateDirectoryMode=0755
 CapabilityBoundingSet=CAP_BPF CAP_PERFMON CAP_NET_ADMIN CAP_NET_RAW
 {_SANDBOX}ReadWritePaths=/sys/fs/bpf
 ReadOnlyPaths=-/proc/sys -/proc/sysrq-trigger -/sys/kernel -/sys/module
+ReadOnlyPaths=-/var/lib/isthmus/generations
 SystemCallFilter=@system-service bpf
 SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
@@ -125,6 +126,7 @@ StartLimitIntervalSec=0
 [Service]
 {_daemon("isthmus-registrar", config)}StateDirectory=isthmus isthmus/registrar
 StateDirectoryMode=0755
+ReadOnlyPaths=-/var/lib/isthmus/generations
 CapabilityBoundingSet=
 ProtectProc=invisible
 ProtectKernelTunables=yes

@@ -14,6 +14,15 @@ description:
     (on etcd hosts) and the name server, and joins the mesh's names to the host's own resolution.
   - Starts or restarts only what changed, and waits until it is ready. Renewed certificates need no restart.
   - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
+  - A change of the specification, the units or the resolver is a numbered generation. What was there before is kept
+    below C(/var/lib/isthmus/generations), and a timer on the host restores it 60 seconds after the change unless that
+    is confirmed. The action plugin of the same name confirms it over a new connection, which also finds that the
+    host's resolver still answers. When it does not come to that, the task fails for this host once the host is back.
+  - What is found of the resolver is whether a name of the mesh leads to the mesh's address of it, when the mesh has
+    any, and whether the first server of C(/etc/resolv.conf) answers for the root of all names, when it did before.
+    Wrong answers for other names are not seen. The copy of the estate record never goes back.
+  - The timer is of systemd's transient ones, so a boot within these seconds forgets it; C(isthmus rollback) on the
+    host does the same by hand.
   - Needs nothing but Python on the host; the bundle is laid down before by M(isthmus.mesh.bundle).
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
@@ -36,6 +45,16 @@ options:
       - Seconds to wait until what was started is ready.
     type: int
     default: 120
+  token:
+    description:
+      - Names the change. The action plugin fills it in; a playbook cannot set it.
+    type: str
+    default: ""
+  confirm:
+    description:
+      - Confirms the change with this token and does nothing else. The action plugin fills it in; a playbook cannot set
+        it.
+    type: str
 seealso:
   - module: isthmus.mesh.verify
 """
@@ -61,13 +80,20 @@ resolver:
   returned: always
   type: str
   sample: file
+generation:
+  description: Number of the generation that the change made; V(null) when it made none.
+  returned: success
+  type: int
+  sample: 4
 """
 
 import json
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import resolver, units
-from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.generations import Generations, described
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import SECONDS, SPEC, WAITING
 
 AGENT = "isthmusd.service"
 REGISTRAR = "isthmus-registrar.service"
@@ -76,8 +102,18 @@ DNS_PATH = "isthmus-dns-reload.path"
 DNS_RELOAD = "isthmus-dns-reload.service"
 BPFFS = "isthmus-bpffs.service"
 RESOLVED = "isthmus-resolved.service"
-SPEC = "/etc/isthmus/node.json"
 DNSMASQ = "/etc/isthmus/dnsmasq.conf"
+
+# What makes a generation: the units to start anew when a path is restored, and the mark of our part of an operator's
+# file. Not the copy of the estate record: what the clusters wrote there since is no less true.
+PARTS = {
+    SPEC: ((AGENT,), ""),
+    DNSMASQ: ((DNS,), ""),
+    resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
+    bundle.CURRENT: ((AGENT, REGISTRAR), ""),
+    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED)},
+    **{units.Units.path(name): ((), "") for name in (BPFFS, DNS_RELOAD)},
+}
 
 # What the registrar reads of the specification; a change elsewhere (a workload, a label) does not restart it.
 REGISTRAR_PARTS = ("schema", "estate", "cluster", "dns", "etcd", "member", "registrar")
@@ -95,25 +131,22 @@ def main():
             "estate": {"type": "dict", "required": True},
             "bundle_digest": {"type": "str", "required": True, "no_log": False},
             "timeout": {"type": "int", "default": 120},
+            "token": {"type": "str", "default": "", "no_log": False},
+            "confirm": {"type": "str"},
         },
         supports_check_mode=True,
     )
     spec = module.params["spec"]
     changes = Changes(module)
+    generations = Generations(module, PARTS)
+    if module.params["confirm"] is not None:
+        confirm(module, generations, spec)
     runner = units.Units(module, changes)
-
-    changes.directory("/etc/isthmus")
-    changes.directory("/var/lib/isthmus")
-    changes.directory(resolver.STATE_DIRECTORY)
-    changes.file(SPEC, document(spec))
-    changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
 
     resolved = runner.systemd.show(["systemd-resolved.service"])["systemd-resolved.service"]
     found = resolver.probe(resolved.get("ActiveState") == "active")
     mesh_address, domain = spec["node"]["mesh4"], spec["dns"]["domain"]
     dnsmasq = resolver.dnsmasq_conf(mesh_address, domain, resolver.upstream(found))
-    changes.file(DNSMASQ, dnsmasq)
-
     bundle = module.params["bundle_digest"]
     agent_config = units.config_digest(units.agent_unit(""), bundle, document(spec))
     registrar_config = units.config_digest(
@@ -121,17 +154,32 @@ def main():
     )
     dns_config = units.config_digest(units.dns_unit(""), dnsmasq)
     has_registrar = spec.get("registrar") is not None
-    runner.write(
-        {
-            BPFFS: units.bpffs_unit(),
-            AGENT: units.agent_unit(agent_config),
-            REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
-            DNS: units.dns_unit(dns_config),
-            DNS_PATH: units.dns_reload_path_unit(),
-            DNS_RELOAD: units.dns_reload_unit(),
-            RESOLVED: units.resolved_unit(mesh_address, domain) if found.method == "resolved" else None,
-        }
-    )
+    unit_files = {
+        BPFFS: units.bpffs_unit(),
+        AGENT: units.agent_unit(agent_config),
+        REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
+        DNS: units.dns_unit(dns_config),
+        DNS_PATH: units.dns_reload_path_unit(),
+        DNS_RELOAD: units.dns_reload_unit(),
+        RESOLVED: units.resolved_unit(mesh_address, domain) if found.method == "resolved" else None,
+    }
+    wanted = {SPEC: document(spec), DNSMASQ: dnsmasq}
+    wanted.update({units.Units.path(name): text for name, text in unit_files.items()})
+    if found.method == "file":
+        wanted[resolver.RESOLV_CONF] = resolver.joined_file(found.original)
+    differs = any(read_bytes(path) != (text and text.encode()) for path, text in wanted.items())
+    number = None
+    if (differs or generations.waiting() is not None) and not module.check_mode:
+        seconds = module.params["timeout"] + SECONDS
+        number = generations.begin(spec["hash"], module.params["token"], resolver.root_answers(), seconds)
+
+    changes.directory("/etc/isthmus")
+    changes.directory("/var/lib/isthmus")
+    changes.directory(resolver.STATE_DIRECTORY)
+    changes.file(SPEC, wanted[SPEC])
+    changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
+    changes.file(DNSMASQ, dnsmasq)
+    runner.write(unit_files)
     names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
     runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names])
 
@@ -141,36 +189,57 @@ def main():
         runner.running(REGISTRAR, registrar_config, SPEC)
     runner.running(AGENT, agent_config, SPEC)
     if not module.check_mode:
-        wait(module, runner, names, spec)
+        wait(module, runner, names, generations, number)
 
-    join_resolver(module, changes, runner, found)
-    module.exit_json(**changes.result(units=runner.states, resolver=found.method))
+    join_resolver(module, changes, runner, found, generations, number)
+    if number is not None:
+        generations.finish(number)
+    module.exit_json(**changes.result(units=runner.states, resolver=found.method, generation=number))
 
 
-def wait(module, runner, names, spec):
+def confirm(module, generations, spec):
+    """Ends the module with what became of the change; ``problem`` is why it is not confirmed, when it still waits."""
+    made = generations.made_by(module.params["confirm"])
+    problem = ""
+    if made is not None and made.state == WAITING:
+        if made.files is None:
+            problem = "the change was not completed"
+        else:
+            problem = resolver.problem(spec["dns"]["domain"], made.root_answered)
+        if not problem:
+            made = generations.confirm(made.number)
+    module.exit_json(changed=False, made=described(made), problem=problem)
+
+
+def wait(module, runner, names, generations, number):
     """Fails with the unit's own last words when something does not become ready in time."""
     failed = runner.wait(names, module.params["timeout"])
     if not failed:
         return
+    spec = module.params["spec"]
+    back = ""
+    if number is not None:
+        generations.give_up(number)
+        back = f"Generation {number} is not confirmed, so the host goes back to what it was within {SECONDS} s. "
     words = [
         f"{name} is {state['state']}; its last lines:\n{state['journal']}" for name, state in sorted(failed.items())
     ]
     module.fail_json(
         msg=f"On {spec['host']} not everything became ready within {module.params['timeout']} s. "
-        "Nothing that worked before was stopped: the datapath in the kernel stays. "
+        f"Nothing that worked before was stopped: the datapath in the kernel stays. {back}"
         "Read `journalctl -u <unit>` there and run the playbook again.\n" + "\n".join(words),
         units=runner.states,
     )
 
 
-def join_resolver(module, changes, runner, found):
+def join_resolver(module, changes, runner, found, generations, number):
     """The last step, when the name server already answers."""
     if found.method == "resolved":
         spec = module.params["spec"]
         differs = units.resolved_differs(module, spec["node"]["mesh4"], spec["dns"]["domain"])
         runner.running(RESOLVED, wrong="systemd-resolved has other settings for isthmus0" if differs else "")
         if not module.check_mode:
-            wait(module, runner, [RESOLVED], spec)
+            wait(module, runner, [RESOLVED], generations, number)
         return
     if not found.joined:
         if found.link is not None:

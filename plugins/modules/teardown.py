@@ -62,6 +62,7 @@ import shutil
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, resolver, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
 
 DEVICE = "isthmus0"
 PROTOCOL = "73"
@@ -132,6 +133,7 @@ class Teardown:
         return out
 
     def run(self):
+        self.timer()
         self.resolver()
         self.units()
         self.distribution_unit()
@@ -146,6 +148,15 @@ class Teardown:
             if not self.module.check_mode:
                 os.unlink(bundle.COMMAND)
         self.user()
+
+    def timer(self):
+        """Of a change that nobody confirmed: it would bring back what is taken away now."""
+        names = [f"{ROLLBACK}.timer", f"{ROLLBACK}.service"]
+        for name, state in self.systemd.show(names).items():
+            if state.get("ActiveState") in ("active", "activating"):
+                self.gone(f"unit {name}")
+                if not self.module.check_mode:
+                    self.command("systemctl", "stop", name)
 
     def resolver(self):
         found = resolver.probe(resolved_active=False)

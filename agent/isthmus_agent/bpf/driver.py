@@ -444,8 +444,9 @@ class BpfDatapath:
                     path.unlink()
                     removed.append(str(path))
             directory.rmdir()
-        if self.pin_dir.parent.name == "isthmus" and not any(self.pin_dir.parent.iterdir()):
-            self.pin_dir.parent.rmdir()
+        ours = self.pin_dir.parent
+        if ours.name == "isthmus" and ours.is_dir() and not any(ours.iterdir()):
+            ours.rmdir()
         return removed
 
     # Applying

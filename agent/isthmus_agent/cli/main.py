@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from isthmus_mesh.generations import SECONDS
+
+from isthmus_agent import generations
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import AgentAbsent, AgentSilent, ask
 
@@ -118,17 +121,67 @@ def _remove(options: argparse.Namespace) -> int:
     if running:
         print("isthmus: isthmusd still runs and would restore it; first: systemctl stop isthmusd", file=sys.stderr)
         return DIFFERENT
-    from isthmus_agent import netlink
-    from isthmus_agent.agent.kernel import bundled_libbpf
-    from isthmus_agent.bpf.driver import BpfDatapath
-
-    # The network first: while it goes, the hooks must not choose backends that cannot be reached.
-    removed = [*netlink.remove_network(), *BpfDatapath(libbpf=bundled_libbpf()).remove_all()]
+    removed = _remove_datapath()
     if options.output == "json":
         print(json.dumps({"removed": removed}, indent=2))
     else:
         print("\n".join(f"removed {words}" for words in removed) or "nothing of ours is in the kernel")
     return OK
+
+
+def _remove_datapath() -> list[str]:
+    from isthmus_agent import netlink
+    from isthmus_agent.agent.kernel import bundled_libbpf
+    from isthmus_agent.bpf.driver import BpfDatapath
+
+    # The network first: while it goes, the hooks must not choose backends that cannot be reached.
+    return [*netlink.remove_network(), *BpfDatapath(libbpf=bundled_libbpf()).remove_all()]
+
+
+def _generations(options: argparse.Namespace) -> int:
+    current = generations.current(generations.PLACE)
+    found = [
+        {
+            "number": one.number,
+            "current": one.number == current,
+            "time": one.time,
+            "state": one.state,
+            "note": one.note,
+            "spec": one.spec,
+            "complete": one.files is not None,
+            "differs": generations.differing(one),
+        }
+        for one in generations.known(generations.PLACE).values()
+    ]
+    _print({"generations": found}, options.output, text.generations)
+    return OK
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    """To an earlier generation. Run by the timer too, with --unless-confirmed."""
+    unless = options.unless_confirmed
+    why = (
+        f"generation {options.number} was restored by hand"
+        if unless is None
+        else f"no new connection of the controller confirmed it within {SECONDS} s; generation {options.number} was "
+        "restored"
+    )
+    try:
+        restored = generations.roll_back(generations.PLACE, options.number, why, _remove_datapath, unless)
+    except generations.GenerationError as error:
+        print(f"isthmus: {error}. Nothing was changed.", file=sys.stderr)
+        return DIFFERENT
+    if restored is None:
+        print(f"generation {unless} waits for no confirmation any more; nothing to do")
+        return OK
+    if options.output == "json":
+        print(json.dumps({"number": options.number, "done": restored.done, "problems": restored.problems}, indent=2))
+    else:
+        print("\n".join(restored.done) or "everything was as in that generation already")
+        print(f"this host is generation {options.number}; the next run of the playbook makes it what is planned again")
+        for problem in restored.problems:
+            print(f"isthmus: {problem}", file=sys.stderr)
+    return DIFFERENT if restored.problems else OK
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,6 +195,10 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("peers", parents=[common], help="the other clusters, with the age of the last proof")
     audit = commands.add_parser("audit", parents=[common], help="compare the kernel with what is wanted")
     audit.add_argument("--repair", action="store_true", help="make the kernel what is wanted")
+    commands.add_parser("generations", parents=[common], help="what this host was, and what differs from it now")
+    rollback = commands.add_parser("rollback", parents=[common], help="make this host an earlier generation again")
+    rollback.add_argument("number", type=int, metavar="N", help="of `isthmus generations`")
+    rollback.add_argument("--unless-confirmed", type=int, metavar="M", help="only while M waits to be confirmed")
     datapath = commands.add_parser("datapath", help="the kernel's part")
     actions = datapath.add_subparsers(dest="action", required=True)
     remove = actions.add_parser("remove", parents=[common], help="take everything of ours out of the kernel")
@@ -155,6 +212,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _audit(options)
     if options.command == "datapath":
         return _remove(options)
+    if options.command == "generations":
+        return _generations(options)
+    if options.command == "rollback":
+        return _rollback(options)
     return _show(options)
 
 

@@ -134,3 +134,23 @@ def peers(document: dict[str, Any]) -> str:
         if peer["refused_last"]:
             text += f"\n! {peer['name']}: {peer['refused_last'][0]} was refused: {peer['refused_last'][1]}"
     return text
+
+
+def generations(document: dict[str, Any]) -> str:
+    """`isthmus generations`."""
+    if not document["generations"]:
+        return "no generation: nothing that this host depends on was changed here yet"
+    rows = [
+        [
+            f"{one['number']}{' *' if one['current'] else ''}",
+            one["time"],
+            one["state"],
+            one["spec"][:8] or "-",
+            (", ".join(path.rsplit("/", 1)[-1] for path in one["differs"]) or "nothing")
+            if one["complete"]
+            else "it was never completed",
+            one["note"],
+        ]
+        for one in document["generations"]
+    ]
+    return table(["NUMBER", "MADE", "STATE", "SPEC", "DIFFERS FROM NOW", "NOTE"], rows) + "\n* this host now"

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host's /etc and the collection's state directory, both empty."""
     (tmp_path / "state").mkdir()
     monkeypatch.setattr(resolver, "RESOLV_CONF", str(tmp_path / "resolv.conf"))
+    monkeypatch.setattr(resolver, "NAMES", str(tmp_path / "hosts"))
     monkeypatch.setattr(resolver, "NSSWITCH", str(tmp_path / "nsswitch.conf"))
     monkeypatch.setattr(resolver, "ORIGINAL", str(tmp_path / "state" / "original"))
     monkeypatch.setattr(resolver, "ORIGINAL_LINK", str(tmp_path / "state" / "original-link"))
@@ -54,6 +57,60 @@ def test_the_program_behind_a_link_stays_in_charge(host: Path) -> None:
     (host / "state" / "original-link").write_text("kept.conf")
     (host / "kept.conf").write_text("nameserver 192.0.2.10\n")
     assert resolver.probe(resolved_active=False).original == "nameserver 192.0.2.10\n"
+
+
+@pytest.mark.parametrize(("rcode", "answers"), [(0, True), (3, True), (2, False), (5, False)], ids=str)
+def test_the_first_server_is_asked_for_the_root(host: Path, rcode: int, answers: bool) -> None:
+    (host / "resolv.conf").write_text("nameserver 127.0.0.1\nnameserver 192.0.2.1\n")
+    asked: list[bytes] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+
+        def answer() -> None:
+            question, client = server.recvfrom(512)
+            asked.append(question)
+            server.sendto(question[:2] + bytes([0x81, 0x80 | rcode]) + question[4:], client)
+
+        serving = threading.Thread(target=answer)
+        serving.start()
+        assert resolver.root_answers(server.getsockname()[1]) is answers
+        serving.join()
+    assert asked[0][2:] == bytes([1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1])
+
+
+def test_no_server_is_no_answer(host: Path) -> None:
+    assert resolver.root_answers() is False
+
+
+@pytest.mark.parametrize(
+    ("names", "found", "words"),
+    [
+        ("", [], ""),
+        ("10.111.0.5 web.shop.svc.other.local\n", [], ""),
+        ("10.111.0.5 web.shop.svc.clusterset.local\n", ["10.111.0.5"], ""),
+        ("10.111.0.5 web.shop.svc.clusterset.local\n", ["127.0.0.1"], "is 127.0.0.1; in the mesh it is 10.111.0.5"),
+        ("10.111.0.5 web.shop.svc.clusterset.local\n", None, "does not know web.shop.svc.clusterset.local"),
+    ],
+    ids=["no name", "another domain's", "right", "wrong", "unknown"],
+)
+def test_a_name_of_the_mesh_leads_to_its_address(
+    host: Path, monkeypatch: pytest.MonkeyPatch, names: str, found: list[str] | None, words: str
+) -> None:
+    def ask(_name: str, *_more: object) -> list[tuple[object, ...]]:
+        if found is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(0, 0, 0, "", (address, 0)) for address in found]
+
+    (host / "hosts").write_text(names)
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    problem = resolver.problem("clusterset.local", root_answered=False)
+    assert (words in problem) is True
+    assert bool(problem) is bool(words)
+
+
+def test_other_names_must_go_on_as_before(host: Path) -> None:
+    assert "answers no more" in resolver.problem("clusterset.local", root_answered=True)
+    assert resolver.problem("clusterset.local", root_answered=False) == ""
 
 
 def test_a_stub_of_resolved_means_resolved_only_while_it_runs(host: Path) -> None:

@@ -22,12 +22,15 @@ class Host:
         self.mask: Path | None = None
         self.enabled = True
         self.rules = ""
+        self.timer = "inactive"
 
     def fail_json(self, msg: str, **_more: Any) -> None:
         raise AssertionError(msg)
 
     def run_command(self, words: list[str]) -> tuple[int, str, str]:
         line = " ".join(words)
+        if words[:2] == ["systemctl", "show"] and "isthmus-rollback.timer" in words:
+            return 0, f"Id=isthmus-rollback.timer\nActiveState={self.timer}\n\nActiveState=inactive\n", ""
         if words[:2] == ["systemctl", "show"]:
             return 0, f"Id={words[-1]}\nUnitFileState={'enabled' if self.enabled else 'disabled'}\n", ""
         if words[0] == "ip" and "show" in words:
@@ -69,6 +72,17 @@ def test_the_distributions_unit_is_given_back(masked: Path, before: str | None, 
     assert (predicted.ran, first.ran, again.ran) == ([], ran, [])
     assert changed == [bool(ran), bool(ran), False]
     assert masked.is_symlink() is (before is None)
+
+
+@pytest.mark.parametrize(("state", "ran"), [("active", ["systemctl stop isthmus-rollback.timer"]), ("inactive", [])])
+def test_no_timer_brings_back_what_is_taken_away(state: str, ran: list[str]) -> None:
+    for check in (True, False):
+        host = Host(check=check)
+        host.timer = state
+        step = teardown.Teardown(host)
+        step.timer()
+        assert host.ran == ([] if check else ran)
+        assert step.removed == (["unit isthmus-rollback.timer"] if ran else [])
 
 
 def test_only_rules_of_our_table_go(monkeypatch: pytest.MonkeyPatch) -> None:
