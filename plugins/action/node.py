@@ -18,7 +18,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
 )
 
 # A host that is back may need as long again until it can be entered: restarts, routes, the retries of TCP.
-RETURN = 60
+COMING_BACK = 60
 PAUSE = 2
 
 
@@ -40,7 +40,7 @@ class ActionModule(ActionBase):
         answer.pop("invocation", None)
         if not answer.get("failed") and answer.get("generation") is not None:
             timeout = int(arguments.get("timeout", 120)) if lost else 0
-            refused = self._confirm(arguments, task_vars, timeout + SECONDS + RETURN, lost)
+            refused = self._confirm(arguments, task_vars, timeout + SECONDS + COMING_BACK, lost)
             if refused is not None:
                 answer.pop("generation")
                 answer.update(refused, failed=True)
