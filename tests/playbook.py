@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -90,6 +92,23 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def changes(events: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
     """Every change of a run: host, module, and the loop's item ("" outside of a loop)."""
     return {(event["host"], event["action"], event["item"]) for event in events if event.get("changed")}
+
+
+def kill_run(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to ansible-playbook and its workers: these have sessions of their own and may wait for it for ever."""
+    workers = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat") if _parent(stat) == process.pid]
+    for pid in (process.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def _parent(stat: Path) -> int:
+    """The parent of a process by its /proc/<pid>/stat (proc(5)); 0 when it is gone."""
+    try:
+        return int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def play(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import time
 import uuid
@@ -21,7 +20,7 @@ import pytest
 from estate_tools import ETCD_HOSTS, ONPREM, Estate
 from installation import variant
 from isthmus_lab import Lab, LabError
-from playbook import command, environment, play, read_events
+from playbook import command, environment, kill_run, play, read_events
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -55,8 +54,7 @@ def running(inventory: Path, events: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         if process.poll() is None:  # else its number may be somebody else's by now
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+            kill_run(process)
 
 
 def wait_for_event(process: subprocess.Popen[bytes], events: Path, number: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 from demo import EDGE
 from estate_tools import ETCD_HOSTS, ONPREM, PKI, Estate
 from installation import variant
-from playbook import INVENTORY, command, environment, play
+from playbook import INVENTORY, command, environment, kill_run, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -145,8 +145,7 @@ def test_a_run_that_died_is_no_hindrance_to_the_next(estate: Estate, tmp_path: P
     estate.converged()
     with start(INVENTORY, tmp_path / "killed.out") as running:
         estate.until("the run has a lock", lambda: bool(locks(estate)))
-        running.kill()
-        running.wait(30)
+        kill_run(running)
     assert locks(estate), "it gave nothing back"
     assert play("site").status == 0
     assert locks(estate) == {}
