@@ -120,7 +120,7 @@ def test_a_lost_etcd_and_authority_come_back_by_the_commands_of_the_docs(
         estate.lab.exec(host, ["sh", "-c", lose])
         refused = play("site", "--limit", "cloud", check=False)
         assert refused.status == 2, refused.output[-6000:]
-        assert "Restore a snapshot" in refused.output
+        assert "Restore ca.key (mode 0600, owner root) from a backup" in refused.output
 
         key = openssl("cms", "-decrypt", "-inform", "PEM", "-in", place / "ca.key.cms", "-inkey", private)
         estate.lab.exec(host, ["sh", "-c", f"umask 077; cat > {PKI}/ca.key"], feed=key)
