@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import has_ended, this_run
 
@@ -16,10 +17,15 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
         arguments = {**self._task.args, "run": this_run(task_vars)}
-        answer = self._module(arguments, task_vars)
-        locked_by = answer.get("locked_by") or {}
-        if has_ended(locked_by.get("process", "")):
-            answer = self._module({**arguments, "break_lock": locked_by["name"]}, task_vars)
+        try:
+            answer = self._module(arguments, task_vars)
+            locked_by = answer.get("locked_by") or {}
+            if has_ended(locked_by.get("process", "")):
+                answer = self._module({**arguments, "break_lock": locked_by["name"]}, task_vars)
+        except AnsibleConnectionFailure as exc:
+            # For a task that runs once Ansible ends the play of all hosts, also when `ignore_unreachable` is set.
+            words = f"An etcd host of cluster {arguments.get('cluster')} cannot be entered: {str(exc).strip()}"
+            answer = {"changed": False, "locked": False, "silent": words, "warnings": [words]}
         answer.pop("invocation", None)
         result.update(answer)
         return result

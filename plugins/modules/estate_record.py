@@ -110,6 +110,10 @@ locked:
   description: Whether this run holds the lock of the cluster now.
   returned: O(state=read) and O(state=present)
   type: bool
+silent:
+  description: Why the host could not be entered. That is no failure, since another host may know as much.
+  returned: when it could not
+  type: str
 locked_by:
   description: The run that holds the lock.
   returned: when that is another one, which is a failure
