@@ -214,7 +214,7 @@ def test_a_record_that_is_taken_can_be_planned_on(data: st.DataObject) -> None:
     try:
         document = jsontext.loads(data.draw(hostile(good[name])), RecordError)
         record = merge([good, {name: document}, {"cluster": "cloud", "documents": {name: document}}])
-        plan(MODEL, record, NOW, by="alice")
+        plan(MODEL, record, NOW, "1.0.0", by="alice")
     except (RecordError, ModelError):
         return
 

@@ -297,8 +297,11 @@ ANY_IP = st.ip_addresses().filter(lambda found: getattr(found, "ipv4_mapped", No
 CIDR4 = st.tuples(st.ip_addresses(v=4), st.integers(0, 32)).map(
     lambda both: ipaddress.ip_network(f"{both[0]}/{both[1]}", strict=False)
 )
-CIDR6 = st.tuples(st.ip_addresses(v=6), st.integers(0, 128)).map(
-    lambda both: ipaddress.ip_network(f"{both[0]}/{both[1]}", strict=False)
+# Without what is refused: an IPv4 address in IPv6's form.
+CIDR6 = (
+    st.tuples(st.ip_addresses(v=6), st.integers(0, 128))
+    .map(lambda both: ipaddress.ip_network(f"{both[0]}/{both[1]}", strict=False))
+    .filter(lambda network: network.network_address.ipv4_mapped is None)
 )
 MAPS = st.dictionaries(TEXT, TEXT, max_size=4)
 PORTS = st.dictionaries(TEXT, st.builds(L4Addr, st.sampled_from(wire.PROTOCOLS), st.integers(0, 65535)), max_size=3)
