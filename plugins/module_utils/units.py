@@ -177,7 +177,10 @@ WantedBy=multi-user.target
 
 
 def dns_reload_path_unit() -> str:
-    """`isthmus-dns-reload.path`: the agent replaces the hosts file and needs no right over the name server."""
+    """`isthmus-dns-reload.path`: the agent marks a change of the hosts file and needs no right over the name server.
+
+    systemd looks whether a path exists again when the service has ended, but not whether one changed meanwhile.
+    """
     return (
         _HEADER
         + """\
@@ -185,7 +188,7 @@ def dns_reload_path_unit() -> str:
 Description=Names of the Isthmus mesh changed
 
 [Path]
-PathChanged=/run/isthmus/dns/hosts
+PathExists=/run/isthmus/dns/changed
 Unit=isthmus-dns-reload.service
 TriggerLimitIntervalSec=0
 
@@ -196,7 +199,8 @@ WantedBy=multi-user.target
 
 
 def dns_reload_unit() -> str:
-    """`isthmus-dns-reload.service`: makes dnsmasq read its hosts file again."""
+    """`isthmus-dns-reload.service`: makes dnsmasq read its hosts file again. The mark goes first: one that is set from
+    then on starts the service anew."""
     return (
         _HEADER
         + """\
@@ -206,6 +210,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
+ExecStart=/bin/rm -f /run/isthmus/dns/changed
 ExecStart=/bin/systemctl --no-block reload isthmus-dns.service
 """
     )

@@ -92,6 +92,20 @@ def test_names_are_written_only_when_they_differ(tmp_path):
     assert (tmp_path / "hosts").stat().st_ino == inode
 
 
+def test_every_change_of_names_is_marked_and_so_is_a_start(tmp_path):
+    """The mark is taken away by the service that has dnsmasq read the names."""
+    names, mark = NamesFile(tmp_path), tmp_path / "changed"
+    first, second = {"a.shop.svc.x": IPv4Address("10.0.0.1")}, {"a.shop.svc.x": IPv4Address("10.0.0.2")}
+    names.write(first)
+    mark.unlink()
+    names.write(first)
+    assert not mark.exists()
+    names.write(second)
+    mark.unlink()
+    assert NamesFile(tmp_path).write(second) is False
+    assert mark.exists(), "the agent before may have died between the file and its mark"
+
+
 @pytest.mark.parametrize(
     ("directory", "cgroup"),
     [
