@@ -94,6 +94,21 @@ def changes(events: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
     return {(event["host"], event["action"], event["item"]) for event in events if event.get("changed")}
 
 
+def launch(
+    name: str, *arguments: str, output: Path, inventory: Path = INVENTORY, events: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Begin to run `isthmus.mesh.<name>`; what it says goes to the file `output`."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command(name, *arguments, inventory=inventory),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env=environment(events),
+        )
+
+
 def kill_run(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to ansible-playbook and its workers: these have sessions of their own and may wait for it for ever."""
     workers = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat") if _parent(stat) == process.pid]

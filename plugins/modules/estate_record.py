@@ -165,8 +165,8 @@ def read(module):
     wanted = module.params["lock"] and module.params["run"] is not None and not module.check_mode
     locked = False
     documents, services = {}, {}
-    endpoints = own_endpoints(module)
-    if endpoints and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
+    endpoints = endpoints_to_ask(module)
+    if endpoints:
         documents, services, locked = read_etcd(module, endpoints, wanted)
     if wanted and not locked:
         try:
@@ -213,8 +213,8 @@ def release(module):
     cluster = module.params["cluster"]
     name = run_lock.document(module.params["run"], 0)["name"]
     run_lock.release_file(name)
-    endpoints = own_endpoints(module)
-    if endpoints and estate.has_operator(cluster) and os.path.exists(BUNDLE_PYTHON):
+    endpoints = endpoints_to_ask(module)
+    if endpoints:
         locks = bundle_module(module, "isthmus_agent.run_lock")
         kvstore = bundle_module(module, "isthmus_agent.kvstore")
         try:
@@ -222,6 +222,12 @@ def release(module):
                 locks.release(client, name)
         except (kvstore.EtcdError, OSError) as exc:
             module.warn(f"the lock of cluster {cluster} was not given back ({exc}); it ends by itself")
+
+
+def endpoints_to_ask(module):
+    """Of the cluster's etcd, on a host that has what it takes to ask it; else none."""
+    endpoints = own_endpoints(module)
+    return endpoints if estate.has_operator(module.params["cluster"]) and os.path.exists(BUNDLE_PYTHON) else []
 
 
 def own_endpoints(module):

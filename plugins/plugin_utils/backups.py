@@ -13,6 +13,7 @@ import shutil
 import tempfile
 
 from ansible.errors import AnsibleActionFail
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import atomic_write, fsync_directory
 
 MANIFEST = "manifest.json"
 _SMALLEST = 2048  # bits; what NIST SP 800-57 still allows
@@ -94,7 +95,7 @@ def making(directory, name):
         place = tempfile.mkdtemp(prefix=".making-", dir=directory)
         yield place, final
         os.rename(place, final)
-        _fsync(directory)
+        fsync_directory(directory)
     except OSError as exc:
         raise _unwritable(final, exc.strerror) from exc
     finally:
@@ -122,18 +123,5 @@ def read_manifest(place):
 
 def write_manifest(place, manifest):
     """Replace it in one step."""
-    handle, temporary = tempfile.mkstemp(prefix=".manifest-", dir=place)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, os.path.join(place, MANIFEST))
-    _fsync(place)
-
-
-def _fsync(directory):
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    content = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    atomic_write(os.path.join(place, MANIFEST), content.encode(), 0o600, os.geteuid(), os.getegid())

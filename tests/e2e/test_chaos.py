@@ -20,7 +20,7 @@ import pytest
 from estate_tools import ETCD_HOSTS, ONPREM, Estate
 from installation import variant
 from isthmus_lab import Lab, LabError
-from playbook import command, environment, kill_run, play, read_events
+from playbook import kill_run, launch, play, read_events
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -40,16 +40,8 @@ def renamed(estate: dict[str, Any], groups: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def running(inventory: Path, events: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`site`, in a session of its own; whatever is left of it at the end is killed."""
-    process = subprocess.Popen(
-        command("site", inventory=inventory),
-        stdin=subprocess.DEVNULL,
-        stdout=events.with_suffix(".out").open("wb"),
-        stderr=subprocess.STDOUT,
-        cwd="/",
-        env=environment(events),
-        start_new_session=True,
-    )
+    """`site`; whatever is left of it at the end is killed."""
+    process = launch("site", inventory=inventory, output=events.with_suffix(".out"), events=events)
     try:
         yield process
     finally:

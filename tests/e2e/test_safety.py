@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from demo import EDGE
 from estate_tools import ETCD_HOSTS, ONPREM, PKI, Estate
 from installation import variant
-from playbook import INVENTORY, command, environment, kill_run, play
+from playbook import INVENTORY, kill_run, launch, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -93,17 +92,6 @@ def _used(estate: Estate, host: str, service: str) -> set[str]:
     return set() if found is None else {backend["node"] for backend in found["backends"] if backend["used"]}
 
 
-def start(inventory: Path, output: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command("site", *arguments, inventory=inventory),
-        stdin=subprocess.DEVNULL,
-        stdout=output.open("wb"),
-        stderr=subprocess.STDOUT,
-        cwd="/",
-        env=environment(),
-    )
-
-
 def labelled(label: str) -> Callable[[Any, dict[str, Any]], None]:
     """Each host has something to do and each cluster's record changes."""
 
@@ -118,7 +106,7 @@ def test_of_two_runs_at_once_one_is_told_to_wait(estate: Estate, tmp_path: Path)
     estate.converged()
     first = variant(tmp_path / "first", labelled("first"))
     second = variant(tmp_path / "second", labelled("second"))
-    with start(first, tmp_path / "first.out", "--limit", "onprem") as running:
+    with launch("site", "--limit", "onprem", inventory=first, output=tmp_path / "first.out") as running:
         try:
             estate.until("the first run has the lock of every cluster", lambda: len(locks(estate)) == len(ETCD_HOSTS))
             told = play("site", "--limit", "cloud,edge", inventory=second, check=False)
@@ -143,7 +131,7 @@ def test_of_two_runs_at_once_one_is_told_to_wait(estate: Estate, tmp_path: Path)
 def test_a_run_that_died_is_no_hindrance_to_the_next(estate: Estate, tmp_path: Path) -> None:
     """Its controller knows that it is dead; another one is told how to go on."""
     estate.converged()
-    with start(INVENTORY, tmp_path / "killed.out") as running:
+    with launch("site", output=tmp_path / "killed.out") as running:
         estate.until("the run has a lock", lambda: bool(locks(estate)))
         kill_run(running)
     assert locks(estate), "it gave nothing back"

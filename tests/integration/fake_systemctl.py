@@ -9,17 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from fake_units import FakeUnits
+
 HOST = Path(os.environ["ISTHMUS_TEST_HOST"])
 UNITS, STARTED, ETCD = HOST / "units", HOST / "pids", "isthmus-etcd.service"
-
-
-def pid(name):
-    try:
-        number = int((STARTED / name).read_text())
-        running = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, ValueError):
-        return 0
-    return number if running else 0
+FAKE = FakeUnits(UNITS, STARTED, UNITS / "enabled", HOST / "calls", silent=("show",))
 
 
 def settings():
@@ -32,10 +26,10 @@ def settings():
 
 
 def stop(name):
-    number = pid(name)
+    number = FAKE.pid(name)
     if number:
         os.kill(number, signal.SIGTERM)
-        while pid(name):
+        while FAKE.pid(name):
             time.sleep(0.02)
     (STARTED / name).unlink(missing_ok=True)
 
@@ -53,33 +47,4 @@ def start(name):
     (STARTED / name).write_text(str(process.pid))
 
 
-def show(name):
-    there, enabled = (UNITS / name).exists(), (UNITS / "enabled" / name).exists()
-    state = "active" if pid(name) else "inactive"
-    print(f"Id={name}\nLoadState={'loaded' if there else 'not-found'}\nActiveState={state}\nMainPID={pid(name)}")
-    print(f"UnitFileState={'' if not there else 'enabled' if enabled else 'disabled'}\nNeedDaemonReload=no\n")
-
-
-def main():
-    STARTED.mkdir(exist_ok=True)
-    (UNITS / "enabled").mkdir(parents=True, exist_ok=True)
-    verb, *names = [word for word in sys.argv[1:] if not word.startswith("-")]
-    if verb != "show":
-        with (HOST / "calls").open("a") as file:
-            file.write(" ".join([verb, *names]) + "\n")
-    for name in names:
-        if verb == "show":
-            show(name)
-        elif verb == "restart":
-            start(name)
-        elif verb == "enable":
-            (UNITS / "enabled" / name).touch()
-        elif verb in ("stop", "disable"):
-            stop(name)
-            if verb == "disable":
-                (UNITS / "enabled" / name).unlink(missing_ok=True)
-        else:
-            print("disabled" if verb == "is-enabled" else "inactive")
-
-
-main()
+FAKE.systemctl(sys.argv[1:], start, stop)

@@ -15,25 +15,21 @@ import sys
 import time
 from pathlib import Path
 
+from fake_units import FakeUnits
+
 HOST = Path(os.environ["ISTHMUS_TEST_HOST"])
 UNITS, PIDS, CUT = Path("/etc/systemd/system"), HOST / "pids", HOST / "cut"
-
-
-def pid(name):
-    try:
-        number = int((PIDS / name).read_text())
-        running = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, ValueError):
-        return 0
-    return number if running else 0
+FAKE = FakeUnits(UNITS, PIDS, HOST / "enabled", HOST / "calls", silent=("show", "list-jobs"))
 
 
 def stop(name):
-    if pid(name):
-        os.killpg(pid(name), signal.SIGKILL)
-        while pid(name):
+    if FAKE.pid(name):
+        os.killpg(FAKE.pid(name), signal.SIGKILL)
+        while FAKE.pid(name):
             time.sleep(0.02)
     (PIDS / name).unlink(missing_ok=True)
+    if name == "isthmusd.service":
+        CUT.unlink(missing_ok=True)
 
 
 def start(name):
@@ -43,11 +39,8 @@ def start(name):
         word.split("=", 1) for line in lines if line.startswith("Environment=") for word in line[12:].split()
     )
     run(name, ["sleep", "600"], {"PATH": os.environ["PATH"], **settings})
-    if name == "isthmusd.service":
-        if json.loads(Path("/etc/isthmus/node.json").read_text()).get("cut"):
-            CUT.touch()
-        else:
-            CUT.unlink(missing_ok=True)
+    if name == "isthmusd.service" and json.loads(Path("/etc/isthmus/node.json").read_text()).get("cut"):
+        CUT.touch()
 
 
 def run(name, command, environment):
@@ -57,32 +50,8 @@ def run(name, command, environment):
     (PIDS / name).write_text(str(process.pid))
 
 
-def show(name):
-    state, there = "active" if pid(name) else "inactive", (UNITS / name).exists()
-    enabled = (HOST / "enabled" / name).exists()
-    print(f"Id={name}\nLoadState={'loaded' if there else 'not-found'}\nActiveState={state}\nMainPID={pid(name)}")
-    print(f"UnitFileState={'' if not there else 'enabled' if enabled else 'disabled'}\nNeedDaemonReload=no")
-    print("ExecMainStartTimestampMonotonic=0\n")
-
-
 def systemctl(words):
-    verb, *names = [word for word in words if not word.startswith("-")]
-    if verb not in ("show", "list-jobs"):
-        with (HOST / "calls").open("a") as file:
-            file.write(" ".join([verb, *names]) + "\n")
-    for name in names:
-        if verb == "show":
-            show(name)
-        elif verb == "restart":
-            start(name)
-        elif verb == "enable":
-            (HOST / "enabled" / name).touch()
-        elif verb in ("stop", "disable"):
-            stop(name)
-            if name == "isthmusd.service":
-                CUT.unlink(missing_ok=True)
-            if verb == "disable":
-                (HOST / "enabled" / name).unlink(missing_ok=True)
+    FAKE.systemctl(words, start, stop)
 
 
 def systemd_run(words):
@@ -113,7 +82,6 @@ def ssh(words):
 
 def main():
     PIDS.mkdir(exist_ok=True)
-    (HOST / "enabled").mkdir(exist_ok=True)
     tool = {"systemctl": systemctl, "systemd-run": systemd_run, "ssh": ssh}[sys.argv[1]]
     return tool(sys.argv[2:]) or 0
 
