@@ -87,6 +87,7 @@ class ActionModule(ActionBase):
             changes=list(found.changes),
             orphans=list(found.orphans),
             removed=list(found.removed),
+            cuts=list(found.cuts),
             warnings=list(found.warnings),
             diff={
                 "before_header": "estate record",

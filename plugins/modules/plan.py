@@ -101,6 +101,11 @@ removed:
   returned: success
   type: list
   elements: str
+cuts:
+  description: A line for each of RV(removed), with what it takes away, what is left, and how to undo it.
+  returned: success
+  type: list
+  elements: str
 problems:
   description: All that is wrong, a line each.
   returned: failure

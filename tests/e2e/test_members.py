@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is taken out of the mesh is out of it: members of an etcd, and a host with all its rights. And it comes back."""
+"""What is taken out of the mesh is out of it, after its connections had time to end: members of an etcd, a host with
+all its rights, a cluster. And it comes back."""
 
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+from demo import URL
 from estate_tools import ONPREM, PKI, Estate
 from installation import variant
 from playbook import changes, play, read_events
@@ -81,6 +84,18 @@ def traces(estate: Estate) -> set[str]:
     return found
 
 
+def kept_connection(estate: Estate, server: str) -> str:
+    """A request every 0.1 s from edge over one connection, which `server` answers; its name."""
+    for number in range(100):
+        name = f"kept-{uuid.uuid4().hex[:6]}-{number}"
+        estate.edge.start(name, URL, interval=0.1, keep_alive=True)
+        estate.until("it is answered", lambda name=name: estate.edge.result(name)["ok"] > 0)  # type: ignore[misc]
+        if set(estate.edge.result(name)["answers"]) == {server}:
+            return name
+        estate.edge.result(name, stop=True)
+    raise AssertionError(f"{server} answered none of 100 connections")
+
+
 def test_a_removed_host_loses_its_rights_and_comes_back(estate: Estate, tmp_path: Path) -> None:
     """Its agent still runs, as when nobody can enter the host any more: etcd does not know it."""
     estate.converged()
@@ -99,9 +114,16 @@ def test_a_removed_host_loses_its_rights_and_comes_back(estate: Estate, tmp_path
 
     assert {f"isthmus/v1/nodes/{GONE}", f"isthmus/v1/alive/{GONE}", f"user isthmus-agent-{GONE}"} <= before
     assert ask_etcd() == 0
+    planned = play("plan", inventory=inventory).output
+    assert f"host/{GONE}: its certificate loses its rights. shop/web loses 1 of 4 backends, 3 left. New" in planned
+    talk = kept_connection(estate, f"cloud/{GONE}")
     try:
         play("site", inventory=inventory)
         estate.until("no host knows a backend on the removed one", lambda: not used_anywhere())
+        assert estate.keys("cloud-1", f"cilium/state/nodes/v1/cloud/{GONE}"), "the way to it went with the backend"
+        before_end = estate.edge.result(talk)
+        estate.until("the kept connection is used on", lambda: estate.edge.result(talk)["ok"] > before_end["ok"] + 20)
+        assert estate.edge.result(talk, stop=True)["failed"] == 0
         estate.until("etcd has nothing of it", lambda: not traces(estate))
         assert ask_etcd() != 0
         assert play("site", inventory=inventory).changed == {}
@@ -112,5 +134,44 @@ def test_a_removed_host_loses_its_rights_and_comes_back(estate: Estate, tmp_path
     estate.converged()
     estate.until("etcd has all of it again", lambda: traces(estate) == before)
     assert ask_etcd() == 0
+    assert play("site").changed == {}
+    play("verify")
+
+
+def cloud_absent(declared: dict[str, Any], _: Any) -> None:
+    declared["clusters"]["cloud"]["state"] = "absent"
+
+
+def test_a_removed_cluster_is_forgotten_and_comes_back(estate: Estate, tmp_path: Path) -> None:
+    """The others lose it and nothing else; its hosts keep what they have, and join again."""
+    estate.converged()
+    inventory = variant(tmp_path / "inventory", cloud_absent)
+    others = ("onprem-1", "edge-1")
+
+    def left_of_it() -> dict[str, list[str]]:
+        prefixes = ("cilium/cache/", "cilium/cluster-config/", "cilium/synced/cloud/", "isthmus/v1/alloc/peers/")
+        found = {host: [key for key in estate.keys(host, *prefixes) if "cloud" in key.split("/")] for host in others}
+        return {host: keys for host, keys in found.items() if keys}
+
+    assert set(left_of_it()) == set(others)
+    planned = play("plan", inventory=inventory).output
+    assert "cluster/cloud: the others forget its 2 hosts (cloud-1, cloud-2), and it them." in planned
+    talk = kept_connection(estate, "cloud/cloud-2")
+    try:
+        play("site", inventory=inventory)
+        estate.everywhere({"onprem-1", "onprem-2"}, (*ONPREM, "edge-1"))
+        before_end = estate.edge.result(talk)
+        estate.until("the kept connection is used on", lambda: estate.edge.result(talk)["ok"] > before_end["ok"] + 20)
+        assert estate.edge.result(talk, stop=True)["failed"] == 0
+        with estate.unnoticed(estate.edge, estate.onprem):
+            estate.until("nothing is left of it", lambda: not left_of_it())
+        names = estate.etcdctl("onprem-1", "user", "list").stdout.split()
+        assert "remote-edge" in names
+        assert "remote-cloud" not in names
+        assert play("site", inventory=inventory).changed == {}
+        play("verify", inventory=inventory)
+    finally:
+        play("site")
+    estate.converged()
     assert play("site").changed == {}
     play("verify")

@@ -890,7 +890,37 @@ def _member_id(server: EtcdServer) -> int:
         return client.status().header.member_id
 
 
-def test_peer_that_the_record_calls_absent_is_forgotten(onprem: Cluster, cloud: Cluster) -> None:
+def test_a_host_that_is_taken_out_drains(onprem: Cluster, cloud: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No new flows go there, here and at the peer, while both still know the way; then all of it goes."""
+    monkeypatch.setattr(service, "DRAIN", 4.0)
+
+    def known(hosts: int) -> bool:
+        dump = cloud.server.dump("cilium/cache/")
+        return all(len(kinds(dump)[kind]) == hosts for kind in ("nodes", "ip"))
+
+    async def run() -> None:
+        onprem.put_all(2)
+        cloud.put_all(1)
+        async with running(onprem.registrar(cloud), cloud.registrar(onprem)):
+            await until(lambda: mirrored(cloud, onprem, 2) and known(2), "mirrored")
+            onprem.put(onprem.record(1, revision=2))
+            since = time.monotonic()
+            await until(lambda: mirrored(cloud, onprem, 1), "no backend any more")
+            if time.monotonic() - since < 3.0:  # on a machine that stalled, the end of it may have come already
+                assert known(2)
+            await until(lambda: known(1), "gone")
+            assert time.monotonic() - since >= 4.0
+            assert published(onprem, 1)
+
+    asyncio.run(run())
+
+
+def test_peer_that_the_record_calls_absent_is_forgotten(
+    onprem: Cluster, cloud: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its services first; its nodes and addresses when flows had time to end."""
+    monkeypatch.setattr(service, "DRAIN", 4.0)
+
     async def run() -> None:
         onprem.put_all(1)
         cloud.put_all(1)
@@ -903,7 +933,13 @@ def test_peer_that_the_record_calls_absent_is_forgotten(onprem: Cluster, cloud: 
             assert mirrored(onprem, cloud, 1), "no longer in the spec is not absent"
             tombstone = {"schema": 1, "revision": 9, "name": "cloud", "id": 2, "state": "absent"}
             onprem.put({keys.estate_cluster_key("cloud"): json.dumps(tombstone)})
+            since = time.monotonic()
+            await until(lambda: not kinds(onprem.server.dump("cilium/cache/"))["services"], "no services")
+            if time.monotonic() - since < 3.0:
+                assert kinds(onprem.server.dump("cilium/cache/"))["nodes"]
+                assert keys.cluster_config_key("cloud") in onprem.server.dump("cilium/cluster-config/")
             await until(lambda: not onprem.server.dump("cilium/cache/"), "forgotten")
+            assert time.monotonic() - since >= 4.0
             assert keys.cluster_config_key("cloud") not in onprem.server.dump("cilium/cluster-config/")
             assert onprem.server.dump("cilium/synced/cloud/") == {}
             assert onprem.server.dump(keys.PEERS_PREFIX) == {}

@@ -17,6 +17,7 @@ from isthmus_agent.registrar.publish import (
     Publication,
     cluster_config,
     difference,
+    leaving,
     overlay,
     owned_prefixes,
     publish,
@@ -112,8 +113,9 @@ def run(
     previous: dict[str, str] | None = None,
     now: str = NOW,
     own: Own = OWN,
+    draining: frozenset[str] = frozenset(),
 ) -> Publication:
-    return publish(own, Inputs(record, nodes, workloads, services, previous or {}, now))
+    return publish(own, Inputs(record, nodes, workloads, services, previous or {}, now, draining))
 
 
 def backends(found: Publication, name: str = "web") -> set[str]:
@@ -296,6 +298,32 @@ def test_record_removes_a_host(how: str) -> None:
     back = run(previous=found.keys, now=MUCH_LATER)
     assert back.keys[keys.identity_key(65537)] == first.keys[keys.identity_key(65537)]
     assert json.loads(back.keys[keys.alloc_identity_key(65537)])["released"] is None
+
+
+def test_a_host_that_drains_is_a_backend_of_nothing_and_can_still_be_reached() -> None:
+    first = run()
+    record = without(RECORD, "h0")
+    assert leaving(OWN, RECORD, first.keys) == frozenset()
+    assert leaving(OWN, record, first.keys) == {"h0"}
+    # Its rights and reports go with the record.
+    nodes, workloads = dict([node_report(1)]), dict([report("h1", "web", "10.101.1.2", True)])
+    found = run(record, nodes, workloads, previous=first.keys, now=LATER, draining=frozenset({"h0"}))
+    assert backends(found) == {"10.101.1.2"}
+    cilium = {key: value for key, value in first.keys.items() if key.startswith("cilium/") and "/services/" not in key}
+    assert {key: found.keys.get(key) for key in cilium} == cilium
+    assert json.loads(found.keys[keys.alloc_identity_key(65537)])["released"] is None
+    after = run(record, nodes, workloads, previous=found.keys, now=LATER)
+    assert after.keys == run(record, nodes, workloads, previous=first.keys, now=LATER).keys
+    assert leaving(OWN, record, after.keys) == frozenset()
+
+
+def test_a_host_does_not_drain_behind_the_address_of_another() -> None:
+    first = run()
+    record = without(RECORD, "h0")
+    record["hosts"]["h9"] = host(9, advertise4="198.18.1.10", underlay4="198.18.1.10")
+    found = run(record, previous=first.keys, draining=frozenset({"h0"}))
+    assert keys.node_key("onprem", "h0") not in found.keys
+    assert keys.ip_key("10.101.0.2") not in found.keys
 
 
 def test_removed_cluster_publishes_nothing() -> None:

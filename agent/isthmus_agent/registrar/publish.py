@@ -59,6 +59,7 @@ class Inputs:
     """`record` is this cluster's document of the estate record; the others are etcd keys with their values.
 
     `previous`: what is published and allocated now, by key (see `owned_prefixes`). `now` is RFC 3339 in UTC.
+    `draining`: hosts that the record lacks and whose node and addresses stay published all the same (see `leaving`).
     """
 
     record: Mapping[str, Any]
@@ -67,6 +68,7 @@ class Inputs:
     services: Mapping[str, bytes]
     previous: Mapping[str, str]
     now: str
+    draining: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,16 @@ def overlay(*layers: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def leaving(own: Own, record: Mapping[str, Any], published: Iterable[str]) -> frozenset[str]:
+    """Hosts whose node key is `published` and that the record does not have any more.
+
+    Without their node key the other hosts know no way to them and drop what they send. So for a while they are given
+    as `Inputs.draining`: their workloads are backends of nothing at once, and what is established comes to its end.
+    """
+    prefix = keys.state_prefix("nodes", own.name)
+    return frozenset({key[len(prefix) :] for key in published if key.startswith(prefix)} - _hosts(record).keys())
+
+
 def publish(own: Own, inputs: Inputs) -> Publication:
     """Everything that this cluster should have published and allocated."""
     return _Publisher(own, inputs).run()
@@ -165,12 +177,7 @@ class _Publisher:
         self.inputs = inputs
         self.problems: set[Problem] = set()
         self.silent: set[str] = set()
-        present = inputs.record.get("state") != "absent"
-        self.hosts: dict[str, Mapping[str, Any]] = {
-            name: host
-            for name, host in sorted(inputs.record.get("hosts", {}).items())
-            if present and host.get("state") != "absent"
-        }
+        self.hosts = _hosts(inputs.record)
 
     def problem(self, key: str, reason: str) -> None:
         self.problems.add(Problem(key, reason))
@@ -178,7 +185,8 @@ class _Publisher:
     def run(self) -> Publication:
         nodes = self._nodes()
         workloads = self._workloads(nodes)
-        numbers, allocations = self._identities(workloads)
+        draining = self._draining({workload.address for workload in workloads})
+        numbers, allocations = self._identities(workloads, draining)
         definitions = self._definitions()
         vips, vip_documents = self._vips(definitions)
         wanted: dict[str, str] = {}
@@ -190,6 +198,7 @@ class _Publisher:
         for workload in workloads:
             if (labels := self._labels(workload)) in numbers:
                 wanted[keys.ip_key(workload.address)] = self._address(workload, numbers[labels])
+        wanted.update(draining)
         wanted.update(self._services(definitions, vips, workloads))
         return Publication(wanted, tuple(sorted(self.problems)), tuple(sorted(self.silent)))
 
@@ -256,6 +265,33 @@ class _Publisher:
             return None
         fits = node.ipv4_alloc_cidr == IPv4Network(host["range4"]) and node.addresses == _addresses(host)
         return before if fits else None
+
+    def _draining(self, taken: set[str]) -> dict[str, str]:
+        """Node and address keys of `Inputs.draining`, as they were published. A host whose address another one has
+        now is not among them: two nodes behind one address would be refused by everybody."""
+        used = {host[key] for host in self.hosts.values() for key in ("advertise4", "underlay4", "mesh4")}
+        found: dict[str, str] = {}
+        ranges: list[IPv4Network] = []
+        for name in sorted(self.inputs.draining):
+            key = keys.node_key(self.own.name, name)
+            try:
+                node = Node.from_json(self.inputs.previous[key])
+            except (KeyError, WireError):
+                continue
+            if used.isdisjoint(address.ip for address in node.addresses):
+                found[key] = self.inputs.previous[key]
+                ranges += [cidr for cidr in node.cidrs() if isinstance(cidr, IPv4Network)]
+        for key, value in self.inputs.previous.items():
+            parsed = keys.parse_ip_key(key)
+            if parsed is None or parsed[0] is not None or parsed[1] in taken:
+                continue
+            try:
+                address = IPv4Address(parsed[1])
+            except ValueError:
+                continue
+            if any(address in network for network in ranges):
+                found[key] = value
+        return found
 
     # --- workloads
 
@@ -325,7 +361,9 @@ class _Publisher:
 
     # --- allocations
 
-    def _identities(self, workloads: list[_Workload]) -> tuple[dict[str, int], dict[str, str]]:
+    def _identities(
+        self, workloads: list[_Workload], draining: Mapping[str, str]
+    ) -> tuple[dict[str, int], dict[str, str]]:
         """Label string -> number of those in use, and the documents of all allocations, tombstones included."""
         first, last = identity_range(self.own.id, self.own.max_clusters)
         taken: dict[int, _Allocation] = {}
@@ -338,7 +376,7 @@ class _Publisher:
             parsed = keys.parse_identity_key(key)
             if parsed is not None and parsed[0] is None and parsed[1] not in taken:
                 taken[parsed[1]] = _Allocation(value, self.inputs.now, None)
-        wanted = sorted({labels for labels in map(self._labels, workloads) if labels})
+        wanted = sorted((set(map(self._labels, workloads)) | self._owners(draining, taken)) - {""})
         pool = iter(range(first + 1, last + 1))
         numbers = self._deal(taken, wanted, pool, keys.ALLOC_IDENTITIES_PREFIX, "identity number")
         documents = {
@@ -348,6 +386,20 @@ class _Publisher:
             for number, entry in sorted(taken.items())
         }
         return numbers, documents
+
+    def _owners(self, addresses: Mapping[str, str], taken: Mapping[int, _Allocation]) -> set[str]:
+        """Label strings of the identities that published `addresses` have."""
+        found = set()
+        for key, value in addresses.items():
+            if keys.parse_ip_key(key) is None:
+                continue
+            try:
+                number = IPIdentityPair.from_json(value).identity
+            except WireError:
+                continue
+            if number in taken:
+                found.add(taken[number].owner)
+        return found
 
     def _vips(self, definitions: Mapping[tuple[str, str], _Definition]) -> tuple[dict[str, str], dict[str, str]]:
         """Service ("<ns>/<name>") -> address of those in use, and the documents of all, tombstones included."""
@@ -524,6 +576,16 @@ class _Definition:
 def cluster_config(own: Own) -> str:
     """The value of `cilium/cluster-config/<own>`."""
     return ClusterConfig(id=own.id, synced_canaries=True, max_connected_clusters=own.max_clusters).to_json()
+
+
+def _hosts(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The hosts that this cluster's document has, by name."""
+    present = record.get("state") != "absent"
+    return {
+        name: host
+        for name, host in sorted(record.get("hosts", {}).items())
+        if present and host.get("state") != "absent"
+    }
 
 
 def _addresses(host: Mapping[str, Any]) -> tuple[NodeAddress, ...]:

@@ -50,6 +50,7 @@ from .publish import (
     apply_changes,
     cluster_config,
     difference,
+    leaving,
     overlay,
     owned_prefixes,
     publish,
@@ -68,6 +69,9 @@ OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
 MAX_RECEIVE = 8 * 1024 * 1024
 """Bytes of one answer of a peer: what a parsed answer takes of memory can be 25 times as much."""
+DRAIN = 35.0
+"""Seconds from the moment in which what is taken out of the mesh is no backend any more until nobody knows a way to it.
+Agents end sockets of a backend that went after 30 s (`isthmus_agent.desired.drain.GRACE`)."""
 REPORT_GRACE = 60.0
 """How long canaries and withdrawals wait for the agents' reports after etcd lost what was published."""
 SITE_SETTLE = 30.0
@@ -135,6 +139,8 @@ class Registrar:
         self._estate_file = estate_file
         self._clock = clock
         self._wall = wall
+        self._leaving: dict[str, float] = {}  # hosts that the record lost, since when
+        self._leaving_clusters: dict[str, float] = {}  # absent clusters without services here, since when
         self._problems: frozenset[Problem] = frozenset()
         self._told = ""
         # Every mirror asks each second, and a record of 50 clusters is large: parsed once per change.
@@ -294,6 +300,7 @@ class Registrar:
         refreshed = False
         dirty = True
         published: Mapping[str, Any] | None = None  # the record that was published last
+        drained: frozenset[str] = frozenset()  # hosts that it kept beside those of the record
         epoch = 0
         while True:
             if await wait_set(self.changed, TICK):
@@ -318,9 +325,10 @@ class Registrar:
             if actual is None or now - audited >= AUDIT_INTERVAL:
                 actual, audited, dirty = await self._read_actual(), now, True
                 previous = overlay(previous, self._remembered(), actual)
+            draining = self._draining(record, previous)
             # Who waited looks each second: what it waited for may be the clock.
-            if dirty or self._told or record is not published:
-                found = publish(self.own, self._inputs(record, previous))
+            if dirty or self._told or record is not published or draining != drained:
+                found = publish(self.own, self._inputs(record, previous, draining))
                 self._tell(found.problems)
                 changes = difference(found.keys, actual, owned_prefixes(self.own.name))
                 unreported = self._unreported(found)
@@ -335,7 +343,7 @@ class Registrar:
                     changes.insert(0, Change(config_key, config))
                 await writer.apply(changes)
                 apply_changes(changes, actual)
-                previous, published, dirty = dict(found.keys), record, False
+                previous, published, drained, dirty = dict(found.keys), record, draining, False
             if now - heartbeat >= HEARTBEAT_INTERVAL:
                 await writer.apply([Change(keys.HEARTBEAT, self._wall())])
                 heartbeat = now
@@ -383,13 +391,21 @@ class Registrar:
         return [change for change in changes if not change.key.startswith(prefixes) or change.key in known]
 
     async def _forget(self, writer: Writer) -> None:
-        """Remove what is mirrored of clusters that the record calls absent; the config first, as readers follow it."""
+        """Remove what is mirrored of clusters that the record calls absent: first its services, so that nothing new
+        goes there, and after `DRAIN` the rest; the config before all else then, as readers follow it."""
         for key, kv in list(self.estate.items.items()):
             cluster = keys.parse_estate_cluster_key(key)
             if cluster is None or cluster in (*self._peers, self.own.name) or self._forgotten.get(cluster) == kv.value:
                 continue
             if _document(kv.value).get("state") != "absent":
                 continue
+            if cluster not in self._leaving_clusters:
+                services = await self.client.range(keys.cache_prefix("services", cluster), keys_only=True)
+                await writer.apply([Change(one.key, None) for one in services.kvs])
+                self._leaving_clusters[cluster] = self._clock()
+            if self._clock() - self._leaving_clusters[cluster] < DRAIN:
+                continue
+            del self._leaving_clusters[cluster]
             found = []
             for one in (keys.cluster_config_key(cluster), keys.peer_status_key(cluster)):
                 found += [one] if await self.client.get(one) is not None else []
@@ -406,7 +422,13 @@ class Registrar:
     def _absent(self) -> list[PrefixStore]:
         return [store for store in self.stores if not (store.synced and store.connected)]
 
-    def _inputs(self, record: Mapping[str, Any], previous: Mapping[str, str]) -> Inputs:
+    def _draining(self, record: Mapping[str, Any], previous: Mapping[str, str]) -> frozenset[str]:
+        """Hosts that were taken out less than `DRAIN` ago; a new leader counts from its own beginning."""
+        now = self._clock()
+        self._leaving = {host: self._leaving.get(host, now) for host in leaving(self.own, record, previous)}
+        return frozenset(host for host, since in self._leaving.items() if now - since < DRAIN)
+
+    def _inputs(self, record: Mapping[str, Any], previous: Mapping[str, str], draining: frozenset[str]) -> Inputs:
         return Inputs(
             record=record,
             nodes=_values(self.nodes),
@@ -414,6 +436,7 @@ class Registrar:
             services=_values(self.services),
             previous=previous,
             now=self._wall(),
+            draining=draining,
         )
 
     async def _read_actual(self) -> dict[str, str]:

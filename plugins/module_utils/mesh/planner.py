@@ -20,6 +20,7 @@ from . import jsontext, spec, versions
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
 from .record import CLUSTERS, LARGEST_DOCUMENT, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
+from .removals import cuts
 from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
@@ -29,7 +30,8 @@ PKI = "/etc/isthmus/pki"
 class Plan:
     """`specs` by host; `record` by document name; `services` by cluster: `present` definitions and
     the `absent` ones' names, of what the inventory owns. `orphans` and `removed` are names as `prune`
-    takes them. `before` and `after` are the record in a form for people."""
+    takes them; `cuts` says of each removed one what it takes away. `before` and `after` are the record in a form for
+    people."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -37,6 +39,7 @@ class Plan:
     changes: tuple[str, ...]
     orphans: tuple[str, ...]
     removed: tuple[str, ...]
+    cuts: tuple[str, ...]
     warnings: tuple[str, ...]
     before: str
     after: str
@@ -172,6 +175,7 @@ class _Planner:
             changes=tuple(_changes(self.record, following)),
             orphans=tuple(sorted(self.orphans)),
             removed=tuple(sorted(self.removed)),
+            cuts=tuple(cuts(self.model, self.record, following, self.removed, self.now)),
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,

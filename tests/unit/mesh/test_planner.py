@@ -394,6 +394,33 @@ def test_a_cluster_goes_and_leaves_a_tombstone() -> None:
     assert back.record["clusters/cloud"]["revision"] == 3
 
 
+def test_what_is_cut_is_told_with_what_is_left_and_the_way_back() -> None:
+    def c2(e: Any, h: Any) -> None:
+        workloads = [{"name": "web", "namespace": "shop", "unit": "web.service", "labels": {"app": "web"}}]
+        h.update(c2={"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2", "isthmus_workloads": workloads})
+
+    def absent(e: Any, h: Any) -> None:
+        c2(e, h)
+        h["c2"]["isthmus_state"] = "absent"
+
+    first = replanned(c2)
+    assert first.cuts == ()
+    [host] = replanned(absent, first).cuts
+    assert host.startswith("host/c2: its certificate loses its rights. shop/web loses 1 of 2 backends, 1 left. New ")
+    assert "10.102.0.16/28 is kept back until 2026-02-01" in host
+    [workload] = replanned(lambda e, h: h["c1"]["isthmus_workloads"][0].update(state="absent")).cuts
+    assert "workload/c1/shop/web: its connections end, since its address 10.102.0.2 leaves" in workload
+    assert "shop/web loses 1 of 1 backend, NONE left. " in workload
+    [cluster] = replanned(lambda e, h: e["clusters"].pop("cloud") and h.pop("c1"), prune=("cluster/cloud",)).cuts
+    assert cluster.startswith("cluster/cloud: the others forget its 1 host (c1), and it them. shop/web loses 1 of 1")
+    [service] = replanned(lambda e, h: e["services"][0].update(state="absent")).cuts
+    assert service.startswith("service/shop/web: its name and addresses go from cloud, onprem. It has 1 backend. New")
+    edit: Edit = lambda e, h: (h.pop("o3"), e["clusters"]["onprem"]["etcd"].update(hosts=["o1", "o2"]))  # noqa: E731
+    host, member = replanned(edit, prune=("o3",)).cuts
+    assert host.startswith("host/o3: its certificate loses its rights. New flows stop at once")
+    assert member.startswith("member/onprem/o3: etcd of onprem has o1, o2 left, of which none may fail. Its data stays")
+
+
 @pytest.mark.parametrize("name", ["host/o3", "o3"])
 def test_an_orphan_goes_by_its_name(name: str) -> None:
     edit: Edit = lambda e, h: (h.pop("o3"), e["clusters"]["onprem"]["etcd"].update(hosts=["o1", "o2"]))  # noqa: E731
