@@ -26,7 +26,7 @@ options:
     elements: str
     required: true
   without:
-    description: Names of clusters to leave out.
+    description: Names of clusters to leave out; one text may hold several, with commas.
     type: list
     elements: str
     default: []
@@ -54,12 +54,14 @@ from collections.abc import Mapping
 
 def etcd_hosts(estate, known, without=(), first=True):
     """Cluster and host, in the inventory's order."""
+    texts = [without] if isinstance(without, str) else without
+    left_out = {name.strip() for text in texts for name in text.split(",")}
     clusters = estate.get("clusters") if isinstance(estate, Mapping) else None
     found = []
     for name, cluster in clusters.items() if isinstance(clusters, Mapping) else ():
         etcd = cluster.get("etcd") if isinstance(cluster, Mapping) else None
         hosts = etcd.get("hosts") if isinstance(etcd, Mapping) else None
-        present = [host for host in hosts if host in known] if isinstance(hosts, list) and name not in without else []
+        present = [host for host in hosts if host in known] if isinstance(hosts, list) and name not in left_out else []
         found += [{"cluster": name, "host": host} for host in (present[:1] if first else present[1:])]
     return found
 

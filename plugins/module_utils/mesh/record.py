@@ -42,6 +42,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
@@ -90,9 +91,11 @@ def merge(copies: Iterable[Any]) -> Record:
     the same revision that of the cluster's own etcd, and a warning says so. `ca_certificate` is added
     to a document without a new revision: a copy that has it completes one that lacks it, also an older
     copy of the same etcd, because whether a cluster was ever formed is read from it. RecordError for a
-    document that is malformed or of a newer schema.
+    document that is malformed or of a newer schema, and for one that was read from another cluster's etcd
+    and moves what the cluster's own etcd knows as dealt: no plan does that, so somebody else wrote it.
     """
     found: dict[str, list[tuple[tuple[int, bool, bool, str], Mapping[str, Any]]]] = {}
+    holders: dict[int, str] = {}  # of the documents in `found`, by their id
     for number, given in enumerate(copies):
         where = f"record {number + 1}"
         outer = Fields(given, RecordError, where)
@@ -105,6 +108,8 @@ def merge(copies: Iterable[Any]) -> Record:
                 raise RecordError(words)
             revision = _check(place, name, document)
             own = holder is not None and name == CLUSTERS + holder
+            if holder is not None:
+                holders[id(document)] = holder
             signed = document.get("ca_certificate") is not None
             found.setdefault(name, []).append(((revision, own, signed, jsontext.canonical(document)), document))
     chosen: dict[str, Mapping[str, Any]] = {}
@@ -113,6 +118,10 @@ def merge(copies: Iterable[Any]) -> Record:
     for name, ranked in found.items():
         (revision, *_rest), document = max(ranked, key=lambda entry: entry[0])
         latest = [other for rank, other in sorted(ranked, key=lambda entry: entry[0]) if rank[0] == revision]
+        for (_revision, is_own, *_more), copied in ranked:
+            moved = _moved(copied, document) if is_own else ""
+            if moved:
+                raise RecordError(_forged(name, holders.get(id(document), ""), copied, document, moved))
         if any(_without_authority(other) != _without_authority(document) for other in latest):
             conflicts.add(name)
             warnings.append(
@@ -141,6 +150,42 @@ def merge(copies: Iterable[Any]) -> Record:
                 "or a host with /etc/isthmus/estate.json, reachable and run again"
             )
     return Record(roster, clusters, tuple(sorted(warnings)), frozenset(conflicts))
+
+
+def _moved(own: Mapping[str, Any], newer: Mapping[str, Any]) -> str:
+    """What `newer` gives otherwise than `own`, of what never changes once it was dealt; empty: nothing."""
+    if "absent" in (own["state"], newer["state"]) or own["etcd"]["token"] != newer["etcd"]["token"]:
+        return ""  # a cluster that was removed, or begun anew
+    if own["id"] != newer["id"]:
+        return f"id {own['id']} would be {newer['id']}"
+    authorities = own.get("ca_certificate"), newer.get("ca_certificate")
+    if None not in authorities and authorities[0] != authorities[1]:
+        return "its CA's certificate would be another"
+    for host, entry in own["hosts"].items():
+        other = newer["hosts"].get(host)
+        if other is None:
+            continue
+        if not IPv4Network(entry["range4"]).subnet_of(IPv4Network(other["range4"])):
+            return f"{entry['range4']}, the range of host {host}, would be {other['range4']}"
+        if entry["mesh4"] != other["mesh4"]:
+            return f"{entry['mesh4']}, the address of host {host}, would be {other['mesh4']}"
+        for key, workload in entry["workloads"].items():
+            there = other["workloads"].get(key)
+            if there is not None and there["address4"] != workload["address4"]:
+                return f"{workload['address4']}, the address of workload {key} on {host}, would be {there['address4']}"
+    return ""
+
+
+def _forged(name: str, holder: str, own: Mapping[str, Any], newer: Mapping[str, Any], moved: str) -> str:
+    cluster = name[len(CLUSTERS) :]
+    return (
+        f"estate record {name}: the copy in the etcd of cluster {holder} (revision {newer['revision']}) contradicts "
+        f"that in {cluster}'s own (revision {own['revision']}): {moved}. What was dealt never moves, so no run of site "
+        f"wrote both: one of the two was tampered with. Next: compare `isthmus/v1/estate/{name}` in both with "
+        f"/etc/isthmus/estate.json on hosts; -e isthmus_distrust={holder} plans without what that etcd says and writes "
+        f"nothing there, also for removing that cluster with isthmus_prune. (If {cluster}'s etcd was restored from a "
+        "backup of before that host was removed and joined again, delete the key there.)"
+    )
 
 
 def _with_authority(document: Mapping[str, Any], copies: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

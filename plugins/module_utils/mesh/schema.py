@@ -825,6 +825,7 @@ PLAY_VARIABLES = {
     "isthmus_version": "Version of the collection that `site` may apply; a running estate is upgraded only by it.",
     "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
     "isthmus_break_lock": "Name of another run whose lock this run takes away, as the message about the lock gives it.",
+    "isthmus_distrust": "Names of clusters whose etcd `plan` and `site` neither believe nor write, with commas.",
     "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",
     "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",

@@ -89,6 +89,54 @@ def test_two_ca_certificates_are_said() -> None:
     )
 
 
+MOVES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "range": (
+        lambda doc: doc["hosts"]["c1"].update(range4="10.102.7.0/28"),
+        "10.102.0.0/28, the range of host c1, would be 10.102.7.0/28",
+    ),
+    "mesh address": (lambda doc: doc["hosts"]["c1"].update(mesh4="10.102.0.9"), "10.102.0.1, the address of host c1,"),
+    "workload": (
+        lambda doc: doc["hosts"]["c1"]["workloads"]["shop/web"].update(address4="10.102.0.9"),
+        "10.102.0.2, the address of workload shop/web on c1, would be 10.102.0.9",
+    ),
+    "authority": (lambda doc: doc.update(ca_certificate="PEM 2"), "its CA's certificate would be another"),
+    "id": (lambda doc: doc.update(id=77), "id 2 would be 77"),
+}
+
+
+@pytest.mark.parametrize("what", MOVES)
+def test_another_clusters_etcd_cannot_move_what_the_own_one_knows(what: str) -> None:
+    change, words = MOVES[what]
+    own = documents()
+    own["clusters/cloud"]["ca_certificate"] = "PEM 1"
+    forged = copy.deepcopy(own)
+    forged["clusters/cloud"]["revision"] = 2**60
+    change(forged["clusters/cloud"])
+    copies = [{"cluster": "cloud", "documents": own}, {"cluster": "onprem", "documents": forged}]
+    for order in (copies, copies[::-1]):
+        with pytest.raises(RecordError, match="the copy in the etcd of cluster onprem") as caught:
+            merge(order)
+        assert words in str(caught.value)
+        assert "-e isthmus_distrust=onprem plans" in str(caught.value)
+    # Without what that etcd says; and its own document is its own.
+    assert merge(copies[:1]).clusters["cloud"] == own["clusters/cloud"]
+    assert merge([{"cluster": "cloud", "documents": forged}, {"cluster": "onprem", "documents": own}]).clusters["cloud"]
+
+
+def test_a_newer_copy_elsewhere_counts_when_the_own_etcd_was_away() -> None:
+    """A run while a site was cut off: hosts joined and left, a range grew."""
+    own = documents()
+    newer = copy.deepcopy(own)
+    document = newer["clusters/onprem"]
+    document.update(revision=2, ca_certificate="PEM")
+    document["hosts"]["o9"] = {**document["hosts"]["o1"], "range4": "10.101.9.0/28", "mesh4": "10.101.9.1"}
+    document["hosts"]["o1"]["range4"] = "10.101.0.0/27"
+    document["etcd"]["members"].remove("o3")
+    del document["hosts"]["o3"]
+    found = merge([{"cluster": "onprem", "documents": own}, {"cluster": "cloud", "documents": newer}])
+    assert found.clusters["onprem"] == document
+
+
 def test_an_older_copy_completes_it_too_but_only_of_the_same_etcd() -> None:
     newer, older = documents(), documents()
     newer["clusters/cloud"].update(revision=2)
