@@ -16,7 +16,18 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from isthmus_mesh.generations import CONFIRMED, DIRECTORY, ROLLED_BACK, SPEC, UNIT, WAITING, Entry, Generation
+from isthmus_mesh.generations import (
+    BOOT,
+    BOOT_WANTED,
+    CONFIRMED,
+    DIRECTORY,
+    ROLLED_BACK,
+    SPEC,
+    UNIT,
+    WAITING,
+    Entry,
+    Generation,
+)
 
 from .agent.files import write_atomically
 
@@ -88,6 +99,8 @@ def roll_back(
         if wanted.state != CONFIRMED:  # who chooses it on the host has the way in
             _write(place, dataclasses.replace(wanted, state=CONFIRMED, note=""))
         _set_current(place, number)
+        for path in (BOOT_WANTED, BOOT):  # nothing waits any more
+            Path(path).unlink(missing_ok=True)
         if unless_confirmed is None:
             _systemctl("stop", f"{UNIT}.timer")
     return restored

@@ -103,6 +103,9 @@ class Generations:
                 found = dataclasses.replace(found, state=fmt.CONFIRMED)
                 self._write(found)
                 self._disarm()
+                for path in (fmt.BOOT_WANTED, fmt.BOOT):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(path)
                 for old in fmt.doomed(known, (number, found.previous)):
                     shutil.rmtree(os.path.join(DIRECTORY, str(old)))
         return found
@@ -175,10 +178,12 @@ class Generations:
                 "the host off. Nothing was changed. Run the role isthmus.mesh.bundle first."
             )
         self._disarm()
+        back = (str(program), "rollback", str(one.previous), "--unless-confirmed", str(one.number))
+        self._arm_boot(one, back)
         command = [
             *("systemd-run", "--quiet", "--collect", f"--unit={fmt.UNIT}", f"--on-active={seconds}s"),
             *("--timer-property=AccuracySec=1s", f"--description=Isthmus: back to generation {one.previous}"),
-            *(str(program), "rollback", str(one.previous), "--unless-confirmed", str(one.number)),
+            *back,
         ]
         code, out, err = self.module.run_command(command)
         if code != 0:
@@ -186,6 +191,17 @@ class Generations:
                 msg=f"The timer that takes a change back could not be set: {(err or out).strip()}. Nothing more was "
                 "changed. Run the playbook again when that is solved."
             )
+
+    def _arm_boot(self, one: Generation, back: tuple[str, ...]) -> None:
+        text = (
+            f"[Unit]\nDescription=Isthmus: back to generation {one.previous} at a boot before {one.number} is confirmed"
+            f"\n\n[Service]\nType=oneshot\nExecStart={' '.join(back)}\n\n"
+            "[Install]\nWantedBy=multi-user.target\n"
+        )
+        atomic_write(fmt.BOOT, text.encode(), 0o644, os.geteuid(), os.getegid())
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(os.path.dirname(fmt.BOOT_WANTED), exist_ok=True)
+            os.symlink(fmt.BOOT, fmt.BOOT_WANTED)
 
     def _disarm(self) -> None:
         # With the lock held the service restores nothing: it waits for the lock, or is at its end and still has the

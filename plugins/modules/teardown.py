@@ -62,6 +62,7 @@ import shutil
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, resolver, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import BOOT
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
 
 DEVICE = "isthmus0"
@@ -83,6 +84,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
+    os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,
     etcd_unit.SERVICE,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import subprocess
 from collections.abc import Iterator
@@ -114,6 +115,26 @@ def test_hosts_that_a_change_breaks_come_back_and_the_run_says_so(whole: Estate,
     assert set(play("site", "--check").changed) == {OTHER}
     assert set(play("site").changed) == {OTHER}
     assert files(whole, OTHER) == before[OTHER]
+    assert play("site").changed == {}
+
+
+def test_a_host_that_boots_in_between_takes_its_change_back(whole: Estate, tmp_path: Path) -> None:
+    """Its timer is gone with the boot, and a change that cuts a host off makes people pull the plug."""
+    before, good = files(whole, CUT), current(whole, CUT)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(change, tmp_path, {CUT: CUTTING})
+        whole.until("it waits to be confirmed", lambda: timer(whole, CUT) == "active" and files(whole, CUT) != before)
+        whole.lab.power_off(CUT)
+        whole.lab.power_on(CUT)
+        whole.until("the host is what it was", lambda: files(whole, CUT) == before)
+        whole.until("and knows it", lambda: current(whole, CUT) == good)
+        run = running.result()
+    assert run.status != 0, run.output[-6000:]
+    found = generations(whole, CUT)
+    assert found[max(found)]["state"] == "rolled back"
+    boot = ["sh", "-c", "ls /etc/systemd/system/*rollback* /etc/systemd/system/*.wants/*rollback* || true"]
+    assert whole.lab.exec(CUT, boot).stdout == ""
+    whole.converged()
     assert play("site").changed == {}
 
 

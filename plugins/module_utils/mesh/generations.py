@@ -19,6 +19,9 @@ SECONDS = 60
 """From the end of a change until the host takes it back, unless it is confirmed."""
 UNIT = "isthmus-rollback"
 """The transient timer that takes it back, and its service."""
+BOOT = "/etc/systemd/system/isthmus-rollback-boot.service"
+BOOT_WANTED = "/etc/systemd/system/multi-user.target.wants/isthmus-rollback-boot.service"
+"""The unit that takes it back when the host boots before it was confirmed, which forgets the timer, and its link."""
 SPEC = "/etc/isthmus/node.json"
 """Where a generation lacks this file, the host was no member of the mesh."""
 

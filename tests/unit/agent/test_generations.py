@@ -31,6 +31,7 @@ class Host:
         self.removed = 0
         self.spec, self.resolv = self.etc / "node.json", self.etc / "resolv.conf"
         self.unit, self.extra = self.etc / "isthmusd.service", self.etc / "extra.service"
+        self.boot, self.wanted = self.etc / "boot.service", self.etc / "wants" / "boot.service"
         self.bundles = [place / "opt" / name for name in ("old", "new")]
         for home in self.bundles:
             (home / "bin").mkdir(parents=True)
@@ -99,6 +100,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(module_side, "DIRECTORY", str(made.place))
     monkeypatch.setattr(module_side.fmt, "SPEC", str(made.spec))
     monkeypatch.setattr(bundle, "CURRENT", str(made.link))
+    for name, path in {"BOOT": made.boot, "BOOT_WANTED": made.wanted}.items():
+        monkeypatch.setattr(module_side.fmt, name, str(path))
+        monkeypatch.setattr(generations, name, str(path))
     monkeypatch.setattr(generations, "PLACE", made.place)
     monkeypatch.setattr(generations, "SPEC", str(made.spec))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -219,6 +223,21 @@ def test_the_timer_gets_its_time_anew_when_the_change_is_complete(host: Host) ->
     timers = [word for words in host.ran for word in words if word.startswith("--on-active")]
     assert timers == ["--on-active=180s", "--on-active=60s"]
     assert [words[2] for words in host.ran[-2:]] == ["isthmus-rollback.timer", "isthmus-rollback.service"]
+
+
+def test_a_boot_before_it_was_confirmed_takes_it_back_too(host: Host) -> None:
+    good = host.change("a")
+    assert not host.boot.exists()
+    waiting = host.change("b", confirmed=False)
+    assert host.wanted.readlink() == host.boot
+    command = f"ExecStart={host.bundles[0]}/bin/isthmus rollback {good} --unless-confirmed {waiting}"
+    assert command in host.boot.read_text().splitlines()
+    assert host.back(good, waiting) is not None
+    assert not host.boot.exists()
+    assert not host.wanted.is_symlink()
+    host.change("c")
+    assert not host.boot.exists()
+    assert not host.wanted.is_symlink()
 
 
 def test_the_way_back_leads_past_what_an_interrupted_run_left(host: Host) -> None:
