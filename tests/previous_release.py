@@ -31,7 +31,7 @@ PYTHON = "3.11"  # of the lab's machines
 
 @functools.cache
 def sources() -> Path:
-    """The previous version's source tree with its bundle made, in the user's cache. Skips in a clone without history."""
+    """The previous version's sources with its bundle made, in the user's cache. Skips in a clone without history."""
     place = cache_directory() / "previous-release" / f"{VERSION}-{COMMIT[:12]}-{platform.machine()}-py{PYTHON}"
     if place.exists():
         return place
