@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Controller's side of isthmus.mesh.estate_record: says which run asks, and knows which runs of its own have ended."""
+"""Controller's side of isthmus.mesh.estate_record: which run asks, of which version, and which of its own ended."""
 
 from __future__ import annotations
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import has_ended, this_run
 
 
@@ -16,7 +17,7 @@ class ActionModule(ActionBase):
 
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
-        arguments = {**self._task.args, "run": this_run(task_vars)}
+        arguments = {**self._task.args, "run": this_run(task_vars), "version": collection_version()}
         try:
             answer = self._module(arguments, task_vars)
             locked_by = answer.get("locked_by") or {}

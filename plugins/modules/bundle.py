@@ -70,6 +70,8 @@ python:
   sample: "3.11"
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -77,10 +79,13 @@ import platform
 import shutil
 import tarfile
 import tempfile
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+
+PATIENCE = 300  # seconds; an installation takes 5 to 60
 
 
 def main():
@@ -123,7 +128,9 @@ def main():
             if not finished(home, digest):
                 if module.params["archive"] is None:
                     module.exit_json(changed=False, needed=offered["archive"], **facts)
-                install(module, home, interpreter, offered["sha256"])
+                with alone(module):
+                    if not finished(home, digest):
+                        install(module, home, interpreter, offered["sha256"])
             switch(home)
             clean(home, current)
     changes.link(bundle.COMMAND, bundle.CURRENT + "/bin/isthmus")
@@ -146,6 +153,30 @@ def finished(home, digest):
         return False
 
 
+@contextlib.contextmanager
+def alone(module):
+    """While no other installation goes on: that of a run whose controller died goes on by itself on the host."""
+    os.makedirs(bundle.ROOT, mode=0o755, exist_ok=True)
+    directory = os.open(bundle.ROOT, os.O_RDONLY)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    module.fail_json(
+                        msg=f"Another process has been installing a bundle in {bundle.ROOT} of {platform.node()} for "
+                        f"{PATIENCE} s: of another run, or of one that died. Nothing was changed. Next: look there for "
+                        "a pip that does not end (`ps -ef`), end it, and run again."
+                    )
+                time.sleep(0.2)
+        yield
+    finally:
+        os.close(directory)
+
+
 def install(module, home, interpreter, sha256):
     """Make the environment at `home`; its `bundle.json`, put there last, says that it is complete."""
     with open(module.params["archive"], "rb") as file:
@@ -156,7 +187,6 @@ def install(module, home, interpreter, sha256):
             "Make the bundle anew with `make bundle`."
         )
     shutil.rmtree(home, ignore_errors=True)
-    os.makedirs(bundle.ROOT, mode=0o755, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=module.tmpdir) as payload:
         with tarfile.open(module.params["archive"]) as archive:
             archive.extractall(payload)  # noqa: S202 - its sha256 is the manifest's

@@ -16,8 +16,8 @@ description:
   - Writing compares revisions and content, so that a run never overwrites what another one wrote since the record was
     read; that is a failure. With the record the services that the inventory owns are written, and what agents reported
     of hosts that the record does not have is deleted.
-  - Runs on an etcd host of the cluster, with the operator's certificate. On a host that is none yet, and for an etcd
-    that does not take the record, a warning says so and no record is returned.
+  - Runs on an etcd host of the cluster, with the operator's certificate. On a host that is none yet or has an older
+    bundle, and for an etcd that does not take the record, a warning says so and no record is returned.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
 author:
@@ -56,6 +56,11 @@ options:
         description: The same for all tasks of this run, and for no other run.
         type: str
         required: true
+  version:
+    description:
+      - Version of this collection; filled in on the controller. A host whose bundle is of an older one takes no record,
+        with a warning.
+    type: str
   cluster:
     description: Cluster whose etcd is on this host.
     type: str
@@ -148,10 +153,12 @@ record:
 import copy
 import json
 import os
+import platform
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit, run_lock
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, estate, etcd_unit, run_lock
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import versions
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import BUNDLE_PYTHON, bundle_module
 
 PREFIX = "isthmus/v1/estate/"
@@ -214,8 +221,8 @@ def release(module):
     name = run_lock.document(module.params["run"], 0)["name"]
     run_lock.release_file(name)
     endpoints = endpoints_to_ask(module)
-    if endpoints:
-        locks = bundle_module(module, "isthmus_agent.run_lock")
+    locks = bundle_module(module, "isthmus_agent.run_lock", required=False) if endpoints else None
+    if locks is not None:  # else the file was all that this run had here
         kvstore = bundle_module(module, "isthmus_agent.kvstore")
         try:
             with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
@@ -288,6 +295,13 @@ def with_authorities(record, formed):
     return filled
 
 
+def older_bundle(module):
+    """The version of this host's bundle when it is older than the collection: it may lack what is called here."""
+    found, own = bundle.installed().get("version"), module.params["version"]
+    known = versions.valid(found) and own is not None
+    return found if known and versions.order(found) < versions.order(own) else ""
+
+
 def present(module, changes):
     """Write record and services; returns what exit_json is given."""
     cluster = module.params["cluster"]
@@ -301,7 +315,15 @@ def present(module, changes):
             "isthmus.mesh.site has run on its hosts"
         )
         return changes.result()
-    admin = bundle_module(module, "isthmus_agent.estate_admin")
+    older = older_bundle(module)
+    if older and not module.check_mode:
+        # A run with --limit or isthmus_serial that has not come to this host; what it wrote before is still true here.
+        module.warn(
+            f"{platform.node()} still has isthmus.mesh {older}, and this run is {module.params['version']}: the estate "
+            f"record reaches cluster {cluster} when isthmus.mesh.site has run on its etcd hosts"
+        )
+        return changes.result()
+    admin = None if older else bundle_module(module, "isthmus_agent.estate_admin")
     if admin is None or (module.check_mode and bare):
         changes.note(f"estate record of cluster {cluster}", "", "\n".join(sorted(record)))
         return changes.result(record=answer)
@@ -353,6 +375,7 @@ def main():
                 "type": "dict",
                 "options": {name: {"type": "str", "required": True} for name in ("by", "where", "process")},
             },
+            "version": {"type": "str"},
             "cluster": {"type": "str", "required": True},
             "record": {"type": "dict"},
             "formed": {"type": "list", "elements": "str", "default": []},

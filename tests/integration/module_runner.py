@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 _START = """
 import importlib, json, runpy, sys
 from ansible.module_utils import basic
+utils = "ansible_collections.isthmus.mesh.plugins.module_utils."
 for name, value in json.loads(sys.argv[2]).items():
     where, constant = name.rsplit(".", 1)
-    setattr(importlib.import_module("ansible_collections.isthmus.mesh.plugins.module_utils." + where), constant, value)
+    setattr(importlib.import_module(utils + where), constant, value)
+if json.loads(sys.argv[3]):  # this Python is the bundle's
+    importlib.import_module(utils + "respawn").has_respawned = lambda: True
 basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.stdin.buffer.read(), "legacy"
 module = "ansible_collections.isthmus.mesh.plugins.modules." + sys.argv[1]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -37,13 +40,13 @@ class ModuleFailed(AssertionError):
 
 
 @contextlib.contextmanager
-def collection(bundle: bool = True) -> Iterator[dict[str, str]]:
+def collection(bundle: bool = True, packages: Path = ROOT / "agent") -> Iterator[dict[str, str]]:
     """An environment in which Python finds the collection and, with ``bundle``, the agent's packages."""
     with tempfile.TemporaryDirectory(prefix="isthmus-module-") as directory:
         place = Path(directory, "ansible_collections", "isthmus")
         place.mkdir(parents=True)
         (place / "mesh").symlink_to(ROOT)
-        search = [directory] + ([str(ROOT / "agent")] if bundle else [])
+        search = [directory] + ([str(packages)] if bundle else [])
         yield {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -53,16 +56,17 @@ def run_module(
     check: bool = False,
     bundle: bool = True,
     places: Mapping[str, str] | None = None,
+    packages: Path = ROOT / "agent",
 ) -> dict[str, Any]:
-    """The result of module ``name``. ``bundle=False``: a host without our agent. ``places``: constants of
-    ``module_utils`` (``estate.NODE``) that are elsewhere on the test's host.
+    """The result of module ``name``. ``bundle=False``: a host without our agent; ``packages``: where they are else.
+    ``places``: constants of ``module_utils`` (``estate.NODE``) that are elsewhere on the test's host.
 
     Raises `ModuleFailed` when it fails and AssertionError with its stderr when it ends in any other way.
     """
-    with collection(bundle) as environment:
+    with collection(bundle, packages) as environment:
         request = {"ANSIBLE_MODULE_ARGS": {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}}
         done = subprocess.run(
-            [sys.executable, "-c", _START, name, json.dumps(dict(places or {}))],
+            [sys.executable, "-c", _START, name, json.dumps(dict(places or {})), json.dumps(bundle)],
             input=json.dumps(request),
             capture_output=True,
             text=True,

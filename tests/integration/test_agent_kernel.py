@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import agent_mesh as mesh
+import previous_release
 import pytest
 from bpf.topology import Inside, Node, bare_nodes, wait_for
 from integration.etcd_fixture import Ca
@@ -37,12 +38,28 @@ def dial(address="10.111.0.10", port=80, timeout=3):
 """
 
 
+DIALLING = """
+import threading
+stop, told = threading.Event(), []
+def dialling():
+    while not stop.is_set():
+        try:
+            told.append(dial()[0])
+        except OSError as error:
+            told.append(repr(error))
+thread = threading.Thread(target=dialling)
+thread.start()
+"""
+
+
 @dataclass
 class Daemon:
     """`isthmusd` in a node's namespace."""
 
     node: Node
     directory: Path
+    version: Path = ROOT / "agent"
+    """Where its code is."""
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -65,7 +82,7 @@ class Daemon:
                     f"--cgroup-root={self.node.cgroup}",
                     "--metrics=none",
                 ],
-                env={**os.environ, "PYTHONPATH": str(ROOT / "agent")},
+                env={**os.environ, "PYTHONPATH": str(self.version)},
                 stdout=log,
                 stderr=log,
                 pass_fds=(self.node.netns,),
@@ -210,6 +227,52 @@ def test_a_killed_and_restarted_agent_interrupts_nothing(estate: Estate) -> None
         assert estate.client.do("held.sendall(b'abc?'); result = int(lines.readline()) > 0") is True
         assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
         assert estate.client.do("result = dial()")[0] == "b"
+
+
+def test_the_previous_versions_datapath_and_this_ones_talk_and_an_upgrade_interrupts_nothing(tmp_path: Path) -> None:
+    """Node a has the previous version, with maps of another layout; then it is upgraded over what that one left."""
+    previous = previous_release.python_path()
+    with bare_nodes() as nodes:
+        daemons: list[Daemon] = []
+        try:
+            for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
+                daemons.append(_daemon(node, cluster, tmp_path / cluster, {"onprem": [1], "cloud": [1]}))
+                if cluster == "onprem":
+                    daemons[0].version = previous
+                daemons[-1].start()
+                server = node.process("web")
+                server.do(f"serve_tcp({node.name!r}, {node.workload!r}, 8080); result = 1")
+            assert daemons[0].status()["version"] == previous_release.VERSION
+            assert daemons[1].status()["version"] != previous_release.VERSION
+            clients = [node.process("web") for node in nodes]
+            for client in clients:
+                client.do(CLIENT + "\nresult = 1")
+            for daemon, peer in zip(daemons, ("cloud-1", "onprem-1"), strict=True):
+                wait_for(lambda daemon=daemon, peer=peer: daemon.probe(peer) == "up", f"{peer} answers")  # type: ignore[misc]
+
+            def both_answer() -> None:
+                for client in clients:
+                    assert {client.do("result = dial()")[0] for _ in range(40)} == {"a", "b"}
+
+            both_answer()
+            clients[0].do(
+                f"held = socket.create_connection(({nodes[1].workload!r}, 8080), 3); lines = held.makefile(); "
+                "result = lines.readline()"
+            )
+            for client in clients:
+                client.do(DIALLING + "result = 1")
+            daemons[0].stop()
+            daemons[0].version = ROOT / "agent"
+            daemons[0].start()
+            both_answer()
+            for client in clients:
+                assert set(client.do("stop.set(); thread.join(); result = told")) == {"a", "b"}
+            assert daemons[0].status()["version"] != previous_release.VERSION
+            assert clients[0].do("held.sendall(b'abc?'); result = int(lines.readline()) > 0") is True
+            assert ask(daemons[0].socket, "/v1/audit")["problems"] == []
+        finally:
+            for daemon in daemons:
+                daemon.stop(signal.SIGKILL)
 
 
 def test_audit_names_drift_and_repairs_it(estate: Estate) -> None:

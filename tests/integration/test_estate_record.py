@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import previous_release
 import pytest
 from integration.etcd_fixture import EtcdServer
 from integration.module_runner import ModuleFailed, run_module
@@ -19,6 +20,8 @@ from isthmus_agent.kvstore import EtcdNoSpace
 from isthmus_mesh import jsontext
 from isthmus_mesh.keys import RUN_LOCK
 from isthmus_mesh.record import LARGEST_DOCUMENT
+
+PACKAGES = Path(estate_admin.__file__).parents[1]
 
 
 class Host:
@@ -70,12 +73,14 @@ class Host:
         spec = {"cluster": {"name": "onprem"}, "etcd": {"endpoints": [f"https://127.0.0.1:{self.server.port}"]}}
         (self.directory / "node.json").write_text(json.dumps(spec))
 
-    def by(self, operator: str, state: str, check: bool = False, **more: Any) -> dict[str, Any]:
+    def by(
+        self, operator: str, state: str, check: bool = False, packages: Path = PACKAGES, **more: Any
+    ) -> dict[str, Any]:
         """The module as a task of this operator's run calls it."""
         run = {"by": operator, "where": f"{operator}s-laptop", "process": f"machine/{operator}"}
         lock = {"lock": True} if state == "read" else {}
         arguments = {"cluster": "onprem", "state": state, "run": run, **lock, **more}
-        return run_module("estate_record", arguments, check=check, places=self.places)
+        return run_module("estate_record", arguments, check=check, places=self.places, packages=packages)
 
     def held(self) -> Any:
         """The lock in etcd, empty when nobody has it."""
@@ -125,6 +130,33 @@ def test_the_same_revision_with_other_content_is_a_failure(host: Host) -> None:
         ):
             host.write(host.record("onprem-1", "onprem-3", by="bob"), check)
     assert host.server.dump("isthmus/v1/estate/") == before
+
+
+def test_a_host_that_an_upgrade_has_not_reached_takes_no_record_and_ends_no_run(host: Host) -> None:
+    """As with --limit or isthmus_serial: the run looks, writes and gives the lock back also on hosts of the version
+    before."""
+    host.node()
+    host.write(host.record("onprem-1"))
+    host.places["bundle.CURRENT"] = str(host.directory)
+    (host.directory / "bundle.json").write_text(json.dumps({"version": previous_release.VERSION}))
+    upgrade = {"packages": previous_release.python_path(), "version": "1.0.0"}
+    following = host.record("onprem-1", revision=2)
+    before = host.server.dump("isthmus/v1/estate/")
+
+    found = host.by("alice", "read", **upgrade)
+    assert found["record"]["documents"] == host.record("onprem-1")
+    assert found["locked"], "in the file: that bundle knows no lock in etcd"
+    assert host.by("alice", "present", check=True, record=following, **upgrade)["changed"]
+    refused = host.by("alice", "present", record=following, **upgrade)
+    assert "record" not in refused
+    assert f"still has isthmus.mesh {previous_release.VERSION}, and this run is 1.0.0" in warnings_of(refused)
+    assert host.server.dump("isthmus/v1/estate/") == before
+    host.by("alice", "released", **upgrade)
+    assert not Path(host.places["run_lock.FILE"]).exists()
+
+    (host.directory / "bundle.json").write_text(json.dumps({"version": "1.0.0"}))
+    assert "record" in host.by("alice", "present", record=following, version="1.0.0")
+    assert host.read()["documents"] == following
 
 
 def test_what_a_newer_version_wrote_is_not_replaced(host: Host) -> None:

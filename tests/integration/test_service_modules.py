@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import previous_release
 import pytest
 from integration.etcd_fixture import EtcdServer
 from integration.module_runner import ModuleFailed, run_module
@@ -38,9 +39,10 @@ class Host:
         node = {"cluster": {"name": "onprem"}, "etcd": {"endpoints": [server.endpoint], **files}}
         (directory / "node.json").write_text(json.dumps(node))
         self.places = {"estate.NODE": str(directory / "node.json"), "estate.PKI": str(pki)}
+        self.packages = Path(etcd_admin.__file__).parents[1]
 
     def run(self, module: str, check: bool = False, /, **arguments: Any) -> dict[str, Any]:
-        return run_module(module, arguments, check=check, places=self.places)
+        return run_module(module, arguments, check=check, places=self.places, packages=self.packages)
 
     def changed(self, **arguments: Any) -> list[bool]:
         """check, apply, apply, check."""
@@ -69,7 +71,10 @@ def host(server: EtcdServer, tmp_path: Path) -> Iterator[Host]:
         server.etcdctl("del", "--prefix", "cilium/")
 
 
-def test_a_service_is_registered_changed_and_removed(host: Host) -> None:
+@pytest.mark.parametrize("bundle", ["this version", "the version before"])
+def test_a_service_is_registered_changed_and_removed(host: Host, bundle: str) -> None:
+    if bundle == "the version before":
+        host.packages = previous_release.python_path()
     assert host.changed(**WEB) == [True, True, False, False]
     written = json.loads(host.server.dump(KEY)[KEY])
     assert (written["owner"], written["revision"], written["ports"][0]["target_port"]) == ("module", 1, 8080)

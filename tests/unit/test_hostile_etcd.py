@@ -54,7 +54,8 @@ class Server(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def range(self, request: bytes, context: object) -> bytes:
         return self.listed.pop(0) if len(self.listed) > 1 else self.listed[0]
 
-    async def watch(self, requests: object, context: object) -> AsyncIterator[bytes]:
+    async def watch(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        await requests.__anext__()  # a stream that ends while the client still writes is another failure
         while True:
             for raw in self.watched:
                 self.sent += 1

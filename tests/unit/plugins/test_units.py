@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from security_page import STATED
 
 FILES = {
     "isthmusd.service": units.agent_unit("0123"),
@@ -66,13 +67,19 @@ def test_nobody_has_more_than_it_needs() -> None:
         assert options(FILES[name], "NoNewPrivileges") == ["yes"]
 
 
-# Exposure as `systemd-analyze security` counts it, 0 to 10, lower is better: the score that we state (SECURITY.md).
-STATED = {"isthmusd.service": 2.7, "isthmus-registrar.service": 2.0, "isthmus-dns.service": 1.9}
+DAEMONS = {
+    **{name: FILES[name] for name in ("isthmusd.service", "isthmus-registrar.service", "isthmus-dns.service")},
+    etcd_unit.SERVICE: etcd_unit.service("/usr/bin/etcd", "0123"),
+}
+
+
+def test_a_score_is_stated_for_every_daemon() -> None:
+    assert set(STATED) == set(DAEMONS)
 
 
 @pytest.mark.parametrize("name", sorted(STATED))
 def test_the_stated_score_is_kept(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(FILES[name])
+    (tmp_path / name).write_text(DAEMONS[name])
     threshold = round(STATED[name] * 10)
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", f"--threshold={threshold}", "--no-pager", tmp_path / name],
@@ -84,11 +91,11 @@ def test_the_stated_score_is_kept(tmp_path: Path, name: str) -> None:
 
 
 def test_no_unit_may_write_to_the_kernels_settings_or_devices() -> None:
-    for name in STATED:
+    for name, text in DAEMONS.items():
         for option in ("ProtectControlGroups", "ProtectClock", "PrivateDevices"):
-            assert options(FILES[name], option) == ["yes"], f"{name}: {option}"
+            assert options(text, option) == ["yes"], f"{name}: {option}"
         if name != "isthmusd.service":
-            assert options(FILES[name], "ProtectKernelTunables") == ["yes"]
+            assert options(text, "ProtectKernelTunables") == ["yes"]
     assert {"-/proc/sys", "-/sys/kernel"} <= set(options(FILES["isthmusd.service"], "ReadOnlyPaths")[0].split())
     assert options(FILES["isthmusd.service"], "ReadWritePaths") == ["/sys/fs/bpf"]
 
