@@ -105,11 +105,11 @@ class Cluster:
             spec["member"].update(members=peers, client_urls=clients, **own)
         return spec
 
-    def run(self, name: str, check: bool = False, acts: str = "o1") -> dict[str, Any]:
+    def run(self, name: str, check: bool = False, acts: str = "o1", **more: Any) -> dict[str, Any]:
         host, spec = self.hosts[name], self.spec(name)
         if spec["member"] is not None:
             host.give_keys(spec["pki"])
-        arguments = {"spec": spec, "record": self.plan.record["clusters/onprem"], "former": acts, "timeout": 30}
+        arguments = {"spec": spec, "record": self.plan.record["clusters/onprem"], "former": acts, "timeout": 30, **more}
         before = dict(os.environ)
         os.environ.update(PATH=self.path, ISTHMUS_TEST_HOST=str(host.place))
         try:
@@ -138,6 +138,10 @@ class Cluster:
 
     def members(self) -> list[str]:
         return sorted(line.split(", ")[2] for line in self.etcdctl("member", "list").splitlines())
+
+    def cluster_id(self, at: str = "o2") -> int:
+        """etcd's own."""
+        return int(json.loads(self.etcdctl("member", "list", "-w", "json", at=at))["header"]["cluster_id"])
 
     def converge(self, name: str, action: str, acts: str = "o1") -> dict[str, Any]:
         """check -> apply -> apply -> check; the result of the run that changed something."""
@@ -274,3 +278,45 @@ def test_a_host_without_a_member_needs_nothing(cluster: Cluster) -> None:
     cluster.plan = cluster.planned("o1", "o2", prune=("member/onprem/o3",))
     assert cluster.run("o3")["action"] == "none"
     assert cluster.hosts["o3"].calls() == []
+
+
+def test_all_members_come_back_from_a_snapshot(cluster: Cluster, tmp_path: Path) -> None:
+    """With its users and keys, under another cluster id, and without the locks of runs that were at work then."""
+    cluster.form()
+    for words in (("user", "add", "--no-password", "root"), ("user", "grant-role", "root", "root"), ("auth", "enable")):
+        cluster.etcdctl(*words)
+    for key in ("isthmus/v1/services/shop/web", "isthmus/v1/lock/run"):
+        cluster.etcdctl("put", key, "x")
+    before = cluster.cluster_id()
+    taken, sent = tmp_path / "taken.db", cluster.hosts["o2"].place / "sent.db"
+    cluster.etcdctl("snapshot", "save", str(taken))
+    for host in cluster.hosts.values():
+        host.systemctl("stop", "isthmus-etcd.service")
+        shutil.rmtree(host.data)
+    restore = {"formed": True, "acts": "o2", "snapshot": str(sent)}
+    with pytest.raises(ModuleFailed, match=r"sent.db is not on this host, .* Nothing was restored"):
+        cluster.run("o2", **restore)
+    assert not cluster.hosts["o2"].data.exists()
+
+    sent.write_bytes(taken.read_bytes()[:-100])
+    with pytest.raises(ModuleFailed, match=r"could not restore .*etcd was not started. Next: "):
+        cluster.run("o2", **restore)
+    assert (list(cluster.hosts["o2"].data.iterdir()), cluster.hosts["o2"].runs()) == ([], False)
+
+    shutil.copy(taken, sent)
+    assert cluster.run("o2", check=True, **restore)["changed"] is True
+    assert cluster.run("o2", **restore)["action"] == "restored"
+    assert not sent.exists()
+    assert list(cluster.hosts["o2"].data.iterdir()) == [cluster.hosts["o2"].data / "member"]
+    for name in ("o1", "o3"):
+        assert cluster.run(name, **restore)["action"] == "joined"
+    assert cluster.members() == ["o1", "o2", "o3"]
+    assert cluster.cluster_id() != before
+    keys = cluster.etcdctl("get", "--prefix", "--keys-only", "isthmus/", at="o3").split()
+    assert [key for key in keys if "/etcd-joining/" not in key] == [
+        "isthmus/v1/estate/clusters/onprem",
+        "isthmus/v1/services/shop/web",
+    ]
+    assert cluster.etcdctl("user", "list").split() == ["root"]
+    for name in cluster.hosts:
+        assert cluster.run(name, formed=True)["changed"] is False
