@@ -283,21 +283,6 @@ def snapshot(client, reason):
         os.unlink(old)
 
 
-def set_aside(module, changes):
-    """The data is kept, at a place where no member finds it."""
-    place = etcd_unit.DATA + time.strftime(".removed-%Y%m%dT%H%M%SZ", time.gmtime())
-    changes.note(etcd_unit.DATA, "the member's data", f"moved to {place}")
-    if module.check_mode:
-        return
-    try:
-        os.rename(etcd_unit.DATA, place)
-    except OSError as exc:
-        module.fail_json(
-            msg=f"{etcd_unit.DATA} cannot be moved to {place}: {exc}. Move what is in it to a place of your choice, "
-            "remove the directory (a mount point: unmount it), and run again"
-        )
-
-
 def take_out(changes, gone):
     """Note each member that went; those before one that could not are noted too."""
     for name in gone:
@@ -426,7 +411,7 @@ class MemberModule:
                 return self.finish("started")
             if not self.module.check_mode:
                 self.units.systemd.run("stop", etcd_unit.SERVICE)
-            set_aside(self.module, self.changes)
+            former.set_aside(self.changes)
         if self.module.check_mode:
             return self.finish("formed or joined")
         former = self.module.params["former"] or self.member.initial
@@ -540,7 +525,7 @@ class FormerMember:
             # etcd ends with an error when it was taken out, and systemd remembers that of a unit that is gone.
             self.module.run_command(["systemctl", "reset-failed", etcd_unit.SERVICE])
         if os.path.lexists(etcd_unit.DATA):
-            set_aside(self.module, self.changes)
+            former.set_aside(self.changes)
         self.changes.absent(etcd_unit.FIRST_START)
         self.changes.absent(etcd_unit.ENVIRONMENT)
         former.remove_unlisted(self.changes, self.spec, etcd_unit.PKI)
