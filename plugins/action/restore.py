@@ -39,8 +39,8 @@ class ActionModule(ActionBase):
         clusters = sorted(name for name, one in estate.get("clusters", {}).items() if one.get("state") != "absent")
         if cluster not in clusters:
             raise backups.RefusedError(
-                f"isthmus_restore: {cluster or 'it is not given'}: which cluster to restore. Nothing was changed on any "
-                f"host. Next: run again with -e isthmus_restore=CLUSTER, one of {', '.join(clusters)}"
+                f"isthmus_restore: {cluster or 'it is not given'}: which cluster to restore. Nothing was changed on "
+                f"any host. Next: run again with -e isthmus_restore=CLUSTER, one of {', '.join(clusters)}"
             )
         if not arguments.get("backup_directory"):
             raise backups.RefusedError(

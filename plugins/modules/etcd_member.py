@@ -166,7 +166,7 @@ class Install:
         if found is None:
             self.module.fail_json(
                 msg=f"a snapshot cannot be restored on this host: neither etcdutl nor etcdctl is beside {binary} or in "
-                "PATH. Nothing was restored. Next: put one of them, of etcd's version, into /usr/local/bin and run again"
+                "PATH. Nothing was restored. Next: put one of them, of etcd's version, into /usr/local/bin, run again"
             )
         return found
 
@@ -414,7 +414,7 @@ class MemberModule:
             former.set_aside(self.changes)
         if self.module.check_mode:
             return self.finish("formed or joined")
-        former = self.module.params["former"] or self.member.initial
+        acting = self.module.params["former"] or self.member.initial
         found = self.admin.survey(self.member, self.connect)
         if self.module.params["snapshot"] and self.acts():
             self.restore(binary)
@@ -423,9 +423,9 @@ class MemberModule:
         if self.module.params["snapshot"]:
             decision = "join" if found.answering else "wait"
         else:
-            decision = self.admin.decide_formation(self.member, found, self.module.params["formed"], former)
+            decision = self.admin.decide_formation(self.member, found, self.module.params["formed"], acting)
         if decision == "wait":
-            found = self.admin.wait_for_former(self.member, self.connect, former, self.timeout)
+            found = self.admin.wait_for_former(self.member, self.connect, acting, self.timeout)
         if decision != "form" and self.acts():
             # etcd admits nobody while one that is gone for good counts.
             self.dismiss()

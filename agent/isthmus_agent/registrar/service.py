@@ -178,7 +178,7 @@ class Registrar:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`: hold the stores, campaign, lead."""
-        watching = [asyncio.create_task(store.run(), name=f"store {store.prefix}") for store in self.stores]
+        watching = [asyncio.create_task(self._follow(store), name=f"store {store.prefix}") for store in self.stores]
         leading = asyncio.create_task(self._campaign_for_ever(), name="leadership")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         beating = asyncio.create_task(self._watchdog(), name="watchdog")
@@ -196,6 +196,16 @@ class Registrar:
             await end(tasks)
             await self._save()
             await self.client.close()
+
+    async def _follow(self, store: PrefixStore) -> None:
+        """For ever: certificate files that cannot be read, of a host that lost them, come back by `site`."""
+        while True:
+            try:
+                await store.run()
+            except OSError as error:
+                store.connected, store.error = False, str(error)
+                logger.warning("cannot read certificates", extra=fields(prefix=store.prefix, error=str(error)))
+            await asyncio.sleep(RETRY_DELAY)
 
     async def _watchdog(self) -> None:
         """Tells systemd that the event loop turns; a store or a term that ends with an error ends the process."""
