@@ -18,7 +18,7 @@ class ActionModule(ActionBase):
 
     _VALID_ARGS = frozenset(
         (
-            *("part", "cluster", "estate", "backup_directory", "time"),
+            *("part", "cluster", "estate", "backup_directory", "time", "only"),
             *("path", "key", "known_ca", "authority", "replace", "directory"),
         )
     )
@@ -41,6 +41,11 @@ class ActionModule(ActionBase):
             raise backups.RefusedError(
                 f"isthmus_restore: {cluster or 'it is not given'}: which cluster to restore. Nothing was changed on "
                 f"any host. Next: run again with -e isthmus_restore=CLUSTER, one of {', '.join(clusters)}"
+            )
+        if arguments.get("only") not in (None, "", "authority"):
+            raise backups.RefusedError(
+                f"isthmus_restore_only: {arguments['only']}: nothing but authority can be restored by itself. Nothing "
+                "was changed on any host. Next: leave it out, or -e isthmus_restore_only=authority"
             )
         if not arguments.get("backup_directory"):
             raise backups.RefusedError(

@@ -56,6 +56,9 @@ options:
   time:
     description: Name of the backup's directory; the newest complete one by default.
     type: str
+  only:
+    description: V(authority) when the etcd is left as it is; looked at with O(part=backup).
+    type: str
   path:
     description: Directory of the backup that O(part=backup) returned.
     type: str
@@ -188,6 +191,7 @@ def main():
             "estate": {"type": "dict"},
             "backup_directory": {"type": "str"},
             "time": {"type": "str"},
+            "only": {"type": "str"},
             "path": {"type": "str"},
             "key": {"type": "str", "no_log": False},
             "known_ca": {"type": "str"},

@@ -175,6 +175,7 @@ def test_the_playbook_refuses_before_it_looks_at_any_host(site: Site) -> None:
         "isthmus_restore: it is not given": {"isthmus_restore": ""},
         "isthmus_restore: gone: which cluster": {"isthmus_restore": "gone"},
         "isthmus_backup_dir is not given": {"isthmus_backup_dir": ""},
+        "isthmus_restore_only: ca: nothing but authority": {"isthmus_restore_only": "ca"},
         f"The backup {place} on the controller is of cluster onprem of estate another, not": {
             "isthmus_restore_from": "20260101T000000Z"
         },
