@@ -139,13 +139,14 @@ def decide_formation(member: MemberSpec, found: Survey, formed: bool, former: st
         raise AdminError(
             f"etcd member {member.name} has no data and no other member of its cluster serves ({found.describe()}), "
             "but the estate record shows that the cluster existed. Start the other members and run again, or restore a "
-            "snapshot; if all data is lost for good, run with -e etcd_formed=false to begin an empty etcd"
+            "backup (isthmus.mesh.restore); if all data is lost for good, run with -e etcd_formed=false to begin an "
+            "empty etcd"
         )
     if formed:
         raise AdminError(
             f"etcd member {member.name} is the only one of its cluster and has no data, but the estate record shows "
-            "that it had. Restore a snapshot; if the data is lost for good, run with -e etcd_formed=false to begin an "
-            "empty etcd"
+            "that it had. Restore a backup (isthmus.mesh.restore); if the data is lost for good, run with -e "
+            "etcd_formed=false to begin an empty etcd"
         )
     if former != member.name:
         return "wait"

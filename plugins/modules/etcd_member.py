@@ -109,7 +109,7 @@ import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_file
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, former, packages
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_trouble, etcd_unit, former, packages
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
@@ -490,8 +490,13 @@ class MemberModule:
                 self.changes.note(f"member {self.member.name}", "learner", "voting")
             health = self.admin.wait_healthy(self.member, self.connect, self.timeout)
         except self.admin.AdminError as exc:
-            journal = self.units.systemd.journal(etcd_unit.SERVICE)
-            self.module.fail_json(msg=f"{exc}. Last words of {etcd_unit.SERVICE}:\n{journal}")
+            cluster, journal = self.spec["cluster"]["name"], self.units.systemd.journal(etcd_unit.SERVICE)
+            others = self.admin.other_endpoints(self.member)
+            everything = self.units.systemd.journal(etcd_unit.SERVICE, etcd_trouble.JOURNAL_LINES)
+            why = etcd_trouble.of_host(cluster, not others, everything)
+            if not why and others:
+                why = etcd_trouble.of_others(cluster, self.admin.survey(self.member, self.connect).describe())
+            self.module.fail_json(msg=f"{exc}. {why}\nLast words of {etcd_unit.SERVICE}:\n{journal}")
         if os.path.exists(etcd_unit.FIRST_START):
             # An earlier run may have been interrupted here; it lives in /run and matters only until the next start.
             os.unlink(etcd_unit.FIRST_START)
