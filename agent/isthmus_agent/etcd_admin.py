@@ -255,16 +255,17 @@ def promote(member: MemberSpec, connect: EtcdConnector, timeout: float) -> bool:
 
     `AdminError` after ``timeout`` seconds.
     """
-    last = "it does not answer"
+    last, learner = "it does not answer", False
 
     def voting() -> bool | None:
-        nonlocal last
+        nonlocal last, learner
         try:
             with connect([*other_endpoints(member).values(), local_endpoint(member)]) as client:
                 own = _own_entry(member, client.member_list())
                 if own is None:
                     raise AdminError(f"etcd member {member.name} is not in its cluster's member list")
-                if not own.learner:
+                learner = own.learner
+                if not learner:
                     return False
                 # A follower of etcd 3.4 hands this on without saying who asks: the leader refuses it once access
                 # control is on.
@@ -278,6 +279,8 @@ def promote(member: MemberSpec, connect: EtcdConnector, timeout: float) -> bool:
         return None
 
     result = _until(voting, timeout)
+    if result is None and not learner:
+        raise AdminError(f"etcd member {member.name} does not serve after {timeout:.0f} s: {last}")
     if result is None:
         raise AdminError(
             f"etcd member {member.name} stayed a learner for {timeout:.0f} s: {last}. "
