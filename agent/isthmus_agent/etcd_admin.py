@@ -139,13 +139,14 @@ def decide_formation(member: MemberSpec, found: Survey, formed: bool, former: st
         raise AdminError(
             f"etcd member {member.name} has no data and no other member of its cluster serves ({found.describe()}), "
             "but the estate record shows that the cluster existed. Start the other members and run again, or restore a "
-            "snapshot; if all data is lost for good, run with -e etcd_formed=false to begin an empty etcd"
+            "backup (isthmus.mesh.restore); if all data is lost for good, run with -e etcd_formed=false to begin an "
+            "empty etcd"
         )
     if formed:
         raise AdminError(
             f"etcd member {member.name} is the only one of its cluster and has no data, but the estate record shows "
-            "that it had. Restore a snapshot; if the data is lost for good, run with -e etcd_formed=false to begin an "
-            "empty etcd"
+            "that it had. Restore a backup (isthmus.mesh.restore); if the data is lost for good, run with -e "
+            "etcd_formed=false to begin an empty etcd"
         )
     if former != member.name:
         return "wait"
@@ -254,24 +255,32 @@ def promote(member: MemberSpec, connect: EtcdConnector, timeout: float) -> bool:
 
     `AdminError` after ``timeout`` seconds.
     """
-    last = "it does not answer"
+    last, learner = "it does not answer", False
 
     def voting() -> bool | None:
-        nonlocal last
+        nonlocal last, learner
         try:
             with connect([*other_endpoints(member).values(), local_endpoint(member)]) as client:
                 own = _own_entry(member, client.member_list())
                 if own is None:
                     raise AdminError(f"etcd member {member.name} is not in its cluster's member list")
-                if not own.learner:
+                learner = own.learner
+                if not learner:
                     return False
-                client.member_promote(own.id)
+                # A follower of etcd 3.4 hands this on without saying who asks: the leader refuses it once access
+                # control is on.
+                leader = client.status().leader
+                asked = [entry for entry in client.member_list() if entry.id == leader and entry.client_urls]
+                with connect(list(asked[0].client_urls)) if asked else contextlib.nullcontext(client) as direct:
+                    direct.member_promote(own.id)
                 return True
         except (EtcdPrecondition, EtcdUnavailable) as exc:
             last = exc.reason
         return None
 
     result = _until(voting, timeout)
+    if result is None and not learner:
+        raise AdminError(f"etcd member {member.name} does not serve after {timeout:.0f} s: {last}")
     if result is None:
         raise AdminError(
             f"etcd member {member.name} stayed a learner for {timeout:.0f} s: {last}. "

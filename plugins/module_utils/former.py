@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, units
@@ -22,6 +23,21 @@ def member_remains() -> list[str]:
     """What is left on this host of an etcd member, by path; empty where none was, or all of it is put away."""
     files = [f"{units.UNIT_DIRECTORY}/{name}" for name in etcd_unit.UNITS]
     return [path for path in (*files, etcd_unit.ENVIRONMENT, etcd_unit.DATA) if os.path.lexists(path)]
+
+
+def set_aside(changes: Changes) -> None:
+    """The data of an etcd member that does not run is kept, at a place where no member finds it."""
+    place = etcd_unit.DATA + time.strftime(".removed-%Y%m%dT%H%M%SZ", time.gmtime())
+    changes.note(etcd_unit.DATA, "the member's data", f"moved to {place}")
+    if changes.module.check_mode:
+        return
+    try:
+        os.rename(etcd_unit.DATA, place)
+    except OSError as exc:
+        changes.module.fail_json(
+            msg=f"{etcd_unit.DATA} cannot be moved to {place}: {exc}. Move what is in it to a place of your choice, "
+            "remove the directory (a mount point: unmount it), and run again"
+        )
 
 
 def remove_unlisted(changes: Changes, spec: Mapping[str, Any], directory: str) -> None:

@@ -264,7 +264,13 @@ def read_etcd(module, endpoints, lock):
     locked = False
     try:
         with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
-            locked = lock and hold(module, client, run_lock.LOOKING) is not None
+            try:
+                locked = lock and hold(module, client, run_lock.LOOKING) is not None
+            except kvstore.EtcdNoSpace as exc:
+                module.warn(
+                    f"the etcd of cluster {cluster} is full and takes no lock and no record: {exc}. Next: "
+                    f"{remedy(kvstore, exc)}, then run the playbook again"
+                )
             found = [json_documents(module, prefix, client.range(prefix).kvs) for prefix in (PREFIX, SERVICES)]
             return (*found, locked)
     except (kvstore.EtcdError, OSError) as exc:
@@ -357,8 +363,8 @@ def remedy(kvstore, exc):
     """What to do about an etcd that refuses a write."""
     if isinstance(exc, kvstore.EtcdNoSpace):
         return (
-            "free space there (`etcdctl compact`, `etcdctl defrag`, `etcdctl alarm disarm`) or raise etcd.quota_bytes "
-            "of the cluster"
+            "free space there (`etcdctl compact`, `etcdctl defrag`, `etcdctl alarm disarm`; docs/operating.md has them "
+            "in full) or raise etcd.quota_bytes of the cluster"
         )
     if isinstance(exc, kvstore.EtcdPermissionDenied):
         return "run the playbook with --tags etcd on that cluster, which gives the operator's certificate its rights"

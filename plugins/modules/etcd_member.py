@@ -18,6 +18,8 @@ description:
     that its cluster took out is moved aside; the member joins anew.
   - A running member is restarted only when its configuration changed, in its turn, while all others are healthy, after
     a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then; the result says so.
+  - With O(snapshot) O(former) begins a new cluster from that file instead, under a new token, when it has no data; the
+    others wait for it and join. The file is removed then, and so are the locks of runs that it holds.
   - Members that the record does not list any more are taken out of the cluster by O(former), one at a time, after a
     snapshot, while all that stay are healthy; else a warning says why not. They are left when the record in etcd is
     newer than the plan.
@@ -46,6 +48,9 @@ options:
         takes out members that the record does not list.
       - By default the member that the spec names as the initial one.
     type: str
+  snapshot:
+    description: Path on this host of a snapshot of the cluster's etcd; only O(former) needs the file.
+    type: path
   archive:
     description: Path on this host of etcd's release archive, when the spec's source is an archive given by path.
     type: path
@@ -66,7 +71,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 action:
-  description: What was done, V(formed), V(joined), V(restarted), V(started), V(left) or V(none).
+  description: What was done, V(formed), V(restored), V(joined), V(restarted), V(started), V(left) or V(none).
   returned: success
   type: str
   sample: joined
@@ -104,7 +109,7 @@ import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_file
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, former, packages
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_trouble, etcd_unit, former, packages
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import (
@@ -118,6 +123,7 @@ VERSION_FLOOR = (3, 4, 0)
 ARCHIVES = bundle.ETCD
 SNAPSHOTS_KEPT = 5
 PACKAGES = {"apt-get": "etcd-server", "dnf": "etcd"}
+TOOL_PACKAGES = {"apt-get": "etcd-client", "dnf": "etcd"}
 
 
 class Install:
@@ -148,6 +154,26 @@ class Install:
                 "Declare a newer one: etcd.source with type archive, a path or url, and its sha256"
             )
         return ".".join(match.groups())
+
+    def restorer(self, binary):
+        """Path of the program that makes a snapshot into a data directory: from etcd 3.6 on etcdutl alone can."""
+        found = self.find_restorer(binary)
+        manager = packages.manager(self.module)
+        if found is None and self.source["type"] == "package" and manager is not None:
+            self.changes.note(f"package {TOOL_PACKAGES[manager]}", "", "installed")
+            packages.install(self.module, [TOOL_PACKAGES[manager]], "install etcdutl or etcdctl by hand")
+            found = self.find_restorer(binary)
+        if found is None:
+            self.module.fail_json(
+                msg=f"a snapshot cannot be restored on this host: neither etcdutl nor etcdctl is beside {binary} or in "
+                "PATH. Nothing was restored. Next: put one of them, of etcd's version, into /usr/local/bin, run again"
+            )
+        return found
+
+    def find_restorer(self, binary):
+        beside = [os.path.dirname(binary)]
+        tools = (self.module.get_bin_path(name, opt_dirs=beside) for name in ("etcdutl", "etcdctl"))
+        return next((tool for tool in tools if tool), None)
 
     def from_package(self):
         """The distribution's etcd; its own unit is kept from starting and holding the ports."""
@@ -236,7 +262,7 @@ class Install:
 
     def extract(self, archive, place, directory):
         with tarfile.open(archive) as tar:
-            for name in ("etcd", "etcdctl"):
+            for name in ("etcd", "etcdctl", "etcdutl"):
                 entry = next((item for item in tar if item.isfile() and os.path.basename(item.name) == name), None)
                 if entry is None:
                     if name == "etcd":
@@ -257,21 +283,6 @@ def snapshot(client, reason):
         os.unlink(old)
 
 
-def set_aside(module, changes):
-    """The data is kept, at a place where no member finds it."""
-    place = etcd_unit.DATA + time.strftime(".removed-%Y%m%dT%H%M%SZ", time.gmtime())
-    changes.note(etcd_unit.DATA, "the member's data", f"moved to {place}")
-    if module.check_mode:
-        return
-    try:
-        os.rename(etcd_unit.DATA, place)
-    except OSError as exc:
-        module.fail_json(
-            msg=f"{etcd_unit.DATA} cannot be moved to {place}: {exc}. Move what is in it to a place of your choice, "
-            "remove the directory (a mount point: unmount it), and run again"
-        )
-
-
 def take_out(changes, gone):
     """Note each member that went; those before one that could not are noted too."""
     for name in gone:
@@ -290,13 +301,13 @@ class MemberModule:
         self.units = Units(module, self.changes)
         self.timeout = module.params["timeout"]
         self.notes = []
+        self.install = Install(module, self.changes, self.spec["member"]["source"])
         if admin is not None:
             self.member = node_spec.NodeSpec.from_dict(self.spec).member
             self.connect = admin.EtcdConnector(self.spec["cluster"]["name"], directory=etcd_unit.PKI)
 
     def run(self):
-        install = Install(self.module, self.changes, self.spec["member"]["source"])
-        binary = install.binary()
+        binary = self.install.binary()
         self.need_user()
         text = etcd_unit.environment(self.spec)
         trusted = read_bytes(f"{etcd_unit.PKI}/trust/{self.spec['cluster']['name']}.crt") or b""
@@ -326,7 +337,7 @@ class MemberModule:
             return self.finish("restarted")
         if started:
             return self.finish("none")
-        return self.start()
+        return self.start(binary)
 
     def need_user(self):
         try:
@@ -390,8 +401,8 @@ class MemberModule:
         except (self.kvstore.EtcdError, OSError):
             return False
 
-    def start(self):
-        """Start a member that does not run: with its data, or by forming or joining the cluster."""
+    def start(self, binary):
+        """Start a member that does not run: with its data, or by forming, restoring or joining the cluster."""
         self.changes.note(f"unit {etcd_unit.SERVICE}", "inactive", "active")
         if os.path.isdir(os.path.join(etcd_unit.DATA, "member")):
             if not self.expelled():
@@ -400,14 +411,21 @@ class MemberModule:
                 return self.finish("started")
             if not self.module.check_mode:
                 self.units.systemd.run("stop", etcd_unit.SERVICE)
-            set_aside(self.module, self.changes)
+            former.set_aside(self.changes)
         if self.module.check_mode:
             return self.finish("formed or joined")
-        former = self.module.params["former"] or self.member.initial
+        acting = self.module.params["former"] or self.member.initial
         found = self.admin.survey(self.member, self.connect)
-        decision = self.admin.decide_formation(self.member, found, self.module.params["formed"], former)
+        if self.module.params["snapshot"] and self.acts():
+            self.restore(binary)
+            self.units.systemd.run("restart", "--no-block", etcd_unit.SERVICE)
+            return self.finish("restored")
+        if self.module.params["snapshot"]:
+            decision = "join" if found.answering else "wait"
+        else:
+            decision = self.admin.decide_formation(self.member, found, self.module.params["formed"], acting)
         if decision == "wait":
-            found = self.admin.wait_for_former(self.member, self.connect, former, self.timeout)
+            found = self.admin.wait_for_former(self.member, self.connect, acting, self.timeout)
         if decision != "form" and self.acts():
             # etcd admits nobody while one that is gone for good counts.
             self.dismiss()
@@ -424,6 +442,45 @@ class MemberModule:
         self.units.systemd.run("restart", "--no-block", etcd_unit.SERVICE)
         return self.finish("formed" if decision == "form" else "joined")
 
+    def restore(self, binary):
+        """The data of a new cluster of this member alone, from the snapshot. It is in its place at once, or not."""
+        tool, snapshot = self.install.restorer(binary), self.module.params["snapshot"]
+        if not os.path.exists(snapshot):
+            self.module.fail_json(
+                msg=f"the snapshot {snapshot} is not on this host, which is the first of its cluster here. Nothing was "
+                "restored. Next: run the playbook isthmus.mesh.restore again"
+            )
+        own, work = f"{self.member.name}={self.member.peer_url}", os.path.join(etcd_unit.DATA, "restoring")
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was interrupted
+        os.makedirs(etcd_unit.DATA, mode=0o700, exist_ok=True)
+        # Under the token of before the cluster id would be that of before: agents and peers then could not tell that
+        # history went back when the revision of before is reached again.
+        token = f"{self.member.token}-restored-{time.time_ns()}"
+        command = [tool, "snapshot", "restore", snapshot, "--data-dir", work, "--name", self.member.name]
+        command += ["--initial-cluster", own, "--initial-advertise-peer-urls", self.member.peer_url]
+        command += ["--initial-cluster-token", token]
+        code, out, err = self.module.run_command(command, environ_update={"ETCDCTL_API": "3"})
+        if code != 0:
+            shutil.rmtree(work, ignore_errors=True)
+            reason = ((err or out).strip().splitlines() or [f"it ended with {code}"])[-1]  # before it: its log
+            self.module.fail_json(
+                msg=f"`{tool} snapshot restore` could not restore {snapshot} on this host: {reason}. "
+                "etcd was not started. Next: look at the free space of /var/lib/isthmus, or take another backup with "
+                "-e isthmus_restore_from=TIME, and run the playbook isthmus.mesh.restore again"
+            )
+        owner = pwd.getpwnam(etcd_unit.USER)
+        for where, directories, files in os.walk(etcd_unit.DATA):
+            for name in (where, *(os.path.join(where, one) for one in (*directories, *files))):
+                os.chown(name, owner.pw_uid, owner.pw_gid)
+        os.rename(os.path.join(work, "member"), os.path.join(etcd_unit.DATA, "member"))
+        os.rmdir(work)
+
+    def forget_runs(self):
+        """The snapshot may hold locks of runs, whose leases begin anew: who held them is not at work in this etcd."""
+        with self.connect([self.admin.local_endpoint(self.member)]) as client:
+            client.delete_prefix(self.admin.keys.LOCK + "/")
+        os.unlink(self.module.params["snapshot"])
+
     def finish(self, action):
         """The member votes and serves; returns what exit_json is given."""
         if self.module.check_mode:
@@ -433,14 +490,21 @@ class MemberModule:
                 self.changes.note(f"member {self.member.name}", "learner", "voting")
             health = self.admin.wait_healthy(self.member, self.connect, self.timeout)
         except self.admin.AdminError as exc:
-            journal = self.units.systemd.journal(etcd_unit.SERVICE)
-            self.module.fail_json(msg=f"{exc}. Last words of {etcd_unit.SERVICE}:\n{journal}")
+            cluster, journal = self.spec["cluster"]["name"], self.units.systemd.journal(etcd_unit.SERVICE)
+            others = self.admin.other_endpoints(self.member)
+            everything = self.units.systemd.journal(etcd_unit.SERVICE, etcd_trouble.JOURNAL_LINES)
+            why = etcd_trouble.of_host(cluster, not others, everything)
+            if not why and others:
+                why = etcd_trouble.of_others(cluster, self.admin.survey(self.member, self.connect).describe())
+            self.module.fail_json(msg=f"{exc}. {why}\nLast words of {etcd_unit.SERVICE}:\n{journal}")
         if os.path.exists(etcd_unit.FIRST_START):
             # An earlier run may have been interrupted here; it lives in /run and matters only until the next start.
             os.unlink(etcd_unit.FIRST_START)
             self.units.systemd.run("daemon-reload")
         if action in ("started", "joined") and self.acts():
             self.dismiss()
+        if action == "restored":
+            self.forget_runs()
         return self.changes.result(
             action=action, members=health.members, leader=health.leader, version=health.version, notes=self.notes
         )
@@ -466,7 +530,7 @@ class FormerMember:
             # etcd ends with an error when it was taken out, and systemd remembers that of a unit that is gone.
             self.module.run_command(["systemctl", "reset-failed", etcd_unit.SERVICE])
         if os.path.lexists(etcd_unit.DATA):
-            set_aside(self.module, self.changes)
+            former.set_aside(self.changes)
         self.changes.absent(etcd_unit.FIRST_START)
         self.changes.absent(etcd_unit.ENVIRONMENT)
         former.remove_unlisted(self.changes, self.spec, etcd_unit.PKI)
@@ -505,6 +569,7 @@ def main():
             "record": {"type": "dict", "required": True},
             "formed": {"type": "bool", "default": False},
             "former": {"type": "str"},
+            "snapshot": {"type": "path"},
             "archive": {"type": "path"},
             "timeout": {"type": "int", "default": 180},
         },

@@ -108,7 +108,6 @@ packages:
   sample: [dnsmasq-base]
 """
 
-import calendar
 import glob
 import ipaddress
 import os
@@ -116,11 +115,10 @@ import platform
 import re
 import socket
 import struct
-import time
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, packages, ports, resolver
+from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, clock, packages, ports, resolver
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 DEVICE = "isthmus0"
@@ -160,15 +158,8 @@ def system_problems(module):
 
 
 def clock_problems(told, allowed):
-    if not told:
-        return []
-    skew = time.time() - calendar.timegm(time.strptime(told, "%Y-%m-%dT%H:%M:%SZ"))
-    if abs(skew) <= allowed:
-        return []
-    return [
-        f"The clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the controller's; certificates would "
-        "not be valid yet or no longer. Set it (chrony or systemd-timesyncd) and run again."
-    ]
+    words = clock.problem(told, allowed) if told else ""
+    return [words] if words else []
 
 
 def foreign(found, own):

@@ -50,6 +50,15 @@ options:
         description: Its mesh address.
         type: str
         required: true
+  controller_time:
+    description:
+      - The controller's time, in UTC as C(YYYY-MM-DDTHH:MM:SSZ), to compare the host's clock with.
+    type: str
+  max_clock_skew:
+    description:
+      - Seconds by which the host's clock may differ from the controller's.
+    type: int
+    default: 120
   timeout:
     description:
       - Seconds to wait for each answer.
@@ -99,7 +108,7 @@ import pathlib
 import stat
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import packets, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import clock, etcd_trouble, packets, resolver, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
@@ -136,6 +145,7 @@ class Verifier:
         return good
 
     def run(self):
+        self.look("clock", self.check_clock)
         self.look("units", self.check_units)
         self.look("spec", self.check_spec)
         self.look("certificates", self.check_certificates)
@@ -154,6 +164,12 @@ class Verifier:
         except Exception as exc:
             self.check(kind, False, f"this could not be looked at to the end: {type(exc).__name__}: {exc}; {SITE}")
             return None
+
+    def check_clock(self):
+        told = self.module.params["controller_time"]
+        if told:
+            problem = clock.problem(told, self.module.params["max_clock_skew"])
+            self.check("clock", not problem, problem)
 
     def check_units(self):
         names = ["isthmusd.service", "isthmus-dns.service", "isthmus-dns-reload.path"]
@@ -241,23 +257,36 @@ class Verifier:
                         with connect([url], timeout=self.timeout) as other:
                             self.check_answers(other, entry, errors)
         except (errors.EtcdError, OSError) as exc:
-            self.check("etcd", False, f"member {member.name} does not serve: {exc}; {restart}")
+            self.check("etcd", False, f"member {member.name} does not serve: {exc}. {self.why_not(admin, member)}")
             return
         declared = {url.rstrip("/") for url in member.members.values()}
         real = {url.rstrip("/") for entry in members for url in entry.peer_urls}
         self.check("etcd", declared == real, f"its members are {sorted(real)}, the plan has {sorted(declared)}; {SITE}")
         learners = [entry.name or entry.peer_urls[0] for entry in members if entry.learner]
         self.check("etcd", not learners, f"members do not vote yet: {', '.join(learners)}; {SITE}")
-        self.check("etcd", not alarms, f"alarms: {', '.join(sorted({alarm for _member, alarm in alarms}))}; {restart}")
+        self.check("etcd", not alarms, f"alarm {etcd_trouble.of_alarms(alarm for _member, alarm in alarms)}")
         self.check("etcd", not status.errors, f"{member.name} reports {', '.join(status.errors)}; {restart}")
         self.check("etcd", enabled, f"access control is off, every certificate may write everything; {SITE}")
         self.check_rights(endpoint, client_module, errors)
+
+    def why_not(self, admin, member):
+        """Why the member on this host does not serve, and what to do."""
+        others = admin.other_endpoints(member)
+        journal = units.Systemd(self.module).journal("isthmus-etcd.service", etcd_trouble.JOURNAL_LINES)
+        why = etcd_trouble.of_host(self.cluster, not others, journal)
+        if not why and others:
+            connect = admin.EtcdConnector(self.cluster, directory=PKI)
+            why = etcd_trouble.of_others(self.cluster, admin.survey(member, connect, self.timeout).describe())
+        return why or "Next: see `journalctl -u isthmus-etcd` there"
 
     def check_answers(self, client, entry, errors):
         try:
             client.status(timeout=self.timeout)
         except errors.EtcdError as exc:
-            self.check("etcd", False, f"member {entry.name or entry.peer_urls[0]} does not answer: {exc.reason}")
+            name = entry.name or entry.peer_urls[0]
+            words = f"`systemctl start isthmus-etcd` there; when its data is lost, {SITE}, and it joins anew; when its "
+            words += f"host is gone for good, run it with -e isthmus_prune=member/{self.cluster}/{name}"
+            self.check("etcd", False, f"member {name} does not answer: {exc.reason}. Next: {words}")
         else:
             self.proofs["etcd"] += 1
 
@@ -454,6 +483,8 @@ def main():
                     "mesh4": {"type": "str", "required": True},
                 },
             },
+            "controller_time": {"type": "str"},
+            "max_clock_skew": {"type": "int", "default": 120},
             "timeout": {"type": "int", "default": 3},
         },
         supports_check_mode=True,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Directories of backups on the controller, and the public key that backups are encrypted to. Private to this
-collection."""
+"""Directories of backups on the controller, and the operator's pair of keys: the public one that backups are encrypted
+to, the private one that opens them. Private to this collection."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 
 from ansible.errors import AnsibleActionFail
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import atomic_write, fsync_directory
 
 MANIFEST = "manifest.json"
+SNAPSHOT, RECORD, CERTIFICATE, SEALED_KEY = "snapshot.db", "estate.json", "ca.crt", "ca.key.cms"
+PASSPHRASE = "ISTHMUS_RESTORE_PASSPHRASE"  # noqa: S105 - the environment variable's name
 _SMALLEST = 2048  # bits; what NIST SP 800-57 still allows
 
 
@@ -106,12 +109,10 @@ def making(directory, name):
 def take_in(path, expected):
     """A fetched file is for its owner alone, on the disk, and as it was on the host; AnsibleActionFail when not."""
     os.chmod(path, 0o600)
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        found = _sha256(file)
         os.fsync(file.fileno())
-    if digest.hexdigest() != expected["sha256"]:
+    if found != expected["sha256"]:
         raise AnsibleActionFail(f"{os.path.basename(path)} did not arrive as it was on the host. Next: run again")
 
 
@@ -125,3 +126,138 @@ def write_manifest(place, manifest):
     """Replace it in one step."""
     content = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     atomic_write(os.path.join(place, MANIFEST), content.encode(), 0o600, os.geteuid(), os.getegid())
+
+
+# --- restoring
+
+
+def choose(directory, cluster, wanted):
+    """The directory of a cluster's backup: that of the time `wanted`, or the newest. `RefusedError` without one."""
+    place = os.path.join(directory, cluster)
+    try:
+        found = sorted(entry.name for entry in os.scandir(place) if os.path.exists(os.path.join(entry.path, MANIFEST)))
+    except OSError as exc:
+        raise RefusedError(
+            f"isthmus_backup_dir: {place} on the controller, where the backups of cluster {cluster} would be, cannot "
+            f"be read: {exc.strerror}. Nothing was changed on any host. Next: give the directory that "
+            "isthmus.mesh.backup was given, -e isthmus_backup_dir=DIRECTORY"
+        ) from exc
+    if wanted and wanted not in found:
+        raise RefusedError(
+            f"isthmus_restore_from: {place} on the controller has no complete backup {wanted}. Nothing was changed on "
+            f"any host. Next: choose one of {', '.join(found) or 'another directory: it has none at all'}"
+        )
+    if not found:
+        raise RefusedError(
+            f"isthmus_backup_dir: {place} on the controller has no complete backup: no directory with {MANIFEST}. "
+            "Nothing was changed on any host. Next: give the directory that isthmus.mesh.backup was given"
+        )
+    return os.path.join(place, wanted or found[-1])
+
+
+def whole(path, cluster, estate):
+    """The manifest of a backup all of whose files are as they were written; `RefusedError` when one is not, or when it
+    is of another cluster or estate."""
+    following = (
+        "Nothing was changed on any host. Next: take this backup from another copy, or an older one with "
+        "-e isthmus_restore_from=TIME"
+    )
+    try:
+        manifest = read_manifest(path)
+        if manifest["schema"] != 1:
+            raise ValueError(f"its schema {manifest['schema']!r} is not known to this version of isthmus.mesh")
+        whose = manifest["cluster"], manifest["estate"]
+        told = {name: file["sha256"] for name, file in manifest["files"].items()}
+        # Read later; here so that a manifest without them is told now.
+        manifest["etcd"]["revision"], manifest["time"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise RefusedError(f"The backup {path} on the controller has no usable {MANIFEST}: {exc}. {following}") from exc
+    if whose != (cluster, estate):
+        raise RefusedError(
+            f"The backup {path} on the controller is of cluster {whose[0]} of estate {whose[1]}, not of cluster "
+            f"{cluster} of estate {estate}. Nothing was changed on any host. Why: it has other hosts and addresses. "
+            "Next: give the directory of this estate's backups, -e isthmus_backup_dir=DIRECTORY"
+        )
+    for name in sorted({SNAPSHOT, RECORD, *told}):
+        if name not in told or os.path.basename(name) != name:
+            raise RefusedError(f"The backup {path} on the controller has no {name} in its {MANIFEST}. {following}")
+        try:
+            with open(os.path.join(path, name), "rb") as file:
+                found = _sha256(file)
+        except OSError as exc:
+            raise RefusedError(f"{name} of the backup {path} cannot be read: {exc.strerror}. {following}") from exc
+        if found != told[name]:
+            raise RefusedError(
+                f"{name} of the backup {path} on the controller is damaged: its SHA-256 is {found}, {MANIFEST} says "
+                f"{told[name]}. {following}"
+            )
+    return manifest
+
+
+def opened_authority(path, cluster, key, known):
+    """The private key of the authority in a backup, opened with the operator's in the file `key`, which stays here.
+
+    `known`: the authority's certificate in the estate record, in PEM, or None. `RefusedError` when the backup has no
+    key, `key` does not open it, or it is another authority's.
+    """
+    place = os.path.join(path, SEALED_KEY)
+    changed = "Nothing was changed on any host."
+    if not os.path.exists(place):
+        raise RefusedError(
+            f"The private key of cluster {cluster}'s certificate authority is lost, and the backup {path} does not "
+            f"have it. {changed} Why: it was made without isthmus_backup_key, or without the authority's host. Next: "
+            "take another backup with -e isthmus_restore_from=TIME, or put ca.key and ca.crt back by hand"
+        )
+    if not key:
+        raise RefusedError(
+            f"The private key of cluster {cluster}'s certificate authority is lost, and isthmus_restore_key is not "
+            f"given. {changed} Why: no certificate can be made for the cluster without it, and {place} can be opened "
+            "by the operator's private key only. Next: run again with -e isthmus_restore_key=FILE, the private key of "
+            "isthmus_backup_key; it stays on this controller"
+        )
+    if not os.access(key, os.R_OK):
+        raise RefusedError(
+            f"isthmus_restore_key: {key} on the controller cannot be read. {changed} Next: give the file with the "
+            "private key of isthmus_backup_key"
+        )
+    # Not with cryptography: what the controllers of old distributions have cannot open it. Nothing of this is written
+    # to a disk.
+    command = ("cms", "-decrypt", "-inform", "PEM", "-in", place, "-inkey", key, "-passin", f"env:{PASSPHRASE}")
+    secret = _openssl(*command)
+    if secret is None or b"PRIVATE KEY" not in secret:
+        raise RefusedError(
+            f"isthmus_restore_key: {key} does not open {place}. {changed} Next: give the private key whose public key "
+            f"was isthmus_backup_key then. If it has a passphrase, export it as {PASSPHRASE} for this run"
+        )
+    public = _openssl("pkey", "-pubout", feed=secret)
+    with open(os.path.join(path, CERTIFICATE), "rb") as file:
+        certificates = [file.read()]
+    certificates += [] if known is None else [known.encode()]
+    for certificate in certificates:
+        if public is None or public != _openssl("x509", "-noout", "-pubkey", feed=certificate):
+            raise RefusedError(
+                f"{place} does not hold the key of the authority that the estate trusts for cluster {cluster}. "
+                f"{changed} Why: that authority was made after this backup, or before. Next: take another backup with "
+                "-e isthmus_restore_from=TIME"
+            )
+    return secret
+
+
+def _openssl(*words, feed=b""):
+    """What the command prints, None when it fails. Only words that are no secret are its arguments."""
+    environment = {**os.environ, "LC_ALL": "C", PASSPHRASE: os.environ.get(PASSPHRASE, "")}
+    try:
+        done = subprocess.run(["openssl", *words], input=feed, capture_output=True, check=False, env=environment)
+    except OSError as exc:
+        raise RefusedError(
+            f"openssl cannot be run on the controller: {exc.strerror}. Nothing was changed on any host. Why: it opens "
+            "the authority's key. Next: install openssl and run again"
+        ) from exc
+    return done.stdout if done.returncode == 0 else None
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -66,6 +66,8 @@ class Ca:
     def __init__(self, directory: Path, name: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
+        self.days: tuple[float, float] = (-1 / 24, 1)
+        """When what is issued begins and ends, from now."""
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} CA")])
         certificate = (
@@ -84,8 +86,8 @@ class Ca:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now + datetime.timedelta(days=self.days[0]))
+            .not_valid_after(now + datetime.timedelta(days=self.days[1]))
         )
 
     def issue(self, cn: str, file: str | None = None) -> tuple[Path, Path]:

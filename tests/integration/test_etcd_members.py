@@ -19,6 +19,7 @@ import pytest
 from integration.etcd_fixture import Ca, free_port, require_etcd
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_mesh.planner import Plan
+from playbook import documented
 from unit.mesh.estates import estate, hosts, model, planned
 
 FAKE = Path(__file__).with_name("fake_systemctl.py")
@@ -83,6 +84,8 @@ class Cluster:
         (root / "bin").mkdir()
         (root / "bin" / "systemctl").write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
         (root / "bin" / "systemctl").chmod(0o755)
+        (root / "bin" / "journalctl").write_text('#!/bin/sh\ntail -n 300 "$ISTHMUS_TEST_HOST/etcd.log"\n')
+        (root / "bin" / "journalctl").chmod(0o755)
         self.path = f"{root / 'bin'}:{os.environ['PATH']}"
 
     def planned(self, *members: str, gone: tuple[str, ...] = (), prune: tuple[str, ...] = ()) -> Plan:
@@ -105,11 +108,11 @@ class Cluster:
             spec["member"].update(members=peers, client_urls=clients, **own)
         return spec
 
-    def run(self, name: str, check: bool = False, acts: str = "o1") -> dict[str, Any]:
+    def run(self, name: str, check: bool = False, acts: str = "o1", **more: Any) -> dict[str, Any]:
         host, spec = self.hosts[name], self.spec(name)
         if spec["member"] is not None:
             host.give_keys(spec["pki"])
-        arguments = {"spec": spec, "record": self.plan.record["clusters/onprem"], "former": acts, "timeout": 30}
+        arguments = {"spec": spec, "record": self.plan.record["clusters/onprem"], "former": acts, "timeout": 30, **more}
         before = dict(os.environ)
         os.environ.update(PATH=self.path, ISTHMUS_TEST_HOST=str(host.place))
         try:
@@ -138,6 +141,10 @@ class Cluster:
 
     def members(self) -> list[str]:
         return sorted(line.split(", ")[2] for line in self.etcdctl("member", "list").splitlines())
+
+    def cluster_id(self, at: str = "o2") -> int:
+        """etcd's own."""
+        return int(json.loads(self.etcdctl("member", "list", "-w", "json", at=at))["header"]["cluster_id"])
 
     def converge(self, name: str, action: str, acts: str = "o1") -> dict[str, Any]:
         """check -> apply -> apply -> check; the result of the run that changed something."""
@@ -174,6 +181,17 @@ def put_away(host: Host) -> None:
     (aside,) = host.place.glob("data.removed-*")
     assert (aside / "member" / "wal").is_dir()
     assert host.keys() == {"agent"}
+
+
+def guard(cluster: Cluster) -> None:
+    """Access control is on, as the role leaves it."""
+    for words in (("user", "add", "--no-password", "root"), ("user", "grant-role", "root", "root"), ("auth", "enable")):
+        cluster.etcdctl(*words)
+
+
+def lose(host: Host) -> None:
+    host.systemctl("stop", "isthmus-etcd.service")
+    shutil.rmtree(host.data)
 
 
 def test_members_that_are_pruned_leave_and_come_back(cluster: Cluster) -> None:
@@ -274,3 +292,106 @@ def test_a_host_without_a_member_needs_nothing(cluster: Cluster) -> None:
     cluster.plan = cluster.planned("o1", "o2", prune=("member/onprem/o3",))
     assert cluster.run("o3")["action"] == "none"
     assert cluster.hosts["o3"].calls() == []
+
+
+def test_all_members_come_back_from_a_snapshot(cluster: Cluster, tmp_path: Path) -> None:
+    """With its users and keys, under another cluster id, and without the locks of runs that were at work then."""
+    cluster.form()
+    guard(cluster)
+    for key in ("isthmus/v1/services/shop/web", "isthmus/v1/lock/run"):
+        cluster.etcdctl("put", key, "x")
+    before = cluster.cluster_id()
+    taken, sent = tmp_path / "taken.db", cluster.hosts["o2"].place / "sent.db"
+    cluster.etcdctl("snapshot", "save", str(taken))
+    for host in cluster.hosts.values():
+        lose(host)
+    restore = {"formed": True, "acts": "o2", "snapshot": str(sent)}
+    with pytest.raises(ModuleFailed, match=r"sent.db is not on this host, .* Nothing was restored"):
+        cluster.run("o2", **restore)
+    assert not cluster.hosts["o2"].data.exists()
+
+    sent.write_bytes(taken.read_bytes()[:-100])
+    with pytest.raises(ModuleFailed, match=r"could not restore .*etcd was not started. Next: "):
+        cluster.run("o2", **restore)
+    assert (list(cluster.hosts["o2"].data.iterdir()), cluster.hosts["o2"].runs()) == ([], False)
+
+    shutil.copy(taken, sent)
+    assert cluster.run("o2", check=True, **restore)["changed"] is True
+    assert cluster.run("o2", **restore)["action"] == "restored"
+    assert not sent.exists()
+    assert list(cluster.hosts["o2"].data.iterdir()) == [cluster.hosts["o2"].data / "member"]
+    for name in ("o1", "o3"):
+        assert cluster.run(name, **restore)["action"] == "joined"
+    assert cluster.members() == ["o1", "o2", "o3"]
+    assert cluster.cluster_id() != before
+    keys = cluster.etcdctl("get", "--prefix", "--keys-only", "isthmus/", at="o3").split()
+    assert [key for key in keys if "/etcd-joining/" not in key] == [
+        "isthmus/v1/estate/clusters/onprem",
+        "isthmus/v1/services/shop/web",
+    ]
+    assert cluster.etcdctl("user", "list").split() == ["root"]
+    for name in cluster.hosts:
+        assert cluster.run(name, formed=True)["changed"] is False
+
+
+def test_a_member_that_lost_its_data_joins_anew_whoever_leads(cluster: Cluster) -> None:
+    cluster.form()
+    guard(cluster)
+    before = cluster.cluster_id()
+    lose(cluster.hosts["o1"])  # it led: the first of the others that is asked may not
+    assert cluster.run("o1", formed=True)["action"] == "joined"
+    assert cluster.members() == ["o1", "o2", "o3"]
+    assert cluster.cluster_id() == before
+
+
+def test_damaged_data_of_one_member_is_told_and_replaced(cluster: Cluster) -> None:
+    cluster.form()
+    host = cluster.hosts["o3"]
+    host.systemctl("stop", "isthmus-etcd.service")
+    with (host.data / "member" / "snap" / "db").open("r+b") as file:
+        file.write(os.urandom(8192))
+    with pytest.raises(ModuleFailed, match=r"member o3 does not serve .*Its data is damaged .*joins them anew") as told:
+        cluster.run("o3", formed=True, timeout=5)
+    for command in ("`systemctl stop isthmus-etcd`", "`mv /var/lib/isthmus/etcd /var/lib/isthmus/etcd.damaged`"):
+        assert command in told.value.msg
+    host.systemctl("stop", "isthmus-etcd.service")
+    host.data.rename(host.place / "data.damaged")
+    assert cluster.run("o3", formed=True)["action"] == "joined"
+    assert cluster.members() == ["o1", "o2", "o3"]
+
+
+def test_two_of_three_that_lost_their_data_join_the_one_that_is_left(cluster: Cluster) -> None:
+    """By the commands of the docs: nothing that was written is lost, and the cluster is the same one to its readers."""
+    cluster.form()
+    guard(cluster)
+    cluster.etcdctl("put", "isthmus/v1/services/shop/web", "latest")
+    before = cluster.cluster_id()
+    for name in ("o2", "o3"):
+        lose(cluster.hosts[name])
+    with pytest.raises(ModuleFailed, match=r"has no data and no other member .*\(o1 run but cannot serve; .*restore"):
+        cluster.run("o2", formed=True)
+    host = cluster.hosts["o1"]
+    host.systemctl("restart", "isthmus-etcd.service")
+    with pytest.raises(
+        ModuleFailed, match=r"o1 does not serve .*Of the other members: o2, o3 refuse connections.*Next:"
+    ):
+        cluster.run("o1", formed=True, timeout=5)
+
+    script = documented("operating.md", "systemctl stop isthmus-etcd\nset -a")
+    for there, here in (
+        ("systemctl stop isthmus-etcd", "systemctl stop isthmus-etcd.service"),
+        ("systemctl start isthmus-etcd", "true"),
+        ("/etc/isthmus/etcd.env", str(host.place / "etcd.env")),
+        ("runuser -u isthmus-etcd -- timeout 20", "env timeout 6"),
+        ("/etc/systemd/system/", f"{host.place / 'units'}/"),
+    ):
+        assert there in script
+        script = script.replace(there, here)
+    environment = {**os.environ, "PATH": cluster.path, "ISTHMUS_TEST_HOST": str(host.place)}
+    subprocess.run(["sh", "-e", "-c", script], check=True, capture_output=True, env=environment)
+    assert cluster.run("o1", formed=True)["action"] == "started"
+    for name in ("o2", "o3"):
+        assert cluster.run(name, formed=True)["action"] == "joined"
+    assert cluster.members() == ["o1", "o2", "o3"]
+    assert cluster.cluster_id() == before
+    assert cluster.etcdctl("get", "isthmus/v1/services/shop/web", at="o3").split()[-1] == "latest"

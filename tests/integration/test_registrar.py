@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import EtcdServer, require_etcd
 from isthmus_agent.kvstore import Permission, canary_cluster_id
-from isthmus_agent.registrar import mirror, service
+from isthmus_agent.registrar import mirror, recall, service
 from isthmus_agent.registrar.leader import Election, NotLeader, Writer
 from isthmus_agent.registrar.publish import Change, publish
 from isthmus_agent.registrar.service import Registrar, utc_now
@@ -64,6 +64,7 @@ class Cluster:
                     Permission("read", "cilium/state/", prefix=True),
                     Permission("read", f"cilium/cluster-config/{self.name}", prefix=False),
                     Permission("read", f"cilium/synced/{self.name}/", prefix=True),
+                    *(Permission("read", keys.cache_prefix(kind, peer), prefix=True) for kind in keys.KINDS),
                 )
         self.server.enable_auth()
 
@@ -704,6 +705,83 @@ def test_lost_disk_of_all_is_not_published_as_an_empty_cluster(
                     assert published(onprem, 2)
                     await until(lambda: status(cloud, "onprem").state == "connected", "connected again")
                     assert cloud.server.dump("cilium/cache/") == good
+
+    asyncio.run(run())
+
+
+def test_after_a_total_loss_the_former_numbers_are_read_back_from_a_peer(onprem: Cluster, cloud: Cluster) -> None:
+    """No etcd, no file: the peer's mirror is the last witness. What it has beside that, or invents, is not taken."""
+
+    async def run() -> None:
+        released = {"labels": "k8s:app=old;", "created": "2026-01-01T00:00:00Z", "released": utc_now()}
+        onprem.put({keys.alloc_identity_key(65537): json.dumps(released)})
+        onprem.put_all(2)
+        cloud.put_all(1)
+        async with running(cloud.registrar(onprem), onprem.registrar()):
+            await until(lambda: mirrored(cloud, onprem, 2), "mirrored")
+            onprem.put(onprem.service("api"))  # comes later than web, so it has the higher address
+            api = keys.service_key("onprem", "shop", "api", cached=True)
+            await until(lambda: api in cloud.server.dump(api), "the second service too")
+            dealt, state = allocated(onprem), onprem.server.dump("cilium/state/")
+        assert keys.identity_key(65538) in state
+        forged = json.loads(cloud.server.dump(api)[api])
+        forged.update(name="evil", frontends={"10.112.0.9": {}})
+        foreign = "k8s:io.cilium.k8s.policy.cluster=cloud;"
+        cloud.put(
+            {
+                keys.service_key("onprem", "shop", "evil", cached=True): json.dumps(forged),
+                keys.identity_key(131080, "onprem"): foreign,
+                keys.identity_key(65999, "onprem"): foreign,
+                keys.identity_key(65998, "onprem"): "no labels",
+            }
+        )
+        await asyncio.to_thread(onprem.lose_everything, "another")
+        onprem.put(onprem.service(), onprem.service("api"), onprem.record(2))  # `site`; agents are still silent
+        async with running(onprem.registrar(cloud, host="h3")):
+            await until(lambda: keys.alloc_identity_key(65538) in allocated(onprem), "read back")
+            onprem.put(onprem.node(1), onprem.web(1), onprem.node(2), onprem.web(2))
+            await until(lambda: published(onprem, 2) and canaries(onprem), "published again")
+            now = allocated(onprem)
+        assert {key: json.loads(now[key])["ipv4"] for key in now if key.startswith(keys.VIPS_PREFIX)} == {
+            keys.vip_key("shop", "web"): "10.111.0.1",
+            keys.vip_key("shop", "api"): "10.111.0.2",
+        }
+        assert [key for key in now if key.startswith(keys.ALLOC_IDENTITIES_PREFIX)] == [keys.alloc_identity_key(65538)]
+        assert onprem.server.dump("cilium/state/") == state
+        assert dealt[keys.vip_key("shop", "api")] == now[keys.vip_key("shop", "api")]
+
+    asyncio.run(run())
+
+
+def test_a_peer_that_is_silent_is_not_waited_for_long(
+    onprem: Cluster, cloud: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "WAIT", 3.0)
+
+    async def run() -> None:
+        onprem.put_all(1)
+        cloud.server.stop(signal.SIGKILL)
+        began = time.monotonic()
+        async with running(onprem.registrar(cloud)):
+            await until(lambda: published(onprem, 1), "published")
+        assert time.monotonic() - began > 3.0
+
+    asyncio.run(run())
+
+
+def test_certificates_that_are_gone_for_a_while_do_not_end_the_registrar(onprem: Cluster) -> None:
+    async def run() -> None:
+        onprem.put_all(1)
+        registrar = onprem.registrar()
+        directory = onprem.server.ca.directory
+        away = directory.with_name("away")
+        await asyncio.to_thread(onprem.server.stop)
+        directory.rename(away)
+        async with running(registrar):
+            await until(lambda: all(store.error for store in registrar.stores), "noticed")
+            away.rename(directory)
+            await asyncio.to_thread(onprem.server.start)
+            await until(lambda: published(onprem, 1), "published")
 
     asyncio.run(run())
 

@@ -97,10 +97,16 @@ def read(directory: Path) -> dict[str, Validity]:
 
 
 def warnings(certificates: dict[str, Validity], now: float) -> Sequence[str]:
-    """Those that end soon or have ended, in words."""
+    """Those that end soon, have ended, or have not begun, in words."""
     words = []
     for name, valid in certificates.items():
-        if valid.ends_soon(now):
+        if valid.begin > now:
+            day = datetime.fromtimestamp(valid.begin, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            words.append(
+                f"certificate {name} begins at {day} only, by this host's clock; what uses it fails until then. Next: "
+                "set the clock (chrony or systemd-timesyncd)"
+            )
+        elif valid.ends_soon(now):
             day = datetime.fromtimestamp(valid.end, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
             verb = "ended" if valid.end <= now else "ends"
             words.append(f"certificate {name} {verb} at {day}; what uses it fails then. Next: run site to renew it")

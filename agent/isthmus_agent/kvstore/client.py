@@ -313,6 +313,9 @@ _SERVER_ENDS = (
     "request cancelled",
 )
 
+# gRPC's words for a server's certificate that we refuse, and for a server that refuses ours.
+_REFUSED_TLS = ("CERTIFICATE_VERIFY_FAILED", "TSI_DATA_CORRUPTED", "andshake failed")
+
 
 def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
     """The exception for a gRPC status. etcd's texts: `api/v3rpc/rpctypes/error.go`."""
@@ -333,6 +336,8 @@ def error_of(endpoint: str, what: str, code: Any, details: str) -> EtcdError:
         return EtcdExists(endpoint, what, details)
     cut = code in (status.INTERNAL, status.UNKNOWN) and any(words in details for words in _SERVER_ENDS)
     if cut or code in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED) or "for learner" in details:
+        if any(words in details for words in _REFUSED_TLS):
+            details += "; a certificate is refused: it has ended, has not begun, or is another authority's"
         return EtcdUnavailable(endpoint, what, details or code.name)
     if code is status.FAILED_PRECONDITION:
         return EtcdPrecondition(endpoint, what, details)

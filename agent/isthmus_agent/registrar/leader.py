@@ -63,7 +63,7 @@ class Election:
         while True:
             try:
                 term = await self._try(since())
-            except EtcdError as error:
+            except (EtcdError, OSError) as error:  # OSError: certificate files that cannot be read
                 if told != str(error):
                     told = str(error)
                     logger.warning("cannot campaign", extra=fields(error=told))
@@ -97,7 +97,7 @@ class Election:
                 renewed = self._clock()
             except EtcdNotFound:
                 raise NotLeader("the lease has expired") from None
-            except EtcdError as error:
+            except (EtcdError, OSError) as error:
                 if self._clock() - renewed >= LEASE_TTL:
                     raise NotLeader(f"the lease was not renewed for {LEASE_TTL} s: {error}") from None
 
@@ -107,7 +107,7 @@ class Election:
             await self.client.lease_revoke(term.lease)
         except EtcdNotFound:
             return
-        except EtcdError as error:
+        except (EtcdError, OSError) as error:
             logger.warning("cannot resign, the lease ends by itself", extra=fields(error=str(error)))
 
 

@@ -38,6 +38,7 @@ from isthmus_agent.kvstore import (
 from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.sdnotify import notify, watchdog_interval
 
+from . import recall
 from .leader import Election, NotLeader, Term, Writer
 from .memory import Known, Memory
 from .mirror import Mirror, read_mirrored
@@ -184,7 +185,7 @@ class Registrar:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`: hold the stores, campaign, lead."""
-        watching = [asyncio.create_task(store.run(), name=f"store {store.prefix}") for store in self.stores]
+        watching = [asyncio.create_task(self._follow(store), name=f"store {store.prefix}") for store in self.stores]
         leading = asyncio.create_task(self._campaign_for_ever(), name="leadership")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         beating = asyncio.create_task(self._watchdog(), name="watchdog")
@@ -202,6 +203,16 @@ class Registrar:
             await end(tasks)
             await self._save()
             await self.client.close()
+
+    async def _follow(self, store: PrefixStore) -> None:
+        """For ever: certificate files that cannot be read, of a host that lost them, come back by `site`."""
+        while True:
+            try:
+                await store.run()
+            except OSError as error:
+                store.connected, store.error = False, str(error)
+                logger.warning("cannot read certificates", extra=fields(prefix=store.prefix, error=str(error)))
+            await asyncio.sleep(RETRY_DELAY)
 
     async def _watchdog(self) -> None:
         """Tells systemd that the event loop turns; a store or a term that ends with an error ends the process."""
@@ -295,6 +306,7 @@ class Registrar:
     async def _publish(self, writer: Writer) -> None:
         actual: dict[str, str] | None = None
         previous: dict[str, str] = {}
+        recalled: Mapping[str, str] = {}
         audited = heartbeat = canaries = float("-inf")
         complete_before = False
         refreshed = False
@@ -321,10 +333,11 @@ class Registrar:
                 # The leader before may have acted on inputs that have not reached these stores yet.
                 await asyncio.gather(*(store.refresh() for store in self.stores))
                 refreshed, epoch = True, self._epoch()
+                recalled = await self._recall(record)
                 continue
             if actual is None or now - audited >= AUDIT_INTERVAL:
                 actual, audited, dirty = await self._read_actual(), now, True
-                previous = overlay(previous, self._remembered(), actual)
+                previous = overlay(previous, self._remembered(), actual, recalled)
             draining = self._draining(record, previous)
             # Who waited looks each second: what it waited for may be the clock.
             if dirty or self._told or record is not published or draining != drained:
@@ -381,6 +394,29 @@ class Registrar:
         return (
             f"this etcd lacks what was published before, and agents have not said all yet ({named}): withdrawing "
             f"nothing and writing no canary for up to {REPORT_GRACE:.0f} s"
+        )
+
+    async def _recall(self, record: Mapping[str, Any]) -> Mapping[str, str]:
+        """What peers know of the numbers and addresses that were dealt here, when neither etcd nor this registrar can
+        know all of them: an etcd that lost history, and nothing remembered beside it."""
+        if (self.allocations.trusted and self.state.trusted) or self._remembered():
+            return {}
+        claims = await recall.ask(self.own, self.registrar.peers, self._client_of, recall.WAIT)
+        services = ["/".join(name) for key in self.services.items if (name := keys.parse_service_definition_key(key))]
+        found = recall.agreed(self.own, claims, recall.label_sets(self.own, record), services, self._wall())
+        if found:
+            told = {peer: len(one.identities) + len(one.vips) for peer, one in claims.items()}
+            logger.warning("numbers and addresses read back from peers", extra=fields(taken=len(found), told=told))
+        return found
+
+    def _client_of(self, peer: PeerSpec) -> EtcdClient:
+        return EtcdClient(
+            peer.etcd.endpoints,
+            peer.etcd.ca,
+            peer.etcd.cert,
+            peer.etcd.key,
+            clock=self._clock,
+            max_receive=MAX_RECEIVE,
         )
 
     def _without_new_services(self, changes: list[Change], actual: Mapping[str, str]) -> list[Change]:
@@ -543,14 +579,7 @@ class Registrar:
                 id=peer.id, synced_canaries=True, cached=True, max_connected_clusters=self.own.max_clusters
             ).to_json()
         )
-        client = EtcdClient(
-            peer.etcd.endpoints,
-            peer.etcd.ca,
-            peer.etcd.cert,
-            peer.etcd.key,
-            clock=self._clock,
-            max_receive=MAX_RECEIVE,
-        )
+        client = self._client_of(peer)
         mirror = Mirror(
             peer,
             self.own.max_clusters,

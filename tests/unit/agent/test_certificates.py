@@ -73,3 +73,5 @@ def test_all_that_can_be_read_is_and_the_rest_is_left_out(tmp_path: Path) -> Non
     ]
     (words,) = certificates.warnings(found, NOW.timestamp() + 20 * DAY)
     assert words.startswith("certificate agent ended at 2026-01-12")
+    words, *_ended = certificates.warnings({"agent": found["agent"]}, NOW.timestamp() - 81 * DAY)
+    assert words.startswith("certificate agent begins at 2025-10-14 03:04 UTC only, by this host's clock; ")

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""This host's clock beside the controller's."""
+
+from __future__ import annotations
+
+import calendar
+import time
+
+
+def problem(told: str, allowed: int) -> str:
+    """How far the clock is from the time that the controller told (UTC, YYYY-MM-DDTHH:MM:SSZ), in words; empty when it
+    is less than ``allowed`` seconds."""
+    skew = time.time() - calendar.timegm(time.strptime(told, "%Y-%m-%dT%H:%M:%SZ"))
+    if abs(skew) <= allowed:
+        return ""
+    return (
+        f"The clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the controller's; certificates would "
+        "not be valid yet or no longer. Set it (chrony or systemd-timesyncd) and run again."
+    )
