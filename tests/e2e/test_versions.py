@@ -37,12 +37,14 @@ cp /root/previous/lib/libbpf.so.1 {home}/lib/
 cp /root/previous/bundle.json {home}/
 rm -rf /root/previous /root/previous.tar.gz
 """
-# An older version never comes after a newer one: maps of another layout, last-known-good and the registrar's file go.
+# An older version never comes after a newer one, so whatever that has left goes: environment, maps of another layout,
+# last-known-good, the registrar's file, generations.
 REPLACE = """set -e
 systemctl stop isthmus-dns-reload.path {programs}
 isthmus datapath remove --yes
-rm -rf /var/lib/isthmus/agent/last-known-good.json /var/lib/isthmus/registrar
+rm -rf /var/lib/isthmus/agent/last-known-good.json /var/lib/isthmus/registrar /var/lib/isthmus/generations
 ln -sfn {home} /opt/isthmus/current
+find /opt/isthmus -mindepth 1 -maxdepth 1 -type d -name '[0-9]*' ! -path {home} -exec rm -rf {{}} +
 systemctl daemon-reload
 systemctl start isthmus-dns-reload.path {programs}
 if [ -e /etc/systemd/system/isthmus-resolved.service ]; then systemctl restart isthmus-resolved.service; fi
