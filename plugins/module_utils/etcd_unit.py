@@ -52,7 +52,9 @@ def environment(spec: Mapping[str, Any], revocation: bool = True) -> str:
         "ETCD_PEER_TRUSTED_CA_FILE": f"{PKI}/trust/{cluster}.crt",
         "ETCD_PEER_CLIENT_CERT_AUTH": "true",
         "ETCD_PEER_CERT_ALLOWED_CN": peer_cn,
-        **({"ETCD_CLIENT_CRL_FILE": f"{PKI}/{REVOKED}", "ETCD_PEER_CRL_FILE": f"{PKI}/{REVOKED}"} if revocation else {}),
+        **(
+            {"ETCD_CLIENT_CRL_FILE": f"{PKI}/{REVOKED}", "ETCD_PEER_CRL_FILE": f"{PKI}/{REVOKED}"} if revocation else {}
+        ),
         "ETCD_ENABLE_GRPC_GATEWAY": "false",
         "ETCD_QUOTA_BACKEND_BYTES": str(member["quota_bytes"]),
         "ETCD_AUTO_COMPACTION_MODE": "periodic",

@@ -297,7 +297,12 @@ def test_a_peers_sick_authority_leaves_the_rest_working(estate: Estate) -> None:
     (estate.pki("cloud-1") / "ca.key").unlink()
     requested = estate.run("pki_request", {"spec": onprem}, "onprem-1")
     (group,) = requested["pending"]
-    arguments = {"cluster": "cloud", "host": "onprem-1", "certificates": onprem["pki"]["certificates"], "requests": group["requests"]}
+    arguments = {
+        "cluster": "cloud",
+        "host": "onprem-1",
+        "certificates": onprem["pki"]["certificates"],
+        "requests": group["requests"],
+    }
     with pytest.raises(ModuleFailed) as refused:
         estate.run("pki_sign", arguments, "cloud-1")
     answer = {"failed": False, "msg": refused.value.msg, "pki_group": group}
@@ -314,7 +319,12 @@ def test_a_new_host_is_predicted_while_the_authority_has_the_bundle(estate: Esta
     bare = {"check": True, "bundle": False}
     requested = estate.run("pki_request", {"spec": new, "trust": known}, "onprem-2", **bare)
     (group,) = requested["pending"]
-    arguments = {"cluster": "onprem", "certificates": new["pki"]["certificates"], "requests": group["requests"]}
+    arguments = {
+        "cluster": "onprem",
+        "host": "onprem-2",
+        "certificates": new["pki"]["certificates"],
+        "requests": group["requests"],
+    }
     answer = estate.run("pki_sign", arguments, "onprem-1", check=True)
     installed = estate.run("pki_install", {"spec": new, "signed": [answer]}, "onprem-2", **bare)
     assert installed["changed"]
