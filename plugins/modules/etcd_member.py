@@ -17,8 +17,8 @@ description:
     serves, forms the cluster when there cannot be one, and is refused when that cannot be told. The data of a member
     that its cluster took out is moved aside; the member joins anew.
   - A running member is restarted only when its configuration or its list of revoked certificates changed, in its turn,
-    while all others are healthy, after a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then; the
-    result says so.
+    while all others are healthy, after a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then;
+    the result says so.
   - Members that the record does not list any more are taken out of the cluster by O(former), one at a time, after a
     snapshot, while all that stay are healthy; else a warning says why not. They are left when the record in etcd is
     newer than the plan.

@@ -59,7 +59,7 @@ options:
     elements: str
     default: []
   lists:
-    description: Lists of revoked certificates in PEM for the record, by cluster, as M(isthmus.mesh.pki_revoke) made them.
+    description: Lists of revoked certificates in PEM for the record, by cluster, as M(isthmus.mesh.pki_revoke) gave.
     type: dict
     default: {}
   version:
