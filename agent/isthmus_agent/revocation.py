@@ -144,7 +144,10 @@ def check_der(content: bytes, ca: str, where: str) -> None:
     try:
         found = x509.load_der_x509_crl(content)
     except ValueError as exc:
-        raise PkiError(f"{where} is no readable list of revoked certificates (DER): {exc}") from exc
+        raise PkiError(
+            f"{where} is no readable list of revoked certificates (DER): {exc}. Remove it and run the playbook again, "
+            "which fetches it"
+        ) from exc
     _checked(found, ca, where)
 
 
@@ -158,7 +161,7 @@ def describe_list(der: bytes) -> str:
 def _checked(found: x509.CertificateRevocationList, ca: str, where: str) -> x509.CertificateRevocationList:
     authority = load_certificates(ca.encode(), "the pinned CA")[0]
     if found.issuer != authority.subject or not found.is_signature_valid(public_key_of(authority)):
-        raise PkiError(f"{where} is a list of revoked certificates that another authority signed")
+        raise PkiError(f"{where} is a list of revoked certificates that another authority signed; compare the two")
     return found
 
 

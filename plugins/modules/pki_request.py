@@ -170,10 +170,12 @@ def ensure_list(changes, revocation, directory, cluster, ca, known):
     """The list of revoked certificates is there. Returns whether the authority must be asked for one."""
     path = os.path.join(directory, etcd_unit.REVOKED)
     found = read_bytes(path)
-    if revocation is None or ca is None:
+    if revocation is None:
         if found is None and known is not None:
             changes.note(path, "", "from the estate record")
         return found is None and known is None
+    if ca is None:
+        return True
     if known is not None:
         wanted = revocation.to_der(known, ca, f"the estate record's document of cluster {cluster}")
         changes.file(path, wanted, shown=(describe_list(revocation, found), revocation.describe_list(wanted)))

@@ -168,9 +168,8 @@ def run(module, pki, revocation, changes):
         changes.file(certificate_path, established.write_certificate, shown=("", after))
 
     ledger_path = os.path.join(directory, revocation.LEDGER)
-    ledger = revocation.Ledger.read(
-        read_bytes(ledger_path), ledger_path, now, new=established.write_certificate is not None
-    )
+    held = read_bytes(ledger_path)
+    ledger = revocation.Ledger.read(held, ledger_path, now, new=not evidence)
 
     specs = {entry["name"]: entry for entry in module.params["certificates"]}
     signed = []
@@ -189,9 +188,9 @@ def run(module, pki, revocation, changes):
         signed.append({"name": name, "certificate": certificate})
         ledger = ledger.with_certificate(certificate, module.params["host"], name)
     note_signed(changes, module.params["requests"], shown)
-    if shown:
+    if shown or held is None:
         # Before anybody gets them: one that is not in it could not be revoked.
-        changes.file(ledger_path, ledger.text(now), shown=("", "\n".join(f"signed: {name}" for name in sorted(shown))))
+        changes.file(ledger_path, ledger.text(now), shown=("", "ledger of what was signed"))
     predicted = module.check_mode and established.write_certificate is not None
     return changes.result(
         cluster=cluster,
