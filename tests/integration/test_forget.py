@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -265,7 +266,10 @@ def test_a_restart_waits_for_the_others_and_a_lost_cluster_loses_its_access(esta
     assert not estate.admitted(stolen, "root", "o1")
     assert estate.members() == ["o1", "o2", "o3"]
 
-    estate.hosts["o2"].systemctl("start", "isthmus-etcd.service")
+    estate.hosts["o2"].systemctl("restart", "isthmus-etcd.service")
+    deadline = time.monotonic() + 60
+    while not estate.admitted(estate.hosts["o2"].pki, "root", "o2"):
+        assert time.monotonic() < deadline, "o2 does not serve"
     for name in ("o1", "o2"):
         assert estate.member(name)["action"] == "restarted"
     assert estate.members() == ["o1", "o2"]

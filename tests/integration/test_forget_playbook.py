@@ -5,21 +5,26 @@ read from the copies there."""
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from isthmus_agent import pki, revocation
 from isthmus_mesh.planner import Forget
 from playbook import Recap, recaps
 from unit.mesh.estates import estate, hosts, model, planned
 
 ROOT = Path(__file__).resolve().parents[2]
+FAKE = Path(__file__).with_name("fake_systemctl.py")
 HOSTS = ("c1", "o1", "o2", "o3")
 
 pytestmark = [pytest.mark.root]
@@ -42,23 +47,36 @@ PLAN = """\
 
 
 class Site:
-    """Hosts that hold the copies of a record in which o3 is forgotten."""
+    """Hosts that hold copies of the record; in `site`'s they say that o3 is forgotten."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        collections = place / "collections" / "ansible_collections" / "isthmus"
-        collections.mkdir(parents=True)
-        (collections / "mesh").symlink_to(ROOT)
+        mesh = place / "collections" / "ansible_collections" / "isthmus" / "mesh"
+        (mesh / "playbooks").mkdir(parents=True)
+        for path in (*ROOT.iterdir(), *ROOT.glob("playbooks/*")):
+            if not (mesh / path.relative_to(ROOT)).exists():
+                (mesh / path.relative_to(ROOT)).symlink_to(path)
+        # What comes after in `forget` needs machines; tests/e2e has them.
+        (mesh / "playbooks" / "site.yml").unlink()
+        (mesh / "playbooks" / "site.yml").write_text("- hosts: localhost\n  gather_facts: false\n  tasks: []\n")
+        (place / "bin").mkdir()
+        (place / "bin" / "systemctl").write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+        (place / "bin" / "systemctl").chmod(0o755)
         (place / "plan.yml").write_text(PLAN)
-        self.record = planned(model(), planned(model()), forget=Forget(names=["o3"])).record
+        self.etc = {name: place / "hosts" / name / "etc" / "isthmus" for name in HOSTS}
         for name in HOSTS:
             home = place / "hosts" / name
             (home / "etc" / "isthmus" / "pki").mkdir(parents=True)
             (home / "work").mkdir()
-            (home / "etc" / "isthmus" / "estate.json").write_text(json.dumps(self.record))
             (home / "etc" / "isthmus" / "pki" / "agent.key").write_text("x")
             (home / "python").write_text(PYTHON.format(place=home, agent=ROOT / "agent", python=sys.executable))
             (home / "python").chmod(0o755)
+
+    def know(self, record: Mapping[str, Any]) -> None:
+        """Every host has this copy of the record."""
+        for etc in self.etc.values():
+            etc.mkdir(exist_ok=True)
+            (etc / "estate.json").write_text(json.dumps(record))
 
     def run(self, playbook: str, *options: str, down: tuple[str, ...] = ()) -> tuple[int, dict[str, Recap], str]:
         """Exit status, recaps, and all that was said without line breaks."""
@@ -72,7 +90,8 @@ class Site:
         everywhere = {"isthmus_estate": estate()}
         (self.place / "hosts.yml").write_text(json.dumps({"all": {"hosts": inventory, "vars": everywhere}}))
         environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "ISTHMUS_TEST_HOST": str(self.place),
             "HOME": str(self.place / "home"),
             "LANG": "C.UTF-8",
             "ANSIBLE_COLLECTIONS_PATH": str(self.place / "collections"),
@@ -90,7 +109,9 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
+    made = Site(tmp_path)
+    made.know(planned(model(), planned(model()), forget=Forget(names=["o3"])).record)
+    return made
 
 
 def test_a_forgotten_host_that_is_back_is_refused_until_it_holds_nothing(site: Site) -> None:
@@ -104,7 +125,7 @@ def test_a_forgotten_host_that_is_back_is_refused_until_it_holds_nothing(site: S
     assert "isthmus.mesh.teardown --limit o3 -e isthmus_confirm_teardown=lab" in said
     counted = recap["o1"].ok
 
-    shutil.rmtree(site.place / "hosts" / "o3" / "etc" / "isthmus")
+    shutil.rmtree(site.etc["o3"])
     status, recap, said = site.plan()
     assert (status, "planned: c1 o1 o2 o3" in said) == (0, True), said
     # Other hosts do nothing for that.
@@ -137,3 +158,43 @@ def test_forget_refuses_with_words_before_anything_is_changed(site: Site, option
     assert status == 2
     assert words in said
     assert sum(one.changed for one in recap.values()) == 0
+
+
+def test_forget_reaches_whom_it_can_and_tells_of_the_rest(site: Site) -> None:
+    """o3 is stolen, and cloud, whose authority signed for its registrar, is out of reach. In check mode, so that no
+    etcd is needed: the modules predict, and the authority of onprem says what it would revoke."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    record = copy.deepcopy(dict(planned(model()).record))
+    for name, place in (("onprem", "o1"), ("cloud", "c1")):
+        key, certificate = pki.new_authority(name, now)
+        record[f"clusters/{name}"]["ca_certificate"] = certificate.decode()
+        (site.etc[place] / "pki" / "ca.key").write_bytes(key)
+        (site.etc[place] / "pki" / "ca.crt").write_bytes(certificate)
+        authority = pki.Authority(name, key, certificate, "here", now)
+        ledger = revocation.Ledger.read(None, "here", now, new=True)
+        for host in ("o2", "o3"):
+            wanted = pki.CertificateSpec(
+                "root", name, place, "root", frozenset(), frozenset(), frozenset(["client"]), "root"
+            )
+            signed = authority.sign(wanted, pki.new_request(pki.new_key(), "root", "here"), now)
+            ledger = ledger.with_certificate(signed, host, "root")
+        (site.etc[place] / "pki" / "issued.json").write_text(ledger.text(now))
+    site.know(record)
+    for name in ("o1", "o2"):
+        (site.etc[name] / "etcd.env").write_text("")
+    before = {path: path.read_bytes() for path in site.place.glob("hosts/*/etc/**/*") if path.is_file()}
+    status, recap, said = site.run(
+        "isthmus.mesh.forget", "--check", "--diff", "-e", "isthmus_forget=o3", down=("c1", "o3")
+    )
+    assert status == 4, said
+    assert {name: (one.unreachable, one.failed) for name, one in recap.items() if name != "localhost"} == {
+        "c1": (1, 0), "o1": (0, 0), "o2": (0, 0), "o3": (0, 0),
+    }  # fmt: skip
+    assert "o3 of cluster onprem is forgotten since" in said
+    assert "The authority of cluster onprem revoked root of o3 (CN=root, serial" in said
+    assert "root of o2" not in said
+    assert "The authority of cluster cloud on c1 has not revoked what o3 may hold of it" in said
+    assert "etcd of cluster cloud on c1 did not get the list" in said
+    assert said.count("1 revoked certificates") == 2  # on o1 and on o2
+    after = {path: path.read_bytes() for path in site.place.glob("hosts/*/etc/**/*") if path.is_file()}
+    assert after == before
