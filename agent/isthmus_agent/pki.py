@@ -219,6 +219,22 @@ class Authority:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         return _pem(builder.sign(self._key, _digest(self._key))).decode()
 
+    def sign_list(self, revoked: Mapping[int, datetime.datetime], number: int, now: datetime.datetime) -> str:
+        """The authority's list (PEM) of revoked certificates: serial numbers and since when. It ends with the CA."""
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now)
+            .next_update(self.certificate.not_valid_after_utc)
+            .add_extension(x509.CRLNumber(number), critical=False)
+            .add_extension(_authority_identifier(self.certificate), critical=False)
+        )
+        for serial, at in sorted(revoked.items()):
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(at).build()
+            builder = builder.add_revoked_certificate(entry)
+        signed = builder.sign(self._key, _digest(self._key))
+        return signed.public_bytes(serialization.Encoding.PEM).decode()
+
 
 @dataclass(frozen=True, slots=True)
 class Established:
@@ -395,11 +411,12 @@ def _authority_identifier(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
     try:
         own = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     except x509.ExtensionNotFound:
-        return x509.AuthorityKeyIdentifier.from_issuer_public_key(_issuer_key(ca))
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(public_key_of(ca))
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
 
-def _issuer_key(ca: x509.Certificate) -> CertificateIssuerPublicKeyTypes:
+def public_key_of(ca: x509.Certificate) -> CertificateIssuerPublicKeyTypes:
+    """The public key of an authority."""
     public = ca.public_key()
     assert isinstance(
         public, (ec.EllipticCurvePublicKey, rsa.RSAPublicKey, ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)

@@ -16,6 +16,7 @@ from ansible.plugins.action import ActionBase
 from ansible.vars.plugins import get_vars_from_inventory_sources
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
+    Forget,
     plan,
     refuse_foreign_services,
     refuse_other_version,
@@ -44,6 +45,9 @@ class ActionModule(ActionBase):
             argument_spec={
                 "records": {"type": "list", "elements": "dict", "default": []},
                 "prune": {"type": "list", "elements": "str", "default": []},
+                "forget": {"type": "list", "elements": "str", "default": []},
+                "clean": {"type": "list", "elements": "str", "default": []},
+                "lists": {"type": "dict", "default": {}},
                 "version": {"type": "str"},
                 "by": {"type": "str"},
             }
@@ -64,6 +68,11 @@ class ActionModule(ActionBase):
                 version,
                 options["by"] or operator(variables),
                 [str(name) for name in options["prune"]],
+                Forget(
+                    [str(name) for name in options["forget"]],
+                    [str(name) for name in options["clean"]],
+                    _plain(options["lists"], "lists"),
+                ),
             )
             refuse_foreign_services(
                 found.services,
@@ -88,6 +97,8 @@ class ActionModule(ActionBase):
             orphans=list(found.orphans),
             removed=list(found.removed),
             cuts=list(found.cuts),
+            forgotten={name: dict(entry) for name, entry in found.forgotten.items()},
+            revocations=[dict(entry) for entry in found.revocations],
             warnings=list(found.warnings),
             diff={
                 "before_header": "estate record",

@@ -18,6 +18,7 @@ DATA = "/var/lib/isthmus/etcd"
 SNAPSHOTS = "/var/lib/isthmus/snapshots"
 ENVIRONMENT = "/etc/isthmus/etcd.env"
 PKI = "/etc/isthmus/pki"
+REVOKED = "revoked.crl"  # in PKI: the certificates that etcd refuses
 DISTRIBUTION = "etcd.service"
 MASKED = "/var/lib/isthmus/etcd-unit-before"  # says that we masked the distribution's unit, and how it was before
 FIRST_START = f"/run/systemd/system/{SERVICE}.d/first-start.conf"
@@ -25,8 +26,12 @@ FIRST_START = f"/run/systemd/system/{SERVICE}.d/first-start.conf"
 _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"
 
 
-def environment(spec: Mapping[str, Any]) -> str:
-    """`/etc/isthmus/etcd.env` from a node spec. What only a first start needs is not in it (see `first_start`)."""
+def environment(spec: Mapping[str, Any], revocation: bool = True) -> str:
+    """`/etc/isthmus/etcd.env` from a node spec. What only a first start needs is not in it (see `first_start`).
+
+    `revocation`: whether there is a list of revoked certificates. With the setting and without the file etcd would
+    refuse everybody.
+    """
     member = spec["member"]
     cluster = spec["cluster"]["name"]
     peer_cn = next(entry["cn"] for entry in spec["pki"]["certificates"] if entry["name"] == "etcd-peer")
@@ -47,6 +52,9 @@ def environment(spec: Mapping[str, Any]) -> str:
         "ETCD_PEER_TRUSTED_CA_FILE": f"{PKI}/trust/{cluster}.crt",
         "ETCD_PEER_CLIENT_CERT_AUTH": "true",
         "ETCD_PEER_CERT_ALLOWED_CN": peer_cn,
+        **(
+            {"ETCD_CLIENT_CRL_FILE": f"{PKI}/{REVOKED}", "ETCD_PEER_CRL_FILE": f"{PKI}/{REVOKED}"} if revocation else {}
+        ),
         "ETCD_ENABLE_GRPC_GATEWAY": "false",
         "ETCD_QUOTA_BACKEND_BYTES": str(member["quota_bytes"]),
         "ETCD_AUTO_COMPACTION_MODE": "periodic",

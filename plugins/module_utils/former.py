@@ -51,6 +51,8 @@ def remove_unlisted(changes: Changes, spec: Mapping[str, Any], directory: str) -
         match = _OURS.fullmatch(name)
         if match is not None and match.group(1) not in wanted:
             changes.absent(os.path.join(directory, name), secret=match.group(2) == "key")
+    if spec.get("member") is None:
+        changes.absent(os.path.join(directory, etcd_unit.REVOKED))
     trust = os.path.join(directory, "trust")
     for name in _files(trust):
         if name.endswith(".crt") and name[: -len(".crt")] not in pki["trust"]:

@@ -16,8 +16,9 @@ description:
   - A data directory that exists is never overwritten or initialised again. A member without data joins when another one
     serves, forms the cluster when there cannot be one, and is refused when that cannot be told. The data of a member
     that its cluster took out is moved aside; the member joins anew.
-  - A running member is restarted only when its configuration changed, in its turn, while all others are healthy, after
-    a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then; the result says so.
+  - A running member is restarted only when its configuration or its list of revoked certificates changed, in its turn,
+    while all others are healthy, after a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then;
+    the result says so.
   - With O(snapshot) O(former) begins a new cluster from that file instead, under a new token, when it has no data; the
     others wait for it and join. The file is removed then, and so are the locks of runs that it holds.
   - Members that the record does not list any more are taken out of the cluster by O(former), one at a time, after a
@@ -97,6 +98,7 @@ notes:
   elements: str
 """
 
+import base64
 import glob
 import os
 import pwd
@@ -309,10 +311,12 @@ class MemberModule:
     def run(self):
         binary = self.install.binary()
         self.need_user()
-        text = etcd_unit.environment(self.spec)
+        revoked = self.revoked()
+        text = etcd_unit.environment(self.spec, revocation=self.module.check_mode or revoked is not None)
         trusted = read_bytes(f"{etcd_unit.PKI}/trust/{self.spec['cluster']['name']}.crt") or b""
-        # etcd reads certificates and keys at every handshake, but the trusted authority only when it starts.
-        digest = config_digest(text, binary or "", trusted.decode(errors="replace"))
+        # etcd reads certificates, keys and the list of revoked ones at every handshake, but the trusted authority only
+        # when it starts; and a connection that is open when its certificate is revoked ends with the process.
+        digest = config_digest(text, binary or "", trusted.decode(errors="replace"), (revoked or b"").hex())
         unit = etcd_unit.service(binary or "(not installed yet)", digest)
         started = self.unit_is("active", etcd_unit.SERVICE)
         outdated = started and self.running_config() != digest
@@ -338,6 +342,13 @@ class MemberModule:
         if started:
             return self.finish("none")
         return self.start(binary)
+
+    def revoked(self):
+        """The list of revoked certificates as etcd reads it, None without one. In check mode it is not there yet."""
+        listed = self.module.params["record"].get("crl")
+        if self.module.check_mode and listed:
+            return base64.b64decode("".join(line for line in listed.splitlines() if not line.startswith("-")))
+        return read_bytes(f"{etcd_unit.PKI}/{etcd_unit.REVOKED}")
 
     def need_user(self):
         try:

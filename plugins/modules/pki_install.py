@@ -12,6 +12,7 @@ author:
   - Isthmus contributors (@isthmus-mesh)
 description:
   - Writes the certificates that M(isthmus.mesh.pki_sign) returned and pins each authority (C(trust/<cluster>.crt)).
+  - On an etcd host that has no list of revoked certificates (C(revoked.crl)) the authority's is written.
   - A certificate is installed only when it belongs to the key on this host, is signed by the pinned authority and is
     what the plan asks for. A pinned authority is never replaced by another one.
   - An authority whose host could not be reached, or that refused to sign, leaves its certificates pending. That is a
@@ -59,6 +60,7 @@ import datetime
 import os
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -109,17 +111,31 @@ def install(pki, changes, directory, spec, certificate, authority, now):
     changes.file(path, certificate, shown=(shown, one_line(pki.describe(certificate.encode()))))
 
 
+def install_list(revocation, changes, directory, crl, authority):
+    """The list of revoked certificates that the authority gave, where there is none."""
+    path = os.path.join(directory, etcd_unit.REVOKED)
+    if os.path.exists(path):
+        return
+    if revocation is None or crl is None or authority is None:
+        changes.note(path, "", "from the authority")
+        return
+    wanted = revocation.to_der(crl, authority, "the authority's answer")
+    changes.file(path, wanted, shown=("", revocation.describe_list(wanted)))
+
+
 def one_line(about):
     """A certificate in one line of the diff."""
     return f"CN={about['cn']} {about['fingerprint']} until {about['not_after']} {' '.join(about['sans'])}"
 
 
-def run(module, pki, changes):
+def run(module, pki, revocation, changes):
     """Install; returns what exit_json is given."""
     directory = module.params["directory"]
     wanted = module.params["spec"]["pki"]
     now = datetime.datetime.now(datetime.timezone.utc)
     specs = {entry["name"]: entry for entry in wanted["certificates"]}
+    member = module.params["spec"].get("member") is not None
+    listed = not member or os.path.exists(os.path.join(directory, etcd_unit.REVOKED))
     installed = []
     predicted = set()
     for answer in module.params["signed"]:
@@ -145,6 +161,9 @@ def run(module, pki, changes):
             else:
                 spec = pki.CertificateSpec.from_dict(specs[item["name"]])
                 install(pki, changes, directory, spec, item["certificate"], pinned, now)
+        if member and cluster == wanted["ca"]["cluster"]:
+            listed = True
+            install_list(revocation, changes, directory, answer.get("crl"), pinned)
     missing = [
         name for name in specs if name not in installed and not os.path.exists(os.path.join(directory, name + ".crt"))
     ]
@@ -154,6 +173,8 @@ def run(module, pki, changes):
         if "trust/" + cluster not in predicted
         and not os.path.exists(os.path.join(directory, "trust", cluster + ".crt"))
     ]
+    if not listed:
+        missing.append(etcd_unit.REVOKED)
     return changes.result(installed=installed, still_pending=missing)
 
 
@@ -198,9 +219,10 @@ def main():
     )
     changes = Changes(module)
     pki = bundle_module(module, "isthmus_agent.pki")
+    revocation = bundle_module(module, "isthmus_agent.revocation")
     errors = () if pki is None else (pki.PkiError,)
     try:
-        result = run(module, pki, changes)
+        result = run(module, pki, revocation, changes)
     except errors as exc:
         module.fail_json(msg=str(exc))
     report_pending(module, result)

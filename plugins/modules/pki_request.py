@@ -15,6 +15,8 @@ description:
     0600 and the owner of the program that uses it. A private key never leaves the host and is never part of a result.
   - Pins the certificate authorities that are already known, and returns signing requests for every certificate that is
     missing, damaged, different from the plan, or has less than a third of its lifetime left.
+  - Writes, on an etcd host, the list of revoked certificates of the cluster's authority (C(revoked.crl), in DER), which
+    etcd reads at every handshake.
   - Removes keys, certificates and pinned authorities of ours that the spec does not name any more. Those of an etcd
     member that the plan took away stay until M(isthmus.mesh.etcd_member) has taken it out of its cluster. The key of an
     authority is never removed.
@@ -33,6 +35,11 @@ options:
     description: Certificate authorities known from the estate record, cluster name to PEM.
     type: dict
     default: {}
+  crl:
+    description:
+      - The list of revoked certificates of the host's own cluster from the estate record, in PEM.
+      - Without one a list that is there stays; where there is none, the authority is asked for an empty one.
+    type: str
 seealso:
   - module: isthmus.mesh.pki_sign
   - module: isthmus.mesh.pki_install
@@ -91,7 +98,7 @@ import os
 import pwd
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import former
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -159,6 +166,35 @@ def check_authority(changes, pki, directory, cluster, known, now):
         changes.file(os.path.join(directory, "ca.crt"), established.write_certificate)
 
 
+def ensure_list(changes, revocation, directory, cluster, ca, known):
+    """The list of revoked certificates is there. Returns whether the authority must be asked for one."""
+    path = os.path.join(directory, etcd_unit.REVOKED)
+    found = read_bytes(path)
+    if revocation is None:
+        if found is None and known is not None:
+            changes.note(path, "", "from the estate record")
+        return found is None and known is None
+    if ca is None:
+        return True
+    if known is not None:
+        wanted = revocation.to_der(known, ca, f"the estate record's document of cluster {cluster}")
+        changes.file(path, wanted, shown=(describe_list(revocation, found), revocation.describe_list(wanted)))
+        return False
+    if found is None:
+        return True
+    revocation.check_der(found, ca, path)
+    changes.file(path, found)
+    return False
+
+
+def describe_list(revocation, found):
+    """One line about what is there for the diff."""
+    try:
+        return "" if found is None else revocation.describe_list(found)
+    except ValueError:
+        return "(damaged)"
+
+
 def ensure_key(changes, pki, directory, spec, now):
     """The key of one certificate exists, readable by its owner only. Returns its PEM, None when only predicted."""
     path = os.path.join(directory, spec["name"] + ".key")
@@ -181,7 +217,7 @@ def ensure_key(changes, pki, directory, spec, now):
     return key
 
 
-def run(module, pki):
+def run(module, pki, revocation):
     """Do the module's work; returns what exit_json is given. ``pki`` is None in check mode without a bundle."""
     directory = module.params["directory"]
     spec = module.params["spec"]
@@ -218,6 +254,10 @@ def run(module, pki):
     if wanted["ca"]["here"] and pki is not None:
         own = wanted["ca"]["cluster"]
         check_authority(changes, pki, directory, own, pinned.get(own), now)
+    if spec.get("member") is not None:
+        own = wanted["ca"]["cluster"]
+        if ensure_list(changes, revocation, directory, own, pinned.get(own), module.params["crl"]):
+            group(own)
 
     good = {}
     for entry in wanted["certificates"]:
@@ -247,14 +287,16 @@ def main():
         argument_spec={
             "spec": {"type": "dict", "required": True},
             "trust": {"type": "dict", "default": {}},
+            "crl": {"type": "str"},
             "directory": {"type": "path", "default": "/etc/isthmus/pki"},
         },
         supports_check_mode=True,
     )
     pki = bundle_module(module, "isthmus_agent.pki")
+    revocation = bundle_module(module, "isthmus_agent.revocation")
     refusals = () if pki is None else (pki.PkiError,)
     try:
-        result = run(module, pki)
+        result = run(module, pki, revocation)
     except refusals as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(**result)

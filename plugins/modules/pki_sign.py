@@ -17,6 +17,8 @@ description:
     public key is used. So a host can never obtain a certificate for another name.
   - Makes the authority at its first use. An authority that an operator placed there (C(ca.key) and C(ca.crt), for
     example an intermediate) is used as it is. One whose key is lost is refused, never made again.
+  - Every certificate is written into the authority's ledger (C(issued.json)), so that M(isthmus.mesh.pki_revoke) can
+    tell which ones a lost host has.
   - Signing is serialised by a lock on the authority's host.
 attributes:
   check_mode:
@@ -28,6 +30,10 @@ extends_documentation_fragment:
 options:
   cluster:
     description: Cluster whose authority signs.
+    type: str
+    required: true
+  host:
+    description: The asking host's inventory name, for the ledger.
     type: str
     required: true
   certificates:
@@ -58,12 +64,14 @@ options:
 seealso:
   - module: isthmus.mesh.pki_request
   - module: isthmus.mesh.pki_install
+  - module: isthmus.mesh.pki_revoke
 """
 
 EXAMPLES = r"""
 - name: Have certificates signed by each cluster's authority
   isthmus.mesh.pki_sign:
     cluster: "{{ pki_group.ca_cluster }}"
+    host: "{{ isthmus_spec.host }}"
     certificates: "{{ isthmus_spec.pki.certificates }}"
     requests: "{{ pki_group.requests }}"
   delegate_to: "{{ pki_group.ca_host }}"
@@ -81,6 +89,12 @@ cluster:
   sample: onprem
 ca_certificate:
   description: Certificate of the authority in PEM; V(none) when it is only predicted.
+  returned: success
+  type: str
+crl:
+  description:
+    - A list of revoked certificates in PEM in which there are none yet, for an etcd host that has no list and for which
+      the estate record has none; V(none) when the authority is only predicted.
   returned: success
   type: str
 certificates:
@@ -116,6 +130,7 @@ def predict(module, changes):
     return changes.result(
         cluster=module.params["cluster"],
         ca_certificate=None,
+        crl=None,
         certificates=[{"name": request["name"], "certificate": None} for request in module.params["requests"]],
     )
 
@@ -126,7 +141,7 @@ def note_signed(changes, requests, signed):
         changes.note(f"certificate {request['name']}", request["reason"], signed.get(request["name"], "signed"))
 
 
-def run(module, pki, changes):
+def run(module, pki, revocation, changes):
     """Establish the authority and sign; returns what exit_json is given."""
     directory, cluster = module.params["directory"], module.params["cluster"]
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -152,6 +167,10 @@ def run(module, pki, changes):
         after = f"{about['issuer']} {about['fingerprint']} until {about['not_after']}"
         changes.file(certificate_path, established.write_certificate, shown=("", after))
 
+    ledger_path = os.path.join(directory, revocation.LEDGER)
+    held = read_bytes(ledger_path)
+    ledger = revocation.Ledger.read(held, ledger_path, now, new=not evidence)
+
     specs = {entry["name"]: entry for entry in module.params["certificates"]}
     signed = []
     shown = {}
@@ -167,10 +186,17 @@ def run(module, pki, changes):
         about = pki.describe(certificate.encode())
         shown[name] = f"CN={about['cn']} {about['fingerprint']} until {about['not_after']}"
         signed.append({"name": name, "certificate": certificate})
+        ledger = ledger.with_certificate(certificate, module.params["host"], name)
     note_signed(changes, module.params["requests"], shown)
+    if shown or held is None:
+        # Before anybody gets them: one that is not in it could not be revoked.
+        changes.file(ledger_path, ledger.text(now), shown=("", "ledger of what was signed"))
     predicted = module.check_mode and established.write_certificate is not None
     return changes.result(
-        cluster=cluster, ca_certificate=None if predicted else established.authority.pem, certificates=signed
+        cluster=cluster,
+        ca_certificate=None if predicted else established.authority.pem,
+        crl=None if predicted else established.authority.sign_list({}, 0, now),
+        certificates=signed,
     )
 
 
@@ -178,6 +204,7 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "cluster": {"type": "str", "required": True},
+            "host": {"type": "str", "required": True},
             "certificates": {"type": "list", "elements": "dict", "required": True},
             "requests": {
                 "type": "list",
@@ -196,17 +223,18 @@ def main():
     )
     changes = Changes(module)
     pki = bundle_module(module, "isthmus_agent.pki")
-    if pki is None:
+    revocation = bundle_module(module, "isthmus_agent.revocation")
+    if pki is None or revocation is None:
         module.exit_json(**predict(module, changes))
     try:
         if module.check_mode:
-            result = run(module, pki, changes)
+            result = run(module, pki, revocation, changes)
         else:
             os.makedirs(module.params["directory"], exist_ok=True)
             # Many hosts ask at once (forks); the first one makes the authority, all others must see it.
             with open(os.path.join(module.params["directory"], ".ca.lock"), "a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                result = run(module, pki, changes)
+                result = run(module, pki, revocation, changes)
     except pki.PkiError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(**result)

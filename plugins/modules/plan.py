@@ -46,6 +46,22 @@ options:
     type: list
     elements: str
     default: []
+  forget:
+    description:
+      - Names of lost hosts and clusters, in the inventory or not, in the forms of O(prune). They are removed, and the
+        record says that they are forgotten; from then on they are planned as if the inventory did not have them.
+    type: list
+    elements: str
+    default: []
+  clean:
+    description: Forgotten hosts that hold nothing of the mesh any more, and are joined anew.
+    type: list
+    elements: str
+    default: []
+  lists:
+    description: Lists of revoked certificates in PEM for the record, by cluster, as M(isthmus.mesh.pki_revoke) gave.
+    type: dict
+    default: {}
   version:
     description:
       - The version of this collection that is wanted. Another one is refused.
@@ -58,6 +74,7 @@ options:
     type: str
 seealso:
   - module: isthmus.mesh.node
+  - module: isthmus.mesh.pki_revoke
 """
 
 EXAMPLES = r"""
@@ -106,6 +123,18 @@ cuts:
   returned: success
   type: list
   elements: str
+forgotten:
+  description: Hosts that were forgotten and take no part, with their C(cluster), and when (C(at)) and by whom (C(by)).
+  returned: success
+  type: dict
+  sample: {"onprem-3": {"cluster": "onprem", "at": "2026-01-02T03:04:05Z", "by": "alice"}}
+revocations:
+  description:
+    - What revokes the certificates of forgotten hosts, dictionaries with C(cluster), C(ca_host), and the C(hosts) and
+      common C(names) whose certificates are revoked.
+  returned: success
+  type: list
+  elements: dict
 problems:
   description: All that is wrong, a line each.
   returned: failure

@@ -371,6 +371,24 @@ def test_bad_values_are_named_and_harm_nothing(server: EtcdServer, tmp_path: Pat
     asyncio.run(story())
 
 
+def test_a_node_that_is_withdrawn_is_no_peer_any_more(server: EtcdServer, tmp_path: Path) -> None:
+    """As after `forget`: the programs drop packets from outer sources that are not in `peers` (unknown_peer)."""
+
+    async def story() -> None:
+        fill(server, mesh.documents(BACKENDS))
+        kernel = FakeKernel()
+        lost = {IPv4Address("198.18.1.12"), IPv4Address("198.18.2.11")}
+        async with agent(spec_for(server), kernel, tmp_path):
+            await until(lambda: used(kernel) == ALL, "applied")
+            before = set(kernel.now.peers)
+            assert lost < before
+            server.etcdctl("del", keys.node_key("onprem", "onprem-2"))
+            server.etcdctl("del", keys.node_key("cloud", "cloud-1", cached=True))
+            await until(lambda: set(kernel.now.peers) == before - lost, "neither of them is a peer")
+
+    asyncio.run(story())
+
+
 def test_a_removed_peer_goes_and_its_keys_with_it(server: EtcdServer, tmp_path: Path) -> None:
     async def story() -> None:
         fill(server, mesh.documents(BACKENDS))

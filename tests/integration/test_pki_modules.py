@@ -52,11 +52,17 @@ class Estate:
         return result
 
     def role(
-        self, wanted: dict[str, Any], trust: dict[str, str] | None = None, down: tuple[str, ...] = (), **how: Any
+        self,
+        wanted: dict[str, Any],
+        trust: dict[str, str] | None = None,
+        down: tuple[str, ...] = (),
+        crl: str | None = None,
+        **how: Any,
     ) -> dict[str, bool]:
         """Which modules changed something, as the recap would count it."""
         host, certificates = wanted["host"], wanted["pki"]["certificates"]
-        requested = self.run("pki_request", {"spec": wanted, "trust": trust or {}}, host, **how)
+        asked = {"spec": wanted, "trust": trust or {}, **({} if crl is None else {"crl": crl})}
+        requested = self.run("pki_request", asked, host, **how)
         changed = {"pki_request": requested["changed"]}
         signed = []
         for group in requested["pending"]:
@@ -64,11 +70,12 @@ class Estate:
                 signed.append({"unreachable": True, "msg": "no route", "pki_group": group})
                 continue
             arguments = {"cluster": group["ca_cluster"], "certificates": certificates, "requests": group["requests"]}
+            arguments["host"] = host
             if trust and group["ca_cluster"] in trust:
                 arguments["known_ca"] = trust[group["ca_cluster"]]
             answer = self.run("pki_sign", arguments, group["ca_host"], **how)
             changed["pki_sign " + group["ca_cluster"]] = answer["changed"]
-            signed.append({name: answer[name] for name in ("cluster", "ca_certificate", "certificates")})
+            signed.append({name: answer[name] for name in ("cluster", "ca_certificate", "crl", "certificates")})
         if requested["pending"]:
             installed = self.run("pki_install", {"spec": wanted, "signed": signed}, host, **how)
             changed["pki_install"] = installed["changed"]
@@ -143,7 +150,7 @@ def test_hosts_that_ask_at_once_get_one_authority(estate: Estate) -> None:
 def test_a_host_cannot_get_another_hosts_name(estate: Estate) -> None:
     wanted = spec("onprem-2", "onprem")
     group = estate.run("pki_request", {"spec": wanted}, "onprem-2")["pending"][0]
-    arguments = {"cluster": "onprem", "certificates": wanted["pki"]["certificates"]}
+    arguments = {"cluster": "onprem", "host": "onprem-2", "certificates": wanted["pki"]["certificates"]}
     asked = [{"name": "isthmus-agent-onprem-1", "csr": group["requests"][0]["csr"]}]
     with pytest.raises(ModuleFailed, match="that the plan does not give to that host"):
         estate.run("pki_sign", {**arguments, "requests": asked}, "onprem-1")
@@ -187,7 +194,7 @@ def test_what_the_plan_does_not_name_any_more_goes(estate: Estate) -> None:
     estate.converge(spec("onprem-1", "onprem"))
     names = ("agent", "etcd-server", "etcd-peer", "root", "ca")
     pairs = {f"{name}.{suffix}" for name in names for suffix in ("key", "crt")}
-    assert files_of(estate.pki("onprem-1")) == {*pairs, "trust/onprem.crt"}
+    assert files_of(estate.pki("onprem-1")) == {*pairs, "trust/onprem.crt", "issued.json"}
     text = json.dumps(estate.outputs)
     assert not [line for line in secrets if line in text]
 
@@ -290,7 +297,12 @@ def test_a_peers_sick_authority_leaves_the_rest_working(estate: Estate) -> None:
     (estate.pki("cloud-1") / "ca.key").unlink()
     requested = estate.run("pki_request", {"spec": onprem}, "onprem-1")
     (group,) = requested["pending"]
-    arguments = {"cluster": "cloud", "certificates": onprem["pki"]["certificates"], "requests": group["requests"]}
+    arguments = {
+        "cluster": "cloud",
+        "host": "onprem-1",
+        "certificates": onprem["pki"]["certificates"],
+        "requests": group["requests"],
+    }
     with pytest.raises(ModuleFailed) as refused:
         estate.run("pki_sign", arguments, "cloud-1")
     answer = {"failed": False, "msg": refused.value.msg, "pki_group": group}
@@ -307,7 +319,12 @@ def test_a_new_host_is_predicted_while_the_authority_has_the_bundle(estate: Esta
     bare = {"check": True, "bundle": False}
     requested = estate.run("pki_request", {"spec": new, "trust": known}, "onprem-2", **bare)
     (group,) = requested["pending"]
-    arguments = {"cluster": "onprem", "certificates": new["pki"]["certificates"], "requests": group["requests"]}
+    arguments = {
+        "cluster": "onprem",
+        "host": "onprem-2",
+        "certificates": new["pki"]["certificates"],
+        "requests": group["requests"],
+    }
     answer = estate.run("pki_sign", arguments, "onprem-1", check=True)
     installed = estate.run("pki_install", {"spec": new, "signed": [answer]}, "onprem-2", **bare)
     assert installed["changed"]

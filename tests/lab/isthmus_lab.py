@@ -921,6 +921,15 @@ class Lab:
             self.start(host)
             self.wait_until_up(host)
 
+    def reimage(self, name: str) -> None:
+        """A new disk in a machine of the same name, address and host key; returns when it is up."""
+        self.power_off(name)
+        host = self.host(name)
+        with self.locked():
+            for part in ("upper", "work"):
+                shutil.rmtree(self.directory(host) / part)
+            self.boot(host)
+
     def reboot(self, name: str, hard: bool = False) -> None:
         """Reboot and wait until the machine is up again; `hard`: as by the reset button."""
         host = self.host(name)

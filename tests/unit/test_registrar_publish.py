@@ -305,6 +305,8 @@ def test_a_host_that_drains_is_a_backend_of_nothing_and_can_still_be_reached() -
     record = without(RECORD, "h0")
     assert leaving(OWN, RECORD, first.keys) == frozenset()
     assert leaving(OWN, record, first.keys) == {"h0"}
+    lost = {**record, "forgotten": {"h0": {"at": NOW, "by": "alice"}}}
+    assert leaving(OWN, lost, first.keys) == frozenset()
     # Its rights and reports go with the record.
     nodes, workloads = dict([node_report(1)]), dict([report("h1", "web", "10.101.1.2", True)])
     found = run(record, nodes, workloads, previous=first.keys, now=LATER, draining=frozenset({"h0"}))

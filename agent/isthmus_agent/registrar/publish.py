@@ -142,13 +142,14 @@ def overlay(*layers: Mapping[str, str]) -> dict[str, str]:
 
 
 def leaving(own: Own, record: Mapping[str, Any], published: Iterable[str]) -> frozenset[str]:
-    """Hosts whose node key is `published` and that the record does not have any more.
+    """Hosts whose node key is `published` and that the record does not have any more, and has not forgotten as lost.
 
     Without their node key the other hosts know no way to them and drop what they send. So for a while they are given
     as `Inputs.draining`: their workloads are backends of nothing at once, and what is established comes to its end.
     """
     prefix = keys.state_prefix("nodes", own.name)
-    return frozenset({key[len(prefix) :] for key in published if key.startswith(prefix)} - _hosts(record).keys())
+    names = {key[len(prefix) :] for key in published if key.startswith(prefix)}
+    return frozenset(names - _hosts(record).keys() - record.get("forgotten", {}).keys())
 
 
 def publish(own: Own, inputs: Inputs) -> Publication:

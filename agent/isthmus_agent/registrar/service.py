@@ -428,20 +428,22 @@ class Registrar:
 
     async def _forget(self, writer: Writer) -> None:
         """Remove what is mirrored of clusters that the record calls absent: first its services, so that nothing new
-        goes there, and after `DRAIN` the rest; the config before all else then, as readers follow it."""
+        goes there, and after `DRAIN` the rest; the config before all else then, as readers follow it. One that was
+        forgotten as lost goes at once."""
         for key, kv in list(self.estate.items.items()):
             cluster = keys.parse_estate_cluster_key(key)
             if cluster is None or cluster in (*self._peers, self.own.name) or self._forgotten.get(cluster) == kv.value:
                 continue
-            if _document(kv.value).get("state") != "absent":
+            document = _document(kv.value)
+            if document.get("state") != "absent":
                 continue
-            if cluster not in self._leaving_clusters:
+            if "forgotten" not in document and cluster not in self._leaving_clusters:
                 services = await self.client.range(keys.cache_prefix("services", cluster), keys_only=True)
                 await writer.apply([Change(one.key, None) for one in services.kvs])
                 self._leaving_clusters[cluster] = self._clock()
-            if self._clock() - self._leaving_clusters[cluster] < DRAIN:
+            if self._clock() - self._leaving_clusters.get(cluster, float("-inf")) < DRAIN:
                 continue
-            del self._leaving_clusters[cluster]
+            self._leaving_clusters.pop(cluster, None)
             found = []
             for one in (keys.cluster_config_key(cluster), keys.peer_status_key(cluster)):
                 found += [one] if await self.client.get(one) is not None else []

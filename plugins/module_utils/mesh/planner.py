@@ -11,15 +11,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from . import jsontext, spec, versions
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
-from .record import CLUSTERS, LARGEST_DOCUMENT, QUARANTINE, ROSTER, SCHEMA, Record, format_time, parse_time
+from .record import (
+    CLUSTERS,
+    LARGEST_DOCUMENT,
+    QUARANTINE,
+    ROSTER,
+    SCHEMA,
+    Record,
+    forgotten_hosts,
+    format_time,
+    parse_time,
+)
 from .removals import cuts
 from .schema import Problem, nearest
 
@@ -30,7 +41,9 @@ PKI = "/etc/isthmus/pki"
 class Plan:
     """`specs` by host; `record` by document name; `services` by cluster: `present` definitions and
     the `absent` ones' names, of what the inventory owns. `orphans` and `removed` are names as `prune`
-    takes them; `cuts` says of each removed one what it takes away. `before` and `after` are the record in a form for
+    takes them; `cuts` says of each removed one what it takes away. `forgotten` are hosts that take no
+    part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
+    have: `cluster`, `ca_host`, `hosts`, common `names`. `before` and `after` are the record in a form for
     people."""
 
     specs: Mapping[str, Mapping[str, Any]]
@@ -40,19 +53,39 @@ class Plan:
     orphans: tuple[str, ...]
     removed: tuple[str, ...]
     cuts: tuple[str, ...]
+    forgotten: Mapping[str, Mapping[str, str]]
+    revocations: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
     before: str
     after: str
 
 
-def plan(model: Model, record: Record, now: datetime, version: str, by: str = "", prune: Iterable[str] = ()) -> Plan:
+@dataclass(frozen=True)
+class Forget:
+    """`names` of hosts and clusters that are lost. `clean` are hosts that hold nothing of the mesh: what
+    was forgotten of their name before is joined anew. `lists` are the CRLs that were made, by cluster."""
+
+    names: Iterable[str] = ()
+    clean: Iterable[str] = ()
+    lists: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan(
+    model: Model,
+    record: Record,
+    now: datetime,
+    version: str,
+    by: str = "",
+    prune: Iterable[str] = (),
+    forget: Forget = Forget(),
+) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
-    `by` is who runs it. Raises ModelError with all problems when model and record do not go together
-    or space has run out.
+    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them.
+    Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune).run()
+    return _Planner(model, record, now, version, by, prune, forget).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -130,9 +163,15 @@ def refuse_foreign_services(
 
 class _Planner:
     def __init__(
-        self, model: Model, record: Record, now: datetime, version: str, by: str, prune: Iterable[str]
+        self,
+        model: Model,
+        record: Record,
+        now: datetime,
+        version: str,
+        by: str,
+        prune: Iterable[str],
+        forget: Forget,
     ) -> None:
-        self.model = model
         self.record = record
         self.now = now
         self.version = version
@@ -143,7 +182,15 @@ class _Planner:
         self.orphans: list[str] = []
         self.digest = model.digest()
         self.known = {name: doc for name, doc in record.clusters.items() if doc["state"] != "absent"}
-        self.prune = self.prune_names(prune)
+        self.lists = forget.lists
+        self.forgotten = forgotten_hosts(record.clusters.values())
+        lost = self.forget_names(forget.names)
+        for name in set(forget.clean) & set(self.forgotten) & set(model.hosts):
+            if f"host/{name}" not in lost and not model.hosts[name].absent:
+                del self.forgotten[name]
+        self.forget(lost)
+        self.model = self.without_forgotten(model, lost)
+        self.prune = self.prune_names(prune) | lost
 
     def problem(self, where: str, what: str, why: str, following: str) -> None:
         self.problems.append(Problem(where, what, why, following))
@@ -162,6 +209,7 @@ class _Planner:
             raise ModelError(self.problems)
         following = Record(roster, documents)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
+        forgotten = forgotten_hosts(documents.values())
         specs = {
             host.name: _Spec(self.model, present, host.name, present[host.cluster]).build()
             for host in self.model.hosts.values()
@@ -176,6 +224,8 @@ class _Planner:
             orphans=tuple(sorted(self.orphans)),
             removed=tuple(sorted(self.removed)),
             cuts=tuple(cuts(self.model, self.record, following, self.removed, self.now)),
+            forgotten=forgotten,
+            revocations=tuple(self.revocations(documents, forgotten)),
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
@@ -231,6 +281,112 @@ class _Planner:
                     f"write {whole}, or put that back into the inventory",
                 )
         return found
+
+    def forget_names(self, given: Iterable[str]) -> set[str]:
+        """Full names of what is lost, known or forgotten before. Unlike a name to prune it must be found: somebody
+        relies on it."""
+        candidates = {f"cluster/{name}" for name in self.record.clusters}
+        candidates |= {f"host/{host}" for doc in self.known.values() for host in doc["hosts"]}
+        candidates |= {f"host/{host}" for host in self.forgotten}
+        found = set()
+        for name in filter(None, map(str.strip, given)):
+            meant = {name} & candidates or {one for one in candidates if one.partition("/")[2] == name}
+            if len(meant) == 1:
+                found |= meant
+            elif meant:
+                self.problem(
+                    f"isthmus_forget={name}",
+                    "it can mean " + " or ".join(sorted(meant)),
+                    "what is forgotten cannot be brought back but by joining it anew",
+                    "write the full name",
+                )
+            else:
+                near = nearest(name, candidates)
+                self.problem(
+                    f"isthmus_forget={name}",
+                    "the estate record has neither a host nor a cluster of that name",
+                    "a machine under another name would keep its rights",
+                    f"write its inventory name{f'; did you mean {near!r}?' if near else ''}",
+                )
+        return found
+
+    def forget(self, lost: set[str]) -> None:
+        """Put what is lost, a cluster with all its hosts, beside what was forgotten before."""
+        for name, doc in self.known.items():
+            for host in doc["hosts"]:
+                if f"host/{host}" in lost or f"cluster/{name}" in lost:
+                    self.forgotten[host] = {"cluster": name, "at": format_time(self.now), "by": self.by}
+
+    def without_forgotten(self, model: Model, lost: set[str]) -> Model:
+        """The model as if the inventory lacked what is forgotten, and clusters that cannot begin without it."""
+
+        def cannot_begin(cluster: Cluster) -> bool:
+            return f"cluster/{cluster.name}" in lost or (
+                cluster.name not in self.known
+                and (cluster.ca_host in self.forgotten or not set(cluster.etcd.hosts) - set(self.forgotten))
+            )
+
+        dropped = {cluster.name for cluster in model.clusters.values() if cannot_begin(cluster)}
+        for host in sorted(set(model.hosts) & set(self.forgotten)):
+            entry = self.forgotten[host]
+            if f"host/{host}" not in lost and f"cluster/{entry['cluster']}" not in lost:
+                self.warnings.append(
+                    f"host {host} was forgotten at {entry['at']} by {entry['by'] or 'somebody'} and takes no part. "
+                    "Next: take the mesh off it with isthmus.mesh.teardown, or give it a new disk; isthmus.mesh.site "
+                    "then joins it anew. If it is gone for good, take it out of the inventory"
+                )
+        clusters = {
+            name: replace(
+                cluster,
+                etcd=replace(
+                    cluster.etcd, hosts=tuple(host for host in cluster.etcd.hosts if host not in self.forgotten)
+                ),
+            )
+            for name, cluster in model.clusters.items()
+            if name not in dropped
+        }
+        hosts = {
+            name: host
+            for name, host in model.hosts.items()
+            if name not in self.forgotten and host.cluster not in dropped
+        }
+        services = {
+            key: replace(service, clusters=tuple(name for name in service.clusters if name not in dropped))
+            for key, service in model.services.items()
+        }
+        return replace(model, clusters=clusters, hosts=hosts, services=services)
+
+    def forgotten_of(self, cluster: str) -> dict[str, dict[str, str]]:
+        """The entries of the cluster's document."""
+        return {
+            host: {"at": entry["at"], "by": entry["by"]}
+            for host, entry in sorted(self.forgotten.items())
+            if entry["cluster"] == cluster
+        }
+
+    def kept(self, name: str, old: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """The document of a cluster that is not planned: what is forgotten and revoked changes all the same."""
+        if old is None:
+            return None
+        rest = {key: value for key, value in old.items() if key not in ("forgotten", "crl")}
+        lists = self.lists.get(name) or old.get("crl")
+        return self.stamped({**rest, **_filled(forgotten=self.forgotten_of(name), crl=lists)}, old)
+
+    def revocations(
+        self, documents: Mapping[str, Mapping[str, Any]], forgotten: Mapping[str, Mapping[str, str]]
+    ) -> Iterator[dict[str, Any]]:
+        """By authority. All that is forgotten, not only what this run forgets: a run before may have reached a part of
+        the authorities only."""
+        gone = {entry["cluster"] for entry in forgotten.values()}
+        for name, document in documents.items():
+            if document["state"] == "absent" or document["ca_certificate"] is None or not forgotten:
+                continue
+            yield {
+                "cluster": name,
+                "ca_host": document["ca_host"],
+                "hosts": sorted(forgotten),
+                "names": [f"remote-{other}" for other in sorted(gone) if documents[other]["state"] == "absent"],
+            }
 
     def orphan_of(self, name: str) -> str | None:
         """The orphan that something of the record is a part of."""
@@ -456,13 +612,20 @@ class _Planner:
         if f"cluster/{name}" in self.prune or (cluster is not None and cluster.absent):
             if running is not None:
                 self.removed.append(f"cluster/{name}")
-                return self.stamped({"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}, old)
-            return None if old is None else dict(old)
+                tombstone = {"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}
+                return self.stamped({**tombstone, **_filled(forgotten=self.forgotten_of(name))}, old)
+            return self.kept(name, old)
         if cluster is None:
-            if running is None:
-                return None if old is None else dict(old)
-            self.orphans.append(f"cluster/{name}")
-            return dict(running)
+            if running is not None:
+                self.orphans.append(f"cluster/{name}")
+                for host in sorted(set(running["hosts"]) & set(self.forgotten)):
+                    self.problem(
+                        f"isthmus_forget={host}",
+                        f"it is a part of cluster {name}, which the inventory lacks",
+                        "what the inventory lacks goes as a whole",
+                        f"write cluster/{name}, or put that back into the inventory",
+                    )
+            return self.kept(name, old)
         if running is not None:
             self.check_fixed(cluster, running)
         hosts, released = self.hosts(cluster, running)
@@ -473,7 +636,15 @@ class _Planner:
         ca_host = running["ca_host"] if running is not None else cluster.ca_host or cluster.etcd.hosts[0]
         if members and initial not in members:
             initial = members[0]
-        if ca_host not in hosts:
+        if ca_host in self.forgotten:
+            self.problem(
+                f"isthmus_forget={ca_host}",
+                f"it keeps the key of cluster {name}'s certificate authority",
+                "with that key anybody can sign any certificate of the cluster, and without it nobody can revoke one",
+                f"forget the whole cluster (isthmus_forget=cluster/{name}), take the mesh off the hosts that are left "
+                "with isthmus.mesh.teardown, and run isthmus.mesh.site, which joins them anew with a new authority",
+            )
+        elif ca_host not in hosts:
             self.problem(
                 f"cluster {name}",
                 f"host {ca_host} is being removed and keeps the cluster's CA",
@@ -507,6 +678,10 @@ class _Planner:
             },
             "hosts": {host: hosts[host] for host in sorted(hosts)},
             "released": released,
+            **_filled(
+                forgotten=self.forgotten_of(name),
+                crl=self.lists.get(name) or (running.get("crl") if running is not None else None),
+            ),
         }
         return self.stamped(document, old)
 
@@ -522,7 +697,15 @@ class _Planner:
             wanted.add(host)
             if host in self.model.hosts:
                 self.orphans.append(name)
-        if not wanted & set(hosts):
+        if not wanted & set(hosts) and running is not None and set(running["etcd"]["members"]) & set(self.forgotten):
+            self.problem(
+                f"isthmus_forget={','.join(sorted(set(running['etcd']['members']) & set(self.forgotten)))}",
+                f"the etcd of cluster {cluster.name} would have no member left",
+                "the cluster's state lives in them",
+                f"while a member serves, list another host under etcd.hosts of {cluster.name} and run isthmus.mesh.site"
+                f"; else forget the whole cluster (isthmus_forget=cluster/{cluster.name})",
+            )
+        elif not wanted & set(hosts):
             self.problem(
                 f"isthmus_estate.clusters.{cluster.name}.etcd.hosts",
                 "no member would be left",
@@ -1026,6 +1209,11 @@ class _Spec:
         }
 
 
+def _filled(**entries: Any) -> dict[str, Any]:
+    """Those that say anything: a document without them stays as it was written before there were such."""
+    return {name: value for name, value in entries.items() if value}
+
+
 def _announced(hosts: Mapping[str, Any], members: Iterable[str]) -> dict[str, str]:
     """The one address at which each member is known to all members: within one site its underlay address."""
     carrying = {member: hosts[member] for member in members}
@@ -1041,8 +1229,13 @@ def _lines(record: Record) -> dict[str, str]:
     """Each thing in the record, by its name, in words."""
     found: dict[str, str] = {}
     for name, doc in sorted(record.clusters.items()):
+        for host, entry in sorted(doc.get("forgotten", {}).items()):
+            found[f"forgotten host {host}"] = f"of cluster {name}, at {entry['at']} by {entry['by'] or 'somebody'}"
         if doc["state"] == "absent":
             continue
+        if "crl" in doc:
+            digest = sha256(doc["crl"].encode()).hexdigest()
+            found[f"revoked certificates of cluster {name}"] = f"list with sha256 {digest[:12]}"
         etcd = doc["etcd"]
         source = etcd["source"]["type"]
         found[f"cluster {name}"] = (

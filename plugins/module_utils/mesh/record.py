@@ -24,13 +24,17 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
                             "workloads": {"shop/web": {"address4": "10.101.0.2", "service_account": "default",
                                                        "labels": {"app": "web"}, "cgroup": {"unit": "web.service"}}}}},
      "released": [{"address": "10.101.0.32/28", "owner": "onprem-9", "at": "2026-01-02T03:04:05Z"}],
+     "forgotten": {"onprem-8": {"at": "2026-01-02T03:04:05Z", "by": "alice"}}, "crl": "<PEM>",
      "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
 
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that
 an old copy on a member that was away cannot bring it back. `released` addresses are not dealt again
-for 30 days. `ca_certificate` is a public PEM, added by `site` once the CA exists, without a new
-revision; the planner keeps it. Otherwise `revision` rises by one with each change of a document. The roster's
-`version` is that of the isthmus.mesh that was applied last; records of before it lack it.
+for 30 days. `forgotten` names hosts, also of a cluster that is absent, that were lost and take no
+part until they are joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). A
+document may lack both. `ca_certificate` is a public PEM, added by `site` once the CA exists, without
+a new revision; the planner keeps it. Otherwise `revision` rises by one with each change of a
+document. The roster's `version` is that of the isthmus.mesh that was applied last; records of before
+it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -206,6 +210,15 @@ def _without_authority(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key != "ca_certificate"}
 
 
+def forgotten_hosts(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Hosts that clusters' documents call forgotten, by name: `cluster`, `at`, `by`."""
+    return {
+        host: {"cluster": document["name"], **entry}
+        for document in documents
+        for host, entry in document.get("forgotten", {}).items()
+    }
+
+
 def newer_schema(where: str, document: Any, roster: Any = None) -> str:
     """Why a document must be neither built on nor replaced: a newer isthmus.mesh wrote it. Empty when it may be.
 
@@ -247,6 +260,10 @@ def _check(where: str, name: str, document: Any) -> int:
         raise RecordError(f"{where}: the document is not the one that its name says")
     fields.integer("id", 511, default=None, minimum=1)
     fields.optional_text("ca_certificate")
+    fields.optional_text("crl")
+    for _host, entry in _entries(fields, "forgotten") if "forgotten" in fields.value else ():
+        entry.text("by", None)
+        parse_time(entry.text("at", None), entry.path("at"))
     state = fields.text("state", None)
     if state == "absent":
         return revision

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from .model import Model, Service
-from .record import QUARANTINE, Record
+from .record import QUARANTINE, Record, forgotten_hosts
 
 DRAINS = "New flows stop at once, established ones have 30 seconds."
 """The agents' `isthmus_agent.desired.drain.GRACE`."""
@@ -17,11 +17,17 @@ Backends = Mapping[str, frozenset[tuple[str, str]]]  # by service: (host, worklo
 
 
 def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], now: datetime) -> Iterator[str]:
-    """A line for each of `removed` (full names as the plan gives them): what it takes away, and how to undo it."""
+    """A line for each of `removed` (full names as the plan gives them): what it takes away, and how to undo it.
+
+    Not for what is forgotten as lost: that ends at once, and there is no way back but to join anew.
+    """
     had, stay = _backends(model, before), _backends(model, after)
     date = (now + QUARANTINE).strftime("%Y-%m-%d")
+    lost = forgotten_hosts(after.clusters.values())
     for name in sorted(removed):
         kind, _slash, rest = name.partition("/")
+        if rest in lost or kind == "cluster" and after.clusters[rest].get("forgotten"):
+            continue
         if kind == "cluster":
             hosts = sorted(before.clusters[rest]["hosts"])
             yield (

@@ -824,6 +824,7 @@ PLAY_VARIABLES = {
     "isthmus_serial": "Batch of `site` in clusters that run already, as `serial` of a play; all hosts without it.",
     "isthmus_version": "Version of the collection that `site` may apply; a running estate is upgraded only by it.",
     "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
+    "isthmus_forget": "Names of lost hosts and clusters that `forget` takes out of the mesh for good.",
     "isthmus_break_lock": "Name of another run whose lock this run takes away, as the message about the lock gives it.",
     "isthmus_distrust": "Names of clusters whose etcd `plan` and `site` neither believe nor write, with commas.",
     "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",

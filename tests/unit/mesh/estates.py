@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from isthmus_mesh.model import Model, read_model
-from isthmus_mesh.planner import Plan, plan
+from isthmus_mesh.planner import Forget, Plan, plan
 from isthmus_mesh.record import Record, merge
 
 VERSION = "1.0.0"
@@ -63,6 +63,12 @@ def model(the_estate: dict[str, Any] | None = None, the_hosts: dict[str, dict[st
     return read_model(the_estate or estate(), the_hosts or hosts())
 
 
-def planned(the_model: Model, previous: Plan | None = None, now: datetime = NOW, prune: tuple[str, ...] = ()) -> Plan:
+def planned(
+    the_model: Model,
+    previous: Plan | None = None,
+    now: datetime = NOW,
+    prune: tuple[str, ...] = (),
+    forget: Forget | None = None,
+) -> Plan:
     record = merge([dict(previous.record)]) if previous is not None else Record()
-    return plan(the_model, record, now, VERSION, "alice", prune)
+    return plan(the_model, record, now, VERSION, "alice", prune, forget or Forget())
