@@ -26,7 +26,7 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
     lost = forgotten_hosts(after.clusters.values())
     for name in sorted(removed):
         kind, _slash, rest = name.partition("/")
-        if rest in lost or kind == "cluster" and after.clusters[rest].get("forgotten"):
+        if rest in lost or (kind == "cluster" and after.clusters[rest].get("forgotten")):
             continue
         if kind == "cluster":
             hosts = sorted(before.clusters[rest]["hosts"])
