@@ -282,7 +282,7 @@ def establish_authority(
         write = found.encode() if found is not None else new_authority(cluster, now, key)[1]
         authority = Authority(cluster, key, write, where, now)
     for source, pem in sorted(evidence.items()):
-        if not same_authority(authority.pem, pem):
+        if not trusts(pem, authority.pem):
             raise PkiError(
                 f"{where}/ca.crt ({describe(authority.pem.encode())['fingerprint']}) is not the authority that "
                 f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers "
@@ -297,6 +297,21 @@ def same_authority(pem: str, other: str) -> bool:
     return first.subject == second.subject and _public_bytes(first.public_key()) == _public_bytes(second.public_key())
 
 
+def each_certificate(pem: str) -> list[str]:
+    """Every certificate of a PEM text by itself."""
+    return [_pem(one).decode() for one in load_certificates(pem.encode(), "the authority's certificate")]
+
+
+def trusts(pinned: str, authority: str) -> bool:
+    """Whether the authority is one of the pinned ones: two while a cluster's authority is being replaced."""
+    return any(same_authority(one, authority) for one in each_certificate(pinned))
+
+
+def strangers(pinned: str, wanted: str) -> list[str]:
+    """Fingerprints of the authorities in ``wanted`` that are not among the pinned ones."""
+    return [describe(one.encode())["fingerprint"] for one in each_certificate(wanted) if not trusts(pinned, one)]
+
+
 def certificate_of_key(key: bytes, candidates: Iterable[str], where: str) -> str | None:
     """Of some CA certificates (PEM) the one that belongs to ``key``: repairs a lost ``ca.crt``."""
     public = _public_bytes(load_key(key, where).public_key())
@@ -308,12 +323,19 @@ def certificate_of_key(key: bytes, candidates: Iterable[str], where: str) -> str
 
 
 def check_pin(pem: str, where: str, now: datetime.datetime) -> str:
-    """A CA certificate as it is pinned: exactly one, allowed to sign, valid now. Returns it normalised."""
+    """A cluster's CA certificate as it is pinned: allowed to sign, valid now. Returns it normalised.
+
+    While the authority is being replaced there are two, the one that signs first.
+    """
     found = load_certificates(pem.encode(), where)
-    if len(found) != 1:
-        raise PkiError(f"{where} holds {len(found)} certificates; exactly one, the cluster's CA, is pinned")
-    _check_may_sign(found[0], where, now)
-    return _pem(found[0]).decode()
+    if len({_public_bytes(one.public_key()) for one in found}) != len(found) or len(found) > 2:
+        raise PkiError(
+            f"{where} holds {len(found)} certificates; the cluster's CA is pinned alone, or with the one that it "
+            "replaces"
+        )
+    for one in found:
+        _check_may_sign(one, where, now)
+    return "".join(_pem(one).decode() for one in found)
 
 
 def renewal_reason(

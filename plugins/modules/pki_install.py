@@ -79,12 +79,15 @@ def pin(pki, changes, directory, cluster, authority, now):
             before = str(exc)
         else:
             before = pki.describe(pinned.encode())["fingerprint"]
-            if not pki.same_authority(pinned, authority):
+            if not pki.trusts(pinned, authority):
                 raise pki.PkiError(
                     f"{path} ({before}) is not the authority that cluster {cluster} now signs with "
                     f"({about['fingerprint']}). If that cluster was given a new authority on purpose, remove {path} on "
                     "this host and run again"
                 )
+            if pinned.count("BEGIN CERTIFICATE") > 1:  # while the authority is being replaced
+                changes.file(path, pinned)
+                return authority
     changes.file(
         path, authority, shown=(before, f"{about['issuer']} {about['fingerprint']} until {about['not_after']}")
     )

@@ -40,6 +40,12 @@ options:
       - The list of revoked certificates of the host's own cluster from the estate record, in PEM.
       - Without one a list that is there stays; where there is none, the authority is asked for an empty one.
     type: str
+  replacing:
+    description:
+      - Name of the cluster whose authority is being replaced. Of that one a second authority in the record is pinned
+        beside the first; of any other it is refused.
+    type: str
+    default: ""
 seealso:
   - module: isthmus.mesh.pki_sign
   - module: isthmus.mesh.pki_install
@@ -134,22 +140,30 @@ def pin_known(module, changes, pki, directory, cluster, known, now):
     if known is None:
         return pinned
     known = pki.check_pin(known, f"the estate record's CA certificate of cluster {cluster}", now)
-    if pinned is not None and not pki.same_authority(pinned, known):
+    added = [] if pinned is None else pki.strangers(pinned, known)
+    if pinned is not None and len(added) == known.count("BEGIN CERTIFICATE"):
         raise pki.PkiError(
             f"{path} ({pki.describe(pinned.encode())['fingerprint']}) is not the authority that the estate record "
             f"holds for cluster {cluster} ({pki.describe(known.encode())['fingerprint']}). If that cluster was given "
             f"a new authority on purpose, remove {path} on this host and run again"
+        )
+    if added and module.params["replacing"] != cluster:
+        raise pki.PkiError(
+            f"the estate record has one more authority for cluster {cluster} ({', '.join(added)}) than {path}, and "
+            "this host does not begin to trust it by itself. Next: if that cluster's authority is being replaced, run "
+            f"the playbook isthmus.mesh.replace_authority with -e isthmus_replace_authority={cluster}"
         )
     changes.file(path, known, shown=(describe_pin(pki, pinned), describe_pin(pki, known)))
     return known
 
 
 def describe_pin(pki, pem):
-    """One line about a CA certificate for the diff."""
-    if pem is None:
-        return ""
-    about = pki.describe(pem.encode())
-    return f"{about['issuer']} {about['fingerprint']} until {about['not_after']}"
+    """One line about each pinned CA certificate for the diff."""
+    lines = []
+    for one in [] if pem is None else pem.split("-----END CERTIFICATE-----")[:-1]:
+        about = pki.describe(f"{one}-----END CERTIFICATE-----".encode())
+        lines.append(f"{about['issuer']} {about['fingerprint']} until {about['not_after']}")
+    return "\n".join(lines)
 
 
 def check_authority(changes, pki, directory, cluster, known, now):
@@ -288,6 +302,7 @@ def main():
             "spec": {"type": "dict", "required": True},
             "trust": {"type": "dict", "default": {}},
             "crl": {"type": "str"},
+            "replacing": {"type": "str", "default": ""},
             "directory": {"type": "path", "default": "/etc/isthmus/pki"},
         },
         supports_check_mode=True,

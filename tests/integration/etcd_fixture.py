@@ -73,6 +73,7 @@ class Ca:
         certificate = (
             self._builder(self._name, self._key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         self.crt = directory / "ca.crt"
@@ -102,6 +103,8 @@ class Ca:
             self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cn)]), key)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            # By it two authorities of one name are told apart.
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         pem.write_bytes(

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from integration.etcd_fixture import Ca, free_port, require_etcd
 from integration.module_runner import ModuleFailed, run_module
+from isthmus_agent.kvstore import EtcdUnavailable, SyncEtcd
 from isthmus_mesh.planner import Plan
 from playbook import documented
 from unit.mesh.estates import estate, hosts, model, planned
@@ -395,3 +396,54 @@ def test_two_of_three_that_lost_their_data_join_the_one_that_is_left(cluster: Cl
     assert cluster.members() == ["o1", "o2", "o3"]
     assert cluster.cluster_id() == before
     assert cluster.etcdctl("get", "isthmus/v1/services/shop/web", at="o3").split()[-1] == "latest"
+
+
+def test_members_go_over_to_another_authority_one_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
+    """As replace_authority does it: both are trusted, then all certificates are new, then the old one is refused."""
+    cluster.form()
+    guard(cluster)
+    successor, hosts = Ca(tmp_path / "successor", "onprem"), list(cluster.hosts.values())
+    old, new = cluster.ca.crt.read_text(), successor.crt.read_text()
+
+    def trust(text: str) -> None:
+        for host in hosts:
+            (host.pki / "trust" / "onprem.crt").write_text(text)
+
+    def served(ca: Ca) -> bool:
+        """A client with this authority's certificate, trusting what the hosts trust."""
+        crt, key = ca.issue("root")
+        pinned = hosts[0].pki / "trust" / "onprem.crt"
+        found = []
+        for host in hosts:
+            with SyncEtcd([f"https://127.0.0.1:{host.ports[0]}"], pinned, crt, key) as client:
+                try:
+                    found.append(client.get("isthmus/v1/estate/clusters/onprem") is not None)
+                except EtcdUnavailable:
+                    found.append(False)
+        assert len(set(found)) == 1
+        return found[0]
+
+    def restart() -> None:
+        for host in hosts:
+            assert cluster.run(host.name, formed=True)["action"] == "restarted"
+
+    trust(old + new)
+    restart()
+    assert served(cluster.ca)
+    assert served(successor)
+    for host in hosts:
+        for entry in cluster.spec(host.name)["pki"]["certificates"]:
+            for path, suffix in zip(successor.issue(entry["cn"]), ("crt", "key"), strict=True):
+                shutil.copy(path, host.pki / f"{entry['name']}.{suffix}")
+        assert served(cluster.ca), "while some certificates are old and some new"
+        assert served(successor)
+    trust(new + old)
+    restart()
+    assert served(cluster.ca)
+    assert served(successor)
+    trust(new)
+    restart()
+    assert served(successor)
+    assert not served(cluster.ca)
+    for host in hosts:
+        assert cluster.run(host.name, formed=True)["changed"] is False

@@ -41,6 +41,7 @@ class Estate:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.outputs: list[dict[str, Any]] = []
+        self.replacing = ""
 
     def pki(self, host: str) -> Path:
         return self.root / host / "pki"
@@ -61,7 +62,8 @@ class Estate:
     ) -> dict[str, bool]:
         """Which modules changed something, as the recap would count it."""
         host, certificates = wanted["host"], wanted["pki"]["certificates"]
-        asked = {"spec": wanted, "trust": trust or {}, **({} if crl is None else {"crl": crl})}
+        asked = {"spec": wanted, "trust": trust or {}, "replacing": self.replacing}
+        asked |= {} if crl is None else {"crl": crl}
         requested = self.run("pki_request", asked, host, **how)
         changed = {"pki_request": requested["changed"]}
         signed = []
@@ -369,3 +371,76 @@ def test_etcds_keys_belong_to_their_user(estate: Estate) -> None:
     wanted["pki"]["certificates"][1]["owner"] = "daemon"
     estate.converge(wanted)
     assert (estate.pki("onprem-1") / "etcd-server.key").owner() == "daemon"
+
+
+def fingerprints(path: Path) -> list[str]:
+    """Of every certificate in a file."""
+    blocks = path.read_text().split("-----END CERTIFICATE-----")[:-1]
+    ends = (f"{block}-----END CERTIFICATE-----\n" for block in blocks)
+    return [
+        subprocess.run(
+            ["openssl", "x509", "-noout", "-fingerprint", "-sha256"],
+            input=one,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for one in ends
+    ]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(estate: Estate, lost: bool) -> None:
+    """By the steps of the playbook, host after host: at no time one uses a certificate that another does not trust."""
+    wanted = [spec("onprem-1", "onprem"), spec("onprem-2", "onprem"), spec("cloud-1", "cloud", ("onprem",))]
+    for host in wanted:
+        estate.role(host)
+    ca, trusting = estate.pki("onprem-1"), [estate.pki(host["host"]) / "trust" / "onprem.crt" for host in wanted]
+    old = (ca / "ca.crt").read_text()
+    if lost:
+        (ca / "ca.key").unlink()
+        (ca / "ca.crt").unlink()
+    document: dict[str, Any] = {"name": "onprem", "revision": 7, "ca_certificate": old}
+    used = [estate.pki("onprem-1") / "etcd-server.crt", estate.pki("cloud-1") / "peer-onprem.crt"]
+
+    def step(name: str) -> bool:
+        nonlocal document
+        predicted = estate.run("pki_replace", {"step": name, "record": document}, "onprem-1", check=True)
+        done = estate.run("pki_replace", {"step": name, "record": document}, "onprem-1")
+        assert predicted["changed"] == done["changed"]
+        document = done["document"]
+        assert estate.run("pki_replace", {"step": name, "record": document}, "onprem-1")["document"] == document
+        return bool(done["changed"])
+
+    def role(replacing: str = "onprem") -> None:
+        for host in wanted:
+            trust = {"onprem": document["ca_certificate"]}
+            estate.replacing = replacing
+            estate.role(host, trust)
+            for certificate in used:
+                for pinned in trusting:
+                    openssl("verify", "-CAfile", pinned, certificate)
+
+    assert step("begin")
+    assert document["revision"] == 8
+    with pytest.raises(ModuleFailed, match=r"one more authority for cluster onprem .*isthmus_replace_authority=onprem"):
+        role("")
+    issued = [path.read_text() for path in used]
+    role()
+    assert [path.read_text() for path in used] == issued, "nothing is signed anew before everybody trusts both"
+    assert step("sign")
+    role()
+    assert [path.read_text() for path in used] != issued
+    assert step("end")
+    role()
+    assert document["revision"] == 10
+    former = estate.root / "former.crt"
+    former.write_text(issued[0])
+    for pinned in trusting:
+        assert fingerprints(pinned) == fingerprints(ca / "ca.crt")
+        with pytest.raises(subprocess.CalledProcessError):
+            openssl("verify", "-CAfile", pinned, former)
+    assert old != (ca / "ca.crt").read_text()
+    assert (ca / "ca.key.replaced").exists() is not lost
+    for host in wanted:
+        assert estate.role(host, {"onprem": document["ca_certificate"]}) == {"pki_request": False}

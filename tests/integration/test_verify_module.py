@@ -151,6 +151,35 @@ def test_a_damaged_specification_is_named(host: Host, text: str, words: str) -> 
     assert found.startswith(f"spec: {host.node} {words}")
 
 
+def test_an_etcd_that_does_not_serve_is_told_with_the_way_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.etcd_trouble.etcd_unit, "DATA", str(host.server.data))
+    host.server.stop()
+    try:
+        (words,) = host.problems("etcd")
+        assert words.startswith("etcd: member c1 does not serve: ")
+        assert words.endswith("Next: see `journalctl -u isthmus-etcd` there")
+        monkeypatch.setattr(verify.etcd_trouble, "SEGMENT", 1 << 62)
+        (words,) = host.problems("etcd")
+        assert "The file system of" in words
+    finally:
+        host.server.start()
+
+
+def test_an_alarm_is_told_with_the_way_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus_agent.kvstore.sync.SyncEtcd.alarms", lambda _client: ((1, "NOSPACE"),))
+    (words,) = [words for words in host.problems("etcd") if words.startswith("etcd: alarm ")]
+    assert words.startswith("etcd: alarm NOSPACE: its database has reached etcd.quota_bytes")
+
+
+def test_a_clock_that_is_a_day_off_is_told(host: Host) -> None:
+    found = host.verifier()
+    found.module.params["controller_time"] = "2020-01-01T00:00:00Z"
+    found.check_clock()
+    (words,) = found.problems
+    assert words.startswith("clock: The clock is ")
+    assert " s ahead of the controller's" in words
+
+
 def test_what_nobody_thought_of_hides_nothing_else(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     def surprise(_verifier: verify.Verifier) -> None:
         raise RuntimeError("a surprise")

@@ -162,8 +162,8 @@ def _moved(own: Mapping[str, Any], newer: Mapping[str, Any]) -> str:
         return ""  # a cluster that was removed, or begun anew
     if own["id"] != newer["id"]:
         return f"id {own['id']} would be {newer['id']}"
-    authorities = own.get("ca_certificate"), newer.get("ca_certificate")
-    if None not in authorities and authorities[0] != authorities[1]:
+    before, after = own.get("ca_certificate") or "", newer.get("ca_certificate") or ""
+    if before not in after and after not in before:  # while an authority is replaced both stand there
         return "its CA's certificate would be another"
     for host, entry in own["hosts"].items():
         other = newer["hosts"].get(host)

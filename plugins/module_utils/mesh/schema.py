@@ -830,6 +830,11 @@ PLAY_VARIABLES = {
     "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",
     "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
+    "isthmus_restore": "Cluster that `restore` restores.",
+    "isthmus_restore_from": "Time of the backup to restore (the name of its directory); by default the newest.",
+    "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",
+    "isthmus_restore_only": "`authority`: `restore` puts the certificate authority back and leaves the etcd as it is.",
+    "isthmus_confirm_restore": "Cluster whose running etcd `restore` may replace, and whose silent hosts are off.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }
