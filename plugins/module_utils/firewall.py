@@ -127,7 +127,10 @@ def _nftables(module: AnsibleModule, ports: list[Port], ufw: bool, firewalld: bo
         yield Firewall(
             "nftables",
             f"The nftables chain `{where}` drops what no rule in it accepts (`nft list chain {where}`).",
-            {f"{protocol}/{port}": f"nft insert rule {where} {protocol} dport {port} accept" for protocol, port in ports},
+            {
+                f"{protocol}/{port}": f"nft insert rule {where} {protocol} dport {port} accept"
+                for protocol, port in ports
+            },
             f"nft insert rule {where} iifname {DEVICE} accept",
             " Add the same to where your rules are kept (/etc/nftables.conf, or the tool that writes them).",
         )

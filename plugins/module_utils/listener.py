@@ -25,6 +25,9 @@ import time
 MARK = b"\0\0\0\0\0\0\0\0isthmus-preflight "
 GREETING = b"isthmus-preflight "
 
+UNIT = "isthmus-preflight.service"
+"""The transient unit that it runs as."""
+
 _UDP_HEADER = 8
 _IP_PKTINFO = 8
 _SO_ATTACH_FILTER = 26

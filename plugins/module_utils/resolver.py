@@ -179,7 +179,9 @@ def _immutable(path: str) -> bool:
 
 
 def _runs(command: str) -> bool:
-    return any((_read(f"/proc/{pid}/comm") or "").strip() == command for pid in filter(str.isdigit, os.listdir("/proc")))
+    return any(
+        (_read(f"/proc/{pid}/comm") or "").strip() == command for pid in filter(str.isdigit, os.listdir("/proc"))
+    )
 
 
 def servers(content: str) -> list[str]:

@@ -158,13 +158,13 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     estate,
     etcd_unit,
     firewall,
+    listener,
     packages,
     ports,
     resolver,
     storage,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.peers import LISTENER
 
 DEVICE = "isthmus0"
 DNSMASQ = "/usr/sbin/dnsmasq"
@@ -230,7 +230,7 @@ def foreign(found, own):
     others = []
     for one in found:
         process, unit = ports.holder(one)
-        if unit not in (*own, LISTENER):
+        if unit not in (*own, listener.UNIT):
             others.append((one, f"{process}{' of ' + unit if unit else ''} on {one.address}"))
     return others
 
@@ -250,7 +250,10 @@ def device_problems(found, spec):
     for link in found:
         if link.get("ifname") != DEVICE:
             continue
-        kind, data = link.get("linkinfo", {}).get("info_kind", "physical"), link.get("linkinfo", {}).get("info_data", {})
+        kind, data = (
+            link.get("linkinfo", {}).get("info_kind", "physical"),
+            link.get("linkinfo", {}).get("info_data", {}),
+        )
         if kind != "vxlan" or not data.get("external"):
             what = f"a {kind} link, not the mesh's"
         elif data.get("port") != port:
@@ -430,11 +433,15 @@ def disk_findings(spec):
             f"{figure}; etcd wants less than {storage.GUIDANCE * 1000:.0f} ms. It will work, and be slow or change its "
             "leader when the disk is busy. Next: put its data on a local SSD, or off a disk that others write to."
         )
-    return problems, doubts, {
-        "count": syncs.count,
-        "median": round(syncs.median * 1000, 2),
-        "slow": round(syncs.slow * 1000, 2),
-    }
+    return (
+        problems,
+        doubts,
+        {
+            "count": syncs.count,
+            "median": round(syncs.median * 1000, 2),
+            "slow": round(syncs.slow * 1000, 2),
+        },
+    )
 
 
 def firewalls(module, spec):
@@ -563,9 +570,7 @@ def main():
         "python": {"version": chosen[0], "path": chosen[1]},
         "packages": missing,
         "joins": joins,
-        "firewalls": [
-            {"name": one.name, "commands": one.commands, "words": firewall.describe(one)} for one in walls
-        ],
+        "firewalls": [{"name": one.name, "commands": one.commands, "words": firewall.describe(one)} for one in walls],
         "fsync": syncs,
     }
     for words in doubts:

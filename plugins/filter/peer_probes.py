@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Which ports of other hosts a host asks before the mesh is changed."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+name: peer_probes
+short_description: Which ports of other hosts a host asks
+version_added: 1.0.0
+author:
+  - Isthmus contributors (@isthmus-mesh)
+description:
+  - Gives the targets of M(isthmus.mesh.peer_probe) for one host, so that every port of a host that joins, and every
+    port that it needs, is asked from where it will be used, by few hosts each.
+  - Of two hosts one at least is new; only hosts that were entered and answer are asked. When a run is for a part of the
+    hosts, a new one also asks the running etcd of its cluster, of which one member must answer.
+options:
+  _input:
+    description:
+      - Variables of the hosts that take part, with the results of M(isthmus.mesh.preflight) and
+        M(isthmus.mesh.peer_probe).
+    type: list
+    elements: dict
+    required: true
+  record:
+    description: The estate record that M(isthmus.mesh.plan) returns.
+    type: dict
+    required: true
+  host:
+    description: The host that asks.
+    type: str
+    required: true
+  run:
+    description: All hosts that the run is for, also those that could not be entered.
+    type: list
+    elements: str
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Show what this host would ask
+  ansible.builtin.debug:
+    msg: "{{ ansible_play_hosts | map('extract', hostvars) | list
+      | isthmus.mesh.peer_probes(isthmus_record, inventory_hostname, ansible_play_hosts_all) }}"
+"""
+
+RETURN = r"""
+_value:
+  description: Targets of M(isthmus.mesh.peer_probe).
+  type: list
+  elements: dict
+"""
+
+FROM_EACH_CLUSTER = 3
+
+
+def peer_probes(members, record, host, run):
+    """The overlay's port from one host of every site at least; etcd's client port from the cluster's hosts and from up
+    to `FROM_EACH_CLUSTER` of a peering cluster's etcd hosts; its peer port from the other members."""
+    heard, joining = {}, set()
+    for variables in members:
+        name = variables["inventory_hostname"]
+        if "listening" in variables.get("__preflight_listener", {}):
+            heard[name] = variables["__preflight_listener"]["listening"]
+        if variables.get("__preflight_result", {}).get("joins"):
+            joining.add(name)
+    places = {
+        name: (document, entry)
+        for key, document in sorted(record.items())
+        if key.startswith("clusters/") and document["state"] != "absent"
+        for name, entry in sorted(document["hosts"].items())
+    }
+    if host not in places:
+        return []
+    own, here = places[host]
+    near = [name for name in places if name in heard and places[name][1]["site"] == here["site"]]
+
+    def target(name, protocol, port, answers, enough=False):
+        document, entry = places[name]
+        return {
+            "host": name,
+            "address": entry["underlay4" if entry["site"] == here["site"] else "advertise4"],
+            "protocol": protocol,
+            "port": port,
+            "answers": answers,
+            "authority": document.get("ca_certificate") or "" if answers == "etcd" else "",
+            "one_is_enough": enough,
+        }
+
+    found = []
+    for number, name in enumerate(name for name in places if name in heard):
+        if name == host or not {name, host} & joining:
+            continue
+        document = places[name][0]
+        etcd = document["etcd"]
+        wanted = [("udp", record["roster"]["overlay_port"])] if _turn(near, name, number) == host else []
+        if name in etcd["members"]:
+            if document is own:
+                wanted.append(("tcp", etcd["client_port"]))
+                wanted += [("tcp", etcd["peer_port"])] if host in etcd["members"] else []
+            elif host in _askers([one for one in own["etcd"]["members"] if one in heard], number):
+                wanted.append(("tcp", etcd["client_port"]))
+        for protocol, port in wanted:
+            answers = heard[name].get(f"{protocol}/{port}")
+            if answers in ("listener", "etcd"):
+                found.append(target(name, protocol, port, answers))
+    if host in joining and own.get("ca_certificate"):
+        etcd = own["etcd"]
+        others = [one for one in etcd["members"] if one in own["hosts"] and one not in run]
+        found += [target(one, "tcp", etcd["client_port"], "etcd", enough=True) for one in others]
+    return found
+
+
+def _turn(hosts, target, number):
+    """Of the hosts of a site the one whose turn it is to ask a target, which does not ask itself."""
+    others = [name for name in hosts if name != target]
+    return others[number % len(others)] if others else None
+
+
+def _askers(hosts, number):
+    return {hosts[(number + step) % len(hosts)] for step in range(min(FROM_EACH_CLUSTER, len(hosts)))}
+
+
+class FilterModule:
+    """The filter, by its name."""
+
+    def filters(self):
+        return {"peer_probes": peer_probes}
