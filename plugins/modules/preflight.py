@@ -392,10 +392,10 @@ def estate_problems(spec, installed):
 def disk_findings(spec):
     """(problems, warnings, durable writes) of the disks that get something new; nothing where all is there already."""
     problems, doubts = [], []
-    if not os.path.exists(bundle.CURRENT) and storage.free(bundle.CURRENT) < BUNDLE_ROOM:
+    room = storage.free(bundle.ROOT)
+    if not os.path.exists(bundle.CURRENT) and room < BUNDLE_ROOM:
         problems.append(
-            f"{storage.size(storage.free(bundle.CURRENT))} are free for {os.path.dirname(bundle.CURRENT)}, and the agent "
-            f"takes {storage.size(BUNDLE_ROOM)}. Make room."
+            f"{storage.size(room)} are free for {bundle.ROOT}, and the agent takes {storage.size(BUNDLE_ROOM)}. Make room."
         )
     member = spec.get("member")
     if member is None or os.path.isdir(f"{etcd_unit.DATA}/member"):
