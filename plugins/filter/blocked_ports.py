@@ -37,18 +37,21 @@ _value:
 
 
 def blocked_ports(members):
-    """Grouped by what does not answer, with the hosts that asked."""
+    """Grouped by what does not answer, with the hosts that asked. What the run itself will open is none of them."""
     results = {variables["inventory_hostname"]: variables for variables in members}
     askers = {}
     for name, variables in results.items():
         for one in variables.get("__preflight_reached", {}).get("blocked") or []:
             key = (one["host"], one["address"], one["protocol"], one["port"], one["how"])
             askers.setdefault(key, []).append(f"{name} ({one['source']})")
-    return [
-        f"{protocol.upper()} {port} of {host} ({address}) does not answer from {', '.join(names)}: {how}. "
-        + _remedy(results.get(host, {}).get("__preflight_result"), host, f"{protocol}/{port}", how)
-        for (host, address, protocol, port, how), names in sorted(askers.items())
-    ]
+    lines = []
+    for (host, address, protocol, port, how), names in sorted(askers.items()):
+        result = results.get(host, {}).get("__preflight_result")
+        remedy = _remedy(result, host, f"{protocol}/{port}", how)
+        if remedy is not None:
+            what = f"{protocol.upper()} {port} of {host} ({address}) does not answer from {', '.join(names)}: {how}."
+            lines.append(f"{what} {remedy}")
+    return lines
 
 
 def _remedy(result, host, port, how):
@@ -61,6 +64,8 @@ def _remedy(result, host, port, how):
         )
     for wall in result.get("firewalls") or []:
         if port in wall["commands"]:
+            if wall["managed"]:
+                return None
             return f"On {host}: {wall['words']}"
     return (
         f"No firewall was found on {host} that would be in the way: look between the two (a router, a cloud's security "

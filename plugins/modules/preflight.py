@@ -54,6 +54,13 @@ options:
       - Seconds by which the host's clock may differ from the controller's.
     type: int
     default: 120
+  firewall:
+    description:
+      - With V(managed) M(isthmus.mesh.firewall) will open the ports in C(ufw) and C(firewalld), so that these are not
+        warned about.
+    type: str
+    choices: [unmanaged, managed]
+    default: unmanaged
   install:
     description:
       - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
@@ -87,17 +94,18 @@ joins:
   type: bool
 firewalls:
   description:
-    - Firewalls that are active on the host and do not name all ports of the mesh, with the commands that open them by
-      port, and all of that in words.
+    - Firewalls that are active on a host that joins and do not name all ports of the mesh, with the commands that open
+      them by port, all of that in words, and whether the collection will do so.
   returned: success
   type: list
   elements: dict
   sample:
     - name: ufw
+      managed: false
       commands:
         udp/8472: ufw allow 8472/udp
-      words: "ufw is active (`ufw status`). Nothing of it was touched. To open what the mesh needs:
-        `ufw allow 8472/udp`; `ufw allow in on isthmus0`."
+      words: "ufw is active (`ufw status`). It was left alone. Unless it lets in the mesh's hosts already, this opens
+        what the mesh needs: `ufw allow 8472/udp`; `ufw allow in on isthmus0`."
 fsync:
   description:
     - How long durable writes take on the file system that will hold etcd's data, in milliseconds. V(none) where no
@@ -142,7 +150,6 @@ import calendar
 import contextlib
 import glob
 import ipaddress
-import json
 import os
 import platform
 import re
@@ -158,6 +165,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     estate,
     etcd_unit,
     firewall,
+    links,
     listener,
     packages,
     ports,
@@ -233,15 +241,6 @@ def foreign(found, own):
         if unit not in (*own, listener.UNIT):
             others.append((one, f"{process}{' of ' + unit if unit else ''} on {one.address}"))
     return others
-
-
-def links(module, *words):
-    """What `ip -json` says of links; nothing where it is not there."""
-    if module.get_bin_path("ip", opt_dirs=["/usr/sbin", "/sbin"]):
-        code, out, _err = module.run_command(["ip", "-json", "-details", *words])
-        with contextlib.suppress(ValueError):
-            return [link for link in json.loads(out if code == 0 else "[]") if link]
-    return []
 
 
 def device_problems(found, spec):
@@ -395,7 +394,8 @@ def disk_findings(spec):
     room = storage.free(bundle.ROOT)
     if not os.path.exists(bundle.CURRENT) and room < BUNDLE_ROOM:
         problems.append(
-            f"{storage.size(room)} are free for {bundle.ROOT}, and the agent takes {storage.size(BUNDLE_ROOM)}. Make room."
+            f"{storage.size(room)} are free for {bundle.ROOT}, and the agent takes {storage.size(BUNDLE_ROOM)}. "
+            "Make room."
         )
     member = spec.get("member")
     if member is None or os.path.isdir(f"{etcd_unit.DATA}/member"):
@@ -450,16 +450,7 @@ def firewalls(module, spec):
     member = spec.get("member")
     if member:
         wanted += [("tcp", urlsplit(member[url]).port) for url in ("client_url", "peer_url")]
-    underlay = spec["node"]["underlay4"]
-    interface = next(
-        (
-            link["ifname"]
-            for link in links(module, "address", "show")
-            if any(one.get("local") == underlay for one in link.get("addr_info", []))
-        ),
-        "",
-    )
-    return firewall.find(module, wanted, interface)
+    return firewall.find(module, wanted, links.of_address(module, spec["node"]["underlay4"]))
 
 
 def selinux_doubts():
@@ -515,6 +506,7 @@ def main():
             "python": {"type": "path"},
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
+            "firewall": {"type": "str", "choices": ["unmanaged", "managed"], "default": "unmanaged"},
             "install": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
@@ -524,15 +516,16 @@ def main():
     installed = installed_spec()
     joins = installed is None or place(installed) != place(spec)
     problems, doubts, syncs, walls = system_problems(module), [], None, []
+    ours = firewall.MANAGED if module.params["firewall"] == "managed" else ()
     if os.geteuid() == 0:
         problems += kernel_problems(arch)
-        found = links(module, "link", "show")
+        found = links.listed(module, "link")
         problems += device_problems(found, spec) if installed is None else []
         problems += port_problems(spec, found)
         disk = disk_findings(spec)
         problems, doubts, syncs = problems + disk[0], doubts + disk[1], disk[2]
         walls = firewalls(module, spec) if joins else []
-        doubts += [firewall.describe(one) for one in walls]
+        doubts += [firewall.describe(one) for one in walls if one.name not in ours]
     if joins:
         resolved = module.run_command(["systemctl", "is-active", "--quiet", "systemd-resolved.service"])[0] == 0
         names = resolver.obstacles(resolver.probe(resolved))

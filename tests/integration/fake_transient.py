@@ -30,8 +30,7 @@ def stop(name):
 
 
 def run(words):
-    options = [word for word in words[: words.index("--")]]
-    [name] = [word.partition("=")[2] for word in options if word.startswith("--unit=")]
+    [name] = [word.partition("=")[2] for word in words[: words.index("--")] if word.startswith("--unit=")]
     place = str(PIDS / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, (PIDS / "journal").open("ab") as log:
         Path(place).unlink(missing_ok=True)

@@ -207,7 +207,9 @@ def test_new_hosts_reach_each_other_and_nothing_stays(hosts: Hosts) -> None:
 def test_what_does_not_answer_is_named_with_the_direction_and_who_is_in_the_way(hosts: Hosts) -> None:
     """A firewall that is known, one that is not, and is in the way of one host only, and an address of another host."""
     hosts.drop("a2", "udp", "dport", str(OVERLAY), "drop")
-    hosts.firewalls["a2"] = [{"name": "ufw", "commands": {"udp/8472": "ufw allow 8472/udp"}, "words": "ufw is active."}]
+    hosts.firewalls["a2"] = [
+        {"name": "ufw", "commands": {"udp/8472": "ufw allow 8472/udp"}, "words": "ufw is active.", "managed": False}
+    ]
     hosts.drop("a1", "ip", "saddr", "10.9.0.2", "tcp", "dport", str(CLIENT), "reject", "with", "tcp", "reset")
     hosts.record["clusters/b"]["hosts"]["b1"]["advertise4"] = "10.9.0.1"
     message = hosts.refused("--check")

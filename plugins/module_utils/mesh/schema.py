@@ -828,6 +828,7 @@ PLAY_VARIABLES = {
     "isthmus_confirm_teardown": "Name of the estate that `teardown` may take off the hosts.",
     "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
+    "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }

@@ -451,10 +451,12 @@ def test_ufw_is_told_with_what_would_open_it(host: Host) -> None:
     assert wall["commands"] == {"udp/8472": "ufw allow 8472/udp", "tcp/1": "ufw allow 1/tcp"}
     assert answer["warnings"] == ["db-1: " + wall["words"]]
     assert wall["words"] == (
-        "ufw is active (`ufw status`). Nothing of it was touched. To open what the mesh needs: `ufw allow 8472/udp`; "
-        "`ufw allow 1/tcp`; `ufw allow in on isthmus0`."
+        "ufw is active (`ufw status`). It was left alone. Unless it lets in the mesh's hosts already, this opens what "
+        "the mesh needs: `ufw allow 8472/udp`; `ufw allow 1/tcp`; `ufw allow in on isthmus0`."
     )
     assert not [call for call in host.calls() if "ufw" in call and " ufw status" not in call]
+    managed = host.run(spec=member(2379), firewall="managed")
+    assert (managed["warnings"], [one["managed"] for one in managed["firewalls"]]) == ([], [True])
     host.member_of(member(2379))
     assert host.run(spec=member(2379))["warnings"] == []
 
