@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.isthmus.mesh.plugins.module_utils import listener
+from ansible_collections.isthmus.mesh.plugins.module_utils import listener, packets
+from etcd_fixture import Ca, EtcdServer
+from module_runner import run_module
 from playbook import recaps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,3 +252,57 @@ def test_nothing_is_asked_of_a_mesh_that_nobody_joins(hosts: Hosts) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     # What is given, and what the first host writes down: nothing of the role counts.
     assert {name: recap.ok for name, recap in recaps(done.stdout).items()} == {"a1": 2, "a2": 1, "b1": 1}
+
+
+# --- an etcd that runs
+
+
+def test_an_etcd_is_asked_whose_it_is(tmp_path: Path) -> None:
+    """Without a client certificate: a host that joins has none yet."""
+    foreign = Ca(tmp_path / "foreign", "foreign").crt.read_text()
+    with EtcdServer(tmp_path / "etcd") as server:
+        for port in (server.port, server.peer_port):
+            packets.served_by("127.0.0.1", port, server.ca.crt.read_text(), 5)
+            packets.served_by("127.0.0.1", port, "", 5)
+            with pytest.raises(packets.NoAnswer, match="another mesh's etcd, or no etcd, answers there"):
+                packets.served_by("127.0.0.1", port, foreign, 5)
+        port = server.port
+    with pytest.raises(packets.NoAnswer, match="refused"):
+        packets.served_by("127.0.0.1", port, foreign, 5)
+
+
+def test_what_is_no_etcd_is_told(tmp_path: Path) -> None:
+    authority = Ca(tmp_path, "a").crt.read_text()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as wire:
+                wire.recv(1)
+                wire.sendall(b"SSH-2.0-something\r\n" * 10)
+
+        serving = threading.Thread(target=answer)
+        serving.start()
+        with pytest.raises(packets.NoAnswer, match="speaks no TLS"):
+            packets.served_by("127.0.0.1", server.getsockname()[1], authority, 5)
+        serving.join()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(packets.NoAnswer, match="no answer within"),
+    ):
+        packets.served_by("127.0.0.1", silent.getsockname()[1], authority, 0.2)
+
+
+def test_one_member_of_the_own_cluster_is_enough(tmp_path: Path) -> None:
+    """Those that are not in the run: one may be down."""
+    spec = {"host": "a9", "node": {"underlay4": "127.0.0.1"}, "overlay": {"port": OVERLAY}, "member": None}
+    one = {"host": "a1", "address": "127.0.0.1", "protocol": "tcp", "answers": "etcd", "one_is_enough": True}
+    with EtcdServer(tmp_path / "etcd") as server, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        up = {**one, "port": server.port, "authority": server.ca.crt.read_text()}
+        down = {**one, "host": "a2", "port": nobody.getsockname()[1]}
+        asked = {"spec": spec, "state": "probed", "targets": [up, down]}
+        assert run_module("peer_probe", asked)["blocked"] == []
+        [blocked] = run_module("peer_probe", {**asked, "targets": [down]})["blocked"]
+        assert (blocked["host"], blocked["how"], blocked["source"]) == ("a2", "refused", "127.0.0.1")
+        strict = [{**target, "one_is_enough": False} for target in (up, down)]
+        assert len(run_module("peer_probe", {**asked, "targets": strict})["blocked"]) == 1
