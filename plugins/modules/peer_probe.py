@@ -145,7 +145,8 @@ def listen(module):
     wanted = {"host": spec["host"], "seconds": module.params["seconds"], "tcp": free, "udp": overlay}
     command = [
         *("systemd-run", "--quiet", "--collect", f"--unit={listener.UNIT}", "--service-type=notify"),
-        *("--description=Ports of the Isthmus mesh, for a moment", "--property=CapabilityBoundingSet=CAP_NET_RAW"),
+        "--description=Ports of the Isthmus mesh, for a moment",
+        "--property=CapabilityBoundingSet=CAP_NET_RAW CAP_NET_BIND_SERVICE",
         *(f"--property=RuntimeMaxSec={module.params['seconds'] + 10}", "--property=TimeoutStartSec=15", "--"),
         *(sys.executable, "-I", "-c", inspect.getsource(listener), json.dumps(wanted)),
     ]

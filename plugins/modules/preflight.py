@@ -563,7 +563,15 @@ def main():
         "python": {"version": chosen[0], "path": chosen[1]},
         "packages": missing,
         "joins": joins,
-        "firewalls": [{"name": one.name, "commands": one.commands, "words": firewall.describe(one)} for one in walls],
+        "firewalls": [
+            {
+                "name": one.name,
+                "commands": one.commands,
+                "words": firewall.describe(one),
+                "managed": one.name in ours,
+            }
+            for one in walls
+        ],
         "fsync": syncs,
     }
     for words in doubts:
