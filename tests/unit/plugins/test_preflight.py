@@ -234,6 +234,7 @@ def test_a_name_server_on_all_addresses_is_told_once_for_each_protocol(host: Hos
         "TCP port 53, the name server's port",
     ]
     assert "named (pid 3) of named.service on 0.0.0.0" in problems[0]
+    assert problems[0].endswith("Here: `listen-on { 127.0.0.1; };` in its options.")
     held[:] = [ports.Socket("udp", "127.0.0.53", 53, 7)]
     assert host.run()["problems"] == []
 
