@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import struct
 import time
 
+from ansible_collections.isthmus.mesh.plugins.module_utils import listener
+
 _IP_MTU_DISCOVER, _IP_PMTUDISC_DO, _IP_MTU = 10, 2, 14
 _A, _AAAA = 1, 28
+_TIMEOUTS = (socket.timeout, TimeoutError)  # two until Python 3.10
 
 
 class NoAnswer(Exception):
@@ -137,3 +141,75 @@ def request(address: str, port: int, timeout: float, http: tuple[str, str] | Non
     if not line.startswith("HTTP/"):
         raise NoAnswer("it does not answer HTTP")
     return line
+
+
+def greeting(address: str, port: int, timeout: float) -> str:
+    """The name that the listener of `listener` gives on TCP. NoAnswer when there is another one, or none."""
+    try:
+        with socket.create_connection((address, port), timeout) as wire:
+            line = wire.recv(1024)
+    except OSError as exc:
+        raise NoAnswer(_reason(exc, timeout)) from exc
+    if not line.startswith(listener.GREETING):
+        raise NoAnswer("something else answers there than what was started for this question")
+    return line[len(listener.GREETING) :].decode("utf-8", "replace").strip()
+
+
+def returned(source: str, address: str, port: int, timeout: float, attempts: int = 3) -> str:
+    """The name with which a datagram comes back from `listener`. `timeout` seconds each; NoAnswer after the last."""
+    sent = listener.MARK + os.urandom(8).hex().encode()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wire:
+        wire.bind((source, 0))
+        wire.settimeout(timeout)
+        for _attempt in range(attempts):
+            try:
+                wire.connect((address, port))
+                wire.send(sent)
+                answer = wire.recv(1024)
+            except _TIMEOUTS:
+                continue
+            except OSError as exc:
+                raise NoAnswer(_reason(exc, timeout)) from exc
+            if answer.startswith(sent + b" "):
+                return answer[len(sent) + 1 :].decode("utf-8", "replace")
+    raise NoAnswer(f"no answer to {attempts} datagrams")
+
+
+# Of X509_verify_cert: signature failure, self-signed, issuer unknown. An expired certificate is not a foreign one.
+_FOREIGN = (7, 18, 19, 20, 21)
+_PARTIAL_CHAIN = 0x80000
+
+
+def served_by(address: str, port: int, authority: str, timeout: float) -> None:
+    """NoAnswer unless who listens has a certificate of this authority (PEM; "": whoever it is)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= _PARTIAL_CHAIN
+    try:
+        with socket.create_connection((address, port), timeout) as wire:
+            if not authority:
+                return
+            context.load_verify_locations(cadata=authority)
+            try:
+                with context.wrap_socket(wire):
+                    return
+            except ssl.SSLCertVerificationError as exc:
+                if exc.verify_code in _FOREIGN:
+                    raise NoAnswer(
+                        "another mesh's etcd, or no etcd, answers there: its certificate is not of this cluster's "
+                        f"authority ({exc.verify_message})"
+                    ) from exc
+            except ssl.SSLError as exc:
+                if exc.reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING"):
+                    raise NoAnswer("what answers there speaks no TLS, so it is no etcd of this mesh") from exc
+                # It wants a certificate of ours, after its own was found good.
+    except OSError as exc:
+        raise NoAnswer(_reason(exc, timeout)) from exc
+
+
+def _reason(exc: OSError, timeout: float) -> str:
+    if isinstance(exc, _TIMEOUTS):
+        return f"no answer within {timeout:g} s"
+    if isinstance(exc, ConnectionRefusedError):
+        return "refused"
+    return (exc.strerror or str(exc)).lower()

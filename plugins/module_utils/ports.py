@@ -57,17 +57,36 @@ def clashes(sockets: list[Socket], address: str | None) -> list[Socket]:
 
 def holder(sock: Socket) -> tuple[str, str]:
     """Process and unit that hold a socket, as words: ("etcd (pid 12)", "etcd.service"); "" for a process of no unit."""
+    pid = _pid(sock)
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+            return f"{file.read().strip()} (pid {pid})", _unit(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return "the kernel", ""
+
+
+def started_as(sock: Socket) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of the process that holds a socket; empty for the kernel's own."""
+    pid = _pid(sock)
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as line, open(f"/proc/{pid}/environ", "rb") as variables:
+            words, settings = line.read().decode(errors="replace"), variables.read().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return [], {}
+    pairs = (item.partition("=") for item in settings.split("\0"))
+    return words.split("\0")[:-1], {name: value for name, equals, value in pairs if equals}
+
+
+def _pid(sock: Socket) -> str:
+    """The process that has a socket open, "-" for none that is seen."""
     link = f"socket:[{sock.inode}]"
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            for handle in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{handle}") == link:
-                    with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
-                        name = file.read().strip()
-                    return f"{name} (pid {pid})", _unit(pid)
+            if any(os.readlink(f"/proc/{pid}/fd/{handle}") == link for handle in os.listdir(f"/proc/{pid}/fd")):
+                return pid
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it ended while we looked, or a security module hides it
-    return "the kernel", ""
+    return "-"
 
 
 def _unit(pid: str) -> str:

@@ -14,10 +14,15 @@ where no other host can ask it; what must be on the mesh address, for systemd-re
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import re
 import socket
 import struct
 from dataclasses import dataclass
+
+from ansible_collections.isthmus.mesh.plugins.module_utils import ports
 
 RESOLV_CONF = "/etc/resolv.conf"
 NSSWITCH = "/etc/nsswitch.conf"
@@ -36,6 +41,28 @@ LOCAL_SERVER = "127.0.0.73"
 _STUB = "127.0.0.53"
 _STUB_FILES = ("/run/systemd/resolve/stub-resolv.conf", "/usr/lib/systemd/resolv.conf")
 _UPLINKS = "/run/systemd/resolve/resolv.conf"
+
+# Who keeps the file that resolv.conf is a link to.
+_KEEPERS = ("/run/systemd/resolve/", "/usr/lib/systemd/", "/run/NetworkManager/", "/run/resolvconf/", "/run/connman/")
+
+# Who writes a resolv.conf that is a file, by what it says of itself, and what makes it leave our line in place.
+_WRITERS = (
+    (
+        "NetworkManager",
+        "NetworkManager",
+        "set `rc-manager=symlink` under [main] in /etc/NetworkManager/conf.d/ and make /etc/resolv.conf a link to "
+        "/run/NetworkManager/resolv.conf, or use systemd-resolved",
+    ),
+    ("resolvconf", "resolvconf", "make /etc/resolv.conf the link to resolvconf's own file, or use systemd-resolved"),
+    ("dhcpcd", "dhcpcd", "put `nohook resolv.conf` into /etc/dhcpcd.conf, or use systemd-resolved"),
+    ("tailscale", "Tailscale", "run `tailscale set --accept-dns=false`, or use systemd-resolved, which serves both"),
+    ("[Cc]onnection [Mm]anager|connman", "ConnMan", "use systemd-resolved"),
+    ("WSL", "WSL", "set `generateResolvConf = false` under [network] in /etc/wsl.conf"),
+    ("cloud-init", "cloud-init", "set `manage_resolv_conf: false` in its configuration, or use systemd-resolved"),
+)
+
+_MOUNTS = "/proc/self/mountinfo"
+_FS_IOC_GETFLAGS, _FS_IMMUTABLE = 0x80086601, 0x10
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,98 @@ def probe(resolved_active: bool) -> Found:
     return Found("file", link, content if link is None else _kept(_link_target(link)), False)
 
 
+def obstacles(found: Found) -> tuple[list[str], list[str]]:
+    """Of a host that has not been joined yet: what keeps our lines out of its resolv.conf, and what may take them out
+    again or leaves names unknown, each in words with what to do."""
+    if found.method == "resolved" or found.joined:
+        return [], []
+    problems, doubts = [], []
+    remedy = "or let systemd-resolved answer for the host: then the file stays as it is."
+    if _immutable(RESOLV_CONF):
+        problems.append(
+            f"{RESOLV_CONF} is immutable (`lsattr {RESOLV_CONF}`), and the mesh's name server belongs in front there. "
+            f"Let it be changed (`chattr -i {RESOLV_CONF}`), {remedy}"
+        )
+    if any(line.split()[4] == RESOLV_CONF for line in (_read(_MOUNTS) or "").splitlines()):
+        problems.append(
+            f"{RESOLV_CONF} is a mount of its own (`findmnt {RESOLV_CONF}`; a container's, usually), so it cannot be "
+            f"replaced. Unmount it and make it a file, {remedy}"
+        )
+    elif os.statvfs(os.path.dirname(RESOLV_CONF)).f_flag & os.ST_RDONLY:
+        problems.append(
+            f"{os.path.dirname(RESOLV_CONF)} is on a read-only file system, so {RESOLV_CONF} cannot be changed. Mount "
+            f"it writable, {remedy}"
+        )
+    doubts += _doubts_about_keeper(found)
+    listed = servers(found.original or "")
+    silent = [one for one in listed if one.startswith("127.") and not ports.clashes(ports.bound("udp", 53), one)]
+    if silent:
+        doubts.append(
+            f"{RESOLV_CONF} names {silent[0]} as name server, and nobody listens there on UDP port 53. Names that are "
+            "not the mesh's do not resolve, as before. Next: start that server, or name another one."
+        )
+    if not listed and (found.link is None or found.original is not None):
+        doubts.append(
+            f"{RESOLV_CONF} names no name server. The mesh's names will resolve, and no others, as before. Next: "
+            "nothing, when that is meant; otherwise add the servers there."
+        )
+    services = _nss_hosts()
+    if services is not None and not {"dns", "resolve"} & set(services):
+        doubts.append(
+            f"{NSSWITCH} has `hosts: {' '.join(services)}`, without dns: programs ask no name server, so the mesh's "
+            "names will not resolve. Next: add dns to that line."
+        )
+    return problems, doubts
+
+
+def _doubts_about_keeper(found: Found) -> list[str]:
+    """Another program's hand on resolv.conf that we do not know, or that does not leave our line in place."""
+    if found.link is not None:
+        target = _link_target(found.link)
+        real = os.path.realpath(RESOLV_CONF).replace("/var/run/", "/run/")
+        if found.original is None:
+            return [
+                f"{RESOLV_CONF} is a link to {target}, which is not there, so the host has no name server. The mesh's "
+                "names will resolve, and no others. Next: start the program that keeps that file, or replace the link."
+            ]
+        if not real.startswith(_KEEPERS):
+            return [
+                f"{RESOLV_CONF} is a link to {target}, kept by a program that isthmus.mesh does not know. The link "
+                "will be replaced by a file with the mesh's name server in front, which forwards to the servers in "
+                f"{target}. Next: see after a while that the line is still there (`isthmus.mesh.verify`); when that "
+                "program takes it out, let systemd-resolved answer for the host."
+            ]
+        return []
+    comments = "\n".join(line for line in (found.original or "").splitlines() if line[:1] in ("#", ";"))
+    writers = [(name, remedy) for pattern, name, remedy in _WRITERS if re.search(pattern, comments)]
+    if not writers and _runs("dhclient"):
+        remedy = "install resolvconf or systemd-resolved, or `supersede domain-name-servers` in dhclient.conf"
+        writers = [("dhclient", remedy)]
+    return [
+        f"{RESOLV_CONF} is a file that {name} writes: at its next change the mesh's name server is gone from it and "
+        f"names of the mesh no longer resolve, until the next run. Next: {remedy}."
+        for name, remedy in writers[:1]
+    ]
+
+
+def _immutable(path: str) -> bool:
+    """chattr +i; False where the file system knows no such flag."""
+    flags = bytearray(8)
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.ioctl(handle, _FS_IOC_GETFLAGS, flags)
+        finally:
+            os.close(handle)
+    return bool(struct.unpack_from("=I", flags)[0] & _FS_IMMUTABLE)
+
+
+def _runs(command: str) -> bool:
+    return any(
+        (_read(f"/proc/{pid}/comm") or "").strip() == command for pid in filter(str.isdigit, os.listdir("/proc"))
+    )
+
+
 def servers(content: str) -> list[str]:
     """The name servers of a resolv.conf, in order."""
     return [
@@ -74,11 +193,16 @@ def servers(content: str) -> list[str]:
 
 def _nss_resolve() -> bool:
     """Whether programs ask systemd-resolved past resolv.conf (nss-resolve, nsswitch.conf(5))."""
+    return "resolve" in (_nss_hosts() or [])
+
+
+def _nss_hosts() -> list[str] | None:
+    """The services that names of hosts are looked up in; None where nsswitch.conf does not say."""
     for line in (_read(NSSWITCH) or "").splitlines():
         database, _colon, services = line.partition("#")[0].partition(":")
         if database.strip() == "hosts":
-            return "resolve" in services.split()
-    return False
+            return services.split()
+    return None
 
 
 def _kept(path: str) -> str | None:
@@ -200,5 +324,5 @@ def _read(path: str) -> str | None:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return None

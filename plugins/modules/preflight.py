@@ -11,7 +11,10 @@ short_description: Report everything that keeps a host from joining the mesh
 version_added: 1.0.0
 description:
   - Probes the host for each thing the mesh needs (kernel features one by one, cgroup2, systemd, Python, architecture,
-    free ports, clock, addresses) and reports all problems in one message.
+    free ports, clock, addresses, its own overlay device, name resolution, room and speed of the disk for etcd) and
+    reports all problems in one message.
+  - Warns on a host that joins of what may be in the way and was left alone (a firewall, SELinux, another program that
+    writes resolv.conf, a disk that is slow for etcd).
   - Changes nothing, unless O(install=true), and then only when there is no problem.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
@@ -51,6 +54,13 @@ options:
       - Seconds by which the host's clock may differ from the controller's.
     type: int
     default: 120
+  firewall:
+    description:
+      - With V(managed) M(isthmus.mesh.firewall) will open the ports in C(ufw) and C(firewalld), so that these are not
+        warned about.
+    type: str
+    choices: [unmanaged, managed]
+    default: unmanaged
   install:
     description:
       - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
@@ -78,6 +88,34 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+joins:
+  description: Whether the host is new to the mesh, or becomes reachable at other addresses or ports than it was.
+  returned: success
+  type: bool
+firewalls:
+  description:
+    - Firewalls that are active on a host that joins and do not name all ports of the mesh, with the commands that open
+      them by port, all of that in words, and whether the collection will do so.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - name: ufw
+      managed: false
+      commands:
+        udp/8472: ufw allow 8472/udp
+      words: "ufw is active (`ufw status`). It was left alone. Unless it lets in the mesh's hosts already, this opens
+        what the mesh needs: `ufw allow 8472/udp`; `ufw allow in on isthmus0`."
+fsync:
+  description:
+    - How long durable writes take on the file system that will hold etcd's data, in milliseconds. V(none) where no
+      member is to be made.
+  returned: success
+  type: dict
+  sample:
+    count: 50
+    median: 1.2
+    slow: 4.8
 problems:
   description: Every problem found; the module fails when there is one.
   returned: always
@@ -108,6 +146,7 @@ packages:
   sample: [dnsmasq-base]
 """
 
+import contextlib
 import glob
 import ipaddress
 import os
@@ -118,12 +157,34 @@ import struct
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, clock, packages, ports, resolver
-from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from ansible_collections.isthmus.mesh.plugins.module_utils import (
+    bpfprobe,
+    bundle,
+    clock,
+    estate,
+    etcd_unit,
+    firewall,
+    links,
+    listener,
+    packages,
+    ports,
+    resolver,
+    storage,
+)
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 
 DEVICE = "isthmus0"
 DNSMASQ = "/usr/sbin/dnsmasq"
 MOVE = "Stop that service or make it listen on other addresses only."
+LOOPBACK_ONLY = {
+    "dnsmasq": "`listen-address=127.0.0.1` and `bind-interfaces` in its configuration",
+    "unbound": "`interface: 127.0.0.1` in its server section",
+    "named": "`listen-on { 127.0.0.1; };` in its options",
+    "pdns_recursor": "`local-address=127.0.0.1` in its configuration",
+}
+SELINUX = "/sys/fs/selinux/enforce"
+BUNDLE_ROOM = 256 * 1024**2  # an environment unpacked, and the one that it replaces
+KNOWN_OVERLAYS = {"cilium": "Cilium's", "flannel": "flannel's, of k3s or Kubernetes", "vxlan.calico": "Calico's"}
 
 
 def kernel_problems(arch):
@@ -163,23 +224,78 @@ def clock_problems(told, allowed):
 
 
 def foreign(found, own):
-    """Sockets that are not held by the unit `own`, as words."""
-    words = []
+    """Sockets that are not held by the unit `own`, nor by what listens for other hosts' probes: (socket, words)."""
+    others = []
     for one in found:
         process, unit = ports.holder(one)
-        if unit not in own:
-            words.append(f"{process}{' of ' + unit if unit else ''} on {one.address}")
-    return words
+        if unit not in (*own, listener.UNIT):
+            others.append((one, f"{process}{' of ' + unit if unit else ''} on {one.address}"))
+    return others
 
 
-def port_problems(spec):
+def device_problems(found, spec):
+    """A link of our device's name that we did not make. The agent would replace it."""
+    port = spec["overlay"]["port"]
+    for link in found:
+        if link.get("ifname") != DEVICE:
+            continue
+        kind, data = (
+            link.get("linkinfo", {}).get("info_kind", "physical"),
+            link.get("linkinfo", {}).get("info_data", {}),
+        )
+        if kind != "vxlan" or not data.get("external"):
+            what = f"a {kind} link, not the mesh's"
+        elif data.get("port") != port:
+            what = f"a VXLAN device on UDP port {data.get('port')}, of another mesh or of an earlier one"
+        else:
+            continue
+        return [
+            f"The host has a network link {DEVICE} that is {what} (`ip -d link show {DEVICE}`). The mesh's device has "
+            f"that name. Find out what made it, rename it (`ip link set {DEVICE} name OTHER`) or delete it."
+        ]
+    return []
+
+
+def vxlan_words(found, port):
+    """Names of the VXLAN devices on a port, and whose they usually are."""
+    names = []
+    for link in found:
+        info = link.get("linkinfo", {})
+        if info.get("info_kind") == "vxlan" and info.get("info_data", {}).get("port") == port:
+            name = link["ifname"]
+            whose = next((words for start, words in KNOWN_OVERLAYS.items() if name.startswith(start)), "")
+            names.append(f"{name} ({whose})" if whose else name)
+    return f": the VXLAN device {', '.join(names)}" if names else ""
+
+
+def etcd_words(one, unit_words):
+    """Which etcd has a port of ours: its name, cluster token and data, as it was started with them."""
+    if not unit_words.startswith("etcd "):
+        return ""
+    arguments, environment = ports.started_as(one)
+    told = []
+    options = (("name", "name"), ("initial-cluster-token", "cluster token"), ("data-dir", "data"))
+    for option, what in options:
+        value = environment.get("ETCD_" + option.replace("-", "_").upper(), "")
+        for place, word in enumerate(arguments):
+            name, equals, given = word.lstrip("-").partition("=")
+            if word.startswith("-") and name == option:
+                value = given if equals else "".join(arguments[place + 1 : place + 2])
+        if value:
+            told.append(f"{what} {value}")
+    return f": the etcd of something else ({', '.join(told) or 'it does not say of what'})"
+
+
+def port_problems(spec, found):
     problems = []
     port = spec["overlay"]["port"]
     if not os.path.exists(f"/sys/class/net/{DEVICE}"):
-        for holder in foreign(ports.bound("udp", port), ()):
+        for one, holder in foreign(ports.bound("udp", port), ()):
+            whose = vxlan_words(found, port) if one.inode == 0 else ""
             problems.append(
-                f"UDP port {port}, the overlay's, is used by {holder} (another VXLAN device, when it is the kernel: "
-                "`ip -d link show type vxlan`). Free it, or set another overlay port for the whole estate."
+                f"UDP port {port}, the overlay's, is used by {holder}{whose} (`ip -d link show type vxlan` lists VXLAN "
+                "devices). Two overlays cannot share it: free it, or set another isthmus_estate.overlay.port, which "
+                "is one for the whole estate, before its first run."
             )
     # The name server listens on one of the two, by how the host resolves names.
     wanted = [
@@ -197,8 +313,12 @@ def port_problems(spec):
         )
         wanted.append(("tcp", urlsplit(url).port, None, "isthmus-etcd.service", f"etcd's {part}", remedy))
     for protocol, number, address, own, whose, remedy in wanted:
-        for holder in foreign(ports.clashes(ports.bound(protocol, number), address), (own,)):
-            words = f"{protocol.upper()} port {number}, {whose} port, is used by {holder}. {remedy}"
+        for one, holder in foreign(ports.clashes(ports.bound(protocol, number), address), (own,)):
+            way = LOOPBACK_ONLY.get(holder.split()[0]) if number == 53 else None
+            words = (
+                f"{protocol.upper()} port {number}, {whose} port, is used by {holder}"
+                f"{etcd_words(one, holder) if protocol == 'tcp' else ''}. {remedy}{f' Here: {way}.' if way else ''}"
+            )
             if words not in problems:
                 problems.append(words)
     return problems
@@ -230,6 +350,108 @@ def address_problems(spec):
                     "Choose another range in isthmus_estate, or remove that route."
                 )
     return problems
+
+
+def installed_spec():
+    """The spec of the mesh that this host is in; None when it is in none, or its spec cannot be read."""
+    with contextlib.suppress(ValueError):
+        found = estate.read_json(estate.NODE)
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def place(spec):
+    """Where other hosts reach a host."""
+    member = spec.get("member") or {}
+    node, overlay = spec.get("node", {}), spec.get("overlay", {})
+    addresses = node.get("underlay4"), node.get("advertise4")
+    return (*addresses, overlay.get("port"), member.get("client_url"), member.get("peer_url"))
+
+
+def estate_problems(spec, installed):
+    if installed is None or installed.get("estate") == spec.get("estate"):
+        return []
+    return [
+        f"The host is in the mesh of the estate {installed.get('estate')} ({estate.NODE}), and this is the estate "
+        f"{spec.get('estate')}. A host is in one. Take it out of the other with the inventory of that "
+        f"(`isthmus.mesh.teardown --limit {spec['host']}`), or out of this one."
+    ]
+
+
+def disk_findings(spec):
+    """(problems, warnings, durable writes) of the disks that get something new; nothing where all is there already."""
+    problems, doubts = [], []
+    room = storage.free(bundle.ROOT)
+    if not os.path.exists(bundle.CURRENT) and room < BUNDLE_ROOM:
+        problems.append(
+            f"{storage.size(room)} are free for {bundle.ROOT}, and the agent takes {storage.size(BUNDLE_ROOM)}. "
+            "Make room."
+        )
+    member = spec.get("member")
+    if member is None or os.path.isdir(f"{etcd_unit.DATA}/member"):
+        return problems, doubts, None
+    free, quota = storage.free(etcd_unit.DATA), member["quota_bytes"]
+    least, most = storage.etcd_room(quota)
+    where = f"{storage.existing(etcd_unit.DATA)} (for {etcd_unit.DATA})"
+    if free < least:
+        problems.append(
+            f"{storage.size(free)} are free at {where}, and etcd needs {storage.size(least)} to begin. With a full "
+            "disk it stops, and with it every change of the cluster. Make room, or mount a larger disk there."
+        )
+    elif free < most:
+        doubts.append(
+            f"{storage.size(free)} are free at {where}; etcd can come to need {storage.size(most)}: its data up to "
+            f"etcd.quota_bytes ({storage.size(quota)}), a snapshot of it and its log. Next: make room before it grows "
+            "so far, or set a smaller quota_bytes."
+        )
+    try:
+        syncs = storage.measure(etcd_unit.DATA)
+    except OSError as exc:
+        problems.append(f"Nothing can be written at {where}: {exc.strerror}. Mount it writable, or make room.")
+        return problems, doubts, None
+    figure = (
+        f"The 99th percentile of {syncs.count} durable writes (fdatasync of 2 KiB) at {where} is "
+        f"{syncs.slow * 1000:.1f} ms, the median {syncs.median * 1000:.1f} ms"
+    )
+    if syncs.median > storage.UNUSABLE:
+        problems.append(
+            f"{figure}. etcd waits for one with every change, and elects a new leader when the old one is silent for "
+            "2 s: it would not stay up there. Put its data on a local SSD."
+        )
+    elif syncs.slow > storage.GUIDANCE:
+        doubts.append(
+            f"{figure}; etcd wants less than {storage.GUIDANCE * 1000:.0f} ms. It will work, and be slow or change its "
+            "leader when the disk is busy. Next: put its data on a local SSD, or off a disk that others write to."
+        )
+    return (
+        problems,
+        doubts,
+        {
+            "count": syncs.count,
+            "median": round(syncs.median * 1000, 2),
+            "slow": round(syncs.slow * 1000, 2),
+        },
+    )
+
+
+def firewalls(module, spec):
+    """Those that are active and do not let all in on the host's ports (docs/ports.md)."""
+    wanted = [("udp", spec["overlay"]["port"])]
+    member = spec.get("member")
+    if member:
+        wanted += [("tcp", urlsplit(member[url]).port) for url in ("client_url", "peer_url")]
+    return firewall.find(module, wanted, links.of_address(module, spec["node"]["underlay4"]))
+
+
+def selinux_doubts():
+    if (read_bytes(SELINUX) or b"").strip() != b"1":
+        return []
+    return [
+        "SELinux is enforcing. It was left alone, and the collection brings no policy of its own: etcd and agent run "
+        "unconfined where the distribution's policy has services of unknown programs so, dnsmasq in its own domain, "
+        "which must be able to read /etc/isthmus/dnsmasq.conf and /run/isthmus/dns/hosts. Next: when a unit of the "
+        "mesh does not start, `ausearch -m avc -ts recent` names what was denied, and `audit2allow` makes a rule of it."
+    ]
 
 
 def packages_missing(module, interpreter):
@@ -274,16 +496,31 @@ def main():
             "python": {"type": "path"},
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
+            "firewall": {"type": "str", "choices": ["unmanaged", "managed"], "default": "unmanaged"},
             "install": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     spec, platforms = module.params["spec"], module.params["platforms"]
     arch = platform.machine()
-    problems = system_problems(module)
+    installed = installed_spec()
+    joins = installed is None or place(installed) != place(spec)
+    problems, doubts, syncs, walls = system_problems(module), [], None, []
+    ours = firewall.MANAGED if module.params["firewall"] == "managed" else ()
     if os.geteuid() == 0:
         problems += kernel_problems(arch)
-        problems += port_problems(spec)
+        found = links.listed(module, "link")
+        problems += device_problems(found, spec) if installed is None else []
+        problems += port_problems(spec, found)
+        disk = disk_findings(spec)
+        problems, doubts, syncs = problems + disk[0], doubts + disk[1], disk[2]
+        walls = firewalls(module, spec) if joins else []
+        doubts += [firewall.describe(one) for one in walls if one.name not in ours]
+    if joins:
+        resolved = module.run_command(["systemctl", "is-active", "--quiet", "systemd-resolved.service"])[0] == 0
+        names = resolver.obstacles(resolver.probe(resolved))
+        problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
+    problems += estate_problems(spec, installed)
     problems += address_problems(spec)
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
@@ -307,6 +544,7 @@ def main():
         )
     changes = Changes(module)
     if module.params["install"]:
+        doubts = []  # they were told when the host was probed
         install(module, changes, missing, chosen[1])
     facts = {
         "problems": [],
@@ -314,7 +552,20 @@ def main():
         "kernel": platform.release(),
         "python": {"version": chosen[0], "path": chosen[1]},
         "packages": missing,
+        "joins": joins,
+        "firewalls": [
+            {
+                "name": one.name,
+                "commands": one.commands,
+                "words": firewall.describe(one),
+                "managed": one.name in ours,
+            }
+            for one in walls
+        ],
+        "fsync": syncs,
     }
+    for words in doubts:
+        module.warn(f"{spec['host']}: {words}")
     module.exit_json(**changes.result(**facts))
 
 

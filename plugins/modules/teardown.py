@@ -13,6 +13,7 @@ description:
   - Stops and removes the mesh's units, restores the host's name resolution, and removes the overlay device, routes,
     routing rules, pinned BPF programs and maps, files and users that the collection made, on etcd hosts also the data
     of etcd.
+  - Takes the rules that M(isthmus.mesh.firewall) added out of the host's firewall.
   - Needs neither the bundle nor a running agent, so it also clears away what an interrupted run left.
   - Distribution packages stay installed. A directory of ours that is a mount point, or a link of the operator's to
     another place, is emptied and stays.
@@ -60,7 +61,7 @@ import re
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, firewall, resolver, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import BOOT
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
@@ -140,6 +141,7 @@ class Teardown:
         self.units()
         self.distribution_unit()
         self.device()
+        self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
         self.pins()
         if os.path.islink(etcd_unit.DATA):  # with the link alone the data would stay behind
             self.tree(etcd_unit.DATA)

@@ -835,6 +835,7 @@ PLAY_VARIABLES = {
     "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",
     "isthmus_restore_only": "`authority`: `restore` puts the certificate authority back and leaves the etcd as it is.",
     "isthmus_confirm_restore": "Cluster whose running etcd `restore` may replace, and whose silent hosts are off.",
+    "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }

@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 from ansible.module_utils import basic
-from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, ports
+from ansible_collections.isthmus.mesh.plugins.module_utils import (
+    bpfprobe,
+    bundle,
+    estate,
+    etcd_unit,
+    firewall,
+    ports,
+    resolver,
+    storage,
+)
+from ansible_collections.isthmus.mesh.plugins.module_utils.listener import UNIT
 from ansible_collections.isthmus.mesh.plugins.modules import preflight
 
 HERE = {
@@ -24,6 +34,7 @@ HERE = {
     "version": "1.0.0",
 }
 SPEC: dict[str, Any] = {
+    "estate": "lab",
     "host": "db-1",
     "node": {"underlay4": "127.0.0.1", "mesh4": "203.0.113.1"},
     "overlay": {"port": 8472},
@@ -51,13 +62,44 @@ class Host:
         monkeypatch.setattr(bpfprobe, "cgroup2_mount", lambda: "/sys/fs/cgroup")
         monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, _port: [])
         monkeypatch.setattr(bundle, "CURRENT", str(place / "current"))
+        monkeypatch.setattr(bundle, "ROOT", str(place / "isthmus"))
+        monkeypatch.setattr(etcd_unit, "DATA", str(place / "etcd"))
+        monkeypatch.setattr(estate, "NODE", str(place / "node.json"))
+        monkeypatch.setattr(firewall, "UFW_CONF", str(place / "ufw.conf"))
+        monkeypatch.setattr(preflight, "SELINUX", str(place / "enforce"))
+        monkeypatch.setattr(resolver, "RESOLV_CONF", str(place / "resolv.conf"))
+        monkeypatch.setattr(resolver, "NSSWITCH", str(place / "nsswitch.conf"))
+        monkeypatch.setattr(storage, "measure", lambda _path: storage.Syncs(50, 0.001, 0.002))
+        (place / "resolv.conf").write_text("nameserver 192.0.2.53\n")
         self.tool("apt-get", "exit 1")
+        for name in ("ip", "nft", "iptables", "firewall-cmd", "ufw", "systemctl"):
+            self.tool(name, "exit 1", told=False)
 
-    def tool(self, name: str, script: str) -> None:
-        """A command of the host, which writes down how it is called."""
+    def tool(self, name: str, script: str, told: bool = True) -> None:
+        """A command of the host, which writes down how it is called when that is to be `told`."""
         path = self.place / "bin" / name
-        path.write_text(f'#!/bin/sh\necho "$DEBIAN_FRONTEND {name} $*" >> {self.log}\n{script}\n')
+        note = f'echo "$DEBIAN_FRONTEND {name} $*" >> {self.log}\n' if told else ""
+        path.write_text(f"#!/bin/sh\n{note}{script}\n")
         path.chmod(0o755)
+
+    def links(self, *found: dict[str, Any], addresses: tuple[dict[str, Any], ...] = ()) -> None:
+        """What `ip` says of the host."""
+        (self.place / "links").write_text(json.dumps(found))
+        (self.place / "addresses").write_text(json.dumps(addresses))
+        script = f'case "$*" in *address*) cat {self.place}/addresses;; *) cat {self.place}/links;; esac'
+        self.tool("ip", script, told=False)
+
+    def member_of(self, spec: dict[str, Any]) -> None:
+        """The host is in a mesh already."""
+        (self.place / "node.json").write_text(json.dumps(spec))
+
+    def warning(self, **arguments: Any) -> str:
+        """The only warning of a run that finds no problem."""
+        answer = self.run(**arguments)
+        assert answer["problems"] == []
+        (words,) = answer["warnings"]
+        assert words.startswith("db-1: ")
+        return str(words)
 
     def run(self, check: bool = False, **arguments: Any) -> dict[str, Any]:
         """The module's answer."""
@@ -65,10 +107,12 @@ class Host:
         request = {"ANSIBLE_MODULE_ARGS": {**given, "_ansible_check_mode": check, "_ansible_diff": True}}
         self.monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps(request).encode())
         self.monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy")
+        warned: list[str] = []  # Ansible collects those of a process
+        self.monkeypatch.setattr(basic.AnsibleModule, "warn", lambda _module, words: warned.append(words))
         with pytest.raises(SystemExit):
             preflight.main()
         answer: dict[str, Any] = json.loads(self.capsys.readouterr().out)
-        return answer
+        return {**answer, "warnings": warned}
 
     def problem(self, **arguments: Any) -> str:
         """The only problem of a run, which its message tells with the host's name."""
@@ -91,6 +135,8 @@ def test_a_host_that_can_join(host: Host) -> None:
     answer = host.run()
     assert (answer["changed"], answer["problems"], answer["packages"]) == (False, [], [])
     assert answer["python"] == {"version": HERE["python"], "path": sys.executable}
+    assert answer["warnings"] == []
+    assert (answer["joins"], answer["firewalls"], answer["fsync"]) == (True, [], None)
 
 
 def test_the_wrong_architecture_is_named(host: Host) -> None:
@@ -151,7 +197,7 @@ def listener() -> Iterator[socket.socket]:
 def member(port: int) -> dict[str, Any]:
     """A specification with an etcd whose clients dial another address than the listener's."""
     urls = {"client_url": f"https://198.18.1.11:{port}", "peer_url": "https://198.18.1.11:1"}
-    return {**SPEC, "member": urls}
+    return {**SPEC, "member": {**urls, "quota_bytes": 1024**2}}
 
 
 def test_a_listener_on_any_address_is_in_etcds_way(host: Host, listener: socket.socket) -> None:
@@ -159,7 +205,7 @@ def test_a_listener_on_any_address_is_in_etcds_way(host: Host, listener: socket.
     port = listener.getsockname()[1]
     host.monkeypatch.undo()
     host.monkeypatch.setattr(preflight.os.path, "exists", lambda _path: True)  # our device is there
-    (words,) = preflight.port_problems(member(port))
+    (words,) = preflight.port_problems(member(port), [])
     with open("/proc/self/comm", encoding="ascii") as file:
         command = file.read().strip()
     assert words.startswith(f"TCP port {port}, etcd's client port, is used by {command} (pid {os.getpid()})")
@@ -172,7 +218,7 @@ def test_the_holder_is_named_by_command_and_unit(host: Host) -> None:
     host.monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, port: held if port == 2379 else [])
     host.monkeypatch.setattr(preflight.ports, "holder", lambda _socket: ("etcd (pid 12)", "etcd.service"))
     words = host.problem(spec=member(2379))
-    assert "TCP port 2379, etcd's client port, is used by etcd (pid 12) of etcd.service on 127.0.0.1. " in words
+    assert "TCP port 2379, etcd's client port, is used by etcd (pid 12) of etcd.service on 127.0.0.1: " in words
     # The mesh's own is no problem.
     host.monkeypatch.setattr(preflight.ports, "holder", lambda _socket: ("etcd (pid 12)", "isthmus-etcd.service"))
     assert host.run(spec=member(2379))["problems"] == []
@@ -188,6 +234,7 @@ def test_a_name_server_on_all_addresses_is_told_once_for_each_protocol(host: Hos
         "TCP port 53, the name server's port",
     ]
     assert "named (pid 3) of named.service on 0.0.0.0" in problems[0]
+    assert problems[0].endswith("Here: `listen-on { 127.0.0.1; };` in its options.")
     held[:] = [ports.Socket("udp", "127.0.0.53", 53, 7)]
     assert host.run()["problems"] == []
 
@@ -214,6 +261,261 @@ def test_all_problems_are_in_one_message(host: Host) -> None:
     assert "(4) " in answer["msg"]
     for words in ("riscv64", "192.0.2.77 is not an address of this host", "The clock is"):
         assert words in answer["msg"]
+
+
+# --- what is there already
+
+
+def vxlan(name: str, port: int, **data: Any) -> dict[str, Any]:
+    return {"ifname": name, "linkinfo": {"info_kind": "vxlan", "info_data": {"port": port, **data}}}
+
+
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        ({"ifname": "isthmus0", "linkinfo": {"info_kind": "bridge"}}, "a bridge link, not the mesh's"),
+        ({"ifname": "isthmus0"}, "a physical link, not the mesh's"),
+        (vxlan("isthmus0", 8472, id=7), "a vxlan link, not the mesh's"),
+        (vxlan("isthmus0", 4789, external=True), "a VXLAN device on UDP port 4789, of another mesh"),
+    ],
+)
+def test_a_foreign_link_of_our_name_is_told(host: Host, link: dict[str, Any], words: str) -> None:
+    host.links(link)
+    told = host.problem()
+    assert words in told
+    assert "`ip link set isthmus0 name OTHER`" in told
+
+
+def test_our_own_device_is_none_of_them(host: Host) -> None:
+    """Also when a hand replaced it on a host of the mesh, where the agent makes it anew."""
+    host.links({}, vxlan("isthmus0", 8472, external=True))
+    assert host.run()["problems"] == []
+    host.links(vxlan("isthmus0", 8472))
+    host.member_of(SPEC)
+    assert host.run()["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("flannel.1", "the VXLAN device flannel.1 (flannel's, of k3s or Kubernetes)"),
+        ("cilium_vxlan", "the VXLAN device cilium_vxlan (Cilium's)"),
+        ("vx9", "the VXLAN device vx9 ("),
+    ],
+)
+def test_another_overlay_on_our_port_is_named(host: Host, name: str, words: str) -> None:
+    host.monkeypatch.setattr(preflight, "DEVICE", "isthmus-none")
+    held = [ports.Socket("udp", "0.0.0.0", 8472, 0)]  # noqa: S104 - compared, not bound
+    host.monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, port: held if port == 8472 else [])
+    host.links(vxlan("elsewhere", 4789), vxlan(name, 8472))
+    told = host.problem()
+    assert told.startswith("UDP port 8472, the overlay's, is used by the kernel on 0.0.0.0: " + words)
+    assert "isthmus_estate.overlay.port" in told
+
+
+def test_an_etcd_of_something_else_is_told_by_its_name_token_and_data(host: Host) -> None:
+    held = [ports.Socket("tcp", "0.0.0.0", 2379, 7)]  # noqa: S104 - compared, not bound
+    host.monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, port: held if port == 2379 else [])
+    host.monkeypatch.setattr(preflight.ports, "holder", lambda _socket: ("etcd (pid 12)", "etcd.service"))
+    line = ["etcd", "--name", "k8s-1", "--data-dir=/var/lib/etcd"]
+    host.monkeypatch.setattr(
+        preflight.ports, "started_as", lambda _socket: (line, {"ETCD_INITIAL_CLUSTER_TOKEN": "other", "ETCD_NAME": "x"})
+    )
+    told = host.problem(spec=member(2379))
+    assert (
+        "etcd.service on 0.0.0.0: the etcd of something else (name k8s-1, cluster token other, data /var/lib/etcd). "
+        in told
+    )
+
+
+def test_how_a_process_was_started_is_found_by_its_socket(listener: socket.socket) -> None:
+    (found,) = ports.bound("tcp", listener.getsockname()[1])
+    words, environment = ports.started_as(found)
+    assert words[0] == Path("/proc/self/cmdline").read_text().split("\0")[0]
+    assert "PATH" in environment
+    assert ports.started_as(ports.Socket("udp", "127.0.0.1", 1, 0)) == ([], {})
+
+
+def test_what_answers_for_a_moment_is_in_nobodys_way(host: Host) -> None:
+    """Of a run that was ended a moment ago."""
+    held = [ports.Socket("tcp", "0.0.0.0", 2379, 7)]  # noqa: S104 - compared, not bound
+    host.monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, port: held if port == 2379 else [])
+    host.monkeypatch.setattr(preflight.ports, "holder", lambda _socket: ("python3 (pid 12)", UNIT))
+    assert host.run(spec=member(2379))["problems"] == []
+
+
+def test_a_host_of_another_estate_is_told(host: Host) -> None:
+    host.member_of({**SPEC, "estate": "other"})
+    words = host.problem()
+    assert "The host is in the mesh of the estate other" in words
+    assert "this is the estate lab" in words
+    assert "`isthmus.mesh.teardown --limit db-1`" in words
+
+
+@pytest.mark.parametrize(
+    ("before", "joins"),
+    [
+        (SPEC, False),
+        ({**SPEC, "service_ranges4": []}, False),
+        ({**SPEC, "node": {**SPEC["node"], "underlay4": "127.0.0.2"}}, True),
+        ({**SPEC, "member": {"client_url": "https://127.0.0.1:2379", "peer_url": "https://127.0.0.1:2380"}}, True),
+    ],
+)
+def test_a_host_joins_when_others_reach_it_elsewhere_than_before(
+    host: Host, before: dict[str, Any], joins: bool
+) -> None:
+    host.member_of(before)
+    assert host.run()["joins"] is joins
+    (host.place / "node.json").write_text("{")
+    assert host.run()["joins"] is True
+
+
+# --- the disk
+
+
+def test_room_for_the_agent(host: Host) -> None:
+    host.monkeypatch.setattr(storage, "free", lambda _path: 200 * 1024**2)
+    assert host.problem() == f"200 MiB are free for {bundle.ROOT}, and the agent takes 256 MiB. Make room."
+    (host.place / "current").mkdir()
+    assert host.run()["problems"] == []
+
+
+def test_room_for_etcd(host: Host) -> None:
+    spec = member(2379)
+    spec["member"]["quota_bytes"] = 2 * 1024**3
+    host.monkeypatch.setattr(storage, "free", lambda _path: 900 * 1024**2)
+    words = host.problem(spec=spec)
+    assert words.startswith(
+        f"900 MiB are free at {host.place} (for {etcd_unit.DATA}), and etcd needs 1.0 GiB to begin."
+    )
+    host.monkeypatch.setattr(storage, "free", lambda _path: 3 * 1024**3)
+    assert "3.0 GiB are free" in host.warning(spec=spec)
+    assert "etcd can come to need 4.5 GiB" in host.warning(spec=spec)
+    host.monkeypatch.setattr(storage, "free", lambda _path: 5 * 1024**3)
+    assert host.run(spec=spec)["warnings"] == []
+
+
+def test_slow_durable_writes_are_told_with_the_figure_and_refused_when_no_leader_could_stay(host: Host) -> None:
+    spec = member(2379)
+    assert host.run(spec=spec)["fsync"] == {"count": 50, "median": 1.0, "slow": 2.0}
+    host.monkeypatch.setattr(storage, "measure", lambda _path: storage.Syncs(50, 0.004, 0.0251))
+    words = host.warning(spec=spec)
+    assert "The 99th percentile of 50 durable writes (fdatasync of 2 KiB)" in words
+    assert "is 25.1 ms, the median 4.0 ms; etcd wants less than 10 ms." in words
+    host.monkeypatch.setattr(storage, "measure", lambda _path: storage.Syncs(2, 0.6, 0.7))
+    assert "elects a new leader when the old one is silent for 2 s" in host.problem(spec=spec)
+
+
+def test_a_member_that_has_data_is_not_measured(host: Host) -> None:
+    (host.place / "etcd" / "member").mkdir(parents=True)
+    host.monkeypatch.setattr(storage, "measure", lambda _path: pytest.fail("measured"))
+    assert host.run(spec=member(2379))["fsync"] is None
+
+
+def test_a_disk_that_cannot_be_written_is_told(host: Host) -> None:
+    def full(_path: str) -> storage.Syncs:
+        raise OSError(28, "No space left on device")
+
+    host.monkeypatch.setattr(storage, "measure", full)
+    assert "Nothing can be written at" in host.problem(spec=member(2379))
+
+
+def test_durable_writes_are_measured_where_the_data_will_be_and_nothing_is_left(tmp_path: Path) -> None:
+    found = storage.measure(str(tmp_path / "not" / "there" / "yet"), seconds=0.2)
+    assert 1 <= found.count <= 50
+    assert 0 < found.median <= found.slow
+    assert list(tmp_path.iterdir()) == []
+    assert storage.free(str(tmp_path / "not" / "there")) > 0
+
+
+# --- firewalls
+
+
+UFW = """Status: active
+
+To                         Action      From
+--                         ------      ----
+22/tcp                     ALLOW       Anywhere
+2379/tcp                   ALLOW       Anywhere
+8472/udp                   ALLOW       10.0.0.0/8
+8472/udp (v6)              ALLOW       Anywhere (v6)
+"""
+
+
+def test_ufw_is_told_with_what_would_open_it(host: Host) -> None:
+    (host.place / "ufw").write_text(UFW)
+    host.tool("ufw", f"cat {host.place}/ufw; [ $# -gt 1 ] && echo 'Default: deny (incoming), allow (outgoing)'; true")
+    assert host.run(spec=member(2379))["firewalls"] == []  # it is installed, and switched off
+    (host.place / "ufw.conf").write_text("# comment\nENABLED=yes\nLOGLEVEL=low\n")
+    answer = host.run(spec=member(2379))
+    (wall,) = answer["firewalls"]
+    assert wall["commands"] == {"udp/8472": "ufw allow 8472/udp", "tcp/1": "ufw allow 1/tcp"}
+    assert answer["warnings"] == ["db-1: " + wall["words"]]
+    assert wall["words"] == (
+        "ufw is active (`ufw status`). It was left alone. Unless it lets in the mesh's hosts already, this opens what "
+        "the mesh needs: `ufw allow 8472/udp`; `ufw allow 1/tcp`; `ufw allow in on isthmus0`."
+    )
+    assert not [call for call in host.calls() if "ufw" in call and " ufw status" not in call]
+    managed = host.run(spec=member(2379), firewall="managed")
+    assert (managed["warnings"], [one["managed"] for one in managed["firewalls"]]) == ([], [True])
+    host.member_of(member(2379))
+    assert host.run(spec=member(2379))["warnings"] == []
+
+
+def test_ufw_that_lets_everybody_in_is_in_nobodys_way(host: Host) -> None:
+    (host.place / "ufw.conf").write_text("ENABLED=yes\n")
+    host.tool("ufw", "echo 'Status: active'; echo 'Default: allow (incoming), allow (outgoing)'")
+    assert host.run()["firewalls"] == []
+
+
+FIREWALLD = """case "$*" in
+--state) echo running;;
+--get-zone-of-interface=eth1) echo internal;;
+"--permanent --zone=internal --get-target") echo default;;
+"--zone=internal --query-port=2379/tcp") ;;
+*) exit 1;;
+esac"""
+
+
+def test_firewalld_is_told_with_the_zone_of_the_underlays_interface(host: Host) -> None:
+    host.links(addresses=({"ifname": "eth1", "addr_info": [{"local": "127.0.0.1"}]},))
+    host.tool("firewall-cmd", FIREWALLD)
+    (wall,) = host.run(spec=member(2379))["firewalls"]
+    assert wall["commands"] == {
+        "udp/8472": "firewall-cmd --zone=internal --add-port=8472/udp",
+        "tcp/1": "firewall-cmd --zone=internal --add-port=1/tcp",
+    }
+    assert "zone internal has eth1" in wall["words"]
+    assert wall["words"].endswith("Then `firewall-cmd --runtime-to-permanent`.")
+    host.tool("firewall-cmd", FIREWALLD.replace("echo default", "echo ACCEPT"))
+    assert host.run(spec=member(2379))["firewalls"] == []
+
+
+def chain(table: str, policy: str, family: str = "inet") -> dict[str, Any]:
+    return {"chain": {"family": family, "table": table, "name": "in", "hook": "input", "policy": policy}}
+
+
+def test_a_chain_of_nftables_that_drops_is_told(host: Host) -> None:
+    found = [{"metainfo": {}}, chain("mine", "accept"), chain("filter", "drop"), chain("six", "drop", "ip6")]
+    (host.place / "nft").write_text(json.dumps({"nftables": found}))
+    host.tool("nft", f"cat {host.place}/nft")
+    (wall,) = host.run()["firewalls"]
+    assert wall["commands"] == {"udp/8472": "nft insert rule inet filter in udp dport 8472 accept"}
+    assert "`nft insert rule inet filter in iifname isthmus0 accept`" in wall["words"]
+    assert "/etc/nftables.conf" in wall["words"]
+
+
+def test_iptables_of_old_is_told(host: Host) -> None:
+    host.tool("iptables", "echo '-P INPUT DROP'")
+    (wall,) = host.run()["firewalls"]
+    assert wall["commands"] == {"udp/8472": "iptables -I INPUT -p udp --dport 8472 -j ACCEPT"}
+
+
+def test_selinux_is_named_and_left_alone(host: Host) -> None:
+    (host.place / "enforce").write_text("1")
+    assert "SELinux is enforcing. It was left alone" in host.warning()
+    (host.place / "enforce").write_text("0")
+    assert host.run()["warnings"] == []
 
 
 # --- packages
