@@ -29,8 +29,9 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that
 an old copy on a member that was away cannot bring it back. `released` addresses are not dealt again
 for 30 days. `ca_certificate` is a public PEM, added by `site` once the CA exists, without a new
-revision; the planner keeps it. Otherwise `revision` rises by one with each change of a document. The roster's
-`version` is that of the isthmus.mesh that was applied last; records of before it lack it.
+revision; the planner keeps it. While the authority is being replaced it holds two certificates, the one that
+signs first, and each change of them is a new revision. Otherwise `revision` rises by one with each change of a
+document. The roster's `version` is that of the isthmus.mesh that was applied last; records of before it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
