@@ -265,8 +265,9 @@ def establish_authority(
             raise PkiError(
                 f"the private key of cluster {cluster}'s certificate authority is missing: {where}/ca.key is not "
                 f"there, but {', '.join(witnesses)} shows that it was. Restore ca.key (mode 0600, owner root) from a "
-                f"backup (isthmus.mesh.restore -e isthmus_restore={cluster} -e isthmus_restore_only=authority). It is "
-                "never made again by itself, since every host of the mesh trusts the lost one"
+                f"backup (isthmus.mesh.restore -e isthmus_restore={cluster} -e isthmus_restore_only=authority), or, "
+                f"without one, run isthmus.mesh.replace_authority -e isthmus_replace_authority={cluster}. It is never "
+                "made again by itself, since every host of the mesh trusts the lost one"
             )
         new_key_pem, new_certificate = new_authority(cluster, now)
         made = Authority(cluster, new_key_pem, new_certificate, where, now)

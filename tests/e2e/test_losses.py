@@ -87,3 +87,25 @@ def test_the_authority_alone_is_put_back(estate: Estate, tmp_path: Path) -> None
     assert estate.lab.exec(host, ["cat", f"{PKI}/ca.key", f"{PKI}/ca.crt"]).stdout == before
     assert estate.unit_state(host, "isthmus-etcd") == "active"
     assert play("site", "--limit", "cloud").changed == {}
+
+
+def test_an_authority_that_is_lost_without_backup_is_replaced(estate: Estate) -> None:
+    """cloud's: its etcd has one member, onprem and edge trust it, and traffic goes on."""
+    estate.converged()
+    host, everywhere = "cloud-1", [*ONPREM, "cloud-1", "cloud-2", "edge-1"]
+    before = estate.lab.exec(host, ["cat", f"{PKI}/trust/cloud.crt"]).stdout
+    mirrors = {other: estate.state(other) for other in ("onprem-1", "edge-1")}
+    with estate.unnoticed(estate.edge, estate.onprem):
+        estate.lab.exec(host, ["rm", f"{PKI}/ca.key", f"{PKI}/ca.crt"])
+        told = said(play("site", "--limit", "cloud", check=False).output)
+        assert "isthmus.mesh.replace_authority -e isthmus_replace_authority=cloud" in told
+        play("replace_authority", "-e", "isthmus_replace_authority=cloud")
+        estate.converged()
+    after = estate.lab.exec(host, ["cat", f"{PKI}/ca.crt"]).stdout
+    assert after != before
+    for place in everywhere:
+        trusted = estate.lab.exec(place, ["sh", "-c", f"cat {PKI}/trust/cloud.crt 2>/dev/null || true"]).stdout
+        assert trusted in ("", after)
+    assert estate.withdrawn(mirrors) == {}
+    assert play("site").changed == {}
+    play("verify")

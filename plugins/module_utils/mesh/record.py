@@ -32,9 +32,10 @@ an old copy on a member that was away cannot bring it back. `released` addresses
 for 30 days. `forgotten` names hosts, also of a cluster that is absent, that were lost and take no
 part until they are joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). A
 document may lack both. `ca_certificate` is a public PEM, added by `site` once the CA exists, without
-a new revision; the planner keeps it. Otherwise `revision` rises by one with each change of a
-document. The roster's `version` is that of the isthmus.mesh that was applied last; records of before
-it lack it.
+a new revision; the planner keeps it. While the authority is being replaced it holds two certificates,
+the one that signs first, and each change of them is a new revision. Otherwise `revision` rises by one
+with each change of a document. The roster's `version` is that of the isthmus.mesh that was applied
+last; records of before it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -43,6 +44,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -59,6 +61,7 @@ and the CA's certificate, and so that what is close to the limit can still be ch
 QUARANTINE = timedelta(days=30)
 DEEPEST = 16
 """Objects and lists inside each other in a document; those that the planner writes have 5."""
+_PEM = re.compile(r"-----BEGIN.*?-----END", re.DOTALL)
 ROSTER = "roster"
 CLUSTERS = "clusters/"
 
@@ -162,8 +165,8 @@ def _moved(own: Mapping[str, Any], newer: Mapping[str, Any]) -> str:
         return ""  # a cluster that was removed, or begun anew
     if own["id"] != newer["id"]:
         return f"id {own['id']} would be {newer['id']}"
-    before, after = own.get("ca_certificate") or "", newer.get("ca_certificate") or ""
-    if before not in after and after not in before:  # while an authority is replaced both stand there
+    before, after = (set(_PEM.findall(one.get("ca_certificate") or "")) for one in (own, newer))
+    if before and after and before.isdisjoint(after):  # while an authority is replaced both stand there
         return "its CA's certificate would be another"
     for host, entry in own["hosts"].items():
         other = newer["hosts"].get(host)

@@ -89,6 +89,10 @@ def test_two_ca_certificates_are_said() -> None:
     )
 
 
+def pem(name: str) -> str:
+    return f"-----BEGIN CERTIFICATE-----\n{name}\n-----END CERTIFICATE-----\n"
+
+
 MOVES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "range": (
         lambda doc: doc["hosts"]["c1"].update(range4="10.102.7.0/28"),
@@ -99,7 +103,7 @@ MOVES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda doc: doc["hosts"]["c1"]["workloads"]["shop/web"].update(address4="10.102.0.9"),
         "10.102.0.2, the address of workload shop/web on c1, would be 10.102.0.9",
     ),
-    "authority": (lambda doc: doc.update(ca_certificate="PEM 2"), "its CA's certificate would be another"),
+    "authority": (lambda doc: doc.update(ca_certificate=pem("other")), "its CA's certificate would be another"),
     "id": (lambda doc: doc.update(id=77), "id 2 would be 77"),
 }
 
@@ -108,7 +112,7 @@ MOVES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_another_clusters_etcd_cannot_move_what_the_own_one_knows(what: str) -> None:
     change, words = MOVES[what]
     own = documents()
-    own["clusters/cloud"]["ca_certificate"] = "PEM 1"
+    own["clusters/cloud"]["ca_certificate"] = pem("first")
     forged = copy.deepcopy(own)
     forged["clusters/cloud"]["revision"] = 2**60
     change(forged["clusters/cloud"])
@@ -128,7 +132,8 @@ def test_a_newer_copy_elsewhere_counts_when_the_own_etcd_was_away() -> None:
     own = documents()
     newer = copy.deepcopy(own)
     document = newer["clusters/onprem"]
-    document.update(revision=2, ca_certificate="PEM")
+    own["clusters/onprem"]["ca_certificate"] = pem("first") + pem("second")  # it was being replaced
+    document.update(revision=2, ca_certificate=pem("second"))
     document["hosts"]["o9"] = {**document["hosts"]["o1"], "range4": "10.101.9.0/28", "mesh4": "10.101.9.1"}
     document["hosts"]["o1"]["range4"] = "10.101.0.0/27"
     document["etcd"]["members"].remove("o3")
