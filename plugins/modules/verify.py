@@ -559,7 +559,9 @@ def main():
     }
     if verifier.problems:
         scope, waited = module.params["scope"], module.params["wait"]
-        wrong = "the mesh is not what the inventory says" if scope == "mesh" else "not everything works after the change"
+        wrong = (
+            "the mesh is not what the inventory says" if scope == "mesh" else "not everything works after the change"
+        )
         module.fail_json(
             msg=f"On {verifier.spec['host']} {wrong}{f', for {waited} s' if waited else ''}: "
             + " ".join(f"({number}) {words}" for number, words in enumerate(verifier.problems, 1)),
