@@ -54,8 +54,8 @@ options:
     type: str
   serial:
     description:
-      - How many hosts of each cluster are changed in one batch, as C(serial) of a play has it, a number, a percentage or
-        a list of these; a text may have commas.
+      - How many hosts of each cluster are changed in one batch, as C(serial) of a play has it, a number, a percentage
+        or a list of these; a text may have commas.
       - V([1, "20%", "100%"]) by default.
     type: raw
   by:
@@ -115,8 +115,8 @@ serial:
   sample: [1, "20%", "100%"]
 clusters:
   description:
-    - The clusters that are C(new), since no member of their etcd ever ran, and those of which a member's record is among
-      O(records), C(answering).
+    - The clusters that are C(new), since no member of their etcd ever ran, and those of which a member's record is
+      among O(records), C(answering).
   returned: success
   type: dict
   sample: {"new": ["edge"], "answering": ["cloud", "onprem"]}

@@ -61,7 +61,8 @@ options:
     description:
       - V(mesh) looks at everything.
       - V(host) looks at units, the own member of etcd and the agent with its datapath, by the specification that is on
-        the host. What hosts, peers and the record have a part in is left out, since a run may not have come to them yet.
+        the host. What other hosts, peers and the record have a part in is left out, since a run may not have come to
+        them yet.
     type: str
     choices: [mesh, host]
     default: mesh
