@@ -42,7 +42,7 @@ sys.path.insert(0, _PLACE.name)
 # makes the fewest estates.
 E2E_ORDER = (
     *("test_site", "test_awx", "test_verify", "test_story", "test_lab", "test_failures"),
-    *("test_safety", "test_generations", "test_members", "test_backup", "test_chaos", "test_teardown"),
+    *("test_batches", "test_safety", "test_generations", "test_members", "test_backup", "test_chaos", "test_teardown"),
 )
 
 
