@@ -181,6 +181,13 @@ def test_a_change_goes_over_the_hosts_in_batches_each_proven_before_the_next(run
     assert running.locks == []
 
 
+@pytest.mark.parametrize("option", ["--syntax-check", "--list-hosts", "--list-tasks"])
+def test_the_playbook_can_be_listed_before_anything_is_planned(running: Site, option: str) -> None:
+    run = running.run(option)
+    assert run.status == 0, run.output
+    assert "WARNING" not in run.output
+
+
 def test_serial_of_the_operator(running: Site) -> None:
     run = running.run("-e", "isthmus_serial=100%")
     assert run.status == 0, run.output
