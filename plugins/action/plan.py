@@ -23,6 +23,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import RecordError, merge
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.schema import HOST_VARIABLES
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import SerialError, serial_of, split
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import operator
 
@@ -49,12 +50,14 @@ class ActionModule(ActionBase):
                 "clean": {"type": "list", "elements": "str", "default": []},
                 "lists": {"type": "dict", "default": {}},
                 "version": {"type": "str"},
+                "serial": {"type": "raw"},
                 "by": {"type": "str"},
             }
         )
         variables = task_vars or {}
         try:
             _refuse_slice(variables)
+            serial = serial_of(_plain(options["serial"], "serial"))
             version = collection_version()
             records = _plain(options["records"], "records")
             record = merge(records)
@@ -85,9 +88,12 @@ class ActionModule(ActionBase):
             words = f"The mesh cannot be planned. Nothing was changed on any host. {exc}"
             result.update(failed=True, msg=words, problems=[str(exc)])
             return result
-        except PlanError as exc:
+        except (PlanError, SerialError) as exc:
             result.update(failed=True, msg=str(exc), problems=[str(exc)])
             return result
+        new = sorted(name for name in found.services if not found.record[f"clusters/{name}"].get("ca_certificate"))
+        answering = sorted({str(copy["cluster"]) for copy in records if copy.get("cluster")})
+        hosts = variables.get("ansible_play_hosts_all", [])
         result.update(
             changed=False,
             specs=dict(found.specs),
@@ -99,6 +105,9 @@ class ActionModule(ActionBase):
             cuts=list(found.cuts),
             forgotten={name: dict(entry) for name, entry in found.forgotten.items()},
             revocations=[dict(entry) for entry in found.revocations],
+            serial=serial,
+            clusters={"new": new, "answering": answering},
+            batches=split(found.specs, hosts, new, answering, serial).words(),
             warnings=list(found.warnings),
             diff={
                 "before_header": "estate record",

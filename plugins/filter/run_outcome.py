@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What a run of site leaves: locks to give back, and what is pending."""
+"""What a run of site leaves: locks to give back, what is pending, and what was done when something failed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ version_added: 1.0.0
 author:
   - Isthmus contributors (@isthmus-mesh)
 description:
-  - Takes the places where the run holds a lock, and what it could not do, out of what M(isthmus.mesh.estate_record)
-    returned to the tasks of the run.
+  - Takes the places where the run holds a lock, what it could not do and what it did out of what the tasks of the run
+    registered.
 options:
   _input:
-    description: Variables of the hosts that took part to the end.
+    description: Variables of the hosts of the run.
     type: list
     elements: dict
     required: true
-  silent:
+  gone:
     description: Hosts that did not take part to the end.
+    type: list
+    elements: str
+    default: []
+  failed:
+    description: Hosts on which a task failed.
     type: list
     elements: str
     default: []
@@ -30,30 +35,83 @@ options:
     type: list
     elements: str
     default: []
+  stopped:
+    description: Whether the run did not go on after a failure.
+    type: bool
+    default: true
 """
 
 EXAMPLES = r"""
 - name: Show what is pending
   ansible.builtin.debug:
-    msg: "{{ (ansible_play_hosts | map('extract', hostvars) | isthmus.mesh.run_outcome).pending }}"
+    msg: "{{ (ansible_play_hosts_all | map('extract', hostvars) | isthmus.mesh.run_outcome).pending }}"
 """
 
 RETURN = r"""
 _value:
-  description: C(locked), dictionaries with C(cluster) and C(host), and C(pending), lines of text.
+  description:
+    - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(pending) and
+      C(failure), lines of text.
   type: dict
 """
 
 _READS = ("__plan_first", "__plan_others")
 _WRITES = ("__services_result", "__services_others")
+# What the steps of a host register, in their order.
+_STEPS = (
+    "__bundle_result",
+    *("__pki_requested", "__pki_installed"),
+    *("__etcd_result", "__etcd_former", "__etcd_rights"),
+    "__agent_result",
+)
 _NEXT = (
     "Nothing was withdrawn because of that. Next: run the playbook again when the reason above is gone: it does the "
     "rest."
 )
+_AFTER_FAILURE = (
+    "Every host works on as it is. Next: put right what failed and run the playbook again: it does the rest."
+)
 
 
-def run_outcome(members, silent=(), clusters=()):
-    """`locked` places and `pending` lines."""
+def run_outcome(members, gone=(), failed=(), clusters=(), stopped=True):
+    """See above; names in the order of the alphabet."""
+    hosts = {str(variables["inventory_hostname"]): variables for variables in members}
+    locked, unwritten = _locks(hosts.values(), clusters)
+    broken = {name for name in hosts if name in failed or _is(hosts[name], "failed", "__preflight_installed")}
+    silent = {
+        name
+        for name, variables in hosts.items()
+        if name not in broken
+        and (name in gone or _is(variables, "unreachable", "__bundle_result", "__agent_result", "__site_verified"))
+    }
+    changed = {name for name, variables in hosts.items() if _is(variables, "changed", *_STEPS)}
+    pending = []
+    if silent:
+        pending.append(f"Pending: {len(silent)} of the hosts ({_names(silent)}) could not be entered.")
+    if unwritten:
+        pending.append(f"Pending: the etcd of {_names(unwritten)} did not get the estate record of this run.")
+    failure = _failures(hosts, broken) if broken else []
+    if broken and stopped:
+        untouched = {name for name, variables in hosts.items() if not any(step in variables for step in _STEPS)}
+        rest = set(hosts) - broken - silent
+        failure[:0] = ["Stopped at the first failure: no further batch was begun."]
+        failure += [
+            f"Changed: {_names(rest & changed)}.",
+            f"Nothing to change: {_names(rest - changed - untouched)}.",
+            f"Not touched: {_names(rest & untouched)}.",
+            _AFTER_FAILURE,
+        ]
+    return {
+        "locked": locked,
+        "changed": sorted(changed),
+        "silent": sorted(silent),
+        "pending": [*pending, _NEXT] if pending else [],
+        "failure": failure,
+    }
+
+
+def _locks(members, clusters):
+    """Places of the run's locks, and the clusters whose etcd did not take the record, when one was to be written."""
     locked, written, wrote = [], set(), False
     for variables in members:
         for name in (*_READS, *_WRITES):
@@ -66,16 +124,33 @@ def run_outcome(members, silent=(), clusters=()):
                     locked.append(place)
                 if name in _WRITES and "record" in result:
                     written.add(place["cluster"])
-    pending = []
-    if silent:
-        pending.append(
-            f"Pending: {len(silent)} of the hosts ({', '.join(sorted(silent))}) could not be entered, or failed as is "
-            "told above."
-        )
-    unwritten = sorted(set(clusters) - written) if wrote else []
-    if unwritten:
-        pending.append(f"Pending: the etcd of {', '.join(unwritten)} did not get the estate record of this run.")
-    return {"locked": locked, "pending": [*pending, _NEXT] if pending else []}
+    return locked, set(clusters) - written if wrote else set()
+
+
+def _failures(hosts, broken):
+    """A line for each host. Where a task that runs once failed, the other hosts of its batch failed with it."""
+    told, with_it = [], []
+    for name in sorted(broken):
+        variables = hosts[name]
+        if "ansible_failed_task" in variables:
+            result = variables["ansible_failed_result"]
+            items = [one for one in result.get("results", []) if one.get("failed")]
+            why = str((items or [result])[0].get("msg") or "no reason was given").strip().splitlines()[0]
+            told.append(f"Failed: {name}, in the task '{variables['ansible_failed_task']['name']}': {why}")
+        elif _is(variables, "failed", "__preflight_installed"):
+            told.append(f"Failed: {name}, in the installation of packages, as is told above.")
+        else:
+            with_it.append(name)
+    return [*told, *([f"Stopped with that: {_names(with_it)}."] if with_it else [])]
+
+
+def _is(variables, word, *names):
+    """Whether what a task registered under one of the names is ``word``."""
+    return any(name in variables and bool(variables[name].get(word)) for name in names)
+
+
+def _names(hosts):
+    return ", ".join(sorted(hosts)) or "none"
 
 
 class FilterModule:

@@ -85,12 +85,18 @@ generation:
   returned: success
   type: int
   sample: 4
+standing:
+  description:
+    - What worked on the host just before the change made a generation, for M(isthmus.mesh.verify); V(null) when it made
+      none, or no agent answered.
+  returned: success
+  type: dict
 """
 
 import json
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, standing, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.generations import Generations, described
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import SECONDS, SPEC, WAITING
@@ -168,8 +174,9 @@ def main():
     if found.method == "file":
         wanted[resolver.RESOLV_CONF] = resolver.joined_file(found.original)
     differs = any(read_bytes(path) != (text and text.encode()) for path, text in wanted.items())
-    number = None
+    number = before = None
     if (differs or generations.waiting() is not None) and not module.check_mode:
+        before = standing.ask(module.run_command)
         seconds = module.params["timeout"] + SECONDS
         number = generations.begin(spec["hash"], module.params["token"], resolver.root_answers(), seconds)
 
@@ -194,7 +201,7 @@ def main():
     join_resolver(module, changes, runner, found, generations, number)
     if number is not None:
         generations.finish(number)
-    module.exit_json(**changes.result(units=runner.states, resolver=found.method, generation=number))
+    module.exit_json(**changes.result(units=runner.states, resolver=found.method, generation=number, standing=before))
 
 
 def confirm(module, generations, spec):

@@ -68,6 +68,12 @@ options:
       - An older version than the estate record's is refused always; a newer one unless it is named here, which asks for
         the upgrade.
     type: str
+  serial:
+    description:
+      - How many hosts of each cluster are changed in one batch, as C(serial) of a play has it, a number, a percentage
+        or a list of these; a text may have commas.
+      - V([1, "20%", "100%"]) by default.
+    type: raw
   by:
     description:
       - Who runs this, for the record. The user of AWX or of the controller by default.
@@ -135,6 +141,25 @@ revocations:
   returned: success
   type: list
   elements: dict
+serial:
+  description: O(serial), as a list.
+  returned: success
+  type: list
+  elements: raw
+  sample: [1, "20%", "100%"]
+clusters:
+  description:
+    - The clusters that are C(new), since no member of their etcd ever ran, and those of which a member's record is
+      among O(records), C(answering).
+  returned: success
+  type: dict
+  sample: {"new": ["edge"], "answering": ["cloud", "onprem"]}
+batches:
+  description: In which order the hosts of the play are changed, a line for each batch.
+  returned: success
+  type: list
+  elements: str
+  sample: ["batch 1: cloud-2, edge-1, onprem-1", "batch 2: cloud-1, onprem-2", "batch 3: onprem-3"]
 problems:
   description: All that is wrong, a line each.
   returned: failure

@@ -13,6 +13,8 @@ description:
   - Looks at the host from all sides, units, specification, certificates, etcd and its access rights, published state,
     BPF maps and routes against what the agent wants, names, and packets to the other hosts and to every service, and
     fails with the list of all problems.
+  - With O(scope=host) it looks only at what the host itself does, and at what worked there before a change, as the
+    playbook site does before it goes on to other hosts.
   - Changes nothing.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.info
@@ -64,6 +66,25 @@ options:
       - Seconds to wait for each answer.
     type: int
     default: 3
+  scope:
+    description:
+      - V(mesh) looks at everything.
+      - V(host) looks at units, the own member of etcd and the agent with its datapath, by the specification that is on
+        the host. What other hosts, peers and the record have a part in is left out, since a run may not have come to
+        them yet.
+    type: str
+    choices: [mesh, host]
+    default: mesh
+  before:
+    description:
+      - What worked before the change, C(standing) of M(isthmus.mesh.node). With O(scope=host) what worked then and does
+        not now is a problem; what did not work then is none.
+    type: dict
+  wait:
+    description:
+      - Seconds within which everything must have become as it should be.
+    type: int
+    default: 0
 """
 
 EXAMPLES = r"""
@@ -106,9 +127,17 @@ import json
 import os
 import pathlib
 import stat
+import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import clock, etcd_trouble, packets, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import (
+    clock,
+    etcd_trouble,
+    packets,
+    resolver,
+    standing,
+    units,
+)
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
@@ -117,6 +146,7 @@ PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
 FRESH = 30  # seconds after which a peer's proof is too old
+PAUSE = 2  # seconds from one look to the next
 SITE = "run the playbook isthmus.mesh.site"
 
 
@@ -145,6 +175,9 @@ class Verifier:
         return good
 
     def run(self):
+        if self.module.params["scope"] == "host":
+            self.run_host()
+            return
         self.look("clock", self.check_clock)
         self.look("units", self.check_units)
         self.look("spec", self.check_spec)
@@ -156,6 +189,20 @@ class Verifier:
             self.look("services", self.check_services, status)
             self.look("peers", self.check_peers)
         self.look("packets", self.check_packets)
+
+    def run_host(self):
+        """By the specification on the host: a run with tags may have brought no newer one."""
+        try:
+            installed = json.loads(read(NODE))
+        except FileNotFoundError:
+            return  # such a run on a new host: nothing works here that could be looked at
+        if not self.spec.get("member"):
+            installed["member"] = None
+        self.spec = installed
+        self.look("units", self.check_units)
+        if self.spec.get("member"):
+            self.look("etcd", self.check_own_member)
+        self.look("agent", self.check_own_agent)
 
     def look(self, kind, method, *arguments):
         """One side of the host. What nobody thought of on it must not hide what the other sides show."""
@@ -278,6 +325,49 @@ class Verifier:
             connect = admin.EtcdConnector(self.cluster, directory=PKI)
             why = etcd_trouble.of_others(self.cluster, admin.survey(member, connect, self.timeout).describe())
         return why or "Next: see `journalctl -u isthmus-etcd` there"
+
+    def check_own_member(self):
+        """It serves, has a leader and votes. How the others are is no finding about this host."""
+        admin = bundle_module(self.module, "isthmus_agent.etcd_admin")
+        errors = bundle_module(self.module, "isthmus_agent.kvstore.errors")
+        member = bundle_module(self.module, "isthmus_mesh.spec").NodeSpec.from_dict(self.spec).member
+        words = "see `journalctl -u isthmus-etcd` there"
+        try:
+            connect = admin.EtcdConnector(self.cluster, directory=PKI)
+            with connect([admin.local_endpoint(member)], timeout=self.timeout) as client:
+                own = [entry for entry in client.member_list() if entry.name == member.name]
+        except (errors.EtcdError, OSError) as exc:
+            self.check("etcd", False, f"member {member.name} does not serve: {exc}; {words}")
+            return
+        self.check("etcd", own and not own[0].learner, f"member {member.name} does not vote; {words}")
+
+    def check_own_agent(self):
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        try:
+            status, services, audit = (agent.ask(SOCKET, f"/v1/{what}") for what in ("status", "services", "audit"))
+        except agent.AgentSilent as exc:
+            self.check("agent", False, f"{exc}")
+            return
+        datapath = status["datapath"]
+        self.check("agent", datapath["state"] == "applied", f"its datapath is {datapath['state']}: {datapath['error']}")
+        words = f"it runs with another specification than {NODE}; see `journalctl -u isthmusd` there"
+        self.check("agent", status["spec_hash"] == self.spec["hash"], words)
+        before = self.module.params["before"]
+        if not before:
+            return
+        self.problems += standing.worse(before, status, services, audit)
+        found = {f"{one['namespace']}/{one['name']}": one for one in services["services"]}
+        server = self.name_server()
+        for service in self.services:
+            name = f"{service['namespace']}/{service['name']}"
+            one = found.get(name)
+            if name not in before["services"] or one is None or not one["address"]:
+                continue
+            self.check_names(one, server)
+            # Without a health check nobody knows whether a backend listens at all.
+            health = service.get("health") or {}
+            ports = [port for port in service["ports"] if health and health.get("port") in (None, port["target_port"])]
+            self.check_requests({**service, "ports": ports}, one)
 
     def check_answers(self, client, entry, errors):
         try:
@@ -486,21 +576,33 @@ def main():
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
             "timeout": {"type": "int", "default": 3},
+            "scope": {"type": "str", "choices": ["mesh", "host"], "default": "mesh"},
+            "before": {"type": "dict"},
+            "wait": {"type": "int", "default": 0},
         },
         supports_check_mode=True,
     )
     if bundle_module(module, "isthmus_agent") is None:
         module.exit_json(changed=False, problems=[], warnings_of_agent=["no bundle yet, nothing to verify"], proofs={})
-    verifier = Verifier(module)
-    verifier.run()
+    deadline = time.monotonic() + module.params["wait"]
+    while True:
+        verifier = Verifier(module)
+        verifier.run()
+        if not verifier.problems or time.monotonic() > deadline:
+            break
+        time.sleep(PAUSE)
     facts = {
         "problems": verifier.problems,
         "warnings_of_agent": verifier.warnings,
         "proofs": dict(verifier.proofs),
     }
     if verifier.problems:
+        scope, waited = module.params["scope"], module.params["wait"]
+        wrong = (
+            "the mesh is not what the inventory says" if scope == "mesh" else "not everything works after the change"
+        )
         module.fail_json(
-            msg=f"On {verifier.spec['host']} the mesh is not what the inventory says: "
+            msg=f"On {verifier.spec['host']} {wrong}{f', for {waited} s' if waited else ''}: "
             + " ".join(f"({number}) {words}" for number, words in enumerate(verifier.problems, 1)),
             **facts,
         )

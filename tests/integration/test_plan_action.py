@@ -303,7 +303,7 @@ def test_a_variable_that_nobody_reads_is_warned_about(site: Site) -> None:
     """Also one that was given with -e; what the playbooks define for their own roles is nobody's mistake."""
     site.hosts(a1={"ansible_host": "192.0.2.1", "isthmus_hosst": "x"}, b1={"ansible_host": "192.0.2.2"})
     play = site.place / "play.yml"
-    play.write_text(PLAYBOOK.replace("  tasks:", "  vars: {isthmus_spec: x, isthmus_runs: true}\n  tasks:", 1))
+    play.write_text(PLAYBOOK.replace("  tasks:", "  vars: {isthmus_spec: x}\n  tasks:", 1))
     assert site.plan(isthmus_prun="b2", isthmus_serial=1)["warnings"] == [
         "host a1 and 1 more: isthmus_prun is not a variable of Isthmus, which ignores it; did you mean "
         "'isthmus_prune'?",

@@ -64,7 +64,7 @@ class Host:
     def verifier(self) -> verify.Verifier:
         record = dict(self.plan.record)
         hosts = [{"name": HOST, "cluster": "cloud", "mesh4": self.spec["node"]["mesh4"]}]
-        params = {"spec": self.spec, "record": record, "services": [], "hosts": hosts, "timeout": 3}
+        params = {"spec": self.spec, "record": record, "services": [], "hosts": hosts, "timeout": 3, "scope": "mesh"}
         params |= {"controller_time": None, "max_clock_skew": 120}
         return verify.Verifier(Module(params))
 
@@ -206,6 +206,55 @@ def test_another_specification_is_not_called_older(host: Host, monkeypatch: pyte
     monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, route: answers.get(route, {"peers": []}))
     (found,) = host.problems("agent")
     assert found.startswith("agent: it runs with another specification than planned; ")
+
+
+def test_between_batches_only_the_host_itself_is_looked_at(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the record nor other members nor what was wrong before the change is a finding; what got worse is."""
+    status: dict[str, Any] = {
+        "spec_hash": host.spec["hash"],
+        "datapath": {"state": "applied", "error": None},
+        "etcd": {"connected": False, "error": "refused"},
+        "reports": {"error": None},
+        "workloads": [],
+    }
+    answers = {"/v1/status": status, "/v1/audit": {"problems": []}, "/v1/services": {"services": []}}
+    monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, route: answers[route])
+    before = {"etcd": False, "reports": True, "audit": [], "backends": [], "services": []}
+
+    def found(**more: Any) -> list[str]:
+        verifier = host.verifier()
+        verifier.module.params |= {"scope": "host", "before": before, **more}
+        verifier.run()
+        return verifier.problems
+
+    host.server.etcdctl("del", "--prefix", KEYS)
+    assert found() == []
+    assert found(before={}) == []
+    (worse,) = found(before={**before, "etcd": True})
+    assert worse == "agent: it has no connection to etcd any more: refused"
+    status["spec_hash"] = "0" * 64
+    (other,) = found()
+    assert other.startswith(f"agent: it runs with another specification than {host.node}; ")
+    # A run with tags may have left the specification as it was; a new host may have none.
+    status["spec_hash"] = "1" * 64
+    host.node.write_text(json.dumps({**host.spec, "hash": "1" * 64}))
+    assert found() == []
+    host.node.unlink()
+    assert found() == []
+
+
+def test_between_batches_a_member_that_does_not_serve_is_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(_verifier: verify.Verifier) -> None:
+        """Not what this is about."""
+
+    monkeypatch.setattr(verify.Verifier, "check_own_agent", dead)
+    member = {**host.spec["member"], "client_url": "https://127.0.0.1:1", "client_urls": {HOST: "https://127.0.0.1:1"}}
+    host.node.write_text(json.dumps({**host.spec, "member": member}))
+    verifier = host.verifier()
+    verifier.module.params |= {"scope": "host", "before": None}
+    verifier.run()
+    (words,) = verifier.problems
+    assert words.startswith(f"etcd: member {HOST} does not serve: ")
 
 
 def test_tcp_is_proven_by_any_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,12 @@ def result(kind: str, cluster: str, **more: Any) -> dict[str, Any]:
 
 def test_what_a_run_leaves() -> None:
     members = [
-        {"__plan_first": {"results": [result("plan", "a", locked=True), result("plan", "b", unreachable=True)]}},
         {
+            "inventory_hostname": "a-1",
+            "__plan_first": {"results": [result("plan", "a", locked=True), result("plan", "b", unreachable=True)]},
+        },
+        {
+            "inventory_hostname": "c-1",
             "__plan_first": {"results": [result("plan", "a", locked=True)]},
             "__plan_others": {"skipped": True},
             "__services_result": {
@@ -142,9 +146,43 @@ def test_what_a_run_leaves() -> None:
             },
         },
     ]
-    found = run_outcome(members, silent=["b-2", "b-1"], clusters=["a", "b", "c"])
+    members += [{"inventory_hostname": "b-2"}, {"inventory_hostname": "b-1", "__agent_result": {"unreachable": True}}]
+    found = run_outcome(members, gone=["b-2"], clusters=["a", "b", "c"])
     assert found["locked"] == [{"cluster": "a", "host": "a-1"}, {"cluster": "c", "host": "c-1"}]
     assert "b-1, b-2" in found["pending"][0]
     assert "etcd of b did not" in found["pending"][1]
-    assert run_outcome(members, clusters=["a", "c"])["pending"] == []
+    assert found["silent"] == ["b-1", "b-2"]
+    assert found["failure"] == []
+    assert run_outcome(members[:2], clusters=["a", "c"])["pending"] == []
     assert run_outcome(members[:1], clusters=["a"])["pending"] == [], "a run that wrote nothing misses nothing"
+
+
+def test_what_a_run_that_failed_has_done() -> None:
+    def failure(msg: str, **more: Any) -> dict[str, Any]:
+        return {"ansible_failed_task": {"name": "A task"}, "ansible_failed_result": {"msg": msg, **more}}
+
+    laid = {"__bundle_result": {"changed": False}}
+    members = [
+        {"inventory_hostname": "broken", **laid, **failure("one\ntwo")},
+        {"inventory_hostname": "looped", **failure("x", results=[{"msg": "good"}, {"failed": True, "msg": "bad"}])},
+        {"inventory_hostname": "with-it", **laid},
+        {"inventory_hostname": "changed", **laid, "__etcd_rights": {"changed": True}},
+        {"inventory_hostname": "same", **laid, "__etcd_result": {"skipped": True}},
+        {"inventory_hostname": "later", "__services_result": {"changed": True}},
+        {"inventory_hostname": "silent", "__bundle_result": {"unreachable": True}},
+    ]
+    failed = ["broken", "looped", "with-it"]
+    found = run_outcome(members, gone=["with-it"], failed=failed)
+    assert found["failure"] == [
+        "Stopped at the first failure: no further batch was begun.",
+        "Failed: broken, in the task 'A task': one",
+        "Failed: looped, in the task 'A task': bad",
+        "Stopped with that: with-it.",
+        "Changed: changed.",
+        "Nothing to change: same.",
+        "Not touched: later.",
+        "Every host works on as it is. Next: put right what failed and run the playbook again: it does the rest.",
+    ]
+    assert (found["changed"], found["silent"]) == (["changed"], ["silent"])
+    predicted = run_outcome(members, failed=failed, stopped=False)["failure"]
+    assert predicted == found["failure"][1:4], "a run in check mode goes on"

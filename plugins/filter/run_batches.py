@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The hosts that a run of site changes, in batches."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+name: run_batches
+short_description: The hosts that a run of site changes, in batches
+version_added: 1.0.0
+author:
+  - Isthmus contributors (@isthmus-mesh)
+description:
+  - Cuts the hosts that were looked at and answered into batches, for C(hosts) and C(serial) of the plays of site.
+  - Where nothing was planned, or a package could not be installed on a host, nothing is to be changed.
+options:
+  _input:
+    description: Variables of all hosts of the inventory.
+    type: list
+    elements: dict
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Show the batches
+  ansible.builtin.debug:
+    msg: "{{ groups['all'] | map('extract', hostvars) | isthmus.mesh.run_batches }}"
+"""
+
+RETURN = r"""
+_value:
+  description:
+    - C(together) and C(one_by_one), patterns of hosts, the latter in the order of the batches, and C(serial), how many
+      of them are in each.
+    - A play without hosts would be one of all hosts, so a pattern that no host matches is given instead of none.
+  type: dict
+"""
+
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import Batches, split
+
+_NOBODY = ["!all"]
+
+
+def run_batches(members):
+    """The patterns; see above."""
+    looked_at = [variables for variables in members if "__plan_result" in variables]
+    found = Batches([], [])
+    if looked_at and not any(_is(one, "__preflight_installed", "failed") for one in looked_at):
+        plan = looked_at[0]["__plan_result"]
+        hosts = [
+            str(one["inventory_hostname"]) for one in looked_at if not _is(one, "__preflight_result", "unreachable")
+        ]
+        found = split(plan["specs"], hosts, plan["clusters"]["new"], plan["clusters"]["answering"], plan["serial"])
+    return {
+        "together": found.together or _NOBODY,
+        "one_by_one": [name for batch in found.batches for name in batch] or _NOBODY,
+        "serial": [len(batch) for batch in found.batches],
+    }
+
+
+def _is(variables, name, word):
+    """Whether what the task registered under ``name`` is ``word``."""
+    return bool(name in variables and variables[name].get(word))
+
+
+class FilterModule:
+    """The filter, by its name."""
+
+    def filters(self):
+        return {"run_batches": run_batches}
