@@ -312,7 +312,9 @@ class MemberModule:
         binary = self.install.binary()
         self.need_user()
         revoked = self.revoked()
-        text = etcd_unit.environment(self.spec, revocation=self.module.check_mode or revoked is not None)
+        # The pki role gives a new host its list before.
+        predicted = self.module.check_mode and not os.path.exists(etcd_unit.ENVIRONMENT)
+        text = etcd_unit.environment(self.spec, revocation=predicted or revoked is not None)
         trusted = read_bytes(f"{etcd_unit.PKI}/trust/{self.spec['cluster']['name']}.crt") or b""
         # etcd reads certificates, keys and the list of revoked ones at every handshake, but the trusted authority only
         # when it starts; and a connection that is open when its certificate is revoked ends with the process.

@@ -338,6 +338,61 @@ def test_without_its_own_authority_a_host_fails_with_words(estate: Estate) -> No
         estate.role(spec("onprem-2", "onprem"), down=("onprem-1",))
 
 
+def revoked_of(pki: Path) -> str:
+    return openssl("crl", "-inform", "DER", "-in", pki / "revoked.crl", "-noout", "-text")
+
+
+def test_an_etcd_host_has_the_list_of_revoked_certificates(estate: Estate) -> None:
+    hosts = [{**spec(f"onprem-{number}", "onprem"), "member": {"name": f"onprem-{number}"}} for number in (1, 2)]
+    predicted = estate.role(hosts[0], check=True, bundle=False)
+    assert estate.role(hosts[0]) == predicted
+    for host in hosts:
+        estate.role(host)
+        assert "No Revoked Certificates" in revoked_of(estate.pki(host["host"]))
+    place, pki = estate.pki("onprem-1"), estate.pki("onprem-2")
+    ledger = json.loads((place / "issued.json").read_text())
+    assert ledger["since"] is None
+    assert {(one["host"], one["name"]) for one in ledger["certificates"]} == {
+        (host, name) for host in ("onprem-1", "onprem-2") for name in ("agent", "etcd-server", "etcd-peer", "root")
+    }
+    serials = {one["serial"] for one in ledger["certificates"] if one["host"] == "onprem-2"}
+    assert f"{int(openssl('x509', '-in', pki / 'root.crt', '-noout', '-serial').split('=')[1], 16):x}" in serials
+
+    # Lost, it comes again; the record's is the one that counts.
+    (pki / "revoked.crl").unlink()
+    estate.converge(hosts[1])
+    known = (place / "ca.crt").read_text()
+    asked = {"cluster": "onprem", "hosts": ["onprem-2"], "known_ca": known}
+    done = estate.run("pki_revoke", asked, "onprem-1")
+    assert len(done["revoked"]) == len(serials) == 4
+    recorded: dict[str, Any] = {"trust": {"onprem": known}, "crl": done["crl"]}
+    for host in hosts:
+        assert estate.role(host, check=True, **recorded) == estate.role(host, **recorded) == {"pki_request": True}
+        assert estate.role(host, **recorded) == {"pki_request": False}
+        assert revoked_of(estate.pki(host["host"])).count("Serial Number") == 4
+
+    (pki / "revoked.crl").write_bytes(b"x")
+    with pytest.raises(ModuleFailed, match=r"revoked.crl is no readable list .* Remove it and run the playbook again"):
+        estate.role(hosts[1])
+    assert estate.role(hosts[1], **recorded) == {"pki_request": True}
+    estate.role({**hosts[1], "member": None}, **recorded)
+    assert not (pki / "revoked.crl").exists()
+
+
+def test_an_authority_of_before_ledgers_says_since_when_it_has_one(estate: Estate) -> None:
+    estate.role(spec("onprem-1", "onprem"))
+    place = estate.pki("onprem-1")
+    (place / "issued.json").unlink()
+    asked = {"cluster": "onprem", "hosts": ["onprem-2"], "known_ca": (place / "ca.crt").read_text()}
+    assert "since" in estate.run("pki_revoke", asked, "onprem-1")
+    estate.role(spec("onprem-2", "onprem"))
+    done = estate.run("pki_revoke", asked, "onprem-1")
+    assert (len(done["revoked"]), "since" in done) == (4, True)
+    (place / "ca.key").unlink()
+    with pytest.raises(ModuleFailed, match="the private key of cluster onprem's certificate authority is missing"):
+        estate.run("pki_revoke", asked, "onprem-1")
+
+
 def test_an_operators_intermediate_is_used(estate: Estate, tmp_path: Path) -> None:
     pki = estate.pki("onprem-1")
     pki.mkdir(parents=True)
