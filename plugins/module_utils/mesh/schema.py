@@ -821,7 +821,7 @@ HOST_VARIABLES = (*HOST.keys, "ansible_host")
 
 PLAY_VARIABLES = {
     "isthmus_hosts": "Hosts that a playbook works on, as a pattern; `all` without it.",
-    "isthmus_serial": "Hosts of each cluster that `site` changes at once, as `serial` of a play; 1, then 20%, then 100%.",
+    "isthmus_serial": "Hosts of each cluster that `site` changes at once, as `serial` of a play; else 1, 20%, 100%.",
     "isthmus_version": "Version of the collection that `site` may apply; a running estate is upgraded only by it.",
     "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
     "isthmus_break_lock": "Name of another run whose lock this run takes away, as the message about the lock gives it.",
