@@ -821,7 +821,7 @@ HOST_VARIABLES = (*HOST.keys, "ansible_host")
 
 PLAY_VARIABLES = {
     "isthmus_hosts": "Hosts that a playbook works on, as a pattern; `all` without it.",
-    "isthmus_serial": "Hosts of each cluster that `site` changes at once, like a `serial`; 1, 20%, 100%.",
+    "isthmus_serial": "Hosts of each cluster that `site` changes at once, as `serial` of a play; else 1, 20%, 100%.",
     "isthmus_version": "Version of the collection that `site` may apply; a running estate is upgraded only by it.",
     "isthmus_prune": "Names of orphans to remove, as the plan lists them.",
     "isthmus_forget": "Names of lost hosts and clusters that `forget` takes out of the mesh for good.",
