@@ -246,7 +246,7 @@ def _ufw_rules(module: AnsibleModule, changes: Changes, wanted: list[str]) -> No
 
 
 def _firewalld_rules(module: AnsibleModule, changes: Changes, wanted: list[tuple[str, str]]) -> None:
-    ours = [(zone, rule) for zone, rule in json.loads(read_bytes(STATE) or b"[]")]
+    ours = [tuple(one) for one in json.loads(read_bytes(STATE) or b"[]")]
     zones = sorted({zone for zone, _rule in [*ours, *wanted]})
     present = {mode: set(_firewalld_present(module, zones, mode)) for mode in ((), ("--permanent",))}
     somewhere = set().union(*present.values())

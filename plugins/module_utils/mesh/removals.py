@@ -36,7 +36,7 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
                 "isthmus.mesh.teardown has taken its hosts apart; that cannot be undone without a backup."
             )
         elif kind == "host":
-            address = next(doc["hosts"][rest]["range4"] for doc in before.clusters.values() if rest in _hosts(doc))
+            address = _host(before, rest)["range4"]
             yield (
                 f"{name}: its certificate loses its rights. {_lost(had, stay, {rest})}{DRAINS} Its range {address} is "
                 f"kept back until {date}. Undo: put it back into the inventory and run site (it gets another range), "
@@ -44,11 +44,7 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
             )
         elif kind == "workload":
             host, _slash, workload = rest.partition("/")
-            address = next(
-                _hosts(doc)[host]["workloads"][workload]["address4"]
-                for doc in before.clusters.values()
-                if workload in _hosts(doc).get(host, {"workloads": {}})["workloads"]
-            )
+            address = _host(before, host)["workloads"][workload]["address4"]
             yield (
                 f"{name}: its connections end, since its address {address} leaves the host; it is kept back until "
                 f"{date}. {_lost(had, stay, {host}, workload)}Undo: put it back and run site (it gets another address)."
@@ -95,6 +91,11 @@ def _lost(had: Backends, stay: Backends, hosts: set[str], workload: str | None =
             left = len(stay[service])
             lines.append(f"{service} loses {len(gone)} of {_count(len(backends), 'backend')}, {left or 'NONE'} left")
     return f"{'; '.join(lines)}. " if lines else ""
+
+
+def _host(record: Record, name: str) -> Mapping[str, Any]:
+    host: Mapping[str, Any] = next(_hosts(doc)[name] for doc in record.clusters.values() if name in _hosts(doc))
+    return host
 
 
 def _hosts(document: Mapping[str, Any]) -> Mapping[str, Any]:
