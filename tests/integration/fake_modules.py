@@ -16,8 +16,9 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive bundle_digest break_lock cluster confirm controller_time estate former formed hosts install lock "
-    "max_clock_skew only paths platforms python record run services spec state timeout token trust scope before wait"
+    "archive before break_lock bundle_digest cluster confirm controller_time crl estate firewall formed former hosts "
+    "install lock max_clock_skew only paths platforms python record replacing run scope services snapshot spec state "
+    "timeout token trust version wait"
 )
 
 
