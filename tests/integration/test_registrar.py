@@ -426,7 +426,7 @@ def test_record_that_is_older_than_the_hosts_copy_withdraws_nothing(onprem: Clus
             assert onprem.server.dump("cilium/synced/") == {}
             onprem.put(onprem.record(1, 6))
             await until(lambda: len(onprem.server.dump("cilium/synced/")) == 4, "published again")
-            assert published(onprem, 1)
+            await until(lambda: published(onprem, 1), "withdrawn")
 
     asyncio.run(run())
 
