@@ -31,6 +31,7 @@ PACKAGES = (
     "iproute2",
     "iputils-ping",
     "nftables",
+    "ufw",  # installed and off, as an operator may have it
     "etcd-server",  # `etcd.source: package`
     "etcd-client",
     "dnsmasq-base",  # names for machines
