@@ -118,7 +118,7 @@ print(
             "addresses": network("address"),
             "routes": network("-4", "route", "show", "table", "all") + network("-6", "route", "show", "table", "all"),
             "rules": network("-4", "rule") + network("-6", "rule"),
-            "nft": out("nft", "list", "ruleset").splitlines(),
+            "nft": out("nft", "--stateless", "list", "ruleset").splitlines(),
             "pins": lines("find", "/sys/fs/bpf", "-mindepth", "1"),
             "mounts": sorted(" ".join(mount) for mount in mounts() if not mount[0].startswith("/run/")),
             "sockets": sorted({" ".join(line.split()[:2] + line.split()[4:5]) for line in lines("ss", "-Hltun")}),
