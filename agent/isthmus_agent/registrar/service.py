@@ -24,6 +24,7 @@ from isthmus_mesh.spec import NodeSpec, PeerSpec
 from isthmus_mesh.wire import ClusterConfig
 
 from isthmus_agent.agent.log import fields
+from isthmus_agent.desired.drain import GRACE
 from isthmus_agent.kvstore import (
     DeletionRule,
     EtcdClient,
@@ -70,9 +71,9 @@ OWN_MAX_DELAY = 1.5
 RETRY_DELAY = 0.5
 MAX_RECEIVE = 8 * 1024 * 1024
 """Bytes of one answer of a peer: what a parsed answer takes of memory can be 25 times as much."""
-DRAIN = 35.0
-"""Seconds from the moment in which what is taken out of the mesh is no backend any more until nobody knows a way to it.
-Agents end sockets of a backend that went after 30 s (`isthmus_agent.desired.drain.GRACE`)."""
+DRAIN = GRACE + 5.0
+"""Seconds from the moment in which what is taken out of the mesh is no backend any more until nobody knows a way to it:
+a little more than agents leave the sockets of a backend that went."""
 REPORT_GRACE = 60.0
 """How long canaries and withdrawals wait for the agents' reports after etcd lost what was published."""
 SITE_SETTLE = 30.0
