@@ -38,8 +38,18 @@ def spec_hash(document: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class KubernetesSpec:
+    """The Kubernetes cluster that a cluster of the mesh is: ranges that Kubernetes and its CNI deal, never we."""
+
+    pod_ranges4: tuple[IPv4Network, ...]
+    service_range4: IPv4Network
+
+
+@dataclass(frozen=True)
 class ClusterSpec:
-    """The host's own cluster; `max_clusters` (255 or 511) sets the layout of identity numbers."""
+    """The host's own cluster; `max_clusters` (255 or 511) sets the layout of identity numbers.
+
+    `kubernetes` is None where the cluster consists of machines only."""
 
     name: str
     id: int
@@ -47,11 +57,14 @@ class ClusterSpec:
     site: str
     workload_ranges4: tuple[IPv4Network, ...]
     service_range4: IPv4Network
+    kubernetes: KubernetesSpec | None = None
 
 
 @dataclass(frozen=True)
 class HostSpec:
-    """`underlay4` is what the host has, `advertise4` what others dial, `mesh4` lies in `range4`."""
+    """`underlay4` is what the host has, `advertise4` what others dial, `mesh4` lies in `range4`.
+
+    `kubernetes_node` is the name of the Kubernetes node that the host is, None where it is none."""
 
     name: str
     underlay4: IPv4Address
@@ -59,6 +72,7 @@ class HostSpec:
     range4: IPv4Network
     mesh4: IPv4Address
     labels: Mapping[str, str] = field(default_factory=dict)
+    kubernetes_node: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,10 +140,23 @@ class PeerSpec:
 
 
 @dataclass(frozen=True)
+class KubernetesApiSpec:
+    """How the registrar reaches the API server of its cluster: a URL and paths of PEM files."""
+
+    server: str
+    ca: str
+    cert: str
+    key: str
+
+
+@dataclass(frozen=True)
 class RegistrarSpec:
+    """`kubernetes` is None where the cluster is no Kubernetes cluster."""
+
     cert: str
     key: str
     peers: tuple[PeerSpec, ...]
+    kubernetes: KubernetesApiSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +254,12 @@ def _cluster(fields: Fields) -> ClusterSpec:
         site=fields.text("site", None),
         workload_ranges4=fields.networks4("workload_ranges4"),
         service_range4=fields.network4("service_range4"),
+        kubernetes=None if fields.value.get("kubernetes") is None else _kubernetes(fields.object("kubernetes")),
     )
+
+
+def _kubernetes(fields: Fields) -> KubernetesSpec:
+    return KubernetesSpec(fields.networks4("pod_ranges4"), fields.network4("service_range4"))
 
 
 def _host(fields: Fields) -> HostSpec:
@@ -238,6 +270,7 @@ def _host(fields: Fields) -> HostSpec:
         range4=fields.network4("range4"),
         mesh4=fields.address4("mesh4"),
         labels=fields.text_mapping("labels"),
+        kubernetes_node=fields.optional_text("kubernetes_node"),
     )
 
 
@@ -298,7 +331,12 @@ def _registrar(fields: Fields) -> RegistrarSpec:
             )
             for peer in fields.objects("peers")
         ),
+        kubernetes=None if fields.value.get("kubernetes") is None else _api(fields.object("kubernetes")),
     )
+
+
+def _api(fields: Fields) -> KubernetesApiSpec:
+    return KubernetesApiSpec(*(fields.text(name, None) for name in ("server", "ca", "cert", "key")))
 
 
 def _pki(fields: Fields) -> PkiSpec:
