@@ -29,9 +29,12 @@ HOSTS = ("c1", "o1", "o2", "o3")
 
 pytestmark = [pytest.mark.root]
 
+# One at a time: hosts ask their authority's host at once, and a second mount of the same overlay may be refused. /run is
+# the host's own too, for the lock of a run.
 PYTHON = """\
 #!/bin/sh
-exec unshare --mount sh -c 'mount -t overlay -o lowerdir=/etc,upperdir={place}/etc,workdir={place}/work none /etc &&
+exec flock -o {place}/entered unshare --mount sh -c 'mount --bind {place}/run /run &&
+mount -t overlay -o lowerdir=/etc,upperdir={place}/etc,workdir={place}/work none /etc &&
 exec env PYTHONPATH={agent} PYTHONDONTWRITEBYTECODE=1 {python} "$@"' sh "$@"
 """
 PLAN = """\
@@ -68,6 +71,7 @@ class Site:
             home = place / "hosts" / name
             (home / "etc" / "isthmus" / "pki").mkdir(parents=True)
             (home / "work").mkdir()
+            (home / "run").mkdir()
             (home / "etc" / "isthmus" / "pki" / "agent.key").write_text("x")
             (home / "python").write_text(PYTHON.format(place=home, agent=ROOT / "agent", python=sys.executable))
             (home / "python").chmod(0o755)
@@ -160,7 +164,6 @@ def test_forget_refuses_with_words_before_anything_is_changed(site: Site, option
     assert sum(one.changed for one in recap.values()) == 0
 
 
-@pytest.mark.slow  # it failed once of eight times, on o1, beside other tests; why is not known yet
 def test_forget_reaches_whom_it_can_and_tells_of_the_rest(site: Site) -> None:
     """o3 is stolen, and cloud, whose authority signed for its registrar, is out of reach. In check mode, so that no
     etcd is needed: the modules predict, and the authority of onprem says what it would revoke."""
