@@ -8,22 +8,27 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
 from isthmus_mesh.wire import Node
 
-from isthmus_agent.desired.datapath import Address, IpcacheEntry, Network, Peer, Route, Rule
+from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Network, Peer, Route, Rule
+from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
 from isthmus_agent.state.model import MeshState
 
 TABLE = 730
 RULE_PRIORITY = 730
+PODS_TABLE = 731
+PODS_RULE_PRIORITY = 731
 MAIN = 254
 OVERHEAD = 50  # VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14
 MTU_ANNOTATION = "isthmus.io/underlay-mtu"
+# Of a host in a Kubernetes cluster: the name of the Kubernetes node that it is, empty when it is none.
+KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -42,6 +47,7 @@ class Remote:
     health: IPv4Address | None
     ingress: IPv4Address | None
     mtu: int  # of its underlay, 0 when it does not say
+    is_machine: bool  # it says that it is no Kubernetes node
 
 
 def _remote(node: Node) -> Remote | None:
@@ -65,6 +71,7 @@ def _remote(node: Node) -> Remote | None:
         health=IPv4Address(node.ipv4_health_ip) if node.ipv4_health_ip else None,
         ingress=IPv4Address(node.ipv4_ingress_ip) if node.ipv4_ingress_ip else None,
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
+        is_machine=node.annotations.get(KUBERNETES_NODE_ANNOTATION) == "",
     )
 
 
@@ -72,12 +79,14 @@ def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple
     """The other nodes, peers' before our own cluster's, and what was refused of them in words.
 
     Later ones win where two claim one address, so nothing that a peer says overrides our own cluster.
-    A claim on this host's own addresses is refused here.
+    A claim on this host's own addresses is refused here, and one on addresses of our pods: of a peer on any that our
+    cluster's CNI deals, of our own cluster on those that are dealt to this node.
     """
     own = (spec.cluster.name, spec.host)
     found: list[Remote] = []
     refused: list[str] = []
     mine = {spec.node.underlay4, spec.node.advertise4, spec.node.mesh4}
+    cidrs_here = own_cidrs(spec, state)
     for key in sorted(state.nodes, key=lambda key: (key[0] == spec.cluster.name, key)):
         if key == own:
             continue
@@ -96,6 +105,11 @@ def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple
         ]:
             refused.append(f"node {key[0]}/{key[1]} claims {bad[0]}, which holds an address of this host or its own")
             continue
+        pods = cidrs_here if key[0] == spec.cluster.name else pod_ranges(spec)
+        claims = (*node.cidrs, *(IPv4Network(address) for address in addresses if address is not None))
+        if bad := [claim for claim in claims if any(claim.overlaps(each) for each in pods)]:
+            refused.append(f"node {key[0]}/{key[1]} claims {bad[0]}, which holds addresses of our pods")
+            continue
         found.append(node)
     return tuple(found), tuple(refused)
 
@@ -105,15 +119,16 @@ def own_addresses(spec: NodeSpec) -> frozenset[Address]:
     return frozenset({spec.node.mesh4, *(workload.address4 for workload in spec.workloads)})
 
 
-def local_identities(spec: NodeSpec, state: MeshState) -> dict[Address, int]:
+def local_identities(spec: NodeSpec, state: MeshState, pods: Pods) -> dict[Address, int]:
     """Which identity packets from our addresses carry.
 
-    The mesh address and the underlay addresses are remote-node. A workload has none until the
+    The mesh address and the underlay addresses are remote-node. A workload or pod has none until the
     registrar published one: its packets are then dropped at the overlay (and counted) rather than sent
     as remote-node, which policies of peers may allow where they would not allow the workload.
     """
     first, last = identity.identity_range(spec.cluster.id, spec.cluster.max_clusters)
     found: dict[Address, int] = {
+        **pods.identities,
         spec.node.underlay4: identity.REMOTE_NODE,
         spec.node.advertise4: identity.REMOTE_NODE,
         spec.node.mesh4: identity.REMOTE_NODE,
@@ -135,20 +150,24 @@ def _published(state: MeshState) -> Iterator[tuple[str, Network, int, Address]]:
         yield cluster, network, number, ip_address(pair.host_ip)
 
 
-def ipcache(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> dict[Network, IpcacheEntry]:
-    """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers."""
+def ipcache(
+    spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...], local: Mapping[Address, int]
+) -> dict[Network, IpcacheEntry]:
+    """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers. `local`:
+    what `local_identities` found."""
     mine = {spec.node.underlay4, spec.node.advertise4}
     ids = {cluster: config.id for cluster, config in state.configs.items()}
     ids[spec.cluster.name] = spec.cluster.id
     found: dict[Network, IpcacheEntry] = {}
     published = [entry for entry in _published(state) if entry[0] in ids]
     for ours in (False, True):  # later ones win: no peer's node takes an address of our own cluster
+        pods = () if ours else pod_ranges(spec)
         for cluster, network, number, tunnel in published:
-            if (cluster == spec.cluster.name) == ours:
+            if (cluster == spec.cluster.name) == ours and not any(network.overlaps(each) for each in pods):
                 found[network] = IpcacheEntry(number, ids[cluster], None if tunnel in mine else tunnel)
         found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours]))
     # This host last: nothing published by anyone may move our own addresses elsewhere.
-    for own_address, number in local_identities(spec, state).items():
+    for own_address, number in local.items():
         found[IPv4Network(str(own_address))] = IpcacheEntry(number, spec.cluster.id, None, is_node=own_address in mine)
     return found
 
@@ -187,32 +206,55 @@ def path_mtu(own_underlay: int, other_underlay: int, configured: int | None) -> 
     return min(inner, configured) if configured is not None else inner
 
 
-def routes(spec: NodeSpec, nodes: tuple[Remote, ...], underlay_mtu: int) -> frozenset[Route]:
-    """Routes of the main table and of table 730 (packets from our own range).
+def routes(
+    spec: NodeSpec, nodes: tuple[Remote, ...], underlay_mtu: int, pods: tuple[IPv4Network, ...]
+) -> frozenset[Route]:
+    """Routes of the main table, of table 730 (packets from our own range) and of table 731 (from our pods).
 
     Table 730 is closed by an unreachable default: a packet with a mesh source leaves over the overlay
-    or not at all. Ranges of services and of every cluster are unreachable where nothing longer matches,
-    so that neither an untranslated service address nor an address nobody has goes out on the underlay.
+    or not at all, but to `pods`, the ranges of this node's pods, it goes as the CNI has it. Ranges of services and of
+    every cluster are unreachable where nothing longer matches, so that neither an untranslated service address nor an
+    address nobody has goes out on the underlay. On a Kubernetes node the way to pods of other nodes of its cluster is
+    the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
+    the source is the pod's, unless that node belongs to the same Kubernetes cluster.
     """
     source = spec.node.mesh4
+    is_node = spec.node.kubernetes_node is not None
     found: set[Route] = set()
     for node in nodes:
+        ours = node.cluster == spec.cluster.name
         mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu)
         targets = set(node.cidrs)
         for address in (node.mesh, node.health, node.ingress):
             if address is not None and not any(address in cidr for cidr in node.cidrs):
                 targets.add(IPv4Network(address))
         for target in targets:
-            found.add(Route(target, source, mtu, MAIN))
+            if not (is_node and ours and is_pod_range(spec, target)):
+                found.add(Route(target, source, mtu, MAIN))
             found.add(Route(target, source, mtu, TABLE))
         for address in {*node.underlay, node.endpoint}:
             found.add(Route(IPv4Network(address), source, mtu, TABLE))
+            if is_node and (node.is_machine or not ours):
+                found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
     for blocked in (*spec.service_ranges4, *spec.mesh_ranges4):
         found.add(Route(blocked, unreachable=True))
+    found.update(Route(each, table=TABLE, throw=True) for each in pods)
     found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
     return frozenset(found)
 
 
-def rules(spec: NodeSpec) -> frozenset[Rule]:
-    """Packets from our own range look up table 730."""
-    return frozenset({Rule(spec.node.range4, TABLE, RULE_PRIORITY)})
+def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
+    """Packets from our own range look up table 730, those from our pods table 731."""
+    return frozenset(
+        {
+            Rule(spec.node.range4, TABLE, RULE_PRIORITY),
+            *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
+        }
+    )
+
+
+def keep_source(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> KeepSource | None:
+    """What CNI and kube-proxy must not masquerade here; None on a host that is no Kubernetes node."""
+    if spec.node.kubernetes_node is None:
+        return None
+    return KeepSource(spec.node.range4, frozenset(collapse_addresses([spec.node.range4, *pods])))

@@ -12,6 +12,7 @@ from isthmus_mesh.spec import NodeSpec
 
 from isthmus_agent.desired import addressing
 from isthmus_agent.desired.datapath import Address, Backend, Datapath
+from isthmus_agent.desired.pods import Pods, local_pods
 from isthmus_agent.desired.reach import NodeKey, Reachability
 from isthmus_agent.desired.services import Placement, Services, ServiceView, services
 from isthmus_agent.state.model import MeshState
@@ -36,6 +37,7 @@ class Desired:
 
     `names`: DNS name -> address. `holders`: nodes that hold backends. `mesh`: every node's mesh address.
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
+    `pods`: those of this Kubernetes node.
     """
 
     datapath: Datapath
@@ -45,6 +47,7 @@ class Desired:
     mesh: Mapping[NodeKey, Address]
     dead: frozenset[Backend]
     refused: tuple[str, ...]
+    pods: Pods
 
 
 class Memory:
@@ -62,6 +65,8 @@ class Memory:
         ):
             return cast("T", found)
         made = compute()
+        if made == found:
+            made = found  # what hangs on this one stays as well
         self._found[what] = (inputs, made)
         return made
 
@@ -73,6 +78,9 @@ def desired(
     memory = memory or Memory()
     own = (spec.cluster.name, spec.host)
     nodes, refused = memory.of("remotes", (spec, state.nodes), lambda: addressing.remotes(spec, state))
+    pods = memory.of("pods", (spec, state.nodes, state.ips), lambda: local_pods(spec, state))
+    ranges = memory.of("pod ranges", (pods,), lambda: pods.ranges)
+    local = memory.of("local", (spec, state.ips, pods), lambda: addressing.local_identities(spec, state, pods))
     placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
     found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
     mtu = addressing.path_mtu(facts.underlay_mtu, 0, spec.overlay.mtu)
@@ -83,7 +91,7 @@ def desired(
         overlay_port=spec.overlay.port,
         overlay_mtu=mtu,
         addresses=addressing.own_addresses(spec),
-        local=memory.of("local", (spec, state.ips), lambda: addressing.local_identities(spec, state)),
+        local=local,
         workloads={
             cgroup: by_workload[key]
             for key, cgroups in facts.cgroups.items()
@@ -92,13 +100,18 @@ def desired(
         },
         services=found.table,
         ipcache=memory.of(
-            "ipcache", (spec, nodes, state.ips, state.configs), lambda: addressing.ipcache(spec, state, nodes)
+            "ipcache",
+            (spec, nodes, state.ips, state.configs, local),
+            lambda: addressing.ipcache(spec, state, nodes, local),
         ),
         peers=memory.of("peers", (nodes,), lambda: addressing.peers(nodes)),
         routes=memory.of(
-            "routes", (spec, nodes, facts.underlay_mtu), lambda: addressing.routes(spec, nodes, facts.underlay_mtu)
+            "routes",
+            (spec, nodes, facts.underlay_mtu, ranges),
+            lambda: addressing.routes(spec, nodes, facts.underlay_mtu, ranges),
         ),
-        rules=addressing.rules(spec),
+        rules=addressing.rules(spec, ranges),
+        keep_source=addressing.keep_source(spec, ranges),
         clusters={config.id: cluster for cluster, config in state.configs.items()},
     )
     return Desired(
@@ -112,7 +125,8 @@ def desired(
             lambda: {(node.cluster, node.name): node.mesh for node in nodes if node.mesh is not None},
         ),
         dead=found.dead,
-        refused=refused,
+        refused=(*refused, *pods.problems),
+        pods=pods,
     )
 
 

@@ -65,13 +65,19 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Over the overlay device unless `unreachable`; `mtu` in bytes (0: none); `table` 254 is main."""
+    """Over the overlay device unless `unreachable` or `throw` (the next rule decides); `mtu` in bytes (0: none);
+    `table` 254 is main."""
 
     prefix: Network
     source: Address | None = None
     mtu: int = 0
     table: int = 254
     unreachable: bool = False
+    throw: bool = False
+
+    @property
+    def over_overlay(self) -> bool:
+        return not (self.unreachable or self.throw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,17 @@ class Rule:
     source: Network
     table: int
     priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSource:
+    """What nobody on a Kubernetes node may masquerade: packets between `local` and the overlay, and packets from
+    `host` to `local`.
+
+    `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps."""
+
+    host: IPv4Network
+    local: frozenset[IPv4Network]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,4 +116,5 @@ class Datapath:
     peers: dict[Address, Peer] = field(default_factory=dict)  # by outer source
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()
+    keep_source: KeepSource | None = None  # None: no table of ours in netfilter
     clusters: dict[int, str] = field(default_factory=dict)  # cluster id -> name, for words only

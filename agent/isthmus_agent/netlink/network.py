@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The overlay device and what routes over it.
 
-Ours are: the device, every address on it, routes of protocol 73 and policy rules of protocol 73.
-Nothing else is ever changed or removed.
+Ours are: the device, every address on it, routes of protocol 73, policy rules of protocol 73, and netfilter's table
+`ip isthmus`. Nothing else is ever changed or removed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Rule
 from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
+from isthmus_agent.netlink.nftables import apply_keep_source, audit_keep_source, remove_keep_source
 from isthmus_agent.netlink.routes import ADD, DELETE, REPLACE, Found, RouteSocket, explain
 
 OVERLAY = "isthmus0"
@@ -151,7 +152,8 @@ def _family(network: Network) -> int:
 
 
 def _route_words(route: Route) -> str:
-    words = [f"unreachable {route.prefix}" if route.unreachable else str(route.prefix)]
+    kind = "unreachable " if route.unreachable else "throw " if route.throw else ""
+    words = [f"{kind}{route.prefix}"]
     if route.table != _TABLE_MAIN:
         words.append(f"table {route.table}")
     if route.source is not None:
@@ -205,7 +207,7 @@ def _as_made(datapath: Datapath, index: int) -> _Real:
     """What the kernel has after `datapath` was applied without a problem."""
     return _Real(
         set(_interfaces(datapath)),
-        {key: Found(route, 0 if route.unreachable else index) for key, route in _by_prefix(datapath.routes).items()},
+        {key: Found(route, index if route.over_overlay else 0) for key, route in _by_prefix(datapath.routes).items()},
         datapath.rules,
     )
 
@@ -218,7 +220,7 @@ def _difference(real: _Real, datapath: Datapath, index: int, up: bool) -> _Diffe
         found = real.routes.get(key)
         if found is None:
             add.append(route)
-        elif found.route != route or found.oif != (0 if route.unreachable else index):
+        elif found.route != route or found.oif != (index if route.over_overlay else 0):
             replace.append((found.route, route))
     return _Difference(
         up=up,
@@ -247,7 +249,7 @@ def _is_up(ipr: Any, index: int) -> bool:
 def apply_network(
     datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None, made: Datapath | None = None
 ) -> NetworkResult:
-    """Brings the device up and makes addresses, routes and rules what is wanted: additions first.
+    """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: additions first.
 
     `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same device:
     only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
@@ -284,6 +286,13 @@ def apply_network(
                 elif action != DELETE or number not in _GONE:
                     problems.append(f"cannot {verb} {_route_words(route)}: {explain(number, action, ROUTE_PROTOCOL)}")
 
+        if made is None or made.keep_source != datapath.keep_source:
+            # Before the routes: what they lead over the overlay is not masqueraded once.
+            step()
+            try:
+                changes += apply_keep_source(datapath.keep_source, name)
+            except NetworkError as error:
+                problems += error.problems
         if not difference.up:
             attempt(f"set {name} up", "link", "set", index=index, state="up")
         for address in difference.add_addresses:
@@ -361,11 +370,11 @@ def audit_network(datapath: Datapath, name: str = OVERLAY, step: Callable[[], No
     problems += [f"{_route_words(each.route)} is not wanted" for each in difference.remove_routes]
     problems += [f"{_rule_words(each)} is missing" for each in difference.add_rules]
     problems += [f"{_rule_words(each)} is not wanted" for each in difference.remove_rules]
-    return problems
+    return problems + audit_keep_source(datapath.keep_source, name)
 
 
 def remove_network(name: str = OVERLAY) -> list[str]:
-    """Removes our rules, routes and the device; answers what was removed."""
+    """Removes our rules, routes, the device and our table of netfilter; answers what was removed."""
     removed = []
     with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL) as routes:
         for rule in sorted(_rules(ipr), key=str):
@@ -380,7 +389,7 @@ def remove_network(name: str = OVERLAY) -> list[str]:
         if index is not None:
             ipr.link("del", index=index)
             removed.append(f"device {name}")
-    return removed
+    return removed + remove_keep_source()
 
 
 def underlay_mtu(address: Address) -> int:

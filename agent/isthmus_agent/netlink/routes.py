@@ -32,7 +32,7 @@ _REQUEST, _ACK, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x4, 0x300, 0x10
 _FLAGS = {ADD: 0x600, REPLACE: 0x500, DELETE: 0}  # NLM_F_CREATE with NLM_F_EXCL or NLM_F_REPLACE
 _DST, _OIF, _PREFSRC, _METRICS, _TABLE = 1, 4, 7, 8, 15
 _MTU = 2
-_UNICAST, _UNREACHABLE = 1, 7
+_UNICAST, _UNREACHABLE, _THROW = 1, 7, 9
 _SCOPE_LINK = 253
 
 _SOL_NETLINK, _CAP_ACK, _GET_STRICT_CHK = 270, 10, 12
@@ -136,14 +136,16 @@ class RouteSocket:
     def _body(self, route: Route, oif: int) -> bytes:
         prefix = route.prefix
         family = socket.AF_INET if prefix.version == 4 else socket.AF_INET6
-        kind, scope = (_UNREACHABLE, 0) if route.unreachable else (_UNICAST, _SCOPE_LINK)
+        kind, scope = _UNICAST, _SCOPE_LINK
+        if not route.over_overlay:
+            kind, scope = _UNREACHABLE if route.unreachable else _THROW, 0
         table = route.table if route.table < 256 else 0
         parts = [
             _ROUTE.pack(family, prefix.prefixlen, 0, 0, table, self._protocol, scope, kind, 0),
             _attribute(_DST, prefix.network_address.packed),
             _attribute(_TABLE, _U32.pack(route.table)),
         ]
-        if not route.unreachable:
+        if route.over_overlay:
             parts.append(_attribute(_OIF, _U32.pack(oif)))
             if route.source is not None:
                 parts.append(_attribute(_PREFSRC, route.source.packed))
@@ -158,16 +160,16 @@ class RouteSocket:
         found = dict(_attributes(payload, _ROUTE.size))
         source, metrics = found.get(_PREFSRC), found.get(_METRICS)
         mtu = dict(_attributes(metrics, 0)).get(_MTU) if metrics is not None else None
-        unreachable = kind == _UNREACHABLE
         route = Route(
             prefix=_network(family, found.get(_DST), length),
             source=_address(source) if source is not None else None,
             mtu=_U32.unpack(mtu)[0] if mtu is not None else 0,
             table=_U32.unpack(found[_TABLE])[0] if _TABLE in found else table,
-            unreachable=unreachable,
+            unreachable=kind == _UNREACHABLE,
+            throw=kind == _THROW,
         )
         oif = found.get(_OIF)
-        return Found(route, 0 if unreachable or oif is None else _U32.unpack(oif)[0])
+        return Found(route, 0 if not route.over_overlay or oif is None else _U32.unpack(oif)[0])
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Our table in netfilter on a Kubernetes node: the source of packets between pods and the mesh stays what it is.
+
+A CNI masquerades what leaves its pods, and kube-proxy what it marked for that. An `accept` in an earlier chain does not
+stop a later masquerade; a null binding (`snat to ip saddr`) does, because a connection is given a source translation
+once. Ours is a table of its own (`ip isthmus`), so neither `iptables-restore` nor the reload of a CNI or of kube-proxy
+touches it; `nft flush ruleset` does, and the agent puts it back.
+
+nf_tables is spoken directly (uapi/linux/netfilter/nf_tables.h), one transaction a change: the rules are few and fixed,
+and a node need have neither the program nft nor its library.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from types import TracebackType
+
+from isthmus_agent.desired.datapath import KeepSource
+from isthmus_agent.netlink.errors import NetworkError
+
+TABLE = "isthmus"
+SET = "local"
+MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
+
+_NETLINK_NETFILTER = 12
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_FAMILY = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
+_ATTRIBUTE = struct.Struct("=HH")
+_NESTED, _TYPE_MASK = 0x8000, 0x3FFF
+_U32 = struct.Struct("!I")
+_I32 = struct.Struct("!i")
+_U64 = struct.Struct("!Q")
+_ERRNO = struct.Struct("=i")
+_REQUEST, _ACK, _DUMP, _CREATE, _APPEND = 0x1, 0x4, 0x300, 0x400, 0x800
+_ERROR, _DONE = 2, 3
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_SUBSYSTEM = 10
+_IPV4 = 2
+_TIMEOUT = 10.0  # seconds; the kernel answers within the call
+_BUFFER = 1 << 20
+_DUMPS = 5
+_MANY = 512  # elements; an attribute holds 64 KiB
+_DUMP_INTERRUPTED = 0x10
+
+# Messages.
+_NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
+_NEWSET, _NEWSETELEM, _GETSETELEM, _GETGEN = 9, 12, 13, 16
+# Attributes.
+_TABLE_NAME = 1
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE = 1, 3, 4, 5, 7
+_HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
+_RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _RULE_USERDATA = 1, 2, 4, 7
+_SET_TABLE, _SET_NAME, _SET_FLAGS, _SET_KEY_TYPE, _SET_KEY_LENGTH, _SET_ID, _SET_USERDATA = 1, 2, 3, 4, 5, 10, 13
+_ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS, _ELEMENTS_SET_ID = 1, 2, 3, 4
+_ELEMENT_KEY, _ELEMENT_FLAGS = 1, 3
+_LIST_ELEMENT, _EXPRESSION_NAME, _EXPRESSION_DATA, _DATA_VALUE = 1, 1, 2, 1
+_GEN_ID = 1
+_COUNTER_PACKETS = 2
+# Values.
+_INTERVAL_SET, _INTERVAL_END = 0x4, 0x1
+_TYPE_IPV4 = 7  # nft's number of ipv4_addr
+_KEY_IS_BIG_ENDIAN = struct.pack("=BBI", 0, 4, 2)  # nft's userdata of a set: without it nft shows the keys reversed
+_HOOK_FORWARD, _HOOK_POSTROUTING = 2, 4
+_ACCEPT = 1
+_REGISTER = 1
+_META_MARK, _META_IN, _META_OUT = 3, 6, 7
+_SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
+_EQUAL = 0
+
+_BEFORE_SRCNAT = 90  # iptables, kube-proxy and CNIs have 100
+_FIRST, _LAST = -1000, 1000
+
+
+def _pad(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _pad(_ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value)
+
+
+def _nested(kind: int, *parts: bytes) -> bytes:
+    return _attribute(kind | _NESTED, b"".join(parts))
+
+
+def _number(kind: int, value: int) -> bytes:
+    return _attribute(kind, _U32.pack(value))
+
+
+def _text(kind: int, value: str) -> bytes:
+    return _attribute(kind, value.encode() + b"\0")
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, position)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & _TYPE_MASK, data[position + _ATTRIBUTE.size : position + length]
+        position += (length + 3) & ~3
+
+
+def _expression(name: str, *parts: bytes) -> bytes:
+    return _nested(_LIST_ELEMENT, _text(_EXPRESSION_NAME, name), _nested(_EXPRESSION_DATA, *parts))
+
+
+def _value(kind: int, value: bytes) -> bytes:
+    return _nested(kind, _attribute(_DATA_VALUE, value))
+
+
+def _compare(value: bytes) -> bytes:
+    return _expression("cmp", _number(1, _REGISTER), _number(2, _EQUAL), _value(3, value))
+
+
+def _mask(mask: bytes) -> bytes:
+    return _expression(
+        "bitwise",
+        _number(1, _REGISTER),
+        _number(2, _REGISTER),
+        _number(3, len(mask)),
+        _value(4, mask),
+        _value(5, bytes(len(mask))),
+    )
+
+
+def _meta(key: int) -> bytes:
+    return _expression("meta", _number(1, _REGISTER), _number(2, key))
+
+
+def _address(offset: int) -> bytes:
+    return _expression("payload", _number(1, _REGISTER), _number(2, 1), _number(3, offset), _number(4, 4))
+
+
+def _not_marked() -> bytes:
+    return _meta(_META_MARK) + _mask(struct.pack("=I", MASQUERADE_MARK)) + _compare(bytes(4))
+
+
+def _device(key: int, name: str) -> bytes:
+    return _meta(key) + _compare(name.encode().ljust(16, b"\0"))
+
+
+def _is_local(offset: int) -> bytes:
+    return _address(offset) + _expression("lookup", _text(1, SET), _number(2, _REGISTER), _number(4, 1))
+
+
+def _within(offset: int, network: IPv4Network) -> bytes:
+    return _address(offset) + _mask(network.netmask.packed) + _compare(network.network_address.packed)
+
+
+def _keep() -> bytes:
+    """`snat to ip saddr`: type snat, family, register of the address."""
+    return _address(_SOURCE) + _expression("nat", _number(1, 0), _number(2, _IPV4), _number(3, _REGISTER))
+
+
+def _count() -> bytes:
+    return _expression("counter")
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    name: str
+    kind: str
+    hook: int
+    priority: int
+
+
+_POSTROUTING = _Chain("postrouting", "nat", _HOOK_POSTROUTING, _BEFORE_SRCNAT)
+# What enters the first and never reaches the last was dropped by another filter of this node.
+_FORWARD_FIRST = _Chain("forward-first", "filter", _HOOK_FORWARD, _FIRST)
+_FORWARD_LAST = _Chain("forward-last", "filter", _HOOK_FORWARD, _LAST)
+_CHAINS = (_POSTROUTING, _FORWARD_FIRST, _FORWARD_LAST)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """`comment` is what tells whether a rule that is there is this one: it has a digest of the expressions."""
+
+    chain: str
+    expressions: bytes
+    comment: str
+
+
+def _rule(chain: _Chain, words: str, *expressions: bytes) -> _Rule:
+    body = b"".join(expressions)
+    return _Rule(chain.name, body, f"{words} [{hashlib.sha256(body).hexdigest()[:8]}]")
+
+
+def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
+    going, coming = _device(_META_OUT, device), _device(_META_IN, device)
+    return (
+        _rule(_POSTROUTING, "into the mesh", going, _not_marked(), _is_local(_SOURCE), _keep()),
+        _rule(_POSTROUTING, "out of the mesh", coming, _not_marked(), _is_local(_DESTINATION), _keep()),
+        _rule(
+            _POSTROUTING,
+            "from this host's mesh addresses to its pods",
+            _within(_SOURCE, wanted.host),
+            _not_marked(),
+            _is_local(_DESTINATION),
+            _keep(),
+        ),
+        _rule(_FORWARD_FIRST, "into the mesh", going, _count()),
+        _rule(_FORWARD_FIRST, "out of the mesh", coming, _count()),
+        _rule(_FORWARD_LAST, "into the mesh", going, _count()),
+        _rule(_FORWARD_LAST, "out of the mesh", coming, _count()),
+    )
+
+
+def _comment(text: str) -> bytes:
+    """nft's userdata of a rule: a comment."""
+    return struct.pack("=BB", 0, len(text) + 1) + text.encode() + b"\0"
+
+
+def _elements(networks: Sequence[IPv4Network]) -> list[tuple[bytes, bool]]:
+    """(first address of the interval, False), (the one behind it, True)."""
+    found = []
+    for network in sorted(networks):
+        found.append((network.network_address.packed, False))
+        found.append(((network.broadcast_address + 1).packed, True))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Real:
+    """What the kernel has of our table. `forwarded`: packets of the first and of the last chain of forward."""
+
+    chains: frozenset[_Chain]
+    rules: tuple[tuple[str, str], ...]  # chain, comment
+    elements: tuple[tuple[bytes, bool], ...]
+    forwarded: tuple[int, int]
+
+
+class _Netfilter:
+    """A netlink socket of the calling thread's namespace."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket.settimeout(_TIMEOUT)
+        self._socket.bind((0, 0))
+
+    def __enter__(self) -> _Netfilter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def _message(self, kind: int, flags: int, body: bytes, family: int = _IPV4, resource: int = 0) -> bytes:
+        self._sequence += 1
+        payload = _FAMILY.pack(family, 0, resource) + body
+        return _HEADER.pack(_HEADER.size + len(payload), kind, flags, self._sequence, 0) + payload
+
+    def transaction(self, parts: Sequence[tuple[int, int, bytes]]) -> int:
+        """Does all of (message, flags, body), or nothing; answers an errno, 0 when it was done."""
+        begin = self._message(_BATCH_BEGIN, _REQUEST, b"", 0, _SUBSYSTEM)
+        first = self._sequence
+        messages = [self._message(_SUBSYSTEM << 8 | kind, _REQUEST | _ACK | flags, body) for kind, flags, body in parts]
+        end = self._message(_BATCH_END, _REQUEST, b"", 0, _SUBSYSTEM)
+        self._socket.send(b"".join((begin, *messages, end)))
+        done = 0
+        for kind, _, sequence, payload in self._answers():
+            if kind != _ERROR or sequence < first:
+                continue
+            number = -int(_ERRNO.unpack_from(payload)[0])
+            done += 1
+            if number or done == len(parts):
+                return number
+        raise AssertionError("answers do not end")
+
+    def dump(self, kind: int, body: bytes = b"") -> list[dict[int, bytes]]:
+        """Attributes of all objects of a kind; none when the table is not there."""
+        found: list[dict[int, bytes]] = []
+        for _ in range(_DUMPS):
+            self._socket.send(self._message(_SUBSYSTEM << 8 | kind, _REQUEST | _DUMP, body))
+            number = self._sequence
+            found = []
+            whole = True
+            for answer, flags, sequence, payload in self._answers():
+                if sequence != number:
+                    continue
+                whole = whole and not flags & _DUMP_INTERRUPTED
+                if answer == _DONE:
+                    break
+                if answer == _ERROR:
+                    code = -_ERRNO.unpack_from(payload)[0]
+                    if code == errno.ENOENT:
+                        return []
+                    raise NetworkError(f"cannot read nf_tables: {os.strerror(code)}")
+                found.append(dict(_attributes(payload[_FAMILY.size :])))
+            if whole:
+                break
+        return found
+
+    def generation(self) -> int:
+        """A number that changes with every change of nf_tables in this namespace. NetworkError without nf_tables."""
+        self._socket.send(self._message(_SUBSYSTEM << 8 | _GETGEN, _REQUEST, b""))
+        for answer, _, sequence, payload in self._answers():
+            if sequence != self._sequence:
+                continue
+            if answer == _ERROR:
+                raise NetworkError(f"cannot ask nf_tables: {os.strerror(-_ERRNO.unpack_from(payload)[0])}")
+            found = dict(_attributes(payload[_FAMILY.size :]))
+            return int(_U32.unpack(found[_GEN_ID])[0])
+        raise AssertionError("answers do not end")
+
+    def _answers(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """(type, flags, sequence, payload) of what comes, without end."""
+        while True:
+            data = self._socket.recv(_BUFFER)
+            position = 0
+            while position + _HEADER.size <= len(data):
+                length, kind, flags, sequence, _ = _HEADER.unpack_from(data, position)
+                yield kind, flags, sequence, data[position + _HEADER.size : position + length]
+                position += (length + 3) & ~3
+
+
+def _is_there(netfilter: _Netfilter) -> bool:
+    """Whether there is a table of ours; a kernel without nf_tables has none."""
+    try:
+        return any(_name(each.get(_TABLE_NAME)) == TABLE for each in netfilter.dump(_GETTABLE))
+    except NetworkError:
+        return False
+
+
+def _read(netfilter: _Netfilter) -> _Real | None:
+    """None when the table is not there."""
+    if not _is_there(netfilter):
+        return None
+    chains = set()
+    for each in netfilter.dump(_GETCHAIN):
+        if _name(each.get(_CHAIN_TABLE)) != TABLE:
+            continue
+        hook = dict(_attributes(each.get(_CHAIN_HOOK, b"")))
+        place = (_U32.unpack(hook[_HOOK_NUMBER])[0], _I32.unpack(hook[_HOOK_PRIORITY])[0]) if hook else (-1, 0)
+        chains.add(_Chain(_name(each.get(_CHAIN_NAME)), _name(each.get(_CHAIN_TYPE)), *place))
+    rules: list[tuple[str, str]] = []
+    packets = {_FORWARD_FIRST.name: 0, _FORWARD_LAST.name: 0}
+    for each in netfilter.dump(_GETRULE, _text(_RULE_TABLE, TABLE)):
+        if _name(each.get(_RULE_TABLE)) != TABLE:  # kernels that do not filter
+            continue
+        chain = _name(each.get(_RULE_CHAIN))
+        rules.append((chain, _name(each.get(_RULE_USERDATA, b"\0\0")[2:])))
+        if chain in packets:
+            packets[chain] += _packets(each.get(_RULE_EXPRESSIONS, b""))
+    elements = []
+    for each in netfilter.dump(_GETSETELEM, _text(_ELEMENTS_TABLE, TABLE) + _text(_ELEMENTS_SET, SET)):
+        for _, raw in _attributes(each.get(_ELEMENTS, b"")):
+            element = dict(_attributes(raw))
+            key = dict(_attributes(element.get(_ELEMENT_KEY, b""))).get(_DATA_VALUE, b"")
+            flags = _U32.unpack(element[_ELEMENT_FLAGS])[0] if _ELEMENT_FLAGS in element else 0
+            elements.append((key, bool(flags & _INTERVAL_END)))
+    forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
+    return _Real(frozenset(chains), tuple(rules), tuple(sorted(elements)), forwarded)
+
+
+def _name(raw: bytes | None) -> str:
+    return (raw or b"").split(b"\0")[0].decode(errors="replace")
+
+
+def _packets(expressions: bytes) -> int:
+    """What the counter of a rule has counted."""
+    for _, raw in _attributes(expressions):
+        expression = dict(_attributes(raw))
+        if _name(expression.get(_EXPRESSION_NAME)) == "counter":
+            counter = dict(_attributes(expression.get(_EXPRESSION_DATA, b"")))
+            return int(_U64.unpack(counter[_COUNTER_PACKETS])[0])
+    return 0
+
+
+def _differences(real: _Real | None, wanted: KeepSource, device: str) -> list[str]:
+    words = f"nft table ip {TABLE}"
+    if real is None:
+        return [f"{words} is missing"]
+    found = []
+    if real.chains != set(_CHAINS):
+        found.append(f"{words} has other chains than wanted")
+    rules = _rules(wanted, device)
+    if sorted(real.rules) != sorted((each.chain, each.comment) for each in rules):
+        found.append(f"{words} has other rules than wanted")
+    elements = _elements(list(wanted.local))
+    if set(real.elements) != set(elements):
+        has = ", ".join(str(IPv4Address(key)) for key, end in real.elements if not end and len(key) == 4)
+        wants = ", ".join(str(each) for each in sorted(wanted.local))
+        found.append(f"{words}: set {SET} begins intervals at {has or 'nothing'}; wanted: {wants}")
+    return found
+
+
+def _chain_body(chain: _Chain) -> bytes:
+    hook = _nested(
+        _CHAIN_HOOK,
+        _number(_HOOK_NUMBER, chain.hook),
+        _attribute(_HOOK_PRIORITY, _I32.pack(chain.priority)),
+    )
+    return (
+        _text(_CHAIN_TABLE, TABLE)
+        + _text(_CHAIN_NAME, chain.name)
+        + hook
+        + _number(_CHAIN_POLICY, _ACCEPT)
+        + _text(_CHAIN_TYPE, chain.kind)
+    )
+
+
+def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
+    """The table as it should be, instead of what is there."""
+    table = _text(_TABLE_NAME, TABLE)
+    elements = [
+        _nested(_LIST_ELEMENT, *([_number(_ELEMENT_FLAGS, _INTERVAL_END)] if end else []), _value(_ELEMENT_KEY, key))
+        for key, end in _elements(list(wanted.local))
+    ]
+    return [
+        (_NEWTABLE, _CREATE, table),
+        (_DELTABLE, 0, table),
+        (_NEWTABLE, _CREATE, table),
+        *((_NEWCHAIN, _CREATE, _chain_body(chain)) for chain in _CHAINS),
+        (
+            _NEWSET,
+            _CREATE,
+            _text(_SET_TABLE, TABLE)
+            + _text(_SET_NAME, SET)
+            + _number(_SET_FLAGS, _INTERVAL_SET)
+            + _number(_SET_KEY_TYPE, _TYPE_IPV4)
+            + _number(_SET_KEY_LENGTH, 4)
+            + _number(_SET_ID, 1)
+            + _attribute(_SET_USERDATA, _KEY_IS_BIG_ENDIAN),
+        ),
+        *(
+            (
+                _NEWSETELEM,
+                _CREATE,
+                _text(_ELEMENTS_TABLE, TABLE)
+                + _text(_ELEMENTS_SET, SET)
+                + _number(_ELEMENTS_SET_ID, 1)
+                + _nested(_ELEMENTS, *elements[start : start + _MANY]),
+            )
+            for start in range(0, len(elements), _MANY)
+        ),
+        *(
+            (
+                _NEWRULE,
+                _CREATE | _APPEND,
+                _text(_RULE_TABLE, TABLE)
+                + _text(_RULE_CHAIN, rule.chain)
+                + _nested(_RULE_EXPRESSIONS, rule.expressions)
+                + _attribute(_RULE_USERDATA, _comment(rule.comment)),
+            )
+            for rule in _rules(wanted, device)
+        ),
+    ]
+
+
+def apply_keep_source(wanted: KeepSource | None, device: str) -> tuple[str, ...]:
+    """Makes our table what is wanted (None: there is none), in one step; answers what was done.
+
+    `device` is the overlay's name. NetworkError when the kernel refuses it; what was there stays then."""
+    if wanted is None:
+        return tuple(f"remove {words}" for words in remove_keep_source())
+    with _Netfilter() as netfilter:
+        real = _read(netfilter)
+        if not _differences(real, wanted, device):
+            return ()
+        if number := netfilter.transaction(_parts(wanted, device)):
+            raise NetworkError(
+                f"cannot write nft table ip {TABLE}: {os.strerror(number)}; is nf_tables with NAT there "
+                "(CONFIG_NF_TABLES, CONFIG_NFT_NAT; modprobe nft_chain_nat)?"
+            )
+        return (f"{'add' if real is None else 'change'} nft table ip {TABLE}",)
+
+
+def audit_keep_source(wanted: KeepSource | None, device: str) -> list[str]:
+    """What differs from what is wanted, in words. Changes nothing."""
+    with _Netfilter() as netfilter:
+        if wanted is None:
+            return [f"nft table ip {TABLE} is not wanted"] if _is_there(netfilter) else []
+        return _differences(_read(netfilter), wanted, device)
+
+
+def remove_keep_source() -> list[str]:
+    """Removes our table; answers what was removed."""
+    with _Netfilter() as netfilter:
+        if not _is_there(netfilter):
+            return []
+        number = netfilter.transaction([(_DELTABLE, 0, _text(_TABLE_NAME, TABLE))])
+    if number and number != errno.ENOENT:
+        raise NetworkError(f"cannot remove nft table ip {TABLE}: {os.strerror(number)}")
+    return [f"nft table ip {TABLE}"]
+
+
+def generation() -> int:
+    """A number that changes with every change of nf_tables in this network namespace."""
+    with _Netfilter() as netfilter:
+        return netfilter.generation()
+
+
+def forward_drops() -> int | None:
+    """Packets between pods and the mesh that another filter of this host dropped while they were forwarded, since our
+    table was made; None when there is no table."""
+    with _Netfilter() as netfilter:
+        real = _read(netfilter)
+    if real is None:
+        return None
+    first, last = real.forwarded
+    return max(0, first - last)

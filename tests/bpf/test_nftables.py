@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Our table in netfilter, looked at with nft and not with our own code, in a namespace of the test's own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from ipaddress import IPv4Network
+from typing import Any
+
+import pytest
+from bpf.topology import CLONE_NEWNET
+from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import Datapath, KeepSource
+from isthmus_agent.netlink import nftables
+
+Call = Callable[..., Any]
+
+HOST = IPv4Network("10.104.0.16/28")
+PODS = IPv4Network("10.244.1.0/24")
+WANTED = Datapath(4, keep_source=KeepSource(HOST, frozenset({HOST, PODS})))
+FOREIGN = """
+add table ip nat
+add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat; }
+add rule ip nat POSTROUTING masquerade
+add table ip kube-proxy
+add set ip kube-proxy local { type ipv4_addr; }
+add table inet isthmus
+add chain inet isthmus postrouting { type filter hook postrouting priority 0; }
+"""
+
+
+@pytest.fixture
+def call() -> Iterator[Call]:
+    """Runs a function in a fresh namespace that has the overlay device."""
+
+    def enter() -> None:
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "unshare")
+
+    with ThreadPoolExecutor(1, initializer=enter) as pool:
+
+        def run(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+            return pool.submit(function, *arguments, **named).result()
+
+        run(netlink.ensure_overlay)
+        yield run
+
+
+def _nft(*words: str, text: str | None = None) -> str:
+    return subprocess.run(["nft", *words], input=text, check=True, capture_output=True, text=True).stdout
+
+
+def _elements(name: str = "local") -> list[str]:
+    document = json.loads(_nft("-j", "list", "set", "ip", "isthmus", name))
+    found = next(entry["set"] for entry in document["nftables"] if "set" in entry).get("elem", [])
+    return sorted(f"{e['prefix']['addr']}/{e['prefix']['len']}" if isinstance(e, dict) else f"{e}/32" for e in found)
+
+
+def test_the_table_is_made_once_and_shows_as_it_is_meant(call: Call) -> None:
+    assert call(netlink.audit_network, WANTED) == ["isthmus0 is down", "nft table ip isthmus is missing"]
+    assert call(netlink.apply_network, WANTED).changes == ("add nft table ip isthmus", "set isthmus0 up")
+    text = call(_nft, "list", "table", "ip", "isthmus")
+    for words in (
+        "type nat hook postrouting priority srcnat - 10; policy accept;",
+        'oifname "isthmus0" meta mark & 0x00004000 == 0x00000000 ip saddr @local snat to ip saddr',
+        'iifname "isthmus0" meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr',
+        "ip saddr 10.104.0.16/28 meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr",
+        "elements = { 10.104.0.16/28, 10.244.1.0/24 }",
+    ):
+        assert words in text, text
+    assert call(netlink.audit_network, WANTED) == []
+    generation = call(nftables.generation)
+    assert not call(netlink.apply_network, WANTED)
+    assert call(nftables.generation) == generation, "what is as wanted is not written again"
+
+
+def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
+    call(_nft, "-f", "-", text=FOREIGN)
+    before = call(_nft, "list", "ruleset")
+    call(netlink.apply_network, WANTED)
+    more = replace(WANTED, keep_source=KeepSource(HOST, frozenset({HOST})))
+    assert call(netlink.apply_network, more, made=WANTED).changes == ("change nft table ip isthmus",)
+    assert "nft table ip isthmus" in call(netlink.remove_network)
+    assert call(_nft, "list", "ruleset") == before
+    assert call(netlink.remove_network) == []
+
+
+def test_a_host_that_is_a_node_no_more_has_no_table(call: Call) -> None:
+    call(netlink.apply_network, WANTED)
+    plain = replace(WANTED, keep_source=None)
+    assert call(netlink.audit_network, plain) == ["nft table ip isthmus is not wanted"]
+    assert call(netlink.apply_network, plain).changes == ("remove nft table ip isthmus",)
+    assert call(_nft, "list", "ruleset") == ""
+
+
+def test_the_set_follows_in_one_step_and_holds_thousands(call: Call) -> None:
+    call(netlink.apply_network, WANTED)
+    many = frozenset({HOST, *(IPv4Network((0x0AF40000 + 2 * number, 32)) for number in range(3000))})
+    wanted = replace(WANTED, keep_source=KeepSource(HOST, many))
+    assert call(netlink.apply_network, wanted, made=WANTED).changes == ("change nft table ip isthmus",)
+    assert call(_elements) == sorted(str(each) for each in many)
+    assert call(netlink.audit_network, wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("flush ruleset", "nft table ip isthmus is missing"),
+        ("delete table ip isthmus", "nft table ip isthmus is missing"),
+        ("flush chain ip isthmus postrouting", "nft table ip isthmus has other rules than wanted"),
+        ("insert rule ip isthmus postrouting accept", "nft table ip isthmus has other rules than wanted"),
+        ("add chain ip isthmus other", "nft table ip isthmus has other chains than wanted"),
+        (
+            "delete element ip isthmus local { 10.244.1.0/24 }",
+            "nft table ip isthmus: set local begins intervals at 10.104.0.16; wanted: 10.104.0.16/28, 10.244.1.0/24",
+        ),
+        (
+            "add element ip isthmus local { 192.0.2.0/24 }",
+            "nft table ip isthmus: set local begins intervals at 10.104.0.16, 10.244.1.0, 192.0.2.0; "
+            "wanted: 10.104.0.16/28, 10.244.1.0/24",
+        ),
+    ],
+)
+def test_damage_is_named_and_repaired(call: Call, damage: str, words: str) -> None:
+    call(netlink.apply_network, WANTED)
+    before = call(_nft, "list", "table", "ip", "isthmus")
+    generation = call(nftables.generation)
+    call(_nft, damage)
+    assert call(nftables.generation) != generation
+    assert call(netlink.audit_network, WANTED) == [words]
+    call(netlink.apply_network, WANTED)
+    assert call(netlink.audit_network, WANTED) == []
+    assert call(_nft, "list", "table", "ip", "isthmus") == before
+
+
+def test_a_replaced_rule_is_found(call: Call) -> None:
+    call(netlink.apply_network, WANTED)
+    listed = json.loads(call(_nft, "-j", "-a", "list", "chain", "ip", "isthmus", "postrouting"))
+    handle = next(entry["rule"]["handle"] for entry in listed["nftables"] if "rule" in entry)
+    call(_nft, f"replace rule ip isthmus postrouting handle {handle} counter accept")
+    assert call(netlink.audit_network, WANTED) == ["nft table ip isthmus has other rules than wanted"]
+
+
+def test_what_the_kernel_refuses_is_told_and_the_table_stays(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(netlink.apply_network, WANTED)
+    before = call(_nft, "list", "table", "ip", "isthmus")
+    monkeypatch.setattr(nftables, "_keep", lambda: nftables._expression("no-such-expression"))
+    more = replace(WANTED, keep_source=KeepSource(HOST, frozenset({HOST})))
+    with pytest.raises(netlink.NetworkError, match="cannot write nft table ip isthmus: No such file or directory"):
+        call(netlink.apply_network, more)
+    assert call(_nft, "list", "table", "ip", "isthmus") == before
