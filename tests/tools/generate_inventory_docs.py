@@ -61,9 +61,10 @@ isthmus_estate: "{{ estate_base | combine(estate_north, estate_south, recursive=
 ```
 
 **Absence is never removal.** What was applied and is not in the inventory any more is reported as an orphan and left
-running: hosts, workloads, services, etcd members, whole clusters. It goes by `state: absent` (`isthmus_state: absent`
-for a host), or by its name: `-e isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until
-then it keeps its ranges, addresses and ids: what is new and collides with them is refused.
+running: hosts, workloads, services, etcd members, whole clusters, the `kubernetes` of a cluster, a range of its pods.
+It goes by `state: absent` (`isthmus_state: absent` for a host), or by its name: `-e
+isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until then it keeps its ranges,
+addresses and ids: what is new and collides with them is refused.
 
 **What never changes.** Ids, dealt ranges and addresses, the CA's place and the estate's name stay as they were first
 applied; a change of one is refused. Addresses that were released are not dealt again for 30 days, unless an inventory
@@ -84,6 +85,11 @@ TABLES = (
     ("`isthmus_estate.sites.<name>`", schema.SITE, "A site is a network whose hosts reach each other directly."),
     ("`isthmus_estate.site_pairs[]`", schema.SITE_PAIR, "What differs for two sites."),
     ("`isthmus_estate.clusters.<name>`", schema.CLUSTER, "A cluster has its own etcd, CA and ranges."),
+    (
+        "`isthmus_estate.clusters.<name>.kubernetes`",
+        schema.KUBERNETES,
+        "Its ranges are Kubernetes' and the CNI's own: they are read and kept apart from all others, never dealt from.",
+    ),
     ("`isthmus_estate.clusters.<name>.etcd`", schema.ETCD, "The members form one at a time."),
     (
         "`isthmus_estate.clusters.<name>.etcd.source`",

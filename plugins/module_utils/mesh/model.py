@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
+from urllib.parse import urlsplit
 
 from . import jsontext, schema, versions
 from .documents import HealthCheck, ServiceDefinition, ServicePort
@@ -43,6 +44,15 @@ class Etcd:
 
 
 @dataclass(frozen=True)
+class Kubernetes:
+    """`service_range` is that of ClusterIPs. Kubernetes and its CNI deal both kinds of ranges."""
+
+    api_server: str
+    pod_ranges: tuple[IPv4Network, ...]
+    service_range: IPv4Network
+
+
+@dataclass(frozen=True)
 class Cluster:
     name: str
     id: int
@@ -52,7 +62,15 @@ class Cluster:
     node_prefix: int
     etcd: Etcd
     ca_host: str | None
+    kubernetes: Kubernetes | None = None
     absent: bool = False
+
+    @property
+    def ranges(self) -> tuple[IPv4Network, ...]:
+        """Every address of the mesh that is this cluster's lies in one of them."""
+        outer = self.kubernetes
+        theirs = () if outer is None else (*outer.pod_ranges, outer.service_range)
+        return (*self.workload_ranges, self.service_range, *theirs)
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Host:
     node_range: IPv4Network | None
     labels: Mapping[str, str]
     workloads: tuple[Workload, ...]
+    kubernetes_node: str | None = None
     absent: bool = False
 
     @property
@@ -121,6 +140,11 @@ class Model:
     def digest(self) -> str:
         """sha256 in hex of all that the model says; warnings do not count."""
         content = {key: value for key, value in asdict(self).items() if key != "warnings"}
+        # An estate without Kubernetes has the digest that it had before there was such a thing.
+        for part, key in (("clusters", "kubernetes"), ("hosts", "kubernetes_node")):
+            for entry in content[part].values():
+                if entry[key] is None:
+                    del entry[key]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -244,8 +268,11 @@ class _Reader:
                 ids[number] = name
             self.cluster_peers(where, name, entry, top["clusters"])
             etcd = self.etcd(where, entry)
+            kubernetes = self.kubernetes(where, entry["kubernetes"])
             needed = (number, entry["workload_ranges"], entry["service_range"], entry["node_prefix"], entry["site"])
-            if etcd is None or any(value is INVALID for value in (*needed, entry["ca_host"], entry["state"])):
+            if etcd is None or any(
+                value is INVALID for value in (*needed, entry["ca_host"], entry["state"], kubernetes)
+            ):
                 continue
             prefix = entry["node_prefix"]
             for network in entry["workload_ranges"]:
@@ -265,9 +292,22 @@ class _Reader:
                 node_prefix=prefix,
                 etcd=etcd,
                 ca_host=entry["ca_host"],
+                kubernetes=kubernetes,
                 absent=entry["state"] == "absent",
             )
         return found
+
+    def kubernetes(self, where: str, given: Any) -> Any:
+        """Kubernetes, None, or INVALID after adding a problem."""
+        if given is None or given is INVALID or any(value is INVALID for value in given.values()):
+            return INVALID if given is not None else None
+        url = given["api_server"].rstrip("/")
+        try:
+            urlsplit(url).port  # noqa: B018
+        except ValueError as exc:
+            self.problem(f"{where}.kubernetes.api_server", f"{url}: {exc}", "it is dialled", "correct the URL")
+            return INVALID
+        return Kubernetes(url, tuple(given["pod_ranges"]), given["service_range"])
 
     def cluster_peers(self, where: str, name: str, entry: dict[str, Any], all_clusters: Mapping[str, Any]) -> None:
         peers = entry["peers"]
@@ -407,6 +447,7 @@ class _Reader:
                     suggestion(cluster, declared),
                 )
             workloads = self.workloads(where, entry["isthmus_workloads"])
+            node = self.kubernetes_node(where, name, entry["isthmus_kubernetes_node"], clusters.get(cluster))
             if len(self.problems) > before or cluster not in clusters:
                 self.broken_hosts.add(name)
                 continue
@@ -419,6 +460,7 @@ class _Reader:
                 node_range=entry["isthmus_node_range"],
                 labels=entry["isthmus_labels"],
                 workloads=workloads,
+                kubernetes_node=node,
                 absent=entry["isthmus_state"] == "absent" or clusters[cluster].absent,
             )
         for variable, places in sorted(unknown.items()):
@@ -428,8 +470,37 @@ class _Reader:
                 f"{schema.unknown_variable(variable)}"
             )
         self.unique_addresses(found)
+        self.unique_nodes(found)
         self.pins(found)
         return found
+
+    def kubernetes_node(self, where: str, name: str, given: Any, cluster: Cluster | None) -> str | None:
+        if given is INVALID or cluster is None:
+            return None
+        if cluster.kubernetes is not None:
+            return name if given is None else given or None
+        if given:
+            self.problem(
+                f"{where}.isthmus_kubernetes_node",
+                f"the host is no node {given!r} of Kubernetes: cluster {cluster.name} has no `kubernetes`",
+                "a node belongs to the Kubernetes cluster that its cluster is",
+                f"add isthmus_estate.clusters.{cluster.name}.kubernetes, or remove the variable",
+            )
+        return None
+
+    def unique_nodes(self, hosts: Mapping[str, Host]) -> None:
+        seen: dict[tuple[str, str], str] = {}
+        for host in hosts.values():
+            if host.kubernetes_node is None:
+                continue
+            owner = seen.setdefault((host.cluster, host.kubernetes_node), host.name)
+            if owner != host.name:
+                self.problem(
+                    f"host {host.name}.isthmus_kubernetes_node",
+                    f"{host.kubernetes_node!r} is also the node that host {owner} is",
+                    "its pods are on one host",
+                    "give each host the name of its own node, or `false`",
+                )
 
     def default_underlay(self, where: str, name: str, ansible_host: Any) -> Any:
         """The literal address that Ansible uses; a name could resolve to anything."""
@@ -624,6 +695,10 @@ class _Reader:
             where = f"isthmus_estate.clusters.{cluster.name}"
             named += [(network, f"{where}.workload_ranges") for network in cluster.workload_ranges]
             named.append((cluster.service_range, f"{where}.service_range"))
+            if cluster.kubernetes is not None:
+                where = f"{where}.kubernetes"
+                named += [(network, f"{where}.pod_ranges") for network in cluster.kubernetes.pod_ranges]
+                named.append((cluster.kubernetes.service_range, f"{where}.service_range"))
         for (one, first), (other, second) in _overlaps(named):
             self.problem(
                 second,
@@ -631,6 +706,8 @@ class _Reader:
                 "an address of the mesh belongs to one place",
                 "choose ranges that are apart",
             )
+        for cluster in clusters.values():
+            self.api_server(cluster, named)
         for host in hosts.values():
             for address, variable in host.addresses.items():
                 for network, where in named:
@@ -648,6 +725,23 @@ class _Reader:
                     f"{host.node_range} is not in a workload range of cluster {host.cluster}",
                     "peers refuse addresses outside their owner's ranges",
                     "choose one inside " + ", ".join(str(network) for network in cluster_ranges),
+                )
+
+    def api_server(self, cluster: Cluster, named: Iterable[tuple[IPv4Network, str]]) -> None:
+        """The API is reached without the mesh. The ClusterIP of its own service will do: kube-proxy is there."""
+        if cluster.kubernetes is None:
+            return
+        try:
+            address = IPv4Address(urlsplit(cluster.kubernetes.api_server).hostname or "")
+        except ValueError:
+            return
+        for network, where in named:
+            if address in network and network != cluster.kubernetes.service_range:
+                self.problem(
+                    f"isthmus_estate.clusters.{cluster.name}.kubernetes.api_server",
+                    f"{address} lies in {network} ({where})",
+                    "what is known of Kubernetes makes the mesh, so its API must be reached without it",
+                    "use an address of the underlay, or a name for one",
                 )
 
     def services(

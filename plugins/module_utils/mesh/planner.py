@@ -238,6 +238,9 @@ class _Planner:
         candidates = {f"cluster/{name}" for name in self.known}
         for name, doc in self.known.items():
             candidates |= {f"member/{name}/{host}" for host in doc["etcd"]["members"]}
+            if "kubernetes" in doc:
+                candidates |= {f"kubernetes/{name}"}
+                candidates |= {f"pods/{name}/{text}" for text in doc["kubernetes"]["pod_ranges"]}
             for host, entry in doc["hosts"].items():
                 candidates.add(f"host/{host}")
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
@@ -392,11 +395,13 @@ class _Planner:
         """The orphan that something of the record is a part of."""
         kind, _slash, rest = name.partition("/")
         first = rest.partition("/")[0]
-        if kind not in ("member", "host", "workload"):
+        if kind not in ("member", "host", "workload", "kubernetes", "pods"):
             return None
         for cluster in sorted(set(self.known) - set(self.model.clusters)):
-            if first == cluster if kind == "member" else first in self.known[cluster]["hosts"]:
+            if first in self.known[cluster]["hosts"] if kind in ("host", "workload") else first == cluster:
                 return f"cluster/{cluster}"
+        if kind == "pods" and first in self.model.clusters and self.model.clusters[first].kubernetes is None:
+            return f"kubernetes/{first}"
         return f"host/{first}" if kind == "workload" and first not in self.model.hosts else None
 
     def moved(self, name: str) -> bool:
@@ -420,8 +425,13 @@ class _Planner:
         if kind == "service":
             return rest in self.model.services
         first, _slash, second = rest.partition("/")
+        cluster = self.model.clusters.get(first)
+        outer = None if cluster is None else cluster.kubernetes
+        if kind == "kubernetes":
+            return outer is not None
+        if kind == "pods":
+            return outer is not None and IPv4Network(second) in outer.pod_ranges
         if kind == "member":
-            cluster = self.model.clusters.get(first)
             return cluster is not None and second in cluster.etcd.hosts
         host = self.model.hosts.get(first)
         if kind == "workload":
@@ -476,6 +486,9 @@ class _Planner:
         for name in orphaned:
             if f"cluster/{name}" not in self.prune:
                 self.check_orphaned_cluster(name, self.known[name])
+        for cluster in self.model.clusters.values():
+            if not cluster.absent and cluster.name in self.known:
+                self.check_orphaned_kubernetes(cluster, self.known[cluster.name])
         hosts: dict[IPv4Address, tuple[str, str]] = {}
         for name, doc in self.known.items():
             if f"cluster/{name}" in self.prune or (name in self.model.clusters and self.model.clusters[name].absent):
@@ -495,7 +508,7 @@ class _Planner:
                     )
         for cluster in self.model.clusters.values():
             for address, (owner, orphan) in hosts.items():
-                for network in () if cluster.absent else (*cluster.workload_ranges, cluster.service_range):
+                for network in () if cluster.absent else cluster.ranges:
                     if address in network:
                         self.orphan_problem(
                             f"isthmus_estate.clusters.{cluster.name}", f"{network} holds {address} of {owner}", orphan
@@ -503,30 +516,54 @@ class _Planner:
 
     def check_orphaned_cluster(self, name: str, doc: Mapping[str, Any]) -> None:
         orphan = f"cluster/{name}"
-        ranges = [IPv4Network(text) for text in (*doc["workload_ranges"], doc["service_range"])]
+        outer = [*_pod_ranges(doc), *_cluster_ips(doc)]
         for cluster in self.model.clusters.values():
-            where = f"isthmus_estate.clusters.{cluster.name}"
-            if cluster.absent:
-                continue
-            if cluster.id == doc["id"]:
-                self.orphan_problem(f"{where}.id", f"{cluster.id} is the id of cluster {name}", orphan)
-            for new in (*cluster.workload_ranges, cluster.service_range):
-                for old in ranges:
-                    if new.overlaps(old):
-                        self.orphan_problem(where, f"{new} overlaps {old} of cluster {name}", orphan)
+            if not cluster.absent and cluster.id == doc["id"]:
+                self.orphan_problem(
+                    f"isthmus_estate.clusters.{cluster.name}.id", f"{cluster.id} is the id of cluster {name}", orphan
+                )
         for host in self.model.hosts.values():
-            if host.absent:
-                continue
-            if host.name in doc["hosts"]:
+            if host.name in doc["hosts"] and not host.absent:
                 self.orphan_problem(
                     f"host {host.name}.isthmus_cluster", f"{host.cluster}, but the host runs in cluster {name}", orphan
                 )
-            for address, variable in host.addresses.items():
-                for old in ranges:
-                    if address in old:
-                        self.orphan_problem(
-                            f"host {host.name}.{variable}", f"{address} lies in {old} of cluster {name}", orphan
-                        )
+        for text in (*doc["workload_ranges"], doc["service_range"], *outer):
+            self.check_orphaned_range(IPv4Network(text), f"of cluster {name}", orphan)
+
+    def check_orphaned_kubernetes(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
+        """Of a cluster that the inventory has: ranges of Kubernetes that it lacks."""
+        whole, words = f"kubernetes/{cluster.name}", f"of Kubernetes in cluster {cluster.name}"
+        if cluster.kubernetes is None:
+            for text in () if whole in self.prune else (*_pod_ranges(doc), *_cluster_ips(doc)):
+                self.check_orphaned_range(IPv4Network(text), words, whole)
+            return
+        for network in self.orphaned_pods(cluster, doc):
+            self.check_orphaned_range(network, words, f"pods/{cluster.name}/{network}", cluster.kubernetes.pod_ranges)
+
+    def orphaned_pods(self, cluster: Cluster, doc: Mapping[str, Any]) -> list[IPv4Network]:
+        """Ranges of pods that the record has and the inventory lacks, and that are not to go."""
+        wanted = () if cluster.kubernetes is None else cluster.kubernetes.pod_ranges
+        return [
+            IPv4Network(text)
+            for text in _pod_ranges(doc)
+            if f"pods/{cluster.name}/{text}" not in self.prune
+            and not any(IPv4Network(text).subnet_of(network) for network in wanted)
+        ]
+
+    def check_orphaned_range(
+        self, old: IPv4Network, owner: str, orphan: str, apart_from: Iterable[IPv4Network] = ()
+    ) -> None:
+        """No range of the model overlaps it but those that stand in its place, and no host is in it."""
+        for cluster in self.model.clusters.values():
+            for new in () if cluster.absent else cluster.ranges:
+                if new.overlaps(old) and new not in apart_from:
+                    self.orphan_problem(
+                        f"isthmus_estate.clusters.{cluster.name}", f"{new} overlaps {old} {owner}", orphan
+                    )
+        for host in self.model.hosts.values():
+            for address, variable in () if host.absent else host.addresses.items():
+                if address in old:
+                    self.orphan_problem(f"host {host.name}.{variable}", f"{address} lies in {old} {owner}", orphan)
 
     def orphan_problem(self, where: str, what: str, orphan: str) -> None:
         self.problem(
@@ -553,6 +590,16 @@ class _Planner:
                 "addresses of services would move",
                 f"use {old} or a range around it",
             )
+        if cluster.kubernetes is not None:
+            for text in _cluster_ips(doc):
+                if not IPv4Network(text).subnet_of(cluster.kubernetes.service_range):
+                    self.problem(
+                        f"{where}.kubernetes.service_range",
+                        f"{cluster.kubernetes.service_range} does not hold {text}, the range in use",
+                        "addresses of services would move",
+                        f"use {text} or a range around it; if Kubernetes was made anew with another one, take "
+                        f"`kubernetes` out of the inventory with isthmus_prune=kubernetes/{cluster.name} first",
+                    )
         if cluster.ca_host is not None and cluster.ca_host != doc["ca_host"]:
             self.problem(
                 f"{where}.ca_host",
@@ -681,9 +728,36 @@ class _Planner:
             **_filled(
                 forgotten=self.forgotten_of(name),
                 crl=self.lists.get(name) or (running.get("crl") if running is not None else None),
+                kubernetes=self.kubernetes(cluster, running),
             ),
         }
         return self.stamped(document, old)
+
+    def keeps_kubernetes(self, cluster: Cluster) -> bool:
+        """Whether the inventory lacks a Kubernetes cluster that the record has, and that is not to go."""
+        known = self.known.get(cluster.name, {})
+        return cluster.kubernetes is None and "kubernetes" in known and f"kubernetes/{cluster.name}" not in self.prune
+
+    def kubernetes(self, cluster: Cluster, running: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What the record says of the Kubernetes cluster that the cluster is."""
+        old = (running or {}).get("kubernetes")
+        if cluster.kubernetes is None:
+            if old is not None:
+                (self.orphans if self.keeps_kubernetes(cluster) else self.removed).append(f"kubernetes/{cluster.name}")
+            return dict(old) if old is not None and self.keeps_kubernetes(cluster) else None
+        wanted, orphaned = cluster.kubernetes.pod_ranges, self.orphaned_pods(cluster, running or {})
+        self.orphans += [f"pods/{cluster.name}/{network}" for network in orphaned]
+        kept = [network for network in wanted if not any(network.subnet_of(outer) for outer in orphaned)]
+        self.removed += [
+            f"pods/{cluster.name}/{text}"
+            for text in _pod_ranges(running or {})
+            if not any(IPv4Network(text).subnet_of(network) for network in (*wanted, *orphaned))
+        ]
+        return {
+            "api_server": cluster.kubernetes.api_server,
+            "pod_ranges": [str(network) for network in (*kept, *orphaned)],
+            "service_range": str(cluster.kubernetes.service_range),
+        }
 
     def members(self, cluster: Cluster, running: Mapping[str, Any] | None, hosts: Mapping[str, Any]) -> list[str]:
         wanted = set(cluster.etcd.hosts)
@@ -749,7 +823,12 @@ class _Planner:
         ranges = self.node_ranges(cluster, wanted, entries, released)
         for host in wanted:
             if host.name in ranges:
-                entries[host.name] = self.host(host, ranges[host.name], entries.get(host.name), released)
+                old = entries.get(host.name)
+                node = host.kubernetes_node
+                if self.keeps_kubernetes(cluster) and old is not None:
+                    node = old.get("kubernetes_node")
+                entry = self.host(host, ranges[host.name], old, released)
+                entries[host.name] = {**entry, **_filled(kubernetes_node=node)}
         return entries, released
 
     def node_ranges(
@@ -1075,16 +1154,26 @@ class _Spec:
                 "site": own["site"],
                 "workload_ranges4": list(own["workload_ranges"]),
                 "service_range4": own["service_range"],
+                **_filled(kubernetes=self.kubernetes()),
             },
             "node": {
                 "name": self.name,
                 **{key: self.host[key] for key in ("underlay4", "advertise4", "range4", "mesh4", "labels")},
+                **_filled(kubernetes_node=self.host.get("kubernetes_node")),
             },
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
             "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
             "dns": {"domain": self.model.domain},
-            "service_ranges4": [doc["service_range"] for _name, doc in sorted(self.present.items())],
-            "mesh_ranges4": [text for _name, doc in sorted(self.present.items()) for text in doc["workload_ranges"]],
+            "service_ranges4": [
+                text
+                for _name, doc in sorted(self.present.items())
+                for text in (doc["service_range"], *self.foreign_cluster_ips(doc))
+            ],
+            "mesh_ranges4": [
+                text
+                for name, doc in sorted(self.present.items())
+                for text in (*doc["workload_ranges"], *(_pod_ranges(doc) if name != own["name"] else ()))
+            ],
             "etcd": {
                 "endpoints": self.endpoints(),
                 "ca": _trust(own["name"]),
@@ -1101,6 +1190,17 @@ class _Spec:
         }
         document["hash"] = spec.spec_hash(document)
         return document
+
+    def kubernetes(self) -> dict[str, Any] | None:
+        if "kubernetes" not in self.own:
+            return None
+        (cluster_ips,) = _cluster_ips(self.own)
+        return {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
+
+    def foreign_cluster_ips(self, doc: Mapping[str, Any]) -> list[str]:
+        """ClusterIPs that only the mesh makes reachable on this host; on a cluster's own nodes kube-proxy does."""
+        node = doc["name"] == self.own["name"] and self.host.get("kubernetes_node") is not None
+        return [] if node else _cluster_ips(doc)
 
     def workload(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         namespace, _slash, name = key.partition("/")
@@ -1157,7 +1257,7 @@ class _Spec:
                 {
                     "name": name,
                     "id": doc["id"],
-                    "workload_ranges4": list(doc["workload_ranges"]),
+                    "workload_ranges4": [*doc["workload_ranges"], *_pod_ranges(doc)],
                     "service_range4": doc["service_range"],
                     "endpoints": [f"https://{doc['hosts'][member]['advertise4']}:{port}" for member in members],
                     "ca": _trust(name),
@@ -1165,7 +1265,16 @@ class _Spec:
                     "key": f"{PKI}/peer-{name}.key",
                 }
             )
-        return {"cert": f"{PKI}/registrar.crt", "key": f"{PKI}/registrar.key", "peers": peers}
+        api = None
+        if "kubernetes" in self.own:
+            files = {key: f"{PKI}/kubernetes.{end}" for key, end in (("ca", "ca"), ("cert", "crt"), ("key", "key"))}
+            api = {"server": self.own["kubernetes"]["api_server"], **files}
+        return {
+            "cert": f"{PKI}/registrar.crt",
+            "key": f"{PKI}/registrar.key",
+            "peers": peers,
+            **_filled(kubernetes=api),
+        }
 
     def certificates(self) -> Iterator[dict[str, Any]]:
         yield self.certificate("agent", f"isthmus-agent-{self.name}")
@@ -1214,6 +1323,16 @@ def _filled(**entries: Any) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
+def _pod_ranges(document: Mapping[str, Any]) -> list[str]:
+    """Ranges of pods in the document of a cluster; none where it is no Kubernetes cluster."""
+    return list(document.get("kubernetes", {"pod_ranges": ()})["pod_ranges"])
+
+
+def _cluster_ips(document: Mapping[str, Any]) -> list[str]:
+    """The range of Kubernetes' ClusterIPs in the document of a cluster, if it is a Kubernetes cluster."""
+    return [document["kubernetes"]["service_range"]] if "kubernetes" in document else []
+
+
 def _announced(hosts: Mapping[str, Any], members: Iterable[str]) -> dict[str, str]:
     """The one address at which each member is known to all members: within one site its underlay address."""
     carrying = {member: hosts[member] for member in members}
@@ -1246,12 +1365,18 @@ def _lines(record: Record) -> dict[str, str]:
             f"members {', '.join(etcd['members'])}, ports {etcd['client_port']} and {etcd['peer_port']}, "
             f"from {source}, quota {etcd['quota_bytes']} bytes"
         )
+        if "kubernetes" in doc:
+            outer = doc["kubernetes"]
+            found[f"Kubernetes of cluster {name}"] = (
+                f"API {outer['api_server']}, pods {', '.join(outer['pod_ranges'])}, ClusterIPs {outer['service_range']}"
+            )
         for host, entry in sorted(doc["hosts"].items()):
             labels = "".join(f", {key}={value}" for key, value in sorted(entry["labels"].items()))
+            node = f", Kubernetes node {entry['kubernetes_node']}" if "kubernetes_node" in entry else ""
             advertise = "" if entry["advertise4"] == entry["underlay4"] else f", dialled at {entry['advertise4']}"
             found[f"host {host}"] = (
                 f"cluster {name}, site {entry['site']}, underlay {entry['underlay4']}{advertise}, "
-                f"range {entry['range4']}, mesh address {entry['mesh4']}{labels}"
+                f"range {entry['range4']}, mesh address {entry['mesh4']}{node}{labels}"
             )
             for key, workload in sorted(entry["workloads"].items()):
                 kind, target = next(iter(workload["cgroup"].items()))

@@ -25,17 +25,20 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
                                                        "labels": {"app": "web"}, "cgroup": {"unit": "web.service"}}}}},
      "released": [{"address": "10.101.0.32/28", "owner": "onprem-9", "at": "2026-01-02T03:04:05Z"}],
      "forgotten": {"onprem-8": {"at": "2026-01-02T03:04:05Z", "by": "alice"}}, "crl": "<PEM>",
+     "kubernetes": {"pod_ranges": ["10.244.0.0/16"], "service_range": "10.96.0.0/16",
+                    "api_server": "https://198.18.1.11:6443"},
      "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
 
-A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that
-an old copy on a member that was away cannot bring it back. `released` addresses are not dealt again
-for 30 days. `forgotten` names hosts, also of a cluster that is absent, that were lost and take no
-part until they are joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). A
-document may lack both. `ca_certificate` is a public PEM, added by `site` once the CA exists, without
-a new revision; the planner keeps it. While the authority is being replaced it holds two certificates,
-the one that signs first, and each change of them is a new revision. Otherwise `revision` rises by one
-with each change of a document. The roster's `version` is that of the isthmus.mesh that was applied
-last; records of before it lack it.
+A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that an old
+copy on a member that was away cannot bring it back. `released` addresses are not dealt again for 30 days.
+`forgotten` names hosts, also of a cluster that is absent, that were lost and take no part until they are
+joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). `kubernetes` is the Kubernetes
+cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`. A document may
+lack all three. `ca_certificate` is a public PEM, added by `site` once the CA exists, without a new revision;
+the planner keeps it. While the authority is being replaced it holds two certificates, the one that signs
+first, and each change of them is a new revision. Otherwise `revision` rises by one with each change of a
+document. The roster's `version` is that of the isthmus.mesh that was applied last; records of before it lack
+it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -272,6 +275,12 @@ def _check(where: str, name: str, document: Any) -> int:
         return revision
     if state != "present":
         fields.fail("state", "is not present or absent")
+    if "kubernetes" in fields.value:
+        outer = fields.object("kubernetes")
+        _there(outer, "pod_ranges")
+        outer.networks4("pod_ranges")
+        outer.network4("service_range")
+        outer.text("api_server", None)
     _there(fields, "workload_ranges", "released")
     fields.text("site", None)
     fields.networks4("workload_ranges")
@@ -302,6 +311,7 @@ def _check_host(entry: Fields) -> None:
     _there(entry, "labels")
     entry.network4("range4")
     entry.text("site", None)
+    entry.optional_text("kubernetes_node")
     entry.text_mapping("labels")
     for address in ("mesh4", "underlay4", "advertise4"):
         entry.address4(address)

@@ -57,6 +57,19 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
                 f"{name}: etcd of {cluster} has {', '.join(left)} left, of which {spare or 'none'} may fail. Its data "
                 f"stays on {host} in a directory beside. Undo: list it again and run site; it joins as a new member."
             )
+        elif kind == "kubernetes":
+            nodes = [host for host, entry in _hosts(before.clusters[rest]).items() if "kubernetes_node" in entry]
+            yield (
+                f"{name}: its pods and its services leave the mesh; {_count(len(nodes), 'node')} "
+                f"({', '.join(sorted(nodes)) or 'none'}) stay as machines. Kubernetes itself goes on. {DRAINS} "
+                "Undo: put `kubernetes` back into the inventory and run site."
+            )
+        elif kind == "pods":
+            cluster, _slash, network = rest.partition("/")
+            yield (
+                f"{name}: pods of {cluster} with addresses in {network} leave the mesh. Undo: put the range back into "
+                "pod_ranges and run site."
+            )
         elif kind == "service":
             backends = had.get(rest, frozenset())
             where = ", ".join((before.roster or {"services": {rest: {"clusters": []}}})["services"][rest]["clusters"])

@@ -417,6 +417,22 @@ class AllOr(Kind):
 
 
 @dataclass(frozen=True)
+class FalseOr(Kind):
+    """A text, or `false` (also the empty text) for none at all, which is read as False."""
+
+    kind: Text
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        return False if value is False or value == "" else self.kind.read(value, where, problems)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"anyOf": [{"enum": [False, ""]}, self.kind.json_schema()]}
+
+    def words(self) -> str:
+        return f"{self.kind.words()} or `false`"
+
+
+@dataclass(frozen=True)
 class Later(Kind):
     """Something that is in the model and not built yet: read for its form, then refused."""
 
@@ -548,6 +564,15 @@ _CGROUP_PATH = Text(
     "it names the workload's cgroup",
     4096,
 )
+_API_SERVER = Text(
+    r"https://([A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?/?",
+    "an https URL of a host and a port, such as https://192.0.2.7:6443",
+    "the registrar watches Kubernetes there",
+    300,
+)
+_KUBERNETES_NODE = Text(
+    _SUBDOMAIN, "a name of a Kubernetes node (RFC 1123 labels joined by '.')", "Kubernetes accepts no other", 253
+)
 _ARCHIVE_URL = Text(r"https?://[!-~]+", "an http or https URL", "the archive is fetched from it", 2048)
 _FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archive is read from it", 4096)
 _SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
@@ -610,6 +635,27 @@ ETCD = Table(
     },
 )
 
+KUBERNETES = Table(
+    "kubernetes section",
+    {
+        "api_server": Key(
+            _API_SERVER,
+            "URL of the API server as the cluster's etcd hosts reach it, where the registrar runs.",
+            REQUIRED,
+        ),
+        "pod_ranges": Key(
+            Listing(Range(8, 28), 1),
+            "Ranges of the cluster's pods, as its CNI deals them. More can be added; one left out stays until pruned.",
+            REQUIRED,
+        ),
+        "service_range": Key(
+            Range(8, 28),
+            "Kubernetes' own range of ClusterIPs (`--service-cluster-ip-range`); it can only grow.",
+            REQUIRED,
+        ),
+    },
+)
+
 EXPORT = Table(
     "export section",
     {
@@ -644,6 +690,9 @@ CLUSTER = Table(
             Integer(24, 29, "the node range must hold the host and its workloads"),
             "Prefix length of the range that each new host gets: 28 holds 13 workloads.",
             28,
+        ),
+        "kubernetes": Key(
+            KUBERNETES, "The Kubernetes cluster that this cluster is.", None, "none: a cluster of machines"
         ),
         "etcd": Key(ETCD, "The cluster's etcd.", None, "no members"),
         "ca_host": Key(HOST_NAME, "Host that keeps the cluster's CA.", None, "the first of `etcd.hosts`"),
@@ -808,6 +857,12 @@ HOST = Table(
             "Range of the host's mesh address and workloads. It may grow around what was dealt, never move.",
             None,
             "dealt by the planner",
+        ),
+        "isthmus_kubernetes_node": Key(
+            FalseOr(_KUBERNETES_NODE),
+            "Name of the Kubernetes node that the host is; `false` for a machine of a Kubernetes cluster that is none.",
+            None,
+            "in a cluster with `kubernetes` the host's inventory name",
         ),
         "isthmus_labels": Key(Labels(), "Labels of the node.", {}),
         "isthmus_workloads": Key(Listing(WORKLOAD), "Processes with an address and identity of their own.", ()),
