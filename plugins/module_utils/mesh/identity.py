@@ -7,6 +7,7 @@ A global identity is `cluster id << shift | n`, 24 bits, and travels as the VXLA
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 UNKNOWN = 0
@@ -29,12 +30,24 @@ MAX_CLUSTERS_MODES = (255, 511)
 LABEL_NAMESPACE = "k8s:io.kubernetes.pod.namespace"
 LABEL_CLUSTER = "k8s:io.cilium.k8s.policy.cluster"
 LABEL_SERVICE_ACCOUNT = "k8s:io.cilium.k8s.policy.serviceaccount"
-LABEL_NAMESPACE_NAME = "k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name"
+LABEL_NAMESPACE_PREFIX = "k8s:io.cilium.k8s.namespace.labels."
+LABEL_NAMESPACE_NAME = f"{LABEL_NAMESPACE_PREFIX}kubernetes.io/metadata.name"
 
 # What a node sends with a number that is not of its cluster's range: world, health, remote-node,
 # kube-apiserver, ingress, the well-known label sets, and the user's fixed mapping.
 _FIXED = frozenset({WORLD, HEALTH, REMOTE_NODE, KUBE_APISERVER, INGRESS}) | frozenset(range(100, 115))
 _USER_RESERVED = range(128, 256)
+
+# What Cilium leaves out of a pod's identity unless it is told otherwise (pkg/labelsfilter/filter.go): each is matched
+# at the beginning of a label's key, and `app.kubernetes.io` goes before them.
+_NO_IDENTITY = re.compile(
+    r"""io\.kubernetes | kubernetes\.io | .*beta\.kubernetes\.io | k8s\.io | topology\.kubernetes\.io
+    | statefulset\.kubernetes\.io/pod-name | apps\.kubernetes\.io/pod-index
+    | batch\.kubernetes\.io/(job-completion-index|controller-uid)
+    | pod-template-(generation|hash) | controller-revision-hash | controller-uid | annotation | etcd_node""",
+    re.VERBOSE,
+)
+_OWN_PREFIX = "io.cilium.k8s"
 
 
 def identity_shift(max_clusters: int) -> int:
@@ -80,3 +93,32 @@ def workload_labels(namespace: str, service_account: str, cluster: str, labels: 
     found[LABEL_CLUSTER] = cluster
     found[LABEL_SERVICE_ACCOUNT] = service_account
     return found
+
+
+def pod_labels(
+    labels: Mapping[str, str],
+    namespace: str,
+    namespace_labels: Mapping[str, str],
+    service_account: str,
+    cluster: str,
+) -> dict[str, str]:
+    """The labels that make a pod's identity, keyed `source:key`, as Cilium derives them with its default filter
+    (pkg/k8s `SanitizePodLabels`, pkg/labelsfilter): two pods with the same ones are one identity.
+
+    `labels` and `namespace_labels` are the objects' own, without source.
+    """
+    found = {f"k8s:{key}": value for key, value in labels.items() if _makes_identity(key)}
+    found[LABEL_NAMESPACE_NAME] = namespace
+    for key, value in namespace_labels.items():
+        found[f"{LABEL_NAMESPACE_PREFIX}{key}"] = value
+    found[LABEL_NAMESPACE] = namespace
+    found[LABEL_CLUSTER] = cluster
+    if service_account:
+        found[LABEL_SERVICE_ACCOUNT] = service_account
+    return found
+
+
+def _makes_identity(key: str) -> bool:
+    if key.startswith("app.kubernetes.io"):
+        return True
+    return not key.startswith(_OWN_PREFIX) and _NO_IDENTITY.match(key) is None
