@@ -29,7 +29,7 @@ HOSTS = ("c1", "o1", "o2", "o3")
 
 pytestmark = [pytest.mark.root]
 
-# One at a time: hosts ask their authority's host at once, and a second mount of the same overlay may be refused. /run is
+# One at a time: hosts ask their authority at once, and a second mount of the same overlay may be refused. /run is
 # the host's own too, for the lock of a run.
 PYTHON = """\
 #!/bin/sh
