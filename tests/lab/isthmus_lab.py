@@ -326,15 +326,18 @@ class Lab:
             return
         ip("link", "add", site.bridge, "type", "bridge", namespace=ROUTER)
         ip("address", "add", f"{site.gateway}/{site.network.prefixlen}", "dev", site.bridge, namespace=ROUTER)
-        ip("link", "set", site.bridge, "mtu", str(self.mtu(site)), "up", namespace=ROUTER)
         self.switch("add", "within", f'"{site.bridge}" . "{site.bridge}"')
+        ip("link", "set", site.bridge, "mtu", str(self.mtu(site)), "up", namespace=ROUTER)
 
     def remove_site(self, site: Site) -> None:
-        """Take away what `make_site` made; its machines are gone already."""
-        self.restore(site.name)
-        self.switch("delete", "within", f'"{site.bridge}" . "{site.bridge}"')
-        ip("link", "delete", site.bridge, namespace=ROUTER)
-        (self.dns_records / site.name).unlink()
+        """Take away what `make_site` made, if it did; the site's machines are gone already."""
+        (self.dns_records / site.name).unlink(missing_ok=True)
+        if (
+            namespace_exists(ROUTER)
+            and ip("link", "delete", site.bridge, namespace=ROUTER, check=False).returncode == 0
+        ):
+            self.restore(site.name)
+            self.switch("delete", "within", f'"{site.bridge}" . "{site.bridge}"')
         (self.state / f"mtu-{site.name}").unlink(missing_ok=True)
 
     def boot(self, host: Host) -> str:

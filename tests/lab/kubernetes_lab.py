@@ -23,9 +23,9 @@ from typing import Any
 import kubernetes_images
 import kubernetes_machine
 import kubernetes_parts
-from isthmus_lab import NSPAWN_OPTIONS, ROOT, ROUTER, Lab
+from isthmus_lab import NSPAWN_OPTIONS, ROOT, Lab
 from lab_inventory import Host, KubernetesCluster
-from lab_system import LabError, hierarchies, namespace_exists, run, wait_for
+from lab_system import LabError, hierarchies, run, wait_for
 
 HYBRID = ROOT / "inventories" / "lab_hybrid"
 READY_SECONDS = 120
@@ -50,7 +50,7 @@ class Kubernetes:
         return self.cluster.name
 
     @property
-    def hosts(self) -> list[Host]:
+    def hosts(self) -> tuple[Host, ...]:
         return self.cluster.hosts
 
     @property
@@ -80,6 +80,7 @@ class Kubernetes:
             raise LabError(str(error)) from error
         with self.lab.locked():
             began = time.monotonic()
+            self.directory.mkdir(parents=True, exist_ok=True)
             self.lab.make_ground(self.hosts)
             self.make_images(programs)
             pki = self.make_pki()
@@ -125,7 +126,7 @@ class Kubernetes:
         if not place.exists():
             part = self.directory / "pki.part"
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(mode=0o700, parents=True)
+            part.mkdir(mode=0o700)
             authority = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,digitalSignature,keyCertSign,cRLSign")
             certificate(part / "ca", f"/CN={self.name}", authority)
             run(
@@ -205,20 +206,22 @@ class Kubernetes:
 
     def down(self) -> None:
         """End the cluster's machines and remove them, their disks and everything that `up` made for them."""
+        if not self.directory.exists():
+            self.lab.say(f"{self.name}: there is no such cluster in the lab now")
+            return
         with self.lab.locked():
             for host in self.hosts:
                 self.lab.stop(host)
-                shutil.rmtree(self.lab.directory(host), ignore_errors=True)
+                if self.lab.directory(host).exists():
+                    shutil.rmtree(self.lab.directory(host))
                 for name in (f"host-{host.name}", f"host-{host.name}.pub"):
                     (self.lab.key.parent / name).unlink(missing_ok=True)
             self.lab.known_hosts.write_text("".join(self.lab.known_host_lines(without=self.hosts)))
-            if namespace_exists(ROUTER):
-                for name in dict.fromkeys(host.site for host in self.hosts):
-                    self.lab.remove_site(self.lab.sites[name])
-            shutil.rmtree(self.directory, ignore_errors=True)
-            others = [path for path in self.directory.parent.glob("*") if path != self.images.parent]
-            if not others:
-                shutil.rmtree(self.directory.parent, ignore_errors=True)
+            for name in dict.fromkeys(host.site for host in self.hosts):
+                self.lab.remove_site(self.lab.sites[name])
+            shutil.rmtree(self.directory)
+            if not any(path != self.images.parent for path in self.directory.parent.iterdir()):
+                shutil.rmtree(self.directory.parent)
         self.lab.say(f"{self.name}: down")
 
     # -- using it

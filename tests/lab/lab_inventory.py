@@ -64,15 +64,11 @@ class KubernetesCluster:
     """A Kubernetes cluster of machines; `nodes` are those with a kubelet, by node name, in the inventory's order."""
 
     name: str
+    hosts: tuple[Host, ...]
     control_plane: Host
     nodes: dict[str, Host]
     pod_range: ipaddress.IPv4Network
     service_range: ipaddress.IPv4Network
-
-    @property
-    def hosts(self) -> list[Host]:
-        nodes = list(self.nodes.values())
-        return nodes if self.control_plane in nodes else [self.control_plane, *nodes]
 
     @property
     def dns(self) -> ipaddress.IPv4Address:
@@ -219,4 +215,4 @@ def kubernetes_cluster(
         if node is not False:
             nodes[str(node)] = host
     pods, services = (ipaddress.IPv4Network(text) for text in (section["pod_ranges"][0], section["service_range"]))
-    return KubernetesCluster(name, found[0], nodes, pods, services)
+    return KubernetesCluster(name, tuple(members), found[0], nodes, pods, services)
