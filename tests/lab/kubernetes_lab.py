@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -188,16 +187,13 @@ class Kubernetes:
         return self.kubectl("get", "serviceaccount", "default", check=False).returncode == 0
 
     def import_images(self, host: Host) -> None:
-        """Into the node's containerd, when it does not have this archive's yet."""
+        """Into the node's containerd, unless they are there."""
         wait_for(f"{host.name}: containerd is up", 30, lambda: self.containerd_is_up(host))
-        digest = hashlib.sha256(self.images.read_bytes()).hexdigest()
-        marker = "/var/lib/containerd/lab-images"
-        if self.lab.exec(host.name, ["cat", marker], check=False).stdout == digest:
-            return
-        archive = f"{kubernetes_machine.IMAGES}/{self.images.name}"
-        ctr = f"{kubernetes_machine.PROGRAMS}/ctr"
-        self.lab.exec(host.name, [ctr, "--namespace=k8s.io", "images", "import", "--local", archive])
-        self.lab.exec(host.name, ["sh", "-c", f"printf %s {digest} > {marker}"])
+        images = [f"{kubernetes_machine.PROGRAMS}/ctr", "--namespace=k8s.io", "images"]
+        there = set(self.lab.exec(host.name, [*images, "list", "--quiet"]).stdout.split())
+        if not there >= {*kubernetes_machine.ALL_IMAGES}:
+            archive = f"{kubernetes_machine.IMAGES}/{self.images.name}"
+            self.lab.exec(host.name, [*images, "import", "--local", archive])
 
     def containerd_is_up(self, host: Host) -> bool:
         return self.lab.exec(host.name, ["systemctl", "is-active", "containerd"], check=False).returncode == 0
@@ -260,16 +256,13 @@ class Kubernetes:
         return done.stdout
 
     def set_proxy_mode(self, mode: str) -> None:
-        """Change kube-proxy's mode on every node, as an operator does: stop, clean up, start."""
+        """Change kube-proxy's mode on every node; when it starts, it removes the rules of another mode."""
         if mode not in kubernetes_machine.PROXY_MODES:
             raise LabError(
                 f"kube-proxy has no mode {mode!r} here; there are: {', '.join(kubernetes_machine.PROXY_MODES)}"
             )
-        place = f"/{kubernetes_machine.DIRECTORY}/kube-proxy.json"
-        program = f"{kubernetes_machine.PROGRAMS}/kube-proxy"
+        script = f"cat > /{kubernetes_machine.DIRECTORY}/kube-proxy.json && systemctl restart kube-proxy"
         for name, host in self.cluster.nodes.items():
-            stop = f"systemctl stop kube-proxy && {program} --cleanup --config={place}"
-            script = f"{stop} && cat > {place} && systemctl start kube-proxy"
             self.lab.exec(host.name, ["sh", "-c", script], feed=kubernetes_machine.proxy(self.cluster, name, mode))
 
 

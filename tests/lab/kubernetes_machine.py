@@ -22,6 +22,7 @@ PROXY_MODES = ("nftables", "iptables")
 PAUSE_IMAGE = "lab.test/pause:1"
 TOOLS_IMAGE = "lab.test/tools:1"
 COREDNS_IMAGE = "lab.test/coredns:1"
+ALL_IMAGES = (PAUSE_IMAGE, TOOLS_IMAGE, COREDNS_IMAGE)
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 DIRECTORY = "etc/kubernetes"
 
