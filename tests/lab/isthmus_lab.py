@@ -779,9 +779,13 @@ class Lab:
 
     # -- looking at it
 
+    def there(self) -> list[Host]:
+        """The machines of the inventory, without those of Kubernetes clusters that were not made."""
+        return [host for host in self.hosts.values() if not host.kubernetes or self.directory(host).exists()]
+
     def status(self) -> list[dict[str, Any]]:
         rows = []
-        for host in self.hosts.values():
+        for host in self.there():
             leader = self.leader(host)
             memory = 0
             if leader is not None:
@@ -807,6 +811,7 @@ class Lab:
         if not namespace_exists(ROUTER):
             return []
         cut, controller = self.cut_bridges("cut"), self.cut_bridges("cut_controller")
+        sites = dict.fromkeys(host.site for host in self.there())
         return [
             {
                 "site": site.name,
@@ -814,7 +819,7 @@ class Lab:
                 "mtu": self.mtu(site),
                 "link": ("cut, controller too" if site.bridge in controller else "cut" if site.bridge in cut else "up"),
             }
-            for site in self.sites.values()
+            for site in (self.sites[name] for name in sites)
         ]
 
 

@@ -27,6 +27,7 @@ from lab_inventory import Host, KubernetesCluster
 from lab_system import LabError, hierarchies, run, wait_for
 
 HYBRID = ROOT / "inventories" / "lab_hybrid"
+EVERY_CLUSTER = ROOT / "inventories" / "lab_hybrid_two"
 READY_SECONDS = 120
 NEEDED_MEMORY = 4 << 30
 CERTIFICATE_DAYS = 3650

@@ -23,7 +23,6 @@ PAUSE_IMAGE = "lab.test/pause:1"
 TOOLS_IMAGE = "lab.test/tools:1"
 COREDNS_IMAGE = "lab.test/coredns:1"
 ALL_IMAGES = (PAUSE_IMAGE, TOOLS_IMAGE, COREDNS_IMAGE)
-CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 DIRECTORY = "etc/kubernetes"
 
 Files = dict[str, tuple[str, int]]
@@ -48,8 +47,6 @@ echo 1 > /proc/sys/net/ipv4/ip_forward
 
 CONTAINERD = f"""\
 version = 3
-[grpc]
-  address = "{CONTAINERD_SOCKET}"
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "{PAUSE_IMAGE}"
 [plugins.'io.containerd.cri.v1.runtime']
@@ -344,7 +341,7 @@ def worker(cluster: KubernetesCluster, name: str, pki: Mapping[str, str], proxy_
         "resolvConf": "/run/systemd/resolve/resolv.conf" if host.resolved else "/etc/resolv.conf",
         "clusterDNS": [str(cluster.dns)],
         "clusterDomain": "cluster.local",
-        "containerRuntimeEndpoint": f"unix://{CONTAINERD_SOCKET}",
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         # The machine's disk and memory are those of the machine that carries the whole lab.
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import rootfs
 from isthmus_lab import Lab
-from kubernetes_lab import HYBRID, Kubernetes
+from kubernetes_lab import EVERY_CLUSTER, Kubernetes
 from kubernetes_machine import PROXY_MODES
 from lab_system import LabError
 
@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     ssh.add_argument("argv", nargs=argparse.REMAINDER, metavar="[CMD...]")
     kube = commands.add_parser("kube", help="add a Kubernetes cluster to the lab, or remove it")
     kube.add_argument("action", choices=("up", "down", "proxy"))
-    kube.add_argument("cluster", nargs="?", help="default: every one of the inventory")
+    kube.add_argument("cluster", nargs="?", help="default: the first for up, else every one that is up")
     kube.add_argument(
         "--mode",
         choices=PROXY_MODES,
@@ -124,11 +124,16 @@ def do_ssh(lab: Lab, options: argparse.Namespace) -> int:
 
 
 def do_kube(lab: Lab, options: argparse.Namespace) -> int:
-    clusters = [options.cluster] if options.cluster else list(lab.kubernetes)
-    if not clusters:
-        raise LabError(f"{lab.inventory} has no Kubernetes cluster; unset ISTHMUS_LAB_INVENTORY, or say another one")
-    for name in clusters:
-        cluster = Kubernetes(lab, name)
+    clusters = {name: Kubernetes(lab, name) for name in lab.kubernetes}
+    if options.cluster:
+        chosen = [Kubernetes(lab, options.cluster)]
+    elif options.action == "up":
+        chosen = list(clusters.values())[:1]
+    else:
+        chosen = [cluster for cluster in clusters.values() if cluster.directory.exists()]
+    if not chosen:
+        raise LabError("no Kubernetes cluster is up; `tests/lab/lab kube up` brings one up")
+    for cluster in chosen:
         if options.action == "up":
             cluster.up(options.mode)
         elif options.action == "down":
@@ -168,7 +173,7 @@ def inventory_of(command: str) -> Path | None:
     if os.environ.get("ISTHMUS_LAB_INVENTORY"):
         return None
     if command in ("kube", "kubectl") or (command != "up" and Lab().kubernetes_directory.exists()):
-        return HYBRID
+        return EVERY_CLUSTER
     return None
 
 
