@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Tools of the gates start each other by name (ansible-lint, molecule).
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup env lock bpf bundle wheelhouse collection lab-up lab-down lab-exec lab-map site plan verify molecule demo \
+.PHONY: help setup env lock bpf bundle wheelhouse collection kubernetes lab-up lab-down lab-exec lab-map site plan verify molecule demo \
 	check lint pytest test test-full bench clean
 
 help: ## this list
@@ -43,6 +43,9 @@ wheelhouse: setup ## fetch the agent's third-party wheels into the cache (PYTHON
 
 collection: bundle ## build the collection's artifact and install it in build/collections
 	@$(BIN)/python scripts/bundle.py collection
+
+kubernetes: setup ## build the programs of the lab's Kubernetes clusters (minutes, once; in the user's cache)
+	@$(BIN)/python tests/lab/kubernetes_parts.py
 
 lab-up: setup ## boot the lab: six systemd machines in three sites
 	@$(LAB) up

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tests" / "lab"))
 if TYPE_CHECKING:
     from installation import Installation
     from isthmus_lab import Lab
+    from kubernetes_lab import Kubernetes
 
 # Reasons for which a test may be skipped, each as a prefix of what the test says. Anything else fails the run:
 # a skip that nobody looked at is a test that nobody has.
@@ -108,6 +109,24 @@ def lab() -> Iterator[Lab]:
     put_right(estate)
     yield estate
     put_right(estate)
+
+
+@pytest.fixture(scope="session")
+def kubernetes() -> Iterator[Kubernetes]:
+    """The lab's cluster `kube`, up or not, which is taken down in the end: other runs' lab is the machines."""
+    from isthmus_lab import Lab
+    from kubernetes_lab import HYBRID, Kubernetes
+
+    cluster = Kubernetes(Lab(HYBRID), "kube")
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture(scope="module")
+def kube(lab: Lab, kubernetes: Kubernetes) -> Kubernetes:
+    """The lab's cluster `kube`, up, every machine on, beside the lab's machines."""
+    kubernetes.up()
+    return kubernetes
 
 
 def put_right(estate: Lab) -> None:

@@ -4,24 +4,21 @@
 Every host of the lab's inventory becomes a machine with its own network namespace, its own cgroup in
 every hierarchy, its own overlay of a common Debian root (kept over reboots) and an sshd that knows the
 lab's key. Every site is a bridge in the router's namespace, with a switch that cuts it off from the
-other sites. Nothing outside of these names is touched:
+other sites. Machines of Kubernetes clusters come and go on their own (`kubernetes_lab`). Nothing outside
+of these names is touched:
 
     network namespaces   islab-router, islab-m-<host>
     root namespace       link islab0 (198.18.0.1/30) and the route 198.18.0.0/16 over it
     cgroups              isthmus-lab/ in every hierarchy
     files                /var/lib/isthmus-lab (or $ISTHMUS_LAB_STATE), /run/netns/islab-*
 
-`tests/lab/lab` is the command line of this module; tests import `Lab`.
+`tests/lab/lab` is the command line (`lab_cli`); tests import `Lab`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import fcntl
-import hashlib
-import ipaddress
 import json
 import os
 import shlex
@@ -39,284 +36,46 @@ from typing import Any
 
 import demo_workloads
 import rootfs
-import yaml
+from lab_inventory import LAB_NETWORK, Host, Site, read_inventory
+from lab_system import (
+    CGROUP,
+    LabError,
+    cgroup_processes,
+    enter_cgroups,
+    hierarchies,
+    in_namespace,
+    ip,
+    namespace_exists,
+    process_start,
+    remove_cgroups,
+    run,
+    wait_for,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
+MACHINES = ROOT / "inventories" / "lab"
 ROUTER = "islab-router"
 CONTROLLER_LINK = "islab0"
 CONTROLLER_IN_ROUTER = "ctl"
 CONTROLLER_ADDRESS = "198.18.0.1"
 ROUTER_ADDRESS = "198.18.0.2"
-LAB_NETWORK = ipaddress.IPv4Network("198.18.0.0/16")  # RFC 2544: never routed in the real world
-CGROUP = "isthmus-lab"
 DEFAULT_MTU = 1500
-# These sites' machines use a plain /etc/resolv.conf, all others systemd-resolved: both are in the field.
-PLAIN_RESOLV_CONF_SITES = frozenset({"onprem"})
 REBOOT = 133  # systemd-nspawn --keep-unit: the machine asked for a reboot
 NEEDED_DISK = {"state": 2 << 30, "cache": 1 << 30}
 NEEDED_MEMORY = 2 << 30
 BOOT_SECONDS = 90
-
-
-class LabError(Exception):
-    """The lab cannot do what was asked; the message says what, why and what to do next."""
-
-
-# --- what the lab is made of ---------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Host:
-    """A machine: `address` in its site's network, `units` the demo's workloads that run on it."""
-
-    name: str
-    site: str
-    cluster: str
-    address: ipaddress.IPv4Address
-    units: tuple[str, ...]
-
-    @property
-    def namespace(self) -> str:
-        return f"islab-m-{self.name}"
-
-    @property
-    def port(self) -> str:
-        """The router's end of the machine's cable (Linux allows 15 characters)."""
-        return interface_name("v-", self.name)
-
-    @property
-    def resolved(self) -> bool:
-        return self.site not in PLAIN_RESOLV_CONF_SITES
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    name: str
-    network: ipaddress.IPv4Network
-
-    @property
-    def bridge(self) -> str:
-        return interface_name("br-", self.name)
-
-    @property
-    def gateway(self) -> ipaddress.IPv4Address:
-        return self.network[1]
-
-
-def interface_name(prefix: str, name: str) -> str:
-    full = prefix + name
-    if len(full) <= 15:
-        return full
-    return prefix + name[: 15 - len(prefix) - 5] + "-" + hashlib.sha256(name.encode()).hexdigest()[:4]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise LabError(f"the lab's inventory cannot be read: {path}: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise LabError(f"the lab's inventory: {path} is not a mapping")
-    return content
-
-
-def vars_of(directory: Path, kind: str, name: str) -> dict[str, Any]:
-    """`group_vars` or `host_vars` of one name: a file, or a directory of files, as Ansible reads them."""
-    merged: dict[str, Any] = {}
-    base = directory / kind / name
-    for path in [*(base.with_name(name + suffix) for suffix in (".yml", ".yaml")), *sorted(base.glob("*.y*ml"))]:
-        if path.is_file():
-            merged.update(read_yaml(path))
-    return merged
-
-
-def demo_units(workload: Mapping[str, Any]) -> list[str]:
-    """The demo's unit that plays a workload: the unit that it names, or the one in the slice that it names."""
-    group = workload.get("cgroup") or workload
-    unit = str(group.get("unit") or "")
-    if group.get("slice"):
-        unit = str(group["slice"]).removesuffix(".slice") + ".service"
-    return [unit] if unit in demo_workloads.UNITS else []
-
-
-def read_inventory(directory: Path) -> tuple[dict[str, Host], dict[str, Site]]:
-    """Hosts and sites of a YAML inventory directory (no templates: the lab's inventory has none here).
-
-    A host needs `isthmus_underlay` (or a literal `ansible_host`) and a site: `isthmus_site`, else that of
-    its cluster in `isthmus_estate`, else the cluster's name. A site's network is the /24 of its hosts.
-    """
-    files = [path for path in sorted(directory.glob("*.y*ml")) if path.is_file()]
-    if not files:
-        raise LabError(f"no lab inventory: {directory} has no YAML file (set ISTHMUS_LAB_INVENTORY to another one)")
-    variables: dict[str, dict[str, Any]] = {}
-
-    def walk(group: str, body: Mapping[str, Any] | None, inherited: Mapping[str, Any]) -> None:
-        body = body or {}
-        here = {**inherited, **vars_of(directory, "group_vars", group), **(body.get("vars") or {})}
-        for name, host_vars in (body.get("hosts") or {}).items():
-            known = variables.setdefault(name, {})
-            known.update({**here, **vars_of(directory, "host_vars", name), **(host_vars or {})})
-        for child, child_body in (body.get("children") or {}).items():
-            walk(child, child_body, here)
-
-    everywhere = vars_of(directory, "group_vars", "all")
-    for path in files:
-        for group, body in read_yaml(path).items():
-            walk(group, body, everywhere)
-
-    hosts: dict[str, Host] = {}
-    sites: dict[str, Site] = {}
-    for name, known in variables.items():
-        cluster = str(known.get("isthmus_cluster", ""))
-        if not cluster:
-            continue  # localhost and the like
-        clusters = (known.get("isthmus_estate") or {}).get("clusters") or {}
-        declared = clusters.get(cluster, {}).get("site") if isinstance(clusters, dict) else None
-        site = str(known.get("isthmus_site") or declared or cluster)
-        literal = known.get("isthmus_underlay") or known.get("ansible_host")
-        try:
-            address = ipaddress.IPv4Address(str(literal))
-        except ValueError as error:
-            raise LabError(f"{directory}: host {name}: isthmus_underlay {literal!r} is not an IPv4 address") from error
-        if address not in LAB_NETWORK:
-            raise LabError(f"{directory}: host {name}: {address} is outside {LAB_NETWORK}, the lab's network")
-        network = ipaddress.IPv4Network(f"{address}/24", strict=False)
-        if sites.setdefault(site, Site(site, network)).network != network:
-            raise LabError(f"{directory}: host {name}: {address} is not in {sites[site].network}, its site {site}")
-        units = tuple(unit for workload in known.get("isthmus_workloads") or () for unit in demo_units(workload))
-        hosts[name] = Host(name, site, cluster, address, units)
-    if not hosts:
-        raise LabError(f"{directory}: no host with isthmus_cluster")
-    return hosts, sites
-
-
-# --- running things ------------------------------------------------------------------------------
-
-
-def run(*command: str, check: bool = True, feed: str | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, input=feed, capture_output=True, text=True, check=False)
-    if check and done.returncode != 0:
-        raise LabError(f"`{shlex.join(command)}` failed ({done.returncode}): {done.stderr.strip()}")
-    return done
-
-
-def ip(*command: str, namespace: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("ip", *(("-n", namespace) if namespace else ()), *command, check=check)
-
-
-def in_namespace(namespace: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("nsenter", f"--net=/run/netns/{namespace}", *command, check=check)
-
-
-def namespace_exists(namespace: str) -> bool:
-    return Path("/run/netns", namespace).exists()
-
-
-def wait_for(what: str, seconds: float, ready: Callable[[], bool], step: float = 0.1) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise LabError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(step)
-
-
-def process_start(pid: int) -> str:
-    """Start time of a process in clock ticks (proc(5), field 22); empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-# --- cgroups -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hierarchy:
-    path: Path
-    controllers: tuple[str, ...]  # empty: cgroup2
-
-    @property
-    def is_v2(self) -> bool:
-        return not self.controllers
-
-
-def hierarchies() -> list[Hierarchy]:
-    """Every mounted cgroup hierarchy below /sys/fs/cgroup, cgroup2 last."""
-    found = []
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, where, kind, options, *_ = line.split()
-        if not where.startswith("/sys/fs/cgroup"):
-            continue
-        if kind == "cgroup2":
-            found.append(Hierarchy(Path(where), ()))
-        elif kind == "cgroup":
-            generic = {"rw", "ro", "relatime", "nosuid", "nodev", "noexec"}
-            found.append(Hierarchy(Path(where), tuple(o for o in options.split(",") if o not in generic)))
-    return sorted(found, key=lambda hierarchy: hierarchy.is_v2)
-
-
-def make_cgroup(hierarchy: Hierarchy, name: str) -> Path:
-    path = hierarchy.path
-    for part in (CGROUP, name):
-        parent, path = path, path / part
-        path.mkdir(exist_ok=True)
-        if "cpuset" in hierarchy.controllers:
-            # A v1 cpuset group starts empty and refuses processes.
-            for knob in ("cpuset.cpus", "cpuset.mems"):
-                (path / knob).write_text((parent / knob).read_text())
-            (path / "cgroup.clone_children").write_text("1")
-    return path
-
-
-def enter_cgroups(name: str) -> None:
-    """Put the calling process into the lab's group `name` in every hierarchy."""
-    for hierarchy in hierarchies():
-        (make_cgroup(hierarchy, name) / "cgroup.procs").write_text(str(os.getpid()))
-
-
-def cgroup_processes(path: Path) -> list[int]:
-    pids = []
-    for procs in path.rglob("cgroup.procs"):
-        with contextlib.suppress(OSError):
-            pids += [int(pid) for pid in procs.read_text().split()]
-    return pids
-
-
-def remove_cgroups(name: str) -> None:
-    """Remove the lab's group `name` ("": all of them) with what is below it, deepest first. They must be empty."""
-    for hierarchy in hierarchies():
-        top = hierarchy.path / CGROUP / name
-        if not top.exists():
-            continue
-        below = sorted((p for p in top.rglob("*") if p.is_dir()), key=lambda p: len(p.parts), reverse=True)
-        for path in (*below, top):
-            wait_for(f"cgroup {path} is empty", 10, lambda path=path: remove_group(path))
-
-
-def remove_group(path: Path) -> bool:
-    try:
-        path.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-# --- the lab -------------------------------------------------------------------------------------
+NSPAWN_OPTIONS = "nspawn-options"  # a file of a Kubernetes machine: what it needs beyond others, an option a line
 
 
 class Lab:
     """The lab that the inventory describes. One lab per machine."""
 
     def __init__(self, inventory: Path | None = None, say: Callable[[str], None] | None = None) -> None:
-        self.inventory = Path(inventory or os.environ.get("ISTHMUS_LAB_INVENTORY") or ROOT / "inventories" / "lab")
+        self.inventory = Path(inventory or os.environ.get("ISTHMUS_LAB_INVENTORY") or MACHINES)
         self.state = Path(os.environ.get("ISTHMUS_LAB_STATE") or "/var/lib/isthmus-lab")
         self.say = say or (lambda text: print(f"lab: {text}", flush=True))
-        self.hosts, self.sites = read_inventory(self.inventory)
+        read = read_inventory(self.inventory)
+        self.hosts, self.sites, self.kubernetes = read.hosts, read.sites, read.kubernetes
 
     # -- names and files
 
@@ -337,6 +96,11 @@ class Lab:
     def key(self) -> Path:
         """The controller's private key; every machine lets it in as root."""
         return self.state / "ssh" / "id_ed25519"
+
+    @property
+    def kubernetes_directory(self) -> Path:
+        """Files of Kubernetes clusters; there when one was made and not taken down."""
+        return self.state / "kubernetes"
 
     @property
     def known_hosts(self) -> Path:
@@ -444,36 +208,49 @@ class Lab:
     # -- up
 
     def up(self) -> None:
-        """Boot every machine that is not running; says what it does. Idempotent."""
+        """Boot every machine that is not running, but those of Kubernetes clusters; says what it does. Idempotent."""
+        machines = [host for host in self.hosts.values() if not host.kubernetes]
+        self.refuse_if_lacking()
+        with self.locked():
+            began = time.monotonic()
+            self.make_ground(machines)
+            wanted = [host for host in machines if not self.running(host)]
+            if not wanted:
+                self.say(f"up: {len(machines)} machines were running already")
+                return
+            self.boot_all(wanted)
+            self.say(f"up: {len(machines)} machines in {time.monotonic() - began:.1f} s")
+
+    def refuse_if_lacking(self) -> None:
         missing = self.lacks()
         if missing:
             raise LabError("this machine cannot carry the lab; nothing was changed:\n  - " + "\n  - ".join(missing))
-        with self.locked():
-            began = time.monotonic()
-            image = rootfs.build(self.say)
-            marker = self.state / "rootfs"
-            if marker.exists() and marker.read_text() != str(image):
-                raise LabError("the recipe of the root file system changed; `make lab-down`, then `make lab-up`")
-            marker.write_text(str(image))
-            self.make_keys()
-            self.make_router()
-            wanted = [host for host in self.hosts.values() if not self.running(host)]
-            if not wanted:
-                self.say(f"up: {len(self.hosts)} machines were running already")
-                return
-            self.say(f"booting {len(wanted)} machines: {', '.join(host.name for host in wanted)}")
-            with ThreadPoolExecutor(len(wanted)) as pool:
-                for host, words in zip(wanted, pool.map(self.boot, wanted), strict=True):
-                    self.say(f"{host.name:12} {host.address!s:14} {words}")
-            self.say(f"up: {len(self.hosts)} machines in {time.monotonic() - began:.1f} s")
 
-    def make_keys(self) -> None:
+    def make_ground(self, hosts: Sequence[Host]) -> None:
+        """What these machines stand on, as far as it is not there: root file system, keys, router, sites."""
+        image = rootfs.build(self.say)
+        marker = self.state / "rootfs"
+        if marker.exists() and marker.read_text() != str(image):
+            raise LabError("the recipe of the root file system changed; `make lab-down`, then `make lab-up`")
+        marker.write_text(str(image))
+        self.make_keys(hosts)
+        self.make_router()
+        for name in dict.fromkeys(host.site for host in hosts):
+            self.make_site(self.sites[name], hosts)
+
+    def boot_all(self, hosts: Sequence[Host]) -> None:
+        self.say(f"booting {len(hosts)} machines: {', '.join(host.name for host in hosts)}")
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            for host, words in zip(hosts, pool.map(self.boot, hosts), strict=True):
+                self.say(f"{host.name:12} {host.address!s:14} {words}")
+
+    def make_keys(self, hosts: Sequence[Host]) -> None:
         directory = self.key.parent
         directory.mkdir(mode=0o700, exist_ok=True)
         if not self.key.exists():
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "isthmus-lab", "-f", str(self.key))
-        known = []
-        for host in self.hosts.values():
+        known = self.known_host_lines(without=hosts)
+        for host in hosts:
             key = directory / f"host-{host.name}"
             if not key.exists():
                 run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", host.name, "-f", str(key))
@@ -481,8 +258,16 @@ class Lab:
             known.append(f"{host.name},{host.address} {kind} {public}\n")
         self.known_hosts.write_text("".join(known))
 
+    def known_host_lines(self, without: Sequence[Host]) -> list[str]:
+        """The lines of `known_hosts`, without those of some hosts."""
+        if not self.known_hosts.exists():
+            return []
+        names = {host.name for host in without}
+        lines = self.known_hosts.read_text().splitlines(keepends=True)
+        return [line for line in lines if line.split(",")[0] not in names]
+
     def make_router(self) -> None:
-        """The router's namespace: a bridge per site, the controller's link, the switch, the sites' DNS."""
+        """The router's namespace: the controller's link, the switch, the sites' DNS."""
         if namespace_exists(ROUTER):
             return
         ip("netns", "add", ROUTER)
@@ -494,20 +279,16 @@ class Lab:
         ip("address", "add", f"{ROUTER_ADDRESS}/30", "dev", CONTROLLER_IN_ROUTER, namespace=ROUTER)
         ip("link", "set", CONTROLLER_IN_ROUTER, "up", namespace=ROUTER)
         ip("route", "add", str(LAB_NETWORK), "via", ROUTER_ADDRESS, "dev", CONTROLLER_LINK)
-        for site in self.sites.values():
-            ip("link", "add", site.bridge, "type", "bridge", namespace=ROUTER)
-            prefix = site.network.prefixlen
-            ip("address", "add", f"{site.gateway}/{prefix}", "dev", site.bridge, namespace=ROUTER)
-            ip("link", "set", site.bridge, "mtu", str(self.mtu(site)), "up", namespace=ROUTER)
         rules = (
             "table inet isthmus_lab {\n"
             "  set cut { type ifname; }\n"
             "  set cut_controller { type ifname; }\n"
+            "  set within { type ifname . ifname; }\n"
             "  chain forward {\n"
             "    type filter hook forward priority 0; policy accept;\n"
             # Within a site is no business of the switch (a kernel with br_netfilter shows it here too).
-            + "".join(f'    iifname "{site.bridge}" oifname "{site.bridge}" accept\n' for site in self.sites.values())
-            + "    iifname @cut_controller counter drop\n"
+            "    iifname . oifname @within accept\n"
+            "    iifname @cut_controller counter drop\n"
             "    oifname @cut_controller counter drop\n"
             f'    iifname @cut oifname != "{CONTROLLER_IN_ROUTER}" counter drop\n'
             f'    oifname @cut iifname != "{CONTROLLER_IN_ROUTER}" counter drop\n'
@@ -515,13 +296,13 @@ class Lab:
             "}\n"
         )
         run("nsenter", f"--net=/run/netns/{ROUTER}", "nft", "-f", "-", feed=rules)
-        records = [f"--host-record={host.name}.lab.test,{host.address}" for host in self.hosts.values()]
+        self.dns_records.mkdir(exist_ok=True)
         subprocess.Popen(
             [
                 *("nsenter", f"--net=/run/netns/{ROUTER}", "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null"),
-                *("--no-resolv", "--no-hosts", "--bind-interfaces", "--user=root", "--pid-file=", "--local=/#/"),
-                *(f"--listen-address={site.gateway}" for site in self.sites.values()),
-                *records,
+                *("--no-resolv", "--no-hosts", "--user=root", "--pid-file=", "--local=/#/"),
+                # Sites and names that come later are answered too.
+                *("--bind-dynamic", "--interface=br-*", f"--hostsdir={self.dns_records}"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -529,6 +310,35 @@ class Lab:
             start_new_session=True,
             preexec_fn=lambda: enter_cgroups("router"),
         )
+
+    @property
+    def dns_records(self) -> Path:
+        """A file of names for each site, which the sites' DNS reads as it comes."""
+        return self.state / "dns"
+
+    def make_site(self, site: Site, hosts: Sequence[Host]) -> None:
+        """The site's bridge in the router, and the names of its machines."""
+        records = [f"{host.address} {host.name}.lab.test\n" for host in hosts if host.site == site.name]
+        part = self.state / "dns.part"
+        part.write_text("".join(records))
+        part.rename(self.dns_records / site.name)
+        if ip("link", "show", site.bridge, namespace=ROUTER, check=False).returncode == 0:
+            return
+        ip("link", "add", site.bridge, "type", "bridge", namespace=ROUTER)
+        ip("address", "add", f"{site.gateway}/{site.network.prefixlen}", "dev", site.bridge, namespace=ROUTER)
+        self.switch("add", "within", f'"{site.bridge}" . "{site.bridge}"')
+        ip("link", "set", site.bridge, "mtu", str(self.mtu(site)), "up", namespace=ROUTER)
+
+    def remove_site(self, site: Site) -> None:
+        """Take away what `make_site` made, if it did; the site's machines are gone already."""
+        (self.dns_records / site.name).unlink(missing_ok=True)
+        if (
+            namespace_exists(ROUTER)
+            and ip("link", "delete", site.bridge, namespace=ROUTER, check=False).returncode == 0
+        ):
+            self.restore(site.name)
+            self.switch("delete", "within", f'"{site.bridge}" . "{site.bridge}"')
+        (self.state / f"mtu-{site.name}").unlink(missing_ok=True)
 
     def boot(self, host: Host) -> str:
         """Start one machine and wait until it is up; returns words about it."""
@@ -553,7 +363,7 @@ class Lab:
         """Start the machine's supervisor in the background."""
         log = (self.directory(host) / "console.log").open("ab")
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "supervise", host.name],
+            [sys.executable, str(Path(__file__).resolve().with_name("lab_cli.py")), "supervise", host.name],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -561,6 +371,14 @@ class Lab:
             cwd="/",
             env={**os.environ, "ISTHMUS_LAB_STATE": str(self.state), "ISTHMUS_LAB_INVENTORY": str(self.inventory)},
         )
+
+    def stop(self, host: Host) -> None:
+        """Pull the plug and wait for the supervisor to end, if the machine is on."""
+        known = self.supervisor(host)
+        if known is None:
+            return
+        os.kill(known["pid"], signal.SIGTERM)
+        wait_for(f"{host.name} is off", 20, lambda: self.supervisor(host) is None)
 
     def wait_until_up(self, host: Host, seconds: float = BOOT_SECONDS) -> None:
         """Wait for PID 1, for sshd and for systemd's first transaction to end."""
@@ -597,12 +415,17 @@ class Lab:
         done = subprocess.run([*self.enter(host), "systemctl", "is-system-running"], capture_output=True, text=True)
         return done.stdout.strip()
 
-    def furnish(self, host: Host) -> None:
-        """Write the machine's own files into its overlay, once: identity, keys, resolver, workloads."""
+    def furnish(self, host: Host, extra: Mapping[str, tuple[str, int]] | None = None) -> None:
+        """Write the machine's own files into its overlay, once: identity, keys, resolver, workloads.
+
+        `extra`: more files, path -> (text, mode); a text that begins with `->` is a symbolic link's target.
+        """
         directory = self.directory(host)
         upper = directory / "upper"
         if upper.exists():
             return
+        if host.kubernetes and extra is None:
+            raise LabError(f"{host.name} is not made; `tests/lab/lab kube up {host.cluster}` makes it")
         part = directory / "upper.part"
         if part.exists():
             shutil.rmtree(part)
@@ -647,6 +470,11 @@ class Lab:
             put(path, text, mode)
         for unit in host.units:
             link(f"etc/systemd/system/multi-user.target.wants/{unit}", f"/etc/systemd/system/{unit}")
+        for path, (text, mode) in (extra or {}).items():
+            if text.startswith("->"):
+                link(path, text.removeprefix("->"))
+            else:
+                put(path, text, mode)
         part.rename(upper)
 
     # -- one machine's life, in the background
@@ -724,6 +552,7 @@ class Lab:
             *("--system-call-filter=bpf", "--system-call-filter=@keyring", "--bind=/dev/net/tun"),
             f"--network-namespace-path=/run/netns/{host.namespace}",
             f"--bind={directory}/bpf:/sys/fs/bpf",
+            *((directory / NSPAWN_OPTIONS).read_text().splitlines() if host.kubernetes else ()),
         ]
 
     def kill_machine(self, nspawn: int) -> None:
@@ -884,20 +713,20 @@ class Lab:
     def cut(self, name: str, controller: bool = False) -> None:
         """Drop everything that is forwarded between the site and other sites (and the controller)."""
         site = self.site(name)
-        sets = ("cut", "cut_controller") if controller else ("cut",)
-        for switch in sets:
-            in_namespace(ROUTER, "nft", "add", "element", "inet", "isthmus_lab", switch, f'{{ "{site.bridge}" }}')
+        for name_of_set in ("cut", "cut_controller") if controller else ("cut",):
+            self.switch("add", name_of_set, f'"{site.bridge}"')
 
     def restore(self, name: str) -> None:
         site = self.site(name)
-        for switch in ("cut", "cut_controller"):
-            if site.bridge in self.cut_bridges(switch):
-                in_namespace(
-                    ROUTER, "nft", "delete", "element", "inet", "isthmus_lab", switch, f'{{ "{site.bridge}" }}'
-                )
+        for name_of_set in ("cut", "cut_controller"):
+            if site.bridge in self.cut_bridges(name_of_set):
+                self.switch("delete", name_of_set, f'"{site.bridge}"')
 
-    def cut_bridges(self, switch: str) -> set[str]:
-        done = in_namespace(ROUTER, "nft", "-j", "list", "set", "inet", "isthmus_lab", switch)
+    def switch(self, action: str, name_of_set: str, element: str) -> None:
+        in_namespace(ROUTER, "nft", action, "element", "inet", "isthmus_lab", name_of_set, f"{{ {element} }}")
+
+    def cut_bridges(self, name_of_set: str) -> set[str]:
+        done = in_namespace(ROUTER, "nft", "-j", "list", "set", "inet", "isthmus_lab", name_of_set)
         listed = json.loads(done.stdout)["nftables"]
         return {element for item in listed if "set" in item for element in item["set"].get("elem", ())}
 
@@ -907,11 +736,7 @@ class Lab:
         """Pull the plug: no shutdown, no goodbye. The disk stays."""
         host = self.host(name)
         with self.locked():
-            known = self.supervisor(host)
-            if known is None:
-                return
-            os.kill(known["pid"], signal.SIGTERM)
-            wait_for(f"{name} is off", 20, lambda: self.supervisor(host) is None)
+            self.stop(host)
 
     def power_on(self, name: str) -> None:
         host = self.host(name)
@@ -954,9 +779,13 @@ class Lab:
 
     # -- looking at it
 
+    def there(self) -> list[Host]:
+        """The machines of the inventory, without those of Kubernetes clusters that were not made."""
+        return [host for host in self.hosts.values() if not host.kubernetes or self.directory(host).exists()]
+
     def status(self) -> list[dict[str, Any]]:
         rows = []
-        for host in self.hosts.values():
+        for host in self.there():
             leader = self.leader(host)
             memory = 0
             if leader is not None:
@@ -982,6 +811,7 @@ class Lab:
         if not namespace_exists(ROUTER):
             return []
         cut, controller = self.cut_bridges("cut"), self.cut_bridges("cut_controller")
+        sites = dict.fromkeys(host.site for host in self.there())
         return [
             {
                 "site": site.name,
@@ -989,7 +819,7 @@ class Lab:
                 "mtu": self.mtu(site),
                 "link": ("cut, controller too" if site.bridge in controller else "cut" if site.bridge in cut else "up"),
             }
-            for site in self.sites.values()
+            for site in (self.sites[name] for name in sites)
         ]
 
 
@@ -1025,136 +855,3 @@ class Customer:
         name = f"once-{uuid.uuid4().hex[:8]}"
         self.start(name, url, count=count, **order)
         return self.result(name, wait=True, seconds=seconds)
-
-
-# --- the command line ----------------------------------------------------------------------------
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lab", description="An estate of systemd machines on this one.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="say what this machine lacks; changes nothing")
-    commands.add_parser("up", help="boot every machine")
-    commands.add_parser("down", help="end and remove everything of the lab")
-    status = commands.add_parser("status", help="machines and links")
-    status.add_argument("-o", "--output", choices=("table", "json"), default="table")
-    execute = commands.add_parser("exec", help="run a command as root on a machine, in the machine's own cgroup")
-    execute.add_argument("host")
-    execute.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD...")
-    link = commands.add_parser("link", help="cut a site off from the other sites, restore it, set its MTU")
-    link.add_argument("site")
-    link.add_argument("action", choices=("cut", "restore", "mtu"))
-    link.add_argument("value", nargs="?", type=int, help="bytes, for mtu")
-    link.add_argument("--controller", action="store_true", help="cut: off from the controller as well")
-    power = commands.add_parser("power", help="off pulls the plug; reboot is orderly, reset is not")
-    power.add_argument("host")
-    power.add_argument("action", choices=("off", "on", "reboot", "reset"))
-    ssh = commands.add_parser("ssh", help="a shell, or a command, by SSH as Ansible would")
-    ssh.add_argument("host")
-    ssh.add_argument("argv", nargs=argparse.REMAINDER, metavar="[CMD...]")
-    supervise = commands.add_parser("supervise", help="(the lab itself) run one machine")
-    supervise.add_argument("host")
-    return parser
-
-
-def do_check(lab: Lab, _: argparse.Namespace) -> int:
-    missing = lab.lacks()
-    for word in missing:
-        print(f"lacks {word}")
-    return 1 if missing else 0
-
-
-def do_up(lab: Lab, _: argparse.Namespace) -> int:
-    lab.up()
-    return 0
-
-
-def do_down(lab: Lab, _: argparse.Namespace) -> int:
-    lab.down()
-    return 0
-
-
-def do_status(lab: Lab, options: argparse.Namespace) -> int:
-    machines, links = lab.status(), lab.links()
-    if options.output == "json":
-        print(json.dumps({"machines": machines, "links": links}, indent=2))
-        return 0
-    print(f"{'HOST':14}{'SITE':10}{'ADDRESS':16}{'STATE':10}{'PID':>8}{'MEMORY':>10}")
-    for row in machines:
-        memory = f"{row['memory_mib']} MiB"
-        print(f"{row['host']:14}{row['site']:10}{row['address']:16}{row['state']:10}{row['pid'] or '-':>8}{memory:>10}")
-    print(f"\n{'SITE':14}{'NETWORK':18}{'MTU':6}LINK")
-    for row in links:
-        print(f"{row['site']:14}{row['network']:18}{row['mtu']:<6}{row['link']}")
-    return 0
-
-
-def do_exec(lab: Lab, options: argparse.Namespace) -> int:
-    argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
-    if not argv:
-        raise LabError("exec: no command; `tests/lab/lab exec HOST -- CMD...`")
-    return lab.pass_through(options.host, argv)
-
-
-def do_link(lab: Lab, options: argparse.Namespace) -> int:
-    if options.action == "cut":
-        lab.cut(options.site, options.controller)
-    elif options.action == "restore":
-        lab.restore(options.site)
-    elif options.value is None:
-        raise LabError("link SITE mtu: how many bytes?")
-    else:
-        lab.set_mtu(options.site, options.value)
-    return 0
-
-
-def do_power(lab: Lab, options: argparse.Namespace) -> int:
-    if options.action == "off":
-        lab.power_off(options.host)
-    elif options.action == "on":
-        lab.power_on(options.host)
-    else:
-        lab.reboot(options.host, hard=options.action == "reset")
-    return 0
-
-
-def do_ssh(lab: Lab, options: argparse.Namespace) -> int:
-    command = [*lab.ssh(options.host), *options.argv]
-    os.execvp(command[0], command)  # noqa: S606
-
-
-def do_supervise(lab: Lab, options: argparse.Namespace) -> int:
-    return lab.supervise(lab.host(options.host))
-
-
-COMMANDS: dict[str, Callable[[Lab, argparse.Namespace], int]] = {
-    "check": do_check,
-    "up": do_up,
-    "down": do_down,
-    "status": do_status,
-    "exec": do_exec,
-    "link": do_link,
-    "power": do_power,
-    "ssh": do_ssh,
-    "supervise": do_supervise,
-}
-
-
-def main(words: Sequence[str]) -> int:
-    options = arguments().parse_args(words)
-    lab = Lab()
-    status = COMMANDS[options.command](lab, options)
-    sys.stdout.flush()
-    return status
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (LabError, rootfs.RootfsError) as error:
-        print(f"lab: {error}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
-        # Who read our output (`| head`) has gone. Python would flush once more at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)

@@ -39,8 +39,9 @@ PACKAGES = (".", "./coredns", *(f"{CONTAINERD_MODULE}/cmd/{name}" for name in CO
 TAGS = "no_btrfs,no_devmapper,no_zfs,no_aufs"
 NEEDED_MEMORY = 5 << 30  # 3.2 GB for the largest link, while others compile
 NEEDED_DISK = 8 << 30  # modules, Go's build cache and the result
-# Measured on two cores of a virtual machine, and only the estimate until the build's own pace is known.
+# Measured on two idle cores of a virtual machine: the estimate counts them as this many seconds of the build itself.
 BYTES_PER_CORE_SECOND = 170_000
+PRIOR_SECONDS = 60
 LINK_SECONDS = 60
 SAY_EVERY = 15
 
@@ -263,12 +264,10 @@ def stale_packages(program: Path) -> dict[str, int]:
 
 
 def estimate(sizes: dict[str, int], seen: int, seconds: float) -> str:
-    """Words about what is left, from the source compiled so far and, at first, from what was measured elsewhere."""
-    total = sum(sizes.values())
-    pace = BYTES_PER_CORE_SECOND * (os.cpu_count() or 1)
-    if seen > total // 20:
-        pace = int(seen / seconds)
-    left = (total - seen) / pace + LINK_SECONDS
+    """Words about what is left, from the pace so far: bytes of source `seen` in `seconds`."""
+    prior = BYTES_PER_CORE_SECOND * (os.cpu_count() or 1)
+    pace = (prior * PRIOR_SECONDS + seen) / (PRIOR_SECONDS + seconds)
+    left = (sum(sizes.values()) - seen) / pace + LINK_SECONDS
     return f"about {max(1, round(left / 60))} min left"
 
 

@@ -46,6 +46,11 @@ PACKAGES = (
     "libpam-systemd",  # sessions as on a real server
     "ca-certificates",
     "less",
+    # What a node of a Kubernetes cluster has.
+    "runc",
+    "containernetworking-plugins",
+    "iptables",  # ipMasq of the bridge plugin; kube-proxy in iptables mode
+    "busybox-static",  # container images are made of it
 )
 
 # Units of the image that a machine in a lab does not need, or that the operator would not have running.

@@ -34,7 +34,7 @@ def processes(lab: Lab) -> set[str]:
             groups = (entry / "cgroup").read_text()
         except OSError:
             continue
-        if f"/{CGROUP}/" in groups or "isthmus_lab.py supervise" in words or f"{lab.state}/" in words:
+        if f"/{CGROUP}/" in groups or "lab_cli.py supervise" in words or f"{lab.state}/" in words:
             found.add(f"{entry.name}: {words}")
     return found
 
@@ -105,7 +105,7 @@ def test_down_leaves_nothing(bare: Lab) -> None:
 
 def interrupt_up(lab: Lab) -> None:
     """`lab up`, killed when its first machine is starting."""
-    up = subprocess.Popen([sys.executable, str(TOOL.with_name("isthmus_lab.py")), "up"], stdout=subprocess.DEVNULL)
+    up = subprocess.Popen([sys.executable, str(TOOL.with_name("lab_cli.py")), "up"], stdout=subprocess.DEVNULL)
     end = time.monotonic() + 30
     while not any(lab.supervisor(host) for host in lab.hosts.values()):
         assert time.monotonic() < end, "no machine was started"
@@ -132,7 +132,7 @@ def test_what_the_machine_lacks_is_said_before_anything_is_changed(tmp_path: Pat
     # PATH without the tools: as on a machine where `make setup` did not run.
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run(
-        ["/usr/bin/python3", str(TOOL.with_name("isthmus_lab.py")), "up"],
+        ["/usr/bin/python3", str(TOOL.with_name("lab_cli.py")), "up"],
         capture_output=True,
         text=True,
         env=environment,
