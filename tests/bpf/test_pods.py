@@ -106,12 +106,18 @@ def test_without_our_table_the_source_is_lost(both: Both) -> None:
     assert _ask(left.node.process("web"), right.pods[0].address, 8080) == f"b-pod0 {right.gateway}"
 
 
-def test_a_node_port_is_masqueraded_as_before_from_the_mesh_and_from_elsewhere(both: Both) -> None:
+@pytest.mark.parametrize("rp_filter", ["0", "1"])
+def test_a_node_port_is_masqueraded_as_before_from_the_mesh_and_from_elsewhere(both: Both, rp_filter: str) -> None:
+    """Towards the node's underlay address nothing of the mesh is on the way, in no direction."""
     left, right = both
     _serve(both)
+    for device in ("all", "default", "eth0", "isthmus0"):
+        right.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
     client = right.node.process()
     assert _ask(client, left.node.mesh, NODE_PORT) == f"a-pod0 {left.gateway}"
+    seen = _identities(right)
     assert _ask(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
+    assert _identities(right) == seen, "nothing came over the overlay"
     _no_drops(both)
 
 
