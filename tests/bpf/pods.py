@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
 import agent_mesh as mesh
-from bpf.topology import CLONE_NEWNET, Inside, Node, _libc, bare_nodes
+from bpf.topology import CLONE_NEWNET, Inside, Node, _libc, _rmdir, bare_nodes, wait_for
+from isthmus_agent import netlink
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
 from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import keys, wire
@@ -46,7 +47,8 @@ add rule ip kube-proxy postrouting meta mark & 0x4000 == 0 return
 add rule ip kube-proxy postrouting meta mark set meta mark ^ 0x4000
 add rule ip kube-proxy postrouting masquerade fully-random
 add chain ip kube-proxy prerouting {{ type nat hook prerouting priority dstnat; }}
-add rule ip kube-proxy prerouting fib daddr type local tcp dport {port} meta mark set meta mark | 0x4000 dnat to {pod}:8080
+add rule ip kube-proxy prerouting fib daddr type local tcp dport {port} meta mark set meta mark | 0x4000
+add rule ip kube-proxy prerouting fib daddr type local tcp dport {port} dnat to {pod}:8080
 """
 
 
@@ -67,10 +69,6 @@ class Pod:
             return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
         self.netns = self.pool.submit(namespace).result()
-
-    def sysctl(self, key: str, value: str) -> None:
-        path = f"/proc/sys/{key.replace('.', '/')}"
-        self.pool.submit(lambda: open(path, "w").write(value)).result()
 
     def stop(self) -> None:
         os.close(self.netns)
@@ -145,19 +143,13 @@ class KubernetesNode:
 
     def wanted(self) -> Desired:
         own = NAMES[self.node.cluster_id]
-        return desired(
-            self.spec, mesh.state(self.documents, own=own), Reachability(), HostFacts(cgroups=self.cgroups)
-        )
-
-    def publish(self, pod: Pod) -> None:
-        """Of one of its own pods, in its own etcd."""
-        self.documents[keys.ip_key(pod.address)] = _pair(self.node, pod.address, pod.identity).to_json().encode()
-
-    def withdraw(self, pod: Pod) -> None:
-        self.documents.pop(keys.ip_key(pod.address), None)
+        return desired(self.spec, mesh.state(self.documents, own=own), Reachability(), HostFacts(cgroups=self.cgroups))
 
     def apply(self) -> None:
-        self.node.apply(self.wanted().datapath)
+        """As a running agent does: what differs from what was applied last."""
+        made, self.node.datapath = self.node.datapath, self.wanted().datapath
+        self.node.bpf.apply(self.node.datapath, read=False)
+        self.node.call(netlink.apply_network, self.node.datapath, made=made)
 
 
 def _pair(node: Node, address: str, number: int) -> wire.IPIdentityPair:
@@ -280,8 +272,6 @@ def _leave(node: Node) -> None:
         inside.close()
     node.inside.clear()
     place = node.cgroup / "host" / "kubepods"
-    from bpf.topology import _rmdir, wait_for
-
     for each in [*place.glob("pod*"), place]:
         if each.exists():
             wait_for(lambda each=each: _rmdir(each), f"{each} has no process left")

@@ -4,11 +4,21 @@ masquerades and a kube-proxy that marks."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import random
+import subprocess
 from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 from bpf.pods import CLUSTER_IP, NODE_PORT, OUTSIDE, KubernetesNode, kubernetes_nodes
-from bpf.topology import Inside
+from bpf.topology import PATIENCE, TCP, Inside, InsideError, wait_for
+from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import Backend
+from isthmus_mesh import keys, wire
 
 Both = tuple[KubernetesNode, KubernetesNode]
 
@@ -25,17 +35,24 @@ def _ask(client: Inside, address: str, port: int, bound: str = "") -> str:
     return str(client.do(f"s = socket.create_connection(('{address}', {port}), 5{source}); result = line(s)"))
 
 
-def _serve(both: Both) -> None:
+def _serve_in_pods(both: Both) -> None:
     for each in both:
-        name = each.node.name
         for number, pod in enumerate(each.pods):
-            inside = each.process(pod)
-            inside.do(f"serve_tcp('{name}-pod{number}', '{pod.address}', 8080)")
-            inside.do(f"serve_udp('{name}-pod{number}', '{pod.address}', 5353)")
-        each.node.process().do(
-            f"serve_tcp('{name}-mesh', '{each.node.mesh}', 9000); serve_tcp('{name}-underlay', '{each.node.underlay}', 9000)"
+            name = f"{each.node.name}-pod{number}"
+            each.process(pod).do(
+                f"serve_tcp('{name}', '{pod.address}', 8080); serve_udp('{name}', '{pod.address}', 5353)"
+            )
+
+
+def _serve(both: Both) -> None:
+    """In pods, on the host's mesh and underlay address, and as the workload `web`."""
+    _serve_in_pods(both)
+    for each in both:
+        name, node = each.node.name, each.node
+        node.process().do(
+            f"serve_tcp('{name}-mesh', '{node.mesh}', 9000); serve_tcp('{name}-underlay', '{node.underlay}', 9000)"
         )
-        each.node.process("web").do(f"serve_tcp('{name}-web', '{each.node.workload}', 9000)")
+        node.process("web").do(f"serve_tcp('{name}-web', '{node.workload}', 9000)")
 
 
 def _identities(node: KubernetesNode) -> set[tuple[str, int]]:
@@ -70,7 +87,9 @@ def test_every_direction_keeps_source_and_identity(both: Both, rp_filter: str) -
         # host and workload -> pod
         target = far.pods[1]
         assert _ask(near.node.process(), target.address, 8080) == f"{name}-pod1 {near.node.mesh}"
-        assert _ask(near.node.process(), target.address, 8080, near.node.underlay) == f"{name}-pod1 {near.node.underlay}"
+        assert (
+            _ask(near.node.process(), target.address, 8080, near.node.underlay) == f"{name}-pod1 {near.node.underlay}"
+        )
         assert _ask(near.node.process("web"), target.address, 8080) == f"{name}-pod1 {near.node.workload}"
         assert {(target.address, 6), (target.address, near.node.identity)} <= _identities(far)
     _no_drops(both)
@@ -131,3 +150,121 @@ def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> 
         assert client.do("old.sendall(b'x?'); result = line(old)")
         assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
     _no_drops(both)
+
+
+def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(both: Both) -> None:
+    """Devices of pods have 1500 bytes, the way between nodes 1450: the node tells the pod, once."""
+    left, right = both
+    _serve(both)
+    client = left.process(left.pods[0])
+    size = 16 << 20
+    total = client.do(
+        f"s = socket.create_connection(('{right.pods[0].address}', 8080), 20); line(s)\n"
+        f"before = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)\n"
+        f"s.sendall(bytes({size} - 1) + b'?'); result = [before, int(line(s))]"
+    )
+    assert total == [1500 - 40 - 12, size]
+    assert client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)") == 1450 - 40 - 12
+    for each in both:
+        assert (each.node.counter("FragCreates"), each.node.counter("ReasmReqds")) == (0, 0)
+    _no_drops(both)
+
+
+CLIENTS = ("pod", "host network", "older than the agent")
+
+
+def test_a_cluster_ip_leads_to_backends_of_both_clusters_from_everywhere() -> None:
+    with kubernetes_nodes(load=False) as both:
+        left, _ = both
+        _serve_in_pods(both)
+        old = left.process(left.pods[1])
+        for each in both:
+            each.node.datapath = each.wanted().datapath
+            each.node.load()
+        clients = (left.process(left.pods[1]), left.node.process("host"), old)
+        for name, client in zip(CLIENTS, clients, strict=True):
+            tcp, udp, peers = set(), set(), set()
+            for _ in range(40):
+                answer = client.do(
+                    f"s = socket.create_connection(('{CLUSTER_IP}', 80), 5)\n"
+                    "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5)\n"
+                    f"u.sendto(b'x', ('{CLUSTER_IP}', 53)); data, peer = u.recvfrom(100)\n"
+                    "result = [line(s), s.getpeername(), data.decode(), peer]; s.close(); u.close()"
+                )
+                tcp.add(answer[0].split()[0])
+                udp.add(answer[2].split()[0])
+                peers.update((tuple(answer[1]), tuple(answer[3])))
+            assert tcp == udp == {"a-pod0", "b-pod0"}, name
+            assert peers == {(CLUSTER_IP, 80), (CLUSTER_IP, 53)}, name
+        _no_drops(both)
+
+
+def test_sockets_to_a_backend_that_is_gone_end_in_pods_too(both: Both, tmp_path: Path) -> None:
+    left, right = both
+    _serve(both)
+    empty = tmp_path / "being-made"
+    empty.touch()
+    for number, pod in enumerate(left.pods):
+        place = tmp_path / f"cni-{number}"
+        place.touch()
+        subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/fd/{pod.netns}", place], check=True)
+    try:
+        own = keys.service_key("onprem", "shop", "api")
+        left.documents[own] = json.dumps({**json.loads(left.documents[own]), "backends": {}}).encode()
+        left.apply()
+        clients = [left.process(left.pods[0]), left.process(left.pods[1]), left.node.process()]
+        for client in clients:
+            assert _ask(client, CLUSTER_IP, 80).startswith("b-pod0")
+            client.do(f"direct = socket.create_connection(('{right.pods[0].address}', 8080), 5); line(direct)")
+        gone = Backend(ip_address(right.pods[0].address), 8080, TCP, 2, ip_address(right.node.underlay))
+        cookies = left.node.bpf.sockets_of([gone])
+        assert len(cookies) == 3
+        destination = [(gone.address, 8080, TCP)]
+        ended = left.node.call(netlink.destroy_sockets, destination, cookies)
+        assert len(ended) == 1
+        rest = cookies - ended
+        assert left.node.call(netlink.destroy_pods_sockets, destination, rest, [tmp_path, tmp_path / "none"]) == rest
+        for client in clients:
+            with pytest.raises(InsideError) as caught:
+                client.do("s.recv(1)")
+            assert caught.value.errno == errno.ECONNABORTED
+            assert client.do("direct.sendall(b'?'); result = line(direct)") == "1", "no socket of the service's"
+    finally:
+        for place in tmp_path.glob("cni-*"):
+            subprocess.run(["umount", place], check=True)
+
+
+def test_after_300_quick_changes_the_kernel_holds_what_is_published(both: Both) -> None:
+    left, right = both
+    chance = random.Random(7)  # noqa: S311
+    first = 1 << 16
+    published: dict[str, int] = {pod.address: pod.identity for pod in left.pods}
+    prefix = left.range.removesuffix("0/24")
+    for number in range(300 // PATIENCE):
+        address = f"{prefix}{chance.randint(5, 20)}"
+        if address in published and chance.random() < 0.5:
+            del published[address]
+            left.documents.pop(keys.ip_key(address))
+        else:
+            published[address] = first + chance.randint(500, 503)
+            pair = wire.IPIdentityPair(address, published[address], left.node.underlay)
+            left.documents[keys.ip_key(address)] = pair.to_json().encode()
+        left.apply()
+        if number % 20 == 0:
+            assert left.node.bpf.audit(left.node.datapath) == []
+            found = left.node.datapath.local
+            assert {str(key): value for key, value in found.items() if str(key).startswith(prefix)} == published
+    assert left.node.bpf.audit(left.node.datapath) == []
+    assert left.node.call(netlink.audit_network, left.node.datapath) == []
+    # An address that nobody has any more neither sends nor receives.
+    pod = left.pods[0]
+    left.documents.pop(keys.ip_key(pod.address), None)
+    left.apply()
+    right.node.process().do(f"serve_udp('host', '{right.node.mesh}', 9000)")
+    client = left.process(pod)
+    client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{right.node.mesh}', 9000))")
+    wait_for(lambda: left.node.drops()["not_local_source"], "its packet is dropped at home")
+    right.node.process().do(
+        f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{pod.address}', 9000))"
+    )
+    wait_for(lambda: left.node.drops()["not_local_dest"], "what comes for it is dropped")

@@ -87,6 +87,7 @@ class HostKernel:
         self._ifindex = 0
         self._overlay = (0, 0)
         self._network_steps = 0
+        self._has_pods = False
         self._made: Datapath | None = None  # what the network was made, when nothing was refused
 
     @property
@@ -136,6 +137,7 @@ class HostKernel:
         """One refused route must not keep the hooks, and with them every service, from this host."""
         from isthmus_agent import netlink
 
+        self._has_pods = datapath.keep_source is not None
         made, self._made = self._made, None
         try:
             result = netlink.apply_network(datapath, step=self._network_step, made=made)
@@ -162,7 +164,11 @@ class HostKernel:
         from isthmus_agent import netlink
 
         cookies = self._bpf.sockets_of(backends)
-        return netlink.destroy_sockets({endpoint(backend) for backend in backends}, cookies) if cookies else 0
+        destinations = {endpoint(backend) for backend in backends}
+        ended = netlink.destroy_sockets(destinations, cookies)
+        if self._has_pods:
+            ended |= netlink.destroy_pods_sockets(destinations, cookies - ended, step=self._network_step)
+        return len(ended)
 
     def _network_step(self) -> None:
         self._network_steps += 1

@@ -20,7 +20,7 @@ from isthmus_agent.netlink.network import (
     underlay_mtu,
 )
 from isthmus_agent.netlink.probe import missing_features
-from isthmus_agent.netlink.sockets import destroy_sockets
+from isthmus_agent.netlink.sockets import destroy_pods_sockets, destroy_sockets
 
 __all__ = [
     "OVERLAY",
@@ -32,6 +32,7 @@ __all__ = [
     "OverlayMissing",
     "apply_network",
     "audit_network",
+    "destroy_pods_sockets",
     "destroy_sockets",
     "ensure_overlay",
     "missing_features",

@@ -62,6 +62,12 @@ def test_nobody_has_more_than_it_needs() -> None:
         "CAP_NET_ADMIN",
         "CAP_NET_RAW",
     }
+    on_a_node = units.agent_unit("0123", pods=True)
+    assert set(options(on_a_node, "CapabilityBoundingSet")[0].split()) - {"CAP_SYS_ADMIN"} == set(
+        options(FILES["isthmusd.service"], "CapabilityBoundingSet")[0].split()
+    )
+    assert options(on_a_node, "RestrictNamespaces") == ["net"]
+    assert options(FILES["isthmusd.service"], "RestrictNamespaces") == ["yes"]
     for name in ("isthmusd.service", "isthmus-registrar.service", "isthmus-dns.service"):
         assert options(FILES[name], "ProtectSystem") == ["strict"]
         assert options(FILES[name], "NoNewPrivileges") == ["yes"]
