@@ -152,6 +152,25 @@ def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> 
     _no_drops(both)
 
 
+def test_what_a_firewall_drops_while_it_is_forwarded_is_counted(both: Both) -> None:
+    """An `accept` of ours would not help: in netfilter a drop anywhere wins. So it is told."""
+    left, right = both
+    _serve(both)
+    keep = left.node.datapath.keep_source
+    client = left.process(left.pods[0])
+    assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    assert left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
+    left.nft("add table ip filter\nadd chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
+    client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{right.node.workload}', 9000))")
+    assert left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 1)
+    right.node.process().do(
+        f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{left.pods[0].address}', 9000))"
+    )
+    wait_for(
+        lambda: left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 2), "the other direction, too"
+    )
+
+
 def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(both: Both) -> None:
     """Devices of pods have 1500 bytes, the way between nodes 1450: the node tells the pod, once."""
     left, right = both
