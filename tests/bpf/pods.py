@@ -24,7 +24,8 @@ from isthmus_mesh.spec import NodeSpec
 from pyroute2 import IPRoute
 
 CLUSTER_IP = "10.96.0.40"
-NODE_PORT = 30080
+NODE_PORT = 30080  # of the node's own first pod
+REMOTE_NODE_PORT = 30081  # of the other node's
 NAMES = {1: "onprem", 2: "cloud"}
 OUTSIDE = "192.0.2.80"  # an address that is in no mesh, behind node b
 
@@ -49,6 +50,8 @@ add rule ip kube-proxy postrouting masquerade fully-random
 add chain ip kube-proxy prerouting {{ type nat hook prerouting priority dstnat; }}
 add rule ip kube-proxy prerouting fib daddr type local tcp dport {port} meta mark set meta mark | 0x4000
 add rule ip kube-proxy prerouting fib daddr type local tcp dport {port} dnat to {pod}:8080
+add rule ip kube-proxy prerouting fib daddr type local tcp dport {remote_port} meta mark set meta mark | 0x4000
+add rule ip kube-proxy prerouting fib daddr type local tcp dport {remote_port} dnat to {remote}:8080
 """
 
 
@@ -84,6 +87,7 @@ class KubernetesNode:
     documents: dict[str, bytes]
     pods: list[Pod]
     cgroups: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    remote: Pod = field(init=False)
 
     @property
     def range(self) -> str:
@@ -99,9 +103,14 @@ class KubernetesNode:
         )
 
     def cni(self) -> None:
-        """The rules of CNI and kube-proxy, also again, as after a reload."""
+        """The rules of CNI and kube-proxy, also again, as after a reload. `remote`: a backend that an EndpointSlice has
+        of another cluster."""
         self.nft(_CNI.format(pods=self.range))
-        self.nft(_KUBE_PROXY.format(port=NODE_PORT, pod=self.pods[0].address))
+        self.nft(
+            _KUBE_PROXY.format(
+                port=NODE_PORT, pod=self.pods[0].address, remote_port=REMOTE_NODE_PORT, remote=self.remote.address
+            )
+        )
 
     def wire_pods(self) -> None:
         def bridge() -> None:
@@ -245,7 +254,8 @@ def kubernetes_nodes(load: bool = True) -> Iterator[tuple[KubernetesNode, Kubern
                 )
             )
             stack.callback(_leave, node)
-        for each in both:
+        for each, other in zip(both, reversed(both), strict=True):
+            each.remote = other.pods[0]
             each.documents = _published(both, each.node.cluster_id)
             each.wire_pods()
             each.cni()

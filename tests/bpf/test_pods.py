@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from bpf.pods import CLUSTER_IP, NODE_PORT, OUTSIDE, KubernetesNode, kubernetes_nodes
+from bpf.pods import CLUSTER_IP, NODE_PORT, OUTSIDE, REMOTE_NODE_PORT, KubernetesNode, kubernetes_nodes
 from bpf.topology import PATIENCE, TCP, Inside, InsideError, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Backend
@@ -137,6 +137,18 @@ def test_a_node_port_is_masqueraded_as_before_from_the_mesh_and_from_elsewhere(b
     seen = _identities(right)
     assert _ask(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
     assert _identities(right) == seen, "nothing came over the overlay"
+    _no_drops(both)
+
+
+def test_a_node_port_with_a_remote_backend_sends_as_the_node(both: Both) -> None:
+    """Ingress traffic, by an EndpointSlice with backends of the mesh: kube-proxy masquerades, with an address that the
+    other side knows."""
+    left, right = both
+    _serve(both)
+    client = left.process(left.pods[1])
+    for address in (left.gateway, left.node.underlay):
+        assert _ask(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert (right.pods[0].address, 6) in _identities(right)
     _no_drops(both)
 
 
