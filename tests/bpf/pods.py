@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
+from typing import Any
 
 import agent_mesh as mesh
 from bpf.topology import CLONE_NEWNET, Inside, Node, _libc, _rmdir, bare_nodes, wait_for
@@ -165,10 +166,11 @@ def _pair(node: Node, address: str, number: int) -> wire.IPIdentityPair:
     return wire.IPIdentityPair(address, number, node.underlay, namespace="shop", pod_name="api")
 
 
-def _spec(node: Node, pods: str) -> NodeSpec:
+def spec_document(node: Node, pods: str) -> dict[str, Any]:
+    """The specification of a node whose pod CIDR is `pods`."""
     plain = mesh.spec_document()
     name = NAMES[node.cluster_id]
-    return mesh.spec(
+    return mesh.spec_document(
         host=f"{name}-1",
         cluster={
             **plain["cluster"],
@@ -247,7 +249,7 @@ def kubernetes_nodes(load: bool = True) -> Iterator[tuple[KubernetesNode, Kubern
             both.append(
                 KubernetesNode(
                     node,
-                    _spec(node, f"{prefix}.0/24"),
+                    NodeSpec.from_dict(spec_document(node, f"{prefix}.0/24")),
                     {},
                     pods,
                     {("shop", "web"): ((node.cgroup / "web").stat().st_ino,)},

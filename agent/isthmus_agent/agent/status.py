@@ -188,8 +188,8 @@ def _pod_warnings(agent: Agent) -> list[str]:
     progress = agent.progress
     if progress.filtered_at is not None and time.time() - progress.filtered_at < FILTERED_RECENTLY:
         found.append(
-            f"{progress.filtered} packets between pods and the mesh were dropped by another filter of this host while "
-            "they were forwarded, the last a short time ago: a firewall whose policy for FORWARD is to drop, or a "
+            "packets between pods and the mesh were dropped by another filter of this host while they were forwarded "
+            f"({progress.filtered}, the last a short time ago): a firewall whose policy for FORWARD is to drop, or a "
             "network policy (look at: nft list ruleset; iptables -S FORWARD)"
         )
     return found
