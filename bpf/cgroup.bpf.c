@@ -13,7 +13,6 @@
 #include "lib/service.h"
 #include "lib/workload.h"
 
-#define AF_INET		2
 #define AF_INET6	10
 
 #define SOCK_STREAM	1

@@ -82,6 +82,38 @@ static __always_inline enum isthmus_drop parse(struct __sk_buff *skb, struct pac
 	return ISTHMUS_DROP_NONE;
 }
 
+/*
+ * From an underlay address of ours to another node's: such a packet is here
+ * only because its route was chosen before its source was translated back (the
+ * reply of a pod behind a NodePort that the other node dialled at our underlay
+ * address). Its way is the one that the request came.
+ */
+static __always_inline bool is_underlay_reply(const struct isthmus_addr *src, const struct isthmus_ipcache_value *dst)
+{
+	const struct isthmus_ipcache_value *source;
+
+	if (!(dst->flags & ISTHMUS_IPCACHE_NODE))
+		return false;
+	source = ipcache_lookup(src);
+	return source && (source->flags & ISTHMUS_IPCACHE_NODE) && addr_is_zero(&source->tunnel);
+}
+
+/* The device of the way without us, 0 if there is none. */
+static __always_inline __u32 underlay_device(struct __sk_buff *skb, const struct packet *packet)
+{
+	struct bpf_fib_lookup fib = {
+		.family = AF_INET,
+		.ifindex = skb->ifindex,
+		.ipv4_src = packet->src.a[3],
+		.ipv4_dst = packet->dst.a[3],
+	};
+	long result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+
+	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return 0;
+	return fib.ifindex == skb->ifindex ? 0 : fib.ifindex;
+}
+
 SEC("tc")
 int overlay_egress(struct __sk_buff *skb)
 {
@@ -90,6 +122,7 @@ int overlay_egress(struct __sk_buff *skb)
 	struct bpf_tunnel_key key = {};
 	struct packet packet = {};
 	enum isthmus_drop reason;
+	__u32 device;
 	__u64 flags;
 
 	reason = parse(skb, &packet);
@@ -103,6 +136,12 @@ int overlay_egress(struct __sk_buff *skb)
 	entry = ipcache_lookup(&packet.dst);
 	if (!entry || addr_is_zero(&entry->tunnel))
 		return drop(skb, ISTHMUS_DROP_NO_TUNNEL);
+
+	if (is_underlay_reply(&packet.src, entry)) {
+		device = underlay_device(skb, &packet);
+		if (device)
+			return bpf_redirect_neigh(device, NULL, 0, 0);
+	}
 
 	key.tunnel_id = source->identity;
 	key.tunnel_ttl = TUNNEL_TTL;

@@ -13,6 +13,8 @@
 
 #include "../include/abi.h"
 
+#define AF_INET		2
+
 #ifndef __always_inline
 #define __always_inline inline __attribute__((always_inline))
 #endif

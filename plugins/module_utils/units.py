@@ -69,7 +69,7 @@ KillMode=mixed
 """
 
 
-def agent_unit(config: str) -> str:
+def agent_unit(config: str, pods: bool = False) -> str:
     """`isthmusd.service`. CAP_BPF and CAP_PERFMON load programs, CAP_NET_ADMIN attaches them and sets up the device,
     routes and rules and ends sockets, CAP_NET_RAW probes.
 
@@ -77,7 +77,11 @@ def agent_unit(config: str) -> str:
     health checks run inside the same walls, without root's way to the host over /proc/sys; they see all processes (no
     ProtectProc), because looking for one is what such a check may do. ProtectKernelTunables would take the pinned maps
     below /sys away as well, so its paths are named.
+
+    `pods`: the host is a Kubernetes node, whose agent ends sockets in its pods' network namespaces as well. Entering
+    one takes CAP_SYS_ADMIN; of namespaces the unit may enter and make those of the network only.
     """
+    sandbox = _SANDBOX.replace("RestrictNamespaces=yes", "RestrictNamespaces=net") if pods else _SANDBOX
     return (
         _HEADER
         + f"""\
@@ -94,8 +98,8 @@ RuntimeDirectoryMode=0755
 RuntimeDirectoryPreserve=yes
 StateDirectory=isthmus isthmus/agent
 StateDirectoryMode=0755
-CapabilityBoundingSet=CAP_BPF CAP_PERFMON CAP_NET_ADMIN CAP_NET_RAW
-{_SANDBOX}ReadWritePaths=/sys/fs/bpf
+CapabilityBoundingSet=CAP_BPF CAP_PERFMON CAP_NET_ADMIN CAP_NET_RAW{" CAP_SYS_ADMIN" if pods else ""}
+{sandbox}ReadWritePaths=/sys/fs/bpf
 ReadOnlyPaths=-/proc/sys -/proc/sysrq-trigger -/sys/kernel -/sys/module
 ReadOnlyPaths=-/var/lib/isthmus/generations
 SystemCallFilter=@system-service bpf

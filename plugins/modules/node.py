@@ -154,7 +154,8 @@ def main():
     mesh_address, domain = spec["node"]["mesh4"], spec["dns"]["domain"]
     dnsmasq = resolver.dnsmasq_conf(mesh_address, domain, resolver.upstream(found))
     bundle = module.params["bundle_digest"]
-    agent_config = units.config_digest(units.agent_unit(""), bundle, document(spec))
+    has_pods = bool(spec["node"].get("kubernetes_node"))
+    agent_config = units.config_digest(units.agent_unit("", has_pods), bundle, document(spec))
     registrar_config = units.config_digest(
         units.registrar_unit(""), bundle, document({part: spec.get(part) for part in REGISTRAR_PARTS})
     )
@@ -162,7 +163,7 @@ def main():
     has_registrar = spec.get("registrar") is not None
     unit_files = {
         BPFFS: units.bpffs_unit(),
-        AGENT: units.agent_unit(agent_config),
+        AGENT: units.agent_unit(agent_config, has_pods),
         REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
         DNS: units.dns_unit(dns_config),
         DNS_PATH: units.dns_reload_path_unit(),

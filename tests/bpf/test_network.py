@@ -91,6 +91,16 @@ def test_changes_are_minimal_and_removals_complete(call: Call) -> None:
     assert call(netlink.audit_network, smaller) == []
 
 
+def test_a_throw_route_leaves_the_decision_to_the_next_table(call: Call) -> None:
+    wanted = replace(WANTED, routes=WANTED.routes | {Route(ip_network("10.244.1.0/24"), table=730, throw=True)})
+    call(netlink.ensure_overlay)
+    assert "add route throw 10.244.1.0/24 table 730" in call(netlink.apply_network, wanted).changes
+    assert call(netlink.audit_network, wanted) == []
+    assert not call(netlink.apply_network, wanted)
+    assert "throw 10.244.1.0/24 proto 73" in call(_ip, "route", "show", "table", "730")
+    assert call(netlink.apply_network, WANTED).changes == ("remove route throw 10.244.1.0/24 table 730",)
+
+
 def test_teardown_leaves_it_as_it_was(call: Call) -> None:
     before = call(_everything)
     call(netlink.ensure_overlay)
@@ -190,6 +200,16 @@ def test_underlay_mtu_of_own_addresses_and_paths(call: Call) -> None:
     assert call(netlink.underlay_mtu, ip_address("198.18.9.1")) == 1300
     with pytest.raises(NetworkError, match=r"no route to 192\.0\.2\.1"):
         call(netlink.underlay_mtu, ip_address("192.0.2.1"))
+
+
+def test_the_hosts_own_address_is_the_first_of_the_device(call: Call) -> None:
+    """kube-proxy masquerades what a NodePort sends into the mesh, with the first address of the device."""
+    call(netlink.ensure_overlay)
+    wanted = replace(
+        WANTED, addresses=frozenset(ip_address(f"10.101.0.{last}") for last in (97, 98, 100)), routes=frozenset()
+    )
+    call(netlink.apply_network, wanted)
+    assert call(_ip, "-br", "address", "show", "isthmus0").split()[2] == "10.101.0.97/32"
 
 
 def test_ipv6_addresses_routes_and_rules(call: Call) -> None:

@@ -74,9 +74,9 @@ def test_the_table_is_made_once_and_shows_as_it_is_meant(call: Call) -> None:
     ):
         assert words in text, text
     assert call(netlink.audit_network, WANTED) == []
-    generation = call(nftables.generation)
+    handle = call(_nft, "-a", "list", "table", "ip", "isthmus")
     assert not call(netlink.apply_network, WANTED)
-    assert call(nftables.generation) == generation, "what is as wanted is not written again"
+    assert call(_nft, "-a", "list", "table", "ip", "isthmus") == handle, "what is as wanted is not written again"
 
 
 def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
@@ -129,9 +129,7 @@ def test_the_set_follows_in_one_step_and_holds_thousands(call: Call) -> None:
 def test_damage_is_named_and_repaired(call: Call, damage: str, words: str) -> None:
     call(netlink.apply_network, WANTED)
     before = call(_nft, "list", "table", "ip", "isthmus")
-    generation = call(nftables.generation)
     call(_nft, damage)
-    assert call(nftables.generation) != generation
     assert call(netlink.audit_network, WANTED) == [words]
     call(netlink.apply_network, WANTED)
     assert call(netlink.audit_network, WANTED) == []
@@ -144,6 +142,21 @@ def test_a_replaced_rule_is_found(call: Call) -> None:
     handle = next(entry["rule"]["handle"] for entry in listed["nftables"] if "rule" in entry)
     call(_nft, f"replace rule ip isthmus postrouting handle {handle} counter accept")
     assert call(netlink.audit_network, WANTED) == ["nft table ip isthmus has other rules than wanted"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["flush ruleset", "flush chain ip isthmus postrouting", "flush set ip isthmus local"]
+)
+def test_what_another_program_took_is_put_back_without_an_audit(call: Call, damage: str) -> None:
+    keep = WANTED.keep_source
+    call(netlink.apply_network, WANTED)
+    before = call(_nft, "list", "table", "ip", "isthmus")
+    assert call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
+    call(_nft, damage)
+    found, _ = call(netlink.mend_keep_source, keep, netlink.OVERLAY)
+    assert len(found) == 1
+    assert call(_nft, "list", "table", "ip", "isthmus") == before
+    assert call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
 
 
 def test_what_the_kernel_refuses_is_told_and_the_table_stays(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

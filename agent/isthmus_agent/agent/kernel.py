@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, Service
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Service
 from isthmus_agent.desired.drain import endpoint
 
 
@@ -71,6 +71,10 @@ class Kernel(Protocol):
     def destroy(self, backends: Collection[Backend]) -> int:
         """End the sockets that the connect hook gave to these backends; how many."""
 
+    def mend_filters(self) -> tuple[tuple[str, ...], int]:
+        """Put back what other programs took of our part of netfilter: (what differed, in words; packets between pods
+        and the mesh that other filters dropped). NetworkError when that cannot be done."""
+
     def steps(self) -> int:
         """A number that grows while a call gets on. The only method that may be called from another thread."""
 
@@ -87,6 +91,7 @@ class HostKernel:
         self._ifindex = 0
         self._overlay = (0, 0)
         self._network_steps = 0
+        self._keep_source: KeepSource | None = None
         self._made: Datapath | None = None  # what the network was made, when nothing was refused
 
     @property
@@ -136,6 +141,7 @@ class HostKernel:
         """One refused route must not keep the hooks, and with them every service, from this host."""
         from isthmus_agent import netlink
 
+        self._keep_source = datapath.keep_source
         made, self._made = self._made, None
         try:
             result = netlink.apply_network(datapath, step=self._network_step, made=made)
@@ -162,7 +168,16 @@ class HostKernel:
         from isthmus_agent import netlink
 
         cookies = self._bpf.sockets_of(backends)
-        return netlink.destroy_sockets({endpoint(backend) for backend in backends}, cookies) if cookies else 0
+        destinations = {endpoint(backend) for backend in backends}
+        ended = netlink.destroy_sockets(destinations, cookies)
+        if self._keep_source is not None:
+            ended |= netlink.destroy_pods_sockets(destinations, cookies - ended, step=self._network_step)
+        return len(ended)
+
+    def mend_filters(self) -> tuple[tuple[str, ...], int]:
+        from isthmus_agent import netlink
+
+        return netlink.mend_keep_source(self._keep_source, netlink.OVERLAY) if self._keep_source else ((), 0)
 
     def _network_step(self) -> None:
         self._network_steps += 1

@@ -58,6 +58,8 @@ CGROUP_POLL = 0.2
 CGROUP_SEARCH_EVERY = 5  # polls; a search walks the slices, a poll only looks at known places
 AUDIT_INTERVAL = 300.0
 MTU_INTERVAL = 30.0
+FILTERS_INTERVAL = 2.0
+FILTERS_RETRY = 30.0
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
 DESTROY_AGAIN = 5.0
@@ -103,6 +105,8 @@ class Progress:
     drift: tuple[str, ...] = ()  # what the last audit found
     repaired: int = 0
     sockets_ended: int = 0
+    filtered: int = 0  # packets between pods and the mesh that other filters of this host dropped
+    filtered_at: float | None = None  # when they last became more
     last_good_written: float | None = None
     last_good_loaded: str = ""  # when what we started from was written
     restarts: int = 0  # of failed tasks
@@ -199,6 +203,8 @@ class Agent:
         }
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
+        if self.spec.node.kubernetes_node is not None:
+            jobs["filters"] = self._follow_filters
         if self._probe:
             jobs["prober"] = self.prober.run
         self.wake()
@@ -513,6 +519,24 @@ class Agent:
             await asyncio.sleep(AUDIT_INTERVAL * random.uniform(0.8, 1.2))  # noqa: S311
             if self.progress.applied is not None:
                 await self.audit(repair=True)
+
+    async def _follow_filters(self) -> None:
+        """An `nft flush ruleset`, as a reload of a firewall does it, must not cost pods their addresses until the next
+        audit."""
+        while True:
+            await asyncio.sleep(FILTERS_INTERVAL)
+            try:
+                found, filtered = await self.kernel_call(self.kernel.mend_filters)
+            except NetworkError as error:
+                logger.error("netfilter cannot be mended", extra=fields(error=str(error)))
+                await asyncio.sleep(FILTERS_RETRY)
+                continue
+            if found:
+                self.progress.repaired += len(found)
+                logger.warning("another program changed our part of netfilter; repaired", extra=fields(found=found))
+            if filtered > self.progress.filtered:
+                self.progress.filtered_at = time.time()
+            self.progress.filtered = filtered
 
     async def _keep_last_good(self) -> None:
         written: dict[str, bytes] = {}

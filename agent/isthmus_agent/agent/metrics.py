@@ -36,6 +36,12 @@ class _Snapshot:
         yield _gauge(
             "isthmus_etcd_connected", "1 while own etcd answers all watches.", float(agent.watcher.connected())
         )
+        if agent.spec.node.kubernetes_node is not None:
+            yield _counter(
+                "isthmus_forward_drops",
+                "Packets between pods and the mesh that other filters of this host dropped.",
+                progress.filtered,
+            )
         age = agent.watcher.age()
         if age is not None:
             yield _gauge("isthmus_etcd_age_seconds", "Since own etcd last answered.", age)

@@ -16,10 +16,12 @@ from isthmus_agent.agent.checks import listeners, misplaced
 from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
 from isthmus_agent.desired.drain import endpoint
+from isthmus_agent.desired.pods import Pods
 from isthmus_agent.desired.reports import CheckKey, backends_here
 from isthmus_agent.desired.services import Placed, ServiceView
 from isthmus_agent.state.model import MeshState
 
+FILTERED_RECENTLY = 300.0  # seconds that a warning of dropped packets stands
 SILENT_AFTER = 30.0  # seconds; the registrar writes a peer's status every 10
 
 
@@ -161,6 +163,38 @@ def _nodes(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
     return found
 
 
+def _kubernetes(agent: Agent) -> dict[str, Any] | None:
+    """None on a host that is no Kubernetes node."""
+    if agent.spec.node.kubernetes_node is None:
+        return None
+    pods = agent.desired.pods if agent.desired is not None else Pods()
+    return {
+        "node": agent.spec.node.kubernetes_node,
+        "pods": len(pods.identities),
+        "ranges": [str(each) for each in pods.ranges],
+        "filtered": agent.progress.filtered,
+    }
+
+
+def _pod_warnings(agent: Agent) -> list[str]:
+    found: list[str] = []
+    if agent.spec.node.kubernetes_node is None:
+        return found
+    if agent.desired is not None and not agent.desired.pods.ranges:
+        found.append(
+            f"nothing is known of the pods of node {agent.spec.node.kubernetes_node}: neither a pod CIDR nor a pod is "
+            "published; the registrar does that (look at: systemctl status isthmus-registrar on the etcd hosts)"
+        )
+    progress = agent.progress
+    if progress.filtered_at is not None and time.time() - progress.filtered_at < FILTERED_RECENTLY:
+        found.append(
+            "packets between pods and the mesh were dropped by another filter of this host while they were forwarded "
+            f"({progress.filtered}, the last a short time ago): a firewall whose policy for FORWARD is to drop, or a "
+            "network policy (look at: nft list ruleset; iptables -S FORWARD)"
+        )
+    return found
+
+
 def certificates_of(agent: Agent) -> dict[str, certificates.Validity]:
     """Those beside the agent's own."""
     return certificates.read(Path(agent.spec.etcd.cert).parent)
@@ -190,6 +224,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
             for view in agent.desired.views
             if view.address is None
         )
+    found.extend(_pod_warnings(agent))
     for workload in workloads:
         name = f"{workload['namespace']}/{workload['name']}"
         if workload["identity"] is None:
@@ -285,6 +320,7 @@ async def status(agent: Agent) -> dict[str, Any]:
         },
         "refused": {"total": sum(agent.decoder.refused.values()), "now": dict(agent.decoder.bad)},
         "restarted_jobs": progress.restarts,
+        "kubernetes": _kubernetes(agent),
         "workloads": workloads,
         "nodes": _nodes(agent, state),
         "warnings": warnings(agent, workloads, reading),

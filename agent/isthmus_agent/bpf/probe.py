@@ -41,6 +41,8 @@ _HELPERS = {
     "bpf_skb_set_tunnel_key": (libbpf.PROG_TYPE_SCHED_CLS, libbpf.HELPER_SKB_SET_TUNNEL_KEY),
     "bpf_skb_get_tunnel_key": (libbpf.PROG_TYPE_SCHED_CLS, libbpf.HELPER_SKB_GET_TUNNEL_KEY),
     "bpf_skb_change_type": (libbpf.PROG_TYPE_SCHED_CLS, libbpf.HELPER_SKB_CHANGE_TYPE),
+    "bpf_fib_lookup": (libbpf.PROG_TYPE_SCHED_CLS, libbpf.HELPER_FIB_LOOKUP),
+    "bpf_redirect_neigh": (libbpf.PROG_TYPE_SCHED_CLS, libbpf.HELPER_REDIRECT_NEIGH),
 }
 
 

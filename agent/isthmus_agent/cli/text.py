@@ -45,6 +45,9 @@ def status(document: dict[str, Any]) -> str:
         f"last good  written {_ago(last['age'])}"
         + (f", started from that of {last['loaded']}" if last["loaded"] else ""),
     ]
+    if kubernetes := document["kubernetes"]:
+        ranges = ", ".join(kubernetes["ranges"]) or "no range"
+        lines.append(f"pods       {kubernetes['pods']} of node {kubernetes['node']}, in {ranges}")
     if datapath["drops"]:
         drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
         lines.append(f"drops      {drops}")

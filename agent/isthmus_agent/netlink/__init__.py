@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The overlay device, our addresses, routes and rules, and ending sockets.
+"""The overlay device, our addresses, routes and rules, our table of netfilter, and ending sockets.
 
 All functions are synchronous and act in the calling thread's network namespace. pyroute2's
 synchronous classes cannot run inside a running event loop: call these functions in a thread.
@@ -19,8 +19,9 @@ from isthmus_agent.netlink.network import (
     remove_network,
     underlay_mtu,
 )
+from isthmus_agent.netlink.nftables import mend_keep_source
 from isthmus_agent.netlink.probe import missing_features
-from isthmus_agent.netlink.sockets import destroy_sockets
+from isthmus_agent.netlink.sockets import destroy_pods_sockets, destroy_sockets
 
 __all__ = [
     "OVERLAY",
@@ -32,8 +33,10 @@ __all__ = [
     "OverlayMissing",
     "apply_network",
     "audit_network",
+    "destroy_pods_sockets",
     "destroy_sockets",
     "ensure_overlay",
+    "mend_keep_source",
     "missing_features",
     "overlay_index",
     "remove_network",

@@ -224,7 +224,8 @@ def _difference(real: _Real, datapath: Datapath, index: int, up: bool) -> _Diffe
             replace.append((found.route, route))
     return _Difference(
         up=up,
-        add_addresses=[wanted_addresses[each] for each in sorted(wanted_addresses.keys() - real.addresses, key=str)],
+        # The host's own comes first, as the lowest of its range: the first is what `masquerade` takes.
+        add_addresses=[wanted_addresses[each] for each in sorted(wanted_addresses.keys() - real.addresses, key=_rank)],
         remove_addresses=sorted(real.addresses - wanted_addresses.keys(), key=str),
         add_routes=sorted(add, key=_order),
         replace_routes=sorted(replace, key=lambda pair: _order(pair[1])),
@@ -235,6 +236,10 @@ def _difference(real: _Real, datapath: Datapath, index: int, up: bool) -> _Diffe
         add_rules=sorted(datapath.rules - real.rules, key=str),
         remove_rules=sorted(real.rules - datapath.rules, key=str),
     )
+
+
+def _rank(interface: Any) -> tuple[int, int]:
+    return interface.version, int(interface.ip)
 
 
 def _order(route: Route) -> tuple[int, int, int, int]:

@@ -51,7 +51,7 @@ _DUMP_INTERRUPTED = 0x10
 
 # Messages.
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
-_NEWSET, _NEWSETELEM, _GETSETELEM, _GETGEN = 9, 12, 13, 16
+_NEWSET, _NEWSETELEM, _GETSETELEM = 9, 12, 13
 # Attributes.
 _TABLE_NAME = 1
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE = 1, 3, 4, 5, 7
@@ -61,7 +61,6 @@ _SET_TABLE, _SET_NAME, _SET_FLAGS, _SET_KEY_TYPE, _SET_KEY_LENGTH, _SET_ID, _SET
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS, _ELEMENTS_SET_ID = 1, 2, 3, 4
 _ELEMENT_KEY, _ELEMENT_FLAGS = 1, 3
 _LIST_ELEMENT, _EXPRESSION_NAME, _EXPRESSION_DATA, _DATA_VALUE = 1, 1, 2, 1
-_GEN_ID = 1
 _COUNTER_PACKETS = 2
 # Values.
 _INTERVAL_SET, _INTERVAL_END = 0x4, 0x1
@@ -229,9 +228,10 @@ def _elements(networks: Sequence[IPv4Network]) -> list[tuple[bytes, bool]]:
 
 @dataclass(frozen=True, slots=True)
 class _Real:
-    """What the kernel has of our table. `forwarded`: packets of the first and of the last chain of forward."""
+    """What the kernel has of our table. `forwarded`: packets of the first and of the last chain of forward.
+    `chains` None: not asked for."""
 
-    chains: frozenset[_Chain]
+    chains: frozenset[_Chain] | None
     rules: tuple[tuple[str, str], ...]  # chain, comment
     elements: tuple[tuple[bytes, bool], ...]
     forwarded: tuple[int, int]
@@ -300,18 +300,6 @@ class _Netfilter:
                 break
         return found
 
-    def generation(self) -> int:
-        """A number that changes with every change of nf_tables in this namespace. NetworkError without nf_tables."""
-        self._socket.send(self._message(_SUBSYSTEM << 8 | _GETGEN, _REQUEST, b""))
-        for answer, _, sequence, payload in self._answers():
-            if sequence != self._sequence:
-                continue
-            if answer == _ERROR:
-                raise NetworkError(f"cannot ask nf_tables: {os.strerror(-_ERRNO.unpack_from(payload)[0])}")
-            found = dict(_attributes(payload[_FAMILY.size :]))
-            return int(_U32.unpack(found[_GEN_ID])[0])
-        raise AssertionError("answers do not end")
-
     def _answers(self) -> Iterator[tuple[int, int, int, bytes]]:
         """(type, flags, sequence, payload) of what comes, without end."""
         while True:
@@ -331,17 +319,21 @@ def _is_there(netfilter: _Netfilter) -> bool:
         return False
 
 
-def _read(netfilter: _Netfilter) -> _Real | None:
-    """None when the table is not there."""
-    if not _is_there(netfilter):
-        return None
-    chains = set()
+def _chains(netfilter: _Netfilter) -> frozenset[_Chain]:
+    found = set()
     for each in netfilter.dump(_GETCHAIN):
         if _name(each.get(_CHAIN_TABLE)) != TABLE:
             continue
         hook = dict(_attributes(each.get(_CHAIN_HOOK, b"")))
         place = (_U32.unpack(hook[_HOOK_NUMBER])[0], _I32.unpack(hook[_HOOK_PRIORITY])[0]) if hook else (-1, 0)
-        chains.add(_Chain(_name(each.get(_CHAIN_NAME)), _name(each.get(_CHAIN_TYPE)), *place))
+        found.add(_Chain(_name(each.get(_CHAIN_NAME)), _name(each.get(_CHAIN_TYPE)), *place))
+    return frozenset(found)
+
+
+def _read(netfilter: _Netfilter, chains: bool = True) -> _Real | None:
+    """None when the table is not there. The kernel lists the chains of all tables or none."""
+    if not _is_there(netfilter):
+        return None
     rules: list[tuple[str, str]] = []
     packets = {_FORWARD_FIRST.name: 0, _FORWARD_LAST.name: 0}
     for each in netfilter.dump(_GETRULE, _text(_RULE_TABLE, TABLE)):
@@ -359,7 +351,7 @@ def _read(netfilter: _Netfilter) -> _Real | None:
             flags = _U32.unpack(element[_ELEMENT_FLAGS])[0] if _ELEMENT_FLAGS in element else 0
             elements.append((key, bool(flags & _INTERVAL_END)))
     forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
-    return _Real(frozenset(chains), tuple(rules), tuple(sorted(elements)), forwarded)
+    return _Real(_chains(netfilter) if chains else None, tuple(rules), tuple(sorted(elements)), forwarded)
 
 
 def _name(raw: bytes | None) -> str:
@@ -381,7 +373,7 @@ def _differences(real: _Real | None, wanted: KeepSource, device: str) -> list[st
     if real is None:
         return [f"{words} is missing"]
     found = []
-    if real.chains != set(_CHAINS):
+    if real.chains is not None and real.chains != set(_CHAINS):
         found.append(f"{words} has other chains than wanted")
     rules = _rules(wanted, device)
     if sorted(real.rules) != sorted((each.chain, each.comment) for each in rules):
@@ -494,18 +486,18 @@ def remove_keep_source() -> list[str]:
     return [f"nft table ip {TABLE}"]
 
 
-def generation() -> int:
-    """A number that changes with every change of nf_tables in this network namespace."""
-    with _Netfilter() as netfilter:
-        return netfilter.generation()
+def mend_keep_source(wanted: KeepSource, device: str) -> tuple[tuple[str, ...], int]:
+    """Puts our table back when another program changed it or took it away: (what differed, in words; packets between
+    pods and the mesh that another filter of this host dropped while they were forwarded, since our table was made).
 
-
-def forward_drops() -> int | None:
-    """Packets between pods and the mesh that another filter of this host dropped while they were forwarded, since our
-    table was made; None when there is no table."""
+    Asks for our own rules only, so that it costs little beside a kube-proxy with tens of thousands."""
     with _Netfilter() as netfilter:
-        real = _read(netfilter)
+        real = _read(netfilter, chains=False)
+        found = _differences(real, wanted, device)
+    if found:
+        apply_keep_source(wanted, device)
+        return tuple(found), 0
     if real is None:
-        return None
+        return (), 0
     first, last = real.forwarded
-    return max(0, first - last)
+    return (), max(0, first - last)

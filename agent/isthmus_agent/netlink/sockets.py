@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Ending sockets whose peer is gone: NETLINK_SOCK_DIAG, SOCK_DESTROY (what `ss -K` does).
 
-Wire format: uapi/linux/inet_diag.h and sock_diag.h. The application sees ECONNABORTED.
+Wire format: uapi/linux/inet_diag.h and sock_diag.h. The application sees ECONNABORTED. The kernel answers for one
+network namespace at a time, so those of pods are entered one after the other, each by a thread that ends with it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.netlink.errors import NetworkError
@@ -40,6 +45,11 @@ _STATES = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 # From here on one dump of everything is cheaper than one per destination.
 _MANY = 16
 
+# Where container runtimes keep the network namespaces of pods: containerd and CRI-O, Docker. Processes' own entries
+# in /proc would do as well, but reading those of others takes a right (ptrace) that an agent should not have.
+NAMESPACES = (Path("/run/netns"), Path("/run/docker/netns"))
+_CLONE_NEWNET = 0x40000000
+
 Destination = tuple[Address, int, int]  # address, port, protocol (6 or 17)
 
 
@@ -52,23 +62,66 @@ class _Socket:
     destination: Destination
 
 
-def destroy_sockets(destinations: Collection[Destination], cookies: Collection[int] | None = None) -> int:
-    """Ends the sockets of this network namespace that are connected to one of `destinations`, and with
-    `cookies` only those of them that have one of these cookies. Answers how many.
+def destroy_sockets(destinations: Collection[Destination], cookies: Collection[int]) -> set[int]:
+    """Ends those sockets of this network namespace that have one of `cookies` and are connected to one of
+    `destinations`. Answers their cookies.
 
     IPv4 destinations match AF_INET6 sockets with a v4-mapped peer too. NetworkError if the kernel cannot
     end sockets (CONFIG_INET_DIAG_DESTROY)."""
-    wanted = set(destinations)
-    if not wanted or (cookies is not None and not cookies):
-        return 0
-    keep = None if cookies is None else frozenset(cookies)
-    ended = 0
+    wanted, keep = set(destinations), frozenset(cookies)
+    if not wanted or not keep:
+        return set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
         netlink.bind((0, 0))
-        for each in _matching(netlink, wanted):
-            if (keep is None or each.cookie in keep) and _destroy(netlink, each):
-                ended += 1
-    return ended
+        return {each.cookie for each in _matching(netlink, wanted) if each.cookie in keep and _destroy(netlink, each)}
+
+
+def destroy_pods_sockets(
+    destinations: Collection[Destination],
+    cookies: Collection[int],
+    places: Collection[Path] = NAMESPACES,
+    step: Callable[[], None] = lambda: None,
+) -> set[int]:
+    """The same in every network namespace below `places`, until all `cookies` are found; `step` is called after each.
+
+    A namespace that goes meanwhile is passed over. NetworkError when one cannot be entered."""
+    left = set(cookies)
+    for path in [path for place in places if place.is_dir() for path in sorted(place.iterdir())]:
+        if not left:
+            break
+        left -= _in_namespace(path, partial(destroy_sockets, destinations, left))
+        step()
+    return set(cookies) - left
+
+
+def _in_namespace(path: Path, function: Callable[[], set[int]]) -> set[int]:
+    """What `function` answers inside the namespace, in a thread of its own; nothing when `path` is none (any more)."""
+    answers: list[set[int]] = []
+    failures: list[NetworkError] = []
+
+    def run() -> None:
+        try:
+            namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
+                number = ctypes.get_errno()
+                if number != errno.EINVAL:  # the file that a namespace is mounted over, before it is and after
+                    failures.append(NetworkError(f"cannot enter the network namespace {path}: {os.strerror(number)}"))
+                return
+            answers.append(function())
+        except NetworkError as error:
+            failures.append(error)
+        finally:
+            os.close(namespace)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return answers[0] if answers else set()
 
 
 def can_destroy() -> bool:

@@ -19,6 +19,7 @@ from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.desired.datapath import Datapath
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
+from isthmus_agent.netlink import NetworkError
 from isthmus_agent.state.watch import StateWatcher
 from isthmus_mesh import keys
 
@@ -92,6 +93,35 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
     asyncio.run(fail_and_recover(an_agent(tmp_path, kernel), kernel))
     assert kernel.calls[:2] == [("start", 1450), ("apply", 1350)]
     assert kernel.calls[-1] == ("start", 1450)
+
+
+async def follow_filters(agent: Agent, answers: list[Any]) -> None:
+    job = asyncio.create_task(agent._follow_filters())
+    try:
+        await until(lambda: len(answers) == 1, "asked again and again")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_what_others_do_to_netfilter_is_mended_and_what_they_drop_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "FILTERS_INTERVAL", 0.001)
+    monkeypatch.setattr(loop, "FILTERS_RETRY", 0.001)
+    kernel = FakeKernel()
+    answers: list[Any] = [((), 0), NetworkError("no"), (("the table is missing",), 0), ((), 3), ((), 3), ((), 3)]
+
+    def mend() -> Any:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    agent = an_agent(tmp_path, kernel)
+    asyncio.run(follow_filters(agent, answers))
+    assert agent.progress.repaired == 1
+    assert agent.progress.filtered == 3
+    assert agent.progress.filtered_at is not None
 
 
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:

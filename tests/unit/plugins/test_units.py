@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
-from security_page import STATED
+from security_page import STATED, STATED_ON_A_NODE
 
 FILES = {
     "isthmusd.service": units.agent_unit("0123"),
@@ -62,6 +62,12 @@ def test_nobody_has_more_than_it_needs() -> None:
         "CAP_NET_ADMIN",
         "CAP_NET_RAW",
     }
+    on_a_node = units.agent_unit("0123", pods=True)
+    assert set(options(on_a_node, "CapabilityBoundingSet")[0].split()) - {"CAP_SYS_ADMIN"} == set(
+        options(FILES["isthmusd.service"], "CapabilityBoundingSet")[0].split()
+    )
+    assert options(on_a_node, "RestrictNamespaces") == ["net"]
+    assert options(FILES["isthmusd.service"], "RestrictNamespaces") == ["yes"]
     for name in ("isthmusd.service", "isthmus-registrar.service", "isthmus-dns.service"):
         assert options(FILES[name], "ProtectSystem") == ["strict"]
         assert options(FILES[name], "NoNewPrivileges") == ["yes"]
@@ -77,10 +83,16 @@ def test_a_score_is_stated_for_every_daemon() -> None:
     assert set(STATED) == set(DAEMONS)
 
 
-@pytest.mark.parametrize("name", sorted(STATED))
-def test_the_stated_score_is_kept(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(DAEMONS[name])
-    threshold = round(STATED[name] * 10)
+@pytest.mark.parametrize(
+    ("name", "text", "stated"),
+    [
+        *((name, DAEMONS[name], STATED[name]) for name in sorted(STATED)),
+        ("isthmusd.service", units.agent_unit("0123", pods=True), STATED_ON_A_NODE),
+    ],
+)
+def test_the_stated_score_is_kept(tmp_path: Path, name: str, text: str, stated: float) -> None:
+    (tmp_path / name).write_text(text)
+    threshold = round(stated * 10)
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", f"--threshold={threshold}", "--no-pager", tmp_path / name],
         capture_output=True,

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Pods of a Kubernetes node in the mesh: addresses and identities are kept in both directions, beside a CNI that
+masquerades and a kube-proxy that marks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from bpf.pods import CLUSTER_IP, NODE_PORT, OUTSIDE, REMOTE_NODE_PORT, KubernetesNode, kubernetes_nodes
+from bpf.topology import PATIENCE, TCP, Inside, InsideError, wait_for
+from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import Backend
+from isthmus_mesh import keys, wire
+
+Both = tuple[KubernetesNode, KubernetesNode]
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    with kubernetes_nodes() as found:
+        yield found
+
+
+def _ask(client: Inside, address: str, port: int, bound: str = "") -> str:
+    """What the server says: its name and the client's address as it sees it."""
+    source = f", ('{bound}', 0)" if bound else ""
+    return str(client.do(f"s = socket.create_connection(('{address}', {port}), 5{source}); result = line(s)"))
+
+
+def _serve_in_pods(both: Both) -> None:
+    for each in both:
+        for number, pod in enumerate(each.pods):
+            name = f"{each.node.name}-pod{number}"
+            each.process(pod).do(
+                f"serve_tcp('{name}', '{pod.address}', 8080); serve_udp('{name}', '{pod.address}', 5353)"
+            )
+
+
+def _serve(both: Both) -> None:
+    """In pods, on the host's mesh and underlay address, and as the workload `web`."""
+    _serve_in_pods(both)
+    for each in both:
+        name, node = each.node.name, each.node
+        node.process().do(
+            f"serve_tcp('{name}-mesh', '{node.mesh}', 9000); serve_tcp('{name}-underlay', '{node.underlay}', 9000)"
+        )
+        node.process("web").do(f"serve_tcp('{name}-web', '{node.workload}', 9000)")
+
+
+def _identities(node: KubernetesNode) -> set[tuple[str, int]]:
+    return {(str(each.destination), each.identity) for each in node.node.bpf.counters().identities}
+
+
+def _no_drops(both: Both) -> None:
+    for each in both:
+        assert not any(each.node.drops().values()), (each.node.name, each.node.drops())
+
+
+@pytest.mark.parametrize("rp_filter", ["0", "1"])
+def test_every_direction_keeps_source_and_identity(both: Both, rp_filter: str) -> None:
+    left, right = both
+    for each in both:
+        for device in ("all", "default", "eth0", "isthmus0", "cni0"):
+            each.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
+    _serve(both)
+    for near, far in ((left, right), (right, left)):
+        pod = near.pods[0]
+        name = far.node.name
+        client = near.process(pod)
+        # pod -> pod, workload, host by mesh and by underlay address
+        assert _ask(client, far.pods[0].address, 8080) == f"{name}-pod0 {pod.address}"
+        assert _ask(client, far.node.workload, 9000) == f"{name}-web {pod.address}"
+        assert _ask(client, far.node.mesh, 9000) == f"{name}-mesh {pod.address}"
+        assert _ask(client, far.node.underlay, 9000) == f"{name}-underlay {pod.address}"
+        assert {
+            (destination, pod.identity)
+            for destination in (far.pods[0].address, far.node.workload, far.node.mesh, far.node.underlay)
+        } <= _identities(far)
+        # host and workload -> pod
+        target = far.pods[1]
+        assert _ask(near.node.process(), target.address, 8080) == f"{name}-pod1 {near.node.mesh}"
+        assert (
+            _ask(near.node.process(), target.address, 8080, near.node.underlay) == f"{name}-pod1 {near.node.underlay}"
+        )
+        assert _ask(near.node.process("web"), target.address, 8080) == f"{name}-pod1 {near.node.workload}"
+        assert {(target.address, 6), (target.address, near.node.identity)} <= _identities(far)
+    _no_drops(both)
+
+
+def test_on_one_node_host_workloads_and_pods_reach_each_other(both: Both) -> None:
+    left, _ = both
+    _serve(both)
+    pod = left.pods[0]
+    client = left.process(pod)
+    assert _ask(client, left.pods[1].address, 8080) == f"a-pod1 {pod.address}"
+    assert _ask(client, left.node.workload, 9000) == f"a-web {pod.address}"
+    assert _ask(client, left.node.mesh, 9000) == f"a-mesh {pod.address}"
+    assert _ask(client, left.node.underlay, 9000) == f"a-underlay {pod.address}"
+    assert _ask(left.node.process("web"), pod.address, 8080) == f"a-pod0 {left.node.workload}"
+    assert _ask(left.node.process(), pod.address, 8080) == f"a-pod0 {left.gateway}"
+    _no_drops(both)
+
+
+def test_what_is_not_the_meshs_is_masqueraded_as_before(both: Both) -> None:
+    left, right = both
+    right.node.process().do(f"serve_tcp('outside', '{OUTSIDE}', 9000)")
+    assert _ask(left.process(left.pods[0]), OUTSIDE, 9000) == f"outside {left.node.underlay}"
+
+
+def test_without_our_table_the_source_is_lost(both: Both) -> None:
+    """The other tests can fail: the rules of this topology do masquerade."""
+    left, right = both
+    _serve(both)
+    for each in both:
+        each.nft("delete table ip isthmus")
+    assert _ask(left.process(left.pods[0]), right.node.workload, 9000) == f"b-web {left.node.mesh}"
+    assert _ask(left.node.process("web"), right.pods[0].address, 8080) == f"b-pod0 {right.gateway}"
+
+
+@pytest.mark.parametrize("rp_filter", ["0", "1"])
+def test_a_node_port_is_masqueraded_as_before_from_the_mesh_and_from_elsewhere(both: Both, rp_filter: str) -> None:
+    """Towards the node's underlay address nothing of the mesh is on the way, in no direction."""
+    left, right = both
+    _serve(both)
+    for device in ("all", "default", "eth0", "isthmus0"):
+        right.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
+    client = right.node.process()
+    assert _ask(client, left.node.mesh, NODE_PORT) == f"a-pod0 {left.gateway}"
+    seen = _identities(right)
+    assert _ask(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
+    assert _identities(right) == seen, "nothing came over the overlay"
+    _no_drops(both)
+
+
+def test_a_node_port_with_a_remote_backend_sends_as_the_node(both: Both) -> None:
+    """Ingress traffic, by an EndpointSlice with backends of the mesh: kube-proxy masquerades, with an address that the
+    other side knows."""
+    left, right = both
+    _serve(both)
+    client = left.process(left.pods[1])
+    for address in (left.gateway, left.node.underlay):
+        assert _ask(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert (right.pods[0].address, 6) in _identities(right)
+    _no_drops(both)
+
+
+def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> None:
+    left, right = both
+    _serve(both)
+    client = left.process(left.pods[0])
+    client.do(f"old = socket.create_connection(('{right.node.workload}', 9000), 5); result = line(old)")
+    for _ in range(3):
+        left.cni()
+        assert client.do("old.sendall(b'x?'); result = line(old)")
+        assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    _no_drops(both)
+
+
+def test_what_a_firewall_drops_while_it_is_forwarded_is_counted(both: Both) -> None:
+    """An `accept` of ours would not help: in netfilter a drop anywhere wins. So it is told."""
+    left, right = both
+    _serve(both)
+    keep = left.node.datapath.keep_source
+    client = left.process(left.pods[0])
+    assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    assert left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
+    left.nft("add table ip filter\nadd chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
+    client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{right.node.workload}', 9000))")
+    assert left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 1)
+    right.node.process().do(
+        f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{left.pods[0].address}', 9000))"
+    )
+    wait_for(
+        lambda: left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 2), "the other direction, too"
+    )
+
+
+def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(both: Both) -> None:
+    """Devices of pods have 1500 bytes, the way between nodes 1450: the node tells the pod, once."""
+    left, right = both
+    _serve(both)
+    client = left.process(left.pods[0])
+    size = 16 << 20
+    total = client.do(
+        f"s = socket.create_connection(('{right.pods[0].address}', 8080), 20); line(s)\n"
+        f"before = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)\n"
+        f"s.sendall(bytes({size} - 1) + b'?'); result = [before, int(line(s))]"
+    )
+    assert total == [1500 - 40 - 12, size]
+    assert client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)") == 1450 - 40 - 12
+    for each in both:
+        assert (each.node.counter("FragCreates"), each.node.counter("ReasmReqds")) == (0, 0)
+    _no_drops(both)
+
+
+CLIENTS = ("pod", "host network", "older than the agent")
+
+
+def test_a_cluster_ip_leads_to_backends_of_both_clusters_from_everywhere() -> None:
+    with kubernetes_nodes(load=False) as both:
+        left, _ = both
+        _serve_in_pods(both)
+        old = left.process(left.pods[1])
+        for each in both:
+            each.node.datapath = each.wanted().datapath
+            each.node.load()
+        clients = (left.process(left.pods[1]), left.node.process("host"), old)
+        for name, client in zip(CLIENTS, clients, strict=True):
+            tcp, udp, peers = set(), set(), set()
+            for _ in range(40):
+                answer = client.do(
+                    f"s = socket.create_connection(('{CLUSTER_IP}', 80), 5)\n"
+                    "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5)\n"
+                    f"u.sendto(b'x', ('{CLUSTER_IP}', 53)); data, peer = u.recvfrom(100)\n"
+                    "result = [line(s), s.getpeername(), data.decode(), peer]; s.close(); u.close()"
+                )
+                tcp.add(answer[0].split()[0])
+                udp.add(answer[2].split()[0])
+                peers.update((tuple(answer[1]), tuple(answer[3])))
+            assert tcp == udp == {"a-pod0", "b-pod0"}, name
+            assert peers == {(CLUSTER_IP, 80), (CLUSTER_IP, 53)}, name
+        _no_drops(both)
+
+
+def test_sockets_to_a_backend_that_is_gone_end_in_pods_too(both: Both, tmp_path: Path) -> None:
+    left, right = both
+    _serve(both)
+    empty = tmp_path / "being-made"
+    empty.touch()
+    for number, pod in enumerate(left.pods):
+        place = tmp_path / f"cni-{number}"
+        place.touch()
+        subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/fd/{pod.netns}", place], check=True)
+    try:
+        own = keys.service_key("onprem", "shop", "api")
+        left.documents[own] = json.dumps({**json.loads(left.documents[own]), "backends": {}}).encode()
+        left.apply()
+        clients = [left.process(left.pods[0]), left.process(left.pods[1]), left.node.process()]
+        for client in clients:
+            assert _ask(client, CLUSTER_IP, 80).startswith("b-pod0")
+            client.do(f"direct = socket.create_connection(('{right.pods[0].address}', 8080), 5); line(direct)")
+        gone = Backend(ip_address(right.pods[0].address), 8080, TCP, 2, ip_address(right.node.underlay))
+        cookies = left.node.bpf.sockets_of([gone])
+        assert len(cookies) == 3
+        destination = [(gone.address, 8080, TCP)]
+        ended = left.node.call(netlink.destroy_sockets, destination, cookies)
+        assert len(ended) == 1
+        rest = cookies - ended
+        assert left.node.call(netlink.destroy_pods_sockets, destination, rest, [tmp_path, tmp_path / "none"]) == rest
+        for client in clients:
+            with pytest.raises(InsideError) as caught:
+                client.do("s.recv(1)")
+            assert caught.value.errno == errno.ECONNABORTED
+            assert client.do("direct.sendall(b'?'); result = line(direct)") == "1", "no socket of the service's"
+    finally:
+        for place in tmp_path.glob("cni-*"):
+            subprocess.run(["umount", place], check=True)
+
+
+def test_after_300_quick_changes_the_kernel_holds_what_is_published(both: Both) -> None:
+    left, right = both
+    chance = random.Random(7)  # noqa: S311
+    first = 1 << 16
+    published: dict[str, int] = {pod.address: pod.identity for pod in left.pods}
+    prefix = left.range.removesuffix("0/24")
+    for number in range(300 // PATIENCE):
+        address = f"{prefix}{chance.randint(5, 20)}"
+        if address in published and chance.random() < 0.5:
+            del published[address]
+            left.documents.pop(keys.ip_key(address))
+        else:
+            published[address] = first + chance.randint(500, 503)
+            pair = wire.IPIdentityPair(address, published[address], left.node.underlay)
+            left.documents[keys.ip_key(address)] = pair.to_json().encode()
+        left.apply()
+        if number % 20 == 0:
+            assert left.node.bpf.audit(left.node.datapath) == []
+            found = left.node.datapath.local
+            assert {str(key): value for key, value in found.items() if str(key).startswith(prefix)} == published
+    assert left.node.bpf.audit(left.node.datapath) == []
+    assert left.node.call(netlink.audit_network, left.node.datapath) == []
+    # An address that nobody has any more neither sends nor receives.
+    pod = left.pods[0]
+    left.documents.pop(keys.ip_key(pod.address), None)
+    left.apply()
+    right.node.process().do(f"serve_udp('host', '{right.node.mesh}', 9000)")
+    client = left.process(pod)
+    client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{right.node.mesh}', 9000))")
+    wait_for(lambda: left.node.drops()["not_local_source"], "its packet is dropped at home")
+    right.node.process().do(
+        f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{pod.address}', 9000))"
+    )
+    wait_for(lambda: left.node.drops()["not_local_dest"], "what comes for it is dropped")
