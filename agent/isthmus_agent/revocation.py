@@ -151,6 +151,21 @@ def check_der(content: bytes, ca: str, where: str) -> None:
     _checked(found, ca, where)
 
 
+def outdated(der: bytes | None, known: str) -> str:
+    """What the file that etcd reads lacks of the list ``known`` (PEM), in words; empty when it refuses all of that."""
+    if der is None:
+        return "it is missing"
+    try:
+        found = {entry.serial_number for entry in x509.load_der_x509_crl(der)}
+    except ValueError:
+        return "it is no readable list of revoked certificates (DER)"
+    wanted = {entry.serial_number for entry in x509.load_pem_x509_crl(known.encode())}
+    if wanted <= found:
+        return ""
+    lacking = len(wanted - found)
+    return f"it is older than the estate record's list: {lacking} of {len(wanted)} revoked certificates are accepted here"
+
+
 def describe_list(der: bytes) -> str:
     """A line for people."""
     found = x509.load_der_x509_crl(der)

@@ -16,6 +16,7 @@ description:
   - Users of agents whose host is not in the record, and of clusters that the record calls absent, are deleted. What the
     inventory lacks only is in the record, and keeps its rights.
   - Runs on an etcd host of the cluster, with its C(root) certificate.
+  - A host with the bundle of an older version, which an upgrade has not reached yet, changes nothing and warns.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
@@ -58,7 +59,9 @@ changes:
   sample: [user isthmus-agent-onprem-4]
 """
 
+import inspect
 import os
+import platform
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
@@ -76,7 +79,7 @@ def ensure(module, admin, estate_admin, spec):
     with admin.EtcdConnector(cluster, directory=etcd_unit.PKI)(spec["etcd"]["endpoints"]) as client:
         only = module.params["only"]
         if only is not None:
-            return admin.ensure_access(client, admin.wanted_for_nodes(only), apply, enable=False)
+            return admin.ensure_access(client, admin.wanted_for_nodes(only), apply=apply, enable=False)
         hosts = record["clusters/" + cluster]["hosts"]
         nodes = [name for name, entry in hosts.items() if entry["state"] != "absent"]
         peers = [peer["name"] for peer in (spec["registrar"] or {"peers": []})["peers"]]
@@ -92,7 +95,16 @@ def ensure(module, admin, estate_admin, spec):
                 absent = None
                 break
         wanted = admin.wanted_access(cluster, nodes, peers)
-        return admin.ensure_access(client, wanted, apply, enable=True, absent=absent)
+        return admin.ensure_access(client, wanted, apply=apply, enable=True, absent=absent)
+
+
+def is_older(admin):
+    """Whether the bundle on this host is of a version whose rights are made in another way."""
+    try:
+        inspect.signature(admin.ensure_access).bind(None, None, apply=True, enable=True, absent=None)
+    except TypeError:
+        return True
+    return False
 
 
 def main():
@@ -111,6 +123,14 @@ def main():
     predicted = module.check_mode and not os.path.isdir(os.path.join(etcd_unit.DATA, "member"))
     if admin is None or predicted:
         changes.note(what, "", "users and roles made")
+        module.exit_json(**changes.result(stale=[], changes=[]))
+    if is_older(admin):
+        # A run that upgrades comes to hosts without etcd first, and predicts with what is there.
+        module.warn(
+            f"{platform.node()} still has an older version of isthmus.mesh, and the rights in the etcd of cluster "
+            f"{spec['cluster']['name']} stay as they are. Next: nothing, when this run comes to the cluster's etcd "
+            "hosts too, which makes them; else run isthmus.mesh.site on those"
+        )
         module.exit_json(**changes.result(stale=[], changes=[]))
     kvstore = bundle_module(module, "isthmus_agent.kvstore")
     estate_admin = bundle_module(module, "isthmus_agent.estate_admin")

@@ -49,6 +49,12 @@ options:
         takes out members that the record does not list.
       - By default the member that the spec names as the initial one.
     type: str
+  listed:
+    description:
+      - That the host gets its list of revoked certificates in this run. Needed in check mode only, where a host that
+        has none yet has none at this step either.
+    type: bool
+    default: false
   snapshot:
     description: Path on this host of a snapshot of the cluster's etcd; only O(former) needs the file.
     type: path
@@ -312,8 +318,8 @@ class MemberModule:
         binary = self.install.binary()
         self.need_user()
         revoked = self.revoked()
-        # The pki role gives a new host its list before.
-        predicted = self.module.check_mode and not os.path.exists(etcd_unit.ENVIRONMENT)
+        listed = self.module.params["listed"] or not os.path.exists(etcd_unit.ENVIRONMENT)
+        predicted = self.module.check_mode and listed
         text = etcd_unit.environment(self.spec, revocation=predicted or revoked is not None)
         trusted = read_bytes(f"{etcd_unit.PKI}/trust/{self.spec['cluster']['name']}.crt") or b""
         # etcd reads certificates, keys and the list of revoked ones at every handshake, but the trusted authority only
@@ -582,6 +588,7 @@ def main():
             "record": {"type": "dict", "required": True},
             "formed": {"type": "bool", "default": False},
             "former": {"type": "str"},
+            "listed": {"type": "bool", "default": False},
             "snapshot": {"type": "path"},
             "archive": {"type": "path"},
             "timeout": {"type": "int", "default": 180},
@@ -592,6 +599,8 @@ def main():
     if spec["member"] is None and not former.member_remains():
         module.exit_json(changed=False, action="none", notes=[])
     admin = bundle_module(module, "isthmus_agent.etcd_admin")
+    if module.check_mode and not hasattr(admin, "dismiss"):
+        admin = None  # an older version's, which the run would have replaced by now
     kvstore = node_spec = None
     refusals = ()
     if admin is not None:

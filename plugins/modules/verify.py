@@ -69,9 +69,9 @@ options:
   scope:
     description:
       - V(mesh) looks at everything.
-      - V(host) looks at units, the own member of etcd and the agent with its datapath, by the specification that is on
-        the host. What other hosts, peers and the record have a part in is left out, since a run may not have come to
-        them yet.
+      - V(host) looks at units, the own member of etcd, its list of revoked certificates as O(record) has it, and the
+        agent with its datapath, by the specification that is on the host. What other hosts, peers and the rest of the
+        record have a part in is left out, since a run may not have come to them yet.
     type: str
     choices: [mesh, host]
     default: mesh
@@ -133,11 +133,13 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import (
     clock,
     etcd_trouble,
+    etcd_unit,
     packets,
     resolver,
     standing,
     units,
 )
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
@@ -184,6 +186,7 @@ class Verifier:
         self.look("certificates", self.check_certificates)
         if self.spec.get("member"):
             self.look("etcd", self.check_etcd)
+            self.look("etcd", self.check_revoked)
         status = self.look("agent", self.check_agent)
         if status is not None:
             self.look("services", self.check_services, status)
@@ -202,6 +205,7 @@ class Verifier:
         self.look("units", self.check_units)
         if self.spec.get("member"):
             self.look("etcd", self.check_own_member)
+            self.look("etcd", self.check_revoked)
         self.look("agent", self.check_own_agent)
 
     def look(self, kind, method, *arguments):
@@ -368,6 +372,18 @@ class Verifier:
             health = service.get("health") or {}
             ports = [port for port in service["ports"] if health and health.get("port") in (None, port["target_port"])]
             self.check_requests({**service, "ports": ports}, one)
+
+    def check_revoked(self):
+        """etcd refuses what is in this file, whatever the record says."""
+        known = self.record.get(f"clusters/{self.cluster}", {}).get("crl")
+        if known is None:
+            return
+        path = f"{PKI}/{etcd_unit.REVOKED}"
+        problem = bundle_module(self.module, "isthmus_agent.revocation").outdated(read_bytes(path), known)
+        self.check("etcd", not problem, f"{path}: {problem}; {SITE}")
+        settings = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+        listed = all(settings.get(name) == path for name in ("ETCD_CLIENT_CRL_FILE", "ETCD_PEER_CRL_FILE"))
+        self.check("etcd", listed, f"{etcd_unit.ENVIRONMENT} does not tell etcd to read {path}; {SITE}")
 
     def check_answers(self, client, entry, errors):
         try:

@@ -91,6 +91,12 @@ class Ca:
             .not_valid_after(now + datetime.timedelta(days=self.days[1]))
         )
 
+    def empty_list(self) -> bytes:
+        """A list of revoked certificates, of none, in DER."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = x509.CertificateRevocationListBuilder(self._name, now, now + datetime.timedelta(days=1))
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
     def issue(self, cn: str, file: str | None = None) -> tuple[Path, Path]:
         """Certificate and key for `cn`, valid for 127.0.0.1 and localhost, client and server."""
         crt, pem = self.directory / f"{file or cn}.crt", self.directory / f"{file or cn}.key"

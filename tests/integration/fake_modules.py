@@ -17,7 +17,7 @@ PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "archive before break_lock bundle_digest cluster confirm controller_time crl estate firewall formed former hosts "
-    "install lock max_clock_skew only paths platforms python record replacing run scope services snapshot spec state "
+    "install listed lock max_clock_skew only paths platforms python record replacing run scope services snapshot spec state "
     "timeout token trust version wait"
 )
 
@@ -45,8 +45,6 @@ def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any
 
 
 def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
-    for name in (PLACE / "silence").read_text().split() if (PLACE / "silence").exists() else []:
-        (PLACE / "silent" / name).touch()
     path = PLACE / "hosts" / HOST / "node.json"
     changed = not path.exists() or json.loads(path.read_text()) != given["spec"]
     if changed and not module.check_mode:
@@ -57,6 +55,11 @@ def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     module = AnsibleModule(argument_spec={name: {"type": "raw"} for name in OPTIONS.split()}, supports_check_mode=True)
     given = module.params
+    # "MODULE WHERE WHO": when that module runs there, that host falls silent.
+    for line in (PLACE / "silence").read_text().splitlines() if (PLACE / "silence").exists() else []:
+        name, where, who = line.split()
+        if (name, where) == (NAME, HOST):
+            (PLACE / "silent" / who).touch()
     with (PLACE / "calls").open("a") as file:
         told = {name: given[name] for name in ("scope", "before", "wait", "state") if given[name] is not None}
         file.write(json.dumps({"module": NAME, "host": HOST, "check": module.check_mode, **told}) + "\n")

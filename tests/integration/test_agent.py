@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from ipaddress import IPv4Address
@@ -15,7 +16,7 @@ from pathlib import Path
 import agent_mesh as mesh
 import pytest
 from integration.etcd_fixture import EtcdServer
-from isthmus_agent.agent import certificates
+from isthmus_agent.agent import certificates, loop
 from isthmus_agent.agent.kernel import Applied, Reading
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server, routes
@@ -294,6 +295,41 @@ def test_a_start_with_etcd_down_is_made_from_last_known_good(own_server: EtcdSer
             assert second.now == first.now
 
     asyncio.run(story())
+
+
+def test_a_stop_writes_the_last_changes_and_waits_for_no_disk(
+    server: EtcdServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop, "LAST_GOOD_DELAY", 3600.0)
+    file = tmp_path / "state" / "last-known-good.json"
+
+    async def story(backends: dict[str, list[int]], expected: set[str]) -> None:
+        fill(server, mesh.documents(backends))
+        kernel = FakeKernel()
+        async with agent(spec_for(server), kernel, tmp_path):
+            await until(lambda: used(kernel) == expected, "applied from etcd")
+
+    asyncio.run(story(BACKENDS, ALL))
+    assert mesh.documents(BACKENDS).keys() <= json.loads(file.read_text())["documents"].keys()
+
+    release, before = threading.Event(), file.read_bytes()
+
+    def stuck(path: Path, last: object) -> None:
+        release.wait(20)
+
+    monkeypatch.setattr(loop, "_write", stuck)
+    monkeypatch.setattr(loop, "LAST_GOOD_STOP", 0.1)
+    watched = threading.Thread(target=asyncio.run, args=(story({**BACKENDS, "onprem": [1]}, ALL - {"10.101.0.18"}),))
+    watched.start()
+    try:
+        deadline = time.monotonic() + 15
+        while "the last changes are not in last-known-good" not in caplog.text:
+            assert time.monotonic() < deadline, "the stop waits for the disk"
+            time.sleep(0.05)
+    finally:
+        release.set()
+        watched.join(30)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', '{"schema": 1, "documents": {"a": 1}}'])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import previous_release
 import pytest
 from integration.etcd_fixture import Ca, free_port, require_etcd
 from integration.module_runner import ModuleFailed, run_module
@@ -25,6 +26,7 @@ from playbook import documented
 from unit.mesh.estates import estate, hosts, model, planned
 
 FAKE = Path(__file__).with_name("fake_systemctl.py")
+AGENT = Path(__file__).resolve().parents[2] / "agent"
 
 
 class Host:
@@ -110,7 +112,9 @@ class Cluster:
             spec["member"].update(members=peers, client_urls=clients, **own)
         return spec
 
-    def run(self, name: str, check: bool = False, acts: str = "o1", **more: Any) -> dict[str, Any]:
+    def run(
+        self, name: str, check: bool = False, acts: str = "o1", packages: Path = AGENT, **more: Any
+    ) -> dict[str, Any]:
         host, spec = self.hosts[name], self.spec(name)
         if spec["member"] is not None:
             host.give_keys(spec["pki"])
@@ -118,7 +122,7 @@ class Cluster:
         before = dict(os.environ)
         os.environ.update(PATH=self.path, ISTHMUS_TEST_HOST=str(host.place))
         try:
-            return run_module("etcd_member", arguments, check=check, places=host.places)
+            return run_module("etcd_member", arguments, check=check, places=host.places, packages=packages)
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -301,6 +305,21 @@ def test_a_host_that_was_away_when_it_was_taken_out_joins_anew(cluster: Cluster)
     assert cluster.run("o3")["action"] == "joined"
     assert cluster.members() == ["o1", "o2", "o3"]
     assert len(list(cluster.hosts["o3"].place.glob("data.removed-*"))) == 1
+
+
+@pytest.mark.parametrize("version", ["this", "the previous"])
+def test_a_check_predicts_the_restart_for_a_list_that_the_host_gets_in_the_run(cluster: Cluster, version: str) -> None:
+    """A member from before there were lists, also on a host that has the version of then."""
+    packages = AGENT if version == "this" else previous_release.python_path()
+    cluster.run("o1")
+    assert cluster.run("o1", check=True, packages=packages)["changed"] is False
+    predicted = cluster.run("o1", check=True, packages=packages, listed=True)
+    assert predicted["action"] == "restarted"
+    (cluster.hosts["o1"].pki / "revoked.crl").write_bytes(cluster.ca.empty_list())
+    done = cluster.run("o1")
+    assert done["action"] == "restarted"
+    headers = [sorted(entry["before_header"] for entry in result["diff"]) for result in (predicted, done)]
+    assert headers[0] == headers[1]
 
 
 def test_a_host_without_a_member_needs_nothing(cluster: Cluster) -> None:

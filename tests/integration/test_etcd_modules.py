@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import previous_release
+import pytest
 from integration.etcd_fixture import EtcdServer
 from integration.module_runner import collection, run_module
 
@@ -91,6 +93,25 @@ def test_users_follow_the_record(tmp_path: Path) -> None:
         assert users() == {"isthmus-agent-onprem-1", "isthmus-agent-orphan"}
         for check in (True, False):
             assert run(following, [], check)["changed"] is False
+
+
+@pytest.mark.parametrize("only", [None, ["onprem-4"]])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_host_that_an_upgrade_has_not_reached_gives_no_rights_and_says_so(
+    tmp_path: Path, check: bool, only: list[str] | None
+) -> None:
+    (tmp_path / "member").mkdir()
+    arguments: dict[str, Any] = {
+        "spec": {"host": "onprem-1", "cluster": {"name": "onprem"}, "registrar": None},
+        "record": {},
+        "only": only,
+    }
+    places = {"etcd_unit.DATA": str(tmp_path)}
+    packages = previous_release.python_path()
+    result = run_module("etcd_access", arguments, check=check, places=places, packages=packages)
+    assert (result["changed"], result["changes"]) == (False, [])
+    told = " ".join(map(str, result["warnings"]))
+    assert "an older version of isthmus.mesh, and the rights in the etcd of cluster onprem stay as they are" in told
 
 
 def test_etcd_admits_its_own_authority_and_its_own_peers_only() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A forgotten host that is back, under a real ansible-playbook: refused while it holds keys, planned when it holds
-nothing. And what the playbook `forget` refuses. Every host has an /etc of its own, in a mount namespace; the record is
-read from the copies there."""
+nothing. What the playbook `forget` refuses, and what a check of `replace_authority` says. Every host has an /etc of its
+own, in a mount namespace; the record is read from the copies there."""
 
 from __future__ import annotations
 
@@ -201,3 +201,36 @@ def test_forget_reaches_whom_it_can_and_tells_of_the_rest(site: Site) -> None:
     assert said.count("1 revoked certificates") == 2  # on o1 and on o2
     after = {path: path.read_bytes() for path in site.place.glob("hosts/*/etc/**/*") if path.is_file()}
     assert after == before
+
+
+def test_a_check_of_another_authority_predicts_the_next_step_and_says_what_follows(site: Site) -> None:
+    """What later steps do is of certificates that nobody has made yet, so nothing is said of those in particular."""
+    record = copy.deepcopy(dict(planned(model()).record))
+    now = datetime.datetime.now(datetime.timezone.utc)
+    made = {name: pki.new_authority(name, now) for name in ("onprem", "cloud")}
+    for (name, (key, certificate)), place in zip(made.items(), ("o1", "c1"), strict=True):
+        record[f"clusters/{name}"]["ca_certificate"] = certificate.decode()
+        (site.etc[place] / "pki" / "ca.key").write_bytes(key)
+        (site.etc[place] / "pki" / "ca.crt").write_bytes(certificate)
+    site.know(record)
+    words = ("isthmus.mesh.replace_authority", "--check", "--diff", "-e", "isthmus_replace_authority=onprem")
+    status, recap, said = site.run(*words)
+    assert (status, {one.failed for one in recap.values()}) == (0, {0}), said
+    assert "authority of cluster onprem in the estate record" in said
+    assert "Only the next step is predicted above." in said
+    assert "The new authority signs: on every host of cluster onprem" in said
+    assert "The old authority is trusted no more, by any host." in said
+    assert "TASK [The new authority comes first]" not in said
+
+    # The next run of one that ended after the first step.
+    key, certificate = pki.new_authority("onprem", now)
+    (site.etc["o1"] / "pki" / "ca.key").write_bytes(key)
+    (site.etc["o1"] / "pki" / "ca.crt").write_bytes(certificate)
+    record["clusters/onprem"]["ca_certificate"] += certificate.decode()
+    site.know(record)
+    status, recap, said = site.run(*words)
+    assert (status, {one.failed for one in recap.values()}) == (0, {0}), said
+    assert "TASK [The new authority comes first]" in said
+    assert "The new authority signs: on every host" not in said
+    assert "The old authority is trusted no more, by any host." in said
+    assert "TASK [The old authority goes]" not in said

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import socket
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.modules import verify
 from integration.etcd_fixture import EtcdServer
-from isthmus_agent import etcd_admin
+from isthmus_agent import etcd_admin, pki, revocation
 from unit.mesh import estates
 
 HOST = "c1"  # the only etcd member of cluster cloud
@@ -255,6 +257,42 @@ def test_between_batches_a_member_that_does_not_serve_is_told(host: Host, monkey
     verifier.run()
     (words,) = verifier.problems
     assert words.startswith(f"etcd: member {HOST} does not serve: ")
+
+
+@pytest.mark.parametrize("scope", ["mesh", "host"])
+def test_a_list_of_revoked_certificates_that_is_older_than_the_records_is_named(
+    host: Host, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    authority = pki.Authority("cloud", *pki.new_authority("cloud", now), "here", now)
+    older, newer = (authority.sign_list(dict.fromkeys(serials, now), 1, now) for serials in ([1], [1, 2]))
+    file, environment = host.pki / "revoked.crl", host.place / "etcd.env"
+    monkeypatch.setattr(etcd_unit, "ENVIRONMENT", str(environment))
+    environment.write_text(f"ETCD_CLIENT_CRL_FILE={file}\nETCD_PEER_CRL_FILE={file}\n")
+
+    def found(crl: str | None) -> list[str]:
+        verifier = host.verifier()
+        document = {**verifier.record["clusters/cloud"], **({"crl": crl} if crl else {})}
+        verifier.record = {**verifier.record, "clusters/cloud": document}
+        verifier.module.params |= {"scope": scope, "before": None}
+        verifier.run()
+        return [words for words in verifier.problems if "revoked.crl" in words]
+
+    assert found(None) == []
+    (missing,) = found(newer)
+    assert missing.startswith(f"etcd: {file}: it is missing; ")
+    file.write_bytes(revocation.to_der(older, authority.pem, "here"))
+    (words,) = found(newer)
+    assert words.startswith(
+        f"etcd: {file}: it is older than the estate record's list: 1 of 2 revoked certificates are accepted here; run"
+    )
+    assert found(older) == []
+    file.write_bytes(revocation.to_der(newer, authority.pem, "here"))
+    assert found(older) == found(newer) == []
+    environment.write_text("")
+    assert found(newer) == [f"etcd: {environment} does not tell etcd to read {file}; {verify.SITE}"]
+    file.write_bytes(b"no list")
+    assert len(found(newer)) == 2
 
 
 def test_tcp_is_proven_by_any_answer(monkeypatch: pytest.MonkeyPatch) -> None:

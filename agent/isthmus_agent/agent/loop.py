@@ -13,6 +13,7 @@ import asyncio
 import gc
 import logging
 import random
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ from isthmus_agent.desired.drain import DrainTracker
 from isthmus_agent.desired.reach import Reachability, choose_targets
 from isthmus_agent.desired.reports import CheckKey, backends_here, node_report, workload_reports
 from isthmus_agent.kvstore.client import EtcdClient
-from isthmus_agent.kvstore.tasks import end, wait_set
+from isthmus_agent.kvstore.tasks import end, wait_set, within
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
@@ -62,6 +63,7 @@ FILTERS_INTERVAL = 2.0
 FILTERS_RETRY = 30.0
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
+LAST_GOOD_STOP = 5.0  # what a stop waits for a slow disk
 DESTROY_AGAIN = 5.0
 IDLE = 5.0  # the applier's longest sleep
 BEATS = 4  # in the time that the watchdog allows; one that is missed is no harm
@@ -161,6 +163,7 @@ class Agent:
         self._dead_ended = 0.0
         self._expired: list[Backend] = []
         self._last_good_wake = asyncio.Event()
+        self._last_good_written: dict[str, bytes] = {}
         self._turns = 0
         self._kernel_calls = 0  # asked and not yet answered
         self._kernel_answers = 0
@@ -213,6 +216,7 @@ class Agent:
             await asyncio.gather(*tasks)
         finally:
             await end(tasks)
+            await self._leave_last_good()
             await self.checks.close()
             await self.kernel_call(self.kernel.close)
             self._executor.shutdown()
@@ -539,27 +543,46 @@ class Agent:
             self.progress.filtered = filtered
 
     async def _keep_last_good(self) -> None:
-        written: dict[str, bytes] = {}
         while True:
             await self._last_good_wake.wait()
             await asyncio.sleep(LAST_GOOD_DELAY)
-            self._last_good_wake.clear()
-            last = self.watcher.last_good(_rfc3339(time.time()))
-            if last.documents == written:
-                continue
-            try:
-                await asyncio.to_thread(_write, self.paths.last_good, last)
-            except OSError:
-                self._last_good_wake.set()  # the job is started again, and must not wait for the next change
-                raise
-            written = dict(last.documents)
-            self._has_last_good = True
-            self.progress.last_good_written = time.time()
+            await self._write_last_good()
             memory.give_back()
+
+    async def _write_last_good(self) -> None:
+        """What changed since the last time is on disk. OSError: it is not, and is still to be written."""
+        self._last_good_wake.clear()
+        last = self.watcher.last_good(_rfc3339(time.time()))
+        if last.documents == self._last_good_written:
+            return
+        try:
+            await asyncio.to_thread(_write, self.paths.last_good, last)
+        except BaseException:
+            self._last_good_wake.set()  # must not wait for the next change
+            raise
+        self._last_good_written = dict(last.documents)
+        self._has_last_good = True
+        self.progress.last_good_written = time.time()
+
+    async def _leave_last_good(self) -> None:
+        """At a stop: the next start may come before etcd does, and must not begin with what was true a change ago."""
+        if not self._last_good_wake.is_set():
+            return
+        try:
+            await within(self._write_last_good(), LAST_GOOD_STOP)
+        except (OSError, asyncio.TimeoutError) as error:
+            logger.error(
+                "the last changes are not in last-known-good; the next start learns of them from etcd",
+                extra=fields(path=str(self.paths.last_good), error=str(error) or f"not within {LAST_GOOD_STOP:.0f} s"),
+            )
+
+
+_WRITING = threading.Lock()  # a write that was cancelled goes on in its thread
 
 
 def _write(path: Path, last: LastGood) -> None:
-    write_atomically(path, last.to_json().encode(), 0o600)
+    with _WRITING:
+        write_atomically(path, last.to_json().encode(), 0o600)
 
 
 def _rfc3339(seconds: float) -> str:

@@ -76,6 +76,7 @@ def test_nobody_has_more_than_it_needs() -> None:
 DAEMONS = {
     **{name: FILES[name] for name in ("isthmusd.service", "isthmus-registrar.service", "isthmus-dns.service")},
     etcd_unit.SERVICE: etcd_unit.service("/usr/bin/etcd", "0123"),
+    etcd_unit.DEFRAG_SERVICE: etcd_unit.defrag_service(),
 }
 
 
