@@ -76,12 +76,12 @@ class ServiceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`ready`: gets new flows; `serving`: could, but is on its way out."""
+    """An endpoint that is ready, or not but still serves: it is on its way out. `node` may be empty."""
 
     addresses: tuple[str, ...]
     ready: bool
-    serving: bool
     hostname: str
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _slice(value: Any) -> SliceFacts | None:
             address for text in _texts(entry, "addresses") for address in _address4(text, "endpoints.addresses")
         )
         if addresses and (ready or serving):
-            endpoints.append(Endpoint(addresses, ready, serving, _text(entry, "hostname")))
+            endpoints.append(Endpoint(addresses, ready, _text(entry, "hostname"), _text(entry, "nodeName")))
     return SliceFacts(service, _ports(value), tuple(endpoints))
 
 
