@@ -237,6 +237,11 @@ class Publisher:
         self._numbers = self._dealt_numbers()
         self._vips = self._dealt_vips()
 
+    @property
+    def follows(self) -> bool:
+        """Whether `follow` makes sense: everything of Kubernetes had been read when `run` ran."""
+        return self._catalog is not None
+
     def problem(self, key: str, reason: str) -> None:
         self.problems.add(Problem(key, reason))
 
