@@ -18,7 +18,7 @@ from isthmus_mesh import keys
 from isthmus_mesh.documents import NodeReport, ServiceDefinition, ServicePort, WorkloadReport
 from isthmus_mesh.spec import NodeSpec
 
-IDS = {"onprem": 1, "cloud": 2}
+IDS = {"onprem": 1, "cloud": 2, "kube": 4}
 
 
 class Cluster:
@@ -26,6 +26,7 @@ class Cluster:
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.number = name, IDS[name]
+        self.ranges = [f"10.10{self.number}.0.0/16"]
         self.server = EtcdServer(directory / name, name=f"{name}-1")
         self.directory = directory
         self.estate_file = directory / f"{name}-estate.json"
@@ -167,7 +168,7 @@ class Cluster:
                 {
                     "name": peer.name,
                     "id": peer.number,
-                    "workload_ranges4": [f"10.10{peer.number}.0.0/16"],
+                    "workload_ranges4": peer.ranges,
                     "service_range4": f"10.11{peer.number}.0.0/16",
                     "endpoints": [peer.server.endpoint],
                     "ca": str(peer.server.ca.crt),
