@@ -79,8 +79,8 @@ class ApiServer:
         self.process: subprocess.Popen[bytes] | None = None
         self._program = program()
         admin = self.ca.issue("admin", organization="system:masters")
-        self._tls = ssl.create_default_context(cafile=str(self.ca.crt))
-        self._tls.load_cert_chain(*admin)
+        self.tls = ssl.create_default_context(cafile=str(self.ca.crt))
+        self.tls.load_cert_chain(*admin)
         accounts = ec.generate_private_key(ec.SECP256R1())
         self._accounts = directory / "accounts.key"
         self._accounts.write_bytes(
@@ -164,7 +164,7 @@ class ApiServer:
         self, method: str, path: str, body: Any = None, kind: str = "application/json", parse: bool = True
     ) -> Any:
         """What the server answers; Refused when it does not do it."""
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self._tls)
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self.tls)
         try:
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, {"Content-Type": kind})
@@ -182,21 +182,29 @@ class ApiServer:
         end = f"/{quote(name, safe='')}" if name else ""
         return f"{f'/apis/{group}/v1' if group else '/api/v1'}{place}/{resource}{end}"
 
-    def create(self, resource: str, value: dict[str, Any]) -> Any:
-        """Create an object, and write its status if it has one."""
-        metadata = value["metadata"]
+    def requests(self, resource: str, value: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
+        """Method, path, body and its type of what makes an object and, if it has one, writes its status as a kubelet
+        would."""
+        metadata, group = value["metadata"], GROUPS.get(resource)
         namespace = metadata.get("namespace", "")
-        group = GROUPS.get(resource)
         body = {"apiVersion": f"{group}/v1" if group else "v1", "kind": KINDS[resource], **value}
-        made = self.request("POST", self.path(resource, namespace), body)
+        found = [("POST", self.path(resource, namespace), body, "application/json")]
         if "status" in value:
-            made = self.status(resource, namespace, metadata["name"], value["status"])
-        return made
+            found.append(self._status(resource, namespace, metadata["name"], value["status"]))
+        return found
+
+    def _status(self, resource: str, namespace: str, name: str, status: dict[str, Any]) -> tuple[str, str, Any, str]:
+        path = self.path(resource, namespace, name) + "/status"
+        return "PATCH", path, {"status": status}, "application/merge-patch+json"
+
+    def create(self, resource: str, value: dict[str, Any]) -> None:
+        """Make an object, with its status."""
+        for request in self.requests(resource, value):
+            self.request(*request)
 
     def status(self, resource: str, namespace: str, name: str, status: dict[str, Any]) -> Any:
         """Write a status as a kubelet would."""
-        path = self.path(resource, namespace, name) + "/status"
-        return self.request("PATCH", path, {"status": status}, "application/merge-patch+json")
+        return self.request(*self._status(resource, namespace, name, status))
 
     def patch(self, resource: str, namespace: str, name: str, change: dict[str, Any]) -> Any:
         return self.request("PATCH", self.path(resource, namespace, name), change, "application/merge-patch+json")

@@ -5,6 +5,7 @@ because it is away stays."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import shutil
 import signal
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 from integration.kubernetes_fixture import ApiServer
 from integration.registrar_cluster import Cluster, running, until
+from isthmus_agent.registrar import service as registrar_service
 from isthmus_agent.registrar.kubernetes import client, source
 from isthmus_mesh import keys
-from isthmus_mesh.documents import KubernetesStatus
+from isthmus_mesh.documents import KubernetesStatus, ServiceDefinition, ServicePort
 from kubernetes_objects import endpoint, endpoint_slice, namespace, node, pod, service
 
 USER = "isthmus-registrar"
@@ -89,12 +91,15 @@ class Kube(Cluster):
         return set(json.loads(self.state().get(WEB, '{"backends":{}}'))["backends"])
 
     def told(self) -> KubernetesStatus:
-        return KubernetesStatus.from_json(self.server.dump(keys.KUBERNETES_STATUS)[keys.KUBERNETES_STATUS])
+        found = self.server.dump(keys.KUBERNETES_STATUS)
+        if not found:
+            raise RuntimeError("the registrar has not told of the API server yet")
+        return KubernetesStatus.from_json(found[keys.KUBERNETES_STATUS])
 
     def revisions(self) -> dict[str, int]:
         """When each published key was written last."""
         found = json.loads(self.server.etcdctl("get", "--prefix", "cilium/state/", "-w", "json"))
-        return {entry["key"]: entry["mod_revision"] for entry in found["kvs"]}
+        return {base64.b64decode(entry["key"]).decode(): entry["mod_revision"] for entry in found["kvs"]}
 
     def canaries(self) -> set[str]:
         return set(self.server.dump("cilium/synced/kube/"))
@@ -108,6 +113,7 @@ def kube(tmp_path: Path, api: ApiServer) -> Iterator[Kube]:
 
 
 BOTH = {"10.244.1.2", "10.244.2.2"}
+DB = ServiceDefinition("db", "shop", (ServicePort("sql", 5432, 5432),), {"app": "db"}, is_global=True)
 
 
 def test_from_nothing_key_by_key(kube: Kube) -> None:
@@ -208,26 +214,33 @@ def test_what_went_while_nobody_could_tell_is_found_by_a_new_list(kube: Kube, ap
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("remembers", [True, False], ids=["with its memory", "on another host"])
+LEADERS = {"the same host": ("h1", False), "another host": ("h2", False), "its canaries are lost": ("h2", True)}
+
+
+@pytest.mark.parametrize(("host", "lost"), LEADERS.values(), ids=LEADERS)
 def test_a_new_leader_withdraws_nothing_while_the_api_server_is_away(
-    kube: Kube, api: ApiServer, remembers: bool
+    kube: Kube, api: ApiServer, monkeypatch: pytest.MonkeyPatch, host: str, lost: bool
 ) -> None:
+    monkeypatch.setattr(registrar_service, "REPORT_GRACE", 3.0)
+
     async def run() -> None:
         async with running(kube.registrar()):
             await until(kube.canaries, "published")
         before = kube.revisions()
-        kube.server.etcdctl("del", "--prefix", "cilium/synced/")
+        if lost:
+            kube.server.etcdctl("del", "--prefix", "cilium/synced/")
         api.stop()
-        async with running(kube.registrar(host="h1" if remembers else "h2")):
+        async with running(kube.registrar(host=host)):
+            await until(lambda: kube.told().state == "absent", "its absence is told")
             # A canary says that everything known is published, and that does not hang on the API server for ever.
-            await until(kube.canaries, "canaries", 75.0)
-            assert kube.revisions() == before
-            assert kube.told().state == "absent"
+            await until(kube.canaries, "canaries")
             # What is not Kubernetes' goes on.
-            kube.put({**kube.record(2, revision=2)})
+            kube.put({keys.service_definition_key("shop", "db"): DB.to_json()})
+            await until(lambda: keys.service_key("kube", "shop", "db") in kube.state(), "a definition is published")
+            assert {key: at for key, at in kube.revisions().items() if not key.endswith("/db")} == before
             await asyncio.to_thread(api.start)
             await until(lambda: kube.told().state == "connected", "it is back", 30.0)
-            assert kube.revisions() == before
+            assert {key: at for key, at in kube.revisions().items() if not key.endswith("/db")} == before
             api.delete("pods", "shop", "web-1")
             await until(lambda: keys.ip_key("10.244.1.2") not in kube.state(), "a change is seen")
 

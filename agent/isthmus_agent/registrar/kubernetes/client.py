@@ -94,8 +94,9 @@ class Api:
         self._stamp: tuple[tuple[int, int, int], ...] = ()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     async def page(self, kind: str, more: str = "", limit: int = PAGE, version: str | None = None) -> Page:
         """A part of the list of all objects of `kind`. ApiError; Gone when `more` has become too old."""
@@ -205,4 +206,7 @@ def _socket(info: tuple[Any, ...]) -> socket.socket:
 def _words(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLError) or "CERTIFICATE" in text:
+        text += "; a certificate is refused: it has ended, has not begun, or is another authority's"
+    return text

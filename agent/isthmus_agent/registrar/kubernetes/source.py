@@ -187,14 +187,15 @@ class Source:
         else:
             state, reasons = (CONNECTED if self.catalog.synced else CONNECTING), []
         error = "; ".join(reasons) or None
-        if state != self._state:
-            self._state, self._since = state, self._wall()
-            self._changed.set()
-        elif error == self._error:
+        if (state, error) == (self._state, self._error):
             return
-        if error is not None and error != self._error:
-            text = "may not read the Kubernetes API" if state == REFUSED else "the Kubernetes API is away"
-            logger.warning(text, extra=fields(reason=error))
-        elif error is None and self._error is not None:
-            logger.info("the Kubernetes API answers", extra=fields(objects=self.catalog.counts()))
-        self._error = error
+        if state == REFUSED and error != self._error:
+            logger.warning("may not read the Kubernetes API", extra=fields(reason=error))
+        elif state == ABSENT != self._state:
+            logger.warning("the Kubernetes API is away; what was published stands", extra=fields(reason=error))
+        elif state == CONNECTED:
+            logger.info("following the Kubernetes API", extra=fields(objects=self.catalog.counts()))
+        if state != self._state:
+            self._since = self._wall()
+        self._state, self._error = state, error
+        self._changed.set()
