@@ -97,7 +97,7 @@ class Ca:
         builder = x509.CertificateRevocationListBuilder(self._name, now, now + datetime.timedelta(days=1))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
-    def issue(self, cn: str, file: str | None = None) -> tuple[Path, Path]:
+    def issue(self, cn: str, file: str | None = None, organization: str = "") -> tuple[Path, Path]:
         """Certificate and key for `cn`, valid for 127.0.0.1 and localhost, client and server."""
         crt, pem = self.directory / f"{file or cn}.crt", self.directory / f"{file or cn}.key"
         if crt.exists():
@@ -105,8 +105,10 @@ class Ca:
         key = ec.generate_private_key(ec.SECP256R1())
         names = [x509.IPAddress(ip_address("127.0.0.1")), x509.DNSName("localhost")]
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        subject = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization)] if organization else []
+        subject.append(x509.NameAttribute(NameOID.COMMON_NAME, cn))
         certificate = (
-            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cn)]), key)
+            self._builder(x509.Name(subject), key)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             # By it two authorities of one name are told apart.

@@ -363,7 +363,8 @@ async def services(agent: Agent) -> dict[str, Any]:
 
 
 async def peers(agent: Agent) -> dict[str, Any]:
-    """The document of `GET /v1/peers`: the registrar's word about each peer's etcd, and our own about its nodes."""
+    """The document of `GET /v1/peers`: the registrar's word about each peer's etcd and about the API server of its
+    Kubernetes cluster (null where there is none), and our own about the peers' nodes."""
     now, clock = time.time(), time.monotonic()
     state = agent.decoder.state()
     etcd = _etcd(agent)
@@ -390,4 +391,18 @@ async def peers(agent: Agent) -> dict[str, Any]:
                 "nodes_up": sum(1 for probe in probes if probe.up and probe.last_answer is not None),
             }
         )
-    return {"own_etcd": {"connected": etcd["connected"], "age": etcd["age"]}, "peers": found}
+    api = state.kubernetes.get(agent.spec.cluster.name)
+    return {
+        "own_etcd": {"connected": etcd["connected"], "age": etcd["age"]},
+        "peers": found,
+        "kubernetes": None
+        if api is None
+        else {
+            "server": api.server,
+            "state": api.state if etcd["connected"] else "unknown",
+            "since": api.since,
+            "error": api.error,
+            "objects": dict(api.objects),
+            "problems": list(api.problems),
+        },
+    }

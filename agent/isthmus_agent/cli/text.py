@@ -136,6 +136,11 @@ def peers(document: dict[str, Any]) -> str:
     for peer in document["peers"]:
         if peer["refused_last"]:
             text += f"\n! {peer['name']}: {peer['refused_last'][0]} was refused: {peer['refused_last'][1]}"
+    api = document["kubernetes"]
+    if api is not None:
+        objects = ", ".join(f"{number} {kind}" for kind, number in api["objects"].items())
+        text += f"\n\nKubernetes API {api['server']}: {api['state']} since {api['since']}; {objects}"
+        text += "".join(f"\n! {words}" for words in [*filter(None, [api["error"]]), *api["problems"]])
     return text
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Service addresses and who answers them. Pure.
 
+A service is here when it has a definition, when this cluster publishes it (its Kubernetes has it), or when only peers
+offer it and the registrar dealt it an address: then their ports are its ports.
 Merging follows Cilium (pkg/loadbalancer selectbackends, service_merger): the local service supplies
 the frontend, port names decide which backend serves which port, affinity prefers the local or the
 remote ones. A backend that probes found unreachable counts as unhealthy: it gets no new flows while a
@@ -120,16 +122,20 @@ class _Local:
     affinity: str
 
 
-def _local_services(state: MeshState, cluster: str) -> Iterable[_Local]:
+def _local_services(
+    state: MeshState, cluster: str, remote: Mapping[ServiceName, list[ClusterService]]
+) -> Iterable[_Local]:
     published = {(ns, name): svc for (owner, ns, name), svc in state.services.items() if owner == cluster}
-    names: set[ServiceName] = {*published, *state.local_services, *state.definitions}
+    offered = {name for name, vip in state.vips.items() if vip.by == "peers" and name in remote}
+    names: set[ServiceName] = {*published, *state.local_services, *state.definitions, *offered}
     for service in sorted(names):
         definition = state.definitions.get(service)
         own: ClusterService | None = published.get(service) or state.local_services.get(service)
         vip = state.vips.get(service)
         address: Address | None = vip.ipv4 if vip is not None else None
+        of_kubernetes = vip is not None and vip.by == "kubernetes"
         fronts: tuple[tuple[Address, str, L4Addr], ...] = ()
-        if definition is not None and address is not None:
+        if definition is not None and address is not None and not of_kubernetes:
             fronts = tuple((address, port.name, L4Addr(port.protocol, port.port)) for port in definition.ports)
         elif own is not None:
             fronts = tuple(
@@ -139,15 +145,33 @@ def _local_services(state: MeshState, cluster: str) -> Iterable[_Local]:
                 if ip_address(ip).version == 4
             )
             address = fronts[0][0] if fronts else address
+        elif address is not None:
+            fronts = tuple((address, name, port) for name, port in _ports_of(remote.get(service, ())))
+        if of_kubernetes and vip is not None:
+            affinity = vip.affinity
+        else:
+            affinity = definition.affinity if definition is not None else "none"
         yield _Local(
             namespace=service[0],
             name=service[1],
             fronts=fronts,
             address=address,
             backends=own.backends if own is not None else {},
-            is_global=definition.is_global if definition is not None else service in published,
-            affinity=definition.affinity if definition is not None else "none",
+            is_global=service in published or own is None
+            if definition is None
+            else definition.is_global or of_kubernetes,
+            affinity=affinity,
         )
+
+
+def _ports_of(remote: Iterable[ClusterService]) -> list[tuple[str, L4Addr]]:
+    """The ports that peers offer a service on; of two names for one port that of the first cluster."""
+    found: dict[tuple[int, str], str] = {}
+    for service in remote:
+        for ports in service.frontends.values():
+            for name, port in ports.items():
+                found.setdefault((port.port, port.protocol), name)
+    return [(name, L4Addr(protocol, port)) for (port, protocol), name in sorted(found.items())]
 
 
 def choose(local: list[Placed], remote: list[Placed], affinity: str) -> tuple[list[Placed], list[Placed]]:
@@ -202,7 +226,7 @@ def services(
             and placement.of(owner, ip)[0].version == 4
         ]
 
-    for local in _local_services(state, cluster):
+    for local in _local_services(state, cluster, remote_by_name):
         everyone: dict[Backend, Placed] = {}
         used: set[Backend] = set()
         for address, port_name, front in local.fronts:

@@ -216,7 +216,10 @@ class Mirror:
     `cache`: what was mirrored last, by cache key; `actual`: what is in our etcd of it; `config` and `actual_config`
     likewise for our copy of the peer's cluster-config, which stands until the peer was read; `previous`: the status
     document that stands; for `foreign` and `reserved` see `translate`; `started` is called when our etcd has the
-    peer's cluster-config.
+    peer's cluster-config, `offered` when the peer's services changed.
+
+    `services_changes` counts those changes; `services_known`: what the peer offers is known in full, from itself or
+    (given as `complete`) from before.
     """
 
     def __init__(
@@ -235,6 +238,8 @@ class Mirror:
         reserved: Sequence[IPv4Network] = (),
         started: Callable[[], object],
         wall: Callable[[], str],
+        offered: Callable[[], object] = lambda: None,
+        complete: bool = False,
         clock: Callable[[], float] = time.monotonic,
         max_delay: float = 30.0,
         budget: Budget = BUDGET,
@@ -263,6 +268,9 @@ class Mirror:
         self.config_text = config
         self._actual_config = actual_config
         self._started = started
+        self._offered = offered
+        self.services_changes = 0
+        self.services_known = complete
         self._canaries: dict[str, float] = {}
         self._budget = budget
         self._tokens, self._tokens_at = float(budget.burst), clock()
@@ -444,7 +452,7 @@ class Mirror:
                 return  # a key of that form was never taken over
             if self.wanted.pop(target, None) is not None:
                 self._counts[kind] -= 1
-                self._pending.add(target)
+                self._change(kind, target)
             return
         if len(kv.value) > self._budget.value:
             self._refuse(key, f"value is larger than {self._budget.value} bytes")
@@ -462,7 +470,12 @@ class Mirror:
             self._counts[kind] += 1
         if self.wanted.get(target) != text:
             self.wanted[target] = text
-            self._pending.add(target)
+            self._change(kind, target)
+
+    def _change(self, kind: str, target: str) -> None:
+        self._pending.add(target)
+        if kind == "services":
+            self.services_changes += 1
 
     def _differences(self) -> set[str]:
         return {key for key in self.wanted.keys() | self.actual.keys() if self.wanted.get(key) != self.actual.get(key)}
@@ -490,7 +503,11 @@ class Mirror:
             self._actual_config = self.config_text
 
     async def _write(self) -> None:
+        before = (self.services_changes, self.services_known)
         complete = self._take() if self._within_budget() else frozenset()
+        self.services_known = self.services_known or "services" in complete
+        if before != (self.services_changes, self.services_known):
+            self._offered()
         changes = [
             Change(key, self.wanted.get(key))
             for key in sorted(self._pending)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What this cluster publishes, computed from its record and its agents' reports. Pure: no IO, no clock.
+"""What this cluster publishes, computed from its record, its agents' reports and its Kubernetes objects. Pure: no IO,
+no clock.
 
 The record (operator's) says who exists and which range, address, labels and service account each has; the reports
 (agents') say what is ready, and never more than that: an agent cannot claim another's range or address nor change an
 identity. A document that is missing or does not parse withdraws nothing: what was published of that host, workload
-or service before stays as long as the record (or the service definition's key) lists it.
+or service before stays as long as the record (or the service definition's key) lists it. Likewise what was published
+of Kubernetes stands as it is until every kind of its objects was read in full.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -27,13 +31,19 @@ from isthmus_mesh.wire import (
     L4Addr,
     Node,
     NodeAddress,
+    PortMap,
     WireError,
     labels_to_string,
 )
 
+from .kubernetes.catalog import Catalog, Changes, Rendered
+from .kubernetes.objects import PodFacts
+
 UNDERLAY_MTU_ANNOTATION = "isthmus.io/underlay-mtu"
 QUARANTINE = timedelta(days=30)
 """How long a released number or address is not given to another owner."""
+BY_KUBERNETES, BY_PEERS = "kubernetes", "peers"
+"""Who asks for a service's address, in its allocation: a Service of Kubernetes, or peers alone; else a definition."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,12 +56,23 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The publishing cluster."""
+    """The publishing cluster. `pod_ranges4` and `cluster_ips4` are those of its Kubernetes cluster, if it is one."""
 
     name: str
     id: int
     max_clusters: int
     service_range4: IPv4Network
+    pod_ranges4: tuple[IPv4Network, ...] = ()
+    cluster_ips4: IPv4Network | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerServices:
+    """Services ("<ns>/<name>") that peers offer to everybody and that the estate does not declare. `complete`: of
+    every peer is known what it offers; otherwise those that are not among `names` stay."""
+
+    names: frozenset[str] = frozenset()
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +81,7 @@ class Inputs:
 
     `previous`: what is published and allocated now, by key (see `owned_prefixes`). `now` is RFC 3339 in UTC.
     `draining`: hosts that the record lacks and whose node and addresses stay published all the same (see `leaving`).
+    `kubernetes` is None where the cluster is no Kubernetes cluster.
     """
 
     record: Mapping[str, Any]
@@ -69,6 +91,8 @@ class Inputs:
     previous: Mapping[str, str]
     now: str
     draining: frozenset[str] = frozenset()
+    kubernetes: Catalog | None = None
+    peers: PeerServices = PeerServices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +135,8 @@ def difference(wanted: Mapping[str, str], actual: Mapping[str, str], prefixes: I
     """The writes that make `actual` equal to `wanted` below `prefixes`: puts in their order, then deletes backwards."""
     order = list(prefixes)
     puts = [Change(key, value) for key, value in wanted.items() if actual.get(key) != value]
-    gone = [
-        Change(key, None)
-        for prefix in reversed(order)
-        for key in sorted(actual)
-        if key.startswith(prefix) and key not in wanted
-    ]
+    lacking = sorted(key for key in actual if key not in wanted)
+    gone = [Change(key, None) for prefix in reversed(order) for key in lacking if key.startswith(prefix)]
     return puts + gone
 
 
@@ -154,7 +174,7 @@ def leaving(own: Own, record: Mapping[str, Any], published: Iterable[str]) -> fr
 
 def publish(own: Own, inputs: Inputs) -> Publication:
     """Everything that this cluster should have published and allocated."""
-    return _Publisher(own, inputs).run()
+    return Publisher(own, inputs).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,35 +192,92 @@ class _Workload:
         return keys.workload_key(self.node, self.namespace, self.name)
 
 
-class _Publisher:
+@dataclass(frozen=True, slots=True)
+class _Pod:
+    namespace: str
+    name: str
+    pod: PodFacts
+    host: Mapping[str, Any]
+    labels: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A global service of Kubernetes. `address` is None when it is headless (or its address is not to be used)."""
+
+    address: str | None
+    ports: PortMap
+    backends: Mapping[str, PortMap]
+    hostnames: Mapping[str, str]
+    labels: Mapping[str, str]
+    selector: Mapping[str, str]
+    shared: bool
+    affinity: str
+
+
+class Publisher:
+    """What should be published: `run` computes all of it, `follow` afterwards what some changed Kubernetes objects
+    make different, without looking at the others."""
+
     def __init__(self, own: Own, inputs: Inputs) -> None:
         self.own = own
         self.inputs = inputs
         self.problems: set[Problem] = set()
         self.silent: set[str] = set()
         self.hosts = _hosts(inputs.record)
+        catalog = inputs.kubernetes
+        self._catalog = catalog if catalog is not None and catalog.synced else None
+        self._holding = catalog is not None and not catalog.synced
+        self._pod_ranges = [(int(r.network_address), int(r.broadcast_address)) for r in own.pod_ranges4]
+        self._strangers: Counter[str] = Counter()  # pods by node that is none of ours
+        self._places: dict[str, Mapping[str, Any]] = {}  # hosts that are published, by name of the Kubernetes node
+        self._mesh_of: dict[str, str] = {}  # address of such a host -> its mesh address
+        self._workloads_found: list[_Workload] = []
+        self._definitions_found: dict[tuple[str, str], _Definition] = {}
+        self._numbers = self._dealt_numbers()
+        self._vips = self._dealt_vips()
+
+    @property
+    def follows(self) -> bool:
+        """Whether `follow` makes sense: everything of Kubernetes had been read when `run` ran."""
+        return self._catalog is not None
 
     def problem(self, key: str, reason: str) -> None:
         self.problems.add(Problem(key, reason))
 
     def run(self) -> Publication:
         nodes = self._nodes()
-        workloads = self._workloads(nodes)
-        draining = self._draining({workload.address for workload in workloads})
-        numbers, allocations = self._identities(workloads, draining)
-        definitions = self._definitions()
-        vips, vip_documents = self._vips(definitions)
+        self._place(nodes)
+        workloads = self._workloads_found = self._workloads(nodes)
+        pods = {address: pod for address in self._addresses() if (pod := self._pod(address)) is not None}
+        held = self._held_addresses()
+        draining = self._draining({workload.address for workload in workloads} | pods.keys())
+        owned = self._owners({**held, **draining})
+        labels = set(map(self._labels, workloads)) | {pod.labels for pod in pods.values()} | owned
+        numbers = self._numbers.settle(dict.fromkeys(labels - {""}, ""))
+        definitions = self._definitions_found = self._definitions()
+        offers = {service: offer for service in self._offered() if (offer := self._offer(service)) is not None}
+        vips = self._vips.settle(self._wanted_vips(definitions, offers))
         wanted: dict[str, str] = {}
-        wanted.update(allocations)
-        wanted.update(vip_documents)
-        for labels, number in sorted(numbers.items(), key=lambda item: item[1]):
-            wanted[keys.identity_key(number)] = labels
+        wanted.update(self._allocations())
+        for service in sorted({*map(_pair, self._vips.owners()), *offers}):
+            wanted[keys.vip_key(*service)] = self._vip("/".join(service), offers.get(service))
+        for label, number in sorted(numbers.items(), key=lambda item: item[1]):
+            wanted[keys.identity_key(number)] = label
         wanted.update(nodes)
         for workload in workloads:
-            if (labels := self._labels(workload)) in numbers:
-                wanted[keys.ip_key(workload.address)] = self._address(workload, numbers[labels])
+            if (label := self._labels(workload)) in numbers:
+                wanted[keys.ip_key(workload.address)] = self._address(workload, numbers[label])
+        for address, pod in sorted(pods.items()):
+            if pod.labels in numbers:
+                wanted[keys.ip_key(address)] = self._pod_address(address, pod, numbers[pod.labels])
+        wanted.update(held)
         wanted.update(draining)
-        wanted.update(self._services(definitions, vips, workloads))
+        for service in sorted({*definitions, *offers}):
+            found = self._service(service, definitions.get(service), offers.get(service), vips.get("/".join(service)))
+            if found is not None:
+                wanted[found[0]] = found[1]
+        self._tell_of_kubernetes()
         return Publication(wanted, tuple(sorted(self.problems)), tuple(sorted(self.silent)))
 
     # --- nodes
@@ -250,6 +327,7 @@ class _Publisher:
             cluster_id=self.own.id,
             addresses=_addresses(host),
             ipv4_alloc_cidr=IPv4Network(host["range4"]),
+            ipv4_secondary_alloc_cidrs=self._pod_cidrs(keys.node_key(self.own.name, name), host),
             labels={"kubernetes.io/hostname": name, **host.get("labels", {})},
             annotations=annotations,
             boot_id=report.boot_id,
@@ -264,8 +342,45 @@ class _Publisher:
             node = Node.from_json(before)
         except WireError:
             return None
-        fits = node.ipv4_alloc_cidr == IPv4Network(host["range4"]) and node.addresses == _addresses(host)
-        return before if fits else None
+        if node.ipv4_alloc_cidr != IPv4Network(host["range4"]) or node.addresses != _addresses(host):
+            return None
+        cidrs = self._pod_cidrs(key, host)
+        return (
+            before
+            if cidrs == node.ipv4_secondary_alloc_cidrs
+            else replace(node, ipv4_secondary_alloc_cidrs=cidrs).to_json()
+        )
+
+    def _pod_cidrs(self, key: str, host: Mapping[str, Any]) -> tuple[IPv4Network, ...]:
+        """The ranges that the pods of the host `key` have, besides its own."""
+        name = host.get("kubernetes_node")
+        if not name:
+            return ()
+        if self._catalog is None:
+            try:
+                before = Node.from_json(self.inputs.previous[key])
+            except (KeyError, WireError):
+                return ()
+            return tuple(cidr for cidr in before.ipv4_secondary_alloc_cidrs if isinstance(cidr, IPv4Network))
+        node = self._catalog.node(name)
+        found = []
+        for cidr in () if node is None else node.pod_cidrs:
+            if any(cidr.subnet_of(network) for network in self.own.pod_ranges4):
+                found.append(cidr)
+            else:
+                self.problem(f"kubernetes nodes {name}", f"its pod CIDR {cidr} is not in {_ranges(self.own)}")
+        return tuple(found)
+
+    def _place(self, nodes: Mapping[str, str]) -> None:
+        """Which published host is which Kubernetes node."""
+        for name, host in self.hosts.items():
+            node = host.get("kubernetes_node")
+            if not node or keys.node_key(self.own.name, name) not in nodes:
+                continue
+            self._places[node] = host
+            facts = self._catalog.node(node) if self._catalog is not None else None
+            for address in (host["underlay4"], host["advertise4"], *(facts.addresses if facts else ())):
+                self._mesh_of[address] = host["mesh4"]
 
     def _draining(self, taken: set[str]) -> dict[str, str]:
         """Node and address keys of `Inputs.draining`, as they were published. A host whose address another one has
@@ -282,7 +397,7 @@ class _Publisher:
             if used.isdisjoint(address.ip for address in node.addresses):
                 found[key] = self.inputs.previous[key]
                 ranges += [cidr for cidr in node.cidrs() if isinstance(cidr, IPv4Network)]
-        for key, value in self.inputs.previous.items():
+        for key, value in self.inputs.previous.items() if ranges else ():
             parsed = keys.parse_ip_key(key)
             if parsed is None or parsed[0] is not None or parsed[1] in taken:
                 continue
@@ -360,12 +475,84 @@ class _Publisher:
             service_account=workload.service_account,
         ).to_json()
 
+    # --- pods
+
+    def _addresses(self) -> Iterable[str]:
+        return () if self._catalog is None else self._catalog.addresses()
+
+    def _is_pods(self, address: str) -> bool:
+        number = _number(address)
+        return any(first <= number <= last for first, last in self._pod_ranges)
+
+    def _pod(self, address: str) -> _Pod | None:
+        """The pod to publish at `address`."""
+        found = self._catalog.pod(address) if self._catalog is not None else None
+        if found is None:
+            return None
+        assert self._catalog is not None
+        key, pod = found
+        host = self._places.get(pod.node)
+        if host is None:
+            self._strangers[pod.node] += 1
+            return None
+        if not self._is_pods(address):
+            self.problem(f"kubernetes pods {'/'.join(key)}", f"its address {address} is not in {_ranges(self.own)}")
+            return None
+        try:
+            return _Pod(*key, pod, host, self._catalog.labels(key))
+        except WireError as error:
+            self.problem(f"kubernetes pods {'/'.join(key)}", str(error))
+            return None
+
+    def _pod_address(self, address: str, pod: _Pod, number: int) -> str:
+        assert self._catalog is not None
+        rendered, host_ip = self._catalog.rendered, pod.host["advertise4"]
+        known = rendered.get(address)
+        if known is not None and known.pod is pod.pod and (known.number, known.host_ip) == (number, host_ip):
+            return known.text
+        text = IPIdentityPair(
+            ip=address,
+            identity=number,
+            host_ip=host_ip,
+            namespace=pod.namespace,
+            pod_name=pod.name,
+            service_account=pod.pod.service_account,
+            named_ports=pod.pod.ports,
+        ).to_json()
+        rendered[address] = Rendered(pod.pod, number, host_ip, text)
+        return text
+
+    def _held_addresses(self) -> dict[str, str]:
+        """The published addresses of pods, while it is not known which pods there are."""
+        if not self._holding:
+            return {}
+        found = {}
+        for key, value in self.inputs.previous.items():
+            parsed = keys.parse_ip_key(key)
+            if parsed is not None and parsed[0] is None and self._is_pods(parsed[1]):
+                found[key] = value
+        return found
+
+    def _tell_of_kubernetes(self) -> None:
+        if self._holding:
+            self.silent.add("the Kubernetes API")
+        if self._catalog is None:
+            return
+        for key, reason in self._catalog.told():
+            self.problem(key, reason)
+        named = {host.get("kubernetes_node"): name for name, host in self.hosts.items()}
+        for node, number in self._strangers.items():
+            why = (
+                f"its host {named[node]} has not reported yet"
+                if node in named
+                else "no host of the estate has this isthmus_kubernetes_node"
+            )
+            self.problem(f"kubernetes nodes {node}", f"addresses of {number} pods are not published: {why}")
+
     # --- allocations
 
-    def _identities(
-        self, workloads: list[_Workload], draining: Mapping[str, str]
-    ) -> tuple[dict[str, int], dict[str, str]]:
-        """Label string -> number of those in use, and the documents of all allocations, tombstones included."""
+    def _dealt_numbers(self) -> _Dealer:
+        """The identity numbers that were dealt, tombstones included."""
         first, last = identity_range(self.own.id, self.own.max_clusters)
         taken: dict[int, _Allocation] = {}
         for key, value in self.inputs.previous.items():
@@ -377,18 +564,19 @@ class _Publisher:
             parsed = keys.parse_identity_key(key)
             if parsed is not None and parsed[0] is None and parsed[1] not in taken:
                 taken[parsed[1]] = _Allocation(value, self.inputs.now, None)
-        wanted = sorted((set(map(self._labels, workloads)) | self._owners(draining, taken)) - {""})
-        pool = iter(range(first + 1, last + 1))
-        numbers = self._deal(taken, wanted, pool, keys.ALLOC_IDENTITIES_PREFIX, "identity number")
-        documents = {
-            keys.alloc_identity_key(number): json.dumps(
-                {"labels": entry.owner, "created": entry.created, "released": entry.released}
-            )
-            for number, entry in sorted(taken.items())
-        }
-        return numbers, documents
+        pool = range(first + 1, last + 1)
+        return _Dealer(
+            taken, pool, keys.ALLOC_IDENTITIES_PREFIX, "identity number", self.inputs.now, self.problem, len(pool)
+        )
 
-    def _owners(self, addresses: Mapping[str, str], taken: Mapping[int, _Allocation]) -> set[str]:
+    def _allocations(self) -> dict[str, str]:
+        return {keys.alloc_identity_key(number): self._allocated(number) for number in sorted(self._numbers.taken)}
+
+    def _allocated(self, number: int) -> str:
+        entry = self._numbers.taken[number]
+        return json.dumps({"labels": entry.owner, "created": entry.created, "released": entry.released})
+
+    def _owners(self, addresses: Mapping[str, str]) -> set[str]:
         """Label strings of the identities that published `addresses` have."""
         found = set()
         for key, value in addresses.items():
@@ -398,12 +586,13 @@ class _Publisher:
                 number = IPIdentityPair.from_json(value).identity
             except WireError:
                 continue
-            if number in taken:
-                found.add(taken[number].owner)
+            if number in self._numbers.taken:
+                found.add(self._numbers.taken[number].owner)
         return found
 
-    def _vips(self, definitions: Mapping[tuple[str, str], _Definition]) -> tuple[dict[str, str], dict[str, str]]:
-        """Service ("<ns>/<name>") -> address of those in use, and the documents of all, tombstones included."""
+    def _dealt_vips(self) -> _Dealer:
+        """The addresses of our own range that services have or had. A service's key is its owner's."""
+        network = self.own.service_range4
         taken: dict[int, _Allocation] = {}
         for key, value in self.inputs.previous.items():
             service = keys.parse_vip_key(key)
@@ -411,27 +600,63 @@ class _Publisher:
                 continue
             try:
                 document = Fields(jsontext.loads(value, DocumentError), DocumentError)
-                address, released = document.address4("ipv4"), document.optional_text("released")
+                by = document.text("by")
+                # That of Kubernetes is not ours to deal; ours is kept beside it.
+                name = "kept" if by == BY_KUBERNETES else "ipv4"
+                if document.optional_text(name) is None:
+                    continue
+                address, released = document.address4(name), document.optional_text("released")
             except DocumentError:
                 self.problem(key, "is no allocation of an address; a new one is made")
                 continue
-            if address not in self.own.service_range4:
-                self.problem(key, f"{address} is not in this cluster's service range {self.own.service_range4}")
+            if address not in network:
+                self.problem(key, f"{address} is not in this cluster's service range {network}")
                 continue
-            owner = _Allocation("/".join(service), "", released)
+            owner = _Allocation("/".join(service), "", released, "" if by == BY_KUBERNETES else by)
             if taken.setdefault(int(address), owner) is not owner:
                 self.problem(key, f"{address} belongs to {taken[int(address)].owner} already; a new one is made")
-        network = self.own.service_range4
-        pool = iter(range(int(network.network_address) + 1, int(network.broadcast_address)))
-        wanted = sorted("/".join(service) for service in definitions)
-        numbers = self._deal(taken, wanted, pool, keys.VIPS_PREFIX, "service address")
-        documents = {}
-        for number, entry in sorted(taken.items()):
-            namespace, _, name = entry.owner.partition("/")
-            documents[keys.vip_key(namespace, name)] = json.dumps(
-                {"ipv4": str(IPv4Address(number)), "ipv6": None, "released": entry.released}
-            )
-        return {owner: str(IPv4Address(number)) for owner, number in numbers.items()}, documents
+        pool = range(int(network.network_address) + 1, int(network.broadcast_address))
+        # What peers alone ask for is theirs to invent: it must not use up what our own services need.
+        return _Dealer(taken, pool, keys.VIPS_PREFIX, "service address", self.inputs.now, self.problem, len(pool) // 2)
+
+    def _wanted_vip(self, service: str, definition: bool, offer: _Offer | None) -> str | None:
+        """For whom `service` needs an address of ours (see `BY_PEERS`); None: for nobody."""
+        if definition:
+            return "" if offer is None or offer.address is None else None
+        if offer is not None:
+            return None
+        if service in self.inputs.peers.names:
+            return BY_PEERS
+        entry = self._vips.of(service)
+        held = entry is not None and entry.by == BY_PEERS and entry.released is None and not self.inputs.peers.complete
+        return BY_PEERS if held else None
+
+    def _wanted_vips(
+        self, definitions: Mapping[tuple[str, str], _Definition], offers: Mapping[tuple[str, str], _Offer]
+    ) -> dict[str, str]:
+        found = {}
+        services = {*definitions, *offers}
+        services.update(_pair(name) for name in {*self.inputs.peers.names, *self._vips.owners()})
+        for service in services:
+            name = "/".join(service)
+            by = self._wanted_vip(name, service in definitions, offers.get(service))
+            if by is not None:
+                found[name] = by
+        return found
+
+    def _vip(self, service: str, offer: _Offer | None) -> str:
+        """The document of a service's address."""
+        number, entry = self._vips.number(service), self._vips.of(service)
+        ours = None if number is None else str(IPv4Address(number))
+        document: dict[str, str | None] = {"ipv4": ours, "ipv6": None}
+        if offer is not None:
+            document["ipv4"] = offer.address or (ours if entry is not None and entry.released is None else None)
+            document |= {"released": None, "by": BY_KUBERNETES, "affinity": offer.affinity, "kept": ours}
+        elif entry is not None:
+            document["released"] = entry.released
+            if entry.by:
+                document["by"] = entry.by
+        return json.dumps(document)
 
     def _allocation(self, key: str, value: str) -> _Allocation:
         try:
@@ -442,46 +667,6 @@ class _Publisher:
         except DocumentError:
             self.problem(key, "is no allocation of an identity; its number is not dealt")
             return _Allocation("", "", None)
-
-    def _deal(
-        self, taken: dict[int, _Allocation], wanted: list[str], pool: Iterable[int], prefix: str, what: str
-    ) -> dict[str, int]:
-        """Give every wanted owner its number, the same as before if it had one; mark the others released.
-
-        Fresh numbers come first; one that was released more than `QUARANTINE` ago is dealt anew only when no fresh
-        one is left.
-        """
-        of_owner = {entry.owner: number for number, entry in sorted(taken.items(), reverse=True)}
-        owners = set(wanted)
-        dealt: dict[str, int] = {}
-        for number, entry in taken.items():
-            if entry.owner in owners and of_owner[entry.owner] == number:
-                dealt[entry.owner] = number
-                taken[number] = _Allocation(entry.owner, entry.created, None)
-            elif entry.released is None:
-                taken[number] = _Allocation(entry.owner, entry.created, self.inputs.now)
-        fresh = iter(pool)
-        for owner in wanted:
-            if owner in dealt:
-                continue
-            free = next((candidate for candidate in fresh if candidate not in taken), None)
-            if free is None:
-                free = self._expired(taken)
-            if free is None:
-                self.problem(prefix + owner, f"no {what} is left in this cluster's range")
-                continue
-            taken[free] = _Allocation(owner, self.inputs.now, None)
-            dealt[owner] = free
-        return dealt
-
-    def _expired(self, taken: Mapping[int, _Allocation]) -> int | None:
-        now = _time(self.inputs.now)
-        for number, entry in sorted(taken.items()):
-            if entry.released is not None and now is not None:
-                released = _time(entry.released)
-                if released is not None and now - released > QUARANTINE:
-                    return number
-        return None
 
     # --- services
 
@@ -509,33 +694,126 @@ class _Publisher:
                 return key, self.inputs.previous[key]
         return None
 
-    def _services(
-        self,
-        definitions: Mapping[tuple[str, str], _Definition],
-        vips: Mapping[str, str],
-        workloads: list[_Workload],
-    ) -> dict[str, str]:
-        found = {}
-        for (namespace, name), entry in definitions.items():
-            if entry.definition is None:
-                if entry.before is not None:
-                    found[entry.before[0]] = entry.before[1]
-                continue
-            vip = vips.get(f"{namespace}/{name}")
-            service = self._service(entry.definition, vip, _backends(entry.before), workloads)
-            if entry.definition.is_global:
-                key = keys.service_key(self.own.name, namespace, name)
+    def _offered(self) -> Iterator[tuple[str, str]]:
+        """The global services of Kubernetes, as far as they are known."""
+        if self._catalog is not None:
+            yield from self._catalog.services()
+        for key, value in self.inputs.previous.items() if self._holding else ():
+            service = keys.parse_vip_key(key)
+            if service is not None and _fields(value).get("by") == BY_KUBERNETES:
+                yield service
+
+    def _offer(self, service: tuple[str, str]) -> _Offer | None:
+        if self._catalog is None:
+            return self._held_offer(service)
+        facts = self._catalog.services().get(service)
+        if facts is None:
+            return None
+        where = f"kubernetes services {'/'.join(service)}"
+        address, range4 = facts.address, self.own.cluster_ips4
+        if address is not None and (range4 is None or IPv4Address(address) not in range4):
+            self.problem(where, f"its address {address} is not in {range4}, the estate's kubernetes.service_range")
+            address = None
+        ports, names = self._catalog.backends(service)
+        backends: dict[str, dict[str, L4Addr]] = {}
+        hostnames = {}
+        strange = []
+        for endpoint, (node, entries) in sorted(ports.items()):
+            if self._is_pods(endpoint):
+                target = endpoint if not node or node in self._places else None
             else:
-                key = keys.local_service_key(namespace, name)
-            found[key] = service.to_json()
-        return found
+                # Of the host network: the mesh knows the machine by its mesh address.
+                target = self._mesh_of.get(endpoint)
+            if target is None:
+                strange.append(endpoint)
+                continue
+            backends.setdefault(target, {}).update(entries)
+            if endpoint in names:
+                hostnames[target] = names[endpoint]
+        if strange:
+            self.problem(where, f"{len(strange)} endpoints are on no host of the mesh, {strange[0]} for one")
+        return _Offer(
+            address, facts.ports, backends, hostnames, facts.labels, facts.selector, facts.shared, facts.affinity
+        )
+
+    def _held_offer(self, service: tuple[str, str]) -> _Offer | None:
+        """As it was published, without what machines add to it."""
+        vip = _fields(self.inputs.previous.get(keys.vip_key(*service), ""))
+        if not self._holding or vip.get("by") != BY_KUBERNETES:
+            return None
+        try:
+            before = ClusterService.from_json(self.inputs.previous[keys.service_key(self.own.name, *service)])
+        except (KeyError, WireError):
+            return None
+        address = vip.get("ipv4") if vip.get("ipv4") != vip.get("kept") else None
+        nodes = {host["mesh4"] for host in self.hosts.values()}
+        return _Offer(
+            address,
+            before.frontends.get(address, {}) if address else {},
+            {one: ports for one, ports in before.backends.items() if one in nodes or self._is_pods(one)},
+            before.hostnames,
+            before.labels,
+            before.selector,
+            before.shared,
+            str(vip.get("affinity")),
+        )
 
     def _service(
-        self, definition: ServiceDefinition, vip: str | None, before: frozenset[str], workloads: list[_Workload]
-    ) -> ClusterService:
+        self, service: tuple[str, str], entry: _Definition | None, offer: _Offer | None, number: int | None
+    ) -> tuple[str, str] | None:
+        """Key and value of a service."""
+        definition = entry.definition if entry is not None else None
+        if offer is None and definition is None:
+            return entry.before if entry is not None else None
+        before = _backends(entry.before if entry is not None else None)
+        frontends: dict[str, PortMap] = {}
+        backends: dict[str, PortMap] = {}
+        if definition is not None:
+            if number is not None:
+                frontends[str(IPv4Address(number))] = {
+                    port.name: L4Addr(port.protocol, port.port) for port in definition.ports
+                }
+            backends.update(self._ready_machines(definition, before.keys()))
+        elif entry is not None:  # it cannot be read: what machines gave stands
+            machines = {workload.address for workload in self._workloads_found}
+            backends.update((address, ports) for address, ports in before.items() if address in machines)
+        if offer is not None:
+            if offer.address is not None:
+                frontends = {offer.address: offer.ports}
+                if definition is not None and offer.ports.keys().isdisjoint(port.name for port in definition.ports):
+                    self.problem(
+                        keys.service_definition_key(*service),
+                        "no port has the name of one of the Kubernetes Service's ports: no backend of one serves the "
+                        "other",
+                    )
+            backends.update(offer.backends)
+        is_global = offer is not None or (definition is not None and definition.is_global)
+        if offer is not None:
+            labels, selector, shared = offer.labels, offer.selector, offer.shared
+        else:
+            assert definition is not None
+            labels, selector = definition.labels, definition.backend_labels or {}
+            shared = is_global and definition.shared
+        key = keys.service_key(self.own.name, *service) if is_global else keys.local_service_key(*service)
+        value = ClusterService(
+            cluster=self.own.name,
+            namespace=service[0],
+            name=service[1],
+            cluster_id=self.own.id,
+            frontends=frontends,
+            backends=backends,
+            hostnames={} if offer is None else offer.hostnames,
+            labels=labels,
+            selector=selector,
+            include_external=is_global,
+            shared=shared,
+        )
+        return key, value.to_json()
+
+    def _ready_machines(self, definition: ServiceDefinition, before: Container[str]) -> dict[str, PortMap]:
         full = f"{definition.namespace}/{definition.name}"
-        backends = {}
-        for workload in workloads:
+        found: dict[str, PortMap] = {}
+        for workload in self._workloads_found:
             if not definition.selects(workload.node, workload.namespace, workload.name, workload.labels):
                 continue
             ready = None if workload.report is None else workload.report.services.get(full)
@@ -543,22 +821,54 @@ class _Publisher:
                 self.silent.add(workload.key)
                 ready = workload.address in before
             if ready:
-                backends[workload.address] = {
+                found[workload.address] = {
                     port.name: L4Addr(port.protocol, port.target_port) for port in definition.ports
                 }
-        frontends = {vip: {port.name: L4Addr(port.protocol, port.port) for port in definition.ports}} if vip else {}
-        return ClusterService(
-            cluster=self.own.name,
-            namespace=definition.namespace,
-            name=definition.name,
-            cluster_id=self.own.id,
-            frontends=frontends,
-            backends=backends,
-            labels=definition.labels,
-            selector=definition.backend_labels or {},
-            include_external=definition.is_global,
-            shared=definition.is_global and definition.shared,
-        )
+        return found
+
+    # --- what changed since
+
+    def follow(self, changes: Changes, now: str) -> list[Change]:
+        """What the changed Kubernetes objects make of the keys that hang on them, in the order of writing. An identity
+        that nobody has any more goes with the next `run`."""
+        self._numbers.now = self._vips.now = now
+        found: dict[str, str | None] = {}
+        for address in sorted(changes.addresses):
+            pod = self._pod(address)
+            number = None if pod is None else self._numbers.deal(pod.labels)
+            value = None
+            if pod is not None and number is not None:
+                found[keys.alloc_identity_key(number)] = self._allocated(number)
+                found[keys.identity_key(number)] = pod.labels
+                value = self._pod_address(address, pod, number)
+            elif self._catalog is not None:
+                self._catalog.rendered.pop(address, None)
+            found[keys.ip_key(address)] = value
+        for service in sorted(changes.services):
+            self._follow_service(service, found)
+        places = {prefix: place for place, prefix in enumerate(owned_prefixes(self.own.name))}
+
+        def place(change: Change) -> int:
+            number = next(places[prefix] for prefix in places if change.key.startswith(prefix))
+            return -number if change.value is None else number
+
+        ordered = [Change(key, value) for key, value in found.items()]
+        return sorted(ordered, key=lambda change: (change.value is None, place(change)))
+
+    def _follow_service(self, service: tuple[str, str], found: dict[str, str | None]) -> None:
+        name, entry, offer = "/".join(service), self._definitions_found.get(service), self._offer(service)
+        by = self._wanted_vip(name, entry is not None, offer)
+        number = None
+        if by is None:
+            self._vips.release(name)
+        else:
+            number = self._vips.deal(name, by)
+        known = offer is not None or self._vips.of(name) is not None
+        found[keys.vip_key(*service)] = self._vip(name, offer) if known else None
+        found[keys.service_key(self.own.name, *service)] = found[keys.local_service_key(*service)] = None
+        value = self._service(service, entry, offer, number)
+        if value is not None:
+            found[value[0]] = value[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -566,6 +876,110 @@ class _Allocation:
     owner: str
     created: str
     released: str | None
+    by: str = ""
+
+
+class _Dealer:
+    """Deals the numbers of `pool`, each owner the same as before if it had one. `taken`: all that were ever dealt.
+
+    Fresh numbers come first; one that was released more than `QUARANTINE` ago is dealt anew only when no fresh one is
+    left. Of what peers alone ask for (`BY_PEERS`) there are `most` at a time, released ones included.
+    """
+
+    def __init__(
+        self,
+        taken: dict[int, _Allocation],
+        pool: range,
+        prefix: str,
+        what: str,
+        now: str,
+        problem: Callable[[str, str], None],
+        most: int,
+    ) -> None:
+        self.taken = taken
+        self.now = now
+        self._prefix = prefix
+        self._what = what
+        self._problem = problem
+        self._most = most
+        self._fresh = iter(pool)
+        self._of_owner = {entry.owner: number for number, entry in sorted(taken.items(), reverse=True)}
+        self._of_peers = sum(entry.by == BY_PEERS for entry in taken.values())
+
+    def owners(self) -> Iterable[str]:
+        return self._of_owner.keys()
+
+    def number(self, owner: str) -> int | None:
+        """That of `owner`, released or not."""
+        return self._of_owner.get(owner)
+
+    def of(self, owner: str) -> _Allocation | None:
+        number = self._of_owner.get(owner)
+        return None if number is None else self.taken[number]
+
+    def settle(self, wanted: Mapping[str, str]) -> dict[str, int]:
+        """Give every wanted owner (with who asks for it) its number; mark the others released."""
+        for number, entry in list(self.taken.items()):
+            if (entry.owner not in wanted or self._of_owner[entry.owner] != number) and entry.released is None:
+                self._set(number, replace(entry, released=self.now))
+        dealt = {}
+        over = []
+        for owner, by in sorted(wanted.items()):
+            if by == BY_PEERS and owner not in self._of_owner and self._of_peers >= self._most:
+                over.append(owner)
+            elif (found := self.deal(owner, by)) is not None:
+                dealt[owner] = found
+        if over:
+            self._problem(
+                self._prefix + over[0],
+                f"{len(over)} services that only peers offer have no {self._what}: such services have all of "
+                f"the {self._most} that are for them",
+            )
+        return dealt
+
+    def deal(self, owner: str, by: str = "") -> int | None:
+        """The number of `owner`; None, and a problem, when there is none left."""
+        number = self._of_owner.get(owner)
+        if number is not None:
+            entry = self.taken[number]
+            if entry.released is not None or entry.by != by:
+                self._set(number, replace(entry, released=None, by=by))
+            return number
+        if by == BY_PEERS and self._of_peers >= self._most:
+            return None
+        free = next((candidate for candidate in self._fresh if candidate not in self.taken), None)
+        if free is None:
+            free = self._expired()
+        if free is None:
+            self._problem(self._prefix + owner, f"no {self._what} is left in this cluster's range")
+            return None
+        self._set(free, _Allocation(owner, self.now, None, by))
+        return free
+
+    def release(self, owner: str) -> None:
+        """Mark the number of `owner` released."""
+        number = self._of_owner.get(owner)
+        if number is not None and self.taken[number].released is None:
+            self._set(number, replace(self.taken[number], released=self.now))
+
+    def _set(self, number: int, entry: _Allocation) -> None:
+        before = self.taken.get(number)
+        if before is not None:
+            self._of_peers -= before.by == BY_PEERS
+            if before.owner != entry.owner and self._of_owner.get(before.owner) == number:
+                del self._of_owner[before.owner]
+        self._of_peers += entry.by == BY_PEERS
+        self.taken[number] = entry
+        self._of_owner.setdefault(entry.owner, number)
+
+    def _expired(self) -> int | None:
+        now = _time(self.now)
+        for number, entry in sorted(self.taken.items()):
+            if entry.released is not None and now is not None:
+                released = _time(entry.released)
+                if released is not None and now - released > QUARANTINE:
+                    return number
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,13 +1011,40 @@ def _addresses(host: Mapping[str, Any]) -> tuple[NodeAddress, ...]:
     return (*found, NodeAddress("CiliumInternalIP", host["mesh4"]))
 
 
-def _backends(before: tuple[str, str] | None) -> frozenset[str]:
+def _backends(before: tuple[str, str] | None) -> Mapping[str, PortMap]:
     if before is None:
-        return frozenset()
+        return {}
     try:
-        return frozenset(ClusterService.from_json(before[1]).backends)
+        return ClusterService.from_json(before[1]).backends
     except WireError:
-        return frozenset()
+        return {}
+
+
+def _fields(value: str) -> dict[str, Any]:
+    """A document's fields; none when it is no JSON object."""
+    try:
+        found = jsontext.loads(value, DocumentError)
+    except DocumentError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _pair(service: str) -> tuple[str, str]:
+    namespace, _, name = service.partition("/")
+    return namespace, name
+
+
+def _ranges(own: Own) -> str:
+    return f"{', '.join(map(str, own.pod_ranges4))}, the estate's kubernetes.pod_ranges"
+
+
+@functools.lru_cache(maxsize=131_072)
+def _number(address: str) -> int:
+    """An IPv4 address as a number; -1 for anything else."""
+    try:
+        return int(IPv4Address(address))
+    except ValueError:
+        return -1
 
 
 def seconds_between(earlier: str, later: str) -> float:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The registrar's loop: hold the inputs, campaign, and while leading publish this cluster and mirror its peers.
 
-All stores run in every registrar, leader or not, so that a new leader starts at once and so that any of them
-remembers what an etcd that was wiped or restored has forgotten.
+All stores run in every registrar, leader or not, and so does what follows the Kubernetes API, so that a new leader
+starts at once and so that any of them remembers what an etcd that was wiped or restored has forgotten.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from isthmus_agent.kvstore import (
     EtcdError,
     Listing,
     PrefixStore,
+    canary_cluster_id,
     canary_rule,
     canary_value,
     same_history,
@@ -40,22 +41,26 @@ from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.sdnotify import notify, watchdog_interval
 
 from . import recall
+from .kubernetes.catalog import Changes
+from .kubernetes.source import Source
 from .leader import Election, NotLeader, Term, Writer
 from .memory import Known, Memory
 from .mirror import Mirror, read_mirrored
+from .offered import Offered
 from .publish import (
     Change,
     Inputs,
     Own,
+    PeerServices,
     Problem,
     Publication,
+    Publisher,
     apply_changes,
     cluster_config,
     difference,
     leaving,
     overlay,
     owned_prefixes,
-    publish,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,6 +84,8 @@ REPORT_GRACE = 60.0
 SITE_SETTLE = 30.0
 """How long after the roster was written in an etcd that lost history its lists are believed: the definitions of
 services are written after it."""
+KUBERNETES_STATUS_INTERVAL = 10.0
+TOLD_PROBLEMS = 20
 SAVE_INTERVAL = 5.0
 SAVE_RETRY = 60.0
 
@@ -109,7 +116,15 @@ class Registrar:
             raise ValueError(f"host {spec.host} has no registrar in its spec: the service must not run here")
         self.spec = spec
         self.registrar = spec.registrar
-        self.own = Own(spec.cluster.name, spec.cluster.id, spec.cluster.max_clusters, spec.cluster.service_range4)
+        kubernetes = spec.cluster.kubernetes
+        self.own = Own(
+            spec.cluster.name,
+            spec.cluster.id,
+            spec.cluster.max_clusters,
+            spec.cluster.service_range4,
+            () if kubernetes is None else kubernetes.pod_ranges4,
+            None if kubernetes is None else kubernetes.service_range4,
+        )
         endpoints = list(spec.etcd.endpoints)
         if spec.member is not None and spec.member.client_url in endpoints:
             # The member on this machine first: while this process runs, that one is likely to.
@@ -119,6 +134,11 @@ class Registrar:
         )
         self.changed = asyncio.Event()
         self._site_seen: dict[str, tuple[tuple[int, int, int], float]] = {}  # by prefix: which run of `site`, since
+        self.kubernetes: Source | None = None
+        if self.registrar.kubernetes is not None:
+            self.kubernetes = Source(self.registrar.kubernetes, self.own.name, self.changed, wall=wall, clock=clock)
+        self._kubernetes_told: tuple[float, str] = (float("-inf"), "")  # when its status was written, and which
+        self._offered = Offered()
         self.election = Election(self.client, spec.host, holder or f"{spec.host}/{os.getpid()}", clock=clock)
         self.leading = False
         self.estate = self._store(keys.ESTATE_PREFIX, self._site_has_run, keys.ROSTER)
@@ -153,6 +173,7 @@ class Registrar:
         self._peers = tuple(peer.name for peer in self.registrar.peers)
         self._forgotten: dict[str, bytes] = {}  # absent clusters of which nothing is left, by their tombstone
         self._mirrored: dict[str, _Remembered] = {}
+        self._running: dict[str, Mirror] = {}  # by peer, while leading
         self._mirroring: set[str] = set()  # peers whose cluster-config was seen to in this term
 
     def _site_has_run(self, listing: Listing) -> bool:
@@ -192,6 +213,8 @@ class Registrar:
         beating = asyncio.create_task(self._watchdog(), name="watchdog")
         saving = asyncio.create_task(self._save_for_ever(), name="memory")
         tasks = [*watching, leading, stopping, beating, saving]
+        if self.kubernetes is not None:
+            tasks.append(asyncio.create_task(self._again("kubernetes", self.kubernetes.run), name="kubernetes"))
         notify("READY=1")
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -314,12 +337,17 @@ class Registrar:
         dirty = True
         published: Mapping[str, Any] | None = None  # the record that was published last
         drained: frozenset[str] = frozenset()  # hosts that it kept beside those of the record
+        publisher: Publisher | None = None
+        pending = Changes()  # of Kubernetes' objects
+        offered: PeerServices | None = None
         epoch = 0
         while True:
             if await wait_set(self.changed, TICK):
                 await asyncio.sleep(DEBOUNCE)
             self.changed.clear()
             dirty = self._take() or dirty
+            if self.kubernetes is not None:
+                pending |= self.kubernetes.catalog.take()
             if refreshed and self._epoch() != epoch:
                 raise NotLeader("another etcd answers: all is to be read again")
             now = self._clock()
@@ -340,9 +368,19 @@ class Registrar:
                 actual, audited, dirty = await self._read_actual(), now, True
                 previous = overlay(previous, self._remembered(), actual, recalled)
             draining = self._draining(record, previous)
+            changes: list[Change] = []
             # Who waited looks each second: what it waited for may be the clock.
-            if dirty or self._told or record is not published or draining != drained:
-                found = publish(self.own, self._inputs(record, previous, draining))
+            if (
+                dirty
+                or self._told
+                or record is not published
+                or draining != drained
+                or pending.all
+                or self._peer_services() != offered
+            ):
+                offered = self._peer_services()
+                publisher = Publisher(self.own, self._inputs(record, previous, draining, offered))
+                found = publisher.run()
                 self._tell(found.problems)
                 changes = difference(found.keys, actual, owned_prefixes(self.own.name))
                 unreported = self._unreported(found)
@@ -355,9 +393,17 @@ class Registrar:
                 config_key, config = keys.cluster_config_key(self.own.name), cluster_config(self.own)
                 if actual.get(config_key) != config:
                     changes.insert(0, Change(config_key, config))
-                await writer.apply(changes)
-                apply_changes(changes, actual)
                 previous, published, drained, dirty = dict(found.keys), record, draining, False
+                pending = Changes()
+            elif pending and publisher is not None and publisher.follows:
+                followed = publisher.follow(pending, self._wall())
+                self._tell(tuple(publisher.problems))
+                changes = [change for change in followed if actual.get(change.key) != change.value]
+                apply_changes(changes, previous)
+                pending = Changes()
+            await writer.apply(changes)
+            apply_changes(changes, actual)
+            await self._write_kubernetes_status(writer)
             if now - heartbeat >= HEARTBEAT_INTERVAL:
                 await writer.apply([Change(keys.HEARTBEAT, self._wall())])
                 heartbeat = now
@@ -467,7 +513,36 @@ class Registrar:
         self._leaving = {host: self._leaving.get(host, now) for host in leaving(self.own, record, previous)}
         return frozenset(host for host, since in self._leaving.items() if now - since < DRAIN)
 
-    def _inputs(self, record: Mapping[str, Any], previous: Mapping[str, str], draining: frozenset[str]) -> Inputs:
+    def _peer_services(self) -> PeerServices:
+        """What only peers offer: neither here nor in another cluster the estate declares it."""
+        return self._offered.services(self._running.values(), len(self._peers), self.estate.items.get(keys.ROSTER))
+
+    async def _write_kubernetes_status(self, writer: Writer) -> None:
+        """How this registrar stands with the API server, for `isthmus peers`: at once when that changes, numbers now
+        and then."""
+        if self.kubernetes is None:
+            if keys.KUBERNETES_STATUS in self.allocations.items:
+                await writer.apply([Change(keys.KUBERNETES_STATUS, None)])
+            return
+        told = [f"{one.key[len('kubernetes ') :]}: {one.reason}" for one in sorted(self._problems) if _of_api(one)]
+        if len(told) > TOLD_PROBLEMS:
+            told = [*told[:TOLD_PROBLEMS], f"{len(told) - TOLD_PROBLEMS} more"]
+        status = replace(self.kubernetes.status(), problems=tuple(told))
+        shape, now = repr(replace(status, objects={})), self._clock()
+        if shape == self._kubernetes_told[1] and now - self._kubernetes_told[0] < KUBERNETES_STATUS_INTERVAL:
+            return
+        known = self.allocations.items.get(keys.KUBERNETES_STATUS)
+        if known is None or known.value != status.to_json().encode():
+            await writer.apply([Change(keys.KUBERNETES_STATUS, status.to_json())])
+        self._kubernetes_told = (now, shape)
+
+    def _inputs(
+        self,
+        record: Mapping[str, Any],
+        previous: Mapping[str, str],
+        draining: frozenset[str],
+        offered: PeerServices,
+    ) -> Inputs:
         return Inputs(
             record=record,
             nodes=_values(self.nodes),
@@ -476,6 +551,8 @@ class Registrar:
             previous=previous,
             now=self._wall(),
             draining=draining,
+            kubernetes=None if self.kubernetes is None else self.kubernetes.catalog,
+            peers=offered,
         )
 
     async def _read_actual(self) -> dict[str, str]:
@@ -596,16 +673,31 @@ class Registrar:
             foreign=self._underlays,
             reserved=(*self.spec.mesh_ranges4, *self.spec.service_ranges4),
             started=lambda: self._mirroring.add(peer.name),
+            offered=self.changed.set,
+            complete=remembered is not None or await self._was_complete(peer.name),
             wall=self._wall,
             clock=self._clock,
         )
+        self._running[peer.name] = mirror
+        self.changed.set()
         try:
             await mirror.run()
         finally:
+            del self._running[peer.name]
             self._mirrored[peer.name] = _Remembered(
                 writer.header.cluster_id, writer.header.revision, dict(mirror.wanted), mirror.config_text
             )
             await client.close()
+
+    async def _was_complete(self, peer: str) -> bool:
+        """Whether all services of the peer were mirrored into this very etcd."""
+        canary = await self.client.get(keys.canary_key(peer, "services", cached=True))
+        header = self.client.last_header
+        assert header is not None
+        try:
+            return canary is not None and canary_cluster_id(canary.value) == header.cluster_id
+        except ValueError:
+            return False
 
     async def _peer_status(self, peer: str) -> PeerStatus | None:
         found = await self.client.get(keys.peer_status_key(peer))
@@ -653,6 +745,10 @@ def _document(value: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _of_api(problem: Problem) -> bool:
+    return problem.key.startswith("kubernetes ")
 
 
 def _values(store: PrefixStore) -> dict[str, bytes]:

@@ -188,6 +188,8 @@ class Decoder:
             return _Place("local_services", service, self._service(self.cluster, *service), self.cluster)
         if (peer := keys.parse_peer_status_key(key)) is not None:
             return _Place("peers", peer, lambda value, _: documents.PeerStatus.from_json(value))
+        if key == keys.KUBERNETES_STATUS:
+            return _Place("kubernetes", self.cluster, lambda value, _: documents.KubernetesStatus.from_json(value))
         return None
 
     def _published(self, key: str, own: bool) -> _Place | None:

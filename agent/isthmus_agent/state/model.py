@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from isthmus_mesh import jsontext
-from isthmus_mesh.documents import DocumentError, PeerStatus, ServiceDefinition
+from isthmus_mesh.documents import DocumentError, KubernetesStatus, PeerStatus, ServiceDefinition
 from isthmus_mesh.wire import ClusterConfig, ClusterService, IPIdentityPair, Node
 
 NodeKey = tuple[str, str]  # (cluster, node)
@@ -21,10 +21,13 @@ ServiceName = tuple[str, str]  # (namespace, name)
 @dataclass(frozen=True, slots=True)
 class Vip:
     """A service's address in this cluster (`isthmus/v1/alloc/vips/<ns>/<name>`); None: of that family none,
-    or released."""
+    or released. `by`: `kubernetes` for the address of a Service of this cluster's Kubernetes, whose `affinity` counts
+    then; `peers` for a service that no definition is here of; else empty."""
 
     ipv4: IPv4Address | None
     ipv6: IPv6Address | None
+    by: str = ""
+    affinity: str = "none"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Vip:
@@ -37,6 +40,8 @@ class Vip:
             return cls(
                 IPv4Address(found4) if found4 is not None else None,
                 IPv6Address(found6) if found6 is not None else None,
+                fields.text("by"),
+                fields.text("affinity", "none"),
             )
         except ValueError as exc:
             raise DocumentError("ipv4 or ipv6 is not an address") from exc
@@ -55,3 +60,4 @@ class MeshState:
     vips: Mapping[ServiceName, Vip] = field(default_factory=dict)
     local_services: Mapping[ServiceName, ClusterService] = field(default_factory=dict)
     peers: Mapping[str, PeerStatus] = field(default_factory=dict)
+    kubernetes: Mapping[str, KubernetesStatus] = field(default_factory=dict)  # by own cluster's name, or nothing

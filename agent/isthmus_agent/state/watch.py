@@ -41,6 +41,7 @@ def own_prefixes(cluster: str) -> dict[str, str]:
         keys.VIPS_PREFIX,
         keys.LOCAL_SERVICES_PREFIX,
         keys.PEERS_PREFIX,
+        keys.KUBERNETES_STATUS,
     ):
         found[prefix] = published
     return found

@@ -374,6 +374,46 @@ class PeerStatus:
         )
 
 
+@dataclass(frozen=True)
+class KubernetesStatus:
+    """How the registrar stands with the API server of its Kubernetes cluster (`isthmus/v1/alloc/kubernetes`).
+
+    `state` is connected, connecting (not everything was read yet), absent or refused (with `error`, in words), since
+    `since`; `objects` counts by kind those that the mesh has to do with; `problems` says what of them is not published.
+    """
+
+    server: str
+    state: str
+    since: str
+    error: str | None = None
+    objects: Mapping[str, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return jsontext.dumps(
+            {
+                "server": self.server,
+                "state": self.state,
+                "since": self.since,
+                "error": self.error,
+                "objects": jsontext.sorted_mapping(self.objects),
+                "problems": list(self.problems),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> KubernetesStatus:
+        fields = _object(text)
+        return cls(
+            server=_filled(fields, "server"),
+            state=_filled(fields, "state"),
+            since=fields.text("since"),
+            error=fields.optional_text("error"),
+            objects=_counts(fields, "objects"),
+            problems=fields.texts("problems"),
+        )
+
+
 def _object(text: str | bytes) -> Fields:
     return Fields(jsontext.loads(text, DocumentError), DocumentError)
 

@@ -33,6 +33,7 @@ ALLOC_IDENTITIES_PREFIX = "isthmus/v1/alloc/identities/"
 VIPS_PREFIX = "isthmus/v1/alloc/vips/"
 LOCAL_SERVICES_PREFIX = "isthmus/v1/alloc/services/"
 PEERS_PREFIX = "isthmus/v1/alloc/peers/"
+KUBERNETES_STATUS = "isthmus/v1/alloc/kubernetes"
 
 KINDS = ("nodes", "ip", "identities", "services")
 """The kinds of state that every peer publishes and waits for; one canary each."""

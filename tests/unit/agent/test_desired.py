@@ -335,3 +335,65 @@ def test_no_node_of_a_peer_takes_an_address_of_the_own_cluster():
     items[keys.node_key("cloud", "cloud-1", cached=True)] = thief.to_json().encode()
     found = compute(items).datapath.ipcache
     assert found[net("10.101.0.18/32")] == IpcacheEntry((1 << 16) + 1, 1, addr("198.18.1.12"))
+
+
+def offered(cluster: str, backend: str, ports: dict[str, wire.L4Addr], shared: bool = True) -> dict[str, bytes]:
+    """A service `shop/api` as a peer has it."""
+    service = wire.ClusterService(
+        cluster=cluster,
+        namespace="shop",
+        name="api",
+        cluster_id=mesh.CLUSTERS[cluster],
+        frontends={"10.96.0.10": ports},
+        backends={backend: {name: wire.L4Addr(port.protocol, port.port + 8000) for name, port in ports.items()}},
+        shared=shared,
+    )
+    return {keys.service_key(cluster, "shop", "api", cached=True): service.to_json().encode()}
+
+
+def test_a_service_that_only_peers_offer_has_their_ports_and_an_address_of_ours():
+    http, dns = wire.L4Addr("TCP", 80), wire.L4Addr("UDP", 53)
+    items = mesh.documents(ALL)
+    items |= offered("cloud", "10.102.0.2", {"http": http, "dns": dns}) | offered("edge", "10.103.0.2", {"web": http})
+    alone = compute(items)
+    assert "api.shop.svc.clusterset.local" not in alone.names
+    items[keys.vip_key("shop", "api")] = b'{"ipv4":"10.111.0.9","ipv6":null,"released":null,"by":"peers"}'
+    found = compute(items)
+    assert found.names["api.shop.svc.clusterset.local"] == addr("10.111.0.9")
+    table = found.datapath.services
+    # Of two names for one port the first cluster's counts, and names decide who serves it.
+    assert [str(b.address) for b in table[Frontend(addr("10.111.0.9"), 80, 6)].backends] == ["10.102.0.2"]
+    assert [b.port for b in table[Frontend(addr("10.111.0.9"), 53, 17)].backends] == [8053]
+    for key in [key for key in items if key.endswith("/shop/api") and "cache" in key]:
+        del items[key]
+    assert "api.shop.svc.clusterset.local" not in compute(items).names
+
+
+def test_a_service_that_peers_keep_for_themselves_is_none_of_ours():
+    items = mesh.documents(ALL) | offered("cloud", "10.102.0.2", {"http": wire.L4Addr("TCP", 80)}, shared=False)
+    items[keys.vip_key("shop", "api")] = b'{"ipv4":"10.111.0.9","ipv6":null,"released":null,"by":"peers"}'
+    assert "api.shop.svc.clusterset.local" not in compute(items).names
+
+
+def test_a_service_of_our_kubernetes_has_its_own_address_ports_and_affinity():
+    items = mesh.documents(ALL, affinity="remote")
+    own = wire.ClusterService(
+        cluster="onprem",
+        namespace="shop",
+        name="web",
+        cluster_id=1,
+        frontends={"10.96.0.10": {"http": wire.L4Addr("TCP", 8000)}},
+        backends={"10.101.0.2": {"http": wire.L4Addr("TCP", 8080)}},
+    )
+    items[keys.service_key("onprem", "shop", "web")] = own.to_json().encode()
+    items[keys.vip_key("shop", "web")] = (
+        b'{"ipv4":"10.96.0.10","ipv6":null,"released":null,"by":"kubernetes","affinity":"local","kept":"10.111.0.1"}'
+    )
+    found = compute(items)
+    assert list(found.datapath.services) == [Frontend(addr("10.96.0.10"), 8000, 6)]
+    assert [view.affinity for view in found.views] == ["local"]
+    assert [str(b.address) for b in found.datapath.services[Frontend(addr("10.96.0.10"), 8000, 6)].backends] == [
+        "10.101.0.2"
+    ]
+    del items[keys.service_definition_key("shop", "web")]
+    assert compute(items).datapath.services == found.datapath.services

@@ -299,7 +299,20 @@ def test_services_and_peers_in_words():
         "refused_last": ["cilium/state/x", "not JSON"],
         "endpoint": None,
     }
-    words = text.peers({"own_etcd": {"connected": False, "age": 125.0}, "peers": [peer]})
+    api = {
+        "server": "https://198.18.4.11:6443",
+        "state": "absent",
+        "since": "2026-01-02T03:04:05Z",
+        "error": "no answer in time",
+        "objects": {"nodes": 3, "pods": 10},
+        "problems": ["nodes kube-9: addresses of 2 pods are not published"],
+    }
+    words = text.peers({"own_etcd": {"connected": False, "age": 125.0}, "peers": [peer], "kubernetes": api})
+    assert words.endswith(
+        "Kubernetes API https://198.18.4.11:6443: absent since 2026-01-02T03:04:05Z; 3 nodes, 10 pods\n"
+        "! no answer in time\n! nodes kube-9: addresses of 2 pods are not published"
+    )
+    words = text.peers({"own_etcd": {"connected": False, "age": 125.0}, "peers": [peer], "kubernetes": None})
     assert "2m5s ago" in words
     assert "own etcd does not answer (last proof 2m5s ago)" in words
     assert "cilium/state/x was refused: not JSON" in words

@@ -9,6 +9,7 @@ Shapes: core/v1 and discovery.k8s.io/v1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
@@ -76,12 +77,12 @@ class ServiceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`ready`: gets new flows; `serving`: could, but is on its way out."""
+    """An endpoint that is ready, or not but still serves: it is on its way out. `node` may be empty."""
 
     addresses: tuple[str, ...]
     ready: bool
-    serving: bool
     hostname: str
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,18 @@ class SliceFacts:
 
 
 Facts = Union[NodeFacts, NamespaceFacts, PodFacts, ServiceFacts, SliceFacts]
+
+
+def parse(data: bytes) -> Any:
+    """JSON from the API server. ObjectError when it is none."""
+    try:
+        value = json.loads(data)
+        if b"\\ud" in data or b"\\uD" in data:
+            # A lone surrogate parses, but breaks whoever writes the text later.
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        raise ObjectError(f"is no JSON: {error}"[:100]) from None
+    return value
 
 
 def key_of(value: Any) -> ObjectKey:
@@ -195,7 +208,7 @@ def _slice(value: Any) -> SliceFacts | None:
             address for text in _texts(entry, "addresses") for address in _address4(text, "endpoints.addresses")
         )
         if addresses and (ready or serving):
-            endpoints.append(Endpoint(addresses, ready, serving, _text(entry, "hostname")))
+            endpoints.append(Endpoint(addresses, ready, _text(entry, "hostname"), _text(entry, "nodeName")))
     return SliceFacts(service, _ports(value), tuple(endpoints))
 
 
