@@ -163,7 +163,9 @@ def outdated(der: bytes | None, known: str) -> str:
     if wanted <= found:
         return ""
     lacking = len(wanted - found)
-    return f"it is older than the estate record's list: {lacking} of {len(wanted)} revoked certificates are accepted here"
+    return (
+        f"it is older than the estate record's list: {lacking} of {len(wanted)} revoked certificates are accepted here"
+    )
 
 
 def describe_list(der: bytes) -> str:
