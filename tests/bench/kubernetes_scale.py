@@ -206,9 +206,7 @@ async def bench(directory: Path) -> None:
                 state = kube.state()
                 assert sum("/ip/" in key for key in state) == PODS, "not every pod is published"
                 assert sum("/services/" in key for key in state) == SERVICES, "not every service is published"
-                say(
-                    f"cold start until all is published: {cold:.1f} s; baseline {plain:.1f} s (to read it)"
-                )
+                say(f"cold start until all is published: {cold:.1f} s; baseline {plain:.1f} s (to read it)")
                 watched, wrote = await changes(kube, api, access)
                 for what, figures in (("API call to a bare watch (baseline)", watched), ("event to etcd's key", wrote)):
                     middle, worst = statistics.median(figures), max(figures)

@@ -746,16 +746,18 @@ class Publisher:
         except (KeyError, WireError):
             return None
         address = vip.get("ipv4") if vip.get("ipv4") != vip.get("kept") else None
+        if not isinstance(address, str) or _number(address) < 0:
+            address = None
         nodes = {host["mesh4"] for host in self.hosts.values()}
         return _Offer(
             address,
-            before.frontends.get(address, {}) if address else {},
+            {} if address is None else before.frontends.get(address, {}),
             {one: ports for one, ports in before.backends.items() if one in nodes or self._is_pods(one)},
             before.hostnames,
             before.labels,
             before.selector,
             before.shared,
-            str(vip.get("affinity")),
+            "local" if vip.get("affinity") == "local" else "remote" if vip.get("affinity") == "remote" else "none",
         )
 
     def _service(
