@@ -443,7 +443,7 @@ class Registrar:
             return ""
         named = ", ".join(found.silent[:3]) + (" and others" if len(found.silent) > 3 else "")
         return (
-            f"this etcd lacks what was published before, and agents have not said all yet ({named}): withdrawing "
+            f"this etcd lacks what was published before, and not all was heard yet ({named}): withdrawing "
             f"nothing and writing no canary for up to {REPORT_GRACE:.0f} s"
         )
 
