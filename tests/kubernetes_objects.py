@@ -33,7 +33,7 @@ def pod(
             "serviceAccountName": "default",
             "containers": [{"name": "c", "image": "i", "ports": [{"name": "http", "containerPort": 8080}]}],
         },
-        "status": {"phase": "Running", "podIPs": [{"ip": address}] if address else None},
+        "status": {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}] if address else None},
     }
 
 

@@ -39,6 +39,7 @@ from isthmus_mesh import keys
 from isthmus_mesh.documents import NodeReport, ServiceDefinition, ServicePort, WorkloadReport
 from isthmus_mesh.identity import pod_labels
 from kubernetes_objects import endpoint, endpoint_slice, namespace, node, pod, service
+from unit.hostile import hostile
 
 OWN = Own("kube", 4, 255, IPv4Network("10.114.0.0/24"), (IPv4Network("10.244.0.0/16"),), IPv4Network("10.96.0.0/16"))
 NOW, LATER = "2026-01-02T03:04:05Z", "2026-01-03T03:04:05Z"
@@ -660,6 +661,24 @@ def test_no_object_however_odd_does_harm(kind: str, data: st.DataObject, junk: A
     for key, reason in catalog.told():
         assert key.startswith("kubernetes ")
         assert len(reason) < 200
+
+
+BEFORE = run(objects(), services=DEFINITION, peers=PeerServices(frozenset(["shop/far"]))).keys
+
+
+@given(st.data(), st.booleans())
+def test_nothing_that_was_published_can_do_harm(data: st.DataObject, read: bool) -> None:
+    """Whatever stands in etcd, with the API server away or not: something is published, and it can be written."""
+    previous = dict(BEFORE)
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(BEFORE)))
+        like = json.loads(BEFORE[key]) if BEFORE[key].startswith("{") else BEFORE[key]
+        previous[key] = data.draw(hostile(like)).decode("utf-8", "surrogateescape")
+    catalog = catalog_of(objects()) if read else Catalog("kube")
+    found = publish(OWN, inputs(catalog, previous, services=DEFINITION))
+    assert keys.node_key("kube", "kube-1") in found.keys
+    for key, text in found.keys.items():
+        (key + text).encode("utf-8", "surrogateescape")
 
 
 @given(st.sampled_from(KINDS), JSON)

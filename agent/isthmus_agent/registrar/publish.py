@@ -659,14 +659,11 @@ class Publisher:
         return json.dumps(document)
 
     def _allocation(self, key: str, value: str) -> _Allocation:
-        try:
-            document = Fields(jsontext.loads(value, DocumentError), DocumentError)
-            return _Allocation(
-                document.text("labels", None), document.text("created"), document.optional_text("released")
-            )
-        except DocumentError:
+        found = _allocation(value)
+        if found is None:
             self.problem(key, "is no allocation of an identity; its number is not dealt")
             return _Allocation("", "", None)
+        return found
 
     # --- services
 
@@ -746,16 +743,18 @@ class Publisher:
         except (KeyError, WireError):
             return None
         address = vip.get("ipv4") if vip.get("ipv4") != vip.get("kept") else None
+        if not isinstance(address, str) or _number(address) < 0:
+            address = None
         nodes = {host["mesh4"] for host in self.hosts.values()}
         return _Offer(
             address,
-            before.frontends.get(address, {}) if address else {},
+            {} if address is None else before.frontends.get(address, {}),
             {one: ports for one, ports in before.backends.items() if one in nodes or self._is_pods(one)},
             before.hostnames,
             before.labels,
             before.selector,
             before.shared,
-            str(vip.get("affinity")),
+            "local" if vip.get("affinity") == "local" else "remote" if vip.get("affinity") == "remote" else "none",
         )
 
     def _service(
@@ -877,6 +876,16 @@ class _Allocation:
     created: str
     released: str | None
     by: str = ""
+
+
+@functools.lru_cache(maxsize=131_072)
+def _allocation(value: str) -> _Allocation | None:
+    """An identity's allocation, None when it is none. Jobs leave thousands of released ones behind."""
+    try:
+        document = Fields(jsontext.loads(value, DocumentError), DocumentError)
+        return _Allocation(document.text("labels", None), document.text("created"), document.optional_text("released"))
+    except DocumentError:
+        return None
 
 
 class _Dealer:

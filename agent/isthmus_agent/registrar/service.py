@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, PeerStatus
@@ -42,7 +42,6 @@ from isthmus_agent.sdnotify import notify, watchdog_interval
 
 from . import recall
 from .kubernetes.catalog import Changes
-from .kubernetes.source import Source
 from .leader import Election, NotLeader, Term, Writer
 from .memory import Known, Memory
 from .mirror import Mirror, read_mirrored
@@ -62,6 +61,9 @@ from .publish import (
     overlay,
     owned_prefixes,
 )
+
+if TYPE_CHECKING:
+    from .kubernetes.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,8 @@ class Registrar:
         self._site_seen: dict[str, tuple[tuple[int, int, int], float]] = {}  # by prefix: which run of `site`, since
         self.kubernetes: Source | None = None
         if self.registrar.kubernetes is not None:
+            from .kubernetes.source import Source  # aiohttp: 12 MiB that registrars of machines do without
+
             self.kubernetes = Source(self.registrar.kubernetes, self.own.name, self.changed, wall=wall, clock=clock)
         self._kubernetes_told: tuple[float, str] = (float("-inf"), "")  # when its status was written, and which
         self._offered = Offered()
@@ -439,7 +443,7 @@ class Registrar:
             return ""
         named = ", ".join(found.silent[:3]) + (" and others" if len(found.silent) > 3 else "")
         return (
-            f"this etcd lacks what was published before, and agents have not said all yet ({named}): withdrawing "
+            f"this etcd lacks what was published before, and not all was heard yet ({named}): withdrawing "
             f"nothing and writing no canary for up to {REPORT_GRACE:.0f} s"
         )
 

@@ -33,6 +33,9 @@ PROBE_INTERVAL = 5.0
 PROBE_MISSES = 3
 """After so many probes without an answer, watches that look open are begun anew."""
 
+PATIENCE = 3.0
+"""Seconds that a server may refuse everybody: one that starts does not know its rules yet."""
+
 CONNECTED, CONNECTING, ABSENT, REFUSED = "connected", "connecting", "absent", "refused"
 
 _LIST_AGAIN = (400, 404, 504)
@@ -60,6 +63,7 @@ class Source:
         self._clock = clock
         self._versions: dict[str, str] = {}
         self._errors: dict[str, ApiError] = {}
+        self._refused: dict[str, float] = {}  # since when
         self._state, self._since = CONNECTING, wall()
         self._error: str | None = None
         self._silent = asyncio.Event()  # the server does not answer: open watches are not to be believed
@@ -171,15 +175,20 @@ class Source:
                     self._silent.set()
 
     def _good(self, what: str) -> None:
+        self._refused.pop(what, None)
         if self._errors.pop(what, None) is not None or self._state == CONNECTING:
             self._judge()
 
     def _failed(self, what: str, error: ApiError) -> None:
         self._errors[what] = error
+        if error.status in (401, 403):
+            self._refused.setdefault(what, self._clock())
+        else:
+            self._refused.pop(what, None)
         self._judge()
 
     def _judge(self) -> None:
-        refused = [error for error in self._errors.values() if error.status in (401, 403)]
+        refused = [self._errors[what] for what, since in self._refused.items() if self._clock() - since >= PATIENCE]
         if refused:
             state, reasons = REFUSED, sorted({str(error) for error in refused})
         elif self._errors:
