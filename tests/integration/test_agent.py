@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.etcd_admin import ensure_access, wanted_access
 from isthmus_agent.kvstore import canary_value
 from isthmus_agent.state.watch import own_prefixes, peer_prefixes
-from isthmus_mesh import keys
+from isthmus_mesh import keys, wire
 from isthmus_mesh.documents import HealthCheck
 from isthmus_mesh.spec import NodeSpec
 
@@ -82,6 +83,9 @@ class FakeKernel:
 
     def read(self) -> Reading:
         return Reading(Counters({}, {"unknown_peer": 0}, ()))
+
+    def mend_filters(self) -> tuple[tuple[str, ...], int]:
+        return (), 0
 
     def destroy(self, backends: Collection[Backend]) -> int:
         self.destroyed.extend(backends)
@@ -615,6 +619,54 @@ def test_status_services_peers_and_audit(
             finally:
                 await api.close()
                 await scrape.close()
+
+    asyncio.run(story())
+
+
+def test_300_quick_changes_of_pods_leave_nothing_stale(server: EtcdServer, tmp_path: Path) -> None:
+    """Pods start and die and their addresses go to others, as fast as etcd takes it: no address ever goes back to an
+    identity that it had before, and in the end the kernel has what is published."""
+    plain = mesh.spec_document()
+    ranges = {"pod_ranges4": ["10.244.0.0/16"], "service_range4": "10.96.0.0/16"}
+    spec = spec_for(
+        server,
+        cluster={**plain["cluster"], "kubernetes": ranges},
+        node={**plain["node"], "kubernetes_node": "worker-1"},
+    )
+    chance = random.Random(3)  # noqa: S311
+    identities: dict[str, list[int]] = {}
+    published: dict[str, int] = {}
+
+    def restart_pods() -> None:
+        with server.sync_client() as client:
+            for number in range(300):
+                address = f"10.244.1.{chance.randint(2, 12)}"
+                if address in published and chance.random() < 0.4:
+                    del published[address]
+                    client.delete(keys.ip_key(address))
+                else:
+                    published[address] = (1 << 16) + 100 + number
+                    identities.setdefault(address, []).append(published[address])
+                    pair = wire.IPIdentityPair(address, published[address], "198.18.1.11", namespace="shop")
+                    client.put(keys.ip_key(address), pair.to_json())
+
+    def local(datapath: Datapath) -> dict[str, int]:
+        return {str(key): value for key, value in datapath.local.items() if str(key).startswith("10.244.")}
+
+    async def story() -> None:
+        fill(server, mesh.documents(BACKENDS))
+        kernel = FakeKernel()
+        async with agent(spec, kernel, tmp_path) as found:
+            await until(lambda: settled(found, kernel), "all is applied")
+            await asyncio.to_thread(restart_pods)
+            await until(lambda: local(kernel.now) == published, "the kernel has what is published")
+            assert len(kernel.applied) > 10, "it followed, and did not only see the end"
+            seen: dict[str, int] = {}
+            for datapath in kernel.applied:
+                for address, identity in local(datapath).items():
+                    assert identity >= seen.get(address, 0), f"{address} went back"
+                    assert identity in identities[address]
+                    seen[address] = identity
 
     asyncio.run(story())
 

@@ -124,6 +124,16 @@ WEB = keys.service_key("kube", "shop", "web")
 VIP = keys.vip_key("shop", "web")
 
 
+def test_a_host_says_whether_it_is_a_node() -> None:
+    """What pods send to a machine's underlay address goes over the overlay, to a node's as the CNI has it."""
+    found = run(objects())
+    said = {
+        name: value(found, keys.node_key("kube", name))["Annotations"]["isthmus.io/kubernetes-node"]
+        for name in RECORD["hosts"]
+    }
+    assert said == {"kube-1": "kube-1", "kube-2": "kube-2", "vm": ""}
+
+
 def test_exact_keys_and_values() -> None:
     found = run(objects())
     assert found.problems == ()

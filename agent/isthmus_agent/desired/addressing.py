@@ -206,8 +206,33 @@ def path_mtu(own_underlay: int, other_underlay: int, configured: int | None) -> 
     return min(inner, configured) if configured is not None else inner
 
 
+def loose_ranges(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> tuple[IPv4Network, ...]:
+    """Ranges of the mesh in which some address of another node lies in no node's range: a CNI has pools of its own
+    there. All of such a range is led over the overlay, where the ipcache knows the node of each address."""
+    endpoints: dict[str, set[str]] = {}
+    dealt: dict[str, dict[int, set[int]]] = {}  # by cluster, mask of the length
+    for node in nodes:
+        endpoints.setdefault(node.cluster, set()).update(str(each) for each in (node.endpoint, *node.underlay))
+        of_cluster = dealt.setdefault(node.cluster, {})
+        for cidr in node.cidrs:
+            of_cluster.setdefault(int(cidr.netmask), set()).add(int(cidr.network_address))
+    found: set[IPv4Network] = set()
+    ranges = (*spec.mesh_ranges4, *pod_ranges(spec))
+    for (cluster, text), pair in state.ips.items():
+        if pair.host_ip not in endpoints.get(cluster, ()) or "/" in text or ":" in text:
+            continue
+        address = IPv4Address(text)
+        if not any(int(address) & mask in networks for mask, networks in dealt[cluster].items()):
+            found.update(each for each in ranges if address in each)
+    return tuple(sorted(found))
+
+
 def routes(
-    spec: NodeSpec, nodes: tuple[Remote, ...], underlay_mtu: int, pods: tuple[IPv4Network, ...]
+    spec: NodeSpec,
+    nodes: tuple[Remote, ...],
+    underlay_mtu: int,
+    pods: tuple[IPv4Network, ...],
+    loose: tuple[IPv4Network, ...] = (),
 ) -> frozenset[Route]:
     """Routes of the main table, of table 730 (packets from our own range) and of table 731 (from our pods).
 
@@ -216,7 +241,7 @@ def routes(
     every cluster are unreachable where nothing longer matches, so that neither an untranslated service address nor an
     address nobody has goes out on the underlay. On a Kubernetes node the way to pods of other nodes of its cluster is
     the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
-    the source is the pod's, unless that node belongs to the same Kubernetes cluster.
+    the source is the pod's, unless that node belongs to the same Kubernetes cluster. `loose`: of `loose_ranges`.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
@@ -236,7 +261,12 @@ def routes(
             found.add(Route(IPv4Network(address), source, mtu, TABLE))
             if is_node and (node.is_machine or not ours):
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
-    for blocked in (*spec.service_ranges4, *spec.mesh_ranges4):
+    narrowest = min((path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu) for node in nodes), default=0)
+    for wide in loose:
+        if not (is_node and is_pod_range(spec, wide)):
+            found.add(Route(wide, source, narrowest, MAIN))
+        found.add(Route(wide, source, narrowest, TABLE))
+    for blocked in {*spec.service_ranges4, *spec.mesh_ranges4} - set(loose):
         found.add(Route(blocked, unreachable=True))
     found.update(Route(each, table=TABLE, throw=True) for each in pods)
     found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))

@@ -80,6 +80,7 @@ def desired(
     nodes, refused = memory.of("remotes", (spec, state.nodes), lambda: addressing.remotes(spec, state))
     pods = memory.of("pods", (spec, state.nodes, state.ips), lambda: local_pods(spec, state))
     ranges = memory.of("pod ranges", (pods,), lambda: pods.ranges)
+    loose = memory.of("loose", (spec, nodes, state.ips), lambda: addressing.loose_ranges(spec, state, nodes))
     local = memory.of("local", (spec, state.ips, pods), lambda: addressing.local_identities(spec, state, pods))
     placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
     found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
@@ -107,8 +108,8 @@ def desired(
         peers=memory.of("peers", (nodes,), lambda: addressing.peers(nodes)),
         routes=memory.of(
             "routes",
-            (spec, nodes, facts.underlay_mtu, ranges),
-            lambda: addressing.routes(spec, nodes, facts.underlay_mtu, ranges),
+            (spec, nodes, facts.underlay_mtu, ranges, loose),
+            lambda: addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose),
         ),
         rules=addressing.rules(spec, ranges),
         keep_source=addressing.keep_source(spec, ranges),

@@ -40,6 +40,7 @@ from .kubernetes.catalog import Catalog, Changes, Rendered
 from .kubernetes.objects import PodFacts
 
 UNDERLAY_MTU_ANNOTATION = "isthmus.io/underlay-mtu"
+KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster; empty: the host is no node of it
 QUARANTINE = timedelta(days=30)
 """How long a released number or address is not given to another owner."""
 BY_KUBERNETES, BY_PEERS = "kubernetes", "peers"
@@ -321,6 +322,8 @@ class Publisher:
             if address not in known:
                 self.problem(key, f"address {address} is not the host's in the estate record; it is not published")
         annotations = {UNDERLAY_MTU_ANNOTATION: str(report.mtu)} if report.mtu else {}
+        if self.own.pod_ranges4:
+            annotations[KUBERNETES_NODE_ANNOTATION] = host.get("kubernetes_node") or ""
         return Node(
             name=name,
             cluster=self.own.name,

@@ -186,6 +186,42 @@ def test_pods_outside_the_nodes_cidrs_are_taken_as_well() -> None:
     assert {route.prefix for route in found.datapath.routes if route.throw} == wanted
 
 
+def _pools(items: dict[str, bytes]) -> dict[str, bytes]:
+    """The cluster's CNI deals addresses from pools of its own: the nodes have no pod CIDR."""
+    for number in (1, 2):
+        items[keys.node_key("onprem", f"onprem-{number}")] = kube_node(number, ()).to_json().encode()
+    return items
+
+
+def test_a_range_that_is_not_dealt_by_node_is_led_over_the_overlay_as_a_whole() -> None:
+    pods = net("10.244.0.0/16")
+    here = compute(_pools(documents())).datapath
+    assert {route for route in here.routes if route.prefix == pods} == {Route(pods, SOURCE, 1450, 730)}, "the CNI's"
+    assert Route(net("10.244.1.5/32"), table=730, throw=True) in here.routes
+    machine = compute(_pools(documents()), kube_spec("onprem-3", is_node=False)).datapath
+    assert {route for route in machine.routes if route.prefix == pods} == {
+        Route(pods, addr("10.101.0.33"), 1450, table) for table in (254, 730)
+    }
+
+
+def test_a_peers_range_that_is_not_dealt_by_node_is_led_over_the_overlay_as_a_whole() -> None:
+    items = documents()
+    before = compute(items).datapath.routes
+    wide = net("10.102.0.0/16")
+    assert Route(wide, unreachable=True) in before
+    put(items, wire.IPIdentityPair("10.102.77.5", (2 << 16) + 1, "198.18.2.11"), "cloud")
+    after = compute(items).datapath.routes
+    assert after == before - {Route(wide, unreachable=True)} | {
+        Route(wide, SOURCE, 1450, 254),
+        Route(wide, SOURCE, 1450, 730),
+    }
+    # Of a node that is not known nothing is made, and an address that moved within the cluster is no pool.
+    del items[keys.ip_key("10.102.77.5", "cloud")]
+    put(items, wire.IPIdentityPair("10.102.77.5", (2 << 16) + 1, "198.18.2.99"), "cloud")
+    put(items, pod("10.101.0.40", 2))
+    assert compute(items).datapath.routes == before
+
+
 @pytest.mark.parametrize(
     ("pair", "why"),
     [
