@@ -50,8 +50,9 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(pending) and
-      C(failure), lines of text.
+    - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(waiting), for
+      each host that waits for others of its cluster which could not be entered, their names; C(pending) and C(failure),
+      lines of text.
   type: dict
 """
 
@@ -81,19 +82,27 @@ def run_outcome(members, gone=(), failed=(), clusters=(), stopped=True):
     silent = {
         name
         for name, variables in hosts.items()
-        if name not in broken
-        and (name in gone or _is(variables, "unreachable", "__bundle_result", "__agent_result", "__site_verified"))
+        if name not in broken and (name in gone or _is(variables, "unreachable", *_STEPS, "__site_verified"))
+    }
+    waits = {
+        name: found
+        for name, variables in hosts.items()
+        if name not in broken | silent and (found := _waits(variables)) is not None
     }
     changed = {name for name, variables in hosts.items() if _is(variables, "changed", *_STEPS)}
     pending = []
     if silent:
         pending.append(f"Pending: {len(silent)} of the hosts ({_names(silent)}) could not be entered.")
+    for (what, places), names in sorted(_together(waits).items()):
+        pending.append(
+            f"Pending: {_names(names)} could not be finished without {what}: {', '.join(places)} could not be entered."
+        )
     if unwritten:
         pending.append(f"Pending: the etcd of {_names(unwritten)} did not get the estate record of this run.")
     failure = _failures(hosts, broken) if broken else []
     if broken and stopped:
         untouched = {name for name, variables in hosts.items() if not any(step in variables for step in _STEPS)}
-        rest = set(hosts) - broken - silent
+        rest = set(hosts) - broken - silent - set(waits)
         failure[:0] = ["Stopped at the first failure: no further batch was begun."]
         failure += [
             f"Changed: {_names(rest & changed)}.",
@@ -105,6 +114,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), stopped=True):
         "locked": locked,
         "changed": sorted(changed),
         "silent": sorted(silent),
+        "waiting": {name: list(places) for name, (_what, places) in sorted(waits.items())},
         "pending": [*pending, _NEXT] if pending else [],
         "failure": failure,
     }
@@ -125,6 +135,29 @@ def _locks(members, clusters):
                 if name in _WRITES and "record" in result:
                     written.add(place["cluster"])
     return locked, set(clusters) - written if wrote else set()
+
+
+def _waits(variables):
+    """What the host needs of others of its cluster and whom it asked, when none of them could be entered; else None."""
+    cluster = variables.get("isthmus_cluster")
+    if "still_pending" in variables.get("__pki_installed", {}) and _is(variables, "failed", "__pki_installed"):
+        for answer in variables["__pki_signed"]["results"]:
+            if answer.get("unreachable") and answer["pki_group"]["ca_cluster"] == cluster:
+                return f"the authority of cluster {cluster}", (answer["pki_group"]["ca_host"],)
+    asked = [one for one in variables.get("__etcd_entered", {}).get("results", []) if not one.get("skipped")]
+    fell_silent = _is(variables, "unreachable", "__etcd_agent_rights")
+    if fell_silent or (asked and not any("ping" in answer for answer in asked)):
+        places = tuple(answer["etcd_place"] for answer in asked)
+        return f"the etcd of cluster {cluster}, where its agent needs rights", places
+    return None
+
+
+def _together(waits):
+    """Names of hosts by what they wait for."""
+    found = {}
+    for name, reason in waits.items():
+        found.setdefault(reason, set()).add(name)
+    return found
 
 
 def _failures(hosts, broken):

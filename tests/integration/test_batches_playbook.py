@@ -277,7 +277,7 @@ def test_a_package_that_cannot_be_installed_stops_before_anything_is_changed(run
 def test_silent_hosts_stop_nobody_and_are_pending(running: Site) -> None:
     """One was silent from the beginning, the only host of the last batch falls silent when others had their turn."""
     (running.place / "silent" / "b2").touch()
-    (running.place / "silence").write_text("a3")
+    (running.place / "silence").write_text("node a1 a3")
     run = running.run()
     assert run.status == 4, run.output
     assert "Pending: 2 of the hosts (a3, b2) could not be entered." in said(run)
@@ -285,6 +285,44 @@ def test_silent_hosts_stop_nobody_and_are_pending(running: Site) -> None:
     assert running.has_round("next") == ["a1", "a2", "b1", "c1"]
     assert {name for name, recap in run.hosts.items() if recap.unreachable} == {"a3", "b2"}
     assert running.locks == []
+
+
+@pytest.mark.parametrize("step", ["bundle", "pki_request"], ids=["before pki", "before etcd"])
+def test_a_batch_that_falls_silent_as_a_whole_inside_a_step_ends_no_run(running: Site, step: str) -> None:
+    (running.place / "silence").write_text(f"{step} a2 a2\n{step} b1 b1\n")
+    run = running.run()
+    assert run.status == 4, run.output
+    assert "Pending: 2 of the hosts (a2, b1) could not be entered." in said(run)
+    assert "Next: run the playbook again when the reason above is gone" in said(run)
+    assert running.has_round("next") == ["a1", "a3", "b2", "c1"]
+    assert running.locks == ["b"], "that of a and c went back; b1 is silent, where that of b is given back"
+
+
+def test_a_failure_in_the_batch_of_silent_hosts_still_ends_with_the_lists(running: Site) -> None:
+    (running.place / "silence").write_text("bundle a2 a2\n")
+    (running.place / "fail" / "node b1").touch()
+    run = running.run()
+    told = said(run)
+    assert "Failed: b1, in the task 'The host is a member of the mesh'" in told, run.output
+    assert "Changed: a1, b2, c1." in told
+    assert "Not touched: a3." in told
+    assert "Pending: 1 of the hosts (a2) could not be entered." in told
+    assert running.locks == []
+
+
+@pytest.mark.parametrize("limit", ["all", "b2"])
+def test_a_host_whose_clusters_etcd_cannot_be_entered_is_pending_and_stops_nobody(running: Site, limit: str) -> None:
+    (running.place / "silent" / "b1").touch()
+    run = running.run("--limit", limit)
+    assert run.status == 4, run.output
+    told = said(run)
+    assert (
+        "Pending: b2 could not be finished without the etcd of cluster b, where its agent needs rights: b1 could not "
+        "be entered." in told
+    )
+    assert "Stopped" not in told
+    assert running.has_round("next") == (["a1", "a2", "a3", "c1"] if limit == "all" else [])
+    assert {name for name, recap in run.hosts.items() if recap.failed} == set()
 
 
 def test_check_mode_predicts_every_batch_also_after_a_failure(running: Site) -> None:

@@ -186,3 +186,29 @@ def test_what_a_run_that_failed_has_done() -> None:
     assert (found["changed"], found["silent"]) == (["changed"], ["silent"])
     predicted = run_outcome(members, failed=failed, stopped=False)["failure"]
     assert predicted == found["failure"][1:4], "a run in check mode goes on"
+
+
+@pytest.mark.parametrize(
+    ("answer", "waiting"),
+    [
+        ({"unreachable": True, "msg": "no route"}, {"w1": ["o1"]}),
+        ({"failed": False, "msg": "the private key of cluster onprem's authority is missing"}, {}),
+    ],
+    ids=["it is silent", "it refuses"],
+)
+def test_a_new_host_waits_for_an_authority_that_is_silent_not_for_a_sick_one(
+    answer: dict[str, Any], waiting: dict[str, Any]
+) -> None:
+    group = {"ca_cluster": "onprem", "ca_host": "o1"}
+    variables = {
+        "inventory_hostname": "w1",
+        "isthmus_cluster": "onprem",
+        "__pki_signed": {"results": [{"pki_group": {**group, "ca_cluster": "edge"}}, {"pki_group": group, **answer}]},
+        "__pki_installed": {"failed": True, "still_pending": ["agent"]},
+    }
+    found = run_outcome([variables])
+    assert found["waiting"] == waiting
+    words = "Pending: w1 could not be finished without the authority of cluster onprem: o1 could not be entered."
+    assert (words in found["pending"]) == bool(waiting)
+    damaged = {**variables, "__pki_installed": {"failed": True, "msg": "the pinned authority is another one"}}
+    assert run_outcome([damaged])["waiting"] == {}
