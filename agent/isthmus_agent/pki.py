@@ -125,6 +125,11 @@ def new_request(key: bytes, cn: str, where: str) -> str:
     )
 
 
+def public_der(key: bytes, where: str) -> bytes:
+    """The public half of a private key, as DER of its SubjectPublicKeyInfo (RFC 5280)."""
+    return _public_bytes(load_key(key, where).public_key())
+
+
 def new_authority(cluster: str, now: datetime.datetime, key_pem: bytes | None = None) -> tuple[bytes, bytes]:
     """Make a cluster's CA: (private key PEM, certificate PEM). Ten years, may sign end entities only.
 

@@ -105,6 +105,7 @@ class ActionModule(ActionBase):
             cuts=list(found.cuts),
             forgotten={name: dict(entry) for name, entry in found.forgotten.items()},
             revocations=[dict(entry) for entry in found.revocations],
+            kubernetes_left=list(found.kubernetes_left),
             serial=serial,
             clusters={"new": new, "answering": answering},
             batches=split(found.specs, hosts, new, answering, serial).words(),

@@ -35,6 +35,11 @@ options:
     type: list
     elements: str
     default: []
+  left:
+    description: Clusters whose Kubernetes left the mesh with this run.
+    type: list
+    elements: str
+    default: []
   stopped:
     description: Whether the run did not go on after a failure.
     type: bool
@@ -63,6 +68,7 @@ _STEPS = (
     "__bundle_result",
     *("__pki_requested", "__pki_installed"),
     *("__etcd_result", "__etcd_former", "__etcd_rights"),
+    *("__kubernetes_credential", "__kubernetes_access", "__kubernetes_installed"),
     "__agent_result",
 )
 _NEXT = (
@@ -74,7 +80,7 @@ _AFTER_FAILURE = (
 )
 
 
-def run_outcome(members, gone=(), failed=(), clusters=(), stopped=True):
+def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True):
     """See above; names in the order of the alphabet."""
     hosts = {str(variables["inventory_hostname"]): variables for variables in members}
     locked, unwritten = _locks(hosts.values(), clusters)
@@ -99,6 +105,8 @@ def run_outcome(members, gone=(), failed=(), clusters=(), stopped=True):
         )
     if unwritten:
         pending.append(f"Pending: the etcd of {_names(unwritten)} did not get the estate record of this run.")
+    pending += _kubernetes(hosts.values())
+    pending += [] if broken else _left(hosts.values(), left)
     failure = _failures(hosts, broken) if broken else []
     if broken and stopped:
         untouched = {name for name, variables in hosts.items() if not any(step in variables for step in _STEPS)}
@@ -158,6 +166,38 @@ def _together(waits):
     for name, reason in waits.items():
         found.setdefault(reason, set()).add(name)
     return found
+
+
+def _kubernetes(members):
+    """A line for each cluster whose Kubernetes could not be asked: the last that was heard of it counts."""
+    told = {}
+    for variables in members:
+        for name in ("__preflight_kubernetes", "__kubernetes_access"):
+            result = variables.get(name) or {}
+            silent = "its isthmus_api_host cannot be entered" if result.get("unreachable") else result.get("pending")
+            if silent:
+                told[str(variables["isthmus_cluster"])] = silent
+    return [
+        f"Pending: Kubernetes of cluster {name} was not asked, and what is there stays as it was: {why.rstrip('.')}."
+        for name, why in sorted(told.items())
+    ]
+
+
+def _left(members, clusters):
+    """A line for each Kubernetes cluster that left the mesh and still has what is ours."""
+    why = dict.fromkeys(clusters, "the inventory has none of its etcd hosts")
+    for variables in members:
+        for result in (variables.get("__site_left") or {}).get("results") or []:
+            name = result["site_place"]["cluster"]
+            if "removed" in result and not result["pending"]:
+                why.pop(name, None)
+            else:
+                why[name] = result.get("pending") or result.get("msg") or "no answer"
+    return [
+        f"Pending: Kubernetes of cluster {name} still lets the registrars in that left ({reason.rstrip('.')}). There: "
+        "`kubectl delete clusterrolebinding,clusterrole,csr -l app.kubernetes.io/managed-by=isthmus`."
+        for name, reason in sorted(why.items())
+    ]
 
 
 def _failures(hosts, broken):

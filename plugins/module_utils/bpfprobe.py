@@ -17,6 +17,7 @@ import struct
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _PROG_LOAD, _BTF_LOAD, _LINK_CREATE = 0, 5, 18, 28
+_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 _SCHED_CLS, _CGROUP_SOCK_ADDR = 3, 18
 _CLONE_NEWNET = 0x40000000
 
@@ -71,6 +72,28 @@ class _Bpf:
         )
         return self.opens(_PROG_LOAD, attributes)
 
+    def attached(self, cgroup: int, attach: int) -> list[int]:
+        """Ids of the programs at a hook of exactly the cgroup that is open as `cgroup`."""
+        ids = ctypes.create_string_buffer(4 * 64)
+        query = struct.pack("=IIIIQII", cgroup, attach, 0, 0, ctypes.addressof(ids), 64, 0)
+        attributes = ctypes.create_string_buffer(query, len(query))
+        if self.libc.syscall(self.number, _PROG_QUERY, attributes, len(attributes)) != 0:
+            return []
+        count = struct.unpack_from("=I", attributes, 24)[0]
+        return list(struct.unpack_from(f"={count}I", ids))
+
+    def program_name(self, number: int) -> str:
+        """The name of a loaded program, at most 15 characters; empty when it is gone, or was loaded without one."""
+        handle = self.call(_PROG_GET_FD_BY_ID, struct.pack("=III", number, 0, 0))
+        if handle < 0:
+            return ""
+        try:
+            info = ctypes.create_string_buffer(80)  # struct bpf_prog_info up to its `name`
+            self.call(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", handle, len(info), ctypes.addressof(info)))
+            return info.raw[64:80].split(b"\0")[0].decode("ascii", errors="replace")
+        finally:
+            os.close(handle)
+
     def socket_storage(self) -> int:
         # The smallest BTF: one 32-bit integer type, which is key and value.
         types = struct.pack("=IIII", 1, 1 << 24, 4, 32)
@@ -123,6 +146,24 @@ def missing_features() -> list[str]:
     if error:
         lacking.append(f"VXLAN devices in external mode ({os.strerror(error)}; CONFIG_VXLAN, module vxlan)")
     return lacking
+
+
+def foreign_programs(cgroup: str) -> dict[str, list[str]]:
+    """Programs of others at the mesh's hooks of a cgroup, by hook; ours are named like their hooks. Needs root.
+
+    A program without a name is told by its number.
+    """
+    bpf = _Bpf()
+    handle = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = {
+            hook: [bpf.program_name(number) or f"number {number}" for number in bpf.attached(handle, attach)]
+            for hook, attach in _HOOKS.items()
+        }
+    finally:
+        os.close(handle)
+    strangers = {hook: [name for name in names if name != hook] for hook, names in found.items()}
+    return {hook: names for hook, names in strangers.items() if names}
 
 
 def _attribute(kind: int, payload: bytes) -> bytes:

@@ -141,6 +141,12 @@ revocations:
   returned: success
   type: list
   elements: dict
+kubernetes_left:
+  description: Clusters that are no Kubernetes clusters of the mesh any more with this plan.
+  returned: success
+  type: list
+  elements: str
+  sample: ["kube"]
 serial:
   description: O(serial), as a list.
   returned: success

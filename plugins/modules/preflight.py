@@ -11,8 +11,8 @@ short_description: Report everything that keeps a host from joining the mesh
 version_added: 1.0.0
 description:
   - Probes the host for each thing the mesh needs (kernel features one by one, cgroup2, systemd, Python, architecture,
-    free ports, clock, addresses, its own overlay device, name resolution, room and speed of the disk for etcd) and
-    reports all problems in one message.
+    free ports, clock, addresses, its own overlay device, other programs at the mesh's hooks, name resolution, room and
+    speed of the disk for etcd, on a Kubernetes node whether it forwards) and reports all problems in one message.
   - Warns on a host that joins of what may be in the way and was left alone (a firewall, SELinux, another program that
     writes resolv.conf, a disk that is slow for etcd).
   - Changes nothing, unless O(install=true), and then only when there is no problem.
@@ -116,6 +116,16 @@ fsync:
     count: 50
     median: 1.2
     slow: 4.8
+kubernetes:
+  description:
+    - On a host of a Kubernetes cluster its name, its addresses, and whether its registrar was let into Kubernetes
+      before (V(none) where there is no registrar). V(none) on other hosts.
+  returned: success
+  type: dict
+  sample:
+    host: kube-1
+    addresses: [198.18.4.11]
+    credential: true
 problems:
   description: Every problem found; the module fails when there is one.
   returned: always
@@ -184,6 +194,8 @@ LOOPBACK_ONLY = {
 }
 SELINUX = "/sys/fs/selinux/enforce"
 BUNDLE_ROOM = 256 * 1024**2  # an environment unpacked, and the one that it replaces
+KNOWN_PROGRAMS = {"cil_": ", Cilium's", "calico_": ", Calico's", "cali_": ", Calico's"}
+SYSCTL = "/proc/sys/net/ipv4"
 KNOWN_OVERLAYS = {"cilium": "Cilium's", "flannel": "flannel's, of k3s or Kubernetes", "vxlan.calico": "Calico's"}
 
 
@@ -202,6 +214,58 @@ def kernel_problems(arch):
     if bpfprobe.bpffs_mount() is None and not bpfprobe.known_filesystem("bpf"):
         problems.append("The kernel lacks the BPF file system (/proc/filesystems has no bpf).")
     return problems
+
+
+def hook_findings():
+    """Programs of others that decide, as ours do, where a connection goes."""
+    root = bpfprobe.cgroup2_mount()
+    found = {} if root is None else bpfprobe.foreign_programs(root)
+    if not found:
+        return []
+    names = sorted({name for names in found.values() for name in names})
+    whose = next((words for start, words in KNOWN_PROGRAMS.items() if any(one.startswith(start) for one in names)), "")
+    return [
+        f"Another program decides about connections at the mesh's hooks {', '.join(sorted(found))}: "
+        f"{', '.join(names)}{whose} (`bpftool cgroup show {root}`). Which of the two chooses a service's backend "
+        "would be chance. Take it off this host, or switch its socket load balancing off."
+    ]
+
+
+def node_findings(spec):
+    """(problems, warnings) of a Kubernetes node: how its kernel passes on what is not its own."""
+    if spec["node"].get("kubernetes_node") is None:
+        return [], []
+    problems, doubts = [], []
+    if (read_bytes(f"{SYSCTL}/ip_forward") or b"").strip() == b"0":
+        problems.append(
+            "net.ipv4.ip_forward is 0, so that this node passes nothing on to its pods. Set it to 1 "
+            "(`sysctl -w net.ipv4.ip_forward=1`, and in /etc/sysctl.d for the next boot)."
+        )
+    strict = [
+        name for name in ("all", "default") if (read_bytes(f"{SYSCTL}/conf/{name}/rp_filter") or b"").strip() == b"1"
+    ]
+    if strict:
+        doubts.append(
+            f"net.ipv4.conf.{strict[0]}.rp_filter is 1 (strict): a packet is dropped when the way back to its source "
+            "is another link than the one it came by, which with several links, or a CNI with a way of its own, is no "
+            "error. Next: when pods and other clusters do not reach each other, set it to 2 (loose)."
+        )
+    return problems, doubts
+
+
+def kubernetes_facts(module, spec):
+    """What is compared with the cluster's Kubernetes; None on a host of another cluster."""
+    if spec.get("cluster", {}).get("kubernetes") is None:
+        return None
+    addresses = [
+        one["local"]
+        for link in links.listed(module, "address")
+        for one in link.get("addr_info", [])
+        if one.get("family") == "inet" and one.get("scope") == "global"
+    ]
+    api = (spec.get("registrar") or {}).get("kubernetes")
+    credential = None if api is None else os.path.exists(api["cert"])
+    return {"host": spec["host"], "addresses": addresses, "credential": credential}
 
 
 def system_problems(module):
@@ -514,6 +578,10 @@ def main():
         problems += port_problems(spec, found)
         disk = disk_findings(spec)
         problems, doubts, syncs = problems + disk[0], doubts + disk[1], disk[2]
+        hooks, node = hook_findings(), node_findings(spec)
+        # In a mesh that runs it is told: one node must not keep all others from their changes.
+        problems, doubts = problems + (hooks + node[0] if joins else []), doubts + ([] if joins else hooks + node[0])
+        doubts += node[1] if joins else []
         walls = firewalls(module, spec) if joins else []
         doubts += [firewall.describe(one) for one in walls if one.name not in ours]
     if joins:
@@ -563,6 +631,7 @@ def main():
             for one in walls
         ],
         "fsync": syncs,
+        "kubernetes": kubernetes_facts(module, spec),
     }
     for words in doubts:
         module.warn(f"{spec['host']}: {words}")

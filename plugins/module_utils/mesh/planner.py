@@ -43,8 +43,8 @@ class Plan:
     the `absent` ones' names, of what the inventory owns. `orphans` and `removed` are names as `prune`
     takes them; `cuts` says of each removed one what it takes away. `forgotten` are hosts that take no
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
-    have: `cluster`, `ca_host`, `hosts`, common `names`. `before` and `after` are the record in a form for
-    people."""
+    have: `cluster`, `ca_host`, `hosts`, common `names`. `kubernetes_left` are clusters whose Kubernetes the record
+    loses. `before` and `after` are the record in a form for people."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -55,6 +55,7 @@ class Plan:
     cuts: tuple[str, ...]
     forgotten: Mapping[str, Mapping[str, str]]
     revocations: tuple[Mapping[str, Any], ...]
+    kubernetes_left: tuple[str, ...]
     warnings: tuple[str, ...]
     before: str
     after: str
@@ -226,6 +227,9 @@ class _Planner:
             cuts=tuple(cuts(self.model, self.record, following, self.removed, self.now)),
             forgotten=forgotten,
             revocations=tuple(self.revocations(documents, forgotten)),
+            kubernetes_left=tuple(
+                name for name, doc in self.known.items() if "kubernetes" in doc and "kubernetes" not in documents[name]
+            ),
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,

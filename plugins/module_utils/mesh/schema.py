@@ -892,6 +892,10 @@ PLAY_VARIABLES = {
     "isthmus_restore_only": "`authority`: `restore` puts the certificate authority back and leaves the etcd as it is.",
     "isthmus_confirm_restore": "Cluster whose running etcd `restore` may replace, and whose silent hosts are off.",
     "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
+    "isthmus_api_host": "Of a host or group: where the API of its Kubernetes cluster is asked from; else localhost.",
+    "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "
+    "the environment there says (K8S_AUTH_*, KUBECONFIG), or ~/.kube/config.",
+    "isthmus_kubeconfig_context": "Of a host or group: context in that kubeconfig; else its current one.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }

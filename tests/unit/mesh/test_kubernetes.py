@@ -159,6 +159,14 @@ def test_planning_again_changes_nothing() -> None:
     again = replanned(previous=running())
     assert again.changes == ()
     assert again.orphans == ()
+    assert again.kubernetes_left == ()
+
+
+def test_a_cluster_that_goes_takes_its_kubernetes_along() -> None:
+    found = replanned(lambda e, _h: e["clusters"]["kube"].update(state="absent"), running())
+    assert found.removed == ("cluster/kube",)
+    assert found.kubernetes_left == ("kube",)
+    assert "kubernetes" not in found.record["clusters/kube"]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +296,7 @@ def test_kubernetes_goes_by_its_name() -> None:
     assert found.removed == ("kubernetes/kube",)
     assert "2 nodes (k1, k2) stay as machines" in found.cuts[0]
     assert "10.244.0.0/16" not in found.specs["c1"]["mesh_ranges4"]
+    assert found.kubernetes_left == ("kube",)
     assert "the inventory still has it" in refused(nothing, running(), ("kubernetes/kube",))
 
 

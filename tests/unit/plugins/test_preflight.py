@@ -60,6 +60,8 @@ class Host:
         monkeypatch.setattr(preflight.os, "geteuid", lambda: 0)
         monkeypatch.setattr(bpfprobe, "missing_features", list)
         monkeypatch.setattr(bpfprobe, "cgroup2_mount", lambda: "/sys/fs/cgroup")
+        monkeypatch.setattr(bpfprobe, "foreign_programs", lambda _root: {})
+        monkeypatch.setattr(preflight, "SYSCTL", str(place / "ipv4"))
         monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, _port: [])
         monkeypatch.setattr(bundle, "CURRENT", str(place / "current"))
         monkeypatch.setattr(bundle, "ROOT", str(place / "isthmus"))
@@ -593,3 +595,53 @@ def test_a_host_that_nothing_can_be_installed_on_is_told_before_anything_is_chan
     host.dnsmasq.unlink()
     host.monkeypatch.setattr(preflight.packages, "manager", lambda _module: None)
     assert "lacks dnsmasq (by Fedora's names), and it has neither apt-get nor dnf" in host.problem()
+
+
+NODE = {**SPEC, "cluster": {"kubernetes": {}}, "node": {**SPEC["node"], "kubernetes_node": "worker-1"}}
+
+
+def sysctl(host: Host, **values: str) -> None:
+    """Files below /proc/sys/net/ipv4; a double underscore is a slash."""
+    for name, value in values.items():
+        path = host.place / "ipv4" / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n")
+
+
+def test_other_programs_at_our_hooks_are_named(host: Host) -> None:
+    found = {"connect4": ["cil_sock4_connect"], "sendmsg4": ["cil_sock4_sendm"]}
+    host.monkeypatch.setattr(bpfprobe, "foreign_programs", lambda _root: found)
+    words = host.problem()
+    assert "at the mesh's hooks connect4, sendmsg4: cil_sock4_connect, cil_sock4_sendm, Cilium's" in words
+    assert "`bpftool cgroup show /sys/fs/cgroup`" in words
+    # In a mesh that runs one host must not stop the others.
+    host.member_of(SPEC)
+    assert "cil_sock4_connect" in host.warning()
+
+
+def test_a_node_that_passes_nothing_on_is_refused(host: Host) -> None:
+    sysctl(host, ip_forward="0")
+    assert "net.ipv4.ip_forward is 0" in host.problem(spec=NODE)
+    assert not host.run().get("failed")  # a machine forwards nothing
+
+
+@pytest.mark.parametrize("name", ["conf__all__rp_filter", "conf__default__rp_filter"])
+def test_a_strict_reverse_path_filter_is_told_on_a_node(host: Host, name: str) -> None:
+    sysctl(host, ip_forward="1", **{name: "1"})
+    assert f"net.ipv4.{name.replace('__', '.')} is 1 (strict)" in host.warning(spec=NODE)
+    sysctl(host, **{name: "2"})
+    assert host.run(spec=NODE)["warnings"] == []
+
+
+def test_what_kubernetes_is_compared_with(host: Host) -> None:
+    assert host.run()["kubernetes"] is None
+    local = {"family": "inet", "local": "127.0.0.1", "scope": "host"}
+    own = [{"family": "inet", "local": f"198.18.4.1{number}", "scope": "global"} for number in (1, 2)]
+    host.links(addresses=({"ifname": "lo", "addr_info": [local]}, {"ifname": "eth0", "addr_info": own}))
+    addresses = ["198.18.4.11", "198.18.4.12"]
+    assert host.run(spec=NODE)["kubernetes"] == {"host": "db-1", "addresses": addresses, "credential": None}
+    certificate = host.place / "kubernetes.crt"
+    registrar = {**NODE, "registrar": {"kubernetes": {"cert": str(certificate)}}}
+    assert host.run(spec=registrar)["kubernetes"]["credential"] is False
+    certificate.touch()
+    assert host.run(spec=registrar)["kubernetes"]["credential"] is True

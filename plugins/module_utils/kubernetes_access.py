@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What is ours in a Kubernetes cluster: the registrars' rights, and the names in their certificates. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+NAME = "isthmus-registrar"
+SELECTOR = "app.kubernetes.io/managed-by=isthmus"
+"""Selects everything that is ours."""
+
+SIGNER = "kubernetes.io/kube-apiserver-client"
+SIGNED_SECONDS = 365 * 24 * 3600
+"""What is asked for; the cluster's controller-manager may sign for a shorter time, never for a longer one."""
+
+RBAC = "/apis/rbac.authorization.k8s.io/v1"
+REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+
+_LONGEST_NAME = 64  # RFC 5280, ub-common-name
+
+RULES = (
+    ("", ("namespaces", "nodes", "pods", "services")),
+    ("discovery.k8s.io", ("endpointslices",)),
+)
+VERBS = ("get", "list", "watch")
+
+
+def labels(estate: str, cluster: str) -> dict[str, str]:
+    """Of every object of ours."""
+    return {
+        "app.kubernetes.io/managed-by": "isthmus",
+        "isthmus.io/estate": estate,
+        "isthmus.io/cluster": cluster,
+    }
+
+
+def registrar_user(host: str, public_key: bytes) -> str:
+    """The common name of a registrar's certificate, which Kubernetes takes for the user's name.
+
+    `public_key` is the DER of its SubjectPublicKeyInfo. Kubernetes cannot revoke a certificate: as the name goes with
+    the key, the rights of a lost key end with its name, also when the host is joined anew.
+    """
+    prefix = f"isthmus:{host}:"
+    return prefix + hashlib.sha256(public_key).hexdigest()[: min(16, _LONGEST_NAME - len(prefix))]
+
+
+def host_of(user: str) -> str:
+    """The host of a name that `registrar_user` made; empty for any other."""
+    first, _colon, rest = user.partition(":")
+    host, colon, _digest = rest.rpartition(":")
+    return host if first == "isthmus" and colon else ""
+
+
+def cluster_role(own: Mapping[str, str]) -> dict[str, Any]:
+    rules = [{"apiGroups": [group], "resources": list(resources), "verbs": list(VERBS)} for group, resources in RULES]
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": NAME, "labels": dict(own)},
+        "rules": rules,
+    }
+
+
+def cluster_role_binding(own: Mapping[str, str], users: Iterable[str]) -> dict[str, Any]:
+    group = "rbac.authorization.k8s.io"
+    return {
+        "apiVersion": f"{group}/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": NAME, "labels": dict(own)},
+        "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": NAME},
+        "subjects": [{"apiGroup": group, "kind": "User", "name": user} for user in sorted(users)],
+    }
+
+
+def users_after(binding: Mapping[str, Any] | None, members: Iterable[str], known: Mapping[str, str]) -> set[str]:
+    """Who may read afterwards: `known` by host, of other `members` whoever may now, and nobody else."""
+    subjects = (binding or {}).get("subjects") or ()
+    now = {str(one.get("name")) for one in subjects if one.get("kind") == "User"}
+    others = {user for user in now if host_of(user) in set(members) - set(known)}
+    return others | set(known.values())
+
+
+def signing_request(own: Mapping[str, str], host: str, request: str) -> dict[str, Any]:
+    """`request` is base64 of the PEM."""
+    return {
+        "apiVersion": "certificates.k8s.io/v1",
+        "kind": "CertificateSigningRequest",
+        "metadata": {"name": f"{NAME}-{host}", "labels": dict(own)},
+        "spec": {
+            "request": request,
+            "signerName": SIGNER,
+            "expirationSeconds": SIGNED_SECONDS,
+            "usages": ["digital signature", "client auth"],
+        },
+    }
+
+
+def shown(document: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of an object counts: not what the API server writes into it."""
+    if document is None:
+        return {}
+    metadata = {key: document["metadata"].get(key) for key in ("name", "labels", "annotations")}
+    rest = {key: value for key, value in document.items() if key not in ("metadata", "status", "apiVersion", "kind")}
+    return {**rest, "metadata": {key: value for key, value in metadata.items() if value}}
+
+
+def stranger(document: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    """Whose an object of our name is, when it is not this cluster's of this estate; else empty."""
+    found = document["metadata"].get("labels") or {}
+    if found.get("app.kubernetes.io/managed-by") != "isthmus":
+        return "somebody else's (it lacks the label app.kubernetes.io/managed-by=isthmus)"
+    theirs = {key: found.get(key) for key in ("isthmus.io/estate", "isthmus.io/cluster")}
+    if any(value != own[key] for key, value in theirs.items()):
+        return f"that of cluster {theirs['isthmus.io/cluster']} of the estate {theirs['isthmus.io/estate']}"
+    return ""
+
+
+NEEDED = (
+    ("list", "", "nodes", ""),
+    *(
+        (verb, "rbac.authorization.k8s.io", resource, NAME if verb != "create" else "")
+        for resource in ("clusterroles", "clusterrolebindings")
+        for verb in ("get", "create", "patch")
+    ),
+    *((verb, "certificates.k8s.io", "certificatesigningrequests", "") for verb in ("create", "get", "delete")),
+    ("update", "certificates.k8s.io", "certificatesigningrequests/approval", ""),
+    ("approve", "certificates.k8s.io", "signers", SIGNER),
+)
+"""What the operator must be allowed to do: verb, API group, resource, name."""
+
+GIVEN = tuple((verb, group, resource, "") for group, resources in RULES for resource in resources for verb in VERBS)
+"""What the registrar's role gives. Kubernetes lets nobody give what he has not himself, unless he may escalate."""
+
+ESCALATE = tuple((verb, "rbac.authorization.k8s.io", "clusterroles", NAME) for verb in ("escalate", "bind"))
+
+
+def right_words(right: tuple[str, str, str, str]) -> str:
+    """A right in the words of `kubectl auth can-i`."""
+    verb, group, resource, name = right
+    kind, _slash, sub = resource.partition("/")
+    return f"{verb} {kind}{'.' + group if group else ''}{'/' + sub if sub else ''}{' ' + name if name else ''}"
