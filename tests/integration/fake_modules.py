@@ -17,8 +17,8 @@ PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "archive before break_lock bundle_digest cluster confirm controller_time crl estate firewall formed former hosts "
-    "install listed lock max_clock_skew only paths platforms python record replacing run scope services snapshot spec state "
-    "timeout token trust version wait"
+    "install listed lock max_clock_skew only paths platforms python record replacing run scope services snapshot spec "
+    "state timeout token trust version wait"
 )
 
 

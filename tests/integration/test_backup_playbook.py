@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.root]
 # A host of this machine: modules run under this interpreter, below its own /etc.
 PYTHON = """\
 #!/bin/sh
-exec flock -o {place}/entered unshare --mount sh -c 'mount -t overlay -o lowerdir=/etc,upperdir={place}/etc,workdir={place}/work none /etc &&
+exec flock -o {place}/entered unshare --mount sh -c '
+mount -t overlay -o lowerdir=/etc,upperdir={place}/etc,workdir={place}/work none /etc &&
 exec env PYTHONPATH={agent} PYTHONDONTWRITEBYTECODE=1 {python} "$@"' sh "$@"
 """
 
