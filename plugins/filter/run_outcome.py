@@ -71,6 +71,8 @@ _STEPS = (
     *("__kubernetes_credential", "__kubernetes_access", "__kubernetes_installed"),
     "__agent_result",
 )
+# Those that run on the host itself.
+_OWN_STEPS = tuple(step for step in _STEPS if step != "__kubernetes_access")
 _NEXT = (
     "Nothing was withdrawn because of that. Next: run the playbook again when the reason above is gone: it does the "
     "rest."
@@ -88,7 +90,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
     silent = {
         name
         for name, variables in hosts.items()
-        if name not in broken and (name in gone or _is(variables, "unreachable", *_STEPS, "__site_verified"))
+        if name not in broken and (name in gone or _is(variables, "unreachable", *_OWN_STEPS, "__site_verified"))
     }
     waits = {
         name: found
@@ -171,15 +173,17 @@ def _together(waits):
 def _kubernetes(members):
     """A line for each cluster whose Kubernetes could not be asked: the last that was heard of it counts."""
     told = {}
-    for variables in members:
-        for name in ("__preflight_kubernetes", "__kubernetes_access"):
-            result = variables.get(name) or {}
-            silent = "its isthmus_api_host cannot be entered" if result.get("unreachable") else result.get("pending")
-            if silent:
-                told[str(variables["isthmus_cluster"])] = silent
+    answers = [(variables, step) for step in ("__preflight_kubernetes", "__kubernetes_access") for variables in members]
+    for variables, step in answers:
+        result = variables.get(step) or {}
+        if result.get("unreachable"):
+            told[str(variables["isthmus_cluster"])] = "its isthmus_api_host cannot be entered"
+        elif "pending" in result:
+            told[str(variables["isthmus_cluster"])] = result["pending"]
     return [
         f"Pending: Kubernetes of cluster {name} was not asked, and what is there stays as it was: {why.rstrip('.')}."
         for name, why in sorted(told.items())
+        if why
     ]
 
 

@@ -16,10 +16,14 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive before break_lock bundle_digest cluster confirm controller_time crl estate firewall formed former hosts "
-    "install listed lock max_clock_skew only paths platforms python record replacing run scope services snapshot spec "
-    "state timeout token trust version wait"
+    "archive before break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed former "
+    "hosts install kubeconfig listed lock max_clock_skew only paths platforms python record registrars replacing run "
+    "scope seen services signed snapshot spec state timeout token trust version wait"
 )
+
+
+TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed")
+"""Options that are written down with a call."""
 
 
 def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +56,32 @@ def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
     return {"changed": changed, "standing": {"services": ["shop/web"]}}
 
 
+def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
+    """What the modules of a Kubernetes cluster answer; `away` is a file while its API is."""
+    path = PLACE / "hosts" / HOST / "kubernetes.crt"
+    if NAME == "preflight":
+        here = "kubernetes" in given["spec"]["cluster"]
+        return {
+            "packages": [],
+            "kubernetes": {"host": HOST, "addresses": [], "credential": path.exists()} if here else None,
+        }
+    if NAME == "kubernetes_credential" and given["signed"]:
+        path.write_text(given["signed"]["certificates"][HOST])
+        return {"changed": True}
+    if NAME == "kubernetes_credential":
+        reason = None if path.exists() else "there is none yet"
+        return {"credential": {"host": HOST, "csr": "CSR", "reason": reason, "ca": None if reason else "CA"}}
+    pending = "https://api does not answer" if (PLACE / "away").exists() else ""
+    if NAME == "kubernetes_probe":
+        return {"pending": pending, "problems": []}
+    if given["state"] == "absent":
+        return {"pending": pending, "removed": [] if pending else ["clusterrole/isthmus-registrar"]}
+    if pending:
+        return {"pending": pending, "certificates": {}}
+    due = [one["host"] for one in given["registrars"] if one["reason"]]
+    return {"changed": bool(due), "pending": "", "ca": "CA", "certificates": dict.fromkeys(due, "CERTIFICATE")}
+
+
 def main() -> None:
     module = AnsibleModule(argument_spec={name: {"type": "raw"} for name in OPTIONS.split()}, supports_check_mode=True)
     given = module.params
@@ -61,7 +91,7 @@ def main() -> None:
         if (name, where) == (NAME, HOST):
             (PLACE / "silent" / who).touch()
     with (PLACE / "calls").open("a") as file:
-        told = {name: given[name] for name in ("scope", "before", "wait", "state") if given[name] is not None}
+        told = {name: given[name] for name in TOLD if given[name] is not None}
         file.write(json.dumps({"module": NAME, "host": HOST, "check": module.check_mode, **told}) + "\n")
     if (PLACE / "fail" / f"{NAME} {HOST}").exists():
         module.fail_json(msg=f"{NAME} fails on {HOST}\nwith a second line")
@@ -75,6 +105,8 @@ def main() -> None:
         module.fail_json(msg="there is no such package")
     if NAME == "estate_record":
         answers[NAME] = estate_record(module, given)
+    elif NAME.startswith("kubernetes") or (NAME == "preflight" and not answers[NAME]["packages"]):
+        answers[NAME] = kubernetes(given)
     elif NAME == "node":
         answers[NAME] = node(module, given)
     module.exit_json(**{"changed": False, **answers.get(NAME, {})})

@@ -153,3 +153,18 @@ def test_what_is_pending_is_told() -> None:
     assert "the inventory has none of its etcd hosts" in told[2]
     assert "kubectl delete clusterrolebinding,clusterrole,csr -l app.kubernetes.io/managed-by=isthmus" in told[3]
     assert run_outcome([{**members[0], "__kubernetes_access": {"pending": ""}, "__site_left": {}}])["pending"] == []
+
+
+def test_what_was_heard_last_of_kubernetes_counts() -> None:
+    silent, answered = {"pending": "https://api does not answer"}, {"pending": ""}
+    one = {"inventory_hostname": "k1", "isthmus_cluster": "kube", "__preflight_kubernetes": silent}
+    assert run_outcome([one])["pending"] != []
+    assert run_outcome([one, {**one, "inventory_hostname": "k2", "__kubernetes_access": answered}])["pending"] == []
+
+
+def test_a_host_is_not_silent_because_the_one_is_from_which_kubernetes_is_asked() -> None:
+    one = {"inventory_hostname": "k1", "isthmus_cluster": "kube", "__kubernetes_access": {"unreachable": True}}
+    told = run_outcome([one])
+    assert told["silent"] == []
+    assert "its isthmus_api_host cannot be entered" in told["pending"][0]
+    assert run_outcome([{**one, "__kubernetes_credential": {"unreachable": True}}])["silent"] == ["k1"]

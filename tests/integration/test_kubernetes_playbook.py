@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The playbook `site` with a Kubernetes cluster: who is asked for what, from where, once; what is told when its API is
+away. Modules are `fake_modules.py`; what they do with a real API is test_kubernetes_access.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from integration.test_batches_playbook import ROOT, Site
+
+FAKED = ("kubernetes_access", "kubernetes_credential", "kubernetes_probe")
+
+
+class Hybrid(Site):
+    """Cluster `a` is a Kubernetes cluster; its API is reached from b1, so that it shows where modules run."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        self.kubernetes: dict[str, Any] | None = {
+            "api_server": "https://192.0.1.1:6443",
+            "pod_ranges": ["10.244.0.0/16"],
+            "service_range": "10.96.0.0/16",
+        }
+        text = (ROOT / "tests" / "integration" / "fake_modules.py").read_text()
+        for name in FAKED:
+            path = (
+                place
+                / "collections"
+                / "ansible_collections"
+                / "isthmus"
+                / "mesh"
+                / "plugins"
+                / "modules"
+                / f"{name}.py"
+            )
+            path.unlink()
+            path.write_text(text.replace('NAME = "verify"', f'NAME = "{name}"'))
+
+    def inventory(self) -> Path:
+        path = super().inventory()
+        content = json.loads(path.read_text())
+        if self.kubernetes:
+            content["all"]["vars"]["isthmus_estate"]["clusters"]["a"]["kubernetes"] = self.kubernetes
+        content["all"]["children"]["group_a"]["vars"] |= {"isthmus_api_host": "b1", "isthmus_kubeconfig": "/kube/a"}
+        path.write_text(json.dumps(content))
+        return path
+
+
+def test_a_kubernetes_cluster_from_nothing_to_out_again(tmp_path: Path) -> None:
+    site = Hybrid(tmp_path)
+    first = site.run()
+    assert first.status == 0, first.output
+    (probe,) = site.calls("kubernetes_probe")
+    assert (probe["host"], probe["kubeconfig"]) == ("b1", "/kube/a")
+    assert {one["host"]: one["credential"] for one in probe["seen"]} == {"a1": False, "a2": False, "a3": False}
+    (access,) = site.calls("kubernetes_access")
+    assert (access["host"], access["cluster"], access["kubeconfig"]) == ("b1", "a", "/kube/a")
+    assert [one["host"] for one in access["registrars"]] == ["a1", "a2", "a3"]
+    assert [one["host"] for one in access["seen"]] == ["a1", "a2", "a3"]
+    installed = {call["host"] for call in site.calls("kubernetes_credential") if "signed" in call}
+    assert installed == {"a1", "a2", "a3"}
+
+    # In batches each asks when it is its turn; nothing is due, so nothing is installed.
+    (tmp_path / "away").touch()
+    again = site.run()
+    assert again.status == 0, again.output
+    assert again.changed == {}
+    asked = [[one["host"] for one in call["registrars"]] for call in site.calls("kubernetes_access")]
+    assert sorted(asked) == [["a1"], ["a2"], ["a3"]]
+    assert not [call for call in site.calls("kubernetes_credential") if "signed" in call]
+    assert "Pending: Kubernetes of cluster a was not asked" in again.output
+    assert "https://api does not answer" in again.output
+
+    site.kubernetes = None
+    away = site.run("-e", "isthmus_prune=kubernetes/a")
+    assert away.status == 0, away.output
+    (removed,) = site.calls("kubernetes_access")
+    assert (removed["state"], removed["host"], removed["cluster"]) == ("absent", "b1", "a")
+    assert "Pending: Kubernetes of cluster a still lets the registrars in that left" in away.output
+
+
+def test_a_problem_of_kubernetes_stops_before_anything_is_changed(tmp_path: Path) -> None:
+    site = Hybrid(tmp_path)
+    (tmp_path / "fail" / "kubernetes_probe b1").touch()
+    stopped = site.run()
+    assert stopped.status != 0
+    assert "kubernetes_probe fails on b1" in stopped.output
+    assert site.calls("bundle") == []
