@@ -168,6 +168,18 @@ def outdated(der: bytes | None, known: str) -> str:
     )
 
 
+def is_listed(certificate: bytes | None, known: str | None) -> bool:
+    """Whether the certificate (PEM) is in the list ``known`` (PEM); not when it is missing or cannot be read."""
+    if certificate is None or known is None:
+        return False
+    try:
+        serial = x509.load_pem_x509_certificate(certificate).serial_number
+    except ValueError:
+        return False
+    listed = x509.load_pem_x509_crl(known.encode()).get_revoked_certificate_by_serial_number(serial)
+    return listed is not None
+
+
 def describe_list(der: bytes) -> str:
     """A line for people."""
     found = x509.load_der_x509_crl(der)

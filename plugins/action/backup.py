@@ -59,7 +59,7 @@ class ActionModule(ActionBase):
                     "host": self._task.delegate_to or task_vars["inventory_hostname"],
                     "isthmus": answer["version"],
                     "etcd": about["etcd"],
-                    "authority": {"host": about["ca_host"], "fingerprint": None, "key": False},
+                    "authority": {"host": about["ca_host"], "fingerprint": None, "key": False, "ledger": False},
                     "files": answer["digests"],
                 }
                 backups.write_manifest(making, manifest)
@@ -72,7 +72,9 @@ class ActionModule(ActionBase):
             if answer.get("failed"):
                 return answer
             if into is None:
-                return _done(answer, path, ["ca.crt", *(["ca.key.cms"] if "recipient" in arguments else [])])
+                about = answer["about"]
+                files = {backups.CERTIFICATE: True, backups.LEDGER: about["ledger"], backups.SEALED_KEY: about["key"]}
+                return _done(answer, path, [name for name, there in files.items() if there])
             try:
                 manifest = backups.read_manifest(path)
                 with tempfile.TemporaryDirectory(prefix=".making-", dir=path) as making:

@@ -78,9 +78,13 @@ class ActionModule(ActionBase):
     def _authority(self, arguments, task_vars):
         """Puts the key back. Not as an argument of the module: that is a file on the host while it runs."""
         secret = self._opened(arguments)
-        with open(os.path.join(_place(arguments["path"]), backups.CERTIFICATE), encoding="utf-8") as file:
-            certificate = file.read()
-        answer = self._module({**arguments, "certificate": certificate}, task_vars)
+        given = {"certificate": backups.CERTIFICATE, "ledger": backups.LEDGER}
+        for option, name in given.items():
+            path = os.path.join(_place(arguments["path"]), name)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    arguments[option] = file.read()
+        answer = self._module(arguments, task_vars)
         if answer.get("failed") or self._task.check_mode:
             return answer
         if not self._connection.has_pipelining:

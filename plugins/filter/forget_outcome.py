@@ -64,9 +64,10 @@ def forget_outcome(members, plan):
                 done.append(f"The authority of cluster {cluster} had nothing more to revoke.")
             if "since" in answer:
                 done.append(
-                    f"NOT REVOKED: what the authority of cluster {cluster} signed before {answer['since']}. Its ledger "
-                    f"begins then, and such certificates are valid for up to a year. If {hosts} carried an etcd member "
-                    'then, give the cluster a new authority: docs/operating.md, "A machine is lost or stolen".'
+                    f"NOT REVOKED: what the authority of cluster {cluster} signed before {answer['since']} and its "
+                    "ledger lacks. It is complete since then only, and such certificates are valid for up to a year. "
+                    f"If {hosts} carried an etcd member then, "
+                    'give the cluster a new authority: docs/operating.md, "A machine is lost or stolen".'
                 )
             continue
         reason = str(answer.get("msg") or "it could not be entered").rstrip(". \n")

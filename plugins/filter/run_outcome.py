@@ -107,6 +107,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
         )
     if unwritten:
         pending.append(f"Pending: the etcd of {_names(unwritten)} did not get the estate record of this run.")
+    pending += _owed(hosts)
     pending += _kubernetes(hosts.values())
     pending += [] if broken else _left(hosts.values(), left)
     failure = _failures(hosts, broken) if broken else []
@@ -145,6 +146,19 @@ def _locks(members, clusters):
                 if name in _WRITES and "record" in result:
                     written.add(place["cluster"])
     return locked, set(clusters) - written if wrote else set()
+
+
+def _owed(hosts):
+    """A line for each authority that has still to revoke what removed etcd hosts hold."""
+    plan = next((variables["__plan_result"] for variables in hosts.values() if "__plan_result" in variables), {})
+    for one in plan.get("revocations", []):
+        if one["departed"]:
+            answer = hosts.get(one["ca_host"], {}).get("__site_revoked", {"msg": "it is not in this run"})
+            why = str(answer.get("msg") or "no answer").rstrip(". \n")
+            yield (
+                f"Pending: the authority of cluster {one['cluster']} on {one['ca_host']} has not revoked what "
+                f"{', '.join(one['departed'])} held as an etcd host: {why}."
+            )
 
 
 def _waits(variables):

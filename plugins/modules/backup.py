@@ -15,7 +15,8 @@ description:
     member on this host as C(etcdctl snapshot save) makes it, checked against its digest, and C(estate.json), the
     documents of the estate record. Fails when that member does not serve.
   - With O(part=authority), on the host of the cluster's certificate authority, it adds C(ca.crt), the authority's
-    certificate, and C(ca.key.cms), its private key encrypted to O(key). The private key leaves that host only so.
+    certificate, C(issued.json), its ledger of signed certificates, when there is one, and C(ca.key.cms), its private
+    key encrypted to O(key). The private key leaves that host only so.
   - Changes nothing on a host.
 author:
   - Isthmus contributors (@isthmus-mesh)
@@ -111,6 +112,7 @@ refused:
   type: bool
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -121,6 +123,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_byt
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 PREFIX = "isthmus/v1/estate/"
+LEDGER = "issued.json"
 
 
 def etcd(module, into):
@@ -183,13 +186,27 @@ def authority(module, into):
             module.params["cluster"],
             None if recipient is None else recipient.encode(),
         )
+        ledger = ledger_of(module)
     except pki.PkiError as exc:
         module.fail_json(msg=str(exc))
     if into is not None:
+        if ledger is not None:
+            (into / LEDGER).write_bytes(ledger)
         (into / "ca.crt").write_text(certificate, encoding="utf-8")
         if sealed is not None:
             (into / "ca.key.cms").write_bytes(sealed)
-    return {"fingerprint": pki.describe(certificate.encode())["fingerprint"], "key": sealed is not None}
+    fingerprint = pki.describe(certificate.encode())["fingerprint"]
+    return {"fingerprint": fingerprint, "key": sealed is not None, "ledger": ledger is not None}
+
+
+def ledger_of(module):
+    """The authority's ledger as it is; None where there is none yet. Raises `PkiError` for a damaged one."""
+    path = os.path.join(module.params["directory"], LEDGER)
+    found = read_bytes(path)
+    if found is not None:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        bundle_module(module, "isthmus_agent.revocation").Ledger.read(found, path, now)
+    return found
 
 
 def main():

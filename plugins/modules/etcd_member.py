@@ -575,10 +575,17 @@ class FormerMember:
         try:
             take_out(self.changes, gone)
         except (self.admin.AdminError, self.kvstore.EtcdError, OSError) as exc:
+            if self.was_revoked():
+                return  # a host that was removed and is back: those that stay took it out then
             self.module.fail_json(
                 msg=f"the etcd member on this host is to leave cluster {cluster} and cannot yet: {exc}. It goes on "
                 "running as it was. Run the playbook again when that is solved"
             )
+
+    def was_revoked(self):
+        """Whether this host's root certificate is one that its cluster's etcd refuses."""
+        revocation = bundle_module(self.module, "isthmus_agent.revocation")
+        return revocation.is_listed(read_bytes(f"{etcd_unit.PKI}/root.crt"), self.module.params["record"].get("crl"))
 
 
 def main():

@@ -35,11 +35,14 @@ options:
     description: Certificate authorities known from the estate record, cluster name to PEM.
     type: dict
     default: {}
-  crl:
+  lists:
     description:
-      - The list of revoked certificates of the host's own cluster from the estate record, in PEM.
-      - Without one a list that is there stays; where there is none, the authority is asked for an empty one.
-    type: str
+      - Lists of revoked certificates from the estate record, cluster name to PEM.
+      - Without one of the host's own cluster a list that is there stays; where there is none, the authority is asked
+        for an empty one.
+      - A certificate of this host that is in one gets a new key, and is signed anew.
+    type: dict
+    default: {}
   replacing:
     description:
       - Name of the cluster whose authority is being replaced. Of that one a second authority in the record is pinned
@@ -209,11 +212,14 @@ def describe_list(revocation, found):
         return "(damaged)"
 
 
-def ensure_key(changes, pki, directory, spec, now):
+def ensure_key(changes, pki, directory, spec, revoked):
     """The key of one certificate exists, readable by its owner only. Returns its PEM, None when only predicted."""
     path = os.path.join(directory, spec["name"] + ".key")
     key = read_bytes(path)
     why = "new key"
+    if revoked:
+        why = "new key, because its certificate was revoked when this host left"
+        key = None
     if key is not None and pki is not None:
         try:
             pki.load_key(key, path)
@@ -270,14 +276,16 @@ def run(module, pki, revocation):
         check_authority(changes, pki, directory, own, pinned.get(own), now)
     if spec.get("member") is not None:
         own = wanted["ca"]["cluster"]
-        if ensure_list(changes, revocation, directory, own, pinned.get(own), module.params["crl"]):
+        if ensure_list(changes, revocation, directory, own, pinned.get(own), module.params["lists"].get(own)):
             group(own)
 
     good = {}
     for entry in wanted["certificates"]:
         path = os.path.join(directory, entry["name"] + ".crt")
-        key = ensure_key(changes, pki, directory, entry, now)
         certificate = read_bytes(path)
+        listed = module.params["lists"].get(entry["ca_cluster"])
+        revoked = revocation is not None and revocation.is_listed(certificate, listed)
+        key = ensure_key(changes, pki, directory, entry, revoked)
         if pki is None:
             reason = None if key is not None and certificate is not None else "there is none yet"
         else:
@@ -301,7 +309,7 @@ def main():
         argument_spec={
             "spec": {"type": "dict", "required": True},
             "trust": {"type": "dict", "default": {}},
-            "crl": {"type": "str"},
+            "lists": {"type": "dict", "default": {}},
             "replacing": {"type": "str", "default": ""},
             "directory": {"type": "path", "default": "/etc/isthmus/pki"},
         },

@@ -12,7 +12,7 @@ author:
   - Isthmus contributors (@isthmus-mesh)
 description:
   - Runs on the host where a cluster's certificate authority is, and signs a list of all certificates that the authority
-    gave to hosts that were forgotten, as its ledger (C(issued.json)) has them.
+    gave to hosts that were forgotten or removed, as its ledger (C(issued.json)) has them.
   - Changes nothing. The list goes into the estate record (M(isthmus.mesh.plan)), and from there to every etcd host of
     the cluster (M(isthmus.mesh.pki_request)).
 attributes:

@@ -136,8 +136,8 @@ forgotten:
   sample: {"onprem-3": {"cluster": "onprem", "at": "2026-01-02T03:04:05Z", "by": "alice"}}
 revocations:
   description:
-    - What revokes the certificates of forgotten hosts, dictionaries with C(cluster), C(ca_host), and the C(hosts) and
-      common C(names) whose certificates are revoked.
+    - What revokes the certificates of forgotten hosts and of removed etcd hosts (C(departed)), dictionaries with
+      C(cluster), C(ca_host), and the C(hosts) and common C(names) whose certificates are revoked.
   returned: success
   type: list
   elements: dict

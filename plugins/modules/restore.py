@@ -18,7 +18,8 @@ description:
   - V(clear), on an etcd host, stops etcd and moves its data to C(/var/lib/isthmus/etcd.removed-TIME).
   - V(authority), on the host of the certificate authority, puts its private key and certificate back. The key is opened
     on the controller by C(openssl cms), never written to a disk there, and goes to the host on the input of a command
-    over the connection, into C(ca.key) alone. Does nothing where the key is.
+    over the connection, into C(ca.key) alone. The ledger of what the authority signed comes back too, and says that it
+    may lack what was signed until now, after the backup. Does nothing where the key is.
 author:
   - Isthmus contributors (@isthmus-mesh)
 attributes:
@@ -81,6 +82,9 @@ options:
   certificate:
     description: The authority's certificate in the backup; filled in on the controller.
     type: str
+  ledger:
+    description: The authority's ledger in the backup, when there is one; filled in on the controller.
+    type: str
 seealso:
   - module: isthmus.mesh.backup
   - module: isthmus.mesh.etcd_member
@@ -132,7 +136,9 @@ authority_lost:
   type: bool
 """
 
+import json
 import os
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former
@@ -180,6 +186,11 @@ def authority(module, changes):
     certificate = os.path.join(directory, "ca.crt")
     if not os.path.exists(certificate):
         changes.file(certificate, module.params["certificate"] or "")
+    ledger = os.path.join(directory, "issued.json")
+    if module.params["ledger"] and not os.path.exists(ledger):
+        # The host may have no bundle yet, whose `revocation` has the format.
+        document = {**json.loads(module.params["ledger"]), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        changes.file(ledger, json.dumps(document, indent=1) + "\n", shown=("", "ledger of what was signed"))
     return changes.result(directory=directory)
 
 
@@ -198,6 +209,7 @@ def main():
             "authority": {"type": "bool", "default": False},
             "replace": {"type": "bool", "default": False},
             "certificate": {"type": "str"},
+            "ledger": {"type": "str"},
             "directory": {"type": "path", "default": "/etc/isthmus/pki"},
         },
         supports_check_mode=True,

@@ -18,6 +18,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import atomic_w
 
 MANIFEST = "manifest.json"
 SNAPSHOT, RECORD, CERTIFICATE, SEALED_KEY = "snapshot.db", "estate.json", "ca.crt", "ca.key.cms"
+LEDGER = "issued.json"
 PASSPHRASE = "ISTHMUS_RESTORE_PASSPHRASE"  # noqa: S105 - the environment variable's name
 _SMALLEST = 2048  # bits; what NIST SP 800-57 still allows
 

@@ -18,7 +18,7 @@ from playbook import documented, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
-FILES = {"ca.crt", "ca.key.cms", "estate.json", "snapshot.db"}
+FILES = {"ca.crt", "ca.key.cms", "estate.json", "issued.json", "snapshot.db"}
 
 
 def openssl(*words: object, feed: str | None = None) -> str:
@@ -116,7 +116,8 @@ def test_a_lost_etcd_and_authority_come_back_by_the_commands_of_the_docs(
     term = estate.registrar_leader(host)
     mirrors = {other: estate.state(other) for other in ("onprem-1", EDGE)}
     with estate.unnoticed(estate.edge):
-        lose = f"systemctl stop isthmus-etcd && rm -rf /var/lib/isthmus/etcd/member {PKI}/ca.key {PKI}/ca.crt"
+        lost = f"/var/lib/isthmus/etcd/member {PKI}/ca.key {PKI}/ca.crt {PKI}/issued.json"
+        lose = f"systemctl stop isthmus-etcd && rm -rf {lost}"
         estate.lab.exec(host, ["sh", "-c", lose])
         refused = play("site", "--limit", "cloud", check=False)
         assert refused.status == 2, refused.output[-6000:]
@@ -125,6 +126,13 @@ def test_a_lost_etcd_and_authority_come_back_by_the_commands_of_the_docs(
         key = openssl("cms", "-decrypt", "-inform", "PEM", "-in", place / "ca.key.cms", "-inkey", private)
         estate.lab.exec(host, ["sh", "-c", f"umask 077; cat > {PKI}/ca.key"], feed=key)
         estate.lab.exec(host, ["sh", "-c", f"cat > {PKI}/ca.crt"], feed=(place / "ca.crt").read_text())
+        commands = documented("operating.md", "ssh root@CA_HOST").splitlines()
+        [ledger] = [line for line in commands if "issued.json" in line]
+        text = subprocess.run(
+            ["sh", "-c", ledger.split(" | ssh ")[0]], cwd=place, capture_output=True, text=True, check=True
+        ).stdout
+        assert json.loads(text)["since"] is not None
+        estate.lab.exec(host, ["sh", "-c", f"cat > {PKI}/issued.json"], feed=text)
         snapshot = base64.b64encode((place / "snapshot.db").read_bytes()).decode()
         estate.lab.exec(host, ["sh", "-c", "base64 -d > /root/snapshot.db"], feed=snapshot)
         commands = documented("operating.md", ". /etc/isthmus/etcd.env")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Parts of a control plane that are lost: each is named with the way back, which is then gone. What etcd itself says of
-damaged files, a full disk and lost quorum is in tests/integration."""
+damaged files and lost quorum, and preflight and verify of a clock that is off, is in tests/integration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ from playbook import play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
-# What the host's authority would have signed a day and a year ago, for the host's own keys.
-EXPIRE = f"""
-import datetime, json, pathlib, sys
+PYTHON = "/opt/isthmus/current/bin/python"
+DATA = "/var/lib/isthmus/etcd"
+
+
+def signed_at(when: str) -> str:
+    """A program for cloud-1: its certificates are what its authority would have signed for its keys at `when`, an
+    expression of Python."""
+    return f"""
+import datetime, json, pathlib
+from datetime import timedelta
 from isthmus_agent import pki
 where = pathlib.Path("{PKI}")
-then = datetime.datetime.now(datetime.timezone.utc) - pki.LIFETIME - datetime.timedelta(days=1)
+now = datetime.datetime.now(datetime.timezone.utc)
+then = {when}
 key = (where / "ca.key").read_bytes()
 _key, certificate = pki.new_authority("cloud", then, key)
 authority = pki.Authority("cloud", key, certificate, "here", then)
@@ -29,6 +37,25 @@ for entry in json.load(open("/etc/isthmus/node.json"))["pki"]["certificates"]:
         spec = pki.CertificateSpec.from_dict(entry)
         request = pki.new_request((where / (spec.name + ".key")).read_bytes(), spec.cn, "here")
         (where / (spec.name + ".crt")).write_text(authority.sign(spec, request, then))
+"""
+
+
+# etcd's data on a disk of its own, in memory, with little room; and back.
+SMALL_DISK = f"""
+systemctl stop isthmus-etcd
+mount -t tmpfs -o "size=$(( $(du -sm {DATA} | cut -f1) + 150 ))m,mode=0700" none /mnt
+cp -a {DATA}/. /mnt/
+chown --reference={DATA} /mnt
+mount --bind /mnt {DATA}
+systemctl start isthmus-etcd
+"""
+LARGE_DISK = f"""
+systemctl stop isthmus-etcd
+umount {DATA}
+rm -rf {DATA}/member
+cp -a /mnt/member {DATA}/
+umount /mnt
+systemctl start isthmus-etcd
 """
 
 
@@ -60,13 +87,81 @@ def test_certificates_that_have_ended_are_named_and_renewed_by_site(estate: Esta
     host = "cloud-1"
     pid = estate.lab.exec(host, ["systemctl", "show", "-P", "MainPID", "isthmus-etcd"]).stdout
     with estate.unnoticed(estate.edge):
-        estate.lab.exec(host, ["/opt/isthmus/current/bin/python", "-"], feed=EXPIRE)
+        estate.lab.exec(host, [PYTHON, "-"], feed=signed_at("now - pki.LIFETIME - timedelta(days=1)"))
         told = said(play("verify", "--limit", host, check=False).output)
         assert f"{PKI}/etcd-server.crt: it expired at " in told
         assert "run the playbook isthmus.mesh.site" in told
         play("site", "--limit", "cloud")
         estate.converged()
     assert estate.lab.exec(host, ["systemctl", "show", "-P", "MainPID", "isthmus-etcd"]).stdout == pid
+    play("verify", "--limit", "cloud")
+
+
+@pytest.mark.parametrize("back", ["the clock", "site"])
+def test_certificates_that_begin_in_a_day_are_named_and_nothing_is_cut_off(estate: Estate, back: str) -> None:
+    """What a host sees whose clock is a day behind: the machines of the lab share one clock. When that is set right the
+    certificates are valid again, here they are put back; else `site` has others signed."""
+    estate.converged()
+    host = "cloud-1"
+    pid = estate.lab.exec(host, ["systemctl", "show", "-P", "MainPID", "isthmus-etcd"]).stdout
+    estate.lab.exec(host, ["tar", "-C", PKI, "-cf", "/root/kept.tar", "."])
+    with estate.unnoticed(estate.edge):
+        estate.lab.exec(host, [PYTHON, "-"], feed=signed_at("now + pki.BACKDATE + timedelta(days=1)"))
+        estate.until(
+            "status names the certificate and the clock",
+            lambda: any(
+                words.startswith("certificate agent begins at ") and "Next: set the clock" in words
+                for words in estate.ask(host, "status")["warnings"]
+            ),
+        )
+        verified = play("verify", "--limit", host, check=False)
+        assert verified.status == 2
+        assert f"{PKI}/etcd-server.crt: it is valid from " in said(verified.output)
+        if back == "site":
+            play("site", "--limit", "cloud")
+        else:
+            estate.lab.exec(host, ["tar", "-C", PKI, "-xf", "/root/kept.tar"])
+        estate.converged()
+    estate.lab.exec(host, ["rm", "/root/kept.tar"])
+    assert estate.lab.exec(host, ["systemctl", "show", "-P", "MainPID", "isthmus-etcd"]).stdout == pid
+    play("verify", "--limit", "cloud")
+
+
+def test_a_full_disk_is_named_and_etcd_serves_again_once_there_is_room(estate: Estate) -> None:
+    estate.converged()
+    host, key = "cloud-1", "full-disk-test"
+    mirrors = {other: estate.state(other) for other in ("onprem-1", "edge-1")}
+
+    def connected() -> bool:
+        return bool(estate.ask(host, "status")["etcd"]["connected"])
+
+    with estate.unnoticed(estate.edge):
+        estate.lab.exec(host, ["sh", "-e", "-c", SMALL_DISK])
+        try:
+            estate.until("cloud-1's agent is connected", connected)
+            estate.lab.exec(host, ["dd", "if=/dev/zero", f"of={DATA}/filler", "bs=1M"], check=False)
+            estate.until(
+                "etcd cannot write any more",
+                lambda: estate.etcdctl(host, "put", key, feed="x" * 1_000_000, check=False).returncode != 0,
+                120,
+            )
+            estate.until("status says that etcd is gone", lambda: not connected())
+            full = f"The file system of {DATA} is full: "
+            assert full in said(play("verify", "--limit", host, check=False).output)
+            # It waits for the member as long as for one that is slow.
+            stopped = play("site", "--limit", "cloud", check=False)
+            assert stopped.status == 2
+            assert full in said(stopped.output)
+            assert "then `systemctl restart isthmus-etcd` on this host" in said(stopped.output)
+            estate.lab.exec(host, ["rm", f"{DATA}/filler"])
+            estate.lab.exec(host, ["systemctl", "restart", "isthmus-etcd"])
+            estate.etcdctl(host, "del", key)
+            estate.converged()
+        finally:
+            estate.lab.exec(host, ["rm", "-f", f"{DATA}/filler"])
+            estate.lab.exec(host, ["sh", "-e", "-c", LARGE_DISK])
+        estate.converged()
+    assert estate.withdrawn(mirrors) == {}
     play("verify", "--limit", "cloud")
 
 

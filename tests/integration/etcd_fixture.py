@@ -91,11 +91,15 @@ class Ca:
             .not_valid_after(now + datetime.timedelta(days=self.days[1]))
         )
 
-    def empty_list(self) -> bytes:
-        """A list of revoked certificates, of none, in DER."""
+    def revoked(self, *certificates: Path, encoding: serialization.Encoding = serialization.Encoding.DER) -> bytes:
+        """A list of revoked certificates."""
         now = datetime.datetime.now(datetime.timezone.utc)
         builder = x509.CertificateRevocationListBuilder(self._name, now, now + datetime.timedelta(days=1))
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+        for path in certificates:
+            serial = x509.load_pem_x509_certificate(path.read_bytes()).serial_number
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(encoding)
 
     def issue(self, cn: str, file: str | None = None, organization: str = "") -> tuple[Path, Path]:
         """Certificate and key for `cn`, valid for 127.0.0.1 and localhost, client and server."""

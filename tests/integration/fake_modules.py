@@ -16,9 +16,10 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive before break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed former "
-    "hosts install kubeconfig listed lock max_clock_skew only paths platforms python record registrars replacing run "
-    "scope seen services signed snapshot spec state timeout token trust version wait"
+    "archive before break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
+    "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only paths platforms python "
+    "record registrars replacing run scope seen services signed snapshot spec state timeout token trust version "
+    "wait"
 )
 
 
@@ -100,6 +101,7 @@ def main() -> None:
         "bundle": {"digest": "0"},
         "pki_request": {"pending": [], "former_member": False},
         "etcd_member": {"action": "none"},
+        "pki_revoke": {"cluster": given["cluster"], "crl": "LIST", "revoked": []},
     }
     if given["install"]:
         module.fail_json(msg="there is no such package")

@@ -59,6 +59,7 @@ class Cluster:
         self.pki = place / "hosts" / self.hosts[-1] / "etc" / "isthmus" / "pki"
         (self.pki / "ca.key").write_bytes(self.key)
         (self.pki / "ca.crt").write_bytes(self.certificate)
+        (self.pki / "issued.json").write_text('{"schema": 1, "since": null, "certificates": []}')
 
     @property
     def record(self) -> dict[str, Any]:
@@ -158,9 +159,11 @@ def test_a_backup_restores_and_the_operator_alone_opens_its_key(site: Site) -> N
             "ca.crt",
             "ca.key.cms",
             "estate.json",
+            "issued.json",
             "manifest.json",
             "snapshot.db",
         }
+        assert (place / "issued.json").read_bytes() == (cluster.pki / "issued.json").read_bytes()
         assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o600}
         assert {stat.S_IMODE(path.stat().st_mode) for path in (place, place.parent)} == {0o700}
         opened = openssl("cms", "-decrypt", "-inform", "PEM", "-in", place / "ca.key.cms", "-inkey", site.private)
@@ -174,6 +177,7 @@ def test_a_backup_restores_and_the_operator_alone_opens_its_key(site: Site) -> N
             "host": cluster.hosts[-1],
             "fingerprint": "sha256:" + hashlib.sha256(openssl_der(place / "ca.crt")).hexdigest(),
             "key": True,
+            "ledger": True,
         }
         assert {
             file: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -247,12 +251,21 @@ def test_a_certificate_does_as_well_as_a_public_key(site: Site) -> None:
 
 
 def test_without_a_key_the_authoritys_is_left_out_and_it_is_said(site: Site) -> None:
+    (site.clusters["cloud"].pki / "issued.json").unlink()  # an authority from before there were ledgers
     done = site.run("--limit", "c1", isthmus_backup_key=None)
     assert done.returncode == 0, done.stdout
     assert "The private key of its certificate authority is NOT in it" in said(done)
     [place] = site.backups("cloud")
     assert sorted(path.name for path in place.iterdir()) == ["ca.crt", "estate.json", "manifest.json", "snapshot.db"]
     assert json.loads((place / "manifest.json").read_text())["authority"]["key"] is False
+
+
+def test_a_damaged_ledger_is_told(site: Site) -> None:
+    (site.clusters["cloud"].pki / "issued.json").write_text("{}")
+    done = site.run("--limit", "c1")
+    assert done.returncode == 2, done.stdout
+    assert "The backup of cluster cloud has no certificate authority." in said(done)
+    assert "/etc/isthmus/pki/issued.json, the ledger of signed certificates, is damaged" in said(done)
 
 
 def test_one_clusters_silence_is_told_and_the_others_are_backed_up(site: Site) -> None:

@@ -19,7 +19,10 @@ from playbook import Run, recaps
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
-FAKED = ("bundle", "estate_record", "etcd_access", "etcd_member", "node", "pki_request", "preflight", "verify")
+FAKED = (
+    *("bundle", "estate_record", "etcd_access", "etcd_member", "node"),
+    *("pki_request", "pki_revoke", "preflight", "verify"),
+)
 CLUSTERS = {"a": (["a1", "a2", "a3"], []), "b": (["b1"], ["b2"]), "c": (["c1"], [])}
 HOSTS = sorted(host for members, others in CLUSTERS.values() for host in [*members, *others])
 BATCHES = [["a1", "b2", "c1"], ["a2", "b1"], ["a3"]]
@@ -38,6 +41,7 @@ class Site:
             json.dumps({"schema": 1, "version": VERSION, "platforms": [{"arch": "x", "python": "3", "archive": "x"}]})
         )
         self.labels: dict[str, str] = {}
+        self.removed: tuple[str, ...] = ()
         for host in HOSTS:
             interpreter = place / "hosts" / host / "python"
             interpreter.write_text(f'#!/bin/sh\nFAKE_HOST={host} FAKE_PLACE={place} exec {sys.executable} "$@"\n')
@@ -69,7 +73,7 @@ class Site:
                 "id": number,
                 "workload_ranges": [f"10.10{number}.0.0/16"],
                 "service_range": f"10.11{number}.0.0/16",
-                "etcd": {"hosts": members},
+                "etcd": {"hosts": [host for host in members if host not in self.removed]},
             }
             # Not the order of the batches: nothing may depend on the inventory's.
             groups[f"group_{cluster}"] = {
@@ -80,6 +84,7 @@ class Site:
                         "ansible_connection": f"{{{{ 'ssh' if '{self.place}/silent/{host}' is exists else 'local' }}}}",
                         "ansible_python_interpreter": str(self.place / "hosts" / host / "python"),
                         **({"isthmus_labels": self.labels} if self.labels else {}),
+                        **({"isthmus_state": "absent"} if host in self.removed else {}),
                     }
                     for host in reversed([*members, *others])
                 },
@@ -323,6 +328,32 @@ def test_a_host_whose_clusters_etcd_cannot_be_entered_is_pending_and_stops_nobod
     assert "Stopped" not in told
     assert running.has_round("next") == (["a1", "a2", "a3", "c1"] if limit == "all" else [])
     assert {name for name, recap in run.hosts.items() if recap.failed} == set()
+
+
+def test_what_a_removed_etcd_host_holds_is_revoked_by_each_authority_once(running: Site) -> None:
+    """b's cannot at first, and is asked again by the next run."""
+    running.removed = ("a3",)
+    (running.place / "fail" / "pki_revoke b1").touch()
+
+    def revoked() -> dict[str, tuple[Any, Any]]:
+        record = json.loads((running.place / "record").read_text())
+        return {name: tuple(record[f"clusters/{name}"].get(key) for key in ("crl", "departed")) for name in CLUSTERS}
+
+    first = running.run()
+    assert first.status == 0, first.output
+    assert sorted(call["host"] for call in running.calls("pki_revoke")) == ["a1", "b1", "c1"]
+    assert revoked() == {"a": ("LIST", None), "b": (None, ["a3"]), "c": ("LIST", None)}
+    assert (
+        "Pending: the authority of cluster b on b1 has not revoked what a3 held as an etcd host: pki_revoke fails on b1"
+        in said(first)
+    )
+    (running.place / "fail" / "pki_revoke b1").unlink()
+    second = running.run()
+    assert [call["host"] for call in running.calls("pki_revoke")] == ["b1"]
+    assert revoked()["b"] == ("LIST", None)
+    assert "Pending" not in said(second)
+    third = running.run()
+    assert (third.changed, running.calls("pki_revoke")) == ({}, [])
 
 
 def test_check_mode_predicts_every_batch_also_after_a_failure(running: Site) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import previous_release
 import pytest
+from cryptography.hazmat.primitives import serialization
 from integration.etcd_fixture import Ca, free_port, require_etcd
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent.kvstore import EtcdUnavailable, SyncEtcd
@@ -261,6 +262,21 @@ def test_a_former_member_goes_on_while_it_may_not_leave(cluster: Cluster) -> Non
     assert "member o3 is to leave cluster onprem, but one that stays is not healthy: o2" in warnings_of(told)
 
 
+def test_a_removed_host_that_is_back_without_a_member_is_put_away_though_it_is_refused(cluster: Cluster) -> None:
+    """Its certificates were revoked when it was removed, so that it cannot ask whether it is out."""
+    cluster.form()
+    cluster.plan = cluster.planned("o1", "o2", prune=("member/onprem/o3",))
+    for name in ("o1", "o2"):
+        cluster.hosts[name].systemctl("stop", "isthmus-etcd.service")
+    host, record = cluster.hosts["o3"], cluster.plan.record["clusters/onprem"]
+    with pytest.raises(ModuleFailed, match="is to leave cluster onprem and cannot yet"):
+        cluster.run("o3")
+    assert host.runs()
+    listed = cluster.ca.revoked(host.pki / "root.crt", encoding=serialization.Encoding.PEM).decode()
+    assert cluster.run("o3", record={**record, "crl": listed})["action"] == "left"
+    put_away(host)
+
+
 def test_an_interrupted_departure_is_completed(cluster: Cluster) -> None:
     cluster.form()
     cluster.plan = cluster.planned("o1", "o2", prune=("member/onprem/o3",))
@@ -315,7 +331,7 @@ def test_a_check_predicts_the_restart_for_a_list_that_the_host_gets_in_the_run(c
     assert cluster.run("o1", check=True, packages=packages)["changed"] is False
     predicted = cluster.run("o1", check=True, packages=packages, listed=True)
     assert predicted["action"] == "restarted"
-    (cluster.hosts["o1"].pki / "revoked.crl").write_bytes(cluster.ca.empty_list())
+    (cluster.hosts["o1"].pki / "revoked.crl").write_bytes(cluster.ca.revoked())
     done = cluster.run("o1")
     assert done["action"] == "restarted"
     headers = [sorted(entry["before_header"] for entry in result["diff"]) for result in (predicted, done)]

@@ -76,8 +76,8 @@ class Estate:
         directory = {"directory": str(self.hosts[name].pki)}
         documents = [doc for key, doc in self.plan.record.items() if key.startswith("clusters/")]
         trust = {doc["name"]: doc["ca_certificate"] for doc in documents if doc.get("ca_certificate")}
-        crl = self.document(CLUSTERS[name]).get("crl")
-        asked = {"spec": spec, "trust": trust, **directory, **({"crl": crl} if crl else {})}
+        lists = {doc["name"]: doc["crl"] for doc in documents if doc.get("crl")}
+        asked = {"spec": spec, "trust": trust, "lists": lists, **directory}
         signed = []
         for group in self.module(name, "pki_request", asked)["pending"]:
             arguments = {

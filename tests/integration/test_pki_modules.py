@@ -63,7 +63,7 @@ class Estate:
         """Which modules changed something, as the recap would count it."""
         host, certificates = wanted["host"], wanted["pki"]["certificates"]
         asked = {"spec": wanted, "trust": trust or {}, "replacing": self.replacing}
-        asked |= {} if crl is None else {"crl": crl}
+        asked |= {} if crl is None else {"lists": {wanted["pki"]["ca"]["cluster"]: crl}}
         requested = self.run("pki_request", asked, host, **how)
         changed = {"pki_request": requested["changed"]}
         signed = []
@@ -366,10 +366,20 @@ def test_an_etcd_host_has_the_list_of_revoked_certificates(estate: Estate) -> No
     done = estate.run("pki_revoke", asked, "onprem-1")
     assert len(done["revoked"]) == len(serials) == 4
     recorded: dict[str, Any] = {"trust": {"onprem": known}, "crl": done["crl"]}
+    assert estate.role(hosts[0], check=True, **recorded) == estate.role(hosts[0], **recorded) == {"pki_request": True}
+    # The one whose certificates are in it, a removed host that is back, gets new ones of new keys.
+    keys = {path: path.read_bytes() for path in pki.glob("*.key")}
+    predicted = estate.role(hosts[1], check=True, **recorded)
+    assert estate.role(hosts[1], **recorded) == predicted
+    assert predicted == dict.fromkeys(("pki_request", "pki_sign onprem", "pki_install"), True)
+    assert len(keys) == 4
+    assert all(path.read_bytes() != key for path, key in keys.items())
     for host in hosts:
-        assert estate.role(host, check=True, **recorded) == estate.role(host, **recorded) == {"pki_request": True}
         assert estate.role(host, **recorded) == {"pki_request": False}
-        assert revoked_of(estate.pki(host["host"])).count("Serial Number") == 4
+        listed = revoked_of(estate.pki(host["host"]))
+        assert listed.count("Serial Number") == 4
+        serial = openssl("x509", "-in", pki / "root.crt", "-noout", "-serial").split("=")[1].strip()
+        assert serial not in listed
 
     (pki / "revoked.crl").write_bytes(b"x")
     with pytest.raises(ModuleFailed, match=r"revoked.crl is no readable list .* Remove it and run the playbook again"):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.plugin_utils import backups
 from integration.module_runner import ModuleFailed, run_module
-from isthmus_agent import pki
+from isthmus_agent import pki, revocation
 from isthmus_agent.backup import seal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,10 @@ class Site:
         self.private, self.public = place / "operator.key", place / "operator.pem"
         openssl("genrsa", "-out", self.private, "2048")
         openssl("rsa", "-in", self.private, "-pubout", "-out", self.public)
-        self.key, self.certificate = pki.new_authority("onprem", datetime.datetime.now(datetime.timezone.utc))
+        self.now = datetime.datetime.now(datetime.timezone.utc)
+        self.key, self.certificate = pki.new_authority("onprem", self.now)
+        signed = revocation.Issued("5f", "root", "o3", "root", f"{self.now + pki.LIFETIME:%Y-%m-%dT%H:%M:%SZ}")
+        self.ledger = revocation.Ledger(None, (signed,))
         (place / "host" / "units").mkdir(parents=True)
         (place / "bin").mkdir()
         (place / "bin" / "systemctl").write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
@@ -82,6 +85,7 @@ class Site:
         files = {"snapshot.db": content + hashlib.sha256(content).digest(), "estate.json": b'{"roster": {}}'}
         if authority:
             files |= {"ca.crt": self.certificate, "ca.key.cms": seal(self.key, self.public.read_bytes())}
+            files["issued.json"] = self.ledger.text(self.now).encode()
         for name, text in files.items():
             (place / name).write_bytes(text)
         manifest = {
@@ -202,9 +206,14 @@ def test_the_key_comes_back_into_its_file_and_nowhere_else(site: Site) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert (site.directory / "ca.key").read_bytes() == site.key
     assert (site.directory / "ca.crt").read_bytes() == site.certificate
-    assert sorted(file.name for file in site.directory.iterdir()) == ["ca.crt", "ca.key"]
+    assert sorted(file.name for file in site.directory.iterdir()) == ["ca.crt", "ca.key", "issued.json"]
     assert stat.S_IMODE((site.directory / "ca.key").stat().st_mode) == 0o600
     assert {stat.S_IMODE(one.stat().st_mode) for one in (site.directory, site.directory.parent)} == {0o755}
+
+    # What was signed after the backup is not in it, and nobody knows what that was.
+    ledger = revocation.Ledger.read((site.directory / "issued.json").read_bytes(), "here", site.now)
+    assert ledger.issued == site.ledger.issued
+    assert ledger.lacks(site.now) is not None
 
     secret = site.key.decode().splitlines()[1:3]
     everything = done.stdout + done.stderr + predicted.stdout + (site.place / "log").read_text()

@@ -43,8 +43,9 @@ class Plan:
     the `absent` ones' names, of what the inventory owns. `orphans` and `removed` are names as `prune`
     takes them; `cuts` says of each removed one what it takes away. `forgotten` are hosts that take no
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
-    have: `cluster`, `ca_host`, `hosts`, common `names`. `kubernetes_left` are clusters whose Kubernetes the record
-    loses. `before` and `after` are the record in a form for people."""
+    and removed etcd hosts have: `cluster`, `ca_host`, `hosts`, of which the `departed` were removed, common
+    `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
+    record in a form for people."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -203,7 +204,14 @@ class _Planner:
         for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
             document = self.cluster(name)
             if document is not None:
-                documents[name] = self.settled(document, CLUSTERS + name, self.record.clusters.get(name))
+                documents[name] = document
+        departed = self.departed(documents)
+        for name, document in documents.items():
+            old = self.record.clusters.get(name)
+            entries = {**document, **_filled(departed=departed.get(name))}
+            if entries != document:
+                document = self.stamped(entries, old)
+            documents[name] = self.settled(document, CLUSTERS + name, old)
         roster = self.roster(documents)
         self.check_sizes(documents, roster)
         if self.problems:
@@ -375,23 +383,37 @@ class _Planner:
         """The document of a cluster that is not planned: what is forgotten and revoked changes all the same."""
         if old is None:
             return None
-        rest = {key: value for key, value in old.items() if key not in ("forgotten", "crl")}
+        rest = {key: value for key, value in old.items() if key not in ("forgotten", "crl", "departed")}
         lists = self.lists.get(name) or old.get("crl")
         return self.stamped({**rest, **_filled(forgotten=self.forgotten_of(name), crl=lists)}, old)
+
+    def departed(self, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+        """By authority, removed etcd hosts whose certificates it has still to revoke: others have some of these names
+        too, so that no user can be deleted for them. Not of a cluster that goes as a whole, whose names are its own."""
+        present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
+        hosts = {host for doc in present.values() for host in doc["hosts"]} | set(self.forgotten)
+        carried = {host for name in set(present) & set(self.known) for host in self.known[name]["etcd"]["members"]}
+        return {
+            name: sorted((carried | set(self.known[name].get("departed", ()))) - hosts)
+            for name, document in present.items()
+            if document["ca_certificate"] is not None and name not in self.lists
+        }
 
     def revocations(
         self, documents: Mapping[str, Mapping[str, Any]], forgotten: Mapping[str, Mapping[str, str]]
     ) -> Iterator[dict[str, Any]]:
-        """By authority. All that is forgotten, not only what this run forgets: a run before may have reached a part of
-        the authorities only."""
+        """By authority. All that is forgotten or departed, not only by this run: a run before may have reached a part
+        of the authorities only."""
         gone = {entry["cluster"] for entry in forgotten.values()}
         for name, document in documents.items():
-            if document["state"] == "absent" or document["ca_certificate"] is None or not forgotten:
+            departed = document.get("departed", [])
+            if document["state"] == "absent" or document["ca_certificate"] is None or not (forgotten or departed):
                 continue
             yield {
                 "cluster": name,
                 "ca_host": document["ca_host"],
-                "hosts": sorted(forgotten),
+                "hosts": sorted({*forgotten, *departed}),
+                "departed": list(departed),
                 "names": [f"remote-{other}" for other in sorted(gone) if documents[other]["state"] == "absent"],
             }
 

@@ -25,6 +25,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
                                                        "labels": {"app": "web"}, "cgroup": {"unit": "web.service"}}}}},
      "released": [{"address": "10.101.0.32/28", "owner": "onprem-9", "at": "2026-01-02T03:04:05Z"}],
      "forgotten": {"onprem-8": {"at": "2026-01-02T03:04:05Z", "by": "alice"}}, "crl": "<PEM>",
+     "departed": ["onprem-9"],
      "kubernetes": {"pod_ranges": ["10.244.0.0/16"], "service_range": "10.96.0.0/16",
                     "api_server": "https://198.18.1.11:6443"},
      "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
@@ -33,12 +34,13 @@ A cluster that was removed keeps its document as a tombstone: `"state": "absent"
 copy on a member that was away cannot bring it back. `released` addresses are not dealt again for 30 days.
 `forgotten` names hosts, also of a cluster that is absent, that were lost and take no part until they are
 joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). `kubernetes` is the Kubernetes
-cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`. A document may
-lack all three. `ca_certificate` is a public PEM, added by `site` once the CA exists, without a new revision;
-the planner keeps it. While the authority is being replaced it holds two certificates, the one that signs
-first, and each change of them is a new revision. Otherwise `revision` rises by one with each change of a
-document. The roster's `version` is that of the isthmus.mesh that was applied last; records of before it lack
-it.
+cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`. `departed` are
+removed hosts, of any cluster, that carried an etcd member and whose certificates this cluster's CA has
+still to revoke. A document may lack all four. `ca_certificate` is a public PEM, added by `site` once the CA
+exists, without a new revision; the planner keeps it. While the authority is being replaced it holds two
+certificates, the one that signs first, and each change of them is a new revision. Otherwise `revision`
+rises by one with each change of a document. The roster's `version` is that of the isthmus.mesh that was
+applied last; records of before it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -270,6 +272,7 @@ def _check(where: str, name: str, document: Any) -> int:
     for _host, entry in _entries(fields, "forgotten") if "forgotten" in fields.value else ():
         entry.text("by", None)
         parse_time(entry.text("at", None), entry.path("at"))
+    fields.texts("departed")
     state = fields.text("state", None)
     if state == "absent":
         return revision

@@ -67,8 +67,8 @@ def test_a_lost_host_goes_with_all_it_had(edit: Edit, name: str) -> None:
     assert plan.forgotten == {"o3": {"cluster": "onprem", **ENTRY}}
     # Its certificates are those of its own authority, and those of peers for the registrar.
     assert plan.revocations == (
-        {"cluster": "cloud", "ca_host": "c1", "hosts": ["o3"], "names": []},
-        {"cluster": "onprem", "ca_host": "o1", "hosts": ["o3"], "names": []},
+        {"cluster": "cloud", "ca_host": "c1", "hosts": ["o3"], "departed": [], "names": []},
+        {"cluster": "onprem", "ca_host": "o1", "hosts": ["o3"], "departed": [], "names": []},
     )
     # Nobody dials it any more: it may answer with what it likes.
     assert "198.18.1.3" not in json.dumps(dict(plan.specs))
@@ -127,7 +127,10 @@ def test_a_lost_cluster_goes_with_its_hosts_and_rights() -> None:
     assert set(plan.specs) == {"o1", "o2", "o3"}
     assert plan.specs["o1"]["pki"]["trust"] == ["onprem"]
     assert plan.specs["o1"]["registrar"]["peers"] == []
-    assert plan.revocations == ({"cluster": "onprem", "ca_host": "o1", "hosts": ["c1"], "names": ["remote-cloud"]},)
+    [revocation] = plan.revocations
+    assert revocation == {
+        "cluster": "onprem", "ca_host": "o1", "hosts": ["c1"], "departed": [], "names": ["remote-cloud"]
+    }  # fmt: skip
     assert plan.record["roster"]["services"]["shop/web"]["clusters"] == ["onprem"]
     again = planned(model(), plan, LATER)
     assert again.record == plan.record
@@ -210,3 +213,57 @@ def test_a_damaged_record_is_not_built_on(edit: Callable[[dict[str, Any]], objec
     edit(documents["clusters/onprem"])
     with pytest.raises(RecordError, match=message):
         merge([documents])
+
+
+def without_member(host: str, state: str = "absent") -> Edit:
+    def edit(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        the_estate["clusters"]["onprem"]["etcd"]["hosts"].remove(host)
+        the_hosts[host]["isthmus_state"] = state
+
+    return edit
+
+
+def owed(plan: Plan) -> dict[str, list[str]]:
+    """By cluster, whose certificates its authority has still to revoke."""
+    found = {name: plan.record[f"clusters/{name}"].get("departed", []) for name in ("onprem", "cloud")}
+    assert {one["cluster"]: one["departed"] for one in plan.revocations} == {
+        name: hosts for name, hosts in found.items() if hosts
+    }
+    return found
+
+
+def test_what_a_removed_etcd_host_holds_is_owed_until_each_authority_has_revoked_it() -> None:
+    """It has certificates of names that other hosts have too. A host without etcd has none of these."""
+    removed = forget(edit=without_member("o3"))
+    assert owed(removed) == {"onprem": ["o3"], "cloud": ["o3"]}
+    assert [one["hosts"] for one in removed.revocations] == [["o3"], ["o3"]]
+    # Known to the next run, also when the inventory has lost it.
+    again = forget(before=removed, edit=without_o3)
+    assert owed(again) == owed(removed)
+    assert again.record["clusters/onprem"]["revision"] == removed.record["clusters/onprem"]["revision"]
+    done = forget(before=removed, edit=without_o3, lists={"cloud": "LIST"})
+    assert owed(done) == {"onprem": ["o3"], "cloud": []}
+    assert done.record["clusters/cloud"]["crl"] == "LIST"
+    assert owed(forget(before=done, edit=without_o3)) == owed(done)
+
+
+def test_nothing_is_owed_of_a_host_that_is_back_or_forgotten_or_stays_without_its_member() -> None:
+    removed = forget(edit=without_member("o3"))
+    assert owed(forget(before=removed)) == {"onprem": [], "cloud": []}
+    lost = forget("o3", before=running())
+    assert {name: doc.get("departed") for name, doc in lost.record.items()} == dict.fromkeys(lost.record)
+    pruned = planned(model(*edited(without_member("o3", "present"))), running(), LATER, prune=("member/onprem/o3",))
+    assert owed(pruned) == {"onprem": [], "cloud": []}
+
+
+def edited(edit: Edit) -> tuple[dict[str, Any], dict[str, Any]]:
+    the_estate, the_hosts = estate(), hosts()
+    edit(the_estate, the_hosts)
+    return the_estate, the_hosts
+
+
+def test_nothing_is_owed_of_a_cluster_that_goes_as_a_whole() -> None:
+    def absent(the_estate: dict[str, Any], _hosts: dict[str, Any]) -> None:
+        the_estate["clusters"]["cloud"]["state"] = "absent"
+
+    assert "departed" not in forget(edit=absent).record["clusters/onprem"]
