@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def plain(name: str) -> str:
-    return re.split(r"[\s<>=~;]", name.strip())[0].lower().replace("_", "-")
+    return re.split(r"[\s<>=~;\[]", name.strip())[0].lower().replace("_", "-")
 
 
 def required(name: str) -> dict[str, str]:
