@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What a plan for a VPC does, step by step: shown, rehearsed, then done until one fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ansible.module_utils.basic import AnsibleModule
+    from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+
+
+class ProviderError(Exception):
+    """The provider refused `call`; `permission` is set when it did so for want of one."""
+
+    def __init__(self, call: str, message: str, permission: str = "") -> None:
+        super().__init__(f"{call}: {message}")
+        self.call = call
+        self.message = message
+        self.permission = permission
+
+
+@dataclass
+class Step:
+    """One call that changes something. `rehearse` raises `ProviderError` when the call would be refused."""
+
+    what: str
+    before: str
+    after: str
+    do: Callable[[], Any]
+    permission: str
+    rehearse: Callable[[], Any] | None = None
+
+
+@dataclass
+class Plan:
+    """Steps in their order, what forbids them, what is worth telling, and what the module returns."""
+
+    steps: list[Step] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    missing: Callable[[list[str]], dict[str, str]] = lambda permissions: {}
+    """Of the steps' permissions those that the run lacks, each with what the provider says of it."""
+
+
+def refused(permissions: dict[str, str]) -> str:
+    """The words for permissions (name -> what the provider says) that are missing."""
+    named = "; ".join(f"{name} ({said})" if said else name for name, said in sorted(permissions.items()))
+    return (
+        f"permission missing: {named}. Grant it to the credentials of this run (docs/vpc.md lists all) and run again."
+    )
+
+
+def carry_out(module: AnsibleModule, changes: Changes, plan: Plan) -> None:
+    """Find out whether every step is permitted, then do and show them; fails the module with words.
+
+    Nothing is changed unless everything is permitted, as far as the provider can be asked.
+    """
+    for text in plan.warnings:
+        module.warn(text)
+    if plan.problems:
+        words = " ".join(f"({number}) {problem}" for number, problem in enumerate(plan.problems, 1))
+        module.fail_json(msg=f"nothing was changed. {words}", **plan.result)
+    missing = plan.missing(sorted({step.permission for step in plan.steps})) if plan.steps else {}
+    for step in plan.steps:
+        if step.rehearse is not None and step.permission not in missing:
+            try:
+                step.rehearse()
+            except ProviderError as exc:
+                if not exc.permission:
+                    module.fail_json(
+                        msg=f"nothing was changed. {step.what}: the provider would refuse it: {exc}", **plan.result
+                    )
+                missing[exc.permission] = f"call {exc.call}, for {step.what}"
+    if missing:
+        module.fail_json(msg=f"nothing was changed; {refused(missing)}", **plan.result)
+    for number, step in enumerate(plan.steps):
+        if not module.check_mode:
+            try:
+                step.do()
+            except ProviderError as exc:
+                said = refused({exc.permission: f"call {exc.call}"}) if exc.permission else f"{str(exc).rstrip('.')}."
+                done = [one.what for one in plan.steps[:number]]
+                left = [one.what for one in plan.steps[number:]]
+                stays = f"{len(done)} changes before it stay and are known as ours" if done else "nothing was changed"
+                module.fail_json(
+                    msg=f"{step.what} failed; {stays}, {len(left) - 1} after it were not tried. {said} Next: solve that"
+                    " and run again; the rest is done then.",
+                    changed=changes.changed,
+                    diff=changes.diff,
+                    done=done,
+                    not_done=left,
+                    **plan.result,
+                )
+        changes.note(step.what, step.before, step.after)
