@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The overlay: tc programs on the collect-metadata VXLAN device.
+ * The overlay: tc programs on the collect-metadata VXLAN device, and one on the
+ * WireGuard device that its packets come through from some peers.
  *
  * The numeric identity of the sender travels in the VNI (Cilium's format).
  * What is not IPv4 is dropped and counted: the device is NOARP and no neighbour
@@ -11,10 +12,13 @@
 
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
+#include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/pkt_cls.h>
+#include <linux/udp.h>
 
 #define TUNNEL_TTL 64
+#define IP_FRAGMENT_MASK 0x3fff	/* more fragments, and the offset */
 
 /* Newer fields stand behind it; kernels from 4.9 to now accept this length. */
 #define TUNNEL_KEY_SIZE \
@@ -50,6 +54,13 @@ struct {
 	__type(key, __u32);
 	__type(value, struct isthmus_counter);
 } drops SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct isthmus_wireguard);
+} wireguard SEC(".maps");
 
 static __always_inline int drop(const struct __sk_buff *skb, enum isthmus_drop reason)
 {
@@ -114,6 +125,28 @@ static __always_inline __u32 underlay_device(struct __sk_buff *skb, const struct
 	return fib.ifindex == skb->ifindex ? 0 : fib.ifindex;
 }
 
+/*
+ * Whether the outer packet to @tunnel will leave through WireGuard, by the same
+ * lookup that the VXLAN device does next. Routes and rules make it so; this is
+ * what keeps a packet from leaving in clear when somebody removed them, or the
+ * device is gone. The device needs forwarding on, or the helper refuses.
+ */
+static __always_inline bool goes_through_wireguard(struct __sk_buff *skb, const struct isthmus_addr *tunnel)
+{
+	struct bpf_fib_lookup fib = { .family = AF_INET, .l4_protocol = IPPROTO_UDP };
+	const struct isthmus_wireguard *device;
+	__u32 index = 0;
+
+	device = bpf_map_lookup_elem(&wireguard, &index);
+	if (!device || !device->ifindex || !addr_is_v4(tunnel))
+		return false;
+	fib.ifindex = skb->ifindex;
+	fib.dport = device->port;
+	fib.ipv4_dst = tunnel->a[3];
+	/* A positive answer is about the neighbour, which WireGuard has none of. */
+	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 && fib.ifindex == device->ifindex;
+}
+
 SEC("tc")
 int overlay_egress(struct __sk_buff *skb)
 {
@@ -143,15 +176,25 @@ int overlay_egress(struct __sk_buff *skb)
 			return bpf_redirect_neigh(device, NULL, 0, 0);
 	}
 
+	flags = 0;
+	if (entry->flags & ISTHMUS_IPCACHE_ENCRYPTED) {
+		/* The helper does not look at the mark: the device must not either. */
+		skb->mark = 0;
+		if (!goes_through_wireguard(skb, &entry->tunnel))
+			return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
+		/* The other side takes no fragments, among which clear ones could be mixed. */
+		flags = BPF_F_DONT_FRAGMENT;
+	}
+
 	key.tunnel_id = source->identity;
 	key.tunnel_ttl = TUNNEL_TTL;
 	if (addr_is_v4(&entry->tunnel)) {
 		key.remote_ipv4 = bpf_ntohl(entry->tunnel.a[3]);
 		/* As Cilium sends: no outer checksum over IPv4, which alone allows that. */
-		flags = BPF_F_ZERO_CSUM_TX;
+		flags |= BPF_F_ZERO_CSUM_TX;
 	} else {
 		__builtin_memcpy(key.remote_ipv6, entry->tunnel.a, sizeof(key.remote_ipv6));
-		flags = BPF_F_TUNINFO_IPV6;
+		flags |= BPF_F_TUNINFO_IPV6;
 	}
 	if (bpf_skb_set_tunnel_key(skb, &key, TUNNEL_KEY_SIZE, flags))
 		return drop(skb, ISTHMUS_DROP_TUNNEL_KEY);
@@ -247,6 +290,10 @@ int overlay_ingress(struct __sk_buff *skb)
 	peer = bpf_map_lookup_elem(&peers, &outer);
 	if (!peer)
 		return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
+	if ((skb->mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED)
+		skb->mark = 0;
+	else if (peer->flags & ISTHMUS_PEER_ENCRYPTED)
+		return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
 
 	reason = parse(skb, &packet);
 	if (reason)
@@ -265,6 +312,44 @@ int overlay_ingress(struct __sk_buff *skb)
 
 	/* A Cilium node does not know our MAC: without this the stack takes the frame for another host's. */
 	bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_OK;
+}
+
+/* What a NAT does to packets on the underlay, and cannot do to those inside WireGuard. */
+static __always_inline bool translate(struct __sk_buff *skb, const struct iphdr *ip, const struct udphdr *udp, __be32 to)
+{
+	const __u32 check = offsetof(struct iphdr, check), daddr = offsetof(struct iphdr, daddr);
+	__u32 udp_check = ip->ihl * 4 + offsetof(struct udphdr, check);
+
+	if (udp->check && bpf_l4_csum_replace(skb, udp_check, ip->daddr, to, BPF_F_PSEUDO_HDR | sizeof(to)))
+		return false;
+	return !bpf_l3_csum_replace(skb, check, ip->daddr, to, sizeof(to)) &&
+	       !bpf_skb_store_bytes(skb, daddr, &to, sizeof(to), 0);
+}
+
+/*
+ * WireGuard has checked that the source is the peer's (allowed IPs). Only whole
+ * overlay packets to this host go on: everything else that peers send us comes by
+ * the underlay, where the host's own firewall expects it, and a host that forwards
+ * must not send on in clear what came encrypted.
+ */
+SEC("tc")
+int wireguard_ingress(struct __sk_buff *skb)
+{
+	const struct isthmus_wireguard *device;
+	struct iphdr ip;
+	struct udphdr udp;
+	__u32 index = 0;
+
+	device = bpf_map_lookup_elem(&wireguard, &index);
+	if (!device || skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)) ||
+	    ip.version != 4 || ip.protocol != IPPROTO_UDP || ip.frag_off & bpf_htons(IP_FRAGMENT_MASK) ||
+	    bpf_skb_load_bytes(skb, ip.ihl * 4, &udp, sizeof(udp)) || udp.dest != device->port)
+		return drop(skb, ISTHMUS_DROP_NOT_OVERLAY);
+	if (ip.daddr != device->underlay4 &&
+	    (ip.daddr != device->advertised4 || !translate(skb, &ip, &udp, device->underlay4)))
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
+	skb->mark = ISTHMUS_MARK_DECRYPTED;
 	return TC_ACT_OK;
 }
 

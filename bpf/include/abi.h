@@ -31,6 +31,7 @@ _Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
 
 #define ISTHMUS_IPCACHE_NODE	(1 << 0)	/* an underlay address of a node */
 #define ISTHMUS_IPCACHE_FIXED	(1 << 1)	/* a node's mesh, health or ingress address: it never moves */
+#define ISTHMUS_IPCACHE_ENCRYPTED	(1 << 2)	/* packets to its tunnel go through WireGuard or not at all */
 
 struct isthmus_lpm_key {
 	__u32 prefixlen;		/* of the 128-bit form: v4 length + 96 */
@@ -45,9 +46,28 @@ _Static_assert(sizeof(struct isthmus_lpm_key) == 20, "lpm key");
 struct isthmus_peer_value {
 	struct isthmus_addr endpoint;
 	__u16 cluster_id;
-	__u16 flags;
+	__u16 flags;			/* ISTHMUS_PEER_* */
 };
 _Static_assert(sizeof(struct isthmus_peer_value) == 20, "peer value");
+
+#define ISTHMUS_PEER_ENCRYPTED	(1 << 0)	/* its packets come through WireGuard or are dropped */
+
+/* The WireGuard device, in the one element of the map `wireguard`; all zero: there is none. */
+struct isthmus_wireguard {
+	__u32 ifindex;
+	__be16 port;			/* of the overlay, UDP: nothing else may come through the device */
+	__u16 pad;
+	__be32 underlay4;		/* this host's address */
+	__be32 advertised4;		/* where others send to, another one where a NAT is on the way */
+};
+
+/*
+ * What the WireGuard device's program writes as a packet's mark. It survives the
+ * decapsulation and tells the overlay's program how the packet came; that program
+ * clears it. Only the lowest byte counts: Calico and kube-proxy use higher bits.
+ */
+#define ISTHMUS_MARK_MASK	0xff
+#define ISTHMUS_MARK_DECRYPTED	0x49
 
 /* An address of this host: which identity its packets carry. */
 struct isthmus_local_value {
@@ -149,6 +169,8 @@ enum isthmus_drop {
 	ISTHMUS_DROP_NOT_IP,
 	ISTHMUS_DROP_TUNNEL_KEY,	/* the kernel refused the tunnel key */
 	ISTHMUS_DROP_NOT_LOCAL_DEST,	/* arrived here for an address that is not ours */
+	ISTHMUS_DROP_NOT_ENCRYPTED,	/* to or from a peer that is to be encrypted, and WireGuard was not in the way */
+	ISTHMUS_DROP_NOT_OVERLAY,	/* came through WireGuard and is no whole packet of the overlay */
 	ISTHMUS_DROP_MAX = 16,
 };
 

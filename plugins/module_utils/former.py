@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 # Names that the planner gives; whatever else somebody put there is theirs.
-_OURS = re.compile(r"(agent|etcd-server|etcd-peer|root|operator|registrar|kubernetes|peer-.+)\.(key|crt|ca)")
+_OURS = re.compile(r"(agent|etcd-server|etcd-peer|root|operator|registrar|kubernetes|wireguard|peer-.+)\.(key|crt|ca)")
 
 
 def member_remains() -> list[str]:
@@ -49,6 +49,8 @@ def remove_unlisted(changes: Changes, spec: Mapping[str, Any], directory: str) -
     wanted = {entry["name"] for entry in pki["certificates"]}
     if (spec.get("registrar") or {}).get("kubernetes"):
         wanted.add("kubernetes")
+    if spec.get("wireguard"):
+        wanted.add("wireguard")
     for name in _files(directory):
         match = _OURS.fullmatch(name)
         if match is not None and match.group(1) not in wanted:

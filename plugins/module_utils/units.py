@@ -220,6 +220,49 @@ ExecStart=/bin/systemctl --no-block reload isthmus-dns.service
     )
 
 
+def wireguard_unit(config: str) -> str:
+    """`isthmus-wireguard.service`: WireGuard where the kernel has none. The agent gives its device key and peers, so
+    this process is started with nothing; what is to be encrypted is dropped while it is away.
+
+    Its control socket lies where `wg` looks for it, beside those of other devices.
+    """
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Isthmus mesh WireGuard in user space
+Documentation=https://github.com/isthmus-mesh/isthmus
+Wants=network-online.target
+After=network-online.target
+Before=isthmusd.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart=/usr/bin/wireguard-go -f isthmus-wg0
+Environment={CONFIG_VARIABLE}={config}
+Restart=always
+RestartSec=200ms
+RuntimeDirectory=wireguard
+RuntimeDirectoryPreserve=yes
+CapabilityBoundingSet=CAP_NET_ADMIN
+ProtectProc=invisible
+ProtectKernelTunables=yes
+{_SANDBOX}PrivateDevices=no
+DevicePolicy=closed
+DeviceAllow=/dev/net/tun rw
+MemoryDenyWriteExecute=yes
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+OOMScoreAdjust=-500
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+
+
 def bpffs_unit() -> str:
     """`isthmus-bpffs.service`: systemd mounts bpffs itself on a host, but not in a container.
 

@@ -11,7 +11,8 @@ short_description: Make a host a member of the mesh
 version_added: 1.0.0
 description:
   - Writes the host's specification and its copy of the estate record, the systemd units of the agent, the registrar
-    (on etcd hosts) and the name server, and joins the mesh's names to the host's own resolution.
+    (on etcd hosts), the name server and, where packets are encrypted and the kernel has no WireGuard, C(wireguard-go).
+  - Joins the mesh's names to the host's own resolution.
   - Starts or restarts only what changed, and waits until it is ready. Renewed certificates need no restart.
   - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
   - A change of the specification, the units or the resolver is a numbered generation. What was there before is kept
@@ -96,7 +97,7 @@ standing:
 import json
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, standing, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, standing, units, wireguard
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.generations import Generations, described
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import SECONDS, SPEC, WAITING
@@ -107,6 +108,7 @@ DNS = "isthmus-dns.service"
 DNS_PATH = "isthmus-dns-reload.path"
 DNS_RELOAD = "isthmus-dns-reload.service"
 BPFFS = "isthmus-bpffs.service"
+WIREGUARD = "isthmus-wireguard.service"
 RESOLVED = "isthmus-resolved.service"
 DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 
@@ -117,7 +119,7 @@ PARTS = {
     DNSMASQ: ((DNS,), ""),
     resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
     bundle.CURRENT: ((AGENT, REGISTRAR), ""),
-    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED)},
+    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, WIREGUARD)},
     **{units.Units.path(name): ((), "") for name in (BPFFS, DNS_RELOAD)},
 }
 
@@ -161,10 +163,13 @@ def main():
     )
     dns_config = units.config_digest(units.dns_unit(""), dnsmasq)
     has_registrar = spec.get("registrar") is not None
+    in_user_space = spec.get("wireguard") is not None and not wireguard.in_kernel(module)
+    wireguard_config = units.config_digest(units.wireguard_unit(""))
     unit_files = {
         BPFFS: units.bpffs_unit(),
         AGENT: units.agent_unit(agent_config, has_pods),
         REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
+        WIREGUARD: units.wireguard_unit(wireguard_config) if in_user_space else None,
         DNS: units.dns_unit(dns_config),
         DNS_PATH: units.dns_reload_path_unit(),
         DNS_RELOAD: units.dns_reload_unit(),
@@ -188,13 +193,15 @@ def main():
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
     changes.file(DNSMASQ, dnsmasq)
     runner.write(unit_files)
-    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
+    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else []) + ([WIREGUARD] if in_user_space else [])
     runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names])
 
     runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)
     if has_registrar:
         runner.running(REGISTRAR, registrar_config, SPEC)
+    if in_user_space:
+        runner.running(WIREGUARD, wireguard_config)
     runner.running(AGENT, agent_config, SPEC)
     if not module.check_mode:
         wait(module, runner, names, generations, number)

@@ -107,7 +107,7 @@ import os
 import pwd
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former, wireguard
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -278,6 +278,9 @@ def run(module, pki, revocation):
         own = wanted["ca"]["cluster"]
         if ensure_list(changes, revocation, directory, own, pinned.get(own), module.params["lists"].get(own)):
             group(own)
+
+    if spec.get("wireguard") is not None:
+        wireguard.ensure_key(changes, os.path.join(directory, wireguard.KEY))
 
     good = {}
     for entry in wanted["certificates"]:

@@ -180,6 +180,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     ports,
     resolver,
     storage,
+    wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 
@@ -518,8 +519,8 @@ def selinux_doubts():
     ]
 
 
-def packages_missing(module, interpreter):
-    """Packages by the distribution's names: the name server, what the venv is made with, and libbpf's libelf."""
+def packages_missing(module, interpreter, spec):
+    """Packages by the distribution's names: the name server, what the venv is made with, libbpf's libelf, WireGuard."""
     debian = packages.manager(module) == "apt-get"
     missing = []
     # None of them starts a service: Debian's dnsmasq-base has no unit, and Fedora's presets leave dnsmasq's off.
@@ -529,21 +530,27 @@ def packages_missing(module, interpreter):
         missing.append("libelf1" if debian else "elfutils-libelf")
     if debian and module.run_command([interpreter, "-c", "import ensurepip"])[0] != 0:
         missing.append("python3-venv")
+    if spec.get("wireguard") is not None:
+        if not os.access(wireguard.TOOL, os.X_OK):
+            missing.append("wireguard-tools")
+        if not os.access(wireguard.USER_SPACE, os.X_OK) and not wireguard.in_kernel(module):
+            missing.append("wireguard-go")
     return missing
 
 
-def install(module, changes, missing, interpreter):
+def install(module, changes, missing, interpreter, spec):
     """The missing packages are there; in check mode they are named only."""
     for name in missing:
         changes.note(f"package {name}", "", "installed")
     if not missing or module.check_mode:
         return
     packages.install(module, missing, "install the packages by hand")
-    lacking = packages_missing(module, interpreter)
+    lacking = packages_missing(module, interpreter, spec)
     if lacking:
         module.fail_json(
             msg=f"{' '.join(lacking)} was installed, but what is needed of it is not there ({DNSMASQ}, libelf.so.1, "
-            f"ensurepip of {interpreter}). Next: install that by hand and run again."
+            f"ensurepip of {interpreter}, {wireguard.TOOL}, {wireguard.USER_SPACE}). Next: install that by hand and "
+            "run again."
         )
 
 
@@ -597,7 +604,7 @@ def main():
     if chosen is None:
         problems.append(bundle.missing_words(spec["host"], arch, present, platforms))
     else:
-        missing = packages_missing(module, chosen[1])
+        missing = packages_missing(module, chosen[1], spec)
     problems += sorted({bundle.downgrade_words(spec["host"], item["version"]) for item in platforms} - {""})
     if missing and packages.manager(module) is None:
         problems.append(
@@ -613,7 +620,7 @@ def main():
     changes = Changes(module)
     if module.params["install"]:
         doubts = []  # they were told when the host was probed
-        install(module, changes, missing, chosen[1])
+        install(module, changes, missing, chosen[1], spec)
     facts = {
         "problems": [],
         "arch": arch,

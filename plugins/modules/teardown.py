@@ -61,14 +61,21 @@ import re
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, etcd_unit, firewall, resolver, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import (
+    bundle,
+    etcd_unit,
+    firewall,
+    resolver,
+    units,
+    wireguard,
+)
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import BOOT
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
 
-DEVICE = "isthmus0"
+DEVICES = ("isthmus0", wireguard.DEVICE)
 PROTOCOL = "73"
-TABLE = "730"
+TABLES = ("730", "731", "732")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -85,6 +92,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
+    "isthmus-wireguard.service",
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,
@@ -222,18 +230,22 @@ class Teardown:
                 self.command("systemctl", "disable", "--quiet", name)
 
     def device(self):
-        if os.path.exists(f"/sys/class/net/{DEVICE}"):
-            self.gone(f"device {DEVICE}")
-            if not self.module.check_mode:
-                self.command("ip", "link", "delete", DEVICE)
+        for device in DEVICES:
+            if os.path.exists(f"/sys/class/net/{device}"):
+                self.gone(f"device {device}")
+                if not self.module.check_mode:
+                    self.command("ip", "link", "delete", device)
         # A kernel without IPv6 answers the question with an error.
         for family in ("-4", "-6") if os.path.exists("/proc/net/if_inet6") else ("-4",):
             rules = self.command("ip", family, "rule", "show").splitlines()
-            for rule in [line for line in rules if re.search(rf"\blookup {TABLE}\b", line)]:
-                priority = rule.split(":", 1)[0]
+            for rule in rules:
+                looked_up = re.search(rf"\blookup ({'|'.join(TABLES)})\b", rule)
+                if looked_up is None:
+                    continue
+                priority, table = rule.split(":", 1)[0], looked_up.group(1)
                 self.gone(f"rule {rule.strip()}")
                 if not self.module.check_mode:
-                    self.command("ip", family, "rule", "delete", "priority", priority, "table", TABLE)
+                    self.command("ip", family, "rule", "delete", "priority", priority, "table", table)
             routes = self.command("ip", family, "route", "show", "table", "all", "proto", PROTOCOL).splitlines()
             if routes:
                 for route in routes:

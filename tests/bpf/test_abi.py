@@ -77,4 +77,6 @@ def test_version_and_flags_are_the_same() -> None:
     assert f"#define ISTHMUS_ABI_VERSION {abi.ABI_VERSION}\n" in text
     assert re.search(r"#define ISTHMUS_IPCACHE_NODE\s+\(1 << 0\)", text)
     assert re.search(r"#define ISTHMUS_IPCACHE_FIXED\s+\(1 << 1\)", text)
+    assert re.search(r"#define ISTHMUS_IPCACHE_ENCRYPTED\s+\(1 << 2\)", text)
+    assert re.search(r"#define ISTHMUS_PEER_ENCRYPTED\s+\(1 << 0\)", text)
     assert re.search(r"#define ISTHMUS_CONFIG_SET_RETVAL\s+\(1 << 0\)", text)

@@ -66,11 +66,15 @@ class Daemon:
     def socket(self) -> Path:
         return self.directory / "run" / "agent.sock"
 
+    def entering(self) -> list[str]:
+        """The command into whatever else than the network namespace it lives in."""
+        return ["nsenter"]
+
     def start(self) -> None:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    "nsenter",
+                    *self.entering(),
                     f"--net=/proc/self/fd/{self.node.netns}",
                     sys.executable,
                     "-m",

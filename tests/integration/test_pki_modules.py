@@ -509,3 +509,25 @@ def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(estate: 
     assert (ca / "ca.key.replaced").exists() is not lost
     for host in wanted:
         assert estate.role(host, {"onprem": document["ca_certificate"]}) == {"pki_request": False}
+
+
+def test_a_host_that_encrypts_has_a_key_of_wireguard_which_stays_and_goes_with_the_plan(estate: Estate) -> None:
+    wanted = {**spec("onprem-1", "onprem"), "wireguard": {"key": "/etc/isthmus/pki/wireguard.key"}}
+    path = estate.pki("onprem-1") / "wireguard.key"
+    predicted = estate.role(wanted, check=True)
+    assert not path.exists()
+    assert estate.role(wanted) == predicted
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    key = path.read_text()
+    public = subprocess.run(["wg", "pubkey"], input=key, check=True, capture_output=True, text=True).stdout
+    assert len(public) == 45, "wg takes it"
+    estate.converge(wanted)
+    path.chmod(0o644)
+    assert estate.role(wanted)["pki_request"]
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == (key, 0o600)
+    path.write_text("damaged\n")
+    estate.converge(wanted)
+    assert path.read_text() != "damaged\n"
+    assert key.strip() not in json.dumps(estate.outputs)
+    estate.converge(spec("onprem-1", "onprem"))
+    assert not path.exists()

@@ -22,7 +22,7 @@ from isthmus_agent.registrar.publish import (
     owned_prefixes,
     publish,
 )
-from isthmus_mesh import keys
+from isthmus_mesh import keys, wire
 from isthmus_mesh.documents import NodeReport, ServiceDefinition, ServicePort, WorkloadReport
 
 OWN = Own("onprem", 1, 255, IPv4Network("10.111.0.0/16"))
@@ -491,3 +491,43 @@ def test_numbers_and_addresses_never_change_owner(steps: list[tuple[set[int], se
                 assert IPv4Address(address) in OWN.service_range4
         in_use = [value for key, value in found.keys.items() if keys.parse_identity_key(key)]
         assert len(in_use) == len(set(in_use)) == len(present)
+
+
+# --- encryption
+
+PUBLIC_KEY = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="
+
+
+def test_a_key_that_the_host_reports_is_published_with_its_node_and_addresses() -> None:
+    nodes = dict([node_report(0, wireguard_public_key=PUBLIC_KEY), node_report(1)])
+    found = run(nodes=nodes)
+    node = wire.Node.from_json(found.keys[keys.node_key("onprem", "h0")])
+    assert (node.wireguard_public_key, node.encryption_key) == (PUBLIC_KEY, 255)
+    indexes = {
+        pair.host_ip: pair.key
+        for key, value in found.keys.items()
+        if keys.parse_ip_key(key) and (pair := wire.IPIdentityPair.from_json(value))
+    }
+    assert indexes == {"198.18.1.10": 255, "198.18.1.11": 0}
+    # A silent host keeps what is published of it.
+    again = run(nodes=dict([node_report(1)]), previous=found.keys)
+    assert again.keys == found.keys
+
+
+@pytest.mark.parametrize("public", ["AAAA", "no key", "A" * 43 + "="])
+def test_what_is_no_key_is_named_and_not_published(public: str) -> None:
+    nodes = dict([node_report(0, wireguard_public_key=public), node_report(1)])
+    found = run(nodes=nodes)
+    node = wire.Node.from_json(found.keys[keys.node_key("onprem", "h0")])
+    assert (node.wireguard_public_key, node.encryption_key) == ("", 0)
+    (problem,) = found.problems
+    assert problem.key == keys.node_report_key("h0")
+    assert f"the WireGuard public key {public!r}" in problem.reason
+
+
+@pytest.mark.parametrize(("site", "published"), [("onprem", None), ("hall-2", "hall-2")])
+def test_a_host_of_another_site_than_its_cluster_says_so(site: str, published: str | None) -> None:
+    record = {**RECORD, "site": "onprem", "hosts": {**RECORD["hosts"], "h0": {**RECORD["hosts"]["h0"], "site": site}}}
+    found = run(record=record)
+    node = wire.Node.from_json(found.keys[keys.node_key("onprem", "h0")])
+    assert node.annotations.get("isthmus.io/site") == published

@@ -8,14 +8,17 @@ synchronous and run in one thread, one at a time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
 from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Service
 from isthmus_agent.desired.drain import endpoint
+
+if TYPE_CHECKING:
+    from isthmus_agent.netlink.wireguard import PeerState
 
 
 def bundled_libbpf() -> Path | None:
@@ -37,11 +40,20 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class Tunnel:
+    """WireGuard at one moment. `implementation` is empty when there is no device; `peers` by public key."""
+
+    implementation: str = ""
+    peers: Mapping[str, PeerState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """Counters and fill levels at one moment."""
 
     counters: Counters
     capacity: dict[str, Capacity] = field(default_factory=dict)
+    tunnel: Tunnel = Tunnel()
 
 
 class Kernel(Protocol):
@@ -55,6 +67,12 @@ class Kernel(Protocol):
 
     def underlay_mtu(self, address: Address) -> int:
         """MTU in bytes of the device that carries `address`."""
+
+    def public_key(self, path: str) -> str:
+        """WireGuard's public key, base64, of the private key in a file. NetworkError when there is none."""
+
+    def network_changed(self) -> None:
+        """Somebody changed devices or rules: the next apply() reads what is there."""
 
     def start(self, datapath: Datapath) -> Applied:
         """Load, fill, attach: also over what an earlier agent left. Also repairs drift."""
@@ -93,6 +111,8 @@ class HostKernel:
         self._network_steps = 0
         self._keep_source: KeepSource | None = None
         self._made: Datapath | None = None  # what the network was made, when nothing was refused
+        self._wireguard: int | None = None  # index of the device that the programs know
+        self._fresh_wireguard = False  # it has no sessions yet
 
     @property
     def cgroup_root(self) -> Path:
@@ -114,6 +134,14 @@ class HostKernel:
 
         return netlink.underlay_mtu(address)
 
+    def public_key(self, path: str) -> str:
+        from isthmus_agent.netlink import wireguard
+
+        return wireguard.public_key(path)
+
+    def network_changed(self) -> None:
+        self._made = None
+
     def start(self, datapath: Datapath) -> Applied:
         from isthmus_agent import netlink
 
@@ -125,7 +153,9 @@ class HostKernel:
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
-        self._made = None
+        self._made = self._wireguard = None
+        if datapath.wireguard is None:
+            self._remove_wireguard()
         network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
         return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
@@ -142,27 +172,90 @@ class HostKernel:
         from isthmus_agent import netlink
 
         self._keep_source = datapath.keep_source
+        tunnel = self._apply_wireguard(datapath)
         made, self._made = self._made, None
         try:
-            result = netlink.apply_network(datapath, step=self._network_step, made=made)
+            result = netlink.apply_network(datapath, step=self._network_step, made=made, wireguard=self._wireguard)
         except netlink.OverlayMissing:
             raise  # start() makes it anew
         except netlink.NetworkError as error:
+            self._greet(datapath)
+            return Applied((*tunnel.changes, *error.changes), (*tunnel.problems, *error.problems))
+        self._greet(datapath)
+        if not tunnel.problems:
+            self._made = datapath
+        return Applied((*tunnel.changes, *result.changes), tunnel.problems)
+
+    def _greet(self, datapath: Datapath) -> None:
+        """Tell peers that WireGuard is new here, when the way to them is there."""
+        from isthmus_agent.netlink import wireguard
+
+        if self._fresh_wireguard and datapath.wireguard is not None:
+            wireguard.greet(datapath.wireguard, datapath.overlay_port)
+        self._fresh_wireguard = False
+
+    def _apply_wireguard(self, datapath: Datapath) -> Applied:
+        """Device, program and peers; the routes come after. Until all is there what is to be encrypted is dropped."""
+        from isthmus_agent.netlink import NetworkError, wireguard
+
+        wanted = datapath.wireguard
+        if self._made is not None and self._made.wireguard == wanted:
+            return Applied()
+        if wanted is None:
+            return Applied(self._remove_wireguard() if self._wireguard is not None else ())
+        try:
+            # Without it the programs cannot ask which way a packet will take.
+            wireguard.allow_forwarding(self._ifindex)
+            device = wireguard.ensure_device(wanted.mtu)
+            if device.index != self._wireguard:
+                self._made = self._wireguard = None
+                self._bpf.attach_wireguard(device.index, datapath.overlay_port, wanted)
+                self._wireguard = device.index
+            configured = wireguard.configure(wanted)
+            self._fresh_wireguard = configured.fresh
+            return Applied(configured.changes)
+        except NetworkError as error:
+            self._made = None
+            if wireguard.find_index() is None:
+                self._wireguard = None
+                self._bpf.forget_wireguard()
             return Applied(error.changes, tuple(error.problems))
-        self._made = datapath
-        return Applied(result.changes)
+
+    def _remove_wireguard(self) -> tuple[str, ...]:
+        from isthmus_agent.netlink import wireguard
+
+        self._made = self._wireguard = None
+        self._bpf.forget_wireguard()
+        return tuple(wireguard.remove_device())
 
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink
 
-        found = self._bpf.audit(datapath) + netlink.audit_network(datapath, step=self._network_step)
+        device = netlink.wireguard.find_index() if datapath.wireguard is not None else None
+        found = self._bpf.audit(datapath)
+        found += netlink.audit_network(datapath, step=self._network_step, wireguard=device)
+        if datapath.wireguard is not None:
+            found += netlink.wireguard.audit(datapath.wireguard)
+            if device is not None:
+                found += self._bpf.audit_wireguard(device, datapath.overlay_port, datapath.wireguard)
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
         return found
 
     def read(self) -> Reading:
-        return Reading(self._bpf.counters(), self._bpf.capacity())
+        return Reading(self._bpf.counters(), self._bpf.capacity(), self._read_tunnel())
+
+    def _read_tunnel(self) -> Tunnel:
+        from isthmus_agent.netlink import NetworkError, wireguard
+
+        if self._wireguard is None:
+            return Tunnel()
+        try:
+            device = wireguard.find_device()
+            return Tunnel(device.implementation, wireguard.peer_states()) if device is not None else Tunnel()
+        except NetworkError:
+            return Tunnel()  # apply() tells why
 
     def destroy(self, backends: Collection[Backend]) -> int:
         from isthmus_agent import netlink

@@ -34,6 +34,7 @@ from isthmus_agent.agent.files import write_atomically
 from isthmus_agent.agent.kernel import Kernel
 from isthmus_agent.agent.log import fields
 from isthmus_agent.agent.names import NamesFile
+from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.bpf.errors import BpfError
@@ -45,6 +46,7 @@ from isthmus_agent.desired.reports import CheckKey, backends_here, node_report, 
 from isthmus_agent.kvstore.client import EtcdClient
 from isthmus_agent.kvstore.tasks import end, wait_set, within
 from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.wireguard import DEVICE
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
 from isthmus_agent.state.model import MeshState
@@ -58,7 +60,7 @@ DEBOUNCE = 0.01
 CGROUP_POLL = 0.2
 CGROUP_SEARCH_EVERY = 5  # polls; a search walks the slices, a poll only looks at known places
 AUDIT_INTERVAL = 300.0
-MTU_INTERVAL = 30.0
+MTU_INTERVAL = KEY_INTERVAL = 30.0
 FILTERS_INTERVAL = 2.0
 FILTERS_RETRY = 30.0
 RETRY = (0.5, 30.0)
@@ -154,6 +156,8 @@ class Agent:
         self._again_delay = RETRY[0]
         self._kernel_problems: tuple[str, ...] = ()
         self._names_problems: tuple[str, ...] = ()
+        self._key_problems: tuple[str, ...] = ()
+        self._network_changed = False  # not by us
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
         self._fresh = False
@@ -193,6 +197,7 @@ class Agent:
         self.cgroups.poll()
         self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
         await self._read_mtu()
+        await self._read_key()
         alive = Alive(self.spec.host, self.version, self.facts.boot_id, _rfc3339(self.started))
         jobs: dict[str, Callable[[], Awaitable[None]]] = {
             "applier": self._applier,
@@ -204,6 +209,9 @@ class Agent:
             "audit": self._audits,
             "last-good": self._keep_last_good,
         }
+        if self.spec.wireguard is not None:
+            jobs["network"] = NetworkWatch(DEVICE, self.spec.node.underlay4, self._note_network).run
+            jobs["wireguard-key"] = self._follow_key
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
         if self.spec.node.kubernetes_node is not None:
@@ -278,6 +286,33 @@ class Agent:
             if await self._read_mtu():
                 self.wake()
                 self.reporter.wake()
+
+    async def _read_key(self) -> bool:
+        """The public key that others need; whether it is another than before."""
+        if self.spec.wireguard is None:
+            return False
+        try:
+            public_key = await self.kernel_call(self.kernel.public_key, self.spec.wireguard.key)
+        except NetworkError as error:
+            # What was reported stands: nobody may take a moment's failure for a host without a key.
+            self._key_problems = tuple(error.problems)
+            return False
+        self._key_problems = ()
+        if public_key == self.facts.public_key:
+            return False
+        self.facts = replace(self.facts, public_key=public_key)
+        return True
+
+    async def _follow_key(self) -> None:
+        while True:
+            await asyncio.sleep(KEY_INTERVAL)
+            if await self._read_key():
+                self._note_network()
+                self.reporter.wake()
+
+    def _note_network(self) -> None:
+        self._network_changed = True
+        self.wake()
 
     async def _follow_cgroups(self) -> None:
         polls = 0
@@ -388,7 +423,7 @@ class Agent:
             self.reporter.wake()
         # A peer's age changes every few seconds and changes nothing that is wanted.
         inputs = (replace(self.decoder.state(), peers={}), self.prober.view(), self.facts)
-        due = any(each is not None and now >= each for each in (self._deadline, self._again))
+        due = self._network_changed or any(each is not None and now >= each for each in (self._deadline, self._again))
         if inputs != self._inputs or due:
             self._deadline = self._again = None  # a time that is past would not let the applier wait
             await self._apply(inputs, now)
@@ -407,10 +442,13 @@ class Agent:
         self._log_refused(found)
         self.desired = found
         began = time.monotonic()
+        changed, self._network_changed = self._network_changed, False
+        if changed:
+            await self.kernel_call(self.kernel.network_changed)
         if not self._started or self.progress.error:
             # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
             done = await self.kernel_call(self.kernel.start, datapath)
-        elif datapath != self.progress.applied or self._kernel_problems:
+        elif changed or datapath != self.progress.applied or self._kernel_problems:
             done = await self.kernel_call(self.kernel.apply, datapath)
         else:
             done = None
@@ -474,7 +512,7 @@ class Agent:
             self._names_problems = ()
 
     def _note_problems(self) -> None:
-        problems = (*self._kernel_problems, *self._names_problems)
+        problems = (*self._kernel_problems, *self._key_problems, *self._names_problems)
         for words in problems:
             if words not in self.progress.problems:
                 logger.warning("datapath is not all as wanted; tried again", extra=fields(problem=words))

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 
-from isthmus_agent.agent.kernel import Reading
+from isthmus_agent.agent.kernel import Reading, Tunnel
 from isthmus_agent.agent.loop import Agent
-from isthmus_agent.agent.status import certificates_of, proof_age, read_kernel
+from isthmus_agent.agent.status import certificates_of, encryption_of, proof_age, read_kernel
 
 
 class _Snapshot:
@@ -52,6 +52,8 @@ class _Snapshot:
         yield self._certificates()
         yield self._peers()
         yield self._nodes()
+        if agent.spec.wireguard is not None:
+            yield self._encryption()
         yield from self._kernel()
 
     def _certificates(self) -> Metric:
@@ -79,6 +81,23 @@ class _Snapshot:
             counts[key] = counts.get(key, 0) + 1
         for (cluster, result), count in counts.items():
             family.add_metric([cluster, result], count)
+        return family
+
+    def _encryption(self) -> Metric:
+        family = GaugeMetricFamily(
+            "isthmus_encrypted_nodes",
+            "Nodes that are reached through WireGuard only, by state: encrypted, idle, closed.",
+            labels=["state"],
+        )
+        tunnel = self._reading.tunnel if self._reading is not None else Tunnel()
+        counts = dict.fromkeys(("encrypted", "idle", "closed"), 0)
+        now = time.time()
+        for node in self._agent.decoder.state().nodes.values():
+            state = encryption_of(self._agent, node, tunnel, now)["state"]
+            if state in counts:
+                counts[state] += 1
+        for state, count in counts.items():
+            family.add_metric([state], count)
         return family
 
     def _kernel(self) -> Iterator[Metric]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from isthmus_mesh.documents import PeerStatus
+from isthmus_mesh.wire import Node
 
 from isthmus_agent.agent import certificates
 from isthmus_agent.agent.checks import listeners, misplaced
-from isthmus_agent.agent.kernel import Reading
+from isthmus_agent.agent.kernel import Reading, Tunnel
 from isthmus_agent.agent.loop import Agent
 from isthmus_agent.desired.drain import endpoint
 from isthmus_agent.desired.pods import Pods
@@ -22,6 +23,7 @@ from isthmus_agent.desired.services import Placed, ServiceView
 from isthmus_agent.state.model import MeshState
 
 FILTERED_RECENTLY = 300.0  # seconds that a warning of dropped packets stands
+HANDSHAKE_LIMIT = 180.0  # seconds; WireGuard drops a session that is older (REJECT_AFTER_TIME)
 SILENT_AFTER = 30.0  # seconds; the registrar writes a peer's status every 10
 
 
@@ -136,7 +138,34 @@ def _backend_here(agent: Agent, state: MeshState, key: CheckKey, checks: dict[Ch
     return {"ready": ready, "reason": reason, "listens_elsewhere": sorted(elsewhere)}
 
 
-def _nodes(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
+def _wireguard(agent: Agent, tunnel: Tunnel) -> dict[str, Any] | None:
+    """None where nothing is encrypted."""
+    wanted = agent.spec.wireguard
+    if wanted is None:
+        return None
+    return {
+        "implementation": tunnel.implementation or None,
+        "public_key": agent.facts.public_key or None,
+        "port": wanted.port,
+        "peers": len(tunnel.peers),
+    }
+
+
+def encryption_of(agent: Agent, node: Node, tunnel: Tunnel, now: float) -> dict[str, Any]:
+    """How packets to a node go; `now` is wall clock. `state` is plain, encrypted (a session is there), idle (there will
+    be one when something is sent) or closed (nothing goes out, for `reason`)."""
+    why = agent.desired.encrypted.get((node.cluster, node.name)) if agent.desired is not None else None
+    if why is None:
+        return {"state": "plain", "reason": None, "handshake_age": None}
+    peer = tunnel.peers.get(node.wireguard_public_key)
+    if not why and peer is None:
+        why = "WireGuard is not there" if not tunnel.implementation else "WireGuard does not have its key yet"
+    age = None if peer is None or not peer.handshake else _age(float(peer.handshake), now)
+    state = "closed" if why else "encrypted" if age is not None and age < HANDSHAKE_LIMIT else "idle"
+    return {"state": state, "reason": why or None, "handshake_age": age}
+
+
+def _nodes(agent: Agent, state: MeshState, tunnel: Tunnel) -> list[dict[str, Any]]:
     now = time.monotonic()
     found = []
     for (cluster, name), node in sorted(state.nodes.items()):
@@ -158,6 +187,7 @@ def _nodes(agent: Agent, state: MeshState) -> list[dict[str, Any]]:
                 "probe": verdict,
                 "answer_age": _age(probe.last_answer, now) if probe is not None else None,
                 "rtt_ms": round(probe.rtt * 1000, 2) if probe is not None and probe.rtt is not None else None,
+                "encryption": encryption_of(agent, node, tunnel, time.time()),
             }
         )
     return found
@@ -219,6 +249,11 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
     if agent.desired is not None:
         found.extend(agent.desired.refused)
         found.extend(
+            f"node {cluster}/{name} is cut off, because packets to it are to be encrypted and {why}"
+            for (cluster, name), why in sorted(agent.desired.encrypted.items())
+            if why
+        )
+        found.extend(
             f"service {view.namespace}/{view.name} has no address yet; the registrar deals it "
             "(look at: systemctl status isthmus-registrar on the cluster's etcd hosts)"
             for view in agent.desired.views
@@ -265,6 +300,7 @@ async def status(agent: Agent) -> dict[str, Any]:
     now = time.time()
     state = agent.decoder.state()
     reading = await read_kernel(agent)
+    tunnel = reading.tunnel if reading is not None else Tunnel()
     workloads = _workloads(agent, state)
     progress = agent.progress
     if progress.applied is None:
@@ -322,7 +358,8 @@ async def status(agent: Agent) -> dict[str, Any]:
         "restarted_jobs": progress.restarts,
         "kubernetes": _kubernetes(agent),
         "workloads": workloads,
-        "nodes": _nodes(agent, state),
+        "wireguard": _wireguard(agent, tunnel),
+        "nodes": _nodes(agent, state, tunnel),
         "warnings": warnings(agent, workloads, reading),
     }
 

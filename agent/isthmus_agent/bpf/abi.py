@@ -18,6 +18,8 @@ ABI_VERSION = 1
 
 IPCACHE_NODE = 1 << 0
 IPCACHE_FIXED = 1 << 1
+IPCACHE_ENCRYPTED = 1 << 2
+PEER_ENCRYPTED = 1 << 0
 CONFIG_SET_RETVAL = 1 << 0
 
 
@@ -38,6 +40,7 @@ LAYOUTS: dict[str, Layout] = {
     "isthmus_ipcache_value": Layout("16sIHH", ("tunnel", "identity", "cluster_id", "flags")),
     "isthmus_lpm_key": Layout("I16s", ("prefixlen", "addr")),
     "isthmus_peer_value": Layout("16sHH", ("endpoint", "cluster_id", "flags")),
+    "isthmus_wireguard": Layout("I2sH4s4s", ("ifindex", "port", "pad", "underlay4", "advertised4")),
     "isthmus_local_value": Layout("II", ("identity", "flags")),
     "isthmus_workload_value": Layout("16s16s", ("addr4", "addr6")),
     "isthmus_svc_key": Layout("16s2sBB", ("addr", "port", "proto", "scope")),
@@ -56,6 +59,7 @@ LAYOUTS: dict[str, Layout] = {
 IPCACHE_VALUE = LAYOUTS["isthmus_ipcache_value"].struct
 LPM_KEY = LAYOUTS["isthmus_lpm_key"].struct
 PEER_VALUE = LAYOUTS["isthmus_peer_value"].struct
+WIREGUARD = LAYOUTS["isthmus_wireguard"].struct
 LOCAL_VALUE = LAYOUTS["isthmus_local_value"].struct
 WORKLOAD_VALUE = LAYOUTS["isthmus_workload_value"].struct
 SVC_KEY = LAYOUTS["isthmus_svc_key"].struct
@@ -85,6 +89,8 @@ class Drop(IntEnum):
     NOT_IP = 7
     TUNNEL_KEY = 8
     NOT_LOCAL_DEST = 9
+    NOT_ENCRYPTED = 10
+    NOT_OVERLAY = 11
 
 
 class Meta(IntEnum):

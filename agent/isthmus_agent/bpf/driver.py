@@ -46,6 +46,7 @@ from isthmus_agent.desired.datapath import (
     Network,
     Peer,
     Service,
+    WireGuard,
 )
 
 PIN_DIR = Path(f"/sys/fs/bpf/isthmus/v{abi.ABI_VERSION}")
@@ -63,6 +64,7 @@ CGROUP_PROGRAMS = (
     "sock_release",
 )
 OVERLAY_PROGRAMS = {"overlay_ingress": TC_INGRESS, "overlay_egress": TC_EGRESS}
+WIREGUARD_PROGRAMS = {"wireguard_ingress": TC_INGRESS}
 
 # Fixed, so that a new agent replaces the old one's filter in one step.
 TC_HANDLE = 1
@@ -364,6 +366,26 @@ class BpfDatapath:
 
     def attach_overlay(self, ifindex: int) -> None:
         """Puts the overlay programs on the device (clsact), replacing an earlier agent's in one step each."""
+        self._attach_tc(OVERLAY_PROGRAMS, ifindex)
+
+    def attach_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> None:
+        """Puts the program on the WireGuard device, whose packets are for the overlay's UDP `port`, and lets the
+        overlay's programs send through it: until then they drop what is to be encrypted."""
+        self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
+        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(ifindex, port, wanted))
+
+    def forget_wireguard(self) -> None:
+        """There is no WireGuard device: what is to be encrypted is dropped."""
+        self._maps["wireguard"].put(abi.U32.pack(0), bytes(abi.WIREGUARD.size))
+
+    def audit_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> list[str]:
+        """What of the WireGuard device's program is missing, in words."""
+        problems = self._audit_tc(WIREGUARD_PROGRAMS, ifindex)
+        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(ifindex, port, wanted):
+            problems.append(f"wireguard: it holds other values than those of interface {ifindex}")
+        return problems
+
+    def _attach_tc(self, programs: Mapping[str, int], ifindex: int) -> None:
         hook = TcHook(ctypes.sizeof(TcHook), ifindex, TC_INGRESS | TC_EGRESS, 0)
         with self.lib.log() as lines:
             result = self.lib.bpf_tc_hook_create(ctypes.byref(hook))
@@ -371,7 +393,7 @@ class BpfDatapath:
                 raise BpfError(
                     "\n  ".join([f"cannot add clsact to interface {ifindex}: {error_name(-result)}", *lines]), -result
                 )
-            for name, point in OVERLAY_PROGRAMS.items():
+            for name, point in programs.items():
                 hook = TcHook(ctypes.sizeof(TcHook), ifindex, point, 0)
                 options = TcOpts(sz=ctypes.sizeof(TcOpts))
                 options.prog_fd = self.lib.bpf_program__fd(self._program("overlay", name))
@@ -399,7 +421,11 @@ class BpfDatapath:
                 os.close(fd)
             if info.cgroup_id != cgroup_id:
                 problems.append(f"cgroup hook {name} is attached to another cgroup than {self.cgroup_root}")
-        for name, point in OVERLAY_PROGRAMS.items():
+        return problems + self._audit_tc(OVERLAY_PROGRAMS, ifindex)
+
+    def _audit_tc(self, programs: Mapping[str, int], ifindex: int) -> list[str]:
+        problems = []
+        for name, point in programs.items():
             hook = TcHook(ctypes.sizeof(TcHook), ifindex, point, 0)
             options = TcOpts(sz=ctypes.sizeof(TcOpts), handle=TC_HANDLE, priority=TC_PRIORITY)
             with self.lib.log():
@@ -855,12 +881,22 @@ def _backend_words(key: BackendKey) -> str:
 
 def _ipcache_value(entry: IpcacheEntry) -> bytes:
     tunnel = abi.pack_address(entry.tunnel) if entry.tunnel is not None else abi.NO_ADDRESS
-    flags = (abi.IPCACHE_NODE if entry.is_node else 0) | (abi.IPCACHE_FIXED if entry.is_fixed else 0)
+    flags = (
+        (abi.IPCACHE_NODE if entry.is_node else 0)
+        | (abi.IPCACHE_FIXED if entry.is_fixed else 0)
+        | (abi.IPCACHE_ENCRYPTED if entry.is_encrypted else 0)
+    )
     return abi.IPCACHE_VALUE.pack(tunnel, entry.identity, entry.cluster_id, flags)
 
 
 def _peer_value(peer: Peer) -> bytes:
-    return abi.PEER_VALUE.pack(abi.pack_address(peer.endpoint), peer.cluster_id, 0)
+    return abi.PEER_VALUE.pack(
+        abi.pack_address(peer.endpoint), peer.cluster_id, abi.PEER_ENCRYPTED if peer.is_encrypted else 0
+    )
+
+
+def _wireguard_value(ifindex: int, port: int, wanted: WireGuard) -> bytes:
+    return abi.WIREGUARD.pack(ifindex, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
 
 
 def _workload_value(address: Address) -> bytes:
@@ -924,13 +960,15 @@ def _value_words(name: str, value: bytes) -> str:
         tunnel, identity, cluster_id, flags = abi.IPCACHE_VALUE.unpack(value)
         via = f" via {abi.unpack_address(tunnel)}" if tunnel != abi.NO_ADDRESS else " local"
         kind = " node" if flags & abi.IPCACHE_NODE else " fixed" if flags & abi.IPCACHE_FIXED else ""
-        return f"identity {identity} cluster {cluster_id}{via}{kind}"
+        closed = " encrypted" if flags & abi.IPCACHE_ENCRYPTED else ""
+        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}"
     if name == "workloads":
         addr4, addr6 = abi.WORKLOAD_VALUE.unpack(value)
         return str(abi.unpack_address(addr4 if addr4 != abi.NO_ADDRESS else addr6))
     if name == "peers":
-        endpoint, cluster_id, _ = abi.PEER_VALUE.unpack(value)
-        return f"cluster {cluster_id} endpoint {abi.unpack_address(endpoint)}"
+        endpoint, cluster_id, flags = abi.PEER_VALUE.unpack(value)
+        closed = " encrypted" if flags & abi.PEER_ENCRYPTED else ""
+        return f"cluster {cluster_id} endpoint {abi.unpack_address(endpoint)}{closed}"
     return f"identity {abi.LOCAL_VALUE.unpack(value)[0]}"
 
 

@@ -135,7 +135,8 @@ def _remove_datapath() -> list[str]:
     from isthmus_agent.bpf.driver import BpfDatapath
 
     # The network first: while it goes, the hooks must not choose backends that cannot be reached.
-    return [*netlink.remove_network(), *BpfDatapath(libbpf=bundled_libbpf()).remove_all()]
+    removed = [*netlink.remove_network(), *netlink.wireguard.remove_device()]
+    return [*removed, *BpfDatapath(libbpf=bundled_libbpf()).remove_all()]
 
 
 def _generations(options: argparse.Namespace) -> int:

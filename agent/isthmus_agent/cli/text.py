@@ -48,6 +48,12 @@ def status(document: dict[str, Any]) -> str:
     if kubernetes := document["kubernetes"]:
         ranges = ", ".join(kubernetes["ranges"]) or "no range"
         lines.append(f"pods       {kubernetes['pods']} of node {kubernetes['node']}, in {ranges}")
+    if (wireguard := document["wireguard"]) is not None:
+        peers_of = f"{wireguard['peers']} peer{'' if wireguard['peers'] == 1 else 's'}"
+        lines.append(
+            f"wireguard  {wireguard['implementation'] or 'not there'}, UDP {wireguard['port']}, "
+            f"public key {wireguard['public_key'] or 'none'}, {peers_of}"
+        )
     if datapath["drops"]:
         drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
         lines.append(f"drops      {drops}")
@@ -77,13 +83,26 @@ def status(document: dict[str, Any]) -> str:
                 node["probe"],
                 age(node["answer_age"]) if node["answer_age"] is not None else "-",
                 f"{node['rtt_ms']}ms" if node["rtt_ms"] is not None else "-",
+                *([] if wireguard is None else [_encryption(node)]),
             ]
             for node in document["nodes"]
         ]
-        lines += ["", table(["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT"], rows)]
+        head = ["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT"]
+        lines += ["", table(head if wireguard is None else [*head, "ENCRYPTION"], rows)]
     if document["warnings"]:
         lines += ["", *(f"! {words}" for words in document["warnings"])]
     return "\n".join(lines)
+
+
+def _encryption(node: dict[str, Any]) -> str:
+    if node["probe"] == "this host":
+        return "-"
+    found = node["encryption"]
+    if found["state"] == "closed":
+        return f"closed: {found['reason']}"
+    if found["state"] == "plain":
+        return "plain"
+    return f"{found['state']}, handshake {_ago(found['handshake_age'])}"
 
 
 def _ago(seconds: float | None) -> str:

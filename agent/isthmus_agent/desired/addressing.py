@@ -26,9 +26,11 @@ PODS_TABLE = 731
 PODS_RULE_PRIORITY = 731
 MAIN = 254
 OVERHEAD = 50  # VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14
+WIREGUARD_OVERHEAD = 80  # outer IP up to 40, UDP 8, header 16, tag 16: what Cilium counts, so both ends agree
 MTU_ANNOTATION = "isthmus.io/underlay-mtu"
 # Of a host in a Kubernetes cluster: the name of the Kubernetes node that it is, empty when it is none.
 KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"
+SITE_ANNOTATION = "isthmus.io/site"
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -48,9 +50,11 @@ class Remote:
     ingress: IPv4Address | None
     mtu: int  # of its underlay, 0 when it does not say
     is_machine: bool  # it says that it is no Kubernetes node
+    encrypted: bool = False  # through WireGuard or not at all
+    public_key: str = ""
 
 
-def _remote(node: Node) -> Remote | None:
+def _remote(spec: NodeSpec, node: Node) -> Remote | None:
     endpoint = node.tunnel_endpoint(4)
     if endpoint is None:
         return None
@@ -72,7 +76,16 @@ def _remote(node: Node) -> Remote | None:
         ingress=IPv4Address(node.ipv4_ingress_ip) if node.ipv4_ingress_ip else None,
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE_ANNOTATION) == "",
+        encrypted=_encrypted(spec, node),
+        public_key=node.wireguard_public_key,
     )
+
+
+def _encrypted(spec: NodeSpec, node: Node) -> bool:
+    if spec.wireguard is None:
+        return False
+    site = node.annotations.get(SITE_ANNOTATION) or spec.wireguard.sites.get(node.cluster)
+    return site not in spec.wireguard.plain_sites
 
 
 def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
@@ -90,7 +103,7 @@ def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple
     for key in sorted(state.nodes, key=lambda key: (key[0] == spec.cluster.name, key)):
         if key == own:
             continue
-        node = _remote(state.nodes[key])
+        node = _remote(spec, state.nodes[key])
         if node is None:
             refused.append(f"node {key[0]}/{key[1]} has no IPv4 underlay address")
             continue
@@ -151,10 +164,15 @@ def _published(state: MeshState) -> Iterator[tuple[str, Network, int, Address]]:
 
 
 def ipcache(
-    spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...], local: Mapping[Address, int]
+    spec: NodeSpec,
+    state: MeshState,
+    nodes: tuple[Remote, ...],
+    local: Mapping[Address, int],
+    encrypted: frozenset[Address] = frozenset(),
 ) -> dict[Network, IpcacheEntry]:
-    """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers. `local`:
-    what `local_identities` found."""
+    """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers.
+
+    `local`: what `local_identities` found. `encrypted`: underlay addresses that only WireGuard may lead to."""
     mine = {spec.node.underlay4, spec.node.advertise4}
     ids = {cluster: config.id for cluster, config in state.configs.items()}
     ids[spec.cluster.name] = spec.cluster.id
@@ -164,19 +182,22 @@ def ipcache(
         pods = () if ours else pod_ranges(spec)
         for cluster, network, number, tunnel in published:
             if (cluster == spec.cluster.name) == ours and not any(network.overlaps(each) for each in pods):
-                found[network] = IpcacheEntry(number, ids[cluster], None if tunnel in mine else tunnel)
-        found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours]))
+                found[network] = IpcacheEntry(
+                    number, ids[cluster], None if tunnel in mine else tunnel, is_encrypted=tunnel in encrypted
+                )
+        found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours], encrypted))
     # This host last: nothing published by anyone may move our own addresses elsewhere.
     for own_address, number in local.items():
         found[IPv4Network(str(own_address))] = IpcacheEntry(number, spec.cluster.id, None, is_node=own_address in mine)
     return found
 
 
-def _of_nodes(nodes: Iterable[Remote]) -> dict[Network, IpcacheEntry]:
+def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Network, IpcacheEntry]:
     found: dict[Network, IpcacheEntry] = {}
     for node in nodes:
+        closed = node.endpoint in encrypted
         for cidr in node.cidrs:
-            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint)
+            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint, is_encrypted=closed)
         special = (
             (node.health, identity.HEALTH),
             (node.ingress, identity.INGRESS),
@@ -184,25 +205,29 @@ def _of_nodes(nodes: Iterable[Remote]) -> dict[Network, IpcacheEntry]:
         )
         for address, number in special:
             if address is not None:
-                found[IPv4Network(address)] = IpcacheEntry(number, node.cluster_id, node.endpoint, is_fixed=True)
+                found[IPv4Network(address)] = IpcacheEntry(
+                    number, node.cluster_id, node.endpoint, is_fixed=True, is_encrypted=closed
+                )
         for address in (*node.underlay, node.endpoint):
             found[IPv4Network(address)] = IpcacheEntry(
-                identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True
+                identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True, is_encrypted=closed
             )
     return found
 
 
-def peers(nodes: tuple[Remote, ...]) -> dict[Address, Peer]:
+def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()) -> dict[Address, Peer]:
     """Outer source addresses that may send us overlay packets, with whose they are."""
     return {
-        address: Peer(node.cluster_id, node.endpoint) for node in nodes for address in (*node.underlay, node.endpoint)
+        address: Peer(node.cluster_id, node.endpoint, is_encrypted=address in encrypted)
+        for node in nodes
+        for address in (*node.underlay, node.endpoint)
     }
 
 
-def path_mtu(own_underlay: int, other_underlay: int, configured: int | None) -> int:
+def path_mtu(own_underlay: int, other_underlay: int, configured: int | None, encrypted: bool = False) -> int:
     """MTU in bytes of a route over the overlay; `other_underlay` 0 when the other node does not say."""
     underlay = min(own_underlay, other_underlay) if other_underlay else own_underlay
-    inner = max(576, underlay - OVERHEAD)
+    inner = max(576, underlay - OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
     return min(inner, configured) if configured is not None else inner
 
 
@@ -248,7 +273,7 @@ def routes(
     found: set[Route] = set()
     for node in nodes:
         ours = node.cluster == spec.cluster.name
-        mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu)
+        mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.encrypted)
         targets = set(node.cidrs)
         for address in (node.mesh, node.health, node.ingress):
             if address is not None and not any(address in cidr for cidr in node.cidrs):

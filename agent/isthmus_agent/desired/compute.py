@@ -11,7 +11,10 @@ from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
 
 from isthmus_agent.desired import addressing
-from isthmus_agent.desired.datapath import Address, Backend, Datapath
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, WireGuard
+from isthmus_agent.desired.encryption import Encryption, encryption
+from isthmus_agent.desired.encryption import routes as wireguard_routes
+from isthmus_agent.desired.encryption import rules as wireguard_rules
 from isthmus_agent.desired.pods import Pods, local_pods
 from isthmus_agent.desired.reach import NodeKey, Reachability
 from isthmus_agent.desired.services import Placement, Services, ServiceView, services
@@ -24,11 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What only the host knows. `cgroups`: cgroup ids of the workloads that run now."""
+    """What only the host knows. `cgroups`: cgroup ids of the workloads that run now. `public_key`: of WireGuard, empty
+    where there is none."""
 
     underlay_mtu: int = 1500
     cgroups: Mapping[WorkloadKey, tuple[int, ...]] = field(default_factory=dict)
     boot_id: str = ""
+    public_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Desired:
     `names`: DNS name -> address. `holders`: nodes that hold backends. `mesh`: every node's mesh address.
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
     `pods`: those of this Kubernetes node.
+    `encrypted`: nodes that are reached through WireGuard only, with why one is cut off, else "".
     """
 
     datapath: Datapath
@@ -48,6 +54,7 @@ class Desired:
     dead: frozenset[Backend]
     refused: tuple[str, ...]
     pods: Pods
+    encrypted: Mapping[NodeKey, str] = field(default_factory=dict)
 
 
 class Memory:
@@ -82,6 +89,9 @@ def desired(
     ranges = memory.of("pod ranges", (pods,), lambda: pods.ranges)
     loose = memory.of("loose", (spec, nodes, state.ips), lambda: addressing.loose_ranges(spec, state, nodes))
     local = memory.of("local", (spec, state.ips, pods), lambda: addressing.local_identities(spec, state, pods))
+    encrypted = memory.of(
+        "encryption", (spec, nodes, facts.public_key), lambda: encryption(spec, nodes, facts.public_key)
+    )
     placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
     found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
     mtu = addressing.path_mtu(facts.underlay_mtu, 0, spec.overlay.mtu)
@@ -102,17 +112,20 @@ def desired(
         services=found.table,
         ipcache=memory.of(
             "ipcache",
-            (spec, nodes, state.ips, state.configs, local),
-            lambda: addressing.ipcache(spec, state, nodes, local),
+            (spec, nodes, state.ips, state.configs, local, encrypted),
+            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.addresses),
         ),
-        peers=memory.of("peers", (nodes,), lambda: addressing.peers(nodes)),
+        peers=memory.of("peers", (nodes, encrypted), lambda: addressing.peers(nodes, encrypted.addresses)),
         routes=memory.of(
             "routes",
-            (spec, nodes, facts.underlay_mtu, ranges, loose),
-            lambda: addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose),
+            (spec, nodes, facts.underlay_mtu, ranges, loose, encrypted),
+            lambda: (
+                addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose) | wireguard_routes(spec, encrypted)
+            ),
         ),
-        rules=addressing.rules(spec, ranges),
+        rules=addressing.rules(spec, ranges) | wireguard_rules(spec),
         keep_source=addressing.keep_source(spec, ranges),
+        wireguard=_wireguard(spec, encrypted, facts.underlay_mtu),
         clusters={config.id: cluster for cluster, config in state.configs.items()},
     )
     return Desired(
@@ -128,7 +141,16 @@ def desired(
         dead=found.dead,
         refused=(*refused, *pods.problems),
         pods=pods,
+        encrypted=encrypted.nodes,
     )
+
+
+def _wireguard(spec: NodeSpec, found: Encryption, underlay_mtu: int) -> WireGuard | None:
+    if spec.wireguard is None:
+        return None
+    mtu = underlay_mtu - addressing.WIREGUARD_OVERHEAD
+    node, wanted = spec.node, spec.wireguard
+    return WireGuard(wanted.key, wanted.port, mtu, node.underlay4, node.advertise4, found.peers)
 
 
 def _names(views: tuple[ServiceView, ...], domain: str) -> dict[str, Address]:

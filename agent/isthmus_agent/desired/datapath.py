@@ -46,27 +46,31 @@ class Service:
 @dataclass(frozen=True, slots=True)
 class IpcacheEntry:
     """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node. `is_fixed`: another
-    address of a node itself, which no other node may send from."""
+    address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard."""
 
     identity: int
     cluster_id: int
     tunnel: Address | None
     is_node: bool = False
     is_fixed: bool = False
+    is_encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A node that may send to us; `endpoint` is the `tunnel` of what is behind it, whichever address it sends from."""
+    """A node that may send to us; `endpoint` is the `tunnel` of what is behind it, whichever address it sends from.
+    `is_encrypted`: what comes from it otherwise than through WireGuard is dropped."""
 
     cluster_id: int
     endpoint: Address
+    is_encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Over the overlay device unless `unreachable` or `throw` (the next rule decides); `mtu` in bytes (0: none);
-    `table` 254 is main."""
+    """Over the overlay device, that of WireGuard (`wireguard`), or none: `unreachable`, or `throw` (the next rule
+    decides). `mtu` in bytes (0: none); `table` 254 is main; of two routes with one prefix the one with the lower
+    `metric` counts."""
 
     prefix: Network
     source: Address | None = None
@@ -74,19 +78,45 @@ class Route:
     table: int = 254
     unreachable: bool = False
     throw: bool = False
+    wireguard: bool = False
+    metric: int = 0
 
     @property
-    def over_overlay(self) -> bool:
+    def has_device(self) -> bool:
         return not (self.unreachable or self.throw)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Policy rule: packets from `source` look up `table`."""
+    """Policy rule: packets from `source` look up `table`; with `source_port` or `destination_port` only those of UDP
+    with that port."""
 
     source: Network
     table: int
     priority: int
+    source_port: int = 0
+    destination_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WireGuardPeer:
+    """A node: `addresses` are its allowed IPs, `endpoint` is where its WireGuard listens, on the port that is ours."""
+
+    endpoint: Address
+    addresses: frozenset[Address]
+
+
+@dataclass(frozen=True, slots=True)
+class WireGuard:
+    """The WireGuard device: `key` is the path of the private key, `port` is UDP, `mtu` is the device's in bytes;
+    `peers` by public key. Others send to `advertised`, which is this host's `underlay` unless a NAT is on the way."""
+
+    key: str
+    port: int
+    mtu: int
+    underlay: IPv4Address
+    advertised: IPv4Address
+    peers: dict[str, WireGuardPeer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,4 +147,5 @@ class Datapath:
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()
     keep_source: KeepSource | None = None  # None: no table of ours in netfilter
+    wireguard: WireGuard | None = None
     clusters: dict[int, str] = field(default_factory=dict)  # cluster id -> name, for words only

@@ -38,6 +38,7 @@ def node_report(spec: NodeSpec, facts: HostFacts) -> NodeReport:
         labels=node.labels,
         mtu=facts.underlay_mtu,
         boot_id=facts.boot_id,
+        wireguard_public_key=facts.public_key,
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The overlay device and what routes over it.
+"""The overlay device and what routes over it, and the routes that lead its packets into WireGuard.
 
 Ours are: the device, every address on it, routes of protocol 73, policy rules of protocol 73, and netfilter's table
 `ip isthmus`. Nothing else is ever changed or removed.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -136,15 +136,24 @@ def _rules(ipr: Any) -> set[Rule]:
         for message in ipr.get_rules(family=family):
             if message.get_attr("FRA_PROTOCOL") != ROUTE_PROTOCOL:
                 continue
+            if message.get_attr("FRA_IP_PROTO") not in (None, 0, socket.IPPROTO_UDP):
+                continue
             default = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a prefix, not a listener
             found.add(
                 Rule(
                     source=ip_network(f"{message.get_attr('FRA_SRC') or default}/{message['src_len']}"),
                     table=message.get_attr("FRA_TABLE") or message["table"],
                     priority=message.get_attr("FRA_PRIORITY") or 0,
+                    source_port=_port(message.get_attr("FRA_SPORT_RANGE")),
+                    destination_port=_port(message.get_attr("FRA_DPORT_RANGE")),
                 )
             )
     return found
+
+
+def _port(ports: str | None) -> int:
+    """The first of a range, which is all of it in our rules."""
+    return int(ports.partition(":")[0]) if ports else 0
 
 
 def _family(network: Network) -> int:
@@ -156,6 +165,8 @@ def _route_words(route: Route) -> str:
     words = [f"{kind}{route.prefix}"]
     if route.table != _TABLE_MAIN:
         words.append(f"table {route.table}")
+    if route.wireguard:
+        words.append("over WireGuard")
     if route.source is not None:
         words.append(f"src {route.source}")
     if route.mtu:
@@ -164,7 +175,25 @@ def _route_words(route: Route) -> str:
 
 
 def _rule_words(rule: Rule) -> str:
-    return f"rule {rule.priority}: from {rule.source} lookup {rule.table}"
+    ports = [(word, port) for word, port in (("sport", rule.source_port), ("dport", rule.destination_port)) if port]
+    only = "".join(f" udp {word} {port}" for word, port in ports)
+    return f"rule {rule.priority}: from {rule.source}{only} lookup {rule.table}"
+
+
+_RouteKey = tuple[Network, int, int]  # prefix, table, metric
+
+
+@dataclass(frozen=True, slots=True)
+class _Devices:
+    """Interface indexes that routes lead to; `wireguard` None: there is none, and no route over it can be made."""
+
+    overlay: int
+    wireguard: int | None = None
+
+    def of(self, route: Route) -> int:
+        if not route.has_device:
+            return 0
+        return (self.wireguard or 0) if route.wireguard else self.overlay
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +201,7 @@ class _Real:
     """What the kernel has of ours."""
 
     addresses: set[Any]
-    routes: dict[tuple[Network, int], Found]
+    routes: dict[_RouteKey, Found]
     rules: Set[Rule]
 
 
@@ -190,37 +219,46 @@ class _Difference:
     remove_rules: list[Rule]
 
 
-def _read(ipr: Any, routes: RouteSocket, index: int) -> _Real:
-    found = {(each.route.prefix, each.route.table): each for each in routes.dump()}
-    return _Real(set(_addresses(ipr, index)), found, _rules(ipr))
+def _read(ipr: Any, routes: RouteSocket, devices: _Devices) -> _Real:
+    found = {}
+    for each in routes.dump():
+        if each.oif and each.oif == devices.wireguard:
+            each = Found(replace(each.route, wireguard=True), each.oif)
+        found[_key(each.route)] = each
+    return _Real(set(_addresses(ipr, devices.overlay)), found, _rules(ipr))
 
 
-def _by_prefix(routes: Iterable[Route]) -> dict[tuple[Network, int], Route]:
-    return {(each.prefix, each.table): each for each in routes}
+def _key(route: Route) -> _RouteKey:
+    return route.prefix, route.table, route.metric
+
+
+def _possible(routes: Iterable[Route], devices: _Devices) -> dict[_RouteKey, Route]:
+    """Those whose device is there."""
+    return {_key(each): each for each in routes if not each.wireguard or devices.wireguard is not None}
 
 
 def _interfaces(datapath: Datapath) -> dict[Any, Address]:
     return {ip_interface(f"{each}/{each.max_prefixlen}"): each for each in datapath.addresses}
 
 
-def _as_made(datapath: Datapath, index: int) -> _Real:
+def _as_made(datapath: Datapath, devices: _Devices) -> _Real:
     """What the kernel has after `datapath` was applied without a problem."""
     return _Real(
         set(_interfaces(datapath)),
-        {key: Found(route, index if route.over_overlay else 0) for key, route in _by_prefix(datapath.routes).items()},
+        {key: Found(route, devices.of(route)) for key, route in _possible(datapath.routes, devices).items()},
         datapath.rules,
     )
 
 
-def _difference(real: _Real, datapath: Datapath, index: int, up: bool) -> _Difference:
+def _difference(real: _Real, datapath: Datapath, devices: _Devices, up: bool) -> _Difference:
     wanted_addresses = _interfaces(datapath)
-    wanted_routes = _by_prefix(datapath.routes)
+    wanted_routes = _possible(datapath.routes, devices)
     add, replace = [], []
     for key, route in wanted_routes.items():
         found = real.routes.get(key)
         if found is None:
             add.append(route)
-        elif found.route != route or found.oif != (index if route.over_overlay else 0):
+        elif found.route != route or found.oif != devices.of(route):
             replace.append((found.route, route))
     return _Difference(
         up=up,
@@ -242,8 +280,9 @@ def _rank(interface: Any) -> tuple[int, int]:
     return interface.version, int(interface.ip)
 
 
-def _order(route: Route) -> tuple[int, int, int, int]:
-    return route.table, route.prefix.version, int(route.prefix.network_address), route.prefix.prefixlen
+def _order(route: Route) -> tuple[int, int, int, int, int]:
+    prefix = route.prefix
+    return route.table, prefix.version, int(prefix.network_address), prefix.prefixlen, route.metric
 
 
 def _is_up(ipr: Any, index: int) -> bool:
@@ -252,13 +291,17 @@ def _is_up(ipr: Any, index: int) -> bool:
 
 
 def apply_network(
-    datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None, made: Datapath | None = None
+    datapath: Datapath,
+    name: str = OVERLAY,
+    step: Callable[[], None] = lambda: None,
+    made: Datapath | None = None,
+    wireguard: int | None = None,
 ) -> NetworkResult:
     """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: additions first.
 
-    `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same device:
+    `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same devices:
     only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
-    audit_network() to find.
+    audit_network() to find. `wireguard` is the index of that device; without it routes over it are left out.
     NetworkError after everything that could be done was done."""
     changes: list[str] = []
     problems: list[str] = []
@@ -268,8 +311,9 @@ def apply_network(
             raise OverlayMissing(f"the overlay device {name} is missing: ensure_overlay() comes first")
         up = _is_up(ipr, index)
         # A device that went down lost its routes.
-        real = _as_made(made, index) if made is not None and up else _read(ipr, routes, index)
-        difference = _difference(real, datapath, index, up)
+        devices = _Devices(index, wireguard)
+        real = _as_made(made, devices) if made is not None and up else _read(ipr, routes, devices)
+        difference = _difference(real, datapath, devices, up)
 
         def attempt(words: str, kind: str, action: str, **arguments: Any) -> None:
             step()
@@ -312,8 +356,8 @@ def apply_network(
                 # Until its duplicate address detection is over, the kernel takes no route with an address as source.
                 flags=0 if address.version == 4 else _IFA_F_NODAD,
             )
-        attempt_routes(ADD, "add", [(route, index) for route in difference.add_routes])
-        attempt_routes(REPLACE, "change to", [(route, index) for _, route in difference.replace_routes])
+        attempt_routes(ADD, "add", [(route, devices.of(route)) for route in difference.add_routes])
+        attempt_routes(REPLACE, "change to", [(route, devices.of(route)) for _, route in difference.replace_routes])
         for rule in difference.add_rules:
             attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
         for rule in difference.remove_rules:
@@ -335,7 +379,12 @@ def apply_network(
 
 
 def _rule_arguments(rule: Rule) -> dict[str, Any]:
+    ports = {"sport_range": rule.source_port, "dport_range": rule.destination_port}
+    only: dict[str, Any] = {name: f"{port}:{port}" for name, port in ports.items() if port}
+    if only:
+        only["ip_proto"] = socket.IPPROTO_UDP
     return {
+        **only,
         "family": _family(rule.source),
         "src": str(rule.source.network_address),
         "src_len": rule.source.prefixlen,
@@ -352,8 +401,11 @@ def _explain(error: Any, kind: str) -> str:
     return text
 
 
-def audit_network(datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None) -> list[str]:
-    """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read."""
+def audit_network(
+    datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None, wireguard: int | None = None
+) -> list[str]:
+    """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read.
+    `wireguard` is the index of that device."""
     with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL, step) as routes:
         index = _index(ipr, name)
         if index is None:
@@ -362,14 +414,16 @@ def audit_network(datapath: Datapath, name: str = OVERLAY, step: Callable[[], No
         problems = [f"{name} {words}" for words in _link_differences(link, datapath.overlay_port)]
         if link.get_attr("IFLA_MTU") != datapath.overlay_mtu:
             problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {datapath.overlay_mtu}")
-        difference = _difference(_read(ipr, routes, index), datapath, index, bool(link["flags"] & _IFF_UP))
+        devices = _Devices(index, wireguard)
+        difference = _difference(_read(ipr, routes, devices), datapath, devices, bool(link["flags"] & _IFF_UP))
     if not difference.up:
         problems.append(f"{name} is down")
     problems += [f"address {each} is missing on {name}" for each in difference.add_addresses]
     problems += [f"address {each} on {name} is not wanted" for each in difference.remove_addresses]
     problems += [f"{_route_words(each)} is missing" for each in difference.add_routes]
     problems += [
-        f"{_route_words(real)} is not what is wanted: {_route_words(wanted)} over {name}"
+        f"{_route_words(real)} is not what is wanted: {_route_words(wanted)}"
+        + ("" if wanted.wireguard or wanted.unreachable else f" over {name}")
         for real, wanted in difference.replace_routes
     ]
     problems += [f"{_route_words(each.route)} is not wanted" for each in difference.remove_routes]

@@ -30,7 +30,8 @@ _ERROR, _DONE = 2, 3
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _REQUEST, _ACK, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x4, 0x300, 0x10
 _FLAGS = {ADD: 0x600, REPLACE: 0x500, DELETE: 0}  # NLM_F_CREATE with NLM_F_EXCL or NLM_F_REPLACE
-_DST, _OIF, _PREFSRC, _METRICS, _TABLE = 1, 4, 7, 8, 15
+_DST, _OIF, _PRIORITY, _PREFSRC, _METRICS, _TABLE = 1, 4, 6, 7, 8, 15
+_DEFAULT_PRIORITY6 = 1024  # of IPv6, where 0 means this
 _MTU = 2
 _UNICAST, _UNREACHABLE, _THROW = 1, 7, 9
 _SCOPE_LINK = 253
@@ -137,7 +138,7 @@ class RouteSocket:
         prefix = route.prefix
         family = socket.AF_INET if prefix.version == 4 else socket.AF_INET6
         kind, scope = _UNICAST, _SCOPE_LINK
-        if not route.over_overlay:
+        if not route.has_device:
             kind, scope = _UNREACHABLE if route.unreachable else _THROW, 0
         table = route.table if route.table < 256 else 0
         parts = [
@@ -145,7 +146,9 @@ class RouteSocket:
             _attribute(_DST, prefix.network_address.packed),
             _attribute(_TABLE, _U32.pack(route.table)),
         ]
-        if route.over_overlay:
+        if route.metric:
+            parts.append(_attribute(_PRIORITY, _U32.pack(route.metric)))
+        if route.has_device:
             parts.append(_attribute(_OIF, _U32.pack(oif)))
             if route.source is not None:
                 parts.append(_attribute(_PREFSRC, route.source.packed))
@@ -160,6 +163,9 @@ class RouteSocket:
         found = dict(_attributes(payload, _ROUTE.size))
         source, metrics = found.get(_PREFSRC), found.get(_METRICS)
         mtu = dict(_attributes(metrics, 0)).get(_MTU) if metrics is not None else None
+        metric = _U32.unpack(found[_PRIORITY])[0] if _PRIORITY in found else 0
+        if family == socket.AF_INET6 and metric == _DEFAULT_PRIORITY6:
+            metric = 0
         route = Route(
             prefix=_network(family, found.get(_DST), length),
             source=_address(source) if source is not None else None,
@@ -167,9 +173,10 @@ class RouteSocket:
             table=_U32.unpack(found[_TABLE])[0] if _TABLE in found else table,
             unreachable=kind == _UNREACHABLE,
             throw=kind == _THROW,
+            metric=metric,
         )
         oif = found.get(_OIF)
-        return Found(route, 0 if not route.over_overlay or oif is None else _U32.unpack(oif)[0])
+        return Found(route, 0 if not route.has_device or oif is None else _U32.unpack(oif)[0])
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

@@ -25,6 +25,7 @@ from isthmus_mesh.documents import DocumentError, NodeReport, ServiceDefinition,
 from isthmus_mesh.identity import identity_range, workload_labels
 from isthmus_mesh.jsontext import Fields
 from isthmus_mesh.wire import (
+    WIREGUARD_KEY_INDEX,
     ClusterConfig,
     ClusterService,
     IPIdentityPair,
@@ -34,6 +35,7 @@ from isthmus_mesh.wire import (
     PortMap,
     WireError,
     labels_to_string,
+    public_key_problem,
 )
 
 from .kubernetes.catalog import Catalog, Changes, Rendered
@@ -41,6 +43,7 @@ from .kubernetes.objects import PodFacts
 
 UNDERLAY_MTU_ANNOTATION = "isthmus.io/underlay-mtu"
 KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster; empty: the host is no node of it
+SITE_ANNOTATION = "isthmus.io/site"
 QUARANTINE = timedelta(days=30)
 """How long a released number or address is not given to another owner."""
 BY_KUBERNETES, BY_PEERS = "kubernetes", "peers"
@@ -225,6 +228,7 @@ class Publisher:
         self.inputs = inputs
         self.problems: set[Problem] = set()
         self.silent: set[str] = set()
+        self._encrypted: set[str] = set()  # addresses of hosts that are published with a WireGuard key
         self.hosts = _hosts(inputs.record)
         catalog = inputs.kubernetes
         self._catalog = catalog if catalog is not None and catalog.synced else None
@@ -321,9 +325,18 @@ class Publisher:
         for _, address in report.addresses:
             if address not in known:
                 self.problem(key, f"address {address} is not the host's in the estate record; it is not published")
+        public_key = report.wireguard_public_key
+        if public_key and (wrong := public_key_problem(public_key)):
+            self.problem(key, f"the WireGuard public key {public_key!r} {wrong}; it is not published")
+            public_key = ""
         annotations = {UNDERLAY_MTU_ANNOTATION: str(report.mtu)} if report.mtu else {}
         if self.own.pod_ranges4:
             annotations[KUBERNETES_NODE_ANNOTATION] = host.get("kubernetes_node") or ""
+        site: str = host.get("site", "")
+        if site != self.inputs.record.get("site", site):
+            annotations[SITE_ANNOTATION] = site
+        if public_key:
+            self._encrypted.add(host["advertise4"])
         return Node(
             name=name,
             cluster=self.own.name,
@@ -334,6 +347,8 @@ class Publisher:
             labels={"kubernetes.io/hostname": name, **host.get("labels", {})},
             annotations=annotations,
             boot_id=report.boot_id,
+            encryption_key=WIREGUARD_KEY_INDEX if public_key else 0,
+            wireguard_public_key=public_key,
         ).to_json()
 
     def _previous_node(self, key: str, host: Mapping[str, Any]) -> str | None:
@@ -347,6 +362,8 @@ class Publisher:
             return None
         if node.ipv4_alloc_cidr != IPv4Network(host["range4"]) or node.addresses != _addresses(host):
             return None
+        if node.encryption_key:
+            self._encrypted.add(host["advertise4"])
         cidrs = self._pod_cidrs(key, host)
         return (
             before
@@ -469,14 +486,19 @@ class Publisher:
             return ""
 
     def _address(self, workload: _Workload, number: int) -> str:
+        host_ip = self.hosts[workload.node]["advertise4"]
         return IPIdentityPair(
             ip=workload.address,
             identity=number,
-            host_ip=self.hosts[workload.node]["advertise4"],
+            host_ip=host_ip,
+            key=self._key_index(host_ip),
             namespace=workload.namespace,
             pod_name=workload.name,
             service_account=workload.service_account,
         ).to_json()
+
+    def _key_index(self, host_ip: str) -> int:
+        return WIREGUARD_KEY_INDEX if host_ip in self._encrypted else 0
 
     # --- pods
 
@@ -510,19 +532,21 @@ class Publisher:
     def _pod_address(self, address: str, pod: _Pod, number: int) -> str:
         assert self._catalog is not None
         rendered, host_ip = self._catalog.rendered, pod.host["advertise4"]
-        known = rendered.get(address)
-        if known is not None and known.pod is pod.pod and (known.number, known.host_ip) == (number, host_ip):
+        known, index = rendered.get(address), self._key_index(host_ip)
+        made_of = (number, host_ip, index)
+        if known is not None and known.pod is pod.pod and (known.number, known.host_ip, known.key_index) == made_of:
             return known.text
         text = IPIdentityPair(
             ip=address,
             identity=number,
             host_ip=host_ip,
+            key=index,
             namespace=pod.namespace,
             pod_name=pod.name,
             service_account=pod.pod.service_account,
             named_ports=pod.pod.ports,
         ).to_json()
-        rendered[address] = Rendered(pod.pod, number, host_ip, text)
+        rendered[address] = Rendered(pod.pod, number, host_ip, index, text)
         return text
 
     def _held_addresses(self) -> dict[str, str]:

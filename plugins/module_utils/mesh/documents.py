@@ -188,7 +188,7 @@ class NodeReport:
     """What an agent says of its machine (`isthmus/v1/nodes/<node>`).
 
     `addresses` are (type, ip) with the types of a Cilium node; ranges are CIDR text; `mtu` is bytes
-    of the overlay.
+    of the overlay; `wireguard_public_key` is base64, empty where nothing is encrypted.
     """
 
     name: str
@@ -201,6 +201,7 @@ class NodeReport:
     labels: Mapping[str, str] = field(default_factory=dict)
     mtu: int = 0
     boot_id: str = ""
+    wireguard_public_key: str = ""
 
     def to_json(self) -> str:
         return jsontext.dumps(
@@ -215,6 +216,7 @@ class NodeReport:
                 "labels": jsontext.sorted_mapping(self.labels),
                 "mtu": self.mtu,
                 "boot_id": self.boot_id,
+                "wireguard_public_key": self.wireguard_public_key,
             }
         )
 
@@ -234,6 +236,7 @@ class NodeReport:
             labels=fields.text_mapping("labels"),
             mtu=fields.integer("mtu", UINT16),
             boot_id=fields.text("boot_id"),
+            wireguard_public_key=fields.text("wireguard_public_key"),
         )
 
 

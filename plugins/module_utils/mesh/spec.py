@@ -18,6 +18,9 @@ from .jsontext import UINT16, UINT64, Fields
 
 SCHEMA = 1
 
+WIREGUARD_PORT = 51871
+"""UDP port of WireGuard between nodes: Cilium's, which its nodes cannot change."""
+
 CGROUP_KINDS = ("unit", "slice", "path")
 
 REMEDY = (
@@ -99,6 +102,19 @@ class OverlaySpec:
 
     port: int
     mtu: int | None = None
+
+
+@dataclass(frozen=True)
+class WireGuardSpec:
+    """Overlay packets to and from other nodes go through WireGuard (`port` is UDP), except those of `plain_sites`.
+
+    `key` is the path of the host's private key. `sites` is the site of a cluster's nodes, for those that publish none
+    of their own; a node whose site is not known is in no plain site."""
+
+    key: str
+    port: int
+    plain_sites: frozenset[str]
+    sites: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -209,6 +225,8 @@ class NodeSpec:
     member: MemberSpec | None
     registrar: RegistrarSpec | None
     pki: PkiSpec
+    wireguard: WireGuardSpec | None = None
+    """None: nothing is encrypted, and the host has no key."""
 
     @classmethod
     def from_dict(cls, document: Any) -> NodeSpec:
@@ -239,6 +257,7 @@ class NodeSpec:
             member=None if top.value.get("member") is None else _member(top.object("member")),
             registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
             pki=_pki(top.object("pki")),
+            wireguard=None if top.value.get("wireguard") is None else _wireguard(top.object("wireguard")),
         )
 
     @classmethod
@@ -292,6 +311,15 @@ def _workload(fields: Fields) -> WorkloadSpec:
 def _overlay(fields: Fields) -> OverlaySpec:
     mtu = None if fields.value.get("mtu") is None else fields.integer("mtu", UINT16, minimum=576)
     return OverlaySpec(port=fields.integer("port", UINT16, default=None, minimum=1), mtu=mtu)
+
+
+def _wireguard(fields: Fields) -> WireGuardSpec:
+    return WireGuardSpec(
+        key=fields.text("key", None),
+        port=fields.integer("port", UINT16, default=None, minimum=1),
+        plain_sites=frozenset(fields.texts("plain_sites")),
+        sites=fields.text_mapping("sites"),
+    )
 
 
 def _etcd(fields: Fields) -> EtcdSpec:

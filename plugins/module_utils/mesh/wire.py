@@ -378,6 +378,23 @@ def labels_from_string(text: str) -> dict[str, str]:
     return found
 
 
+WIREGUARD_KEY_INDEX = 255
+"""`EncryptionKey` of a node and `Key` of an address whose packets are encrypted by WireGuard (Cilium pkg/wireguard)."""
+
+
+def public_key_problem(text: str) -> str:
+    """Why `text` is no public key of WireGuard: base64 of 32 bytes that are not all zero. Empty when it is one."""
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except ValueError:
+        return "is not base64"
+    if len(raw) != 32:
+        return f"has {len(raw)} bytes, not 32"
+    if base64.b64encode(raw).decode() != text:  # one key must not have two spellings
+        return "is not canonical base64"
+    return "" if any(raw) else "is all zero"
+
+
 def validate_cluster_config(config: ClusterConfig, expected_id: int, max_clusters: int) -> None:
     """What a reader checks before it reads anything else of a peer."""
     if not 1 <= config.id <= max_clusters:

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import agent_mesh as mesh
 import pytest
 from isthmus_agent.agent import kernel as kernel_module
-from isthmus_agent.agent import loop
+from isthmus_agent.agent import loop, network_watch
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
+from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.desired.datapath import Datapath
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
 from isthmus_agent.netlink import NetworkError
@@ -268,6 +271,7 @@ def test_the_device_follows_its_mtu(monkeypatch):
 
         def attach_overlay(self, _: int) -> None: ...
         def attach_cgroup(self) -> None: ...
+        def forget_wireguard(self) -> None: ...
         def apply(self, _: Datapath, read: bool = True) -> Any:
             return type("Result", (), {"maps": {}, "problems": ()})
 
@@ -277,6 +281,7 @@ def test_the_device_follows_its_mtu(monkeypatch):
     monkeypatch.setattr(kernel_module, "BpfDatapath", Bpf)
     monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: mtus.append(mtu) or 7)
     monkeypatch.setattr(netlink, "apply_network", lambda _, **__: type("Result", (), {"changes": ()}))
+    monkeypatch.setattr(netlink.wireguard, "remove_device", list)
     host = HostKernel()
     host.start(Datapath(1, overlay_mtu=1450))
     host.apply(Datapath(1, overlay_mtu=1450))
@@ -384,3 +389,83 @@ async def own_lists_come_first(items: dict[str, bytes]) -> None:
 def test_what_an_earlier_agent_left_is_kept_until_peers_are_listed_too():
     """Else an agent without last-known-good would take out every backend of every peer at its start."""
     asyncio.run(own_lists_come_first(mesh.documents({"onprem": [1], "cloud": [1]})))
+
+
+# --- WireGuard
+
+
+def an_encrypting_agent(tmp_path: Path, kernel: Any) -> Agent:
+    agent = an_agent(tmp_path, kernel)
+    wireguard = {"key": "/etc/isthmus/pki/wireguard.key", "port": 51871, "plain_sites": ["onprem"], "sites": {}}
+    agent.spec = mesh.spec(wireguard=wireguard)
+    return agent
+
+
+async def change_the_network(agent: Agent, kernel: FakeKernel) -> None:
+    applier = asyncio.create_task(agent._applier())
+    try:
+        agent.wake()
+        await until(lambda: agent.progress.applies == 1, "started")
+        agent.wake()
+        agent._note_network()
+        await until(lambda: agent.progress.applies == 2, "applied again")
+    finally:
+        applier.cancel()
+        await asyncio.wait([applier])
+
+
+def test_what_others_do_to_devices_and_rules_is_looked_at_although_nothing_else_is_wanted(tmp_path):
+    kernel = FakeKernel()
+    kernel.network_changed = lambda: kernel.calls.append(("changed", 0))  # type: ignore[attr-defined]
+    asyncio.run(change_the_network(an_encrypting_agent(tmp_path, kernel), kernel))
+    assert kernel.calls == [("start", 1450), ("changed", 0), ("apply", 1450)]
+
+
+def test_a_key_that_cannot_be_read_is_told_and_the_host_is_not_reported_without_one(tmp_path):
+    kernel = FakeKernel()
+    answers: list[Any] = [NetworkError("no key"), "A" * 43 + "=", NetworkError("gone"), "A" * 43 + "="]
+
+    def public_key(path: str) -> str:
+        assert path == "/etc/isthmus/pki/wireguard.key"
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    kernel.public_key = public_key  # type: ignore[attr-defined]
+    agent = an_encrypting_agent(tmp_path, kernel)
+
+    async def read() -> list[tuple[bool, str, tuple[str, ...]]]:
+        return [(await agent._read_key(), agent.facts.public_key, agent._key_problems) for _ in range(4)]
+
+    key = "A" * 43 + "="
+    assert asyncio.run(read()) == [
+        (False, "", ("no key",)),
+        (True, key, ()),
+        (False, key, ("gone",)),
+        (False, key, ()),
+    ]
+
+
+def test_only_what_wireguard_hangs_on_is_a_change(monkeypatch):
+    """Messages as the kernel sends them: header, then the body with the attributes."""
+    told: list[str] = []
+    watch = NetworkWatch("isthmus-wg0", ip_address("198.18.1.11"), lambda: told.append("changed"))
+
+    def message(kind: int, body: bytes) -> bytes:
+        return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+    ours, others = b"\0" * 16 + b"isthmus-wg0\0", b"\0" * 16 + b"veth12\0\0\0\0\0\0"
+    cases = [
+        (16, ours, True),
+        (17, ours, True),
+        (16, others, False),
+        (20, ip_address("198.18.1.11").packed, True),
+        (21, ip_address("198.18.1.12").packed, False),
+        (32, b"\0" * 12, False),  # a new rule
+        (33, b"\0" * 12, True),
+        (80, b"\0" * 4, True),
+    ]
+    for kind, body, matters in cases:
+        data = message(16, others) + message(kind, body)
+        assert any(watch._matters(*each) for each in network_watch._messages(data)) is matters, (kind, body)

@@ -24,6 +24,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     ports,
     resolver,
     storage,
+    wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.listener import UNIT
 from ansible_collections.isthmus.mesh.plugins.modules import preflight
@@ -543,6 +544,34 @@ def test_check_mode_predicts_the_packages_and_runs_nothing(host: Host) -> None:
 
 INSTALL = "noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends dnsmasq-base"
 UPDATE = "noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 update"
+
+
+ENCRYPTING = {**SPEC, "wireguard": {"key": "/etc/isthmus/pki/wireguard.key"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "kernel_has_it", "missing"),
+    [
+        (SPEC, False, []),
+        (ENCRYPTING, True, ["wireguard-tools"]),
+        (ENCRYPTING, False, ["wireguard-tools", "wireguard-go"]),
+    ],
+    ids=["nothing encrypted", "in the kernel", "not in the kernel"],
+)
+def test_wireguard_is_missing_where_packets_are_encrypted(
+    host: Host, spec: dict[str, Any], kernel_has_it: bool, missing: list[str]
+) -> None:
+    host.monkeypatch.setattr(wireguard, "TOOL", str(host.place / "wg"))
+    host.monkeypatch.setattr(wireguard, "USER_SPACE", str(host.place / "wireguard-go"))
+    host.tool("ip", f'echo "$*" >> {host.place}/trials\nexit {0 if kernel_has_it else 2}', told=False)
+    assert host.run(spec=spec)["packages"] == missing
+    if spec is ENCRYPTING:
+        trials = [line for line in (host.place / "trials").read_text().splitlines() if "isthmus-trial" in line]
+        made = ["link add name isthmus-trial type wireguard"]
+        assert trials == made + (["link delete isthmus-trial"] if kernel_has_it else [])
+    for name in ("wg", "wireguard-go"):
+        (host.place / name).touch(mode=0o755)
+    assert host.run(spec=spec)["packages"] == []
 
 
 def test_packages_are_installed_by_apt_get(host: Host) -> None:

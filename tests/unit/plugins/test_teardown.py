@@ -85,17 +85,21 @@ def test_no_timer_brings_back_what_is_taken_away(state: str, ran: list[str]) -> 
         assert step.removed == (["unit isthmus-rollback.timer"] if ran else [])
 
 
-def test_only_rules_of_our_table_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teardown, "DEVICE", "isthmus-none")
+def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teardown, "DEVICES", ("isthmus-none",))
     host = Host()
     host.rules = (
         "0:\tfrom all lookup local\n"
         "730:\tfrom 10.1.0.0/28 lookup 730 proto 73\n"
+        "732:\tfrom all ipproto udp dport 8472 lookup 732 proto 73\n"
         "800:\tfrom 10.9.0.0/16 lookup 7301\n"
         "32766:\tfrom all lookup main\n"
     )
     teardown.Teardown(host).device()
-    assert {line for line in host.ran if line.startswith("ip -4")} == {"ip -4 rule delete priority 730 table 730"}
+    assert {line for line in host.ran if line.startswith("ip -4")} == {
+        "ip -4 rule delete priority 730 table 730",
+        "ip -4 rule delete priority 732 table 732",
+    }
 
 
 @pytest.mark.parametrize("copy", ["search old\n", None])

@@ -23,6 +23,7 @@ FILES = {
     "isthmus-dns-reload.path": units.dns_reload_path_unit(),
     "isthmus-dns-reload.service": units.dns_reload_unit(),
     "isthmus-bpffs.service": units.bpffs_unit(),
+    "isthmus-wireguard.service": units.wireguard_unit("0123"),
     "isthmus-resolved.service": units.resolved_unit("10.0.0.1", "clusterset.local"),
 }
 
@@ -56,6 +57,7 @@ def test_systemd_understands_every_unit(tmp_path: Path) -> None:
 def test_nobody_has_more_than_it_needs() -> None:
     assert options(FILES["isthmus-registrar.service"], "CapabilityBoundingSet") == [""]
     assert options(FILES["isthmus-dns.service"], "CapabilityBoundingSet") == ["CAP_NET_BIND_SERVICE"]
+    assert options(FILES["isthmus-wireguard.service"], "CapabilityBoundingSet") == ["CAP_NET_ADMIN"]
     assert set(options(FILES["isthmusd.service"], "CapabilityBoundingSet")[0].split()) == {
         "CAP_BPF",
         "CAP_PERFMON",
@@ -74,7 +76,15 @@ def test_nobody_has_more_than_it_needs() -> None:
 
 
 DAEMONS = {
-    **{name: FILES[name] for name in ("isthmusd.service", "isthmus-registrar.service", "isthmus-dns.service")},
+    **{
+        name: FILES[name]
+        for name in (
+            "isthmusd.service",
+            "isthmus-registrar.service",
+            "isthmus-dns.service",
+            "isthmus-wireguard.service",
+        )
+    },
     etcd_unit.SERVICE: etcd_unit.service("/usr/bin/etcd", "0123"),
     etcd_unit.DEFRAG_SERVICE: etcd_unit.defrag_service(),
 }
@@ -105,8 +115,13 @@ def test_the_stated_score_is_kept(tmp_path: Path, name: str, text: str, stated: 
 
 def test_no_unit_may_write_to_the_kernels_settings_or_devices() -> None:
     for name, text in DAEMONS.items():
-        for option in ("ProtectControlGroups", "ProtectClock", "PrivateDevices"):
+        for option in ("ProtectControlGroups", "ProtectClock"):
             assert options(text, option) == ["yes"], f"{name}: {option}"
+        if name == "isthmus-wireguard.service":
+            assert options(text, "DevicePolicy") == ["closed"]
+            assert options(text, "DeviceAllow") == ["/dev/net/tun rw"]
+        else:
+            assert options(text, "PrivateDevices") == ["yes"], name
         if name != "isthmusd.service":
             assert options(text, "ProtectKernelTunables") == ["yes"]
     assert {"-/proc/sys", "-/sys/kernel"} <= set(options(FILES["isthmusd.service"], "ReadOnlyPaths")[0].split())
@@ -120,8 +135,9 @@ def test_no_unit_may_write_to_the_kernels_settings_or_devices() -> None:
         FILES["isthmus-registrar.service"],
         etcd_unit.service("/usr/bin/etcd", "0123"),
         etcd_unit.defrag_service(),
+        FILES["isthmus-wireguard.service"],
     ],
-    ids=["agent", "registrar", "etcd", "defragmentation"],
+    ids=["agent", "registrar", "etcd", "defragmentation", "wireguard-go"],
 )
 def test_keys_do_not_reach_the_disk_in_a_core_dump(text: str) -> None:
     """These processes read private keys. systemd-coredump honours the limit."""

@@ -58,6 +58,7 @@ class Rendered:
     pod: PodFacts
     number: int
     host_ip: str
+    key_index: int
     text: str
 
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Says when something that WireGuard between nodes hangs on has changed in the kernel: its device, the routing rules,
+the host's underlay address, the settings of devices (rtnetlink(7))."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+from isthmus_agent.desired.datapath import Address
+
+# RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_RULE, and RTNLGRP_IPV4_NETCONF (24)
+_GROUPS = 0x1 | 0x10 | 0x80 | 1 << 23
+_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _DELRULE, _NEWNETCONF = 16, 17, 20, 21, 33, 80
+_HEADER = struct.Struct("=IHHII")
+
+
+class NetworkWatch:
+    """Calls `changed` in the event loop; also when events were lost."""
+
+    def __init__(self, device: str, underlay: Address, changed: Callable[[], None]) -> None:
+        self._device = device.encode() + b"\0"
+        self._underlay = underlay.packed
+        self._changed = changed
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
+            netlink.setblocking(False)
+            netlink.bind((0, _GROUPS))
+            self._changed()  # what happened before
+            while True:
+                try:
+                    data = await loop.sock_recv(netlink, 1 << 17)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    self._changed()
+                    continue
+                if any(self._matters(kind, payload) for kind, payload in _messages(data)):
+                    self._changed()
+
+    def _matters(self, kind: int, payload: bytes) -> bool:
+        if kind in (_NEWLINK, _DELLINK):
+            return self._device in payload
+        if kind in (_NEWADDR, _DELADDR):
+            return self._underlay in payload
+        return kind in (_DELRULE, _NEWNETCONF)
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + _HEADER.size <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, position)
+        if length < _HEADER.size:
+            return
+        yield kind, data[position + _HEADER.size : position + length]
+        position += (length + 3) & ~3

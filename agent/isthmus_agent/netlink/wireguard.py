@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The WireGuard device: made where the kernel has WireGuard, else taken as `wireguard-go` made it.
+
+Configured and read with `wg` of wireguard-tools, which speaks to both. The private key goes over standard input only.
+Peers are changed one by one and never with `wg syncconf`: that sets the port too, for which wireguard-go closes its
+socket and loses what arrives meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from isthmus_agent.desired.datapath import Address, WireGuard
+from isthmus_agent.netlink.errors import NetworkError
+
+DEVICE = "isthmus-wg0"
+UNIT = "isthmus-wireguard.service"
+
+KERNEL, USER_SPACE = "kernel", "wireguard-go"
+_KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
+
+_IFF_UP = 0x1
+_SECONDS = 10.0  # that `wg` may take
+_BATCH = 200  # peers in one command line
+
+_SETLINK, _REQUEST_ACK, _ERROR = 19, 0x5, 2
+_AF_SPEC, _INET_CONF, _FORWARDING = 26, 1, 1  # linux/if_link.h, linux/ip.h (IPV4_DEVCONF_FORWARDING)
+_NESTED = 0x8000
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`implementation` is KERNEL or USER_SPACE."""
+
+    index: int
+    implementation: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerState:
+    """`endpoint` is "address:port" as WireGuard has it now, "" for none; `handshake` is wall clock seconds, 0 for none
+    yet; `received` and `sent` are bytes."""
+
+    endpoint: str
+    addresses: frozenset[Address]
+    handshake: int
+    received: int
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """`changes` has a phrase each. `fresh`: the device had another key or none, so no peer has a session with it."""
+
+    changes: tuple[str, ...]
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    public_key: str
+    port: int
+    peers: dict[str, PeerState] = field(default_factory=dict)
+
+
+def find_device(name: str = DEVICE) -> Device | None:
+    """The device, None if there is none. NetworkError when it is of another kind."""
+    with IPRoute() as ipr:
+        link = _link(ipr, name)
+    return _device(link, name) if link is not None else None
+
+
+def find_index(name: str = DEVICE) -> int | None:
+    """Interface index of whatever has the device's name, None if nothing has."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def ensure_device(mtu: int, name: str = DEVICE) -> Device:
+    """Makes the device in a kernel that has WireGuard, and sets its MTU in bytes. It is brought up by configure().
+
+    NetworkError when neither the kernel nor wireguard-go gives one."""
+    with IPRoute() as ipr:
+        link = _link(ipr, name)
+        if link is None:
+            try:
+                ipr.link("add", ifname=name, kind="wireguard", mtu=mtu)
+            except NetlinkError as error:
+                if error.code != errno.EOPNOTSUPP:
+                    raise NetworkError(f"cannot make the WireGuard device {name}: {error}") from error
+                raise NetworkError(
+                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNIT}, which stands "
+                    f"in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl status {UNIT}"
+                ) from error
+            link = _link(ipr, name)
+            if link is None:
+                raise NetworkError(f"the WireGuard device {name} went away while it was being set up")
+        device = _device(link, name)
+        if link.get_attr("IFLA_MTU") != mtu:
+            ipr.link("set", index=device.index, mtu=mtu)
+    return device
+
+
+def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
+    """Key, port and peers are what is wanted, and the device is up; answers what was changed.
+
+    The endpoint of a peer is set with its addresses only: WireGuard follows a peer that moves. NetworkError with the
+    words of `wg`."""
+    key = read_key(wanted.key)
+    shown = _show(name)
+    changes = []
+    own = public_key(wanted.key)
+    if (shown.public_key, shown.port) != (own, wanted.port):
+        _wg("addconf", name, "/dev/stdin", given=f"[Interface]\nPrivateKey = {key}\nListenPort = {wanted.port}\n")
+        changes.append(f"set key and port of {name}")
+    words: list[list[str]] = []
+    for public in shown.peers.keys() - wanted.peers.keys():
+        words.append(["peer", public, "remove"])
+        changes.append(f"remove WireGuard peer {public}")
+    for public, peer in wanted.peers.items():
+        if public not in shown.peers or shown.peers[public].addresses != peer.addresses:
+            allowed = ",".join(f"{address}/{address.max_prefixlen}" for address in sorted(peer.addresses, key=str))
+            words.append(["peer", public, "endpoint", f"{peer.endpoint}:{wanted.port}", "allowed-ips", allowed])
+            changes.append(f"set WireGuard peer {public} at {peer.endpoint}")
+    for start in range(0, len(words), _BATCH):
+        _wg("set", name, *(word for one in words[start : start + _BATCH] for word in one))
+    with IPRoute() as ipr:
+        link = _link(ipr, name)
+        if link is not None and not link["flags"] & _IFF_UP:
+            try:
+                ipr.link("set", index=link["index"], state="up")
+            except NetlinkError as error:
+                raise NetworkError(
+                    f"cannot bring {name} up: {error}. Next: see whether something else listens on UDP port "
+                    f"{wanted.port} (ss -ulnp)",
+                    tuple(changes),
+                ) from error
+            changes.append(f"set {name} up")
+    return Configured(tuple(changes), shown.public_key != own)
+
+
+def greet(wanted: WireGuard, overlay_port: int) -> None:
+    """Sends each peer an empty packet of the overlay, which its VXLAN device discards: when this device is new, others
+    do not know that their sessions have ended, and what they send would be lost until they doubt it, 15 s later."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as greeter:
+        greeter.setblocking(False)
+        for peer in wanted.peers.values():
+            # One that cannot be sent to now is no worse off than before.
+            with contextlib.suppress(OSError):
+                greeter.sendto(b"", (str(peer.endpoint), overlay_port))
+
+
+def audit(wanted: WireGuard, name: str = DEVICE) -> list[str]:
+    """What differs from what is wanted, in words. Changes nothing."""
+    try:
+        device = find_device(name)
+        if device is None:
+            return [f"the WireGuard device {name} is missing"]
+        shown = _show(name)
+        key = public_key(wanted.key)
+    except NetworkError as error:
+        return list(error.problems)
+    problems = []
+    with IPRoute() as ipr:
+        (link,) = ipr.get_links(device.index)
+    if not link["flags"] & _IFF_UP:
+        problems.append(f"{name} is down")
+    if link.get_attr("IFLA_MTU") != wanted.mtu:
+        problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {wanted.mtu}")
+    if shown.public_key != key:
+        problems.append(f"{name} has another key than {wanted.key}")
+    if shown.port != wanted.port:
+        problems.append(f"{name} listens on UDP port {shown.port}, wanted: {wanted.port}")
+    for public, peer in wanted.peers.items():
+        if public not in shown.peers:
+            problems.append(f"WireGuard peer {public} at {peer.endpoint} is missing")
+        elif shown.peers[public].addresses != peer.addresses:
+            problems.append(f"WireGuard peer {public} at {peer.endpoint} has other addresses than wanted")
+    problems += [f"WireGuard peer {public} is not wanted" for public in shown.peers.keys() - wanted.peers.keys()]
+    return problems
+
+
+def peer_states(name: str = DEVICE) -> dict[str, PeerState]:
+    """By public key. NetworkError when the device cannot be read."""
+    return _show(name).peers
+
+
+def remove_device(name: str = DEVICE) -> list[str]:
+    """Removes the device with its key and peers; answers what was removed. wireguard-go ends with its device."""
+    with IPRoute() as ipr:
+        link = _link(ipr, name)
+        if link is None:
+            return []
+        try:
+            _device(link, name)
+        except NetworkError:
+            return []  # not ours
+        ipr.link("del", index=link["index"])
+    return [f"device {name}"]
+
+
+def read_key(path: str) -> str:
+    """The private key of a file. NetworkError that says what to do."""
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise NetworkError(
+            f"the WireGuard key {path} cannot be read: {error}. Next: run the site playbook, which makes it"
+        ) from error
+
+
+def public_key(path: str) -> str:
+    """The public key, base64, of the private key in a file. NetworkError when there is none or `wg` refuses it."""
+    return _wg("pubkey", given=read_key(path) + "\n").strip()
+
+
+def allow_forwarding(index: int) -> None:
+    """Sets `forwarding` of one device, which bpf_fib_lookup() asks for, without the sysctl that agents may not write.
+
+    NetworkError when the kernel refuses."""
+    conf = _attribute(_FORWARDING, struct.pack("=I", 1))
+    spec = _attribute(_AF_SPEC | _NESTED, _attribute(socket.AF_INET | _NESTED, _attribute(_INET_CONF | _NESTED, conf)))
+    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0) + spec
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
+        netlink.send(struct.pack("=IHHII", 16 + len(body), _SETLINK, _REQUEST_ACK, 1, 0) + body)
+        answer = netlink.recv(4096)
+    kind = struct.unpack_from("=H", answer, 4)[0]
+    number = -struct.unpack_from("=i", answer, 16)[0] if kind == _ERROR else 0
+    if number:
+        raise NetworkError(f"cannot set forwarding of interface {index}: {errno.errorcode.get(number, number)}")
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value  # all of ours are multiples of 4 bytes
+
+
+def _link(ipr: Any, name: str) -> Any:
+    found = ipr.link_lookup(ifname=name)
+    if not found:
+        return None
+    try:
+        (link,) = ipr.get_links(found[0])
+    except NetlinkError as error:
+        if error.code != errno.ENODEV:
+            raise
+        return None
+    return link
+
+
+def _device(link: Any, name: str) -> Device:
+    info = link.get_attr("IFLA_LINKINFO")
+    kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
+    if kind not in _KINDS:
+        raise NetworkError(
+            f"{name} is a device of kind {kind}, not of WireGuard. Next: find out whose it is (ip -d link show {name}) "
+            "and remove or rename it"
+        )
+    return Device(int(link["index"]), _KINDS[kind])
+
+
+def _show(name: str) -> _Shown:
+    """`wg show <name> dump`: tab-separated, the device first, then a line for each peer (wg(8))."""
+    head, *lines = _wg("show", name, "dump").splitlines()
+    _, public_key, port, _ = head.split("\t")
+    peers = {}
+    for line in lines:
+        public, _, endpoint, allowed, handshake, received, sent, _ = line.split("\t")
+        addresses = frozenset(
+            ip_network(each).network_address if "/" in each else ip_address(each)
+            for each in allowed.split(",")
+            if each != "(none)"
+        )
+        peers[public] = PeerState(
+            "" if endpoint == "(none)" else endpoint, addresses, int(handshake), int(received), int(sent)
+        )
+    return _Shown(public_key, int(port), peers)
+
+
+def _wg(*words: str, given: str = "") -> str:
+    """Output of `wg`. NetworkError with its words; `given` is its standard input and never shown."""
+    try:
+        done = subprocess.run(["wg", *words], input=given, capture_output=True, text=True, timeout=_SECONDS)
+    except FileNotFoundError as error:
+        raise NetworkError("the command wg is missing. Next: install the package wireguard-tools") from error
+    except subprocess.TimeoutExpired as error:
+        raise NetworkError(f"`wg {words[0]}` did not end within {_SECONDS:.0f} s") from error
+    if done.returncode:
+        raise NetworkError(f"`wg {' '.join(words[:2])}` failed: {done.stderr.strip()}")
+    return done.stdout

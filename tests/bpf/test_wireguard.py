@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The overlay inside WireGuard, by the kernel's where it has one, else by wireguard-go: which packets the programs let
+out and in. The whole agent is in tests/integration/test_agent_wireguard.py."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpf.topology import Inside, InsideError, Node, two_nodes, wait_for
+from isthmus_agent import netlink
+from isthmus_agent.desired.datapath import Datapath, Route, Rule, WireGuard, WireGuardPeer
+from isthmus_agent.desired.encryption import CLOSED, RULE_PRIORITY, TABLE
+from isthmus_agent.netlink import wireguard
+
+MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
+RULES = ("sport", "dport")
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Side:
+    """A node with its WireGuard device; `process` is wireguard-go's, None with the kernel's own."""
+
+    node: Node
+    device: str
+    wanted: WireGuard
+    process: subprocess.Popen[bytes] | None = None
+
+    def make(self) -> None:
+        """Device, program, peers, routes: in the agent's order."""
+        index = self.node.call(netlink.overlay_index)
+        self.node.call(wireguard.allow_forwarding, index)
+        if self.process is None and not _kernel_has_wireguard(self.node):
+            self.process = self.node.call(_wireguard_go, self.device)
+        device = wait_for(lambda: self._device(), f"{self.device} is there")
+        self.node.call(self.node.bpf.attach_wireguard, device.index, 8472, self.wanted)
+        self.node.call(wireguard.configure, self.wanted, self.device)
+        self.apply(self.node.datapath, device.index)
+
+    def _device(self) -> wireguard.Device | None:
+        try:
+            return self.node.call(wireguard.ensure_device, self.wanted.mtu, self.device)
+        except netlink.NetworkError:
+            return None  # wireguard-go has not made it yet
+
+    def apply(self, datapath: Datapath, index: int | None) -> None:
+        self.node.datapath = datapath
+        self.node.bpf.apply(datapath)
+        self.node.call(netlink.apply_network, datapath, wireguard=index)
+
+    def received(self) -> int:
+        """Bytes that came through WireGuard."""
+        return sum(peer.received for peer in self.node.call(wireguard.peer_states, self.device).values())
+
+    def ip(self, *words: str) -> None:
+        self.node.call(subprocess.run, ["ip", *words], check=True)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(10)
+            self.process = None
+
+
+def _kernel_has_wireguard(node: Node) -> bool:
+    def trial() -> bool:
+        made = subprocess.run(["ip", "link", "add", "isthmus-trial", "type", "wireguard"], capture_output=True)
+        if made.returncode == 0:
+            subprocess.run(["ip", "link", "delete", "isthmus-trial"], check=True)
+        return made.returncode == 0
+
+    return node.call(trial)
+
+
+def _wireguard_go(device: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["wireguard-go", "-f", device], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _encrypted(datapath: Datapath, own: Node, other: Node, wanted: WireGuard) -> Datapath:
+    far = ip_address(other.underlay)
+    way = ip_network(f"{other.underlay}/32")
+    return replace(
+        datapath,
+        ipcache={key: replace(one, is_encrypted=one.tunnel == far) for key, one in datapath.ipcache.items()},
+        peers={address: replace(peer, is_encrypted=True) for address, peer in datapath.peers.items()},
+        routes=frozenset(replace(route, mtu=MTU) if route.mtu else route for route in datapath.routes)
+        | {
+            Route(way, ip_address(own.underlay), table=TABLE, wireguard=True),
+            Route(way, table=TABLE, unreachable=True, metric=CLOSED),
+        },
+        rules=datapath.rules | {Rule(ip_network("0.0.0.0/0"), TABLE, RULE_PRIORITY, **{port: 8472}) for port in _PORTS},
+        wireguard=wanted,
+    )
+
+
+_PORTS = ("source_port", "destination_port")
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
+    made: list[Side] = []
+    with two_nodes() as nodes:
+        publics = {}
+        for node in nodes:
+            key = subprocess.run(["wg", "genkey"], check=True, capture_output=True, text=True).stdout
+            (tmp_path / node.name).write_text(key)
+            publics[node.name] = node.call(wireguard.public_key, str(tmp_path / node.name))
+        try:
+            for own, other in (nodes, nodes[::-1]):
+                far = ip_address(other.underlay)
+                peer = WireGuardPeer(far, frozenset({far}))
+                here = IPv4Address(own.underlay)
+                wanted = WireGuard(str(tmp_path / own.name), 51871, 1420, here, here, {publics[other.name]: peer})
+                # One socket a name: wireguard-go's control sockets are files.
+                side = Side(own, f"wg{own.name}{next(_numbers)}-{os.getpid()}", wanted)
+                made.append(side)
+                own.datapath = _encrypted(own.datapath, own, other, wanted)
+                side.make()
+            server = nodes[1].process("web")
+            server.do(f"serve_tcp('b', {nodes[1].workload!r}, 8080); result = 1")
+            yield made[0], made[1]
+        finally:
+            for side in made:
+                side.close()
+
+
+def _dial(client: Inside, node: Node, seconds: float = 3) -> str:
+    return str(
+        client.do(f"c = socket.create_connection(({node.workload!r}, 8080), {seconds}); result = line(c); c.close()")
+    )
+
+
+def test_packets_go_through_wireguard_both_ways_and_nothing_is_dropped(sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    assert _dial(left.node.process("web"), right.node) == "b 10.101.0.2"
+    assert left.received() > 0
+    assert right.received() > 0
+    for side in sides:
+        assert not any(side.node.drops().values())
+        index = side.node.call(wireguard.find_index, side.device)
+        assert side.node.call(netlink.audit_network, side.node.datapath, wireguard=index) == []
+        assert side.node.call(wireguard.audit, side.wanted, side.device) == []
+        assert side.node.call(side.node.bpf.audit_wireguard, index, 8472, side.wanted) == []
+
+
+@pytest.mark.parametrize("gone", ["rules", "route", "device", "forwarding"])
+def test_what_would_leave_in_clear_is_dropped_and_counted(sides: tuple[Side, Side], gone: str) -> None:
+    left, right = sides
+    client = left.node.process("web")
+    assert _dial(client, right.node) == "b 10.101.0.2"
+    if gone == "rules":
+        for word in RULES:
+            left.ip("rule", "del", "pref", str(RULE_PRIORITY), "ipproto", "udp", word, "8472", "table", str(TABLE))
+    elif gone == "route":
+        left.ip("route", "flush", "table", str(TABLE))
+    elif gone == "device":
+        left.ip("link", "delete", left.device)
+    else:
+        left.node.sysctl("net.ipv4.conf.isthmus0.forwarding", "0")
+    with pytest.raises(InsideError, match="timed out"):
+        _dial(client, right.node, 0.5)
+    assert left.node.drops()["not_encrypted"] > 0
+    assert not any(count for name, count in right.node.drops().items() if name != "not_encrypted")
+    assert right.node.drops()["not_encrypted"] == 0, "nothing reached the other side in clear"
+
+
+def test_a_peer_that_sends_in_clear_is_dropped_and_counted(sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    for word in RULES:
+        left.ip("rule", "del", "pref", str(RULE_PRIORITY), "ipproto", "udp", word, "8472", "table", str(TABLE))
+    datapath = left.node.datapath
+    left.node.bpf.apply(
+        replace(datapath, ipcache={key: replace(one, is_encrypted=False) for key, one in datapath.ipcache.items()})
+    )
+    with pytest.raises(InsideError, match="timed out"):
+        _dial(left.node.process("web"), right.node, 0.5)
+    assert right.node.drops()["not_encrypted"] > 0
+    assert left.node.drops()["not_encrypted"] == 0
+
+
+def test_what_is_no_overlay_packet_does_not_come_through(sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    left.node.process().do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
+        f"s.setsockopt(socket.SOL_SOCKET, 25, {left.device.encode()!r}); s.sendto(b'x', ({right.node.underlay!r}, 9))"
+    )
+    wait_for(lambda: right.node.drops()["not_overlay"] == 1, "the drop is counted")
+
+
+def test_an_overlay_packet_to_another_host_is_not_sent_on(sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    right.node.sysctl("net.ipv4.ip_forward", "1")
+    for side in sides:
+        (public,) = side.wanted.peers
+        side.wanted = replace(
+            side.wanted,
+            peers={public: replace(side.wanted.peers[public], addresses=frozenset({*_far(side), ADVERTISED}))},
+        )
+        side.node.call(wireguard.configure, side.wanted, side.device)
+    left.node.process().do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
+        f"s.setsockopt(socket.SOL_SOCKET, 25, {left.device.encode()!r}); s.sendto(b'x', ('{ADVERTISED}', 8472))"
+    )
+    wait_for(lambda: right.node.drops()["not_local_dest"] == 1, "the drop is counted")
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_host_behind_a_nat_gets_what_is_sent_to_its_other_address(sides: tuple[Side, Side], checksum: bool) -> None:
+    """Nothing on the way can translate what is inside WireGuard."""
+    left, right = sides
+    right.wanted = replace(right.wanted, advertised=ADVERTISED)
+    right.make()
+    (public,) = left.wanted.peers
+    far = _far(left)
+    peer = WireGuardPeer(next(iter(far)), frozenset({*far, ADVERTISED}))
+    left.wanted = replace(left.wanted, peers={public: peer})
+    datapath = left.node.datapath
+    left.node.datapath = replace(
+        datapath,
+        ipcache={key: replace(one, tunnel=one.tunnel and ADVERTISED) for key, one in datapath.ipcache.items()},
+        peers={address: replace(one, endpoint=ADVERTISED) for address, one in datapath.peers.items()},
+        routes=datapath.routes
+        | {Route(ip_network(f"{ADVERTISED}/32"), ip_address(left.node.underlay), table=TABLE, wireguard=True)},
+    )
+    left.make()
+    if checksum:  # one that a sender may add: the kernel must find it right
+        payload = f"vxlan(6, {left.node.mesh!r}, {right.node.mesh!r})"
+        left.node.process().do(
+            f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
+            f"s.sendto({payload}, ('{ADVERTISED}', 8472))"
+        )
+        wait_for(lambda: right.node.bpf.counters().identities, "the packet came out of the overlay")
+    else:
+        assert _dial(left.node.process("web"), right.node) == "b 10.101.0.2"
+    assert not any(right.node.drops().values())
+
+
+ADVERTISED = IPv4Address("203.0.113.9")
+
+
+def _far(side: Side) -> frozenset[Any]:
+    """Underlay address of the other side."""
+    (peer,) = side.wanted.peers.values()
+    return frozenset({peer.endpoint})
+
+
+def test_peers_are_changed_without_a_new_port_or_session_of_others(sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    assert _dial(left.node.process("web"), right.node) == "b 10.101.0.2"
+    before = left.node.call(wireguard.peer_states, left.device)
+    elsewhere = ip_address("198.18.0.77")
+    public = subprocess.run(["wg", "pubkey"], input=_new_key(), check=True, capture_output=True, text=True).stdout
+    more = replace(
+        left.wanted,
+        peers={**left.wanted.peers, public.strip(): WireGuardPeer(elsewhere, frozenset({elsewhere}))},
+    )
+    done = left.node.call(wireguard.configure, more, left.device)
+    assert not done.fresh
+    (changed,) = done.changes
+    assert changed == f"set WireGuard peer {public.strip()} at {elsewhere}"
+    after = left.node.call(wireguard.peer_states, left.device)
+    (known,) = left.wanted.peers
+    assert after[known].handshake == before[known].handshake > 0
+    assert after[public.strip()].addresses == {elsewhere}
+    assert left.node.call(wireguard.configure, more, left.device).changes == ()
+    (removed,) = left.node.call(wireguard.configure, left.wanted, left.device).changes
+    assert removed == f"remove WireGuard peer {public.strip()}"
+    assert left.node.call(wireguard.audit, more, left.device) == [
+        f"WireGuard peer {public.strip()} at {elsewhere} is missing"
+    ]
+
+
+def _new_key() -> str:
+    return subprocess.run(["wg", "genkey"], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_device_of_another_kind_is_not_ours(sides: tuple[Side, Side]) -> None:
+    left, _ = sides
+    left.ip("link", "add", "wg-strange", "type", "veth", "peer", "name", "wg-other")
+    with pytest.raises(netlink.NetworkError, match="is a device of kind veth"):
+        left.node.call(wireguard.ensure_device, 1420, "wg-strange")
+    assert left.node.call(wireguard.remove_device, "wg-strange") == []
+    assert left.node.call(wireguard.find_index, "wg-strange") is not None

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""WireGuard between two real `isthmusd` processes on two nodes, by `wireguard-go`, with no etcd anywhere. What is on
+the wire is looked at with tcpdump on the veth pair between the nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import agent_mesh as mesh
+import pytest
+from bpf.topology import Inside, Node, bare_nodes, wait_for
+from integration.etcd_fixture import Ca
+from integration.test_agent_kernel import CLIENT, Daemon
+from isthmus_agent.cli import text
+from isthmus_agent.cli.client import ask
+from isthmus_agent.state.lastgood import LastGood
+from isthmus_mesh import keys, wire
+
+pytestmark = pytest.mark.root
+
+PORT = 51871
+PATH_MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
+SECRET = b"isthmus-secret-payload"
+
+
+def new_key() -> tuple[str, str]:
+    """A private and its public key, by `wg`."""
+    private = subprocess.run(["wg", "genkey"], check=True, capture_output=True, text=True).stdout.strip()
+    return private, public_of(private)
+
+
+def public_of(private: str) -> str:
+    return subprocess.run(["wg", "pubkey"], input=private, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@dataclass
+class Host:
+    """A node with `isthmusd` and `wireguard-go`, which share a mount namespace: wireguard-go's socket is a file."""
+
+    node: Node
+    cluster: str
+    directory: Path
+    private: str
+    daemon: Daemon
+    holder: subprocess.Popen[bytes]
+    wireguard: subprocess.Popen[bytes] | None = field(default=None)
+
+    def inside(self, *words: str) -> list[str]:
+        return ["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", f"--net=/proc/self/fd/{self.node.netns}", *words]
+
+    def run(self, *words: str) -> str:
+        return subprocess.run(
+            self.inside(*words), check=True, capture_output=True, text=True, pass_fds=(self.node.netns,)
+        ).stdout
+
+    def start_wireguard(self) -> None:
+        self.wireguard = subprocess.Popen(
+            self.inside("wireguard-go", "-f", "isthmus-wg0"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(self.node.netns,),
+        )
+
+    def kill_wireguard(self) -> None:
+        if self.wireguard is not None:
+            self.wireguard.kill()
+            self.wireguard.wait(10)
+            self.wireguard = None
+
+    def encryption(self) -> dict[str, Any]:
+        """What status says of the other node."""
+        (other,) = [one for one in self.daemon.status()["nodes"] if one["cluster"] != self.cluster]
+        return dict(other["encryption"])
+
+    def dropped(self, reason: str = "not_encrypted") -> int:
+        return int(self.daemon.status()["datapath"]["drops"].get(reason, 0))
+
+    def publish(self, documents: dict[str, bytes]) -> None:
+        """What the agent knows at its next start."""
+        last = LastGood(self.cluster, "2026-01-02T03:04:05Z", documents)
+        (self.directory / "state" / "last-known-good.json").write_text(last.to_json())
+
+    def close(self) -> None:
+        self.daemon.stop(signal.SIGKILL)
+        self.kill_wireguard()
+        self.holder.kill()
+        self.holder.wait(10)
+
+
+def node_document(number: int, cluster: str, public: str) -> wire.Node:
+    return mesh.node(
+        cluster,
+        1,
+        addresses=(
+            wire.NodeAddress("InternalIP", f"198.18.0.1{number}"),
+            wire.NodeAddress("CiliumInternalIP", f"10.10{number}.0.1"),
+        ),
+        wireguard_public_key=public,
+        encryption_key=255 if public else 0,
+    )
+
+
+def documents(own: str, publics: dict[str, str]) -> dict[str, bytes]:
+    found = mesh.documents({"cloud": [1]}, own=own, sizes={"onprem": 1, "cloud": 1})
+    for number, cluster in ((1, "onprem"), (2, "cloud")):
+        cached = cluster != own
+        node = node_document(number, cluster, publics[cluster])
+        found[keys.node_key(cluster, node.name, cached)] = node.to_json().encode()
+        pair = wire.IPIdentityPair(f"10.10{number}.0.2", (number << 16) + 1, f"198.18.0.1{number}", key=255)
+        found[keys.ip_key(pair.ip, cluster if cached else None)] = pair.to_json().encode()
+    return found
+
+
+class WireGuardDaemon(Daemon):
+    """`isthmusd` in the mount namespace of its wireguard-go too."""
+
+    holder: int = 0
+
+    def entering(self) -> list[str]:
+        return ["nsenter", f"--mount=/proc/{self.holder}/ns/mnt"]
+
+
+def make_host(node: Node, cluster: str, directory: Path, private: str) -> Host:
+    (directory / "state").mkdir(parents=True)
+    key = directory / "wireguard.key"
+    key.touch(0o600)
+    key.write_text(private + "\n")
+    ca = Ca(directory / "pki", cluster)
+    crt, etcd_key = ca.issue("agent")
+    other = {"onprem": "cloud", "cloud": "onprem"}[cluster]
+    spec = mesh.spec_document(
+        host=f"{cluster}-1",
+        cluster={
+            "name": cluster,
+            "id": node.cluster_id,
+            "max_clusters": 255,
+            "site": cluster,
+            "workload_ranges4": [f"10.10{node.cluster_id}.0.0/16"],
+            "service_range4": "10.111.0.0/16",
+        },
+        node={
+            "name": f"{cluster}-1",
+            "underlay4": node.underlay,
+            "advertise4": node.underlay,
+            "range4": node.prefix,
+            "mesh4": node.mesh,
+            "labels": {},
+        },
+        workloads=[
+            {
+                "name": "web",
+                "namespace": "shop",
+                "service_account": "default",
+                "labels": {"app": "web"},
+                "address4": node.workload,
+                "cgroup": {"path": "web"},
+            }
+        ],
+        wireguard={"key": str(key), "port": PORT, "plain_sites": [cluster], "sites": {cluster: cluster, other: other}},
+        # Nothing listens there: no etcd in this test.
+        etcd={"endpoints": ["https://127.0.0.1:1"], "ca": str(ca.crt), "cert": str(crt), "key": str(etcd_key)},
+    )
+    (directory / "node.json").write_text(json.dumps(spec))
+    run = Path("/run/wireguard")
+    run.mkdir(mode=0o755, exist_ok=True)
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs {run} && echo ready && exec sleep infinity"],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"ready\n"
+    daemon = WireGuardDaemon(node, directory)
+    daemon.holder = holder.pid
+    return Host(node, cluster, directory, private, daemon, holder)
+
+
+@dataclass
+class Pair:
+    a: Host
+    b: Host
+    client: Inside
+
+    def dial(self, seconds: float = 2) -> list[str]:
+        return list(self.client.do(f"result = dial('10.102.0.2', 8080, {seconds})"))
+
+
+@contextlib.contextmanager
+def pair(tmp_path: Path, publish: tuple[bool, bool] = (True, True)) -> Iterator[Pair]:
+    """Node a is onprem-1, node b is cloud-1; both have a key, and `publish` says whose is known to the other."""
+    pairs = {"onprem": new_key(), "cloud": new_key()}
+    publics = {name: public if publish[i] else "" for i, (name, (_, public)) in enumerate(pairs.items())}
+    hosts: list[Host] = []
+    with bare_nodes() as nodes:
+        try:
+            for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
+                host = make_host(node, cluster, tmp_path / cluster, pairs[cluster][0])
+                hosts.append(host)
+                host.publish(documents(cluster, publics))
+                host.start_wireguard()
+                host.daemon.start()
+                node.process("web").do(f"serve_tcp({node.name!r}, {node.workload!r}, 8080); result = 1")
+            client = nodes[0].process("web")
+            client.do(CLIENT + "\nresult = 1")
+            yield Pair(hosts[0], hosts[1], client)
+        finally:
+            for host in hosts:
+                host.close()
+
+
+@contextlib.contextmanager
+def capture(host: Host, file: Path) -> Iterator[None]:
+    """Every packet on the veth pair between the nodes, whole, into `file`."""
+    words = host.inside("tcpdump", "-ni", "eth0", "-U", "-s", "0", "-w", str(file))
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=(host.node.netns,))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "listening on" in line:
+            break
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stderr.close()
+
+
+def udp_ports(file: Path) -> dict[str, int]:
+    """How many packets of `file` have which UDP destination port."""
+    text = subprocess.run(["tcpdump", "-nr", str(file), "udp"], check=True, capture_output=True, text=True).stdout
+    found: dict[str, int] = {}
+    for port in re.findall(r" > \S+\.(\d+): ", text):
+        found[port] = found.get(port, 0) + 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Both have their keys; the kernel checks sources strictly, as many distributions have it."""
+    with pair(tmp_path_factory.mktemp("pair")) as found:
+        for host in (found.a, found.b):
+            host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+        yield found
+
+
+def test_traffic_is_encrypted_also_at_full_size(both: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "wire.pcap"
+    with capture(both.a, file):
+        assert both.dial() == ["b", "10.101.0.2"]
+        # TCP segments as large as the path takes, and the largest datagram that may not be fragmented.
+        assert both.client.do(
+            "s = socket.create_connection(('10.102.0.2', 8080), 3); lines = s.makefile(); lines.readline()\n"
+            f"s.sendall({SECRET!r} * 20000 + b'?'); result = int(lines.readline())"
+        ) > 20000 * len(SECRET)
+        segment = both.client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)")
+        assert segment == PATH_MTU - 52  # IP, TCP with timestamps
+        both.b.node.process("web").do("serve_udp('b', '10.102.0.2', 5353); result = 1")
+        both.client.do(
+            "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.setsockopt(socket.IPPROTO_IP, 10, 2)\n"
+            "u.bind(('10.101.0.2', 0)); u.settimeout(3)"
+        )
+        datagram = f"{SECRET!r}.ljust({PATH_MTU} - 28, b'.')"  # IP, UDP
+        both.client.do(f"u.sendto({datagram}, ('10.102.0.2', 5353)); result = u.recv(100).decode()")
+        with pytest.raises(OSError, match="too long"):
+            both.client.do(f"u.sendto({datagram} + b'.', ('10.102.0.2', 5353))")
+    assert set(udp_ports(file)) == {str(PORT)}, "no VXLAN header in clear"
+    seen = file.read_bytes()
+    assert SECRET not in seen
+    for address in ("10.101.0.2", "10.102.0.2", "10.101.0.1", "10.102.0.1"):
+        assert bytes(int(part) for part in address.split(".")) not in seen, f"{address} in clear"
+
+
+def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
+    both.dial()
+    status = both.a.daemon.status()
+    assert status["wireguard"] == {
+        "implementation": "wireguard-go",
+        "public_key": public_of(both.a.private),
+        "port": PORT,
+        "peers": 1,
+    }
+    found = both.a.encryption()
+    assert (found["state"], found["reason"]) == ("encrypted", None)
+    assert found["handshake_age"] < 180
+    shown = text.status(status)
+    assert f"wireguard  wireguard-go, UDP {PORT}, public key {public_of(both.a.private)}, 1 peer" in shown
+    assert "encrypted, handshake" in shown
+
+
+def test_a_peers_overlay_packet_in_clear_is_dropped_and_counted(both: Pair) -> None:
+    """It has everything right but its way: only somebody on the path can send it."""
+    both.dial()
+    before = both.b.dropped()
+    # Else the kernel's own check of the source is quicker than ours, where it is on.
+    both.b.node.sysctl("net.ipv4.conf.all.rp_filter", "0")
+    mac = json.loads(both.b.run("ip", "-j", "link", "show", "eth0"))[0]["address"]
+    both.a.node.process().do(
+        "raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); raw.bind(('eth0', 0))\n"
+        "payload = vxlan(6, '10.101.0.1', '10.102.0.1')\n"
+        "udp = struct.pack('!HHHH', 40000, 8472, 8 + len(payload), 0) + payload\n"
+        "head = struct.pack('!BBHHHBBH', 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0)\n"
+        "head += socket.inet_aton('198.18.0.11') + socket.inet_aton('198.18.0.12')\n"
+        "head = head[:10] + struct.pack('!H', checksum(head)) + head[12:]\n"
+        f"raw.send(bytes.fromhex({mac!r}.replace(':', '')) + bytes(5) + b'\\1' + b'\\x08\\0' + head + udp)"
+    )
+    wait_for(lambda: both.b.dropped() == before + 1, "the drop is counted")
+    both.b.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+
+
+def test_nothing_else_than_the_overlay_comes_through(both: Pair) -> None:
+    before = both.b.dropped("not_overlay")
+    both.a.node.process().do(
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('198.18.0.11', 0))\n"
+        "s.setsockopt(socket.SOL_SOCKET, 25, b'isthmus-wg0'); s.sendto(b'x', ('198.18.0.12', 9))"
+    )
+    wait_for(lambda: both.b.dropped("not_overlay") == before + 1, "the drop is counted")
+
+
+def test_without_wireguard_go_nothing_goes_out_and_a_new_one_heals_both_ways(both: Pair, tmp_path: Path) -> None:
+    both.dial()
+    back = both.b.node.process("web")
+    back.do(CLIENT + "\nresult = dial('10.101.0.2', 8080)")
+    file = tmp_path / "wire.pcap"
+    with capture(both.a, file):
+        before = both.a.dropped()
+        both.a.kill_wireguard()
+        with pytest.raises(OSError, match=r"timed out|unreachable"):
+            both.dial(1)
+        wait_for(lambda: both.a.dropped() > before, "the drop is counted")
+        assert both.a.encryption()["state"] == "closed"
+        assert any("isthmus-wg0 is missing" in words for words in both.a.daemon.status()["warnings"])
+        both.a.start_wireguard()
+        began = time.monotonic()
+        # The other side only sends: it does not know that the session has ended.
+        wait_for(lambda: _answers(back, "10.101.0.2"), "b reaches a again", 5)
+        assert time.monotonic() - began < 5
+        assert both.dial() == ["b", "10.101.0.2"]
+    assert set(udp_ports(file)) <= {str(PORT)}, "no VXLAN header in clear"
+
+
+def _answers(client: Inside, address: str) -> bool:
+    try:
+        return bool(client.do(f"result = dial({address!r}, 8080, 0.5)"))
+    except OSError:
+        return False
+
+
+def test_rules_that_somebody_removes_let_nothing_out_and_come_back(both: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "wire.pcap"
+    both.dial()
+    with capture(both.a, file):
+        both.a.daemon.stop(signal.SIGKILL)  # nobody repairs
+        assert both.dial() == ["b", "10.101.0.2"], "an agent that is away changes nothing"
+        for _ in range(2):
+            both.a.run("ip", "rule", "del", "pref", "732")
+        with pytest.raises(OSError, match=r"timed out|unreachable"):
+            both.dial(1)
+        both.a.daemon.start()
+        assert both.a.dropped() > 0
+        assert both.dial() == ["b", "10.101.0.2"]
+        for _ in range(2):
+            both.a.run("ip", "rule", "del", "pref", "732")
+        wait_for(lambda: both.a.run("ip", "rule").count("lookup 732") == 2, "the agent makes the rules again", 3)
+        assert both.dial() == ["b", "10.101.0.2"]
+    assert set(udp_ports(file)) <= {str(PORT)}, "no VXLAN header in clear"
+    assert ask(both.a.daemon.socket, "/v1/audit")["problems"] == []
+
+
+def test_a_restart_of_the_agent_leaves_sessions_and_connections(both: Pair) -> None:
+    both.client.do(
+        "held = socket.create_connection(('10.102.0.2', 8080), 3); lines = held.makefile(); result = lines.readline()"
+    )
+    index = both.a.run("ip", "-o", "link", "show", "isthmus-wg0").partition(":")[0]
+    shown = both.a.run("wg", "show", "isthmus-wg0", "latest-handshakes")
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        both.a.daemon.stop(how)
+        both.a.daemon.start()
+        assert both.client.do("held.sendall(b'abc?'); result = int(lines.readline()) > 0") is True
+    assert both.a.run("ip", "-o", "link", "show", "isthmus-wg0").partition(":")[0] == index
+    assert both.a.run("wg", "show", "isthmus-wg0", "latest-handshakes") == shown
+    assert ask(both.a.daemon.socket, "/v1/audit")["problems"] == []
+
+
+def test_a_peer_without_a_key_is_never_sent_to_in_clear(tmp_path: Path) -> None:
+    """Node b has no key that a knows: a is closed towards it; b encrypts towards a."""
+    file = tmp_path / "wire.pcap"
+    with pair(tmp_path, publish=(True, False)) as both:
+        with capture(both.a, file):
+            with pytest.raises(OSError, match=r"timed out|unreachable"):
+                both.dial(1)
+            wait_for(lambda: both.a.dropped() > 0, "the drop is counted")
+            found = both.a.encryption()
+            assert (found["state"], found["reason"]) == ("closed", "it publishes no WireGuard key")
+            assert "unreachable 198.18.0.12" in both.a.run("ip", "route", "show", "table", "732")
+        assert "8472" not in udp_ports(file)
+        # The key comes: it is published, and the agent reads it.
+        publics = {"onprem": public_of(both.a.private), "cloud": public_of(both.b.private)}
+        both.a.daemon.stop()
+        both.a.publish(documents("onprem", publics))
+        both.a.daemon.start()
+        wait_for(lambda: _answers(both.client, "10.102.0.2"), "a reaches b", 5)
