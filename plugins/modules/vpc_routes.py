@@ -101,25 +101,22 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: The ranges of a cluster in AWS
-  hosts: localhost
-  gather_facts: false
-  tasks:
-    - name: Routes to two hosts, the overlay's port open
-      isthmus.mesh.vpc_routes:
-        provider: aws
-        region: eu-central-1
-        network: vpc-0a1b2c3d
-        owner: mine-cloud
-        routes:
-          - destination: 10.102.0.0/28
-            via: 172.31.0.11
-          - destination: 10.102.0.16/28
-            via: 172.31.0.12
-        rules:
-          - protocol: udp
-            port: 8472
-            sources: [172.31.0.0/16, 203.0.113.0/24]
+- name: Routes to two hosts in AWS, the overlay's port open on them
+  isthmus.mesh.vpc_routes:
+    provider: aws
+    region: eu-central-1
+    network: vpc-0a1b2c3d
+    owner: mine-cloud
+    routes:
+      - destination: 10.102.0.0/28
+        via: 172.31.0.11
+      - destination: 10.102.0.16/28
+        via: 172.31.0.12
+    rules:
+      - protocol: udp
+        port: 8472
+        sources: [172.31.0.0/16, 203.0.113.0/24]
+  delegate_to: localhost
 
 - name: All of it goes again
   isthmus.mesh.vpc_routes:

@@ -175,7 +175,7 @@ def test_a_blackhole_is_told_and_follows_the_host(vpc: Network) -> None:
     wanted = options(vpc, {"10.102.0.0/28": "172.31.0.11"})
     run("vpc_routes", wanted)
     vpc.ec2.delete_network_interface(NetworkInterfaceId=old)
-    seen = run("vpc_routes", {**wanted, "route_tables": [vpc.table]})
+    seen = run("vpc_routes", wanted)
     assert seen["changed"] is False
     assert [(one["destination"], one["target"], one["owned"]) for one in seen["blackholes"]] == [
         ("10.102.0.0/28", old, True)
@@ -186,6 +186,26 @@ def test_a_blackhole_is_told_and_follows_the_host(vpc: Network) -> None:
     followed = run("vpc_routes", wanted)
     assert followed["changed"] is True
     assert vpc.routes(vpc.table) == {"10.102.0.0/28": new}
+
+
+def test_routes_leave_the_table_of_a_subnet_that_no_host_is_in(vpc: Network) -> None:
+    one, two = vpc.interface("172.31.0.11"), vpc.interface("172.31.1.12", 1)
+    run("vpc_routes", options(vpc, {"10.102.0.0/28": "172.31.0.11", "10.102.0.16/28": "172.31.1.12"}))
+    assert vpc.routes(vpc.main) == {"10.102.0.0/28": one, "10.102.0.16/28": two}
+    run("vpc_routes", options(vpc, {"10.102.0.0/28": "172.31.0.11"}))
+    assert vpc.routes(vpc.table) == {"10.102.0.0/28": one}
+    assert (vpc.routes(vpc.main), vpc.tags(vpc.main)) == ({}, {})
+
+
+def test_a_host_that_is_away_takes_no_route_from_its_subnet(vpc: Network) -> None:
+    vpc.interface("172.31.0.11")
+    two = vpc.interface("172.31.1.12", 1)
+    wanted = options(vpc, {"10.102.0.0/28": "172.31.0.11", "10.102.0.16/28": "172.31.1.12"})
+    run("vpc_routes", wanted)
+    before = vpc.routes(vpc.main)
+    vpc.ec2.delete_network_interface(NetworkInterfaceId=two)
+    assert run("vpc_routes", wanted)["changed"] is False
+    assert vpc.routes(vpc.main) == before
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,9 @@ def test_what_somebody_else_made_is_left_and_its_prefix_refused(google: Google) 
 
 
 def test_a_blackhole_is_told(google: Google) -> None:
-    run("vpc_routes", options(google, BOTH))
+    run("vpc_routes", options(google, BOTH, [OVERLAY]))
     del google.instances["two"]
-    seen = run("vpc_routes", options(google, BOTH))
+    seen = run("vpc_routes", options(google, BOTH, [OVERLAY]))
     assert seen["changed"] is False
     assert [(one["destination"], one["reason"]) for one in seen["blackholes"]] == [
         ("10.102.0.16/28", "NEXT_HOP_ADDRESS_NOT_ASSIGNED")

@@ -120,6 +120,7 @@ class Api:
     def step(self, what: str, before: str, after: str, name: str, **arguments: Any) -> Step:
         """A step that is one call, which AWS can rehearse."""
         action = self.ec2.meta.method_to_api_mapping[name]
+        things = [arguments.get(key) for key in ("RouteTableId", "NetworkInterfaceId", "GroupId", "Resources")]
         return Step(
             what,
             before,
@@ -127,6 +128,7 @@ class Api:
             lambda: self.call(name, **arguments),
             f"ec2:{action}",
             lambda: self.rehearse(name, **arguments),
+            str(next(filter(None, things), "")),
         )
 
 
@@ -179,8 +181,16 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     used = [vpc.by_address[host] for host in hosts if host in vpc.by_address]
     removals: list[Step] = []
     group_steps, group_removals = _group(api, vpc, owner, rules if present else [], used, plan)
-    tables = _tables(vpc, params["route_tables"], {one["SubnetId"] for one in used}, owner, present, plan)
-    lost = _lost(vpc, tables, owner, wishes, plan) if present else set()
+    lost = _lost(vpc, owner, wishes, plan) if present else set()
+    subnets = {one["SubnetId"] for one in used}
+    chosen, others = _tables(vpc, params["route_tables"], subnets, owner, lost, plan)
+    if not present:
+        chosen, others = [], chosen + others
+    elif wishes and not chosen and not plan.problems:
+        plan.problems.append(
+            f"no host of this run has a network interface in {vpc.name}, so nothing says which route tables are meant. "
+            "Next: name them in route_tables, or the hosts in hosts."
+        )
     forward_steps, forward_removals = _forwarding(api, vpc, owner, wishes if present else [])
     plan.steps += group_steps + forward_steps
     wanted = (
@@ -189,11 +199,13 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         else [pure.Route(wish.destination, _target(vpc, wish.hop)) for wish in wishes if wish.destination not in lost]
     )
     plan.problems += _peering_limits(api, wanted)
-    limit = _limit(api, params["route_limit"], plan) if wanted else None
+    limit = params["route_limit"]
+    if limit is None and any(pure.difference(_table(entry, owner, None), wanted, lost).add for entry in chosen):
+        limit = _limit(api, plan)
     dead, borrowed = [], []
-    for entry in tables:
+    for entry in [*chosen, *others]:
         table = _table(entry, owner, limit)
-        change = pure.difference(table, wanted, lost)
+        change = pure.difference(table, *((wanted, lost) if entry in chosen else ([], ())))
         plan.problems += change.problems
         plan.warnings += change.warnings
         dead += pure.dead_routes(table)
@@ -202,7 +214,11 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         plan.steps += made
         removals += gone
     plan.steps += removals + forward_removals + group_removals
-    plan.result = {"route_tables": [one["RouteTableId"] for one in tables], "blackholes": dead, "borrowed": borrowed}
+    plan.result = {
+        "route_tables": [one["RouteTableId"] for one in [*chosen, *others]],
+        "blackholes": dead,
+        "borrowed": borrowed,
+    }
     return plan
 
 
@@ -210,28 +226,23 @@ def _target(vpc: _Vpc, hop: pure.Hop) -> str:
     return vpc.by_address[hop.address]["NetworkInterfaceId"] if hop.address else hop.gateway
 
 
-def _tables(vpc: _Vpc, named: list[str], subnets: set[str], owner: str, present: bool, plan: Plan) -> list[Any]:
-    """The tables that get routes, and those that have some of ours."""
+def _tables(
+    vpc: _Vpc, named: list[str], subnets: set[str], owner: str, lost: set[str], plan: Plan
+) -> tuple[list[Any], list[Any]]:
+    """The tables that get routes, and others that have some of ours, which go."""
     unknown = set(named) - {one["RouteTableId"] for one in vpc.tables}
     plan.problems += [f"{vpc.name} has no route table {name}." for name in sorted(unknown)]
     chosen = [one for one in vpc.tables if one["RouteTableId"] in named] if named else vpc.tables_of(subnets)
-    if present and not named and not subnets:
-        plan.problems.append(
-            f"no host of this run has a network interface in {vpc.name}, so nothing says which route tables are meant. "
-            "Next: name them in route_tables."
-        )
-    theirs = [one for one in vpc.tables if one not in chosen and claimed(owner, tags_of(one))]
-    if present and theirs:
-        # Their subnets have no host of ours any more; what we put there goes.
-        plan.warnings.append(
-            f"routes of {owner} leave {', '.join(one['RouteTableId'] for one in theirs)}: no host is there any more."
-        )
-    return [one for one in chosen if present] + theirs + [one for one in chosen if not present]
+    others = [one for one in vpc.tables if one not in chosen and claimed(owner, tags_of(one))]
+    if lost and not named:
+        # A host that is away may be the only one of its subnet; it is not taken for one that moved.
+        return chosen + others, []
+    return chosen, others
 
 
-def _lost(vpc: _Vpc, tables: list[Any], owner: str, wishes: list[pure.Wish], plan: Plan) -> set[str]:
+def _lost(vpc: _Vpc, owner: str, wishes: list[pure.Wish], plan: Plan) -> set[str]:
     """Destinations whose host has no interface any more. Known ones wait for it; a new one is a mistake."""
-    known = set().union(*(claimed(owner, tags_of(one)) for one in tables)) if tables else set()
+    known = set().union(*(claimed(owner, tags_of(one)) for one in vpc.tables))
     lost = set()
     for wish in wishes:
         hop = wish.hop
@@ -279,9 +290,7 @@ def _peering_limits(api: Api, wanted: list[pure.Route]) -> list[str]:
     ]
 
 
-def _limit(api: Api, declared: int | None, plan: Plan) -> int | None:
-    if declared is not None:
-        return declared
+def _limit(api: Api, plan: Plan) -> int | None:
     try:
         answer = api.call("get_service_quota", api.quotas, ServiceCode=QUOTA[0], QuotaCode=QUOTA[1])
         return int(answer["Quota"]["Value"])

@@ -213,13 +213,18 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         ]
     local = [host for host in hosts if host in network.by_address]
     tables, own, bare = _tables(network, owner, network.subnets_of(local) if present and wishes else set(), plan)
-    known = {
-        one["properties"]["addressPrefix"]
-        for table, _here in tables
-        for one in table["properties"].get("routes", [])
-        if _route_owned(owner, one["name"])
+    ours = {
+        entry["id"]: [
+            one["properties"]["addressPrefix"]
+            for one in entry["properties"].get("routes", [])
+            if _route_owned(owner, one["name"])
+        ]
+        for entry, _here in tables
     }
-    wanted, lost = _wanted(network, wishes if present else [], known, plan)
+    wanted, lost = _wanted(network, wishes if present else [], set().union(*ours.values()), plan)
+    if lost:
+        # A host that is away may be the only one of its subnet; it is not taken for one that moved.
+        tables = [(entry, here or bool(ours[entry["id"]])) for entry, here in tables]
     made, removed = _forwarding(network, owner, wishes if present else [])
     dead, borrowed = [], []
     for entry, here in tables:
@@ -234,7 +239,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         removed += gone
     used = any(here and own is not None and entry["id"] == own["id"] for entry, here in tables)
     new_table, on_subnets, table_removals = _own_table(network, owner, own, bare, used)
-    rule_steps, rule_removals = _rules(network, owner, rules if present else [], local, plan)
+    rule_steps, rule_removals = _rules(network, owner, rules if present else [], hosts, plan)
     plan.steps += [*new_table, *made, *on_subnets, *rule_steps, *removed, *rule_removals, *table_removals]
     plan.result = {
         "route_tables": [entry["id"] for entry, here in tables if here or not present],
@@ -481,7 +486,7 @@ def _rules(
 ) -> tuple[list[Step], list[Step]]:
     """Security rules, one per port, for exactly the hosts, in every group that their packets pass."""
     api = network.api
-    here = [network.by_address[host] for host in hosts]
+    here = [network.by_address[host] for host in hosts if host in network.by_address]
     subnets = [network.subnets[one] for one in network.subnets_of(hosts)]
     wanted = pure.by_port(rules)
     every = network.referred("networkSecurityGroup", [*network.subnets.values(), *network.interfaces])

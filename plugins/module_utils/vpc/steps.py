@@ -25,7 +25,8 @@ class ProviderError(Exception):
 
 @dataclass
 class Step:
-    """One call that changes something. `rehearse` raises `ProviderError` when the call would be refused."""
+    """One call that changes something. `rehearse` raises `ProviderError` when the call would be refused; once is enough
+    for one permission on one thing, `where`."""
 
     what: str
     before: str
@@ -33,6 +34,7 @@ class Step:
     do: Callable[[], Any]
     permission: str
     rehearse: Callable[[], Any] | None = None
+    where: str = ""
 
 
 @dataclass
@@ -66,7 +68,8 @@ def carry_out(module: AnsibleModule, changes: Changes, plan: Plan) -> None:
         words = " ".join(f"({number}) {problem}" for number, problem in enumerate(plan.problems, 1))
         module.fail_json(msg=f"nothing was changed. {words}", **plan.result)
     missing = plan.missing(sorted({step.permission for step in plan.steps})) if plan.steps else {}
-    for step in plan.steps:
+    rehearsals = {(step.permission, step.where): step for step in plan.steps if step.rehearse is not None}
+    for step in rehearsals.values():
         if step.rehearse is not None and step.permission not in missing:
             try:
                 step.rehearse()
