@@ -286,7 +286,8 @@ def routes(
             found.add(Route(IPv4Network(address), source, mtu, TABLE))
             if is_node and (node.is_machine or not ours):
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
-    narrowest = min((path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu) for node in nodes), default=0)
+    mtus = [path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.encrypted) for node in nodes]
+    narrowest = min(mtus, default=0)
     for wide in loose:
         if not (is_node and is_pod_range(spec, wide)):
             found.add(Route(wide, source, narrowest, MAIN))

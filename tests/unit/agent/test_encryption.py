@@ -91,6 +91,18 @@ def test_a_path_through_wireguard_is_80_bytes_smaller() -> None:
     assert mtu["10.101.0.16/28"] == 1450
 
 
+def test_a_range_that_leads_to_many_nodes_has_the_smallest_mtu_of_them() -> None:
+    found = mesh.documents({}, sizes={"onprem": 2, "cloud": 1})
+    stray = wire.IPIdentityPair("10.102.9.9", (2 << 16) + 1, str(CLOUD))
+    found[keys.ip_key(stray.ip, "cloud")] = stray.to_json().encode()
+    (mtu,) = {
+        route.mtu
+        for route in computed(mesh.state(found)).datapath.routes
+        if route.prefix == ip_network("10.102.0.0/16") and route.table == 254
+    }
+    assert mtu == 1370
+
+
 @pytest.mark.parametrize(
     ("site", "closed"),
     [("onprem", False), ("cloud", True), ("a-new-one", True), (None, True)],
