@@ -97,6 +97,11 @@ TABLES = (
         "`archive` needs `sha256` and `path` or `url`.",
     ),
     (
+        "`isthmus_estate.reserved_ranges[]`",
+        schema.RESERVED_RANGE,
+        "They may overlap each other and hold hosts' own addresses. See [addresses.md](addresses.md).",
+    ),
+    (
         "`isthmus_estate.services[]`",
         schema.SERVICE,
         "A service of machines. It exists in `clusters`; each of them gives it an address of its own.",

@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""First-fit dealing of ranges and addresses. Pure; the caller says what is taken."""
+"""First-fit dealing of ranges and addresses, and who has which. Pure; the caller says what is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+
+WORKLOADS, SERVICES, PODS, CLUSTER_IPS = "workloads", "services", "pods", "ClusterIPs"
+HOST, RESERVED = "host", "reserved"
+
+
+@dataclass(frozen=True, order=True)
+class Claim:
+    """A range that somebody has. `where` is its key path in the inventory, or words for its place in the record;
+    `kind` one of the above; `owner` the cluster, the host of an underlay address, or the name of a reserved range."""
+
+    network: IPv4Network
+    where: str
+    kind: str
+    owner: str
 
 
 def free_subnets(ranges: Iterable[IPv4Network], prefixlen: int, taken: Iterable[IPv4Network]) -> Iterator[IPv4Network]:
@@ -36,3 +51,37 @@ def free_addresses(network: IPv4Network, taken: Iterable[IPv4Network]) -> Iterat
 def host_capacity(network: IPv4Network) -> int:
     """Workloads that a node range holds: all but network, broadcast and the host's own address."""
     return network.num_addresses - 3
+
+
+def overlaps(claims: Iterable[Claim]) -> list[tuple[Claim, Claim]]:
+    """Pairs that overlap, each pair once, ordered by place, the one that holds the other first. Networks overlap only
+    when one holds the other, so a sorted walk with the stack of enclosing ones finds them all."""
+    found = []
+    stack: list[Claim] = []
+    for claim in sorted(claims, key=lambda one: (int(one.network.network_address), one.network.prefixlen, one)):
+        while stack and not claim.network.overlaps(stack[-1].network):
+            stack.pop()
+        found += [(outer, claim) for outer in stack]
+        stack.append(claim)
+    return found
+
+
+def shared(one: IPv4Network, other: IPv4Network) -> str:
+    """What two ranges that overlap share, in words."""
+    inner = one if one.prefixlen >= other.prefixlen else other
+    return f"{inner.num_addresses} address{'es' if inner.num_addresses > 1 else ''} ({inner})"
+
+
+def count_free(ranges: Iterable[IPv4Network], prefixlen: int, taken: Iterable[IPv4Network]) -> int:
+    """How many ranges `free_subnets` gives, without making them. `ranges` do not overlap."""
+    blocked = sorted((int(one.network_address), int(one.broadcast_address)) for one in taken)
+    size = 1 << (32 - prefixlen)
+    count = 0
+    for network in ranges:
+        start, end = int(network.network_address), int(network.broadcast_address)
+        for first, last in [*blocked, (end + 1, end + 1)]:
+            if last < start or first > end + 1:
+                continue
+            count += max(0, first // size - -(-start // size))
+            start = (last // size + 1) * size
+    return count

@@ -17,15 +17,32 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import jsontext, schema, versions
+from .addressing import CLUSTER_IPS, HOST, PODS, RESERVED, SERVICES, WORKLOADS, Claim, overlaps, shared
 from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .schema import INVALID, Problem, not_yet, suggestion
 
 
-class ModelError(ValueError):
-    """The inventory cannot be used. `problems` are all of them, `str()` is one message with a line each."""
+@dataclass(frozen=True)
+class Conflict:
+    """Of the overlap that `problem` tells of, the two sides: `outer` holds `inner`."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    problem: Problem
+    outer: Claim
+    inner: Claim
+
+
+class ModelError(ValueError):
+    """The inventory cannot be used. `problems` are all of them, `str()` is one message with a line each.
+
+    `conflicts` are those of the problems that are overlaps. `draft` is what could be read, without what is wrong in
+    itself and with the overlaps, to be looked at only; None when not even that much could be read."""
+
+    def __init__(
+        self, problems: Iterable[Problem], conflicts: Iterable[Conflict] = (), draft: Model | None = None
+    ) -> None:
         self.problems = tuple(sorted(set(problems)))
+        self.conflicts = tuple(conflicts)
+        self.draft = draft
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = "\n".join(f"- {problem}" for problem in self.problems)
@@ -66,11 +83,21 @@ class Cluster:
     absent: bool = False
 
     @property
-    def ranges(self) -> tuple[IPv4Network, ...]:
+    def claims(self) -> tuple[Claim, ...]:
         """Every address of the mesh that is this cluster's lies in one of them."""
-        outer = self.kubernetes
-        theirs = () if outer is None else (*outer.pod_ranges, outer.service_range)
-        return (*self.workload_ranges, self.service_range, *theirs)
+        where = f"isthmus_estate.clusters.{self.name}"
+        own = [Claim(network, f"{where}.workload_ranges", WORKLOADS, self.name) for network in self.workload_ranges]
+        own.append(Claim(self.service_range, f"{where}.service_range", SERVICES, self.name))
+        if self.kubernetes is not None:
+            where = f"{where}.kubernetes"
+            own += [Claim(one, f"{where}.pod_ranges", PODS, self.name) for one in self.kubernetes.pod_ranges]
+            own.append(Claim(self.kubernetes.service_range, f"{where}.service_range", CLUSTER_IPS, self.name))
+        return tuple(own)
+
+    @property
+    def ranges(self) -> tuple[IPv4Network, ...]:
+        """Those of `claims`."""
+        return tuple(claim.network for claim in self.claims)
 
 
 @dataclass(frozen=True)
@@ -108,6 +135,13 @@ class Host:
         """The host's addresses outside the mesh, and the variable that each comes from."""
         return {self.advertise: "isthmus_advertise", self.underlay: "isthmus_underlay"}
 
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        return tuple(
+            Claim(IPv4Network(address), f"host {self.name}.{variable}", HOST, self.name)
+            for address, variable in self.addresses.items()
+        )
+
 
 @dataclass(frozen=True)
 class Service:
@@ -135,6 +169,7 @@ class Model:
     clusters: Mapping[str, Cluster]
     hosts: Mapping[str, Host]
     services: Mapping[str, Service]
+    reserved: tuple[Claim, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def digest(self) -> str:
@@ -145,6 +180,8 @@ class Model:
             for entry in content[part].values():
                 if entry[key] is None:
                     del entry[key]
+        if not content["reserved"]:
+            del content["reserved"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -187,11 +224,16 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
+        self.conflicts: list[Conflict] = []
         self.warnings: list[str] = []
         self.broken_hosts: set[str] = set()  # in the mesh, but not readable: no use to complain twice
 
     def problem(self, where: str, what: str, why: str, following: str) -> None:
         self.problems.append(Problem(where, what, why, following))
+
+    def conflict(self, problem: Problem, outer: Claim, inner: Claim) -> None:
+        self.problems.append(problem)
+        self.conflicts.append(Conflict(problem, outer, inner))
 
     def read(self, estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
         if estate is None:
@@ -218,12 +260,25 @@ class _Reader:
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
         self.sites(top, clusters, read_hosts)
-        self.ranges(clusters, read_hosts)
+        reserved = self.reserved(top["reserved_ranges"])
+        self.ranges(clusters, read_hosts, reserved)
         services = self.services(top, clusters, read_hosts)
         if self.problems:
-            raise ModelError(self.problems)
+            readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
+            draft = self.model({**readable, "name": str(top["name"])}, clusters, read_hosts, reserved, services)
+            raise ModelError(self.problems, self.conflicts, draft)
+        return self.model(top, clusters, read_hosts, reserved, services)
+
+    def model(
+        self,
+        top: dict[str, Any],
+        clusters: Mapping[str, Cluster],
+        hosts: Mapping[str, Host],
+        reserved: tuple[Claim, ...],
+        services: Mapping[str, Service],
+    ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
-        sites = {cluster.site for cluster in clusters.values()} | {host.site for host in read_hosts.values()}
+        sites = {cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()}
         return Model(
             name=top["name"],
             domain=top["domain"],
@@ -232,8 +287,9 @@ class _Reader:
             overlay_mtu=overlay["mtu"],
             sites=tuple(sorted(sites | set(top["sites"] or ()))),
             clusters={name: clusters[name] for name in sorted(clusters)},
-            hosts={name: read_hosts[name] for name in sorted(read_hosts)},
+            hosts={name: hosts[name] for name in sorted(hosts)},
             services={name: services[name] for name in sorted(services)},
+            reserved=reserved,
             warnings=tuple(sorted(self.warnings)),
         )
 
@@ -574,11 +630,16 @@ class _Reader:
 
     def pins(self, hosts: Mapping[str, Host]) -> None:
         """Pinned node ranges and workload addresses against each other."""
-        pinned = [(host.node_range, host.name) for host in hosts.values() if host.node_range is not None]
-        for (one, first), (other, second) in _overlaps(pinned):
+        pinned = [
+            Claim(host.node_range, f"host {host.name}.isthmus_node_range", WORKLOADS, host.name)
+            for host in hosts.values()
+            if host.node_range is not None
+        ]
+        for outer, inner in overlaps(pinned):
             self.problem(
-                f"host {second}.isthmus_node_range",
-                f"{other} and {one} of host {first} share {_shared(one, other)}",
+                inner.where,
+                f"{inner.network} and {outer.network} of host {outer.owner} share "
+                f"{shared(outer.network, inner.network)}",
                 "an address belongs to one host",
                 "choose another range",
             )
@@ -688,36 +749,50 @@ class _Reader:
                 self.problem(where, f"the pair {' and '.join(both)} is there twice", "one would win", "remove one")
             pairs.add(both)
 
-    def ranges(self, clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]) -> None:
-        """No two ranges of the mesh overlap, no host's underlay address lies in one, pins lie in theirs."""
-        named: list[tuple[IPv4Network, str]] = []
-        for cluster in clusters.values():
-            where = f"isthmus_estate.clusters.{cluster.name}"
-            named += [(network, f"{where}.workload_ranges") for network in cluster.workload_ranges]
-            named.append((cluster.service_range, f"{where}.service_range"))
-            if cluster.kubernetes is not None:
-                where = f"{where}.kubernetes"
-                named += [(network, f"{where}.pod_ranges") for network in cluster.kubernetes.pod_ranges]
-                named.append((cluster.kubernetes.service_range, f"{where}.service_range"))
-        for (one, first), (other, second) in _overlaps(named):
-            self.problem(
-                second,
-                f"{other} and {one} ({first}) overlap: they share {_shared(one, other)}",
-                "an address of the mesh belongs to one place",
+    def reserved(self, given: Any) -> tuple[Claim, ...]:
+        found: dict[str, Claim] = {}
+        for index, entry in enumerate(() if given is INVALID else given):
+            where = f"isthmus_estate.reserved_ranges[{index}]"
+            if any(value is INVALID for value in entry.values()):
+                continue
+            name = entry["name"]
+            if name in found:
+                self.problem(f"{where}.name", f"{name!r} is there twice", "messages name ranges by it", "rename one")
+            found[name] = Claim(entry["range"], f"{where} ({name})", RESERVED, name)
+        return tuple(sorted(found.values()))
+
+    def ranges(self, clusters: Mapping[str, Cluster], hosts: Mapping[str, Host], reserved: tuple[Claim, ...]) -> None:
+        """No two ranges of the mesh overlap, none holds what is somebody else's (a host's underlay address, a reserved
+        range) or lies in it, pins lie in theirs."""
+        named = [claim for cluster in clusters.values() for claim in cluster.claims]
+        for outer, inner in overlaps([*named, *reserved]):
+            if outer.kind == inner.kind == RESERVED:
+                continue
+            first, second = (outer, inner) if inner.kind != RESERVED else (inner, outer)
+            problem = Problem(
+                second.where,
+                f"{second.network} and {first.network} ({first.where}) overlap: they share "
+                f"{shared(first.network, second.network)}",
+                "packets to what is there would be sent into the mesh"
+                if first.kind == RESERVED
+                else "an address of the mesh belongs to one place",
                 "choose ranges that are apart",
             )
+            self.conflict(problem, outer, inner)
         for cluster in clusters.values():
             self.api_server(cluster, named)
         for host in hosts.values():
-            for address, variable in host.addresses.items():
-                for network, where in named:
-                    if address in network:
-                        self.problem(
-                            f"host {host.name}.{variable}",
-                            f"{address} lies in {network} ({where})",
+            for own in host.claims:
+                address = own.network.network_address
+                for claim in named:
+                    if address in claim.network:
+                        problem = Problem(
+                            own.where,
+                            f"{address} lies in {claim.network} ({claim.where})",
                             "packets between hosts would be sent into the mesh that they carry",
                             "choose a range that holds no host's own address",
                         )
+                        self.conflict(problem, claim, own)
             cluster_ranges = clusters[host.cluster].workload_ranges
             if host.node_range is not None and not any(host.node_range.subnet_of(one) for one in cluster_ranges):
                 self.problem(
@@ -727,7 +802,7 @@ class _Reader:
                     "choose one inside " + ", ".join(str(network) for network in cluster_ranges),
                 )
 
-    def api_server(self, cluster: Cluster, named: Iterable[tuple[IPv4Network, str]]) -> None:
+    def api_server(self, cluster: Cluster, named: Iterable[Claim]) -> None:
         """The API is reached without the mesh. The ClusterIP of its own service will do: kube-proxy is there."""
         if cluster.kubernetes is None:
             return
@@ -735,11 +810,11 @@ class _Reader:
             address = IPv4Address(urlsplit(cluster.kubernetes.api_server).hostname or "")
         except ValueError:
             return
-        for network, where in named:
-            if address in network and network != cluster.kubernetes.service_range:
+        for claim in named:
+            if address in claim.network and claim.network != cluster.kubernetes.service_range:
                 self.problem(
                     f"isthmus_estate.clusters.{cluster.name}.kubernetes.api_server",
-                    f"{address} lies in {network} ({where})",
+                    f"{address} lies in {claim.network} ({claim.where})",
                     "what is known of Kubernetes makes the mesh, so its API must be reached without it",
                     "use an address of the underlay, or a name for one",
                 )
@@ -927,23 +1002,3 @@ class _Reader:
                     suggestion(name, known) if known else f"add it to isthmus_workloads of host {host}",
                 )
         return None, tuple(sorted(workloads))
-
-
-def _overlaps(
-    named: Iterable[tuple[IPv4Network, str]],
-) -> list[tuple[tuple[IPv4Network, str], tuple[IPv4Network, str]]]:
-    """Pairs that overlap, each pair once, ordered by place. Networks overlap only when one holds the
-    other, so a sorted walk with the stack of enclosing ones finds them all."""
-    found = []
-    stack: list[tuple[IPv4Network, str]] = []
-    for entry in sorted(named, key=lambda one: (int(one[0].network_address), one[0].prefixlen, one[1])):
-        while stack and not entry[0].overlaps(stack[-1][0]):
-            stack.pop()
-        found += [(outer, entry) for outer in stack]
-        stack.append(entry)
-    return found
-
-
-def _shared(one: IPv4Network, other: IPv4Network) -> str:
-    inner = one if one.prefixlen >= other.prefixlen else other
-    return f"{inner.num_addresses} addresses ({inner})"

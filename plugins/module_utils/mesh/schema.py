@@ -251,13 +251,14 @@ class Range(Kind):
 
     shortest: int
     longest: int
+    why: str = "addresses are dealt from it"
 
     _forbidden: ClassVar[tuple[ipaddress.IPv4Network, ...]] = tuple(
         ipaddress.IPv4Network(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
     )
 
     def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
-        why = "addresses are dealt from it"
+        why = self.why
         text = value if isinstance(value, str) and "/" in value else ""
         try:
             network = ipaddress.ip_network(text)
@@ -784,6 +785,22 @@ SERVICE = Table(
     },
 )
 
+RESERVED_RANGE = Table(
+    "reserved range",
+    {
+        "name": Key(
+            Text(r"[!-~]([ -~]{0,61}[!-~])?", "a name (1 to 63 printable ASCII characters)", "messages name it", 63),
+            "Whose it is, in words.",
+            REQUIRED,
+        ),
+        "range": Key(
+            Range(8, 32, "no range of the mesh may overlap it"),
+            "The range, of the underlay or of a network that hosts reach without the mesh.",
+            REQUIRED,
+        ),
+    },
+)
+
 OVERLAY = Table(
     "overlay section",
     {
@@ -817,6 +834,11 @@ ESTATE = Table(
         ),
         "site_pairs": Key(Listing(SITE_PAIR), "What differs for a pair of sites.", ()),
         "clusters": Key(Mapped(CLUSTER_NAME, CLUSTER, "cluster names"), "The clusters.", REQUIRED),
+        "reserved_ranges": Key(
+            Listing(RESERVED_RANGE),
+            "Ranges that the mesh must not use: of the underlay, VPNs, VPCs, offices.",
+            (),
+        ),
         "services": Key(Listing(SERVICE), "Services of machines.", ()),
     },
 )

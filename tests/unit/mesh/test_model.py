@@ -68,6 +68,39 @@ def test_the_digest_follows_the_content() -> None:
     assert model(other).digest() != model().digest()
 
 
+def test_reserved_ranges_may_overlap_each_other_and_hold_hosts() -> None:
+    """An estate without any has the digest that it had before there were such."""
+    other = estate()
+    other["reserved_ranges"] = []
+    assert model(other).digest() == model().digest()
+    other["reserved_ranges"] = [
+        {"name": "VPC", "range": "198.18.0.0/15"},
+        {"name": "subnet of onprem", "range": "198.18.1.0/24"},
+        {"name": "192.0.2.0/24", "range": "192.0.2.0/24"},
+    ]
+    found = model(other)
+    assert [str(claim.network) for claim in found.reserved] == ["192.0.2.0/24", "198.18.0.0/15", "198.18.1.0/24"]
+    assert found.digest() != model().digest()
+
+
+def test_a_refusal_has_what_could_be_read() -> None:
+    the_estate, the_hosts = estate(), hosts()
+    the_estate.update(name=7, overlay={"port": "x"}, sites=[], max_clusters=1, reserved_ranges=7)
+    the_estate["clusters"]["cloud"].update(workload_ranges=["10.101.128.0/20"])
+    the_hosts["o2"]["ansible_host"] = "198.18.1.1"
+    with pytest.raises(ModelError) as caught:
+        model(the_estate, the_hosts)
+    draft, (conflict,) = caught.value.draft, caught.value.conflicts
+    assert draft is not None
+    assert (sorted(draft.clusters), sorted(draft.hosts)) == (["cloud", "onprem"], ["c1", "o1", "o2", "o3"])
+    assert (draft.max_clusters, draft.reserved) == (255, ())
+    assert (str(conflict.outer.network), conflict.inner.owner) == ("10.101.0.0/16", "cloud")
+    assert conflict.problem in caught.value.problems
+    with pytest.raises(ModelError) as caught:
+        read_model([], {})
+    assert caught.value.draft is None
+
+
 def _cluster(name: str, **changes: Any) -> Edit:
     return lambda e, h: e["clusters"][name].update(changes)
 
@@ -106,6 +139,40 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         f"{C}.cloud.service_range: 10.102.3.0/24 and 10.102.0.0/16 ({C}.cloud.workload_ranges) overlap: they share "
         "256 addresses (10.102.3.0/24). Why: an address of the mesh belongs to one place. Next: choose ranges that "
         "are apart.",
+    ),
+    (
+        "a workload range inside a reserved one",
+        _estate(
+            reserved_ranges=[{"name": "office VPN", "range": "10.96.0.0/12"}, {"name": "all", "range": "11.0.0.0/8"}]
+        ),
+        f"{C}.onprem.workload_ranges: 10.101.0.0/16 and 10.96.0.0/12 (isthmus_estate.reserved_ranges[0] (office VPN)) "
+        "overlap: they share 65536 addresses (10.101.0.0/16). Why: packets to what is there would be sent into the "
+        "mesh. Next: choose ranges that are apart.",
+    ),
+    (
+        "a reserved range inside a service range",
+        _estate(reserved_ranges=[{"name": "a printer", "range": "10.112.3.7/32"}]),
+        f"{C}.cloud.service_range: 10.112.0.0/16 and 10.112.3.7/32 (isthmus_estate.reserved_ranges[0] (a printer)) "
+        "overlap: they share 1 address (10.112.3.7/32). Why: packets to what is there would be sent into the mesh. "
+        "Next: choose ranges that are apart.",
+    ),
+    (
+        "two reserved ranges of one name",
+        _estate(reserved_ranges=[{"name": "x", "range": "10.9.0.0/16"}, {"name": "x", "range": "10.8.0.0/16"}]),
+        "isthmus_estate.reserved_ranges[1].name: 'x' is there twice. Why: messages name ranges by it. Next: rename "
+        "one.",
+    ),
+    (
+        "a reserved range that is none",
+        _estate(reserved_ranges=[{"name": "x", "range": "10.9.0.1/16"}]),
+        "isthmus_estate.reserved_ranges[0].range: '10.9.0.1/16' has bits set behind its prefix. Why: no range of the "
+        "mesh may overlap it. Next: write 10.9.0.0/16.",
+    ),
+    (
+        "a reserved range whose name would break a line",
+        _estate(reserved_ranges=[{"name": "x\ny", "range": "10.9.0.0/16"}]),
+        "isthmus_estate.reserved_ranges[0].name: 'x\\ny' is not a name (1 to 63 printable ASCII characters). Why: "
+        "messages name it. Next: change it.",
     ),
     (
         "an underlay address inside a range",
