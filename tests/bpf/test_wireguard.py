@@ -42,7 +42,7 @@ class Side:
             self.process = self.node.call(_wireguard_go, self.device)
         device = wait_for(lambda: self._device(), f"{self.device} is there")
         self.node.call(self.node.bpf.attach_wireguard, device.index, 8472, self.wanted)
-        self.node.call(wireguard.configure, self.wanted, self.device)
+        wait_for(self._configure, f"{self.device} takes its settings")
         self.apply(self.node.datapath, device.index)
 
     def _device(self) -> wireguard.Device | None:
@@ -50,6 +50,13 @@ class Side:
             return self.node.call(wireguard.ensure_device, self.wanted.mtu, self.device)
         except netlink.NetworkError:
             return None  # wireguard-go has not made it yet
+
+    def _configure(self) -> bool:
+        try:
+            self.node.call(wireguard.configure, self.wanted, self.device)
+        except netlink.NetworkError:
+            return False  # wireguard-go has made the device and not yet its control socket
+        return True
 
     def apply(self, datapath: Datapath, index: int | None) -> None:
         self.node.datapath = datapath
