@@ -129,11 +129,6 @@ class Kubernetes:
             part.mkdir(mode=0o700)
             authority = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,digitalSignature,keyCertSign,cRLSign")
             certificate(part / "ca", f"/CN={self.name}", authority)
-            run(
-                *("openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"),
-                "-out",
-                f"{part}/sa.key",
-            )
             for name, (subject, extensions) in kubernetes_machine.certificates(self.cluster).items():
                 certificate(part / name, subject, extensions.splitlines(), signer=part / "ca")
             part.rename(place)
@@ -160,7 +155,11 @@ class Kubernetes:
 
     def settle(self) -> None:
         """Wait for the API; say what an operator says to a new cluster; wait for nodes and for the cluster's DNS."""
-        wait_for(f"{self.name}: the API server is ready", READY_SECONDS, self.api_ready)
+        server = self.cluster.control_plane.name
+        look = (
+            f"the API server is ready (`tests/lab/lab exec {server} -- journalctl -u kube-apiserver` says what it does)"
+        )
+        wait_for(f"{self.name}: {look}", READY_SECONDS, self.api_ready)
         texts = (kubernetes_machine.BINDINGS, kubernetes_machine.coredns(self.cluster))
         self.apply(kubernetes_machine.nodes(self.cluster))
         with ThreadPoolExecutor(len(self.cluster.nodes)) as pool:

@@ -198,6 +198,7 @@ def certificates(cluster: KubernetesCluster) -> dict[str, tuple[str, str]]:
             "/CN=kube-apiserver",
             f"extendedKeyUsage=serverAuth\nsubjectAltName={','.join(alternatives)}",
         ),
+        "sa": ("/CN=service-accounts", "keyUsage=digitalSignature"),  # tokens are signed with its key
         "kubelet-client": ("/CN=kube-apiserver-kubelet-client", client),
         "admin": ("/O=system:masters/CN=admin", client),
         "controller-manager": ("/CN=system:kube-controller-manager", client),
@@ -218,8 +219,7 @@ def unit(description: str, command: str, *, after: str = "network.target", kind:
 def files(cluster: KubernetesCluster, host: Host, pki: Mapping[str, str], proxy_mode: str) -> Files:
     """Everything that the machine has beyond other machines: path -> (text, mode), units enabled.
 
-    `pki`: the cluster's certificates and keys, `<name>.crt` and `<name>.key` -> PEM, with `ca`, and `sa.key` that
-    signs tokens of service accounts.
+    `pki`: the certificates and keys of `certificates` and of `ca`, `<name>.crt` and `<name>.key` -> PEM.
     """
     found = routes(cluster, host)
     if host == cluster.control_plane:
@@ -267,7 +267,7 @@ def control_plane(cluster: KubernetesCluster, pki: Mapping[str, str]) -> Files:
             f"--tls-cert-file={place}/apiserver.crt --tls-private-key-file={place}/apiserver.key",
             f"--kubelet-client-certificate={place}/kubelet-client.crt --kubelet-client-key={place}/kubelet-client.key",
             "--kubelet-preferred-address-types=InternalIP --service-account-issuer=https://kubernetes.default.svc",
-            f"--service-account-key-file={place}/sa.key --service-account-signing-key-file={place}/sa.key",
+            f"--service-account-key-file={place}/sa.crt --service-account-signing-key-file={place}/sa.key",
         )
     )
     controllers = " ".join(
@@ -292,7 +292,7 @@ def control_plane(cluster: KubernetesCluster, pki: Mapping[str, str]) -> Files:
         "kube-scheduler": unit("Kubernetes scheduler", scheduler, after=after),
     }
     found: Files = {f"etc/systemd/system/{name}.service": (text, 0o644) for name, text in units.items()}
-    for name in ("ca.crt", "ca.key", "sa.key"):
+    for name in ("ca.crt", "ca.key", "sa.crt", "sa.key"):
         found[f"{DIRECTORY}/{name}"] = (pki[name], 0o600)
     for name in ("apiserver", "kubelet-client"):
         for kind in ("crt", "key"):

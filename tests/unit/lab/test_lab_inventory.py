@@ -101,12 +101,12 @@ def test_what_a_machine_of_a_cluster_gets() -> None:
     """Who runs what, who keeps which key, who has which routes."""
     cluster = read_inventory(INVENTORIES / "lab_hybrid").kubernetes["kube"]
     names = ["ca", *kubernetes_machine.certificates(cluster)]
-    pki = {f"{name}.{kind}": f"{name}.{kind}" for name in names for kind in ("crt", "key")} | {"sa.key": "sa.key"}
+    pki = {f"{name}.{kind}": f"{name}.{kind}" for name in names for kind in ("crt", "key")}
     control, first, second = (kubernetes_machine.files(cluster, host, pki, "iptables") for host in cluster.hosts)
     units = {"etc/systemd/system/kubelet.service", "etc/systemd/system/kube-proxy.service"}
     assert units <= first.keys()
     assert not units & control.keys()
-    assert "etc/kubernetes/ca.key" in control
+    assert {"etc/kubernetes/ca.key", "etc/kubernetes/sa.key"} <= control.keys()
     assert not any(path.endswith(".key") for path in (*first, *second))
     assert json.loads(first["etc/kubernetes/kube-proxy.json"][0])["mode"] == "iptables"
     routes = {text for text, _ in (machine["etc/systemd/system/pod-routes.service"] for machine in (first, second))}
