@@ -11,6 +11,7 @@ of these names is touched:
     root namespace       link islab0 (198.18.0.1/30) and the route 198.18.0.0/16 over it
     cgroups              isthmus-lab/ in every hierarchy
     files                /var/lib/isthmus-lab (or $ISTHMUS_LAB_STATE), /run/netns/islab-*
+    sysctl               fs.inotify.max_user_instances is raised while a Kubernetes cluster is up
 
 `tests/lab/lab` is the command line (`lab_cli`); tests import `Lab`.
 """
@@ -64,6 +65,8 @@ REBOOT = 133  # systemd-nspawn --keep-unit: the machine asked for a reboot
 NEEDED_DISK = {"state": 2 << 30, "cache": 1 << 30}
 NEEDED_MEMORY = 2 << 30
 BOOT_SECONDS = 90
+INOTIFY_LIMIT = Path("/proc/sys/fs/inotify/max_user_instances")
+INOTIFY_INSTANCES = 512
 NSPAWN_OPTIONS = "nspawn-options"  # a file of a Kubernetes machine: what it needs beyond others, an option a line
 
 
@@ -602,13 +605,40 @@ class Lab:
             for name in sorted(path.name for path in Path("/run/netns").glob("islab-*")):
                 if name == ROUTER or name.startswith("islab-m-"):
                     ip("netns", "delete", name)
-            if Path("/sys/class/net", CONTROLLER_LINK).exists():
+            if ip("link", "show", CONTROLLER_LINK, check=False).returncode == 0:
                 ip("link", "delete", CONTROLLER_LINK)
+            self.restore_inotify_limit()
             remove_cgroups("")
             with contextlib.suppress(OSError):  # nspawn's directory, unless something else is in it
                 Path("/run/systemd/nspawn").rmdir()
             shutil.rmtree(self.state)
         self.say("down: nothing of the lab is left (the image stays in the cache: " + str(rootfs.rootfs_path()) + ")")
+
+    def raise_inotify_limit(self) -> None:
+        """One user's inotify instances, of which every machine has about ten, a node twenty: 128 is usual and too few
+        for machines and a Kubernetes cluster. Restored by `restore_inotify_limit`."""
+        found = int(INOTIFY_LIMIT.read_text())
+        if found >= INOTIFY_INSTANCES:
+            return
+        self.inotify_record.write_text(str(found))
+        try:
+            INOTIFY_LIMIT.write_text(str(INOTIFY_INSTANCES))
+        except OSError as error:
+            raise LabError(
+                f"{INOTIFY_LIMIT} is {found}, a Kubernetes cluster beside the lab's machines needs {INOTIFY_INSTANCES}, "
+                f"and it cannot be written ({error}); set fs.inotify.max_user_instances={INOTIFY_INSTANCES} with sysctl"
+            ) from error
+        self.say(f"fs.inotify.max_user_instances: {found} -> {INOTIFY_INSTANCES} as long as the cluster is up")
+
+    def restore_inotify_limit(self) -> None:
+        if self.inotify_record.exists():
+            INOTIFY_LIMIT.write_text(self.inotify_record.read_text())
+            self.inotify_record.unlink()
+
+    @property
+    def inotify_record(self) -> Path:
+        """The limit as it was before the lab raised it."""
+        return self.state / "inotify-limit"
 
     def kill_group(self, name: str) -> None:
         end = time.monotonic() + 20

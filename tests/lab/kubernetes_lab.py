@@ -81,6 +81,7 @@ class Kubernetes:
         with self.lab.locked():
             began = time.monotonic()
             self.directory.mkdir(parents=True, exist_ok=True)
+            self.lab.raise_inotify_limit()
             self.lab.make_ground(self.hosts)
             self.make_images(programs)
             pki = self.make_pki()
@@ -218,6 +219,7 @@ class Kubernetes:
             shutil.rmtree(self.directory)
             if not any(path != self.images.parent for path in self.directory.parent.iterdir()):
                 shutil.rmtree(self.directory.parent)
+                self.lab.restore_inotify_limit()
         self.lab.say(f"{self.name}: down")
 
     # -- using it
