@@ -625,7 +625,7 @@ class Lab:
             INOTIFY_LIMIT.write_text(str(INOTIFY_INSTANCES))
         except OSError as error:
             raise LabError(
-                f"{INOTIFY_LIMIT} is {found}, a Kubernetes cluster beside the lab's machines needs {INOTIFY_INSTANCES}, "
+                f"{INOTIFY_LIMIT} is {found}, the lab's machines and a Kubernetes cluster need {INOTIFY_INSTANCES}, "
                 f"and it cannot be written ({error}); set fs.inotify.max_user_instances={INOTIFY_INSTANCES} with sysctl"
             ) from error
         self.say(f"fs.inotify.max_user_instances: {found} -> {INOTIFY_INSTANCES} as long as the cluster is up")

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from isthmus_lab import CGROUP, Lab, hierarchies
+from isthmus_lab import CGROUP, INOTIFY_LIMIT, Lab, hierarchies
+from kubernetes_lab import EVERY_CLUSTER, Kubernetes
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 TOOL = Path(__file__).with_name("lab")
@@ -59,6 +60,7 @@ def traces(lab: Lab) -> dict[str, object]:
         "pins": {str(path) for path in Path("/sys/fs/bpf").rglob("*")} if Path("/sys/fs/bpf").exists() else set(),
         "programs": programs(),
         "state": lab.state.exists(),
+        "inotify": INOTIFY_LIMIT.read_text(),
         "nspawn": {str(path) for path in Path("/run/systemd/nspawn").rglob("*")},
     }
 
@@ -99,6 +101,21 @@ def test_down_leaves_nothing(bare: Lab) -> None:
         host, ["systemd-run", "--quiet", "sh", "-c", "trap '' TERM; mount -t tmpfs x /mnt; while :; do sleep 1; done"]
     )
     bare.cut(bare.hosts[host].site)
+    bare.down()
+    gone(bare, before)
+
+
+def test_a_kubernetes_cluster_comes_and_goes(bare: Lab) -> None:
+    """One machine that is control plane and node: taken away alone, and with the lab."""
+    before = traces(bare)
+    cluster = Kubernetes(Lab(EVERY_CLUSTER), "kube2")
+    cluster.up()
+    assert cluster.ready_nodes() == {"kube2-1"}
+    assert cluster.kubectl("get", "node", "kube2-1", "--output=jsonpath={.spec.podCIDR}").stdout == "10.245.1.0/24"
+    cluster.down()
+    assert not any(host.site in {site["site"] for site in cluster.lab.links()} for host in cluster.hosts)
+    assert not cluster.lab.directory(cluster.hosts[0]).exists()
+    cluster.up()
     bare.down()
     gone(bare, before)
 
