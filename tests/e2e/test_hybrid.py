@@ -133,7 +133,7 @@ def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
     play("site", inventory=HYBRID)
     estate.until("all of the service's backends are known", lambda: estate.used(EDGE) >= set(WORKERS))
     yield made
-    play("site", "-e", "isthmus_prune=kube")
+    play("site", "-e", "isthmus_prune=cluster/kube")
 
 
 def test_a_second_run_changes_nothing(hybrid: Hybrid) -> None:
