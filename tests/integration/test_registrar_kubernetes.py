@@ -183,7 +183,7 @@ def test_an_api_server_that_restarts_changes_nothing_and_is_followed_again(kube:
             api.stop()
             await until(lambda: kube.told().state == "absent", "its absence is told")
             assert "127.0.0.1" in str(kube.told().error)
-            api.start()
+            await asyncio.to_thread(api.start)
             await until(lambda: kube.told().state == "connected", "it is back", 30.0)
             assert kube.revisions() == before
             api.delete("pods", "shop", "web-1")
@@ -196,8 +196,11 @@ def test_an_api_server_that_restarts_changes_nothing_and_is_followed_again(kube:
     asyncio.run(run())
 
 
-def test_what_went_while_nobody_could_tell_is_found_by_a_new_list(kube: Kube, api: ApiServer) -> None:
+def test_what_went_while_nobody_could_tell_is_found_by_a_new_list(
+    kube: Kube, api: ApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """The server has forgotten the versions in between: 410 Gone."""
+    caplog.set_level("INFO")
 
     async def run() -> None:
         async with running(registrar := kube.registrar()):
@@ -206,9 +209,11 @@ def test_what_went_while_nobody_could_tell_is_found_by_a_new_list(kube: Kube, ap
             lists = registrar.kubernetes.lists
             api.stop()
             api.store.etcdctl("del", "/registry/pods/shop/web-1")
-            api.start()
+            await asyncio.to_thread(api.start)
             await until(lambda: keys.ip_key("10.244.1.2") not in kube.state(), "the lost deletion is seen", 40.0)
             assert registrar.kubernetes.lists > lists
+            again = [record for record in caplog.records if record.getMessage() == "listing again"]
+            assert any("too old resource version" in str(record.__dict__["fields"]) for record in again)
             assert keys.ip_key("10.244.2.2") in kube.state()
 
     asyncio.run(run())
