@@ -10,7 +10,7 @@ from typing import Any
 
 from integration.test_batches_playbook import ROOT, Site
 
-FAKED = ("kubernetes_access", "kubernetes_credential", "kubernetes_probe")
+FAKED = ("kubernetes_access", "kubernetes_credential", "kubernetes_probe", "teardown")
 
 
 class Hybrid(Site):
@@ -88,3 +88,18 @@ def test_a_problem_of_kubernetes_stops_before_anything_is_changed(tmp_path: Path
     assert stopped.status != 0
     assert "kubernetes_probe fails on b1" in stopped.output
     assert site.calls("bundle") == []
+
+
+def test_a_teardown_takes_kubernetes_along_with_the_last_registrar(tmp_path: Path) -> None:
+    site = Hybrid(tmp_path)
+    confirmed = ("-e", "isthmus_confirm_teardown=e")
+    part = site.run(*confirmed, "--limit", "a1,a2", name="teardown")
+    assert part.status == 0, part.output
+    assert site.calls("kubernetes_access") == []
+    (tmp_path / "away").touch()
+    away = site.run(*confirmed, "--limit", "a1,a2,a3,c1", name="teardown")
+    assert away.status == 0, away.output
+    (removed,) = site.calls("kubernetes_access")
+    assert (removed["state"], removed["host"], removed["kubeconfig"]) == ("absent", "b1", "/kube/a")
+    assert "Kubernetes of cluster a still has a ClusterRole of the mesh" in away.output
+    assert "kubectl delete clusterrolebinding,clusterrole,csr -l app.kubernetes.io/managed-by=isthmus" in away.output
