@@ -185,11 +185,6 @@ def with_fixes(error: ModelError, record: Record) -> ModelError:
     return ModelError(problems, error.conflicts, error.draft)
 
 
-def free_range(model: Model, record: Record, like: Claim) -> IPv4Network | None:
-    """One of the same size that clashes with nothing known, beside those of its kind."""
-    return Space.of(model, record).deal(like.network.prefixlen, like.kind)
-
-
 def known_claims(model: Model, record: Record) -> list[Claim]:
     """All that has a place: the model's, and what only the record knows and still runs (the planner's orphans)."""
     found = [claim for cluster in model.clusters.values() for claim in cluster.claims]
@@ -304,6 +299,8 @@ class _Fixes:
             words = f"put {names} back into {moving.where} instead of {moving.network}: the cluster runs with it"
             return self._result(moving, "restore", back[0], words, hosts=[], workloads=0, services=[])
         if moving not in self.instead:
+            if len(self.space.by_kind[moving.kind]) > 1:
+                self.space.by_kind[moving.kind].remove(moving.network)  # a mistake is nothing to be beside of
             self.instead[moving] = self.space.deal(moving.network.prefixlen, moving.kind)
         used = self._used(moving)
         instead = self.instead[moving]
