@@ -176,7 +176,7 @@ def with_fixes(error: ModelError, record: Record) -> ModelError:
     """The same refusal, with a concrete way out for each overlap."""
     if error.draft is None or not error.conflicts:
         return error
-    fixes = _Fixes(error.draft, record)
+    fixes = _Fixes(error.draft, record, Space.of(error.draft, record))
     replaced = {
         conflict.problem: replace(conflict.problem, next=fixes.fix(conflict.outer, conflict.inner)["words"])
         for conflict in error.conflicts
@@ -222,13 +222,14 @@ class Space:
         everything = list(claims)
         self.taken = [claim.network for claim in everything if claim.kind != HOST]
         self.hosts = sorted({claim.network for claim in everything if claim.kind == HOST})
+        self.around_hosts = [{one.supernet(new_prefix=margin) for one in self.hosts} for margin in (16, 24, 32)]
         self.by_kind: dict[str, list[IPv4Network]] = {}
         for claim in everything:
             self.by_kind.setdefault(claim.kind, []).append(claim.network)
 
     @classmethod
     def of(cls, model: Model, record: Record) -> Space:
-        """Without all that model and record name, also ranges that the inventory lacks by now."""
+        """Without all that model and record name, also ranges of the record that the inventory has changed by now."""
         recorded = [claim for name, doc in _running(record).items() for claim in _recorded(name, doc)]
         return cls([*known_claims(model, record), *recorded])
 
@@ -238,8 +239,7 @@ class Space:
         What network a host's own address is in is not known: as long as there is room, the whole /16 around it is left
         alone, then the /24, then the address.
         """
-        for margin in (16, 24, 32):
-            around = [one.supernet(new_prefix=margin) for one in self.hosts]
+        for around in self.around_hosts:
             found = self._first(prefixlen, kind, {*self.taken, *around})
             if found is not None:
                 self.taken.append(found)
@@ -277,11 +277,11 @@ class Space:
 class _Fixes:
     """Which side of an overlap gives way, to what, and what that takes. Of one range there is one fix."""
 
-    def __init__(self, model: Model, record: Record) -> None:
+    def __init__(self, model: Model, record: Record, space: Space) -> None:
         self.model = model
         self.record = record
         self.running = _running(record)
-        self.space = Space.of(model, record)
+        self.space = space
         self.instead: dict[Claim, IPv4Network | None] = {}
 
     def fix(self, outer: Claim, inner: Claim) -> dict[str, Any]:
@@ -446,6 +446,7 @@ class _Plan:
         self.new = new
         self.unread = unread
         self.running = _running(record)
+        self.claims = known_claims(model, record)
         self.space = Space.of(model, record)
         self.problems: list[Problem] = []
 
@@ -453,15 +454,13 @@ class _Plan:
         self.problems.append(Problem(where, what, why, following))
 
     def build(self) -> dict[str, Any]:
-        fixes = _Fixes(self.model, self.record)
+        fixes = _Fixes(self.model, self.record, self.space)
         found = []
-        for outer, inner in clashes(known_claims(self.model, self.record)):
+        for outer, inner in clashes(self.claims):
             fix = fixes.fix(outer, inner)
             what = f"{_thing(inner)} and {_thing(outer)} overlap: they share {shared(outer.network, inner.network)}"
             self.problem(inner.where, what, "an address belongs to one place", fix["words"])
             found.append({"ranges": [_side(outer), _side(inner)], "fix": fix})
-        # What the fixes would take is not proposed for anything else.
-        self.space.taken += [one for one in fixes.instead.values() if one is not None]
         clusters = [self.cluster(cluster) for cluster in self.model.clusters.values() if not cluster.absent]
         proposal = None if self.new is None else self.propose(self.new)
         ids = self.cluster_ids(proposal)
@@ -482,7 +481,7 @@ class _Plan:
     # Ranges
 
     def rows(self) -> list[Claim]:
-        claims = [claim for claim in known_claims(self.model, self.record) if claim.kind != HOST]
+        claims = [claim for claim in self.claims if claim.kind != HOST]
         return sorted(claims, key=lambda claim: (int(claim.network.network_address), claim.network.prefixlen, claim))
 
     def row(self, claim: Claim) -> dict[str, Any]:
@@ -501,7 +500,7 @@ class _Plan:
         sites = {name: host.site for name, host in self.model.hosts.items()}
         for doc in self.running.values():
             sites.update({name: entry["site"] for name, entry in doc["hosts"].items() if name not in sites})
-        for claim in known_claims(self.model, self.record):
+        for claim in self.claims:
             if claim.kind == HOST:
                 names, addresses = found.setdefault(claim.network.supernet(new_prefix=24), (set(), set()))
                 names.add(sites[claim.owner])

@@ -641,3 +641,53 @@ def test_names_of_a_hostile_record_are_printed_harmlessly() -> None:
     text = lines(address_plan(caught.value.draft, merge([documents]), NOW))
     assert all(line.isascii() and line.isprintable() for line in text)
     assert any("x?[2J?- y?" in line for line in text)
+
+
+# The steps of docs/addresses.md
+
+
+def test_hosts_are_renumbered_into_the_range_that_stands_first() -> None:
+    """Out and in again with the free range in front; then the old one can go and the other side come."""
+    the_estate, the_hosts = estate(), hosts()
+    cluster = the_estate["clusters"]["onprem"]
+    cluster["workload_ranges"] = ["10.101.0.0/27", "10.101.1.0/24"]
+    the_hosts["o4"] = {"isthmus_cluster": "onprem", "ansible_host": "198.18.1.4", "isthmus_workloads": [web()]}
+    before = planned(model(the_estate, the_hosts))
+    assert before.record["clusters/onprem"]["hosts"]["o4"]["range4"] == "10.101.1.16/28"
+    reserved = reserve("10.101.1.0/24")
+    [message] = refusal(
+        lambda e, h: (e.update(copy.deepcopy(the_estate)), h.update(the_hosts), reserved(e, h)), recorded(before)
+    )
+    assert (
+        "2 hosts (o3, o4) and 1 address of workloads in 10.101.1.0/24 would change. Put 10.103.0.0/24 first" in message
+    )
+
+    cluster["workload_ranges"].insert(0, "10.103.0.0/24")
+    cluster["etcd"]["hosts"] = ["o1"]
+    before = planned(model(the_estate, the_hosts), before, prune=("member/onprem/o2", "member/onprem/o3"))
+    for host in ("o3", "o4"):
+        the_hosts[host]["isthmus_state"] = "absent"
+        before = planned(model(the_estate, the_hosts), before)
+        del the_hosts[host]["isthmus_state"]
+        before = planned(model(the_estate, the_hosts), before)
+    cluster["workload_ranges"].remove("10.101.1.0/24")
+    reserved(the_estate, the_hosts)
+    found = planned(model(the_estate, the_hosts), before).record["clusters/onprem"]["hosts"]
+    assert [found[host]["range4"] for host in ("o1", "o3", "o4")] == [
+        "10.101.0.0/28",
+        "10.103.0.0/28",
+        "10.103.0.16/28",
+    ]
+
+
+def test_a_cluster_is_renumbered_by_its_removal() -> None:
+    the_estate, the_hosts = estate(), hosts()
+    before = planned(model(the_estate, the_hosts))
+    cluster = the_estate["clusters"]["cloud"]
+    cluster["state"] = "absent"
+    before = planned(model(the_estate, the_hosts), before)
+    del cluster["state"]
+    cluster["service_range"] = "10.113.0.0/16"
+    reserve("10.112.0.0/16")(the_estate, the_hosts)
+    found = planned(model(the_estate, the_hosts), before).record["clusters/cloud"]
+    assert (found["service_range"], sorted(found["hosts"])) == ("10.113.0.0/16", ["c1"])
