@@ -299,6 +299,22 @@ def test_all_problems_in_one_message(site: Site) -> None:
     assert "did you mean 'isthmus_labels'? Change it" in refusal
 
 
+def test_ranges_that_overlap_are_refused_with_a_way_out(site: Site) -> None:
+    """By what the record has in use: the new range gives way, also in a list of other problems."""
+    record = site.plan()["record"]
+    c = {"id": 3, "workload_ranges": ["10.101.0.0/17"], "service_range": "10.113.0.0/16", "etcd": {"hosts": ["c1"]}}
+    reserved = [{"name": "office VPN", "range": "10.112.9.0/24"}]
+    estate = {**ESTATE, "reserved_ranges": reserved, "clusters": {**ESTATE["clusters"], "c": c}}
+    site.write("group_vars/all.yml", {"isthmus_estate": estate, "ansible_python_interpreter": sys.executable})
+    site.hosts(a1={"ansible_host": "192.0.2.1"}, b1={"ansible_host": "192.0.2.1"}, c1={"ansible_host": "192.0.2.3"})
+    refusal = site.refusal(records=[record])
+    assert "The mesh cannot be planned: 3 problems. Nothing was changed on any host." in refusal
+    assert "Next: write 10.103.0.0/17 instead of 10.101.0.0/17 in isthmus_estate.clusters.c.workload_ranges" in refusal
+    assert "Next: cluster b would have to be removed and added anew with 10.114.0.0/16 in place of" in refusal
+    assert "this changes 1 host (b1). Until then leave reserved range 10.112.9.0/24 (office VPN) out" in refusal
+    assert "host b1.isthmus_underlay: 192.0.2.1 is also an address of host a1" in refusal
+
+
 def test_a_variable_that_nobody_reads_is_warned_about(site: Site) -> None:
     """Also one that was given with -e; what the playbooks define for their own roles is nobody's mistake."""
     site.hosts(a1={"ansible_host": "192.0.2.1", "isthmus_hosst": "x"}, b1={"ansible_host": "192.0.2.2"})

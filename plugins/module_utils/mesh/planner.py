@@ -18,6 +18,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from . import jsontext, spec, versions
+from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .model import Cluster, Host, Model, ModelError, Workload
 from .record import (
@@ -537,7 +538,10 @@ class _Planner:
                 for network in () if cluster.absent else cluster.ranges:
                     if address in network:
                         self.orphan_problem(
-                            f"isthmus_estate.clusters.{cluster.name}", f"{network} holds {address} of {owner}", orphan
+                            f"isthmus_estate.clusters.{cluster.name}",
+                            f"{network} holds {address} of {owner}",
+                            orphan,
+                            self.such_as(cluster, network),
                         )
 
     def check_orphaned_cluster(self, name: str, doc: Mapping[str, Any]) -> None:
@@ -584,19 +588,28 @@ class _Planner:
             for new in () if cluster.absent else cluster.ranges:
                 if new.overlaps(old) and new not in apart_from:
                     self.orphan_problem(
-                        f"isthmus_estate.clusters.{cluster.name}", f"{new} overlaps {old} {owner}", orphan
+                        f"isthmus_estate.clusters.{cluster.name}",
+                        f"{new} overlaps {old} {owner}",
+                        orphan,
+                        self.such_as(cluster, new),
                     )
         for host in self.model.hosts.values():
             for address, variable in () if host.absent else host.addresses.items():
                 if address in old:
                     self.orphan_problem(f"host {host.name}.{variable}", f"{address} lies in {old} {owner}", orphan)
 
-    def orphan_problem(self, where: str, what: str, orphan: str) -> None:
+    def such_as(self, cluster: Cluster, network: IPv4Network) -> str:
+        """A free range that could stand in place of the cluster's."""
+        kind = next(claim.kind for claim in cluster.claims if claim.network == network)
+        found = Space.of(self.model, self.record).deal(network.prefixlen, kind)
+        return "" if found is None else f", such as {found}"
+
+    def orphan_problem(self, where: str, what: str, orphan: str, such_as: str = "") -> None:
         self.problem(
             where,
             f"{what}, which the record knows and the inventory lacks",
             "what is absent from the inventory still runs",
-            f"choose another, or remove that {orphan.partition('/')[0]} with isthmus_prune={orphan}",
+            f"choose another{such_as}, or remove that {orphan.partition('/')[0]} with isthmus_prune={orphan}",
         )
 
     def check_fixed(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
@@ -915,7 +928,8 @@ class _Planner:
                     + ", ".join(str(network) for network in cluster.workload_ranges)
                     + (f" ({waiting} released in the last 30 days are kept back)" if waiting else ""),
                     "a host needs a range of its own",
-                    f"add a range to isthmus_estate.clusters.{cluster.name}.workload_ranges",
+                    f"add a range to isthmus_estate.clusters.{cluster.name}.workload_ranges; isthmus.mesh.address_plan "
+                    "names a free one",
                 )
                 continue
             found[host.name] = dealt

@@ -913,6 +913,10 @@ PLAY_VARIABLES = {
     "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",
     "isthmus_restore_only": "`authority`: `restore` puts the certificate authority back and leaves the etcd as it is.",
     "isthmus_confirm_restore": "Cluster whose running etcd `restore` may replace, and whose silent hosts are off.",
+    "isthmus_new_cluster": "Name of a cluster for which `address_plan` proposes an id and ranges.",
+    "isthmus_new_nodes": "How many hosts the cluster `isthmus_new_cluster` is to have.",
+    "isthmus_growth": "What `address_plan` looks for room for: hosts=40,services=100,onprem.hosts=200 (addresses.md).",
+    "isthmus_address_file": "File on the controller that gets what `address_plan` shows, as JSON if it is .json.",
     "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
     "isthmus_api_host": "Of a host or group: where the API of its Kubernetes cluster is asked from; else localhost.",
     "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "

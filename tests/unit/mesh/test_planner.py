@@ -727,7 +727,7 @@ def _new_host(**variables: Any) -> Edit:
         (
             lambda e, h: e["clusters"]["onprem"]["workload_ranges"].append("203.0.113.0/28"),
             "isthmus_estate.clusters.onprem: 203.0.113.0/28 holds 203.0.113.2 of host c2 of cluster cloud, "
-            f"{LACKS} another, or remove that host with isthmus_prune=host/c2.",
+            f"{LACKS} another, such as 10.103.0.0/28, or remove that host with isthmus_prune=host/c2.",
             "host/c2",
         ),
         (
@@ -758,7 +758,7 @@ def test_what_only_the_record_knows_keeps_its_own(edit: Edit, message: str, prun
         (
             lambda e, h: e["clusters"]["onprem"]["workload_ranges"].append("10.112.4.0/24"),
             f"isthmus_estate.clusters.onprem: 10.112.4.0/24 overlaps 10.112.0.0/16 of cluster cloud, {LACKS} another, "
-            "or remove that cluster with isthmus_prune=cluster/cloud.",
+            "such as 10.113.0.0/24, or remove that cluster with isthmus_prune=cluster/cloud.",
         ),
         (
             lambda e, h: h.update(o4={"isthmus_cluster": "onprem", "ansible_host": "198.18.2.1"}),
@@ -877,7 +877,7 @@ def test_a_full_cluster_names_the_way_out() -> None:
         planned(model(the_estate, the_hosts), first)
     assert [str(problem) for problem in caught.value.problems] == [
         "host c2: cluster cloud has no free /28 left in 10.102.0.0/28. Why: a host needs a range of its own. Next: add "
-        "a range to isthmus_estate.clusters.cloud.workload_ranges."
+        "a range to isthmus_estate.clusters.cloud.workload_ranges; isthmus.mesh.address_plan names a free one."
     ]
     the_estate["clusters"]["cloud"]["workload_ranges"] = ["10.102.0.0/28", "10.102.1.0/24"]
     found = planned(model(the_estate, the_hosts), first)
