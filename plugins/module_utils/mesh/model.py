@@ -902,7 +902,7 @@ class _Reader:
         if exists is not None and entry["state"] != "absent" and all(one.kubernetes is None for one in exists):
             self.problem(
                 where,
-                f"none of its clusters ({', '.join(one.name for one in exists) or 'it has none'}) is a Kubernetes cluster",
+                f"none of its clusters ({', '.join(one.name for one in exists) or 'none'}) is a Kubernetes cluster",
                 "there is nowhere to make it a Service",
                 "add a cluster that has `kubernetes` to its clusters, or remove it",
             )
