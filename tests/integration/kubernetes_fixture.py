@@ -85,7 +85,7 @@ class ApiServer:
         self._accounts = directory / "accounts.key"
         self._accounts.write_bytes(
             accounts.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+                serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
             )
         )
 

@@ -332,7 +332,7 @@ NOT_WRITTEN = {
     "another protocol": {"backends": {"10.102.1.2": {"sql": L4Addr("UDP", 1)}}},
     "no port": {"backends": {"10.102.1.2": {"sql": L4Addr("TCP", 0)}}},
     "IPv6": {"backends": {"fd00::1": SQL}},
-    "what the API refuses": {"backends": {"127.0.0.1": SQL, "169.254.1.1": SQL, "224.0.0.1": SQL, "0.0.0.0": SQL}},  # noqa: S104 - data,
+    "what the API refuses": {"backends": {"127.0.0.1": SQL, "169.254.1.1": SQL, "224.0.0.1": SQL, "0.0.0.0": SQL}},  # noqa: S104 - data
 }
 
 
