@@ -119,7 +119,7 @@ def test_a_machine_service_is_a_service_from_its_definition_to_its_end(kube: Hyb
         async with running(kube.registrar()):
             await until(kube.canaries, "published")
             kube.define()
-            made = await until(kube.web_service, "there is a Service", 5.0)
+            made = await until(kube.web_service, "there is a Service")
             address = made["spec"]["clusterIP"]
             assert "selector" not in made["spec"]
             assert [(one["name"], one["port"]) for one in made["spec"]["ports"]] == [("http", 80)]
@@ -127,7 +127,7 @@ def test_a_machine_service_is_a_service_from_its_definition_to_its_end(kube: Hyb
                 lambda: (one := kube.vip()).get("by") == "kubernetes" and one, "its address is the VIP", 5.0
             )
             assert (vip["ipv4"], vip["kept"]) == (address, None)  # none of our range was dealt meanwhile
-            await until(lambda: kube.endpoints() == {"kube": {MACHINE}}, "slices", 5.0)
+            await until(lambda: kube.endpoints() == {"kube": {MACHINE}}, "slices")
             published = json.loads(kube.state()[keys.service_key("kube", "shop", "web")])
             assert list(published["frontends"]) == [address]
             assert list(published["backends"]) == [MACHINE]
@@ -135,22 +135,22 @@ def test_a_machine_service_is_a_service_from_its_definition_to_its_end(kube: Hyb
             # Nothing of it comes back, nothing is written twice.
             before = kube.versions()
             kube.put(kube.web(3, ready=False))
-            await until(lambda: kube.endpoints() == {}, "not ready", 5.0)
+            await until(lambda: kube.endpoints() == {}, "not ready")
             kube.put(kube.web(3))
-            await until(lambda: kube.endpoints() == {"kube": {MACHINE}}, "ready", 5.0)
+            await until(lambda: kube.endpoints() == {"kube": {MACHINE}}, "ready")
             assert kube.versions().items() >= {one: at for one, at in before.items() if "services" in one}.items()
             kube.define(ports=(ServicePort("http", 81, 8080),), labels={"tier": "front"}, affinity="local")
-            await until(lambda: kube.web_service()["spec"]["ports"][0]["port"] == 81, "another port", 5.0)
+            await until(lambda: kube.web_service()["spec"]["ports"][0]["port"] == 81, "another port")
             assert kube.web_service()["metadata"]["labels"]["tier"] == "front"
-            await until(lambda: kube.vip().get("affinity") == "local", "affinity", 5.0)
+            await until(lambda: kube.vip().get("affinity") == "local", "affinity")
             kube.define(kubernetes=False)
-            await until(lambda: not kube.objects("services") and not kube.endpoints(), "it is gone", 5.0)
-            await until(lambda: kube.vip().get("ipv4") == "10.114.0.1", "an address of our range", 5.0)
+            await until(lambda: not kube.objects("services") and not kube.endpoints(), "it is gone")
+            await until(lambda: kube.vip().get("ipv4") == "10.114.0.1", "an address of our range")
             kube.define()
-            made = await until(kube.web_service, "it is back", 5.0)
-            await until(lambda: kube.vip()["ipv4"] == made["spec"]["clusterIP"], "its address", 5.0)
+            made = await until(kube.web_service, "it is back")
+            await until(lambda: kube.vip()["ipv4"] == made["spec"]["clusterIP"], "its address")
             kube.undefine()
-            await until(lambda: not kube.objects("services") and not kube.endpoints(), "the definition went", 5.0)
+            await until(lambda: not kube.objects("services") and not kube.endpoints(), "the definition went")
             await until(
                 lambda: keys.service_key("kube", "shop", "web") not in kube.state(), "nothing is published", 5.0
             )
@@ -168,9 +168,9 @@ def test_backends_of_a_peer_come_go_and_stay_while_it_is_silent(kube: Hybrid, tm
                 await until(lambda: kube.endpoints() == {"kube": {MACHINE}, "onprem": both}, "slices")
                 own = {one: at for one, at in kube.versions().items() if "onprem" not in one}
                 onprem.put(onprem.web(2, ready=False))
-                await until(lambda: kube.endpoints()["onprem"] == {ONPREM}, "one is not ready", 5.0)
+                await until(lambda: kube.endpoints()["onprem"] == {ONPREM}, "one is not ready")
                 onprem.put(onprem.web(2))
-                await until(lambda: kube.endpoints()["onprem"] == both, "it is ready", 5.0)
+                await until(lambda: kube.endpoints()["onprem"] == both, "it is ready")
                 assert kube.versions().items() >= own.items()
                 published = json.loads(kube.state()[keys.service_key("kube", "shop", "web")])
                 assert list(published["backends"]) == [MACHINE]
@@ -200,8 +200,8 @@ def test_what_is_in_the_way_is_named_and_left_alone(kube: Hybrid, api: ApiServer
             await until(lambda: kube.vip().get("ipv4") == "10.114.0.1", "an address of our range")
             assert api.request("GET", api.path("services", "shop", "web")) == before
             api.delete("services", "shop", "web")
-            made = await until(kube.web_service, "the way is free", 5.0)
-            await until(lambda: kube.vip()["ipv4"] == made["spec"]["clusterIP"], "its address", 5.0)
+            made = await until(kube.web_service, "the way is free")
+            await until(lambda: kube.vip()["ipv4"] == made["spec"]["clusterIP"], "its address")
             assert kube.vip()["kept"] == "10.114.0.1"
             await until(lambda: not kube.told().problems, "no problem")
             # A namespace that is not there.
@@ -209,13 +209,13 @@ def test_what_is_in_the_way_is_named_and_left_alone(kube: Hybrid, api: ApiServer
             kube.put({keys.service_definition_key("later", "web"): json.dumps(document)})
             await until(lambda: kube.told_of("services later/web: there is no namespace later"), "told")
             api.create("namespaces", namespace("later"))
-            await until(lambda: api.request("GET", api.path("services", "later"))["items"], "it is made", 5.0)
+            await until(lambda: api.request("GET", api.path("services", "later"))["items"], "it is made")
             await until(lambda: not kube.told().problems, "no problem")
             assert registrar.sink is not None
             api.delete("services", "later", "web")  # by somebody: it comes back
-            await until(lambda: api.request("GET", api.path("services", "later"))["items"], "it is made anew", 5.0)
+            await until(lambda: api.request("GET", api.path("services", "later"))["items"], "it is made anew")
             kube.server.etcdctl("del", keys.service_definition_key("later", "web"))
-            await until(lambda: not api.request("GET", api.path("services", "later"))["items"], "it is gone", 5.0)
+            await until(lambda: not api.request("GET", api.path("services", "later"))["items"], "it is gone")
 
     asyncio.run(run())
 
@@ -283,7 +283,7 @@ def test_an_api_server_that_is_away_changes_nothing_and_gets_the_difference(kube
             await until(lambda: "other" in kube.objects("services"), "it is back", 40.0)
             assert kube.versions().items() >= before.items()
             assert registrar.sink is not None
-            await until(lambda: json.loads(kube.server.dump(vip)[vip])["by"] == "kubernetes", "its address", 5.0)
+            await until(lambda: json.loads(kube.server.dump(vip)[vip])["by"] == "kubernetes", "its address")
 
     asyncio.run(run())
 
@@ -305,14 +305,14 @@ def test_a_headless_service_of_pods_gets_what_is_elsewhere(kube: Hybrid, api: Ap
                 assert all("service.kubernetes.io/headless" in one for one in labels)
                 no = {"metadata": {"annotations": {"service.cilium.io/global-sync-endpoint-slices": "false"}}}
                 api.patch("services", "shop", "web", no)
-                await until(lambda: kube.endpoints() == {}, "not wanted", 5.0)
+                await until(lambda: kube.endpoints() == {}, "not wanted")
                 assert api.request("GET", api.path("endpointslices", "shop", "web-x")) == theirs
                 assert api.request("GET", api.path("services", "shop", "web"))["spec"]["clusterIP"] == "None"
                 yes = {"metadata": {"annotations": {"service.cilium.io/global-sync-endpoint-slices": "true"}}}
                 api.patch("services", "shop", "web", yes)
-                await until(lambda: kube.endpoints() == {"kube": {MACHINE}, "onprem": {ONPREM}}, "wanted", 5.0)
+                await until(lambda: kube.endpoints() == {"kube": {MACHINE}, "onprem": {ONPREM}}, "wanted")
                 api.delete("services", "shop", "web")
-                await until(lambda: kube.endpoints() == {}, "the Service is gone", 5.0)
+                await until(lambda: kube.endpoints() == {}, "the Service is gone")
 
     asyncio.run(run())
 
