@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_access as access
 from integration.kubernetes_fixture import ApiServer
+from integration.module_runner import run_module
 from integration.registrar_cluster import Cluster, running, until
 from integration.test_registrar_kubernetes import READ, RESOURCES, USER, Kube
 from isthmus_agent.registrar.kubernetes.client import Api, Conflict
@@ -438,5 +439,35 @@ def test_what_the_api_refuses_for_another_reason_is_told_in_its_words(spec: Kube
             assert key == "kubernetes services shop/web"
             assert "metadata.labels: Invalid value" in reason
             assert sink.unwritable == {"shop/web"}
+
+    asyncio.run(run())
+
+
+def test_what_was_written_goes_with_the_mesh(kube: Hybrid, api: ApiServer, tmp_path: Path) -> None:
+    crt, key = api.ca.issue("admin", organization="system:masters")
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "here", "cluster": {"server": api.url, "certificate-authority": str(api.ca.crt)}}],
+        "users": [{"name": "admin", "user": {"client-certificate": str(crt), "client-key": str(key)}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "admin"}}],
+        "current-context": "here",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    given = {"state": "absent", "estate": "lab", "cluster": "kube", "kubeconfig": str(tmp_path / "kubeconfig")}
+
+    async def run() -> None:
+        api.create("services", service("theirs", None))
+        kube.define()
+        async with running(kube.registrar()):
+            await until(lambda: kube.endpoints() == {"kube": {MACHINE}}, "slices")
+        (name,) = kube.objects("endpointslices")
+        gone = ["service/shop/web", f"endpointslice/shop/{name}"]
+        for check in (True, False):
+            assert run_module("kubernetes_access", given, check, bundle=False)["removed"] == gone
+        assert run_module("kubernetes_access", given, bundle=False)["removed"] == []
+        left = api.request("GET", api.path("services", "shop"))["items"]
+        assert [one["metadata"]["name"] for one in left] == ["theirs"]
+        assert not kube.endpoints()
 
     asyncio.run(run())
