@@ -240,11 +240,26 @@ def test_what_somebody_changed_of_ours_is_put_right(kube: Kubernetes) -> None:
     (slice_,) = kube.slices()
     slice_["endpoints"][0]["conditions"]["ready"] = False
     kube.put(SLICES, slice_)
-    kube.settle(wanted)
+    name = slice_["metadata"]["name"]
+    assert kube.settle(wanted) == [("patch", SERVICES, "db"), ("patch", SLICES, name)]
     found = kube.objects[SERVICES, SHOP_DB]
     assert found["metadata"]["annotations"]["service.cilium.io/global"] == "true"
     assert "selector" not in found["spec"]
     assert kube.slices()[0]["endpoints"][0]["conditions"]["ready"] is True
+
+
+def test_what_somebody_deleted_is_made_anew_for_the_same_slices(kube: Kubernetes) -> None:
+    wanted = mesh(DB, machines=("10.104.3.2",), there=remote("10.102.1.2"))
+    kube.settle(wanted)
+    before = kube.slices()
+    del kube.objects[SERVICES, SHOP_DB]
+    kube.catalog.remove(SERVICES, SHOP_DB)
+    assert kube.settle(wanted) == [("create", SERVICES, "db")]
+    assert kube.slices() == before
+    name = before[0]["metadata"]["name"]
+    del kube.objects[SLICES, ("shop", name)]
+    kube.catalog.remove(SLICES, ("shop", name))
+    assert kube.settle(wanted) == [("create", SLICES, name)]
 
 
 @pytest.mark.parametrize("how", ["gone", "flag"])

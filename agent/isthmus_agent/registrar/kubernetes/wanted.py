@@ -146,6 +146,9 @@ class Planner:
         wanted = dict(self._wanted(catalog, mesh))
         for key in sorted({*there, *wanted}):
             facts, present = wanted.get(key), there.get(key, {})
+            ours = key in catalog.written(SERVICES) or not catalog.has_service(key)
+            if facts is None and self._stays(mesh, key) and ours:
+                continue  # somebody deleted or changed it: it is put right, for the same slices
             made_of = (facts, mesh.machines.get(key), mesh.remote.get(key), mesh.unknown, tuple(present.items()))
             if self._good.get(key) == made_of:
                 continue
