@@ -213,7 +213,8 @@ def _left(members, clusters):
                 why[name] = result.get("pending") or result.get("msg") or "no answer"
     return [
         f"Pending: Kubernetes of cluster {name} still lets the registrars in that left ({reason.rstrip('.')}). There: "
-        "`kubectl delete clusterrolebinding,clusterrole,csr -l app.kubernetes.io/managed-by=isthmus`."
+        "`kubectl delete clusterrolebinding,clusterrole,csr,service,endpointslice -A "
+        "-l app.kubernetes.io/managed-by=isthmus`."
         for name, reason in sorted(why.items())
     ]
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ownership
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 NAME = "isthmus-registrar"
-SELECTOR = "app.kubernetes.io/managed-by=isthmus"
+SELECTOR = f"{ownership.MANAGED_BY}={ownership.MANAGER}"
 """Selects everything that is ours."""
 
 SIGNER = "kubernetes.io/kube-apiserver-client"
@@ -22,20 +24,16 @@ REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
 _LONGEST_NAME = 64  # RFC 5280, ub-common-name
 
+READ = ("get", "list", "watch")
+WRITE = ("create", "patch", "delete")
 RULES = (
-    ("", ("namespaces", "nodes", "pods", "services")),
-    ("discovery.k8s.io", ("endpointslices",)),
+    ("", ("namespaces", "nodes", "pods"), READ),
+    ("", ("services",), READ + WRITE),
+    ("discovery.k8s.io", ("endpointslices",), READ + WRITE),
 )
-VERBS = ("get", "list", "watch")
+"""API group, resources, verbs. What is written, and why: docs/kubernetes.md."""
 
-
-def labels(estate: str, cluster: str) -> dict[str, str]:
-    """Of every object of ours."""
-    return {
-        "app.kubernetes.io/managed-by": "isthmus",
-        "isthmus.io/estate": estate,
-        "isthmus.io/cluster": cluster,
-    }
+labels = ownership.labels
 
 
 def registrar_user(host: str, public_key: bytes) -> str:
@@ -56,7 +54,9 @@ def host_of(user: str) -> str:
 
 
 def cluster_role(own: Mapping[str, str]) -> dict[str, Any]:
-    rules = [{"apiGroups": [group], "resources": list(resources), "verbs": list(VERBS)} for group, resources in RULES]
+    rules = [
+        {"apiGroups": [group], "resources": list(resources), "verbs": list(verbs)} for group, resources, verbs in RULES
+    ]
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "ClusterRole",
@@ -108,15 +108,18 @@ def shown(document: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**rest, "metadata": {key: value for key, value in metadata.items() if value}}
 
 
+def place(path: str, found: Mapping[str, Any]) -> tuple[str, str]:
+    """Path of an object of the list at `path`, and its name with its namespace, if it has one."""
+    name, namespace = found["metadata"]["name"], found["metadata"].get("namespace")
+    if not namespace:
+        return f"{path}/{name}", name
+    group, _slash, resource = path.rpartition("/")
+    return f"{group}/namespaces/{namespace}/{resource}/{name}", f"{namespace}/{name}"
+
+
 def stranger(document: Mapping[str, Any], own: Mapping[str, str]) -> str:
     """Whose an object of our name is, when it is not this cluster's of this estate; else empty."""
-    found = document["metadata"].get("labels") or {}
-    if found.get("app.kubernetes.io/managed-by") != "isthmus":
-        return "somebody else's (it lacks the label app.kubernetes.io/managed-by=isthmus)"
-    theirs = {key: found.get(key) for key in ("isthmus.io/estate", "isthmus.io/cluster")}
-    if any(value != own[key] for key, value in theirs.items()):
-        return f"that of cluster {theirs['isthmus.io/cluster']} of the estate {theirs['isthmus.io/estate']}"
-    return ""
+    return ownership.stranger(document["metadata"].get("labels") or {}, own)
 
 
 NEEDED = (
@@ -132,7 +135,9 @@ NEEDED = (
 )
 """What the operator must be allowed to do: verb, API group, resource, name."""
 
-GIVEN = tuple((verb, group, resource, "") for group, resources in RULES for resource in resources for verb in VERBS)
+GIVEN = tuple(
+    (verb, group, resource, "") for group, resources, verbs in RULES for resource in resources for verb in verbs
+)
 """What the registrar's role gives. Kubernetes lets nobody give what he has not himself, unless he may escalate."""
 
 ESCALATE = tuple((verb, "rbac.authorization.k8s.io", "clusterroles", NAME) for verb in ("escalate", "bind"))

@@ -116,6 +116,12 @@ options:
     description: Labels of the service.
     type: dict
     default: {}
+  kubernetes:
+    description:
+      - Whether it becomes a Service of the same name and namespace when the host's cluster is a Kubernetes cluster, so
+        that pods use it by the cluster's DNS. Elsewhere it says nothing. Needs O(global=true).
+    type: bool
+    default: false
 seealso:
   - module: isthmus.mesh.service_info
 """
@@ -168,7 +174,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import model, sc
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 OWNER = "module"
-KEYS = ("name", "namespace", "ports", "backends", "health", "global", "shared", "affinity", "labels")
+KEYS = ("name", "namespace", "ports", "backends", "health", "global", "shared", "affinity", "labels", "kubernetes")
 
 
 def definition(module):
@@ -204,6 +210,8 @@ def run(module, changes):
     name = f"{module.params['namespace']}/{module.params['name']}"
     node = estate.own_node(module)
     cluster = node["cluster"]["name"]
+    if document is not None and "kubernetes" not in node["cluster"]:
+        document.pop("kubernetes", None)
     if not estate.has_operator(cluster):
         module.fail_json(
             msg=f"this host has no operator's certificate of cluster {cluster}. Delegate the task to one of the "
@@ -272,6 +280,7 @@ def main():
             "shared": {"type": "bool", "default": True},
             "affinity": {"type": "str", "choices": ["none", "local", "remote"], "default": "none"},
             "labels": {"type": "dict", "default": {}},
+            "kubernetes": {"type": "bool", "default": False},
         },
         required_if=[("state", "present", ["ports", "backends"])],
         supports_check_mode=True,

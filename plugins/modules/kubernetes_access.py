@@ -7,21 +7,23 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 ---
 module: kubernetes_access
-short_description: Let a cluster's registrars read its Kubernetes API
+short_description: Let a cluster's registrars into its Kubernetes API
 version_added: 1.0.0
 description:
   - Runs where the API is reached from (C(delegate_to)). Applies the ClusterRole and the ClusterRoleBinding
     C(isthmus-registrar), and has the requests of the registrars signed by Kubernetes' own authority, through
     CertificateSigningRequests that it makes, approves and deletes.
   - The role lets the registrars C(get), C(list) and C(watch) nodes, namespaces, pods, services and endpointslices, and
-    nothing else; no secret and no ConfigMap.
+    C(create), C(patch) and C(delete) services and endpointslices, of which they touch their own only. Nothing else; no
+    secret and no ConfigMap.
   - Every registrar has a user name of its own that goes with its key. The names of hosts that are no members of the
     cluster's etcd any more leave the binding, which ends what their certificates were good for.
   - Everything has the label C(app.kubernetes.io/managed-by=isthmus). An object of that name without it, or of another
     cluster or estate, is refused. What others added to our objects in fields of their own stays.
   - An API that does not answer, or does not let the operator, is no failure but RV(pending), unless a registrar has no
     certificate at all.
-  - With O(state=absent) everything of this cluster that is ours is deleted.
+  - With O(state=absent) everything of this cluster that is ours is deleted, the Services and EndpointSlices of its
+    registrars too.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
   - isthmus.mesh.kubernetes
@@ -97,7 +99,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: The registrars may read Kubernetes
+- name: The registrars may use Kubernetes
   isthmus.mesh.kubernetes_access:
     estate: lab
     cluster: kube
@@ -213,7 +215,7 @@ def sign(api, own, host, csr, seconds):
     made = api.create(access.REQUESTS, wanted)
     try:
         condition = {"type": "Approved", "status": "True", "reason": "IsthmusSite"}
-        condition["message"] = f"isthmus.mesh lets the registrar on {host} read"
+        condition["message"] = f"isthmus.mesh lets the registrar on {host} in"
         status = {**(made.get("status") or {}), "conditions": [condition]}
         api.replace(f"{path}/approval", {**made, "status": status})
         return wait(api, path, host, seconds)
@@ -277,12 +279,15 @@ def absent(module, changes, own):
     api = kubernetes.connect(module)
     removed = []
     for path, kind in (
+        # The binding first: a registrar that still runs would make anew what goes after it.
         (f"{access.RBAC}/clusterrolebindings", "clusterrolebinding"),
         (f"{access.RBAC}/clusterroles", "clusterrole"),
         (access.REQUESTS, "certificatesigningrequest"),
+        ("/api/v1/services", "service"),
+        ("/apis/discovery.k8s.io/v1/endpointslices", "endpointslice"),
     ):
         for found in api.items(path, label_selector=access.SELECTOR):
-            name = found["metadata"]["name"]
+            place, name = access.place(path, found)
             whose = access.stranger(found, own)
             if whose:
                 module.warn(f"{kind}/{name} of {api.server} is {whose} and was left")
@@ -291,7 +296,7 @@ def absent(module, changes, own):
             changes.note(f"{kind}/{name} of {api.server}", before, "")
             removed.append(f"{kind}/{name}")
             if not module.check_mode:
-                api.delete(f"{path}/{name}")
+                api.delete(place)
     return changes.result(pending="", removed=removed)
 
 

@@ -167,10 +167,10 @@ class Estate(Story):
             with contextlib.suppress(LabError):  # the machine may be off; its client is gone with it
                 self.lab.exec(host, ["systemctl", "stop", "client.service"])
 
-    def module(self, hosts: str, name: str, arguments: Mapping[str, Any]) -> None:
+    def module(self, hosts: str, name: str, arguments: Mapping[str, Any], inventory: Path = INVENTORY) -> None:
         """Run one of the artifact's modules on hosts (a pattern), as an operator's task does."""
         tool = Path(sys.executable).with_name("ansible")
-        words = [str(tool), "-i", str(INVENTORY), "-m", f"isthmus.mesh.{name}", "-a", json.dumps(arguments), hosts]
+        words = [str(tool), "-i", str(inventory), "-m", f"isthmus.mesh.{name}", "-a", json.dumps(arguments), hosts]
         environment = {
             **os.environ,
             "ANSIBLE_CONFIG": str(ROOT / "tests" / "lab" / "ansible.cfg"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from demo import EDGE, URL
-from estate_tools import Estate
+from estate_tools import ETCD_HOSTS, Estate
 from isthmus_lab import LabError
 from kubernetes_lab import HYBRID, Kubernetes
 from kubernetes_machine import TOOLS_IMAGE
@@ -162,6 +162,33 @@ def test_pods_and_machines_answer_a_machine_by_the_meshs_name(hybrid: Hybrid) ->
     result = hybrid.estate.edge.requests(URL, 200)
     assert result["ok"] == 200
     assert set(result["answers"]) == hybrid.everybody()
+
+
+def test_pods_and_a_node_port_lead_to_a_service_of_machines(hybrid: Hybrid) -> None:
+    """By a name of the cluster's own DNS, and from outside through kube-proxy, which knows nothing of the mesh."""
+    estate, kube = hybrid.estate, hybrid.kube
+    places = ",".join([*(hosts[0] for hosts in ETCD_HOSTS.values()), "kube-1"])
+    legacy = {"namespace": NAMESPACE, "name": "legacy"}
+    ports = [{"name": "http", "port": 80, "target_port": 8080}]
+    given = {**legacy, "ports": ports, "backends": {"labels": {"app": "web"}}, "kubernetes": True}
+    where = ("service", "legacy", f"--namespace={NAMESPACE}")
+    machines = hybrid.everybody() - {f"kube/web-{node}" for node in WORKERS}
+    url = "http://legacy.shop.svc.cluster.local/"
+    try:
+        estate.module(places, "global_service", given, HYBRID)
+        estate.until("it is a Service", lambda: not kube.kubectl("get", *where, check=False).returncode)
+        estate.until("machines answer pods", lambda: hybrid.servers("client", url) == machines)
+        kube.kubectl("patch", *where, "--patch", json.dumps({"spec": {"type": "NodePort"}}))
+        port = kube.get(*where)["spec"]["ports"][0]["nodePort"]
+        outside = f"http://{kube.lab.hosts['kube-2'].address}:{port}/"
+        estate.until("machines answer", lambda: set(estate.edge.requests(outside, 60)["answers"]) == machines)
+        result = estate.edge.requests(outside, 60)
+        assert result["ok"] == 60, result
+    finally:
+        estate.module(places, "global_service", {**legacy, "state": "absent"}, HYBRID)
+    estate.until("the Service is gone", lambda: bool(kube.kubectl("get", *where, check=False).returncode))
+    slices = kube.get("endpointslices", f"--namespace={NAMESPACE}", "-l", "kubernetes.io/service-name=legacy")
+    assert slices["items"] == []
 
 
 def test_a_pod_that_is_not_ready_is_no_backend_anywhere(hybrid: Hybrid) -> None:

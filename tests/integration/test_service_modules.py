@@ -88,6 +88,19 @@ def test_a_service_is_registered_changed_and_removed(host: Host, bundle: str) ->
     assert host.server.dump(KEY) == {}
 
 
+def test_a_service_for_pods_says_so_in_a_kubernetes_cluster_only(host: Host) -> None:
+    host.run("global_service", **WEB, kubernetes=True)
+    assert "kubernetes" not in json.loads(host.server.dump(KEY)[KEY])
+    node = Path(host.places["estate.NODE"])
+    document = json.loads(node.read_text())
+    document["cluster"]["kubernetes"] = {"pod_ranges4": ["10.244.0.0/16"], "service_range4": "10.96.0.0/16"}
+    node.write_text(json.dumps(document))
+    assert host.changed(**WEB, kubernetes=True) == [True, True, False, False]
+    assert json.loads(host.server.dump(KEY)[KEY])["kubernetes"] is True
+    assert host.changed(**WEB) == [True, True, False, False]
+    assert "kubernetes" not in json.loads(host.server.dump(KEY)[KEY])
+
+
 @pytest.mark.parametrize("module", ["global_service", "service_info", "mesh_info"])
 def test_a_host_of_a_newer_version_is_left_alone(host: Host, module: str) -> None:
     node = Path(host.places["estate.NODE"])
@@ -123,6 +136,7 @@ def test_what_the_inventory_owns_is_refused(host: Host, more: dict[str, Any]) ->
         ({"backends": {"labels": {}}}, "every workload of the namespace would match"),
         ({"backends": {"workloads": ["x"]}}, "'x' is not '<host>/<workload>'"),
         ({"backends": {"workloads": []}}, "backends.workloads: the list is empty"),
+        ({"kubernetes": True, "global": False}, "it goes with `global: true` only"),
         ({"labels": {"tier": "a;b"}}, "'a;b' is not a Kubernetes label value"),
         ({"health": {"type": "exec"}}, "command"),
         ({"health": {"type": "tcp", "path": "/"}}, "it goes with type: http only"),

@@ -149,7 +149,8 @@ class Estate:
     def define(self, name: str) -> None:
         """A further service of the same backends, in every cluster."""
         for cluster, server in self.servers.items():
-            document = {**self.plan.services[cluster]["present"][0], "name": name}
+            # `kubernetes`: a key that the previous version does not know.
+            document = {**self.plan.services[cluster]["present"][0], "name": name, "kubernetes": True}
             with server.sync_client("isthmus-operator") as client:
                 write_services(client, [document], [], "operator", apply=True)
 

@@ -35,7 +35,7 @@ from isthmus_agent.registrar.publish import (
     owned_prefixes,
     publish,
 )
-from isthmus_mesh import keys
+from isthmus_mesh import keys, ownership
 from isthmus_mesh.documents import NodeReport, ServiceDefinition, ServicePort, WorkloadReport
 from isthmus_mesh.identity import pod_labels
 from kubernetes_objects import endpoint, endpoint_slice, namespace, node, pod, service
@@ -427,6 +427,81 @@ def test_an_address_of_ours_comes_back_when_the_kubernetes_service_goes() -> Non
         "ipv6": None,
         "released": None,
     }
+
+
+FOR_PODS = {
+    key: ServiceDefinition(
+        "web",
+        "shop",
+        (ServicePort("http", 80, 9090),),
+        {"app": "web"},
+        is_global=True,
+        labels={"tier": "front"},
+        kubernetes=True,
+    )
+    .to_json()
+    .encode()
+    for key in DEFINITION
+}
+
+
+def ours() -> dict[str, list[dict[str, Any]]]:
+    """A Service that the registrar made, with a slice of its own."""
+    found = service("web", "10.96.0.10")
+    found["metadata"]["labels"] = {"tier": "front", **ownership.labels("", "kube")}
+    del found["spec"]["selector"]
+    slice_ = endpoint_slice("web", endpoint("10.102.1.2", None), endpoint("10.104.3.2", None))
+    slice_["metadata"]["labels"] |= {
+        "endpointslice.kubernetes.io/managed-by": "isthmus-registrar",
+        **ownership.labels("", "kube"),
+    }
+    return {**objects(), SERVICES: [found], SLICES: [slice_]}
+
+
+def test_a_service_that_we_made_has_kubernetes_address_and_the_machines_backends() -> None:
+    found = run(ours(), services=FOR_PODS)
+    assert found.problems == ()
+    assert value(found, WEB)["frontends"] == {"10.96.0.10": {"http": {"Protocol": "TCP", "Port": 80}}}
+    assert list(value(found, WEB)["backends"]) == ["10.104.3.2"]  # and not what we wrote ourselves
+    assert (value(found, WEB)["labels"], value(found, WEB)["selector"]) == ({"tier": "front"}, {"app": "web"})
+    assert (value(found, VIP)["ipv4"], value(found, VIP)["kept"]) == ("10.96.0.10", None)
+
+
+def test_no_address_of_ours_is_dealt_for_the_moment_until_it_is_a_service() -> None:
+    without = {**objects(), SERVICES: []}
+    found = run(without, services=FOR_PODS)
+    assert VIP not in found.keys
+    assert value(found, WEB)["frontends"] == {}
+    # It cannot become one for now, or nobody knows: machines have it all the same.
+    refused = run(without, found.keys, services=FOR_PODS, unwritable=frozenset(["shop/web"]))
+    assert value(refused, VIP)["ipv4"] == "10.114.0.1"
+    assert value(publish(OWN, inputs(Catalog("kube"), services=FOR_PODS)), VIP)["ipv4"] == "10.114.0.1"
+    # What it has it keeps until there is another one.
+    again = run(without, refused.keys, services=FOR_PODS)
+    assert value(again, VIP)["ipv4"] == "10.114.0.1"
+    assert value(run(ours(), again.keys, services=FOR_PODS), VIP)["ipv4"] == "10.96.0.10"
+
+
+def test_a_service_that_we_made_ends_with_its_definition_though_the_api_still_has_it() -> None:
+    first = run(ours(), services=FOR_PODS)
+    gone = run(ours(), first.keys)
+    assert WEB not in gone.keys
+    assert VIP not in gone.keys
+    assert value(run(ours(), first.keys, services=DEFINITION), VIP)["ipv4"] == "10.114.0.1"
+    # A definition that cannot be read ends nothing.
+    assert value(run(ours(), first.keys, services=dict.fromkeys(FOR_PODS, b"{")), VIP)["ipv4"] == "10.96.0.10"
+
+
+def test_following_the_moment_in_which_it_becomes_a_service() -> None:
+    catalog = catalog_of({**objects(), SERVICES: [], SLICES: []})
+    publisher = Publisher(OWN, inputs(catalog, services=FOR_PODS))
+    published = dict(publisher.run().keys)
+    catalog.take()
+    for kind in (SERVICES, SLICES):
+        catalog.put(kind, ours()[kind][0])
+    apply_changes(publisher.follow(catalog.take(), NOW), published)
+    assert published == run(ours(), services=FOR_PODS).keys
+    assert publisher.machines["shop", "web"].keys() == {"10.104.3.2"}
 
 
 def test_ports_that_share_no_name_are_named() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from isthmus_agent.kvstore import KeyValue
 from isthmus_agent.registrar import offered as module
-from isthmus_agent.registrar.offered import Offered
+from isthmus_agent.registrar.offered import Offered, Remote
 from isthmus_agent.registrar.publish import PeerServices
 from isthmus_mesh import keys
 from isthmus_mesh.wire import ClusterService, L4Addr
@@ -83,3 +83,20 @@ def test_only_what_changed_is_read_again(monkeypatch: pytest.MonkeyPatch) -> Non
     mirror.services_changes += 1
     found.services([mirror], 1, None)
     assert read[2:] == [key]
+
+
+def test_values_of_peers_by_service_and_the_same_object_for_what_is_the_same() -> None:
+    cloud, edge, found = Mirrored("shop/web", "shop/db"), Mirrored("shop/web"), Remote()
+    first = found.services({"cloud": cloud, "edge": edge})
+    assert {name: sorted(there) for name, there in first.items()} == {
+        ("shop", "web"): ["cloud", "edge"],
+        ("shop", "db"): ["cloud"],
+    }
+    assert found.services({"cloud": cloud, "edge": edge}) is first
+    key, text = offer("shop/db")
+    cloud.wanted[key] = text + " "
+    cloud.services_changes += 1
+    second = found.services({"cloud": cloud, "edge": edge})
+    assert second["shop", "web"] is first["shop", "web"]
+    assert second["shop", "db"] == {"cloud": text + " "}
+    assert list(found.services({"edge": edge})) == [("shop", "web")]

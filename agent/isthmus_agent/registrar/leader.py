@@ -137,6 +137,10 @@ class Writer:
         if batch:
             await self._commit(batch)
 
+    async def prove(self) -> None:
+        """NotLeader when the term is over; EtcdError when nobody can tell."""
+        await self._commit([Get(keys.LEADER)])
+
     async def _commit(self, batch: list[Operation]) -> None:
         fence = Compare(keys.LEADER, "create", "=", self.term.create_revision)
         async with self._turn:

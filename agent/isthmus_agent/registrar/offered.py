@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which services peers offer that the estate declares nowhere. Pure.
+"""Which services peers offer, and which of them the estate declares nowhere. Pure.
 
 A service of another cluster's Kubernetes that is annotated global needs no line in the inventory: machines here can use
 it once it has an address of this cluster. What the inventory does declare is left to it, which says where it is to be.
@@ -18,6 +18,8 @@ from isthmus_mesh.wire import ClusterService, WireError
 from isthmus_agent.kvstore import KeyValue
 
 from .publish import PeerServices
+
+_PREFIX = "cilium/cache/services/"
 
 
 class Mirrored(Protocol):
@@ -55,11 +57,36 @@ class Offered:
         before, self._names = self._names, {}
         for mirror in running:
             for key, text in mirror.wanted.items():
-                if not key.startswith("cilium/cache/services/"):
+                if not key.startswith(_PREFIX):
                     continue
                 known = before.get(key)
                 self._names[key] = known if known is not None and known[0] is text else (text, _offer(key, text))
         return frozenset(name for _, name in self._names.values() if name is not None)
+
+
+class Remote:
+    """What peers offer, by service, as it is mirrored."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[object, ...] = ()
+        self._found: dict[tuple[str, str], Mapping[str, str]] = {}
+
+    def services(self, mirrors: Mapping[str, Mirrored]) -> Mapping[tuple[str, str], Mapping[str, str]]:
+        """Service -> peer -> value; the same object when nothing changed. `mirrors` by peer."""
+        seen = tuple((peer, one, one.services_changes) for peer, one in mirrors.items())
+        if seen == self._seen:
+            return self._found
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for peer, mirror in sorted(mirrors.items()):
+            for key, text in mirror.wanted.items():
+                named = keys.parse_service_key(key) if key.startswith(_PREFIX) else None
+                if named is not None:
+                    found.setdefault(named[1:], {})[peer] = text
+        # Equal values stay the same objects, so that who compares them later has it cheap.
+        before = self._found
+        self._found = {key: before[key] if before.get(key) == value else value for key, value in found.items()}
+        self._seen = seen
+        return self._found
 
 
 def _offer(key: str, text: str) -> str | None:

@@ -39,7 +39,7 @@ from isthmus_mesh.wire import (
 )
 
 from .kubernetes.catalog import Catalog, Changes, Rendered
-from .kubernetes.objects import PodFacts
+from .kubernetes.objects import SERVICES, PodFacts
 
 UNDERLAY_MTU_ANNOTATION = "isthmus.io/underlay-mtu"
 KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster; empty: the host is no node of it
@@ -85,7 +85,8 @@ class Inputs:
 
     `previous`: what is published and allocated now, by key (see `owned_prefixes`). `now` is RFC 3339 in UTC.
     `draining`: hosts that the record lacks and whose node and addresses stay published all the same (see `leaving`).
-    `kubernetes` is None where the cluster is no Kubernetes cluster.
+    `kubernetes` is None where the cluster is no Kubernetes cluster. `unwritable`: definitions ("<ns>/<name>") that are
+    to be Services of it and cannot become so for now.
     """
 
     record: Mapping[str, Any]
@@ -97,6 +98,7 @@ class Inputs:
     draining: frozenset[str] = frozenset()
     kubernetes: Catalog | None = None
     peers: PeerServices = PeerServices()
+    unwritable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,9 @@ class _Pod:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A global service of Kubernetes. `address` is None when it is headless (or its address is not to be used)."""
+    """A global service of Kubernetes. `address` is None when it is headless (or its address is not to be used).
+
+    `ours`: the registrar made it of a definition."""
 
     address: str | None
     ports: PortMap
@@ -217,15 +221,19 @@ class _Offer:
     selector: Mapping[str, str]
     shared: bool
     affinity: str
+    ours: bool = False
 
 
 class Publisher:
     """What should be published: `run` computes all of it, `follow` afterwards what some changed Kubernetes objects
-    make different, without looking at the others."""
+    make different, without looking at the others.
+
+    `machines`: by service, its backends on machines of this cluster."""
 
     def __init__(self, own: Own, inputs: Inputs) -> None:
         self.own = own
         self.inputs = inputs
+        self.machines: dict[tuple[str, str], Mapping[str, PortMap]] = {}
         self.problems: set[Problem] = set()
         self.silent: set[str] = set()
         self._encrypted: set[str] = set()  # addresses of hosts that are published with a WireGuard key
@@ -246,6 +254,10 @@ class Publisher:
     def follows(self) -> bool:
         """Whether `follow` makes sense: everything of Kubernetes had been read when `run` ran."""
         return self._catalog is not None
+
+    def definitions(self) -> dict[tuple[str, str], ServiceDefinition | None]:
+        """Every definition; None: it cannot be read."""
+        return {service: entry.definition for service, entry in self._definitions_found.items()}
 
     def problem(self, key: str, reason: str) -> None:
         self.problems.add(Problem(key, reason))
@@ -646,17 +658,27 @@ class Publisher:
         # What peers alone ask for is theirs to invent: it must not use up what our own services need.
         return _Dealer(taken, pool, keys.VIPS_PREFIX, "service address", self.inputs.now, self.problem, len(pool) // 2)
 
-    def _wanted_vip(self, service: str, definition: bool, offer: _Offer | None) -> str | None:
+    def _wanted_vip(self, service: str, entry: _Definition | None, offer: _Offer | None) -> str | None:
         """For whom `service` needs an address of ours (see `BY_PEERS`); None: for nobody."""
-        if definition:
-            return "" if offer is None or offer.address is None else None
+        if entry is not None:
+            if offer is not None and offer.address is not None:
+                return None
+            held = self._vips.of(service)
+            if self._becomes_service(service, entry) and (held is None or held.released is not None):
+                return None  # in a moment it has Kubernetes' address
+            return ""
         if offer is not None:
             return None
         if service in self.inputs.peers.names:
             return BY_PEERS
-        entry = self._vips.of(service)
-        held = entry is not None and entry.by == BY_PEERS and entry.released is None and not self.inputs.peers.complete
-        return BY_PEERS if held else None
+        dealt = self._vips.of(service)
+        stays = dealt is not None and dealt.by == BY_PEERS and dealt.released is None and not self.inputs.peers.complete
+        return BY_PEERS if stays else None
+
+    def _becomes_service(self, service: str, entry: _Definition) -> bool:
+        """Whether the registrar is about to make a definition a Service of Kubernetes."""
+        wanted = entry.definition is not None and entry.definition.kubernetes
+        return wanted and self._catalog is not None and service not in self.inputs.unwritable
 
     def _wanted_vips(
         self, definitions: Mapping[tuple[str, str], _Definition], offers: Mapping[tuple[str, str], _Offer]
@@ -666,7 +688,7 @@ class Publisher:
         services.update(_pair(name) for name in {*self.inputs.peers.names, *self._vips.owners()})
         for service in services:
             name = "/".join(service)
-            by = self._wanted_vip(name, service in definitions, offers.get(service))
+            by = self._wanted_vip(name, definitions.get(service), offers.get(service))
             if by is not None:
                 found[name] = by
         return found
@@ -733,6 +755,13 @@ class Publisher:
         facts = self._catalog.services().get(service)
         if facts is None:
             return None
+        definition = None
+        ours = service in self._catalog.written(SERVICES)
+        if ours:
+            entry = self._definitions_found.get(service)
+            definition = None if entry is None else entry.definition
+            if entry is None or not (definition is None or definition.kubernetes):
+                return None  # on its way out: the definition is the truth
         where = f"kubernetes services {'/'.join(service)}"
         address, range4 = facts.address, self.own.cluster_ips4
         if address is not None and (range4 is None or IPv4Address(address) not in range4):
@@ -757,7 +786,15 @@ class Publisher:
         if strange:
             self.problem(where, f"{len(strange)} endpoints are on no host of the mesh, {strange[0]} for one")
         return _Offer(
-            address, facts.ports, backends, hostnames, facts.labels, facts.selector, facts.shared, facts.affinity
+            address,
+            facts.ports,
+            backends,
+            hostnames,
+            facts.labels if definition is None else definition.labels,
+            facts.selector if definition is None else definition.backend_labels or {},
+            facts.shared,
+            facts.affinity,
+            ours,
         )
 
     def _held_offer(self, service: tuple[str, str]) -> _Offer | None:
@@ -803,10 +840,15 @@ class Publisher:
         elif entry is not None:  # it cannot be read: what machines gave stands
             machines = {workload.address for workload in self._workloads_found}
             backends.update((address, ports) for address, ports in before.items() if address in machines)
+        self.machines[service] = dict(backends)
         if offer is not None:
             if offer.address is not None:
                 frontends = {offer.address: offer.ports}
-                if definition is not None and offer.ports.keys().isdisjoint(port.name for port in definition.ports):
+                if (
+                    definition is not None
+                    and not offer.ours
+                    and offer.ports.keys().isdisjoint(port.name for port in definition.ports)
+                ):
                     self.problem(
                         keys.service_definition_key(*service),
                         "no port has the name of one of the Kubernetes Service's ports: no backend of one serves the "
@@ -883,7 +925,7 @@ class Publisher:
 
     def _follow_service(self, service: tuple[str, str], found: dict[str, str | None]) -> None:
         name, entry, offer = "/".join(service), self._definitions_found.get(service), self._offer(service)
-        by = self._wanted_vip(name, entry is not None, offer)
+        by = self._wanted_vip(name, entry, offer)
         number = None
         if by is None:
             self._vips.release(name)

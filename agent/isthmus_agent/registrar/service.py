@@ -42,10 +42,11 @@ from isthmus_agent.sdnotify import notify, watchdog_interval
 
 from . import recall
 from .kubernetes.catalog import Changes
+from .kubernetes.wanted import Mesh
 from .leader import Election, NotLeader, Term, Writer
 from .memory import Known, Memory
 from .mirror import Mirror, read_mirrored
-from .offered import Offered
+from .offered import Offered, Remote
 from .publish import (
     Change,
     Inputs,
@@ -63,6 +64,7 @@ from .publish import (
 )
 
 if TYPE_CHECKING:
+    from .kubernetes.sink import Sink
     from .kubernetes.source import Source
 
 logger = logging.getLogger(__name__)
@@ -137,12 +139,17 @@ class Registrar:
         self.changed = asyncio.Event()
         self._site_seen: dict[str, tuple[tuple[int, int, int], float]] = {}  # by prefix: which run of `site`, since
         self.kubernetes: Source | None = None
+        self.sink: Sink | None = None
         if self.registrar.kubernetes is not None:
+            from .kubernetes.sink import Sink
             from .kubernetes.source import Source  # aiohttp: 12 MiB that registrars of machines do without
 
-            self.kubernetes = Source(self.registrar.kubernetes, self.own.name, self.changed, wall=wall, clock=clock)
+            place = (self.registrar.kubernetes, spec.estate, self.own.name)
+            self.kubernetes = Source(*place, self.changed, wall=wall, clock=clock)
+            self.sink = Sink(*place, self.kubernetes.catalog, self.changed, clock=clock)
         self._kubernetes_told: tuple[float, str] = (float("-inf"), "")  # when its status was written, and which
         self._offered = Offered()
+        self._remote = Remote()
         self.election = Election(self.client, spec.host, holder or f"{spec.host}/{os.getpid()}", clock=clock)
         self.leading = False
         self.estate = self._store(keys.ESTATE_PREFIX, self._site_has_run, keys.ROSTER)
@@ -301,6 +308,10 @@ class Registrar:
         self._mirroring.clear()
         self._forgotten.clear()
         parts: list[tuple[str, Callable[[], Awaitable[None]]]] = [("publish", lambda: self._publish(writer))]
+        if self.sink is not None:
+            sink = self.sink
+            sink.mesh = None  # what an earlier term knew
+            parts.append(("write to kubernetes", lambda: sink.run(writer.prove)))
         for peer in self.registrar.peers:
             parts.append((f"mirror {peer.name}", lambda peer=peer: self._mirror(writer, peer)))  # type: ignore[misc]
         tasks = [asyncio.create_task(self._again(name, part), name=name) for name, part in parts]
@@ -344,6 +355,7 @@ class Registrar:
         publisher: Publisher | None = None
         pending = Changes()  # of Kubernetes' objects
         offered: PeerServices | None = None
+        unwritable: frozenset[str] = frozenset()
         epoch = 0
         while True:
             if await wait_set(self.changed, TICK):
@@ -381,8 +393,9 @@ class Registrar:
                 or draining != drained
                 or pending.all
                 or self._peer_services() != offered
+                or self._unwritable() != unwritable
             ):
-                offered = self._peer_services()
+                offered, unwritable = self._peer_services(), self._unwritable()
                 publisher = Publisher(self.own, self._inputs(record, previous, draining, offered))
                 found = publisher.run()
                 self._tell(found.problems)
@@ -407,6 +420,9 @@ class Registrar:
                 pending = Changes()
             await writer.apply(changes)
             apply_changes(changes, actual)
+            if self.sink is not None and publisher is not None:
+                self.sink.mesh = self._mesh(publisher) if not waiting else None
+                self.sink.due.set()
             await self._write_kubernetes_status(writer)
             if now - heartbeat >= HEARTBEAT_INTERVAL:
                 await writer.apply([Change(keys.HEARTBEAT, self._wall())])
@@ -528,7 +544,9 @@ class Registrar:
             if keys.KUBERNETES_STATUS in self.allocations.items:
                 await writer.apply([Change(keys.KUBERNETES_STATUS, None)])
             return
-        told = [f"{one.key[len('kubernetes ') :]}: {one.reason}" for one in sorted(self._problems) if _of_api(one)]
+        found = {(one.key, one.reason) for one in self._problems if _of_api(one)}
+        found.update(() if self.sink is None else self.sink.problems)
+        told = [f"{key[len('kubernetes ') :]}: {reason}" for key, reason in sorted(found)]
         if len(told) > TOLD_PROBLEMS:
             told = [*told[:TOLD_PROBLEMS], f"{len(told) - TOLD_PROBLEMS} more"]
         status = replace(self.kubernetes.status(), problems=tuple(told))
@@ -557,7 +575,17 @@ class Registrar:
             draining=draining,
             kubernetes=None if self.kubernetes is None else self.kubernetes.catalog,
             peers=offered,
+            unwritable=self._unwritable(),
         )
+
+    def _unwritable(self) -> frozenset[str]:
+        return frozenset() if self.sink is None else self.sink.unwritable
+
+    def _mesh(self, publisher: Publisher) -> Mesh:
+        """What is to be seen in Kubernetes."""
+        running = self._running
+        unknown = [name for name in self._peers if name not in running or not running[name].services_known]
+        return Mesh(publisher.definitions(), publisher.machines, self._remote.services(running), frozenset(unknown))
 
     async def _read_actual(self) -> dict[str, str]:
         """What etcd holds of our own output, read anew."""

@@ -97,7 +97,8 @@ class ServiceDefinition:
 
     Its backends are the workloads of the same namespace that carry all of `backend_labels`, or the
     named ones (`"<host>/<name>"`) when that is None. `owner` is who may change it: `inventory`,
-    `module`, `kubernetes` or `rollout`.
+    `module`, `kubernetes` or `rollout`. `kubernetes`: the registrar makes it a Service of the cluster's
+    Kubernetes; in a cluster that is none it says nothing.
     """
 
     name: str
@@ -112,6 +113,7 @@ class ServiceDefinition:
     labels: Mapping[str, str] = field(default_factory=dict)
     owner: str = "inventory"
     revision: int = 1
+    kubernetes: bool = False
 
     def selects(self, node: str, namespace: str, name: str, labels: Mapping[str, str]) -> bool:
         """Whether a workload is a backend of this service."""
@@ -141,6 +143,8 @@ class ServiceDefinition:
             "shared": self.shared,
             "affinity": self.affinity,
             "labels": jsontext.sorted_mapping(self.labels),
+            # Left out where it is false, so that a definition without it is what it was before there was the key.
+            **({"kubernetes": True} if self.kubernetes else {}),
         }
 
     def to_json(self) -> str:
@@ -176,6 +180,7 @@ class ServiceDefinition:
             labels=fields.text_mapping("labels"),
             owner=_filled(fields, "owner"),
             revision=fields.integer("revision", UINT64),
+            kubernetes=fields.boolean("kubernetes"),
         )
 
     @classmethod

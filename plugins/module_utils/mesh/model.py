@@ -182,6 +182,9 @@ class Model:
                     del entry[key]
         if not content["reserved"]:
             del content["reserved"]
+        for entry in content["services"].values():
+            if not entry["definition"]["kubernetes"]:
+                del entry["definition"]["kubernetes"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -864,6 +867,8 @@ class _Reader:
         if len(self.problems) > before or any(value is INVALID for value in entry.values()):
             return None
         present = tuple(sorted(name for name, cluster in clusters.items() if not cluster.absent))
+        exists = present if names == "all" else tuple(sorted(set(names) & set(present)))
+        self.service_kubernetes(where, entry, None if hosts is None else [clusters[name] for name in exists])
         return Service(
             definition=ServiceDefinition(
                 name=entry["name"],
@@ -876,10 +881,31 @@ class _Reader:
                 shared=entry["shared"],
                 affinity=entry["affinity"],
                 labels=entry["labels"],
+                kubernetes=entry["kubernetes"],
             ),
-            clusters=present if names == "all" else tuple(sorted(set(names) & set(present))),
+            clusters=exists,
             absent=entry["state"] == "absent",
         )
+
+    def service_kubernetes(self, where: str, entry: Mapping[str, Any], exists: list[Cluster] | None) -> None:
+        """`exists`: the clusters in which the service is; None: they are not known here."""
+        if not entry["kubernetes"]:
+            return
+        where = f"{where}.kubernetes"
+        if not entry["global"]:
+            self.problem(
+                where,
+                "it goes with `global: true` only",
+                "pods use it by Cilium's annotation for global services",
+                "add global: true, or remove it",
+            )
+        if exists is not None and entry["state"] != "absent" and all(one.kubernetes is None for one in exists):
+            self.problem(
+                where,
+                f"none of its clusters ({', '.join(one.name for one in exists) or 'none'}) is a Kubernetes cluster",
+                "there is nowhere to make it a Service",
+                "add a cluster that has `kubernetes` to its clusters, or remove it",
+            )
 
     def service_ports(self, where: str, given: Any) -> tuple[ServicePort, ...]:
         if given is INVALID:

@@ -1157,7 +1157,10 @@ class _Planner:
         for cluster in sorted(present):
             found[cluster] = {
                 "present": [
-                    service.definition.to_dict()
+                    replace(
+                        service.definition,
+                        kubernetes=service.definition.kubernetes and "kubernetes" in present[cluster],
+                    ).to_dict()
                     for service in self.model.services.values()
                     if not service.absent and cluster in roster["services"][service.key]["clusters"]
                 ],

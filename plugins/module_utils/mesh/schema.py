@@ -780,6 +780,12 @@ SERVICE = Table(
             "none",
         ),
         "clusters": Key(AllOr(Listing(CLUSTER_NAME, 1)), "Clusters in which the service exists.", "all"),
+        "kubernetes": Key(
+            Flag(),
+            "Whether it becomes a Service of the same name in those of its clusters that are Kubernetes clusters; "
+            "with `global` only.",
+            False,
+        ),
         "labels": Key(Labels(), "Labels of the service itself.", {}),
         "state": Key(_STATE, _STATE_DOC, "present"),
     },

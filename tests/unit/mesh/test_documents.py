@@ -99,6 +99,7 @@ def test_which_workloads_a_service_selects() -> None:
         ({"namespace": "shop\n10.0.0.1 bank"}, "namespace is not an RFC 1123 label"),
         ({"ports": [{"name": "a", "port": 80}, {"name": "b", "port": 80}]}, "same port and protocol twice"),
         ({"owner": None}, "owner is missing"),
+        ({"kubernetes": "yes"}, "kubernetes is not true or false"),
     ],
 )
 def test_a_definition_that_cannot_be_used(changes: dict[str, Any], reason: str) -> None:

@@ -343,3 +343,31 @@ def test_a_model_says_which_host_is_which_node() -> None:
         "k3": None,
     }
     assert found.hosts["c1"].kubernetes_node is None
+
+
+def declared(**more: Any) -> Edit:
+    def edit(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        the_estate["services"][0].update({"kubernetes": True, **more})
+
+    return edit
+
+
+def test_a_service_for_pods_says_so_where_there_are_pods() -> None:
+    before, found = replanned(), replanned(declared())
+    for cluster in ("cloud", "onprem"):
+        assert found.services[cluster] == before.services[cluster]
+    (web,) = found.services["kube"]["present"]
+    assert web == {**before.services["kube"]["present"][0], "kubernetes": True}
+    assert found.specs == before.specs
+    # Without it everything is as it was before there was the key.
+    assert replanned(declared(kubernetes=False)) == before
+    assert "kubernetes" not in before.services["kube"]["present"][0]
+
+
+def test_a_service_for_pods_needs_a_kubernetes_cluster_and_to_be_global() -> None:
+    where = "isthmus_estate.services[0] (shop/web).kubernetes"
+    told = refused(declared(clusters=["cloud", "onprem"]))
+    assert f"{where}: none of its clusters (cloud, onprem) is a Kubernetes cluster" in told
+    assert f"{where}: it goes with `global: true` only" in refused(declared(**{"global": False}))
+    assert replanned(declared(clusters=["kube"])).services["kube"]["present"][0]["kubernetes"] is True
+    replanned(declared(clusters=["cloud"], state="absent"))

@@ -56,11 +56,28 @@ def test_who_may_read_afterwards() -> None:
     assert access.users_after(None, ["k1", "k2"], {"k1": new}) == {new}
 
 
-def test_the_role_can_read_and_nothing_else() -> None:
+def test_the_role_reads_and_writes_services_and_their_endpoints_and_nothing_else() -> None:
+    read, write = {"get", "list", "watch"}, {"create", "patch", "delete"}
     rules = access.cluster_role(OWN)["rules"]
-    assert {verb for rule in rules for verb in rule["verbs"]} == {"get", "list", "watch"}
-    resources = {resource for rule in rules for resource in rule["resources"]}
-    assert resources == {"nodes", "namespaces", "pods", "services", "endpointslices"}
+    allowed = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
+    assert allowed == {
+        "nodes": read,
+        "namespaces": read,
+        "pods": read,
+        "services": read | write,
+        "endpointslices": read | write,
+    }
+    # Kubernetes lets nobody give more than he has, so an operator is asked for the same.
+    given = {(resource, verb) for verb, _group, resource, _name in access.GIVEN}
+    assert given == {(resource, verb) for resource, verbs in allowed.items() for verb in verbs}
+
+
+def test_where_an_object_of_a_list_is() -> None:
+    one = {"metadata": {"name": "db", "namespace": "shop"}}
+    assert access.place("/api/v1/services", one) == ("/api/v1/namespaces/shop/services/db", "shop/db")
+    path = "/apis/discovery.k8s.io/v1/endpointslices"
+    assert access.place(path, one)[0] == "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices/db"
+    assert access.place("/c/clusterroles", {"metadata": {"name": "x"}}) == ("/c/clusterroles/x", "x")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +168,7 @@ def test_what_is_pending_is_told() -> None:
     assert "https://api does not answer" in told[0]
     assert [line.split()[4] for line in told[1:-1]] == ["away", "lost", "wrong"]
     assert "the inventory has none of its etcd hosts" in told[2]
-    assert "kubectl delete clusterrolebinding,clusterrole,csr -l app.kubernetes.io/managed-by=isthmus" in told[3]
+    assert "kubectl delete clusterrolebinding,clusterrole,csr,service,endpointslice -A -l app" in told[3]
     assert run_outcome([{**members[0], "__kubernetes_access": {"pending": ""}, "__site_left": {}}])["pending"] == []
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from isthmus_mesh import ownership
 from isthmus_mesh.identity import pod_labels
 from isthmus_mesh.wire import L4Addr, labels_to_string
 
@@ -31,8 +32,10 @@ from .objects import (
     PodFacts,
     ServiceFacts,
     SliceFacts,
+    Written,
     facts,
     key_of,
+    written,
 )
 
 
@@ -64,13 +67,14 @@ class Rendered:
 
 @dataclass
 class Catalog:
-    """Everything that is known of the cluster `cluster`. `listed`: the kinds that were read in full at least once.
+    """Everything that is known of the estate's cluster `cluster`. `listed`: the kinds that were read in full once.
 
     `problems`: objects that are not what the API promises, by kind and key; what was known of one before stands.
     `rendered`: the publisher's values by address, so that it makes each only once.
     """
 
     cluster: str
+    estate: str = ""
     listed: set[str] = field(default_factory=set)
     problems: dict[tuple[str, ObjectKey], str] = field(default_factory=dict)
     rendered: dict[str, Rendered] = field(default_factory=dict)
@@ -80,10 +84,14 @@ class Catalog:
         self._by_address: dict[str, set[ObjectKey]] = {}
         self._by_namespace: dict[str, set[ObjectKey]] = {}
         self._slices: dict[ObjectKey, set[ObjectKey]] = {}  # of a service
+        self._own = ownership.labels(self.estate, self.cluster)
+        self._written: dict[str, dict[ObjectKey, Written]] = {SERVICES: {}, SLICES: {}}
+        self._names: set[ObjectKey] = set()  # of all services
         self._labels: dict[ObjectKey, str] = {}
         self._addresses: set[str] = set()
         self._services: set[ObjectKey] = set()
         self._all = False
+        self._touched = False  # something that decides what is to be written changed
 
     # --- in
 
@@ -96,28 +104,50 @@ class Catalog:
             return None
         try:
             found = facts(kind, value)
+            ours = written(kind, value, self._own) if kind in self._written else None
         except ObjectError as error:
             self.problems[kind, key] = str(error)
             return key
         self.problems.pop((kind, key), None)
         self._set(kind, key, found)
+        self._set_written(kind, key, ours)
+        if kind == SERVICES and key not in self._names:
+            self._names.add(key)
+            self._touched = True
         return key
 
     def remove(self, kind: str, key: ObjectKey) -> None:
         """Forget an object that was deleted."""
         self.problems.pop((kind, key), None)
-        self._set(kind, key, None)
+        self._forget(kind, key)
 
     def retain(self, kind: str, listed: Iterable[ObjectKey]) -> None:
         """Forget every object of `kind` that a complete list, which has been put, does not have."""
         there = set(listed)
-        for key in [key for key in self._objects[kind] if key not in there]:
-            self._set(kind, key, None)
+        known = {*self._objects[kind], *self._written.get(kind, ()), *(self._names if kind == SERVICES else ())}
+        for key in known - there:
+            self._forget(kind, key)
         for where in [where for where in self.problems if where[0] == kind and where[1] not in there]:
             del self.problems[where]
         if kind not in self.listed:
             self.listed.add(kind)
             self._all = True
+
+    def _forget(self, kind: str, key: ObjectKey) -> None:
+        self._set(kind, key, None)
+        self._set_written(kind, key, None)
+        if kind == SERVICES and key in self._names:
+            self._names.remove(key)
+            self._touched = True
+
+    def _set_written(self, kind: str, key: ObjectKey, after: Written | None) -> None:
+        objects = self._written.get(kind, {})
+        if objects.get(key) != after:
+            self._touched = True
+            if after is None:
+                del objects[key]
+            else:
+                objects[key] = after
 
     def _set(self, kind: str, key: ObjectKey, after: Facts | None) -> None:
         objects = self._objects[kind]
@@ -128,6 +158,8 @@ class Catalog:
             del objects[key]
         else:
             objects[key] = after
+        if kind in (NAMESPACES, SERVICES):
+            self._touched = True
         if kind == PODS:
             self._pod_changed(key, cast("PodFacts | None", before), cast("PodFacts | None", after))
         elif kind == NAMESPACES:
@@ -179,12 +211,12 @@ class Catalog:
         taken = Changes(frozenset(self._addresses), frozenset(self._services), self._all)
         self._addresses.clear()
         self._services.clear()
-        self._all = False
+        self._all = self._touched = False
         return taken
 
     def waiting(self) -> bool:
-        """Whether `take` has something."""
-        return self._all or bool(self._addresses) or bool(self._services)
+        """Whether there is something new since the last `take`, also if only for who writes."""
+        return self._all or self._touched or bool(self._addresses) or bool(self._services)
 
     def counts(self) -> dict[str, int]:
         """Objects that the mesh has to do with, by kind."""
@@ -222,6 +254,17 @@ class Catalog:
     def services(self) -> Mapping[ObjectKey, ServiceFacts]:
         """The global services."""
         return cast("Mapping[ObjectKey, ServiceFacts]", self._objects[SERVICES])
+
+    def written(self, kind: str) -> Mapping[ObjectKey, Written]:
+        """The Services or EndpointSlices that are ours."""
+        return self._written[kind]
+
+    def has_namespace(self, name: str) -> bool:
+        return ("", name) in self._objects[NAMESPACES]
+
+    def has_service(self, service: ObjectKey) -> bool:
+        """Whether there is a Service of that name, of whatever kind and whosever."""
+        return service in self._names
 
     def backends(self, service: ObjectKey) -> tuple[dict[str, tuple[str, dict[str, L4Addr]]], dict[str, str]]:
         """Address -> (its node, or nothing; ports), and address -> host name, of the endpoints that should get flows.

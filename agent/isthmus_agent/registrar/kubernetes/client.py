@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The Kubernetes API as the registrar needs it: paginated lists and watches of raw objects, over mutual TLS.
+"""The Kubernetes API as the registrar needs it: paginated lists, watches and single writes of raw objects, over mutual
+TLS.
 
 Raw JSON, because the model classes of Kubernetes' own client cost more than all the rest for 10,000 pods
 (docs/dependencies.md). Certificate files are read again when they were renewed.
@@ -13,19 +14,20 @@ import os
 import random
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from isthmus_mesh.ownership import MANAGER
 from isthmus_mesh.spec import KubernetesApiSpec
 
-from .objects import NAMESPACES, NODES, PODS, SERVICES, SLICES, ObjectError, parse
+from .objects import NAMESPACES, NODES, PODS, SERVICES, SLICES, ObjectError, ObjectKey, parse
 
 PAGE = 500
 CONNECT_TIMEOUT = 5.0
 ANSWER_TIMEOUT = 20.0
-"""Seconds that a page of a list may take."""
+"""Seconds that a page of a list, or a write, may take."""
 WATCH_SECONDS = (240, 300)
 """After how many seconds the server shall end a watch, so that it goes on with present certificates elsewhere."""
 SILENCE = 150.0
@@ -59,6 +61,10 @@ class Forbidden(ApiError):
         super().__init__(server, f"{verb} {resource}", reason, 403)
         self.verb = verb
         self.resource = resource
+
+
+class Conflict(ApiError):
+    """The object is not the one that was to be changed, or there is one already."""
 
 
 class Gone(ApiError):
@@ -138,6 +144,31 @@ class Api:
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             raise ApiError(self.server, f"watch {kind}", _words(error)) from None
 
+    async def create(self, kind: str, namespace: str, body: Mapping[str, Any]) -> None:
+        """Make an object. Conflict when there is one of its name; ApiError."""
+        await self._write("POST", "create", kind, _path(kind, namespace), body, "application/json")
+
+    async def patch(self, kind: str, key: ObjectKey, body: Mapping[str, Any], version: str) -> None:
+        """Merge `body` into an object (RFC 7396). Conflict when it is not at `version` any more; ApiError."""
+        fenced = {**body, "metadata": {**body.get("metadata", {}), "resourceVersion": version}}
+        await self._write("PATCH", "patch", kind, _path(kind, *key), fenced, "application/merge-patch+json")
+
+    async def delete(self, kind: str, key: ObjectKey, version: str) -> None:
+        """Delete an object. Conflict when it is not at `version` any more; ApiError."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"resourceVersion": version}}
+        await self._write("DELETE", "delete", kind, _path(kind, *key), body, "application/json")
+
+    async def _write(self, method: str, verb: str, kind: str, path: str, body: Mapping[str, Any], form: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT, sock_connect=CONNECT_TIMEOUT)
+        query = {} if method == "DELETE" else {"fieldManager": MANAGER}
+        try:
+            async with self._request(
+                method, path, query, timeout, data=json.dumps(body), headers={"Content-Type": form}
+            ) as response:
+                await self._check(response, verb, kind)
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            raise ApiError(self.server, f"{verb} {kind}", _words(error)) from None
+
     def _event(self, kind: str, body: Any) -> Event:
         found = body["object"]
         if body["type"] == "ERROR":
@@ -146,13 +177,25 @@ class Api:
         return Event(str(body["type"]), found, str(found["metadata"]["resourceVersion"]))
 
     def _get(self, kind: str, query: dict[str, str], timeout: aiohttp.ClientTimeout) -> Any:
+        return self._request("GET", PATHS[kind], query, timeout)
+
+    def _request(
+        self, method: str, path: str, query: dict[str, str], timeout: aiohttp.ClientTimeout, **more: Any
+    ) -> Any:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
             # Bodies are large and the server is near: compressing them costs both more than it saves.
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "isthmus-registrar"}
             self._session = aiohttp.ClientSession(connector=connector, headers=headers)
-        url = self.server + PATHS[kind]
-        return self._session.get(url, params=query, timeout=timeout, ssl=self._tls(), allow_redirects=False)
+        return self._session.request(
+            method,
+            self.server + path,
+            params=query,
+            timeout=timeout,
+            ssl=self._tls(),
+            allow_redirects=False,
+            **more,
+        )
 
     def _tls(self) -> ssl.SSLContext:
         """A context of the present certificate files: connections of another context are not used again."""
@@ -165,18 +208,26 @@ class Api:
         return self._context
 
     async def _check(self, response: aiohttp.ClientResponse, verb: str, kind: str) -> None:
-        if response.status == 200:
+        if 200 <= response.status < 300:
             return
-        if response.status == 403:
-            raise Forbidden(self.server, verb, kind)
         try:
             reason = str(json.loads(await response.content.read(65_536))["message"])[:300]
         except (ValueError, KeyError, TypeError):
             reason = ""
+        # Admission (a quota, a namespace that is being deleted) answers with 403 too.
+        if response.status == 403 and (verb in ("list", "watch") or f" cannot {verb} resource " in reason):
+            raise Forbidden(self.server, verb, kind)
         if response.status == 401:
             reason = "it does not accept the client certificate: it has ended, or is of another cluster's authority"
         words = reason or f"HTTP status {response.status}"
-        raise (Gone if response.status == 410 else ApiError)(self.server, f"{verb} {kind}", words, response.status)
+        error = {409: Conflict, 410: Gone}.get(response.status, ApiError)
+        raise error(self.server, f"{verb} {kind}", words, response.status)
+
+
+def _path(kind: str, namespace: str, name: str = "") -> str:
+    """Of an object in a namespace, or of all of them there."""
+    group, _, resource = PATHS[kind].rpartition("/")
+    return f"{group}/namespaces/{namespace}/{resource}" + (f"/{name}" if name else "")
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -16,6 +16,7 @@ from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any, Union
 
 from isthmus_mesh.jsontext import UINT16
+from isthmus_mesh.ownership import stranger
 from isthmus_mesh.wire import PROTOCOLS, L4Addr, NamedPort
 
 NODES, NAMESPACES, PODS, SERVICES, SLICES = "nodes", "namespaces", "pods", "services", "endpointslices"
@@ -25,9 +26,13 @@ KINDS = (NODES, NAMESPACES, PODS, SERVICES, SLICES)
 GLOBAL = ("service.cilium.io/global", "io.cilium/global-service")
 SHARED = ("service.cilium.io/shared", "io.cilium/shared-service")
 AFFINITY = ("service.cilium.io/affinity", "io.cilium/service-affinity")
+SYNC = ("service.cilium.io/global-sync-endpoint-slices",)
 """Annotations of Cilium (pkg/annotation/k8s.go); the first that is there counts."""
 
 SERVICE_NAME = "kubernetes.io/service-name"
+SLICE_MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
+SLICE_MANAGER = "isthmus-registrar"
+"""Label and value of the EndpointSlices that a registrar writes."""
 
 ObjectKey = tuple[str, str]
 """(namespace, name); the namespace is empty for nodes and namespaces."""
@@ -65,7 +70,10 @@ class PodFacts:
 
 @dataclass(frozen=True, slots=True)
 class ServiceFacts:
-    """A service that is annotated global. `address` is its ClusterIP, None when it is headless."""
+    """A service that is annotated global. `address` is its ClusterIP, None when it is `headless` or of IPv6 only.
+
+    `synced`: it is to have EndpointSlices of what the rest of the mesh has of it.
+    """
 
     address: str | None
     ports: Mapping[str, L4Addr]
@@ -73,6 +81,8 @@ class ServiceFacts:
     affinity: str
     labels: Mapping[str, str]
     selector: Mapping[str, str]
+    headless: bool
+    synced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,14 @@ class SliceFacts:
     service: str
     ports: Mapping[str, L4Addr] = field(default_factory=dict)
     endpoints: tuple[Endpoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An object of ours: what counts of it (`value`, in the API's shape) at `version`."""
+
+    version: str
+    value: Mapping[str, Any]
 
 
 Facts = Union[NodeFacts, NamespaceFacts, PodFacts, ServiceFacts, SliceFacts]
@@ -124,6 +142,21 @@ def key_of(value: Any) -> ObjectKey:
 def facts(kind: str, value: Any) -> Facts | None:
     """What `value`, an object of the resource `kind`, says to the mesh; None: nothing."""
     return _READERS[kind](value)
+
+
+def written(kind: str, value: Any, own: Mapping[str, str]) -> Written | None:
+    """What of `value`, a Service or EndpointSlice, counts to its writer; None when it is not ours (labels `own`)."""
+    metadata = _object(value, "metadata")
+    labels = _mapping(metadata, "labels")
+    if stranger(labels, own) or (kind == SLICES and labels.get(SLICE_MANAGED_BY) != SLICE_MANAGER):
+        return None
+    found: dict[str, Any] = {"labels": dict(labels), "annotations": dict(_mapping(metadata, "annotations"))}
+    if kind == SERVICES:
+        spec = _object(value, "spec")
+        found |= {"ports": _objects(spec, "ports"), "selector": dict(_mapping(spec, "selector"))}
+    else:
+        found |= {"ports": _objects(value, "ports"), "endpoints": _objects(value, "endpoints")}
+    return Written(_text(metadata, "resourceVersion"), found)
 
 
 def _node(value: Any) -> NodeFacts:
@@ -184,6 +217,7 @@ def _service(value: Any) -> ServiceFacts | None:
     addresses = () if address in ("", "None") else _texts(spec, "clusterIPs") or (address,)
     of_family4 = [one for text in addresses for one in _address4(text, "spec.clusterIPs")]
     affinity = _annotation(annotations, AFFINITY).lower()
+    headless = address == "None"
     return ServiceFacts(
         address=of_family4[0] if of_family4 else None,
         ports=_ports(spec),
@@ -191,13 +225,18 @@ def _service(value: Any) -> ServiceFacts | None:
         affinity=affinity if affinity in ("local", "remote") else "none",
         labels=_mapping(metadata, "labels"),
         selector=_mapping(spec, "selector"),
+        headless=headless,
+        synced=_true(annotations, SYNC, headless),
     )
 
 
 def _slice(value: Any) -> SliceFacts | None:
-    service = _mapping(_object(value, "metadata"), "labels").get(SERVICE_NAME)
+    labels = _mapping(_object(value, "metadata"), "labels")
+    service = labels.get(SERVICE_NAME)
     if not service or _text(value, "addressType") != "IPv4":
         return None
+    if labels.get(SLICE_MANAGED_BY) == SLICE_MANAGER:
+        return None  # what the mesh says would come back as what this cluster says
     endpoints = []
     for entry in _objects(value, "endpoints"):
         conditions = _object(entry, "conditions")

@@ -49,13 +49,14 @@ class Source:
     def __init__(
         self,
         spec: KubernetesApiSpec,
+        estate: str,
         cluster: str,
         changed: asyncio.Event,
         *,
         wall: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.catalog = Catalog(cluster)
+        self.catalog = Catalog(cluster, estate)
         self.lists = 0
         self._api = Api(spec)
         self._changed = changed
