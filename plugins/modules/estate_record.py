@@ -142,6 +142,10 @@ record:
     documents:
       description: Documents by name.
       type: dict
+    own:
+      description: The document of C(cluster) alone, by name.
+      returned: with O(state=present)
+      type: dict
     foreign_services:
       description: Owners of services in this etcd that the inventory does not own, by C(namespace/name).
       returned: when it was read from an etcd
@@ -313,7 +317,9 @@ def present(module, changes):
     cluster = module.params["cluster"]
     record = with_authorities(module.params["record"], module.params["formed"])
     services = module.params["services"] or {"present": [], "absent": []}
-    answer = {"cluster": cluster, "documents": record}
+    # Of a cluster that has just formed, only its own hosts have the authority yet.
+    own = {"clusters/" + cluster: record["clusters/" + cluster]}
+    answer = {"cluster": cluster, "documents": record, "own": own}
     bare = not os.path.isdir(os.path.join(etcd_unit.DATA, "member")) or not estate.has_operator(cluster)
     if bare and not module.check_mode:
         module.warn(

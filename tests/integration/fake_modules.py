@@ -45,7 +45,8 @@ def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any
     changed = not record.exists() or json.loads(record.read_text()) != documents
     if not module.check_mode:
         record.write_text(json.dumps(documents))
-    answer = {"cluster": given["cluster"], "documents": documents}
+    own = f"clusters/{given['cluster']}"
+    answer = {"cluster": given["cluster"], "documents": documents, "own": {own: documents[own]}}
     return {"changed": changed, "locked": True, "record": answer}
 
 
