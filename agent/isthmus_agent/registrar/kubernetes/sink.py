@@ -37,8 +37,9 @@ PROOF = 0.5
 ECHO = 5.0
 """Seconds that a write has to come back by the watch before it is tried again."""
 MIN_DELAY, MAX_DELAY, MAX_DELAY_OF_SERVER = 0.5, 30.0, 5.0
-CONFLICTS = 4
-"""So many conflicts in a row are told: the watch should have shown by then what they are about."""
+DOUBTS = 4
+"""So many refusals in a row are told: of a conflict the watch should have shown by then what it is about, and a server
+that starts, which refuses everybody, should know its rules."""
 
 _AWAY = (0, 401, 429, 503, 504)
 """Answers (0: none) that say something of the server and not of the object."""
@@ -139,12 +140,11 @@ class Sink:
                 await self._api.patch(step.kind, step.key, step.body, step.version)
         except ApiError as error:
             if isinstance(error, Forbidden):
-                self._fails(right, str(error))
+                self._fails(right, str(error), DOUBTS)
             elif error.status in _AWAY:
-                self._fails(server, "")  # the source tells of that
+                self._fails(server)  # the source tells of that
             else:
-                failures = self._waits[this].failures + 1 if this in self._waits else 1
-                self._fails(this, "" if isinstance(error, Conflict) and failures < CONFLICTS else str(error))
+                self._fails(this, str(error), DOUBTS if isinstance(error, Conflict) else 1)
             return
         self.writes += 1
         for scope in (server, right, this):
@@ -152,12 +152,13 @@ class Sink:
         self._sent[step.kind, step.key] = (step.version, self._clock() + ECHO)
         logger.info("wrote to Kubernetes", extra=fields(verb=step.verb, kind=step.kind, object="/".join(step.key)))
 
-    def _fails(self, scope: _Scope, reason: str) -> None:
+    def _fails(self, scope: _Scope, reason: str = "", times: int = 1) -> None:
+        """Wait longer each time; `reason` is told from so many `times` on."""
         wait = self._waits.setdefault(scope, _Wait())
         longest = MAX_DELAY_OF_SERVER if scope == _SERVER else MAX_DELAY
         wait.until = self._clock() + min(longest, MIN_DELAY * 2 ** min(wait.failures, 16))
         wait.failures += 1
-        wait.reason = reason
+        wait.reason = reason if wait.failures >= times else ""
 
     def _waits_for(self, step: Step) -> bool:
         """Whether a step is not to be taken now: it failed a moment ago, or was taken and is not seen yet."""
