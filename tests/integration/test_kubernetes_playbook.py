@@ -101,5 +101,6 @@ def test_a_teardown_takes_kubernetes_along_with_the_last_registrar(tmp_path: Pat
     assert away.status == 0, away.output
     (removed,) = site.calls("kubernetes_access")
     assert (removed["state"], removed["host"], removed["kubeconfig"]) == ("absent", "b1", "/kube/a")
-    assert "Kubernetes of cluster a still has a ClusterRole of the mesh" in away.output
-    assert "kubectl delete clusterrolebinding,clusterrole,csr -l app.kubernetes.io/managed-by=isthmus" in away.output
+    assert "Kubernetes of cluster a still has what is the mesh's" in away.output
+    kinds = "clusterrolebinding,clusterrole,csr,service,endpointslice"
+    assert f"kubectl delete {kinds} -A -l app.kubernetes.io/managed-by=isthmus" in away.output

@@ -43,6 +43,9 @@ PATHS = {
     SLICES: "/apis/discovery.k8s.io/v1/endpointslices",
 }
 
+MAX_REFUSAL = 65_536
+"""Bytes that are read of an answer that refuses."""
+
 
 class ApiError(Exception):
     """The API server did not do what it was asked for; the text says what and why. `status`: HTTP's, 0 without one."""
@@ -210,8 +213,11 @@ class Api:
     async def _check(self, response: aiohttp.ClientResponse, verb: str, kind: str) -> None:
         if 200 <= response.status < 300:
             return
+        said = b""
+        while len(said) < MAX_REFUSAL and (part := await response.content.read(MAX_REFUSAL)):
+            said += part  # what has arrived, not the whole answer
         try:
-            reason = str(json.loads(await response.content.read(65_536))["message"])[:300]
+            reason = str(json.loads(said)["message"])[:300]
         except (ValueError, KeyError, TypeError):
             reason = ""
         # Admission (a quota, a namespace that is being deleted) answers with 403 too.
