@@ -7,15 +7,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from isthmus_agent.desired.datapath import Address
+from isthmus_agent.netlink import messages
 
 # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_RULE, and RTNLGRP_IPV4_NETCONF (24)
 _GROUPS = 0x1 | 0x10 | 0x80 | 1 << 23
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _DELRULE, _NEWNETCONF = 16, 17, 20, 21, 33, 80
-_HEADER = struct.Struct("=IHHII")
 
 
 class NetworkWatch:
@@ -41,7 +40,7 @@ class NetworkWatch:
                         raise
                     self._changed()
                     continue
-                if any(self._matters(kind, payload) for kind, payload in _messages(data)):
+                if any(self._matters(kind, payload) for kind, _, _, payload in messages.split(data)):
                     self._changed()
 
     def _matters(self, kind: int, payload: bytes) -> bool:
@@ -50,13 +49,3 @@ class NetworkWatch:
         if kind in (_NEWADDR, _DELADDR):
             return self._underlay in payload
         return kind in (_DELRULE, _NEWNETCONF)
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    position = 0
-    while position + _HEADER.size <= len(data):
-        length, kind, _, _, _ = _HEADER.unpack_from(data, position)
-        if length < _HEADER.size:
-            return
-        yield kind, data[position + _HEADER.size : position + length]
-        position += (length + 3) & ~3

@@ -23,23 +23,20 @@ from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
 
 from isthmus_agent.desired.datapath import KeepSource
+from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.messages import attribute, attributes
 
 TABLE = "isthmus"
 SET = "local"
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
 _NETLINK_NETFILTER = 12
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _FAMILY = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
-_ATTRIBUTE = struct.Struct("=HH")
-_NESTED, _TYPE_MASK = 0x8000, 0x3FFF
 _U32 = struct.Struct("!I")
 _I32 = struct.Struct("!i")
 _U64 = struct.Struct("!Q")
-_ERRNO = struct.Struct("=i")
-_REQUEST, _ACK, _DUMP, _CREATE, _APPEND = 0x1, 0x4, 0x300, 0x400, 0x800
-_ERROR, _DONE = 2, 3
+_APPEND = 0x800
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _SUBSYSTEM = 10
 _IPV4 = 2
@@ -47,7 +44,6 @@ _TIMEOUT = 10.0  # seconds; the kernel answers within the call
 _BUFFER = 1 << 20
 _DUMPS = 5
 _MANY = 512  # elements; an attribute holds 64 KiB
-_DUMP_INTERRUPTED = 0x10
 
 # Messages.
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
@@ -77,34 +73,16 @@ _BEFORE_SRCNAT = 90  # iptables, kube-proxy and CNIs have 100
 _FIRST, _LAST = -1000, 1000
 
 
-def _pad(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 4)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _pad(_ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value)
-
-
 def _nested(kind: int, *parts: bytes) -> bytes:
-    return _attribute(kind | _NESTED, b"".join(parts))
+    return attribute(kind | messages.NESTED, b"".join(parts))
 
 
 def _number(kind: int, value: int) -> bytes:
-    return _attribute(kind, _U32.pack(value))
+    return attribute(kind, _U32.pack(value))
 
 
 def _text(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode() + b"\0")
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    position = 0
-    while position + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, position)
-        if length < _ATTRIBUTE.size:
-            return
-        yield kind & _TYPE_MASK, data[position + _ATTRIBUTE.size : position + length]
-        position += (length + 3) & ~3
+    return attribute(kind, value.encode() + b"\0")
 
 
 def _expression(name: str, *parts: bytes) -> bytes:
@@ -112,7 +90,7 @@ def _expression(name: str, *parts: bytes) -> bytes:
 
 
 def _value(kind: int, value: bytes) -> bytes:
-    return _nested(kind, _attribute(_DATA_VALUE, value))
+    return _nested(kind, attribute(_DATA_VALUE, value))
 
 
 def _compare(value: bytes) -> bytes:
@@ -256,21 +234,21 @@ class _Netfilter:
 
     def _message(self, kind: int, flags: int, body: bytes, family: int = _IPV4, resource: int = 0) -> bytes:
         self._sequence += 1
-        payload = _FAMILY.pack(family, 0, resource) + body
-        return _HEADER.pack(_HEADER.size + len(payload), kind, flags, self._sequence, 0) + payload
+        return messages.message(kind, flags, self._sequence, _FAMILY.pack(family, 0, resource) + body)
 
     def transaction(self, parts: Sequence[tuple[int, int, bytes]]) -> int:
         """Does all of (message, flags, body), or nothing; answers an errno, 0 when it was done."""
-        begin = self._message(_BATCH_BEGIN, _REQUEST, b"", 0, _SUBSYSTEM)
+        begin = self._message(_BATCH_BEGIN, messages.REQUEST, b"", 0, _SUBSYSTEM)
         first = self._sequence
-        messages = [self._message(_SUBSYSTEM << 8 | kind, _REQUEST | _ACK | flags, body) for kind, flags, body in parts]
-        end = self._message(_BATCH_END, _REQUEST, b"", 0, _SUBSYSTEM)
-        self._socket.send(b"".join((begin, *messages, end)))
+        asked = messages.REQUEST | messages.ACK
+        changes = [self._message(_SUBSYSTEM << 8 | kind, asked | flags, body) for kind, flags, body in parts]
+        end = self._message(_BATCH_END, messages.REQUEST, b"", 0, _SUBSYSTEM)
+        self._socket.send(b"".join((begin, *changes, end)))
         done = 0
         for kind, _, sequence, payload in self._answers():
-            if kind != _ERROR or sequence < first:
+            if kind != messages.ERROR or sequence < first:
                 continue
-            number = -int(_ERRNO.unpack_from(payload)[0])
+            number = messages.error_number(payload)
             done += 1
             if number or done == len(parts):
                 return number
@@ -280,22 +258,22 @@ class _Netfilter:
         """Attributes of all objects of a kind; none when the table is not there."""
         found: list[dict[int, bytes]] = []
         for _ in range(_DUMPS):
-            self._socket.send(self._message(_SUBSYSTEM << 8 | kind, _REQUEST | _DUMP, body))
+            self._socket.send(self._message(_SUBSYSTEM << 8 | kind, messages.REQUEST | messages.DUMP, body))
             number = self._sequence
             found = []
             whole = True
             for answer, flags, sequence, payload in self._answers():
                 if sequence != number:
                     continue
-                whole = whole and not flags & _DUMP_INTERRUPTED
-                if answer == _DONE:
+                whole = whole and not flags & messages.DUMP_INTERRUPTED
+                if answer == messages.DONE:
                     break
-                if answer == _ERROR:
-                    code = -_ERRNO.unpack_from(payload)[0]
+                if answer == messages.ERROR:
+                    code = messages.error_number(payload)
                     if code == errno.ENOENT:
                         return []
                     raise NetworkError(f"cannot read nf_tables: {os.strerror(code)}")
-                found.append(dict(_attributes(payload[_FAMILY.size :])))
+                found.append(dict(attributes(payload[_FAMILY.size :])))
             if whole:
                 break
         return found
@@ -303,12 +281,7 @@ class _Netfilter:
     def _answers(self) -> Iterator[tuple[int, int, int, bytes]]:
         """(type, flags, sequence, payload) of what comes, without end."""
         while True:
-            data = self._socket.recv(_BUFFER)
-            position = 0
-            while position + _HEADER.size <= len(data):
-                length, kind, flags, sequence, _ = _HEADER.unpack_from(data, position)
-                yield kind, flags, sequence, data[position + _HEADER.size : position + length]
-                position += (length + 3) & ~3
+            yield from messages.split(self._socket.recv(_BUFFER))
 
 
 def _is_there(netfilter: _Netfilter) -> bool:
@@ -324,7 +297,7 @@ def _chains(netfilter: _Netfilter) -> frozenset[_Chain]:
     for each in netfilter.dump(_GETCHAIN):
         if _name(each.get(_CHAIN_TABLE)) != TABLE:
             continue
-        hook = dict(_attributes(each.get(_CHAIN_HOOK, b"")))
+        hook = dict(attributes(each.get(_CHAIN_HOOK, b"")))
         place = (_U32.unpack(hook[_HOOK_NUMBER])[0], _I32.unpack(hook[_HOOK_PRIORITY])[0]) if hook else (-1, 0)
         found.add(_Chain(_name(each.get(_CHAIN_NAME)), _name(each.get(_CHAIN_TYPE)), *place))
     return frozenset(found)
@@ -345,9 +318,9 @@ def _read(netfilter: _Netfilter, chains: bool = True) -> _Real | None:
             packets[chain] += _packets(each.get(_RULE_EXPRESSIONS, b""))
     elements = []
     for each in netfilter.dump(_GETSETELEM, _text(_ELEMENTS_TABLE, TABLE) + _text(_ELEMENTS_SET, SET)):
-        for _, raw in _attributes(each.get(_ELEMENTS, b"")):
-            element = dict(_attributes(raw))
-            key = dict(_attributes(element.get(_ELEMENT_KEY, b""))).get(_DATA_VALUE, b"")
+        for _, raw in attributes(each.get(_ELEMENTS, b"")):
+            element = dict(attributes(raw))
+            key = dict(attributes(element.get(_ELEMENT_KEY, b""))).get(_DATA_VALUE, b"")
             flags = _U32.unpack(element[_ELEMENT_FLAGS])[0] if _ELEMENT_FLAGS in element else 0
             elements.append((key, bool(flags & _INTERVAL_END)))
     forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
@@ -360,10 +333,10 @@ def _name(raw: bytes | None) -> str:
 
 def _packets(expressions: bytes) -> int:
     """What the counter of a rule has counted."""
-    for _, raw in _attributes(expressions):
-        expression = dict(_attributes(raw))
+    for _, raw in attributes(expressions):
+        expression = dict(attributes(raw))
         if _name(expression.get(_EXPRESSION_NAME)) == "counter":
-            counter = dict(_attributes(expression.get(_EXPRESSION_DATA, b"")))
+            counter = dict(attributes(expression.get(_EXPRESSION_DATA, b"")))
             return int(_U64.unpack(counter[_COUNTER_PACKETS])[0])
     return 0
 
@@ -390,7 +363,7 @@ def _chain_body(chain: _Chain) -> bytes:
     hook = _nested(
         _CHAIN_HOOK,
         _number(_HOOK_NUMBER, chain.hook),
-        _attribute(_HOOK_PRIORITY, _I32.pack(chain.priority)),
+        attribute(_HOOK_PRIORITY, _I32.pack(chain.priority)),
     )
     return (
         _text(_CHAIN_TABLE, TABLE)
@@ -409,25 +382,25 @@ def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
         for key, end in _elements(list(wanted.local))
     ]
     return [
-        (_NEWTABLE, _CREATE, table),
+        (_NEWTABLE, messages.CREATE, table),
         (_DELTABLE, 0, table),
-        (_NEWTABLE, _CREATE, table),
-        *((_NEWCHAIN, _CREATE, _chain_body(chain)) for chain in _CHAINS),
+        (_NEWTABLE, messages.CREATE, table),
+        *((_NEWCHAIN, messages.CREATE, _chain_body(chain)) for chain in _CHAINS),
         (
             _NEWSET,
-            _CREATE,
+            messages.CREATE,
             _text(_SET_TABLE, TABLE)
             + _text(_SET_NAME, SET)
             + _number(_SET_FLAGS, _INTERVAL_SET)
             + _number(_SET_KEY_TYPE, _TYPE_IPV4)
             + _number(_SET_KEY_LENGTH, 4)
             + _number(_SET_ID, 1)
-            + _attribute(_SET_USERDATA, _KEY_IS_BIG_ENDIAN),
+            + attribute(_SET_USERDATA, _KEY_IS_BIG_ENDIAN),
         ),
         *(
             (
                 _NEWSETELEM,
-                _CREATE,
+                messages.CREATE,
                 _text(_ELEMENTS_TABLE, TABLE)
                 + _text(_ELEMENTS_SET, SET)
                 + _number(_ELEMENTS_SET_ID, 1)
@@ -438,11 +411,11 @@ def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
         *(
             (
                 _NEWRULE,
-                _CREATE | _APPEND,
+                messages.CREATE | _APPEND,
                 _text(_RULE_TABLE, TABLE)
                 + _text(_RULE_CHAIN, rule.chain)
                 + _nested(_RULE_EXPRESSIONS, rule.expressions)
-                + _attribute(_RULE_USERDATA, _comment(rule.comment)),
+                + attribute(_RULE_USERDATA, _comment(rule.comment)),
             )
             for rule in _rules(wanted, device)
         ),

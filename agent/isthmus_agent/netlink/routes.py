@@ -16,19 +16,16 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from types import TracebackType
 
 from isthmus_agent.desired.datapath import Address, Network, Route
+from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.messages import attribute, attributes
 
 ADD, REPLACE, DELETE = "add", "replace", "del"
 
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, lengths, tos, table, protocol, scope, type, flags
-_ATTRIBUTE = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
-_I32 = struct.Struct("=i")
 
-_ERROR, _DONE = 2, 3
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
-_REQUEST, _ACK, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x4, 0x300, 0x10
 _FLAGS = {ADD: 0x600, REPLACE: 0x500, DELETE: 0}  # NLM_F_CREATE with NLM_F_EXCL or NLM_F_REPLACE
 _DST, _OIF, _PRIORITY, _PREFSRC, _METRICS, _TABLE = 1, 4, 6, 7, 8, 15
 _DEFAULT_PRIORITY6 = 1024  # of IPv6, where 0 means this
@@ -83,15 +80,15 @@ class RouteSocket:
         for _ in range(_DUMPS):
             self._sequence += 1
             body = _ROUTE.pack(family, 0, 0, 0, 0, self._protocol, 0, 0, 0)
-            self._socket.send(self._message(_GETROUTE, _REQUEST | _DUMP, body))
+            self._socket.send(messages.message(_GETROUTE, messages.REQUEST | messages.DUMP, self._sequence, body))
             found: list[Found] = []
             whole = True
             for kind, flags, _, payload in self._answers():
-                whole = whole and not flags & _DUMP_INTERRUPTED
-                if kind == _DONE:
+                whole = whole and not flags & messages.DUMP_INTERRUPTED
+                if kind == messages.DONE:
                     break
-                if kind == _ERROR:
-                    raise NetworkError(f"cannot read the routes: {os.strerror(-_I32.unpack_from(payload)[0])}")
+                if kind == messages.ERROR:
+                    raise NetworkError(f"cannot read the routes: {os.strerror(messages.error_number(payload))}")
                 if kind == _NEWROUTE and (route := self._parse(payload)) is not None:
                     found.append(route)
             if whole:
@@ -104,35 +101,29 @@ class RouteSocket:
         for start in range(0, len(changes), _BATCH):
             batch = changes[start : start + _BATCH]
             first = self._sequence + 1
-            messages = []
+            parts = []
             for action, route, oif in batch:
                 self._sequence += 1
                 kind = _DELROUTE if action == DELETE else _NEWROUTE
-                messages.append(self._message(kind, _REQUEST | _ACK | _FLAGS[action], self._body(route, oif)))
-            self._socket.send(b"".join(messages))
+                flags = messages.REQUEST | messages.ACK | _FLAGS[action]
+                parts.append(messages.message(kind, flags, self._sequence, self._body(route, oif)))
+            self._socket.send(b"".join(parts))
             found: dict[int, int] = {}
             for kind, _, sequence, payload in self._answers():
-                if kind == _ERROR and sequence >= first:
-                    found[sequence] = -_I32.unpack_from(payload)[0]
+                if kind == messages.ERROR and sequence >= first:
+                    found[sequence] = messages.error_number(payload)
                 if len(found) == len(batch):
                     break
             results += [found[first + number] for number in range(len(batch))]
             self._step()
         return results
 
-    def _message(self, kind: int, flags: int, body: bytes) -> bytes:
-        return _HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body
-
     def _answers(self) -> Iterator[tuple[int, int, int, bytes]]:
         """(type, flags, sequence, payload) of what comes, without end."""
         while True:
             data = self._socket.recv(_BUFFER)
             self._step()
-            position = 0
-            while position + _HEADER.size <= len(data):
-                length, kind, flags, sequence, _ = _HEADER.unpack_from(data, position)
-                yield kind, flags, sequence, data[position + _HEADER.size : position + length]
-                position += (length + 3) & ~3
+            yield from messages.split(data)
 
     def _body(self, route: Route, oif: int) -> bytes:
         prefix = route.prefix
@@ -143,26 +134,26 @@ class RouteSocket:
         table = route.table if route.table < 256 else 0
         parts = [
             _ROUTE.pack(family, prefix.prefixlen, 0, 0, table, self._protocol, scope, kind, 0),
-            _attribute(_DST, prefix.network_address.packed),
-            _attribute(_TABLE, _U32.pack(route.table)),
+            attribute(_DST, prefix.network_address.packed),
+            attribute(_TABLE, _U32.pack(route.table)),
         ]
         if route.metric:
-            parts.append(_attribute(_PRIORITY, _U32.pack(route.metric)))
+            parts.append(attribute(_PRIORITY, _U32.pack(route.metric)))
         if route.has_device:
-            parts.append(_attribute(_OIF, _U32.pack(oif)))
+            parts.append(attribute(_OIF, _U32.pack(oif)))
             if route.source is not None:
-                parts.append(_attribute(_PREFSRC, route.source.packed))
+                parts.append(attribute(_PREFSRC, route.source.packed))
             if route.mtu:
-                parts.append(_attribute(_METRICS, _attribute(_MTU, _U32.pack(route.mtu))))
+                parts.append(attribute(_METRICS, attribute(_MTU, _U32.pack(route.mtu))))
         return b"".join(parts)
 
     def _parse(self, payload: bytes) -> Found | None:
         family, length, _, _, table, protocol, _, kind, _ = _ROUTE.unpack_from(payload)
         if protocol != self._protocol:
             return None
-        found = dict(_attributes(payload, _ROUTE.size))
+        found = dict(attributes(payload, _ROUTE.size))
         source, metrics = found.get(_PREFSRC), found.get(_METRICS)
-        mtu = dict(_attributes(metrics, 0)).get(_MTU) if metrics is not None else None
+        mtu = dict(attributes(metrics)).get(_MTU) if metrics is not None else None
         metric = _U32.unpack(found[_PRIORITY])[0] if _PRIORITY in found else 0
         if family == socket.AF_INET6 and metric == _DEFAULT_PRIORITY6:
             metric = 0
@@ -177,19 +168,6 @@ class RouteSocket:
         )
         oif = found.get(_OIF)
         return Found(route, 0 if not route.has_device or oif is None else _U32.unpack(oif)[0])
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value  # all of ours are multiples of 4 bytes
-
-
-def _attributes(data: bytes, position: int) -> Iterator[tuple[int, bytes]]:
-    while position + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, position)
-        if length < _ATTRIBUTE.size:
-            return
-        yield kind & 0x3FFF, data[position + _ATTRIBUTE.size : position + length]
-        position += (length + 3) & ~3
 
 
 def _address(packed: bytes) -> Address:

@@ -20,19 +20,17 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from isthmus_agent.desired.datapath import Address
+from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _SOCK_DESTROY = 21
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_BUFFER = 1 << 18
 
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr
 _REQUEST = struct.Struct("=BBBxI48s")  # inet_diag_req_v2, the socket id as bytes
 _MESSAGE = struct.Struct("=BBBB48s20s")  # inet_diag_msg
 _SOCKET_ID = struct.Struct("=2s2s16s16sIQ")  # inet_diag_sockid; the cookie is two u32, low first
-_ATTRIBUTE = struct.Struct("=HH")
 _HOST_CONDITION = struct.Struct("=BBxxi")  # inet_diag_hostcond, then the address
 _OPERATION = struct.Struct("=BBH")  # inet_diag_bc_op
 
@@ -163,24 +161,24 @@ def _dump(netlink: socket.socket, family: int, protocol: int, one: Destination |
         length = _OPERATION.size + len(condition)
         # yes: to the end, which accepts; no: beyond the end, which refuses.
         code = _OPERATION.pack(_BC_DESTINATION, length, length + 4) + condition
-        body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(code), _REQ_BYTECODE) + code
-    sequence = _send(netlink, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, body)
-    messages: list[bytes] = []
+        body += messages.attribute(_REQ_BYTECODE, code)
+    sequence = _send(netlink, _SOCK_DIAG_BY_FAMILY, messages.REQUEST | messages.DUMP, body)
+    found: list[bytes] = []
     done = False
     while not done:
-        for kind, answered, payload in _receive(netlink):
+        for kind, _, answered, payload in messages.split(netlink.recv(_BUFFER)):
             if answered != sequence:
                 continue
-            if kind == _NLMSG_DONE:
+            if kind == messages.DONE:
                 done = True
-            elif kind == _NLMSG_ERROR:
-                number = -struct.unpack_from("=i", payload)[0]
+            elif kind == messages.ERROR:
+                number = messages.error_number(payload)
                 if number == errno.ENOENT:  # no handler: this kernel has no such protocol, so no such socket
                     return
                 raise NetworkError(f"cannot list sockets: {os.strerror(number)}; is the inet_diag module there?")
             else:
-                messages.append(payload)
-    for payload in messages:
+                found.append(payload)
+    for payload in found:
         found_family, _, _, _, identifier, _ = _MESSAGE.unpack_from(payload)
         _, port, _, packed, _, cookie = _SOCKET_ID.unpack(identifier)
         yield _Socket(
@@ -202,12 +200,12 @@ def _peer(family: int, packed: bytes) -> Address:
 def _destroy(netlink: socket.socket, each: _Socket) -> bool:
     """False if the socket is gone already."""
     body = _REQUEST.pack(each.family, each.protocol, 0, _STATES, each.identifier)
-    sequence = _send(netlink, _SOCK_DESTROY, _NLM_F_REQUEST | _NLM_F_ACK, body)
+    sequence = _send(netlink, _SOCK_DESTROY, messages.REQUEST | messages.ACK, body)
     while True:
-        for kind, answered, payload in _receive(netlink):
-            if answered != sequence or kind != _NLMSG_ERROR:
+        for kind, _, answered, payload in messages.split(netlink.recv(_BUFFER)):
+            if answered != sequence or kind != messages.ERROR:
                 continue
-            number = -struct.unpack_from("=i", payload)[0]
+            number = messages.error_number(payload)
             if number == 0:
                 return True
             if number in (errno.ENOENT, errno.ESTALE):
@@ -219,14 +217,5 @@ def _destroy(netlink: socket.socket, each: _Socket) -> bool:
 
 def _send(netlink: socket.socket, kind: int, flags: int, body: bytes) -> int:
     sequence = int.from_bytes(os.urandom(3), "big") + 1
-    netlink.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body)
+    netlink.send(messages.message(kind, flags, sequence, body))
     return sequence
-
-
-def _receive(netlink: socket.socket) -> Iterator[tuple[int, int, bytes]]:
-    data = netlink.recv(1 << 18)
-    offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
-        yield kind, sequence, data[offset + _HEADER.size : offset + length]
-        offset += (length + 3) & ~3

@@ -22,7 +22,9 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from isthmus_agent.desired.datapath import Address, WireGuard
+from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.messages import attribute
 
 DEVICE = "isthmus-wg0"
 UNIT = "isthmus-wireguard.service"
@@ -34,9 +36,8 @@ _IFF_UP = 0x1
 _SECONDS = 10.0  # that `wg` may take
 _BATCH = 200  # peers in one command line
 
-_SETLINK, _REQUEST_ACK, _ERROR = 19, 0x5, 2
+_SETLINK = 19
 _AF_SPEC, _INET_CONF, _FORWARDING = 26, 1, 1  # linux/if_link.h, linux/ip.h (IPV4_DEVCONF_FORWARDING)
-_NESTED = 0x8000
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,20 +232,16 @@ def allow_forwarding(index: int) -> None:
     """Sets `forwarding` of one device, which bpf_fib_lookup() asks for, without the sysctl that agents may not write.
 
     NetworkError when the kernel refuses."""
-    conf = _attribute(_FORWARDING, struct.pack("=I", 1))
-    spec = _attribute(_AF_SPEC | _NESTED, _attribute(socket.AF_INET | _NESTED, _attribute(_INET_CONF | _NESTED, conf)))
+    spec = attribute(_FORWARDING, struct.pack("=I", 1))
+    for kind in (_INET_CONF, socket.AF_INET, _AF_SPEC):
+        spec = attribute(kind | messages.NESTED, spec)
     body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0) + spec
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
-        netlink.send(struct.pack("=IHHII", 16 + len(body), _SETLINK, _REQUEST_ACK, 1, 0) + body)
-        answer = netlink.recv(4096)
-    kind = struct.unpack_from("=H", answer, 4)[0]
-    number = -struct.unpack_from("=i", answer, 16)[0] if kind == _ERROR else 0
+        netlink.send(messages.message(_SETLINK, messages.REQUEST | messages.ACK, 1, body))
+        kind, _, _, payload = next(messages.split(netlink.recv(4096)))
+    number = messages.error_number(payload) if kind == messages.ERROR else 0
     if number:
         raise NetworkError(f"cannot set forwarding of interface {index}: {errno.errorcode.get(number, number)}")
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value  # all of ours are multiples of 4 bytes
 
 
 def _link(ipr: Any, name: str) -> Any:

@@ -16,13 +16,13 @@ from typing import Any
 import agent_mesh as mesh
 import pytest
 from isthmus_agent.agent import kernel as kernel_module
-from isthmus_agent.agent import loop, network_watch
+from isthmus_agent.agent import loop
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.desired.datapath import Datapath
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
-from isthmus_agent.netlink import NetworkError
+from isthmus_agent.netlink import NetworkError, messages
 from isthmus_agent.state.watch import StateWatcher
 from isthmus_mesh import keys
 
@@ -468,4 +468,4 @@ def test_only_what_wireguard_hangs_on_is_a_change(monkeypatch):
     ]
     for kind, body, matters in cases:
         data = message(16, others) + message(kind, body)
-        assert any(watch._matters(*each) for each in network_watch._messages(data)) is matters, (kind, body)
+        assert any(watch._matters(its, payload) for its, _, _, payload in messages.split(data)) is matters, (kind, body)
