@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, 
 
 from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
-from isthmus_mesh.wire import Node
+from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
 
 from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Network, Peer, Route, Rule
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
@@ -27,10 +27,6 @@ PODS_RULE_PRIORITY = 731
 MAIN = 254
 OVERHEAD = 50  # VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14
 WIREGUARD_OVERHEAD = 80  # outer IP up to 40, UDP 8, header 16, tag 16: what Cilium counts, so both ends agree
-MTU_ANNOTATION = "isthmus.io/underlay-mtu"
-# Of a host in a Kubernetes cluster: the name of the Kubernetes node that it is, empty when it is none.
-KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"
-SITE_ANNOTATION = "isthmus.io/site"
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -59,7 +55,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
     if endpoint is None:
         return None
     mesh = node.mesh_address(4)
-    said = node.annotations.get(MTU_ANNOTATION, "")
+    said = node.annotations.get(UNDERLAY_MTU, "")
     return Remote(
         cluster=node.cluster,
         name=node.name,
@@ -75,7 +71,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         health=IPv4Address(node.ipv4_health_ip) if node.ipv4_health_ip else None,
         ingress=IPv4Address(node.ipv4_ingress_ip) if node.ipv4_ingress_ip else None,
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
-        is_machine=node.annotations.get(KUBERNETES_NODE_ANNOTATION) == "",
+        is_machine=node.annotations.get(KUBERNETES_NODE) == "",
         encrypted=_encrypted(spec, node),
         public_key=node.wireguard_public_key,
     )
@@ -84,7 +80,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
 def _encrypted(spec: NodeSpec, node: Node) -> bool:
     if spec.wireguard is None:
         return False
-    site = node.annotations.get(SITE_ANNOTATION) or spec.wireguard.sites.get(node.cluster)
+    site = node.annotations.get(SITE) or spec.wireguard.sites.get(node.cluster)
     return site not in spec.wireguard.plain_sites
 
 

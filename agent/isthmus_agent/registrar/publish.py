@@ -25,6 +25,9 @@ from isthmus_mesh.documents import DocumentError, NodeReport, ServiceDefinition,
 from isthmus_mesh.identity import identity_range, workload_labels
 from isthmus_mesh.jsontext import Fields
 from isthmus_mesh.wire import (
+    KUBERNETES_NODE,
+    SITE,
+    UNDERLAY_MTU,
     WIREGUARD_KEY_INDEX,
     ClusterConfig,
     ClusterService,
@@ -41,9 +44,6 @@ from isthmus_mesh.wire import (
 from .kubernetes.catalog import Catalog, Changes, Rendered
 from .kubernetes.objects import SERVICES, PodFacts
 
-UNDERLAY_MTU_ANNOTATION = "isthmus.io/underlay-mtu"
-KUBERNETES_NODE_ANNOTATION = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster; empty: the host is no node of it
-SITE_ANNOTATION = "isthmus.io/site"
 QUARANTINE = timedelta(days=30)
 """How long a released number or address is not given to another owner."""
 BY_KUBERNETES, BY_PEERS = "kubernetes", "peers"
@@ -341,12 +341,12 @@ class Publisher:
         if public_key and (wrong := public_key_problem(public_key)):
             self.problem(key, f"the WireGuard public key {public_key!r} {wrong}; it is not published")
             public_key = ""
-        annotations = {UNDERLAY_MTU_ANNOTATION: str(report.mtu)} if report.mtu else {}
+        annotations = {UNDERLAY_MTU: str(report.mtu)} if report.mtu else {}
         if self.own.pod_ranges4:
-            annotations[KUBERNETES_NODE_ANNOTATION] = host.get("kubernetes_node") or ""
+            annotations[KUBERNETES_NODE] = host.get("kubernetes_node") or ""
         site: str = host.get("site", "")
         if site != self.inputs.record.get("site", site):
-            annotations[SITE_ANNOTATION] = site
+            annotations[SITE] = site
         if public_key:
             self._encrypted.add(host["advertise4"])
         return Node(

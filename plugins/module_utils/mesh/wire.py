@@ -24,6 +24,11 @@ from .jsontext import UINT8, UINT16, UINT32, Fields, Network
 PROTOCOLS = ("TCP", "UDP", "SCTP", "ANY")
 SLICE_MODES = ("", "services-and-endpointslices", "endpointslices-only")
 
+# Annotations of a node that are ours: Cilium ignores them.
+UNDERLAY_MTU = "isthmus.io/underlay-mtu"  # bytes
+KUBERNETES_NODE = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster: which node it is, empty when it is none
+SITE = "isthmus.io/site"  # where it is not that of the node's cluster
+
 
 class WireError(ValueError):
     """A value that must not be used; the text is the reason, short enough to count by."""
