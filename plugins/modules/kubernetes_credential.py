@@ -74,6 +74,7 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.key_pairs import ensure_key, write_certificate
 from ansible_collections.isthmus.mesh.plugins.module_utils.kubernetes_access import registrar_user
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -91,26 +92,6 @@ class Credential:
 
     def path(self, end):
         return os.path.join(self.directory, f"{NAME}.{end}")
-
-    def key(self):
-        """The key (PEM) is there; None when it is only predicted."""
-        path = self.path("key")
-        found = read_bytes(path)
-        why = "new key"
-        if found is not None and self.pki is not None:
-            try:
-                self.pki.load_key(found, path)
-            except self.pki.PkiError as exc:
-                why, found = f"new key, because {exc}", None
-        if found is None and (self.pki is None or self.changes.module.check_mode):
-            self.changes.note(path, "", why)
-            return None
-        if found is None:
-            found = self.pki.new_key()
-            self.changes.file(path, found, mode=0o600, shown=("", why))
-        else:
-            self.changes.file(path, found, mode=0o600, secret=True)
-        return found
 
     def user(self, key):
         return registrar_user(self.host, self.pki.public_der(key, self.path("key")))
@@ -136,7 +117,7 @@ class Credential:
     def request(self):
         """The key, and what is to be told about it."""
         self.changes.directory(self.directory)
-        key = self.key()
+        key = ensure_key(self.changes, self.pki, self.path("key"))
         certificate, ca = read_bytes(self.path("crt")), read_bytes(self.path("ca"))
         reason = self.reason(key, certificate)
         csr = None
@@ -169,18 +150,7 @@ class Credential:
                 "this host and of Kubernetes' control plane; kube-controller-manager may sign for too short a time "
                 "(--cluster-signing-duration)"
             )
-        before = read_bytes(path)
-        self.changes.file(path, certificate, shown=(self.words(before), self.words(certificate.encode())))
-
-    def words(self, certificate):
-        """One line of the diff about a certificate."""
-        if certificate is None:
-            return ""
-        try:
-            about = self.pki.describe(certificate)
-        except self.pki.PkiError as exc:
-            return str(exc)
-        return f"CN={about['cn']} {about['fingerprint']} until {about['not_after']}"
+        write_certificate(self.changes, self.pki, path, certificate)
 
 
 def main():

@@ -62,6 +62,7 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.key_pairs import write_certificate
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 
@@ -104,14 +105,7 @@ def install(pki, changes, directory, spec, certificate, authority, now):
             f"the certificate {spec.name} that cluster {spec.ca_cluster} signed cannot be installed: {wrong}. "
             "Compare the clocks of this host and of " + spec.ca_host
         )
-    before = read_bytes(path)
-    shown = ""
-    if before is not None:
-        try:
-            shown = one_line(pki.describe(before))
-        except pki.PkiError as exc:
-            shown = str(exc)
-    changes.file(path, certificate, shown=(shown, one_line(pki.describe(certificate.encode()))))
+    write_certificate(changes, pki, path, certificate)
 
 
 def install_list(revocation, changes, directory, crl, authority):
@@ -124,11 +118,6 @@ def install_list(revocation, changes, directory, crl, authority):
         return
     wanted = revocation.to_der(crl, authority, "the authority's answer")
     changes.file(path, wanted, shown=("", revocation.describe_list(wanted)))
-
-
-def one_line(about):
-    """A certificate in one line of the diff."""
-    return f"CN={about['cn']} {about['fingerprint']} until {about['not_after']} {' '.join(about['sans'])}"
 
 
 def run(module, pki, revocation, changes):

@@ -109,6 +109,7 @@ import pwd
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former, wireguard
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.key_pairs import ensure_key
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 
@@ -212,31 +213,6 @@ def describe_list(revocation, found):
         return "(damaged)"
 
 
-def ensure_key(changes, pki, directory, spec, revoked):
-    """The key of one certificate exists, readable by its owner only. Returns its PEM, None when only predicted."""
-    path = os.path.join(directory, spec["name"] + ".key")
-    key = read_bytes(path)
-    why = "new key"
-    if revoked:
-        why = "new key, because its certificate was revoked when this host left"
-        key = None
-    if key is not None and pki is not None:
-        try:
-            pki.load_key(key, path)
-        except pki.PkiError as exc:
-            why = f"new key, because {exc}"
-            key = None
-    if key is not None:
-        changes.file(path, key, mode=0o600, owner=spec["owner"], secret=True)
-        return key
-    if pki is None or changes.module.check_mode:
-        changes.note(path, "", why)
-        return None
-    key = pki.new_key()
-    changes.file(path, key, mode=0o600, owner=spec["owner"], shown=("", why))
-    return key
-
-
 def run(module, pki, revocation):
     """Do the module's work; returns what exit_json is given. ``pki`` is None in check mode without a bundle."""
     directory = module.params["directory"]
@@ -288,7 +264,8 @@ def run(module, pki, revocation):
         certificate = read_bytes(path)
         listed = module.params["lists"].get(entry["ca_cluster"])
         revoked = revocation is not None and revocation.is_listed(certificate, listed)
-        key = ensure_key(changes, pki, directory, entry, revoked)
+        discard = "its certificate was revoked when this host left" if revoked else ""
+        key = ensure_key(changes, pki, os.path.join(directory, entry["name"] + ".key"), entry["owner"], discard)
         if pki is None:
             reason = None if key is not None and certificate is not None else "there is none yet"
         else:
