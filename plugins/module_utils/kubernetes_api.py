@@ -21,20 +21,21 @@ FIELD_MANAGER = "isthmus"
 SECONDS = (5, 30)
 """Until a connection must be made, and until an answer must have come."""
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"kubeconfig": {"type": "path"}, "context": {"type": "str"}}
-"""Options of every module that calls `connect`."""
-
-SEEN: dict[str, Any] = {
-    "type": "list",
-    "elements": "dict",
-    "default": [],
-    "options": {
-        "host": {"type": "str", "required": True},
-        "addresses": {"type": "list", "elements": "str", "default": []},
-        "credential": {"type": "bool"},
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "kubeconfig": {"type": "path"},
+    "context": {"type": "str"},
+    "seen": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "host": {"type": "str", "required": True},
+            "addresses": {"type": "list", "elements": "str", "default": []},
+            "credential": {"type": "bool"},
+        },
     },
 }
-"""Option of what preflight found on hosts, for `wrong_cluster`."""
+"""Options of every module that calls `connect`; `seen` is what preflight found on hosts, for `wrong_cluster`."""
 
 REMEDY = (
     "set isthmus_kubeconfig (and isthmus_kubeconfig_context) for the cluster's hosts to a file on this host, or give "
@@ -231,7 +232,7 @@ def wrong_cluster(
 ) -> str:
     """Why an API with these Nodes is not that of the cluster with this record; empty when nothing speaks against it.
 
-    `seen` (option `SEEN`) has the addresses that hosts were found to have. One node with the name and an address of a
+    `seen` (the option) has the addresses that hosts were found to have. One node with the name and an address of a
     host suffices: nodes come and go, and one may be made anew.
     """
     hosts = {entry["kubernetes_node"]: name for name, entry in record["hosts"].items() if "kubernetes_node" in entry}
@@ -244,7 +245,7 @@ def wrong_cluster(
     following = "set isthmus_kubeconfig and isthmus_kubeconfig_context of the cluster's hosts to its own, or correct "
     if not known:
         return (
-            f"{where}: its nodes are {_some(found)}, and the hosts of the inventory are the nodes {_some(hosts)}. "
+            f"{where}: its nodes are {some(found)}, and the hosts of the inventory are the nodes {some(hosts)}. "
             f"Next: {following}isthmus_kubernetes_node"
         )
     told = []
@@ -253,16 +254,12 @@ def wrong_cluster(
         own = {entry["underlay4"], entry["advertise4"], *addresses.get(hosts[node], ())}
         if own & set(found[node]):
             return ""
-        told.append(f"node {node} has {_some(found[node])}, host {hosts[node]} {_some(own)}")
+        told.append(f"node {node} has {some(found[node])}, host {hosts[node]} {some(own)}")
     return f"{where}: {'; '.join(told[:3])}. Next: {following}isthmus_underlay"
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def some(names: Iterable[str], most: int = 8) -> str:
+    """Names in a sentence; of many the first ones."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return (", ".join(ordered[:most]) or "none") + more
-
-
-def some(names: Iterable[str]) -> str:
-    """Names in a sentence; of many the first ones."""
-    return _some(names)

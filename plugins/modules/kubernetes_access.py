@@ -71,24 +71,6 @@ options:
         description: Whether the host has a certificate that is good until it is renewed.
         type: bool
         default: false
-  seen:
-    description: What M(isthmus.mesh.preflight) found on hosts of the cluster, its return value C(kubernetes).
-    type: list
-    elements: dict
-    default: []
-    suboptions:
-      host:
-        description: Inventory name of the host.
-        type: str
-        required: true
-      addresses:
-        description: Its addresses.
-        type: list
-        elements: str
-        default: []
-      credential:
-        description: Whether its registrar was let into Kubernetes before; V(none) without a registrar.
-        type: bool
   timeout:
     description: Seconds to wait for Kubernetes to sign.
     type: int
@@ -319,7 +301,6 @@ def main():
                     "usable": {"type": "bool", "default": False},
                 },
             },
-            "seen": kubernetes.SEEN,
             "timeout": {"type": "int", "default": 30},
             **kubernetes.ARGUMENTS,
         },

@@ -25,24 +25,6 @@ options:
     description: The cluster's document of the estate record, from M(isthmus.mesh.plan).
     type: dict
     required: true
-  seen:
-    description: What M(isthmus.mesh.preflight) found on hosts of the cluster, its return value C(kubernetes).
-    type: list
-    elements: dict
-    default: []
-    suboptions:
-      host:
-        description: Inventory name of the host.
-        type: str
-        required: true
-      addresses:
-        description: Its addresses.
-        type: list
-        elements: str
-        default: []
-      credential:
-        description: Whether its registrar was let into Kubernetes before; V(none) without a registrar.
-        type: bool
 seealso:
   - module: isthmus.mesh.kubernetes_access
 """
@@ -184,7 +166,6 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "record": {"type": "dict", "required": True},
-            "seen": kubernetes.SEEN,
             **kubernetes.ARGUMENTS,
         },
         supports_check_mode=True,
