@@ -10,6 +10,7 @@
  */
 #include "lib/common.h"
 #include "lib/ipcache.h"
+#include "lib/namespace.h"
 #include "lib/service.h"
 #include "lib/workload.h"
 
@@ -139,6 +140,8 @@ connect_service(struct bpf_sock_addr *ctx, const struct isthmus_addr *dst, struc
 		hash = key.proto == EPROTO_TCP ? bpf_get_prandom_u32() :
 						 hash_cookie(bpf_get_socket_cookie(ctx));
 		result = service_select(&key, hash, choice);
+		if (result != SERVICE_NONE && is_untranslated(ctx))
+			result = SERVICE_NONE;
 	}
 	if (result != SERVICE_FOUND) {
 		forget_backend(ctx);
@@ -283,6 +286,7 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 		.port = key.port,
 	};
 	struct service_choice choice = {};
+	enum service_result result;
 	struct isthmus_rev_value *known;
 	struct isthmus_rev_key reply = {};
 
@@ -290,7 +294,10 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 		return PASS;
 	reply.cookie = bpf_get_socket_cookie(ctx);
 
-	switch (service_select(&key, hash_cookie(reply.cookie), &choice)) {
+	result = service_select(&key, hash_cookie(reply.cookie), &choice);
+	if (result != SERVICE_NONE && is_untranslated(ctx))
+		result = SERVICE_NONE;
+	switch (result) {
 	case SERVICE_NO_BACKEND:
 		return refuse(EHOSTUNREACH);
 	case SERVICE_FOUND:

@@ -19,13 +19,20 @@ def namespace(name: str, **labels: str) -> dict[str, Any]:
 
 
 def pod(
-    name: str, address: str | None, on: str = "kube-1", namespace: str = "shop", labels: dict[str, str] | None = None
+    name: str,
+    address: str | None,
+    on: str = "kube-1",
+    namespace: str = "shop",
+    labels: dict[str, str] | None = None,
+    annotations: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     return {
         "metadata": {
             "name": name,
             "namespace": namespace,
+            "uid": f"uid-of-{name}",
             "labels": labels or {"app": "web"},
+            "annotations": annotations or {},
             "creationTimestamp": "2026-01-02T03:04:05Z",
         },
         "spec": {

@@ -19,6 +19,7 @@ import agent_mesh as mesh
 from bpf.topology import CLONE_NEWNET, Inside, Node, _libc, _rmdir, bare_nodes, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
+from isthmus_agent.desired.pods import PodAddress
 from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import keys, wire
 from isthmus_mesh.spec import NodeSpec
@@ -88,6 +89,7 @@ class KubernetesNode:
     documents: dict[str, bytes]
     pods: list[Pod]
     cgroups: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    namespaces: dict[PodAddress, int] = field(default_factory=dict)
     remote: Pod = field(init=False)
 
     @property
@@ -152,8 +154,8 @@ class KubernetesNode:
         return inside
 
     def wanted(self) -> Desired:
-        own = NAMES[self.node.cluster_id]
-        return desired(self.spec, mesh.state(self.documents, own=own), Reachability(), HostFacts(cgroups=self.cgroups))
+        own, facts = NAMES[self.node.cluster_id], HostFacts(cgroups=self.cgroups, namespaces=self.namespaces)
+        return desired(self.spec, mesh.state(self.documents, own=own), Reachability(), facts)
 
     def apply(self) -> None:
         """As a running agent does: what differs from what was applied last."""

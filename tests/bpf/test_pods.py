@@ -4,6 +4,7 @@ masquerades and a kube-proxy that marks."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from bpf.pods import CLUSTER_IP, NODE_PORT, OUTSIDE, REMOTE_NODE_PORT, Kubernete
 from bpf.topology import PATIENCE, TCP, Inside, InsideError, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Backend
-from isthmus_mesh import keys, wire
+from isthmus_mesh import documents, keys, wire
 
 Both = tuple[KubernetesNode, KubernetesNode]
 
@@ -230,16 +231,25 @@ def test_a_cluster_ip_leads_to_backends_of_both_clusters_from_everywhere() -> No
         _no_drops(both)
 
 
+@contextlib.contextmanager
+def _namespaces_kept(node: KubernetesNode, place: Path) -> Iterator[None]:
+    """As a container runtime keeps them, with one that is being made."""
+    (place / "being-made").touch()
+    for number, pod in enumerate(node.pods):
+        kept = place / f"cni-{number}"
+        kept.touch()
+        subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/fd/{pod.netns}", kept], check=True)
+    try:
+        yield
+    finally:
+        for kept in place.glob("cni-*"):
+            subprocess.run(["umount", kept], check=True)
+
+
 def test_sockets_to_a_backend_that_is_gone_end_in_pods_too(both: Both, tmp_path: Path) -> None:
     left, right = both
     _serve(both)
-    empty = tmp_path / "being-made"
-    empty.touch()
-    for number, pod in enumerate(left.pods):
-        place = tmp_path / f"cni-{number}"
-        place.touch()
-        subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/fd/{pod.netns}", place], check=True)
-    try:
+    with _namespaces_kept(left, tmp_path):
         own = keys.service_key("onprem", "shop", "api")
         left.documents[own] = json.dumps({**json.loads(left.documents[own]), "backends": {}}).encode()
         left.apply()
@@ -260,9 +270,64 @@ def test_sockets_to_a_backend_that_is_gone_end_in_pods_too(both: Both, tmp_path:
                 client.do("s.recv(1)")
             assert caught.value.errno == errno.ECONNABORTED
             assert client.do("direct.sendall(b'?'); result = line(direct)") == "1", "no socket of the service's"
-    finally:
-        for place in tmp_path.glob("cni-*"):
-            subprocess.run(["umount", place], check=True)
+
+
+# What a service mesh's sidecar does: the pod's own connections go to a listener in the pod, which asks for the address
+# that was dialled.
+_SIDECAR = f"""
+add table ip sidecar
+add chain ip sidecar output {{ type nat hook output priority -100; }}
+add rule ip sidecar output ip daddr {CLUSTER_IP} meta l4proto {{ tcp, udp }} redirect to :15001
+"""
+_DIALLED = """
+tcp = socket.create_server(('127.0.0.1', 15001))
+def proxy():
+    while True:
+        connection, peer = tcp.accept()
+        dialled = connection.getsockopt(socket.SOL_IP, 80, 16)  # SO_ORIGINAL_DST
+        connection.sendall(f"{socket.inet_ntoa(dialled[4:8])} {int.from_bytes(dialled[2:4], 'big')}\\n".encode())
+        connection.close()
+threading.Thread(target=proxy, daemon=True).start()
+serve_udp('sidecar', '127.0.0.1', 15001)
+"""
+_DIAL = f"""
+s = socket.create_connection(('{CLUSTER_IP}', 80), 5)
+m = socket.socket(socket.AF_INET6, socket.SOCK_STREAM); m.settimeout(5); m.connect(('::ffff:{CLUSTER_IP}', 80))
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5); u.sendto(b'x', ('{CLUSTER_IP}', 53))
+result = [line(s), line(m), u.recvfrom(100)[0].decode().split()[0]]
+"""
+
+
+def test_a_sidecar_sees_the_service_addresses_that_its_pod_dials(both: Both, tmp_path: Path) -> None:
+    left, _ = both
+    _serve_in_pods(both)
+    for pod in left.pods:
+        left.process(pod).do(_DIALLED)
+        pod.pool.submit(
+            lambda: subprocess.run(["nft", "-f", "-"], input=_SIDECAR, check=True, capture_output=True, text=True)
+        ).result()
+    clients = [left.process(pod) for pod in left.pods]
+    backends = {"a-pod0", "b-pod0"}
+    for client in clients:
+        assert {answer.split()[0] for answer in client.do(_DIAL)} <= backends, "translated before the sidecar sees it"
+    alone = ip_address(left.pods[1].address)
+    pod = (alone, "uid-of-pod1")
+    left.documents[keys.untranslated_key(str(alone))] = documents.Untranslated("shop", "api", pod[1]).to_json().encode()
+    assert left.wanted().pods.untranslated == {pod}
+    with _namespaces_kept(left, tmp_path):
+        found = left.node.call(netlink.namespaces.cookies, {alone, ip_address("10.244.1.99")}, [tmp_path])
+    assert found.keys() == {alone}
+    left.namespaces = {pod: found[alone]}
+    left.apply()
+    assert left.node.bpf.audit(left.node.datapath) == []
+    for _ in range(20):
+        assert clients[1].do(_DIAL) == [f"{CLUSTER_IP} 80", f"{CLUSTER_IP} 80", "sidecar"]
+        assert {answer.split()[0] for answer in clients[0].do(_DIAL)} <= backends, "the other pod is as before"
+    # What is no service address is dialled as ever, with the pod's own address.
+    assert _ask(clients[1], both[1].pods[0].address, 8080) == f"b-pod0 {alone}"
+    del left.documents[keys.untranslated_key(str(alone))]
+    left.apply()
+    assert {answer.split()[0] for answer in clients[1].do(_DIAL)} <= backends
 
 
 def test_after_300_quick_changes_the_kernel_holds_what_is_published(both: Both) -> None:

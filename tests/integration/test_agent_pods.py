@@ -67,7 +67,13 @@ def estate(tmp_path: Path) -> Iterator[Estate]:
 def test_pods_are_in_the_mesh_without_etcd_and_kubernetes(estate: Estate) -> None:
     left, right = estate.left, estate.right
     document = estate.daemon.status()
-    assert document["kubernetes"] == {"node": "onprem-1", "pods": 2, "ranges": [left.range], "filtered": 0}
+    assert document["kubernetes"] == {
+        "node": "onprem-1",
+        "pods": 2,
+        "untranslated": 0,
+        "ranges": [left.range],
+        "filtered": 0,
+    }
     pod = left.pods[0].address
     assert estate.asks(right.node.workload, 9000) == f"b-web {pod}"
     assert {estate.asks(CLUSTER_IP, 80).split()[0] for _ in range(30)} == {"a-pod", "b-pod"}

@@ -162,9 +162,30 @@ def test_changes(kube: Kube, api: ApiServer) -> None:
             await until(lambda: moved[0] in (dump := kube.state()) and moved[1] not in dump, "renumbered", 5.0)
             api.patch("pods", "shop", "web-2", {"metadata": {"labels": {"app": "other"}}})
             await until(lambda: json.loads(kube.state()[moved[0]])["ID"] == 262146, "another identity", 5.0)
+            # Left alone by its namespace, by itself, and not any more.
+            alone = {keys.untranslated_key("10.244.1.2"), keys.untranslated_key("10.244.2.3")}
+
+            def said(value: str | None) -> dict[str, Any]:
+                return {"metadata": {"annotations": {"isthmus.io/socket-translation": value}}}
+
+            def untranslated() -> set[str]:
+                return set(kube.server.dump(keys.UNTRANSLATED_PREFIX))
+
+            assert untranslated() == set()
+            api.patch("namespaces", "", "shop", said("false"))
+            await until(lambda: untranslated() == alone, "all pods of the namespace", 5.0)
+            api.patch("pods", "shop", "web-1", said("true"))
+            await until(
+                lambda: untranslated() == {keys.untranslated_key("10.244.2.3")}, "the pod has the last word", 5.0
+            )
+            api.patch("namespaces", "", "shop", said(None))
+            await until(lambda: not untranslated(), "translated again", 5.0)
+            api.patch("pods", "shop", "web-2", said("false"))
+            await until(lambda: untranslated() == {keys.untranslated_key("10.244.2.3")}, "one pod", 5.0)
             api.status("pods", "shop", "web-2", {"phase": "Succeeded"})
             api.delete("pods", "shop", "web-1")
             await until(lambda: not [key for key in kube.state() if "/ip/" in key], "all gone", 5.0)
+            assert not untranslated()
             # Annotations.
             api.patch("services", "shop", "web", {"metadata": {"annotations": {"service.cilium.io/shared": "false"}}})
             await until(lambda: json.loads(kube.state()[WEB])["shared"] is False, "not shared", 5.0)

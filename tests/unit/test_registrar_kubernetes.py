@@ -20,6 +20,7 @@ from isthmus_agent.registrar.kubernetes.objects import (
     PODS,
     SERVICES,
     SLICES,
+    TRANSLATION,
     ObjectError,
     facts,
     key_of,
@@ -624,7 +625,7 @@ def everything(publisher: Publisher, catalog: Catalog, published: dict[str, str]
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["pod", "gone", "done", "relabel", "service", "plain", "no service", "slice", "no slice", "ns"]
+            ["pod", "gone", "done", "relabel", "alone", "service", "plain", "no service", "slice", "no slice", "ns"]
         ),
         st.integers(0, 3),
         st.integers(0, 3),
@@ -651,6 +652,8 @@ def test_following_is_the_same_as_computing_everything(steps: list[tuple[str, in
             catalog.put(PODS, {**pod(f"p{which}", address, here), "status": {"phase": "Succeeded"}})
         elif what == "relabel":
             catalog.put(PODS, pod(f"p{which}", address, here, labels={"app": names[detail]}))
+        elif what == "alone":
+            catalog.put(PODS, pod(f"p{which}", address, here, annotations={TRANSLATION: str(bool(detail % 2)).lower()}))
         elif what == "service":
             catalog.put(SERVICES, service(names[which], f"10.96.0.{10 + detail}" if detail else None))
         elif what == "plain":
@@ -662,8 +665,43 @@ def test_following_is_the_same_as_computing_everything(steps: list[tuple[str, in
         elif what == "no slice":
             catalog.remove(SLICES, ("shop", f"s{detail}"))
         else:
-            catalog.put(NAMESPACES, namespace("shop", team=names[detail]))
+            changed = namespace("shop", team=names[detail])
+            changed["metadata"]["annotations"] = {TRANSLATION: "false"} if which % 2 else {}
+            catalog.put(NAMESPACES, changed)
         everything(publisher, catalog, published)
+
+
+@pytest.mark.parametrize(
+    ("of_namespace", "of_pod", "alone"),
+    [
+        (None, None, False),
+        (None, "false", True),
+        (None, "False", True),
+        (None, "true", False),
+        (None, "no", False),
+        ("false", None, True),
+        ("false", "true", False),
+        ("true", "false", True),
+        ("false", "?", True),
+    ],
+)
+def test_pods_whose_sockets_are_left_alone(of_namespace: str | None, of_pod: str | None, alone: bool) -> None:
+    content = objects()
+    content[PODS] = [pod("web-1", "10.244.1.2", annotations={TRANSLATION: of_pod} if of_pod else None)]
+    content[NAMESPACES][0]["metadata"]["annotations"] = {TRANSLATION: of_namespace} if of_namespace else {}
+    found = run(content).keys
+    said = {key: json.loads(text) for key, text in found.items() if key.startswith(keys.UNTRANSLATED_PREFIX)}
+    wanted = {"namespace": "shop", "pod": "web-1", "uid": "uid-of-web-1"}
+    assert said == ({keys.untranslated_key("10.244.1.2"): wanted} if alone else {})
+    assert keys.ip_key("10.244.1.2") in found, "it is published all the same"
+    # While it is not known which pods there are it stays, and then goes with the pod.
+    assert not [
+        change
+        for change in difference(publish(OWN, inputs(Catalog("kube"), found)).keys, found, owned_prefixes("kube"))
+        if "untranslated" in change.key
+    ]
+    content[PODS] = []
+    assert not [key for key in run(content, found).keys if "untranslated" in key]
 
 
 def test_one_pods_change_is_one_key() -> None:
@@ -676,7 +714,8 @@ def test_one_pods_change_is_one_key() -> None:
     catalog.put(PODS, pod("new", "10.244.2.9", "kube-2"))
     changes = catalog.take()
     assert changes == Changes(frozenset(["10.244.2.9"]))
-    assert [write.key.split("/")[1] for write in publisher.follow(changes, NOW)] == ["v1", "state", "state"]
+    writes = [write for write in publisher.follow(changes, NOW) if write.value is not None]
+    assert [write.key.split("/")[1] for write in writes] == ["v1", "state", "state"]
 
 
 def test_what_says_nothing_new_is_no_change() -> None:

@@ -89,6 +89,9 @@ class Kernel(Protocol):
     def destroy(self, backends: Collection[Backend]) -> int:
         """End the sockets that the connect hook gave to these backends; how many."""
 
+    def namespaces(self, addresses: Collection[Address]) -> dict[Address, int]:
+        """Cookies of the pods' network namespaces that have `addresses`, of those that are found. NetworkError."""
+
     def mend_filters(self) -> tuple[tuple[str, ...], int]:
         """Put back what other programs took of our part of netfilter: (what differed, in words; packets between pods
         and the mesh that other filters dropped). NetworkError when that cannot be done."""
@@ -266,6 +269,11 @@ class HostKernel:
         if self._keep_source is not None:
             ended |= netlink.destroy_pods_sockets(destinations, cookies - ended, step=self._network_step)
         return len(ended)
+
+    def namespaces(self, addresses: Collection[Address]) -> dict[Address, int]:
+        from isthmus_agent import netlink
+
+        return netlink.namespaces.cookies(addresses, step=self._network_step)
 
     def mend_filters(self) -> tuple[tuple[str, ...], int]:
         from isthmus_agent import netlink

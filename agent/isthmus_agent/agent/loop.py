@@ -41,11 +41,13 @@ from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath
 from isthmus_agent.desired.drain import DrainTracker
+from isthmus_agent.desired.pods import PodAddress
 from isthmus_agent.desired.reach import Reachability, choose_targets
 from isthmus_agent.desired.reports import CheckKey, backends_here, node_report, workload_reports
 from isthmus_agent.kvstore.client import EtcdClient
 from isthmus_agent.kvstore.tasks import end, wait_set, within
 from isthmus_agent.netlink.errors import NetworkError
+from isthmus_agent.netlink.namespaces import PLACES
 from isthmus_agent.netlink.wireguard import DEVICE
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
@@ -157,6 +159,7 @@ class Agent:
         self._kernel_problems: tuple[str, ...] = ()
         self._names_problems: tuple[str, ...] = ()
         self._key_problems: tuple[str, ...] = ()
+        self._namespace_problems: tuple[str, ...] = ()
         self._network_changed = False  # not by us
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
@@ -436,6 +439,9 @@ class Agent:
         state, reach, facts = inputs
         # In a thread, as it takes a second when much changed in a big mesh.
         found = await asyncio.to_thread(desired, self.spec, state, reach, facts, self._memory)
+        if await self._find_namespaces(found.pods.untranslated):
+            inputs = (state, reach, self.facts)
+            found = await asyncio.to_thread(desired, self.spec, *inputs, self._memory)
         services, expired, self._deadline = self._drain.apply(found.datapath.services, now)
         self._expired.extend(expired)
         datapath = replace(found.datapath, services=services)
@@ -470,6 +476,28 @@ class Agent:
         if fresh_dead or self._expired:
             ended, self._expired = self._expired, []
             await self._end_sockets({*fresh_dead, *ended})
+
+    async def _find_namespaces(self, pods: frozenset[PodAddress]) -> bool:
+        """Where the pods are whose sockets are left alone; whether that is another answer than before."""
+        known = {pod: cookie for pod, cookie in self.facts.namespaces.items() if pod in pods}
+        missing = pods - known.keys()
+        self._namespace_problems = ()
+        if missing:
+            try:
+                cookies = await self.kernel_call(self.kernel.namespaces, {address for address, _ in missing})
+            except NetworkError as error:
+                cookies, self._namespace_problems = {}, tuple(error.problems)
+            known |= {pod: cookies[pod[0]] for pod in missing if pod[0] in cookies}
+            lost = sorted(str(address) for address, _ in missing - known.keys())
+            if lost and not self._namespace_problems:
+                self._namespace_problems = (
+                    f"no network namespace has the address of {len(lost)} pods that are not to be translated "
+                    f"({', '.join(lost[:3])}): their sockets are. Next: see whether the container runtime keeps its "
+                    f"namespaces in one of {', '.join(map(str, PLACES))}",
+                )
+        changed = known != self.facts.namespaces
+        self.facts = replace(self.facts, namespaces=known)
+        return changed
 
     def _log_refused(self, found: Desired) -> None:
         before = self.desired.refused if self.desired is not None else ()
@@ -512,7 +540,12 @@ class Agent:
             self._names_problems = ()
 
     def _note_problems(self) -> None:
-        problems = (*self._kernel_problems, *self._key_problems, *self._names_problems)
+        problems = (
+            *self._kernel_problems,
+            *self._key_problems,
+            *self._namespace_problems,
+            *self._names_problems,
+        )
         for words in problems:
             if words not in self.progress.problems:
                 logger.warning("datapath is not all as wanted; tried again", extra=fields(problem=words))

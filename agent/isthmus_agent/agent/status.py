@@ -201,6 +201,7 @@ def _kubernetes(agent: Agent) -> dict[str, Any] | None:
     return {
         "node": agent.spec.node.kubernetes_node,
         "pods": len(pods.identities),
+        "untranslated": len(pods.untranslated),
         "ranges": [str(each) for each in pods.ranges],
         "filtered": agent.progress.filtered,
     }

@@ -71,7 +71,7 @@ TC_HANDLE = 1
 TC_PRIORITY = 73
 
 # Maps that the agent alone fills, hence that can be full; the LRU maps evict instead.
-FILLED_MAPS = ("svc", "backends", "ipcache_host", "ipcache_cidr", "local", "peers", "workloads")
+FILLED_MAPS = ("svc", "backends", "ipcache_host", "ipcache_cidr", "local", "peers", "workloads", "untranslated")
 
 # How long sockets_of() still knows a backend that apply() removed.
 GONE_SECONDS = 600.0
@@ -933,6 +933,7 @@ def _tables(datapath: Datapath, known: _Known | None = None) -> dict[str, dict[b
         "local": local,
         "peers": peers,
         "workloads": {abi.U64.pack(cgroup): _workload_value(address) for cgroup, address in datapath.workloads.items()},
+        "untranslated": {abi.U64.pack(cookie): abi.U32.pack(1) for cookie in datapath.untranslated},
     }
 
 
@@ -952,6 +953,8 @@ def _key_words(name: str, key: bytes) -> str:
         return abi.unpack_prefix(key)
     if name == "workloads":
         return f"cgroup {abi.U64.unpack(key)[0]}"
+    if name == "untranslated":
+        return f"network namespace {abi.U64.unpack(key)[0]}"
     return str(abi.unpack_address(key))
 
 
@@ -969,6 +972,8 @@ def _value_words(name: str, value: bytes) -> str:
         endpoint, cluster_id, flags = abi.PEER_VALUE.unpack(value)
         closed = " encrypted" if flags & abi.PEER_ENCRYPTED else ""
         return f"cluster {cluster_id} endpoint {abi.unpack_address(endpoint)}{closed}"
+    if name == "untranslated":
+        return str(abi.U32.unpack(value)[0])
     return f"identity {abi.LOCAL_VALUE.unpack(value)[0]}"
 
 

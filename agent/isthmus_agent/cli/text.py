@@ -47,7 +47,8 @@ def status(document: dict[str, Any]) -> str:
     ]
     if kubernetes := document["kubernetes"]:
         ranges = ", ".join(kubernetes["ranges"]) or "no range"
-        lines.append(f"pods       {kubernetes['pods']} of node {kubernetes['node']}, in {ranges}")
+        alone = f", {kubernetes['untranslated']} without socket translation" if kubernetes["untranslated"] else ""
+        lines.append(f"pods       {kubernetes['pods']} of node {kubernetes['node']}, in {ranges}{alone}")
     if (wireguard := document["wireguard"]) is not None:
         peers_of = f"{wireguard['peers']} peer{'' if wireguard['peers'] == 1 else 's'}"
         lines.append(

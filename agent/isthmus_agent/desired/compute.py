@@ -15,7 +15,7 @@ from isthmus_agent.desired.datapath import Address, Backend, Datapath, WireGuard
 from isthmus_agent.desired.encryption import Encryption, encryption
 from isthmus_agent.desired.encryption import routes as wireguard_routes
 from isthmus_agent.desired.encryption import rules as wireguard_rules
-from isthmus_agent.desired.pods import Pods, local_pods
+from isthmus_agent.desired.pods import PodAddress, Pods, local_pods
 from isthmus_agent.desired.reach import NodeKey, Reachability
 from isthmus_agent.desired.services import Placement, Services, ServiceView, services
 from isthmus_agent.state.model import MeshState
@@ -28,12 +28,13 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class HostFacts:
     """What only the host knows. `cgroups`: cgroup ids of the workloads that run now. `public_key`: of WireGuard, empty
-    where there is none."""
+    where there is none. `namespaces`: cookies of pods' network namespaces, of the pods that are left alone."""
 
     underlay_mtu: int = 1500
     cgroups: Mapping[WorkloadKey, tuple[int, ...]] = field(default_factory=dict)
     boot_id: str = ""
     public_key: str = ""
+    namespaces: Mapping[PodAddress, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def desired(
     memory = memory or Memory()
     own = (spec.cluster.name, spec.host)
     nodes, refused = memory.of("remotes", (spec, state.nodes), lambda: addressing.remotes(spec, state))
-    pods = memory.of("pods", (spec, state.nodes, state.ips), lambda: local_pods(spec, state))
+    pods = memory.of("pods", (spec, state.nodes, state.ips, state.untranslated), lambda: local_pods(spec, state))
     ranges = memory.of("pod ranges", (pods,), lambda: pods.ranges)
     loose = memory.of("loose", (spec, nodes, state.ips), lambda: addressing.loose_ranges(spec, state, nodes))
     local = memory.of("local", (spec, state.ips, pods), lambda: addressing.local_identities(spec, state, pods))
@@ -109,6 +110,7 @@ def desired(
             if key in by_workload
             for cgroup in cgroups
         },
+        untranslated=frozenset(facts.namespaces[pod] for pod in pods.untranslated if pod in facts.namespaces),
         services=found.table,
         ipcache=memory.of(
             "ipcache",

@@ -141,6 +141,7 @@ class Datapath:
     addresses: frozenset[Address] = frozenset()  # on the overlay device, /32 or /128
     local: dict[Address, int] = field(default_factory=dict)  # own address -> identity
     workloads: dict[int, Address] = field(default_factory=dict)  # cgroup id -> address
+    untranslated: frozenset[int] = frozenset()  # cookies of the network namespaces whose sockets are left alone
     services: dict[Frontend, Service] = field(default_factory=dict)
     ipcache: dict[Network, IpcacheEntry] = field(default_factory=dict)  # /32 and /128 go to the hash map
     peers: dict[Address, Peer] = field(default_factory=dict)  # by outer source

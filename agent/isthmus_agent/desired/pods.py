@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, collapse_addresses
+from ipaddress import IPv4Network, collapse_addresses, ip_address
 
 from isthmus_mesh import identity
 from isthmus_mesh.spec import NodeSpec
@@ -17,15 +17,20 @@ from isthmus_mesh.spec import NodeSpec
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.state.model import MeshState
 
+PodAddress = tuple[Address, str]
+"""An address and the uid of the pod that has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pods:
     """`identities`: address of each published pod of this node -> its identity. `ranges`: where the node's pods get
-    their addresses: its pod CIDRs, and published addresses outside of them; they do not overlap. `problems` in words.
+    their addresses: its pod CIDRs, and published addresses outside of them; they do not overlap. `untranslated`: the
+    pods whose sockets are to be left alone, each address with the uid of the pod that has it. `problems` in words.
     """
 
     identities: Mapping[Address, int] = field(default_factory=dict)
     ranges: tuple[IPv4Network, ...] = ()
+    untranslated: frozenset[PodAddress] = frozenset()
     problems: tuple[str, ...] = ()
 
 
@@ -73,4 +78,7 @@ def local_pods(spec: NodeSpec, state: MeshState) -> Pods:
         if network is not None and network.prefixlen == network.max_prefixlen and is_pod_range(spec, network):
             found[network.network_address] = pair.identity
     outside = [IPv4Network(str(each)) for each in found if not any(each in cidr for cidr in cidrs)]
-    return Pods(found, tuple(collapse_addresses([*cidrs, *outside])), tuple(problems))
+    untranslated = frozenset(
+        (address, uid) for text, uid in state.untranslated.items() if (address := ip_address(text)) in found
+    )
+    return Pods(found, tuple(collapse_addresses([*cidrs, *outside])), untranslated, tuple(problems))

@@ -5,7 +5,7 @@ All functions are synchronous and act in the calling thread's network namespace.
 synchronous classes cannot run inside a running event loop: call these functions in a thread.
 """
 
-from isthmus_agent.netlink import wireguard
+from isthmus_agent.netlink import namespaces, wireguard
 from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 from isthmus_agent.netlink.network import (
     OVERLAY,
@@ -39,6 +39,7 @@ __all__ = [
     "ensure_overlay",
     "mend_keep_source",
     "missing_features",
+    "namespaces",
     "overlay_index",
     "remove_network",
     "underlay_mtu",

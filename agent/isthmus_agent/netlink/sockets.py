@@ -7,12 +7,10 @@ network namespace at a time, so those of pods are entered one after the other, e
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
 import struct
-import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +18,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from isthmus_agent.desired.datapath import Address
-from isthmus_agent.netlink import messages
+from isthmus_agent.netlink import messages, namespaces
 from isthmus_agent.netlink.errors import NetworkError
 
 _NETLINK_SOCK_DIAG = 4
@@ -42,11 +40,6 @@ _STATES = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 
 # From here on one dump of everything is cheaper than one per destination.
 _MANY = 16
-
-# Where container runtimes keep the network namespaces of pods: containerd and CRI-O, Docker. Processes' own entries
-# in /proc would do as well, but reading those of others takes a right (ptrace) that an agent should not have.
-NAMESPACES = (Path("/run/netns"), Path("/run/docker/netns"))
-_CLONE_NEWNET = 0x40000000
 
 Destination = tuple[Address, int, int]  # address, port, protocol (6 or 17)
 
@@ -77,49 +70,19 @@ def destroy_sockets(destinations: Collection[Destination], cookies: Collection[i
 def destroy_pods_sockets(
     destinations: Collection[Destination],
     cookies: Collection[int],
-    places: Collection[Path] = NAMESPACES,
+    places: Collection[Path] = namespaces.PLACES,
     step: Callable[[], None] = lambda: None,
 ) -> set[int]:
     """The same in every network namespace below `places`, until all `cookies` are found; `step` is called after each.
 
     A namespace that goes meanwhile is passed over. NetworkError when one cannot be entered."""
     left = set(cookies)
-    for path in [path for place in places if place.is_dir() for path in sorted(place.iterdir())]:
+    for path in namespaces.paths(places):
         if not left:
             break
-        left -= _in_namespace(path, partial(destroy_sockets, destinations, left))
+        left -= namespaces.inside(path, partial(destroy_sockets, destinations, left)) or set()
         step()
     return set(cookies) - left
-
-
-def _in_namespace(path: Path, function: Callable[[], set[int]]) -> set[int]:
-    """What `function` answers inside the namespace, in a thread of its own; nothing when `path` is none (any more)."""
-    answers: list[set[int]] = []
-    failures: list[NetworkError] = []
-
-    def run() -> None:
-        try:
-            namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return
-        try:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
-                number = ctypes.get_errno()
-                if number != errno.EINVAL:  # the file that a namespace is mounted over, before it is and after
-                    failures.append(NetworkError(f"cannot enter the network namespace {path}: {os.strerror(number)}"))
-                return
-            answers.append(function())
-        except NetworkError as error:
-            failures.append(error)
-        finally:
-            os.close(namespace)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return answers[0] if answers else set()
 
 
 def can_destroy() -> bool:

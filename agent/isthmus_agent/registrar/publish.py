@@ -21,7 +21,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from isthmus_mesh import jsontext, keys
-from isthmus_mesh.documents import DocumentError, NodeReport, ServiceDefinition, WorkloadReport
+from isthmus_mesh.documents import DocumentError, NodeReport, ServiceDefinition, Untranslated, WorkloadReport
 from isthmus_mesh.identity import identity_range, workload_labels
 from isthmus_mesh.jsontext import Fields
 from isthmus_mesh.wire import (
@@ -121,6 +121,7 @@ def owned_prefixes(cluster: str) -> tuple[str, ...]:
     return (
         keys.ALLOC_IDENTITIES_PREFIX,
         keys.VIPS_PREFIX,
+        keys.UNTRANSLATED_PREFIX,
         keys.state_prefix("identities", cluster),
         keys.state_prefix("nodes", cluster),
         keys.state_prefix("ip", cluster),
@@ -205,6 +206,11 @@ class _Pod:
     pod: PodFacts
     host: Mapping[str, Any]
     labels: str
+    translated: bool
+
+    def untranslated(self) -> str | None:
+        """What its node's agent is to know, when its sockets are to be left alone."""
+        return None if self.translated else Untranslated(self.namespace, self.name, self.pod.uid).to_json()
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +294,8 @@ class Publisher:
         for address, pod in sorted(pods.items()):
             if pod.labels in numbers:
                 wanted[keys.ip_key(address)] = self._pod_address(address, pod, numbers[pod.labels])
+                if (alone := pod.untranslated()) is not None:
+                    wanted[keys.untranslated_key(address)] = alone
         wanted.update(held)
         wanted.update(draining)
         for service in sorted({*definitions, *offers}):
@@ -536,7 +544,7 @@ class Publisher:
             self.problem(f"kubernetes pods {'/'.join(key)}", f"its address {address} is not in {_ranges(self.own)}")
             return None
         try:
-            return _Pod(*key, pod, host, self._catalog.labels(key))
+            return _Pod(*key, pod, host, self._catalog.labels(key), self._catalog.is_translated(key))
         except WireError as error:
             self.problem(f"kubernetes pods {'/'.join(key)}", str(error))
             return None
@@ -562,13 +570,14 @@ class Publisher:
         return text
 
     def _held_addresses(self) -> dict[str, str]:
-        """The published addresses of pods, while it is not known which pods there are."""
+        """What is published at the addresses of pods, while it is not known which pods there are."""
         if not self._holding:
             return {}
         found = {}
         for key, value in self.inputs.previous.items():
             parsed = keys.parse_ip_key(key)
-            if parsed is not None and parsed[0] is None and self._is_pods(parsed[1]):
+            is_pods = parsed is not None and parsed[0] is None and self._is_pods(parsed[1])
+            if is_pods or keys.parse_untranslated_key(key) is not None:
                 found[key] = value
         return found
 
@@ -912,6 +921,7 @@ class Publisher:
             elif self._catalog is not None:
                 self._catalog.rendered.pop(address, None)
             found[keys.ip_key(address)] = value
+            found[keys.untranslated_key(address)] = None if value is None or pod is None else pod.untranslated()
         for service in sorted(changes.services):
             self._follow_service(service, found)
         places = {prefix: place for place, prefix in enumerate(owned_prefixes(self.own.name))}

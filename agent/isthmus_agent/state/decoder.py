@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Any
 
@@ -190,6 +191,8 @@ class Decoder:
             return _Place("peers", peer, lambda value, _: documents.PeerStatus.from_json(value))
         if key == keys.KUBERNETES_STATUS:
             return _Place("kubernetes", self.cluster, lambda value, _: documents.KubernetesStatus.from_json(value))
+        if (address := keys.parse_untranslated_key(key)) is not None:
+            return _Place("untranslated", address, _uid_at(address))
         return None
 
     def _published(self, key: str, own: bool) -> _Place | None:
@@ -255,6 +258,14 @@ class Decoder:
             return config
 
         return decode
+
+
+def _uid_at(address: str) -> Callable[[bytes, int], str]:
+    def checked(value: bytes, _: int) -> str:
+        ip_address(address)
+        return documents.Untranslated.from_json(value).uid
+
+    return checked
 
 
 def _named(

@@ -61,3 +61,4 @@ class MeshState:
     local_services: Mapping[ServiceName, ClusterService] = field(default_factory=dict)
     peers: Mapping[str, PeerStatus] = field(default_factory=dict)
     kubernetes: Mapping[str, KubernetesStatus] = field(default_factory=dict)  # by own cluster's name, or nothing
+    untranslated: Mapping[str, str] = field(default_factory=dict)  # address -> uid of the pod that has it

@@ -422,6 +422,24 @@ class KubernetesStatus:
         )
 
 
+@dataclass(frozen=True)
+class Untranslated:
+    """A pod whose sockets are left alone (`isthmus/v1/alloc/kubernetes/untranslated/<address>`). The uid tells a pod
+    from a later one that has its address."""
+
+    namespace: str
+    pod: str
+    uid: str
+
+    def to_json(self) -> str:
+        return jsontext.dumps({"namespace": self.namespace, "pod": self.pod, "uid": self.uid})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Untranslated:
+        fields = _object(text)
+        return cls(_filled(fields, "namespace"), _filled(fields, "pod"), _filled(fields, "uid"))
+
+
 def _object(text: str | bytes) -> Fields:
     return Fields(jsontext.loads(text, DocumentError), DocumentError)
 

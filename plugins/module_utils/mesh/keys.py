@@ -34,6 +34,7 @@ VIPS_PREFIX = "isthmus/v1/alloc/vips/"
 LOCAL_SERVICES_PREFIX = "isthmus/v1/alloc/services/"
 PEERS_PREFIX = "isthmus/v1/alloc/peers/"
 KUBERNETES_STATUS = "isthmus/v1/alloc/kubernetes"
+UNTRANSLATED_PREFIX = "isthmus/v1/alloc/kubernetes/untranslated/"  # who watches the status has it as well
 
 KINDS = ("nodes", "ip", "identities", "services")
 """The kinds of state that every peer publishes and waits for; one canary each."""
@@ -232,6 +233,16 @@ def peer_status_key(peer: str) -> str:
 
 def parse_peer_status_key(key: str) -> str | None:
     found = _rest(key, PEERS_PREFIX, 1)
+    return found[0] if found else None
+
+
+def untranslated_key(ip: str) -> str:
+    return f"{UNTRANSLATED_PREFIX}{ip}"
+
+
+def parse_untranslated_key(key: str) -> str | None:
+    """The address."""
+    found = _rest(key, UNTRANSLATED_PREFIX, 1)
     return found[0] if found else None
 
 

@@ -20,6 +20,7 @@ from isthmus_agent.agent import loop
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.network_watch import NetworkWatch
+from isthmus_agent.desired.compute import HostFacts, desired
 from isthmus_agent.desired.datapath import Datapath
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
 from isthmus_agent.netlink import NetworkError, messages
@@ -237,6 +238,56 @@ def test_a_kernel_call_that_hangs_is_left_to_the_watchdog(tmp_path, monkeypatch,
     if not status_asks:
         kernel.work = release.wait  # type: ignore[assignment]
     assert asyncio.run(story()) == 0
+
+
+def test_where_the_pods_are_that_are_left_alone(tmp_path, monkeypatch):
+    """It is asked once a pod, known before anything is applied, and told as long as one is not found."""
+    monkeypatch.setattr(loop, "RETRY", (0.02, 0.02))
+    kernel = FakeKernel()
+    first, second = (ip_address("10.244.1.5"), "uid-1"), (ip_address("10.244.1.6"), "uid-2")
+    asked: list[set[Any]] = []
+    there: dict[Any, int] = {first[0]: 77}
+
+    def namespaces(addresses: Any) -> dict[Any, int]:
+        asked.append(set(addresses))
+        return {address: there[address] for address in addresses if address in there}
+
+    monkeypatch.setattr(kernel, "namespaces", namespaces, raising=False)
+    agent = an_agent(tmp_path, kernel)
+    pods: frozenset[Any] = frozenset({first, second})
+
+    def computed(spec: object, state: object, reach: object, facts: HostFacts, memory: object) -> Any:
+        found = desired(spec, state, reach, facts, memory)  # type: ignore[arg-type]
+        cookies = frozenset(facts.namespaces[pod] for pod in pods if pod in facts.namespaces)
+        datapath = replace(found.datapath, untranslated=cookies)
+        return replace(found, pods=replace(found.pods, untranslated=pods), datapath=datapath)
+
+    monkeypatch.setattr(loop, "desired", computed)
+
+    async def story() -> None:
+        nonlocal pods
+        applier = asyncio.create_task(agent._applier())
+        try:
+            agent.wake()
+            await until(lambda: bool(agent.progress.problems), "one is not found")
+            assert agent.progress.applied is not None
+            assert agent.progress.applied.untranslated == {77}
+            assert "10.244.1.6" in agent.progress.problems[0]
+            there[second[0]] = 78
+            await until(lambda: not agent.progress.problems, "it is found later")
+            assert agent.progress.applied.untranslated == {77, 78}
+            assert first[0] not in set().union(*asked[1:])
+            pods = frozenset({second})
+            agent._inputs = None
+            agent.wake()
+            await until(lambda: agent.facts.namespaces == {second: 78}, "what is gone is forgotten")
+            assert agent.progress.applied.untranslated == {78}
+        finally:
+            applier.cancel()
+            await asyncio.wait([applier])
+
+    asyncio.run(story())
+    assert kernel.calls[0][0] == "start"
 
 
 async def lose_last_good(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.desired.reports import backends_here, workload_reports
 from isthmus_agent.state.decoder import Decoder
 from isthmus_mesh import keys, wire
+from isthmus_mesh.documents import Untranslated
 from isthmus_mesh.spec import NodeSpec
 
 SOURCE = IPv4Address("10.101.0.1")
@@ -98,6 +99,28 @@ def test_pods_of_this_node_are_local_with_their_identity() -> None:
     assert addr("10.244.2.7") not in datapath.local
     assert datapath.addresses == {SOURCE, addr("10.101.0.2")}, "pods' addresses are the CNI's"
     assert not found.refused
+
+
+def test_pods_of_this_node_that_are_left_alone() -> None:
+    items = documents()
+    for address in ("10.244.1.5", "10.244.2.7", "10.244.1.6"):
+        uid = f"uid-of-{address}"
+        items[keys.untranslated_key(address)] = Untranslated("shop", "api-0", uid).to_json().encode()
+    pod_here = (addr("10.244.1.5"), "uid-of-10.244.1.5")
+    assert compute(items).pods.untranslated == {pod_here}, "not another node's, nor one that is not published"
+    assert compute(items).datapath.untranslated == frozenset(), "it is not known where it is"
+    later = (addr("10.244.1.5"), "uid-of-another-pod")
+    for known, cookies in ({pod_here: 77}, {77}), ({later: 78}, set()):
+        found = desired(kube_spec(), mesh.state(items), Reachability(), HostFacts(namespaces=known))
+        assert found.datapath.untranslated == cookies
+
+
+def test_what_is_no_address_is_not_left_alone() -> None:
+    found = mesh.decoder("onprem")
+    for suffix in ("10.244.1.5/24", "web", ""):
+        found.put(keys.untranslated_key(suffix), Untranslated("shop", "api-0", "uid").to_json().encode())
+    assert found.state().untranslated == {}
+    assert list(found.bad) == [keys.untranslated_key("web")]
 
 
 def test_routes_rules_and_what_is_not_masqueraded_on_a_node() -> None:

@@ -251,6 +251,14 @@ class Catalog:
             found = self._labels[key] = sys.intern(labels_to_string(labels))
         return found
 
+    def is_translated(self, key: ObjectKey) -> bool:
+        """Whether service addresses are turned into backends' where a pod dials them."""
+        pod = cast("PodFacts", self._objects[PODS][key])
+        namespace = cast("NamespaceFacts | None", self._objects[NAMESPACES].get(("", key[0])))
+        if pod.translated is not None:
+            return pod.translated
+        return namespace is None or namespace.translated
+
     def services(self) -> Mapping[ObjectKey, ServiceFacts]:
         """The global services."""
         return cast("Mapping[ObjectKey, ServiceFacts]", self._objects[SERVICES])

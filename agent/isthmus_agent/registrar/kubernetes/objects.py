@@ -28,6 +28,8 @@ SHARED = ("service.cilium.io/shared", "io.cilium/shared-service")
 AFFINITY = ("service.cilium.io/affinity", "io.cilium/service-affinity")
 SYNC = ("service.cilium.io/global-sync-endpoint-slices",)
 """Annotations of Cilium (pkg/annotation/k8s.go); the first that is there counts."""
+TRANSLATION = "isthmus.io/socket-translation"
+"""Annotation of a pod, or of a namespace for its pods that do not say: `false` leaves their sockets alone."""
 
 SERVICE_NAME = "kubernetes.io/service-name"
 SLICE_MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
@@ -53,11 +55,13 @@ class NodeFacts:
 @dataclass(frozen=True, slots=True)
 class NamespaceFacts:
     labels: Mapping[str, str]
+    translated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PodFacts:
-    """A pod that has addresses of its own. `created` is RFC 3339; `leaving`: it is being deleted."""
+    """A pod that has addresses of its own. `created` is RFC 3339; `leaving`: it is being deleted; `translated` is None
+    where its namespace decides."""
 
     node: str
     addresses: tuple[str, ...]
@@ -66,6 +70,8 @@ class PodFacts:
     ports: tuple[NamedPort, ...]
     created: str
     leaving: bool
+    uid: str
+    translated: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +184,8 @@ def _node(value: Any) -> NodeFacts:
 
 
 def _namespace(value: Any) -> NamespaceFacts:
-    return NamespaceFacts(_mapping(_object(value, "metadata"), "labels"))
+    metadata = _object(value, "metadata")
+    return NamespaceFacts(_mapping(metadata, "labels"), _translated(metadata) is not False)
 
 
 def _pod(value: Any) -> PodFacts | None:
@@ -205,6 +212,8 @@ def _pod(value: Any) -> PodFacts | None:
         ports=tuple(ports),
         created=_text(metadata, "creationTimestamp"),
         leaving=metadata.get("deletionTimestamp") is not None,
+        uid=_text(metadata, "uid"),
+        translated=_translated(metadata),
     )
 
 
@@ -267,6 +276,10 @@ def _annotation(annotations: Mapping[str, str], names: tuple[str, ...]) -> str:
 def _true(annotations: Mapping[str, str], names: tuple[str, ...], default: bool) -> bool:
     text = _annotation(annotations, names)
     return text.lower() == "true" if any(name in annotations for name in names) else default
+
+
+def _translated(metadata: Mapping[str, Any]) -> bool | None:
+    return {"true": True, "false": False}.get(_mapping(metadata, "annotations").get(TRANSLATION, "").lower())
 
 
 def _ports(value: Any) -> dict[str, L4Addr]:
