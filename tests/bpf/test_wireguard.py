@@ -55,6 +55,8 @@ class Side:
         try:
             self.node.call(wireguard.configure, self.wanted, self.device)
         except netlink.NetworkError:
+            if self.process is None:
+                raise
             return False  # wireguard-go has made the device and not yet its control socket
         return True
 

@@ -6,6 +6,9 @@ export PATH="$2:/usr/sbin:/usr/bin:/sbin:/bin" HOME=/root TMPDIR=/run
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
+# Else made by udev: `wg` reads its settings there.
+ln -s /proc/self/fd /dev/fd
+ln -s fd/0 /dev/stdin
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p "/lib/modules/$(uname -r)"
