@@ -38,7 +38,7 @@ from isthmus_agent.registrar.publish import (
 )
 from isthmus_mesh import keys, ownership
 from isthmus_mesh.documents import NodeReport, ServiceDefinition, ServicePort, WorkloadReport
-from isthmus_mesh.identity import pod_labels
+from isthmus_mesh.identity import LabelFilter, pod_labels
 from kubernetes_objects import endpoint, endpoint_slice, namespace, node, pod, service
 from unit.hostile import hostile
 
@@ -235,6 +235,47 @@ def test_which_labels_make_an_identity(label: str, counts: bool) -> None:
     assert ("forged" in found.values()) == counts
     assert found["k8s:io.cilium.k8s.policy.cluster"] == "kube"
     assert found["k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name"] == "shop"
+
+
+FILTERS = {
+    "!job-name": {
+        "app": True,
+        "job-name": False,
+        "job-name-x": False,
+        "app.kubernetes.io/name": True,
+        "k8s.io/x": False,
+    },
+    "app": {"app": True, "app-x": True, "tier": False, "app.kubernetes.io/name": True, "k8s.io/x": False},
+    "k8s:app$": {"app": True, "app-x": False, "tier": False},
+    "k8s.io/x": {"app": False, "k8s.io/x": True, "k8s.io/y": False},
+    "app !app-x": {"app": True, "app-x": False, "app-xy": False, "tier": False},
+    "!app app-x": {"app": False, "app-x": True, "app-y": False, "tier": False},
+    "!io\\.cilium\\.k8s\\.namespace\\.labels\\.team": {"app": True, "namespace team": False, "namespace other": True},
+    "tier": {"namespace team": True, "io.cilium.k8s.policy.cluster": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "label", "counts"),
+    [(patterns, label, counts) for patterns, labels in FILTERS.items() for label, counts in labels.items()],
+)
+def test_a_filter_says_which_labels_make_an_identity(patterns: str, label: str, counts: bool) -> None:
+    """As Cilium's setting `labels` (pkg/labelsfilter/filter.go)."""
+    name = label.removeprefix("namespace ")
+    own, of_namespace = ({}, {name: "said"}) if name != label else ({name: "said"}, {})
+    found = pod_labels(own, "shop", of_namespace, "default", "kube", LabelFilter(patterns.split()))
+    assert ("said" in found.values()) == counts
+    assert found["k8s:io.cilium.k8s.policy.cluster"] == "kube"
+    assert found["k8s:io.kubernetes.pod.namespace"] == "shop"
+    assert found["k8s:io.cilium.k8s.policy.serviceaccount"] == "default"
+
+
+def test_pods_that_differ_in_a_label_that_does_not_count_are_one_identity() -> None:
+    catalog = Catalog("kube", label_filter=LabelFilter(["!app"]))
+    for name in ("a", "b"):
+        catalog.put(PODS, pod(name, "10.244.1.2", labels={"app": name, "tier": "x"}))
+    assert catalog.labels(("shop", "a")) == catalog.labels(("shop", "b"))
+    assert "tier=x" in catalog.labels(("shop", "a"))
 
 
 NOT_PUBLISHED = {

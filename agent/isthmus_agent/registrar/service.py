@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, PeerStatus
+from isthmus_mesh.identity import LabelFilter
 from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.spec import NodeSpec, PeerSpec
 from isthmus_mesh.wire import ClusterConfig
@@ -145,7 +146,8 @@ class Registrar:
             from .kubernetes.source import Source  # aiohttp: 12 MiB that registrars of machines do without
 
             place = (self.registrar.kubernetes, spec.estate, self.own.name)
-            self.kubernetes = Source(*place, self.changed, wall=wall, clock=clock)
+            labels = () if kubernetes is None else kubernetes.identity_labels
+            self.kubernetes = Source(*place, self.changed, LabelFilter(labels), wall=wall, clock=clock)
             self.sink = Sink(*place, self.kubernetes.catalog, self.changed, clock=clock)
         self._kubernetes_told: tuple[float, str] = (float("-inf"), "")  # when its status was written, and which
         self._offered = Offered()

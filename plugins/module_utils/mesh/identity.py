@@ -8,7 +8,8 @@ A global identity is `cluster id << shift | n`, 24 bits, and travels as the VXLA
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 UNKNOWN = 0
 HOST = 1
@@ -38,14 +39,26 @@ LABEL_NAMESPACE_NAME = f"{LABEL_NAMESPACE_PREFIX}kubernetes.io/metadata.name"
 _FIXED = frozenset({WORLD, HEALTH, REMOTE_NODE, KUBE_APISERVER, INGRESS}) | frozenset(range(100, 115))
 _USER_RESERVED = range(128, 256)
 
-# What Cilium leaves out of a pod's identity unless it is told otherwise (pkg/labelsfilter/filter.go): each is matched
-# at the beginning of a label's key, and `app.kubernetes.io` goes before them.
-_NO_IDENTITY = re.compile(
-    r"""io\.kubernetes | kubernetes\.io | .*beta\.kubernetes\.io | k8s\.io | topology\.kubernetes\.io
-    | statefulset\.kubernetes\.io/pod-name | apps\.kubernetes\.io/pod-index
-    | batch\.kubernetes\.io/(job-completion-index|controller-uid)
-    | pod-template-(generation|hash) | controller-revision-hash | controller-uid | annotation | etcd_node""",
-    re.VERBOSE,
+# Cilium's default filter (pkg/labelsfilter/filter.go), of what a pod or namespace can have: `!` leaves out.
+_DEFAULT_PATTERNS = (
+    r"io\.kubernetes\.pod\.namespace",
+    r"io\.cilium\.k8s\.namespace\.labels",
+    r"app\.kubernetes\.io",
+    r"!io\.kubernetes",
+    r"!kubernetes\.io",
+    r"!statefulset\.kubernetes\.io/pod-name",
+    r"!apps\.kubernetes\.io/pod-index",
+    r"!batch\.kubernetes\.io/job-completion-index",
+    r"!batch\.kubernetes\.io/controller-uid",
+    r"!.*beta\.kubernetes\.io",
+    r"!k8s\.io",
+    r"!topology\.kubernetes\.io",
+    r"!pod-template-generation",
+    r"!pod-template-hash",
+    r"!controller-revision-hash",
+    r"!controller-uid",
+    r"!annotation.*",
+    r"!etcd_node",
 )
 _OWN_PREFIX = "io.cilium.k8s"
 
@@ -95,30 +108,75 @@ def workload_labels(namespace: str, service_account: str, cluster: str, labels: 
     return found
 
 
+class LabelFilter:
+    """Which labels of a pod and its namespace make its identity: Cilium's default, and `patterns` beside it, in the
+    form of Cilium's setting `labels` (pkg/labelsfilter/filter.go), one entry each.
+
+    A pattern is a regular expression for the beginning of a label's key, after an optional `k8s:`; one that begins with
+    `!` leaves out. As soon as one takes in, labels that no pattern takes in are left out; of two that match, the one
+    that matches more of the key counts. ValueError when a pattern is none.
+    """
+
+    def __init__(self, patterns: Iterable[str] = ()) -> None:
+        given = [pattern[len("k8s:") :] if pattern.startswith("k8s:") else pattern for pattern in patterns]
+        self._only = any(not pattern.startswith("!") for pattern in given)
+        self._patterns = [_pattern(text) for text in (*_DEFAULT_PATTERNS, *given)]
+        # Ten thousand pods have some dozens of different keys.
+        self.takes = lru_cache(maxsize=4096)(self._takes)
+
+    def _takes(self, key: str) -> bool:
+        taken, left = 0, 0
+        for leaves_out, pattern in self._patterns:
+            match = pattern.match(key)
+            if match is None:
+                continue
+            if leaves_out:
+                left = match.end() if left == 0 else min(left, match.end())
+            else:
+                taken = max(taken, match.end())
+        return (not self._only and left == 0) or taken > left
+
+
+def _pattern(text: str) -> tuple[bool, re.Pattern[str]]:
+    leaves_out = text.startswith("!")
+    bare = text[1:] if leaves_out else text
+    if not bare:
+        raise ValueError("an empty pattern matches nothing")
+    try:
+        return leaves_out, re.compile(bare)
+    except re.error as exc:
+        raise ValueError(f"{bare!r} is no regular expression: {exc}") from None
+
+
+DEFAULT_FILTER = LabelFilter()
+
+
 def pod_labels(
     labels: Mapping[str, str],
     namespace: str,
     namespace_labels: Mapping[str, str],
     service_account: str,
     cluster: str,
+    label_filter: LabelFilter = DEFAULT_FILTER,
 ) -> dict[str, str]:
-    """The labels that make a pod's identity, keyed `source:key`, as Cilium derives them with its default filter
-    (pkg/k8s `SanitizePodLabels`, pkg/labelsfilter): two pods with the same ones are one identity.
+    """The labels that make a pod's identity, keyed `source:key`, as Cilium derives them (pkg/k8s `SanitizePodLabels`,
+    pkg/labelsfilter): two pods with the same ones are one identity.
 
-    `labels` and `namespace_labels` are the objects' own, without source.
+    `labels` and `namespace_labels` are the objects' own, without source. Namespace, cluster and service account count
+    whatever the filter says.
     """
-    found = {f"k8s:{key}": value for key, value in labels.items() if _makes_identity(key)}
-    found[LABEL_NAMESPACE_NAME] = namespace
+    found = {
+        f"k8s:{key}": value
+        for key, value in labels.items()
+        if not key.startswith(_OWN_PREFIX) and label_filter.takes(key)
+    }
     for key, value in namespace_labels.items():
-        found[f"{LABEL_NAMESPACE_PREFIX}{key}"] = value
+        name = f"{LABEL_NAMESPACE_PREFIX}{key}"
+        if label_filter.takes(name[len("k8s:") :]):
+            found[name] = value
+    found[LABEL_NAMESPACE_NAME] = namespace
     found[LABEL_NAMESPACE] = namespace
     found[LABEL_CLUSTER] = cluster
     if service_account:
         found[LABEL_SERVICE_ACCOUNT] = service_account
     return found
-
-
-def _makes_identity(key: str) -> bool:
-    if key.startswith("app.kubernetes.io"):
-        return True
-    return not key.startswith(_OWN_PREFIX) and _NO_IDENTITY.match(key) is None

@@ -67,6 +67,7 @@ class Kubernetes:
     api_server: str
     pod_ranges: tuple[IPv4Network, ...]
     service_range: IPv4Network
+    identity_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -366,7 +367,7 @@ class _Reader:
         except ValueError as exc:
             self.problem(f"{where}.kubernetes.api_server", f"{url}: {exc}", "it is dialled", "correct the URL")
             return INVALID
-        return Kubernetes(url, tuple(given["pod_ranges"]), given["service_range"])
+        return Kubernetes(url, tuple(given["pod_ranges"]), given["service_range"], tuple(given["identity_labels"]))
 
     def cluster_peers(self, where: str, name: str, entry: dict[str, Any], all_clusters: Mapping[str, Any]) -> None:
         peers = entry["peers"]

@@ -796,6 +796,7 @@ class _Planner:
             "api_server": cluster.kubernetes.api_server,
             "pod_ranges": [str(network) for network in (*kept, *orphaned)],
             "service_range": str(cluster.kubernetes.service_range),
+            **({"identity_labels": list(labels)} if (labels := cluster.kubernetes.identity_labels) else {}),
         }
 
     def members(self, cluster: Cluster, running: Mapping[str, Any] | None, hosts: Mapping[str, Any]) -> list[str]:
@@ -1238,7 +1239,10 @@ class _Spec:
         if "kubernetes" not in self.own:
             return None
         (cluster_ips,) = _cluster_ips(self.own)
-        return {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
+        found = {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
+        if "identity_labels" in self.own["kubernetes"]:
+            found["identity_labels"] = self.own["kubernetes"]["identity_labels"]
+        return found
 
     def foreign_cluster_ips(self, doc: Mapping[str, Any]) -> list[str]:
         """ClusterIPs that only the mesh makes reachable on this host; on a cluster's own nodes kube-proxy does."""

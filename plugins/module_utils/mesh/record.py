@@ -27,7 +27,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
      "forgotten": {"onprem-8": {"at": "2026-01-02T03:04:05Z", "by": "alice"}}, "crl": "<PEM>",
      "departed": ["onprem-9"],
      "kubernetes": {"pod_ranges": ["10.244.0.0/16"], "service_range": "10.96.0.0/16",
-                    "api_server": "https://198.18.1.11:6443"},
+                    "api_server": "https://198.18.1.11:6443", "identity_labels": ["!job-name"]},
      "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
 
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that an old
@@ -36,7 +36,8 @@ copy on a member that was away cannot bring it back. `released` addresses are no
 joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). `kubernetes` is the Kubernetes
 cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`. `departed` are
 removed hosts, of any cluster, that carried an etcd member and whose certificates this cluster's CA has
-still to revoke. A document may lack all four. `ca_certificate` is a public PEM, added by `site` once the CA
+still to revoke. A document may lack all four; `identity_labels` lacks where Cilium's default filter alone counts.
+`ca_certificate` is a public PEM, added by `site` once the CA
 exists, without a new revision; the planner keeps it. While the authority is being replaced it holds two
 certificates, the one that signs first, and each change of them is a new revision. Otherwise `revision`
 rises by one with each change of a document. The roster's `version` is that of the isthmus.mesh that was
@@ -284,6 +285,7 @@ def _check(where: str, name: str, document: Any) -> int:
         outer.networks4("pod_ranges")
         outer.network4("service_range")
         outer.text("api_server", None)
+        outer.texts("identity_labels")
     _there(fields, "workload_ranges", "released")
     fields.text("site", None)
     fields.networks4("workload_ranges")

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .identity import LabelFilter
+
 VERSION = 1
 """Version of this schema, `isthmus_estate.schema`."""
 
@@ -333,6 +335,20 @@ class Labels(Kind):
         return "labels"
 
 
+class LabelPattern(Text):
+    """An entry of `identity.LabelFilter`."""
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        found = super().read(value, where, problems)
+        if found is not INVALID:
+            try:
+                LabelFilter([found])
+            except ValueError as exc:
+                problems.append(Problem(where, str(exc), self.why, "correct it"))
+                return INVALID
+        return found
+
+
 @dataclass(frozen=True)
 class Listing(Kind):
     item: Kind
@@ -571,6 +587,11 @@ _API_SERVER = Text(
     "the registrar watches Kubernetes there",
     300,
 )
+_IDENTITY_LABEL = LabelPattern(
+    r"(k8s:)?!?[!-~]+",
+    "a regular expression for the beginning of a label's key, such as `app` or `!job-name` (which leaves out)",
+    "labels make the identity of pods",
+)
 _KUBERNETES_NODE = Text(
     _SUBDOMAIN, "a name of a Kubernetes node (RFC 1123 labels joined by '.')", "Kubernetes accepts no other", 253
 )
@@ -653,6 +674,12 @@ KUBERNETES = Table(
             Range(8, 28),
             "Kubernetes' own range of ClusterIPs (`--service-cluster-ip-range`); it can only grow.",
             REQUIRED,
+        ),
+        "identity_labels": Key(
+            Listing(_IDENTITY_LABEL),
+            "Which labels make the identity of pods, beside Cilium's default; entries of Cilium's setting `labels`. As "
+            "soon as one takes in (has no `!`), only what some entry takes in counts.",
+            (),
         ),
     },
 )

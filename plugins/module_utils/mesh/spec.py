@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from . import jsontext
+from .identity import LabelFilter
 from .jsontext import UINT16, UINT64, Fields
 
 SCHEMA = 1
@@ -42,10 +43,13 @@ def spec_hash(document: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class KubernetesSpec:
-    """The Kubernetes cluster that a cluster of the mesh is: ranges that Kubernetes and its CNI deal, never we."""
+    """The Kubernetes cluster that a cluster of the mesh is: ranges that Kubernetes and its CNI deal, never we.
+
+    `identity_labels`: patterns of `identity.LabelFilter`."""
 
     pod_ranges4: tuple[IPv4Network, ...]
     service_range4: IPv4Network
+    identity_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,12 @@ def _cluster(fields: Fields) -> ClusterSpec:
 
 
 def _kubernetes(fields: Fields) -> KubernetesSpec:
-    return KubernetesSpec(fields.networks4("pod_ranges4"), fields.network4("service_range4"))
+    labels = fields.texts("identity_labels")
+    try:
+        LabelFilter(labels)
+    except ValueError as exc:
+        fields.fail("identity_labels", str(exc))
+    return KubernetesSpec(fields.networks4("pod_ranges4"), fields.network4("service_range4"), labels)
 
 
 def _host(fields: Fields) -> HostSpec:

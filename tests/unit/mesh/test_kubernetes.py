@@ -121,6 +121,17 @@ def test_the_specs_of_its_own_hosts() -> None:
     assert read.registrar.kubernetes is not None
 
 
+def test_which_labels_make_identities_is_said_where_it_is_not_the_default() -> None:
+    patterns = ["k8s:app", "!app-revision"]
+    found = replanned(lambda e, _h: outer(e).update(identity_labels=patterns))
+    assert found.record["clusters/kube"]["kubernetes"]["identity_labels"] == patterns
+    spec = found.specs["k1"]
+    assert spec["cluster"]["kubernetes"]["identity_labels"] == patterns
+    read = NodeSpec.from_dict(spec).cluster.kubernetes
+    assert read is not None
+    assert read.identity_labels == tuple(patterns)
+
+
 def test_the_specs_of_other_clusters_hosts() -> None:
     spec = replanned().specs["c1"]
     assert "kubernetes" not in spec["cluster"]
@@ -207,6 +218,11 @@ def test_a_cluster_that_goes_takes_its_kubernetes_along() -> None:
         (lambda e, _h: outer(e).update(api_server="http://198.18.4.1"), "is not an https URL"),
         (lambda e, _h: outer(e).update(api_server="https://198.18.4.1:70000"), "Port out of range"),
         (lambda e, _h: outer(e).pop("pod_ranges"), "kubernetes.pod_ranges: it is missing"),
+        (
+            lambda e, _h: outer(e).update(identity_labels=["app", "!(x"]),
+            "identity_labels[1]: '(x' is no regular expression",
+        ),
+        (lambda e, _h: outer(e).update(identity_labels=["!"]), "identity_labels[0]: an empty pattern matches nothing"),
         (
             lambda _e, h: h["c1"].update(isthmus_kubernetes_node="c1"),
             "cluster cloud has no `kubernetes`",
@@ -324,6 +340,7 @@ def test_ranges_of_orphans_are_kept_free() -> None:
         lambda document: document["kubernetes"].update(pod_ranges=["10.244.0.0/40"]),
         lambda document: document["kubernetes"].update(service_range=7),
         lambda document: document["kubernetes"].pop("api_server"),
+        lambda document: document["kubernetes"].update(identity_labels="app"),
         lambda document: document.update(kubernetes=[]),
         lambda document: document["hosts"]["k1"].update(kubernetes_node=1),
     ],

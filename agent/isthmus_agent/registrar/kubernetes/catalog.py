@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from isthmus_mesh import ownership
-from isthmus_mesh.identity import pod_labels
+from isthmus_mesh.identity import DEFAULT_FILTER, LabelFilter, pod_labels
 from isthmus_mesh.wire import L4Addr, labels_to_string
 
 from .objects import (
@@ -75,6 +75,7 @@ class Catalog:
 
     cluster: str
     estate: str = ""
+    label_filter: LabelFilter = DEFAULT_FILTER
     listed: set[str] = field(default_factory=set)
     problems: dict[tuple[str, ObjectKey], str] = field(default_factory=dict)
     rendered: dict[str, Rendered] = field(default_factory=dict)
@@ -246,7 +247,7 @@ class Catalog:
             pod = cast("PodFacts", self._objects[PODS][key])
             namespace = cast("NamespaceFacts | None", self._objects[NAMESPACES].get(("", key[0])))
             of_namespace = {} if namespace is None else namespace.labels
-            labels = pod_labels(pod.labels, key[0], of_namespace, pod.service_account, self.cluster)
+            labels = pod_labels(pod.labels, key[0], of_namespace, pod.service_account, self.cluster, self.label_filter)
             # Ten thousand pods of one Deployment share one text.
             found = self._labels[key] = sys.intern(labels_to_string(labels))
         return found

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from isthmus_mesh.documents import KubernetesStatus
+from isthmus_mesh.identity import DEFAULT_FILTER, LabelFilter
 from isthmus_mesh.spec import KubernetesApiSpec
 
 from isthmus_agent.agent.log import fields
@@ -52,11 +53,12 @@ class Source:
         estate: str,
         cluster: str,
         changed: asyncio.Event,
+        label_filter: LabelFilter = DEFAULT_FILTER,
         *,
         wall: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.catalog = Catalog(cluster, estate)
+        self.catalog = Catalog(cluster, estate, label_filter)
         self.lists = 0
         self._api = Api(spec)
         self._changed = changed
