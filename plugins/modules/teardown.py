@@ -75,7 +75,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
 
 DEVICES = ("isthmus0", wireguard.DEVICE)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732")
+TABLES = ("730", "731", "732", "733")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"

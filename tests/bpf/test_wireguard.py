@@ -17,11 +17,11 @@ import pytest
 from bpf.topology import Inside, InsideError, Node, two_nodes, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, Route, Rule, WireGuard, WireGuardPeer
-from isthmus_agent.desired.encryption import CLOSED, RULE_PRIORITY, TABLE
+from isthmus_agent.desired.encryption import BACK_RULE_PRIORITY, BACK_TABLE, CLOSED, DECRYPTED, RULE_PRIORITY, TABLE
 from isthmus_agent.netlink import wireguard
 
 MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
-RULES = ("sport", "dport")
+RULES = ((RULE_PRIORITY, TABLE), (BACK_RULE_PRIORITY, BACK_TABLE))
 _numbers = itertools.count(1)
 
 
@@ -104,13 +104,15 @@ def _encrypted(datapath: Datapath, own: Node, other: Node, wanted: WireGuard) ->
         | {
             Route(way, ip_address(own.underlay), table=TABLE, wireguard=True),
             Route(way, table=TABLE, unreachable=True, metric=CLOSED),
+            Route(way, table=BACK_TABLE, wireguard=True),
         },
-        rules=datapath.rules | {Rule(ip_network("0.0.0.0/0"), TABLE, RULE_PRIORITY, **{port: 8472}) for port in _PORTS},
+        rules=datapath.rules
+        | {
+            Rule(ip_network("0.0.0.0/0"), TABLE, RULE_PRIORITY, destination_port=8472),
+            Rule(ip_network("0.0.0.0/0"), BACK_TABLE, BACK_RULE_PRIORITY, mark=DECRYPTED),
+        },
         wireguard=wanted,
     )
-
-
-_PORTS = ("source_port", "destination_port")
 
 
 @pytest.fixture
@@ -166,8 +168,8 @@ def test_what_would_leave_in_clear_is_dropped_and_counted(sides: tuple[Side, Sid
     client = left.node.process("web")
     assert _dial(client, right.node) == "b 10.101.0.2"
     if gone == "rules":
-        for word in RULES:
-            left.ip("rule", "del", "pref", str(RULE_PRIORITY), "ipproto", "udp", word, "8472", "table", str(TABLE))
+        for priority, table in RULES:
+            left.ip("rule", "del", "pref", str(priority), "table", str(table))
     elif gone == "route":
         left.ip("route", "flush", "table", str(TABLE))
     elif gone == "device":
@@ -183,8 +185,8 @@ def test_what_would_leave_in_clear_is_dropped_and_counted(sides: tuple[Side, Sid
 
 def test_a_peer_that_sends_in_clear_is_dropped_and_counted(sides: tuple[Side, Side]) -> None:
     left, right = sides
-    for word in RULES:
-        left.ip("rule", "del", "pref", str(RULE_PRIORITY), "ipproto", "udp", word, "8472", "table", str(TABLE))
+    for priority, table in RULES:
+        left.ip("rule", "del", "pref", str(priority), "table", str(table))
     datapath = left.node.datapath
     left.node.bpf.apply(
         replace(datapath, ipcache={key: replace(one, is_encrypted=False) for key, one in datapath.ipcache.items()})

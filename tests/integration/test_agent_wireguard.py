@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import ask
+from isthmus_agent.netlink.wireguard import greet
 from isthmus_agent.state.lastgood import LastGood
 from isthmus_mesh import keys, wire
+from isthmus_mesh.spec import spec_hash
 
 pytestmark = pytest.mark.root
 
@@ -83,6 +86,33 @@ class Host:
 
     def dropped(self, reason: str = "not_encrypted") -> int:
         return int(self.daemon.status()["datapath"]["drops"].get(reason, 0))
+
+    def stage(self, word: str) -> None:
+        """Another stage of encryption with the other node, as `site` brings it: a new specification, wireguard-go where
+        it is needed and not there, and a restart of the agent."""
+        path = self.directory / "node.json"
+        spec = json.loads(path.read_text())
+        other = {"onprem": "cloud", "cloud": "onprem"}[self.cluster]
+        spec.pop("wireguard", None)
+        if word != "plain":
+            spec["wireguard"] = self.wireguard_spec(other, {other: word} if word != "demands" else {})
+        spec["hash"] = spec_hash(spec)
+        path.write_text(json.dumps(spec))
+        if word != "plain" and (self.wireguard is None or self.wireguard.poll() is not None):
+            self.start_wireguard()
+        self.daemon.stop()
+        self.daemon.start()
+        if word != "plain":
+            wait_for(lambda: self.daemon.status()["wireguard"]["peers"] == 1, "the other node is a peer")
+
+    def wireguard_spec(self, other: str, changing: dict[str, str]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "key": str(self.directory / "wireguard.key"),
+            "port": PORT,
+            "plain_sites": [self.cluster],
+            "sites": {self.cluster: self.cluster, other: other},
+        }
+        return {**found, "changing": changing} if changing else found
 
     def publish(self, documents: dict[str, bytes]) -> None:
         """What the agent knows at its next start."""
@@ -219,7 +249,7 @@ def pair(tmp_path: Path, publish: tuple[bool, bool] = (True, True)) -> Iterator[
 @contextlib.contextmanager
 def capture(host: Host, file: Path) -> Iterator[None]:
     """Every packet on the veth pair between the nodes, whole, into `file`."""
-    words = host.inside("tcpdump", "-ni", "eth0", "-U", "-s", "0", "-w", str(file))
+    words = host.inside("tcpdump", "-ni", "eth0", "-U", "--immediate-mode", "-s", "0", "-w", str(file))
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=(host.node.netns,))
     assert process.stderr is not None
     for line in process.stderr:
@@ -359,16 +389,16 @@ def test_rules_that_somebody_removes_let_nothing_out_and_come_back(both: Pair, t
     with capture(both.a, file):
         both.a.daemon.stop(signal.SIGKILL)  # nobody repairs
         assert both.dial() == ["b", "10.101.0.2"], "an agent that is away changes nothing"
-        for _ in range(2):
-            both.a.run("ip", "rule", "del", "pref", "732")
+        for number in ("732", "733"):
+            both.a.run("ip", "rule", "del", "pref", number)
         with pytest.raises(OSError, match=r"timed out|unreachable"):
             both.dial(1)
         both.a.daemon.start()
         assert both.a.dropped() > 0
         assert both.dial() == ["b", "10.101.0.2"]
-        for _ in range(2):
-            both.a.run("ip", "rule", "del", "pref", "732")
-        wait_for(lambda: both.a.run("ip", "rule").count("lookup 732") == 2, "the agent makes the rules again", 3)
+        for number in ("732", "733"):
+            both.a.run("ip", "rule", "del", "pref", number)
+        wait_for(lambda: both.a.run("ip", "rule").count("lookup 73") == 3, "the agent makes the rules again", 3)
         assert both.dial() == ["b", "10.101.0.2"]
     assert set(udp_ports(file)) <= {str(PORT)}, "no VXLAN header in clear"
     assert ask(both.a.daemon.socket, "/v1/audit")["problems"] == []
@@ -407,3 +437,49 @@ def test_a_peer_without_a_key_is_never_sent_to_in_clear(tmp_path: Path) -> None:
         both.a.publish(documents("onprem", publics))
         both.a.daemon.start()
         wait_for(lambda: _answers(both.client, "10.102.0.2"), "a reaches b", 5)
+
+
+def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None:
+    """Host by host, stage by stage, and the kernel checks sources strictly. When a host has taken a step nothing is
+    dropped for its way, and at the end of each direction nothing goes the other way any more."""
+    with pair(tmp_path) as both:
+        for host in (both.a, both.b):
+            host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+            host.stage("plain")
+        both.client.do(
+            "held = socket.create_connection(('10.102.0.2', 8080), 3); lines = held.makefile(); lines.readline()\n"
+            "held.settimeout(20); result = 1"
+        )
+
+        def alive() -> bool:
+            return bool(both.client.do(f"held.sendall({SECRET!r} * 2000 + b'?'); result = int(lines.readline()) > 0"))
+
+        up, down = ["accepts", "sends", "demands"], ["sends", "accepts", "plain"]
+        for stages, order, shown in ((up, (both.a, both.b), str(PORT)), (down, (both.b, both.a), "8472")):
+            assert alive()
+            for word in stages:
+                for host in order:
+                    host.stage(word)
+                    settled = [each.dropped() for each in (both.a, both.b)]
+                    assert alive(), f"{host.cluster} at {word}"
+                    assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {word}"
+                    assert [each.dropped() for each in (both.a, both.b)] == settled, f"{host.cluster} at {word}"
+                    if word != "plain":
+                        assert host.encryption()["stage"] == word
+            file = tmp_path / f"{shown}.pcap"
+            with capture(both.a, file):
+                assert alive()
+            assert set(udp_ports(file)) & {str(PORT), "8472"} == {shown}
+            assert (SECRET in file.read_bytes()) is (shown == "8472")
+
+
+def test_a_session_is_made_before_anything_is_sent_through_it(tmp_path: Path) -> None:
+    with pair(tmp_path) as both:
+        for host in (both.a, both.b):
+            host.stage("accepts")
+        found = both.a.encryption()
+        assert (found["state"], found["stage"], found["reason"]) == ("plain", "accepts", None)
+        both.a.node.call(greet, ip_address("198.18.0.11"), [ip_address("198.18.0.12")], 8472)
+        for host in (both.a, both.b):
+            wait_for(lambda host=host: host.encryption()["handshake_age"] is not None, "there is a session", 5)
+        assert text.status(both.a.daemon.status()).count("plain (accepts), handshake") == 1

@@ -194,7 +194,9 @@ class HostKernel:
         from isthmus_agent.netlink import wireguard
 
         if self._fresh_wireguard and datapath.wireguard is not None:
-            wireguard.greet(datapath.wireguard, datapath.overlay_port)
+            wanted = datapath.wireguard
+            endpoints = [peer.endpoint for peer in wanted.peers.values()]
+            wireguard.greet(wanted.underlay, endpoints, datapath.overlay_port)
         self._fresh_wireguard = False
 
     def _apply_wireguard(self, datapath: Datapath) -> Applied:

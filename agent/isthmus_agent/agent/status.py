@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus_mesh.documents import PeerStatus
+from isthmus_mesh.encryption import Stage
 from isthmus_mesh.wire import Node
 
 from isthmus_agent.agent import certificates
@@ -153,16 +154,25 @@ def _wireguard(agent: Agent, tunnel: Tunnel) -> dict[str, Any] | None:
 
 def encryption_of(agent: Agent, node: Node, tunnel: Tunnel, now: float) -> dict[str, Any]:
     """How packets to a node go; `now` is wall clock. `state` is plain, encrypted (a session is there), idle (there will
-    be one when something is sent) or closed (nothing goes out, for `reason`)."""
-    why = agent.desired.encrypted.get((node.cluster, node.name)) if agent.desired is not None else None
-    if why is None:
-        return {"state": "plain", "reason": None, "handshake_age": None}
+    be one when something is sent) or closed (nothing goes out, for `reason`). `stage` is the word of `Stage`; `reason`
+    with another state than closed: why WireGuard cannot be used."""
+    key = node.cluster, node.name
+    why = agent.desired.encrypted.get(key) if agent.desired is not None else None
+    if agent.desired is None or why is None:
+        return {"state": "plain", "stage": Stage.PLAIN.word, "reason": None, "handshake_age": None}
+    stage = agent.desired.stages[key]
+    in_clear = stage is Stage.ACCEPTS or (stage is Stage.SENDS and why)
     peer = tunnel.peers.get(node.wireguard_public_key)
     if not why and peer is None:
         why = "WireGuard is not there" if not tunnel.implementation else "WireGuard does not have its key yet"
     age = None if peer is None or not peer.handshake else _age(float(peer.handshake), now)
     state = "closed" if why else "encrypted" if age is not None and age < HANDSHAKE_LIMIT else "idle"
-    return {"state": state, "reason": why or None, "handshake_age": age}
+    return {
+        "state": "plain" if in_clear else state,
+        "stage": stage.word,
+        "reason": why or None,
+        "handshake_age": age,
+    }
 
 
 def _nodes(agent: Agent, state: MeshState, tunnel: Tunnel) -> list[dict[str, Any]]:
@@ -251,6 +261,8 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
         found.extend(agent.desired.refused)
         found.extend(
             f"node {cluster}/{name} is cut off, because packets to it are to be encrypted and {why}"
+            if agent.desired.stages[cluster, name] is Stage.DEMANDS
+            else f"packets to node {cluster}/{name} cannot be encrypted yet: {why}"
             for (cluster, name), why in sorted(agent.desired.encrypted.items())
             if why
         )

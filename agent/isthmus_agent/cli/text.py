@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from isthmus_mesh.encryption import CHANGING
+
 
 def age(seconds: float | None) -> str:
     """A duration in the largest two units that matter; `never` for None."""
@@ -99,11 +101,12 @@ def _encryption(node: dict[str, Any]) -> str:
     if node["probe"] == "this host":
         return "-"
     found = node["encryption"]
-    if found["state"] == "closed":
-        return f"closed: {found['reason']}"
-    if found["state"] == "plain":
+    changing = f" ({found['stage']})" if found["stage"] in CHANGING else ""
+    if found["reason"]:
+        return f"{found['state']}{changing}: {found['reason']}"
+    if found["stage"] == "plain":
         return "plain"
-    return f"{found['state']}, handshake {_ago(found['handshake_age'])}"
+    return f"{found['state']}{changing}, handshake {_ago(found['handshake_age'])}"
 
 
 def _ago(seconds: float | None) -> str:

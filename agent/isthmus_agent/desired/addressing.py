@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
+from isthmus_mesh.encryption import Stage
 from isthmus_mesh.spec import NodeSpec
 from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
 
@@ -46,7 +47,7 @@ class Remote:
     ingress: IPv4Address | None
     mtu: int  # of its underlay, 0 when it does not say
     is_machine: bool  # it says that it is no Kubernetes node
-    encrypted: bool = False  # through WireGuard or not at all
+    stage: Stage = Stage.PLAIN  # of encryption
     public_key: str = ""
 
 
@@ -72,16 +73,15 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         ingress=IPv4Address(node.ipv4_ingress_ip) if node.ipv4_ingress_ip else None,
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE) == "",
-        encrypted=_encrypted(spec, node),
+        stage=_stage(spec, node),
         public_key=node.wireguard_public_key,
     )
 
 
-def _encrypted(spec: NodeSpec, node: Node) -> bool:
+def _stage(spec: NodeSpec, node: Node) -> Stage:
     if spec.wireguard is None:
-        return False
-    site = node.annotations.get(SITE) or spec.wireguard.sites.get(node.cluster)
-    return site not in spec.wireguard.plain_sites
+        return Stage.PLAIN
+    return spec.wireguard.stage(node.annotations.get(SITE) or spec.wireguard.sites.get(node.cluster))
 
 
 def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
@@ -212,7 +212,8 @@ def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Ne
 
 
 def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()) -> dict[Address, Peer]:
-    """Outer source addresses that may send us overlay packets, with whose they are."""
+    """Outer source addresses that may send us overlay packets, with whose they are. `encrypted`: those from which none
+    are taken in clear."""
     return {
         address: Peer(node.cluster_id, node.endpoint, is_encrypted=address in encrypted)
         for node in nodes
@@ -269,7 +270,7 @@ def routes(
     found: set[Route] = set()
     for node in nodes:
         ours = node.cluster == spec.cluster.name
-        mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.encrypted)
+        mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN)
         targets = set(node.cidrs)
         for address in (node.mesh, node.health, node.ingress):
             if address is not None and not any(address in cidr for cidr in node.cidrs):
@@ -282,7 +283,7 @@ def routes(
             found.add(Route(IPv4Network(address), source, mtu, TABLE))
             if is_node and (node.is_machine or not ours):
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
-    mtus = [path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.encrypted) for node in nodes]
+    mtus = [path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN) for node in nodes]
     narrowest = min(mtus, default=0)
     for wide in loose:
         if not (is_node and is_pod_range(spec, wide)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from isthmus_mesh import identity
+from isthmus_mesh.encryption import Stage
 from isthmus_mesh.spec import NodeSpec
 
 from isthmus_agent.desired import addressing
@@ -44,7 +45,7 @@ class Desired:
     `names`: DNS name -> address. `holders`: nodes that hold backends. `mesh`: every node's mesh address.
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
     `pods`: those of this Kubernetes node.
-    `encrypted`: nodes that are reached through WireGuard only, with why one is cut off, else "".
+    `encrypted`: nodes that are peers of WireGuard or are to be, with why one is none, else "". `stages`: their stages.
     """
 
     datapath: Datapath
@@ -56,6 +57,7 @@ class Desired:
     refused: tuple[str, ...]
     pods: Pods
     encrypted: Mapping[NodeKey, str] = field(default_factory=dict)
+    stages: Mapping[NodeKey, Stage] = field(default_factory=dict)
 
 
 class Memory:
@@ -115,9 +117,9 @@ def desired(
         ipcache=memory.of(
             "ipcache",
             (spec, nodes, state.ips, state.configs, local, encrypted),
-            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.addresses),
+            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.sent),
         ),
-        peers=memory.of("peers", (nodes, encrypted), lambda: addressing.peers(nodes, encrypted.addresses)),
+        peers=memory.of("peers", (nodes, encrypted), lambda: addressing.peers(nodes, encrypted.demanded)),
         routes=memory.of(
             "routes",
             (spec, nodes, facts.underlay_mtu, ranges, loose, encrypted),
@@ -144,6 +146,7 @@ def desired(
         refused=(*refused, *pods.problems),
         pods=pods,
         encrypted=encrypted.nodes,
+        stages=encrypted.stages,
     )
 
 

@@ -88,14 +88,14 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Policy rule: packets from `source` look up `table`; with `source_port` or `destination_port` only those of UDP
-    with that port."""
+    """Policy rule: packets from `source` look up `table`; with `destination_port` only those of UDP to that port, with
+    `mark` only those whose mark has that lowest byte."""
 
     source: Network
     table: int
     priority: int
-    source_port: int = 0
     destination_port: int = 0
+    mark: int = 0
 
 
 @dataclass(frozen=True, slots=True)

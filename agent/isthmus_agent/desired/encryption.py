@@ -3,7 +3,7 @@
 
 The packets of the overlay go to these nodes through WireGuard (VXLAN first, then WireGuard over the outer packet, as
 Cilium does in tunnel mode) or not at all: a node whose key is missing, refused or not published is cut off, never
-sent to in clear.
+sent to in clear. While encryption is being turned on or off (`Stage`) both ways work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
+from isthmus_mesh.encryption import Stage
 from isthmus_mesh.spec import NodeSpec
 from isthmus_mesh.wire import public_key_problem
 
@@ -21,18 +22,25 @@ from isthmus_agent.state.model import NodeKey
 
 TABLE = 732
 RULE_PRIORITY = 732
+BACK_TABLE = 733
+BACK_RULE_PRIORITY = 733
+DECRYPTED = 0x49
+"""Mark of what came through WireGuard (ISTHMUS_MARK_DECRYPTED)."""
 CLOSED = 1 << 16
 """Metric of the unreachable routes that are left when the device, and with it the routes over it, has gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encryption:
-    """`peers` by public key. `nodes`: those that are to be encrypted, with why one is no peer, else "". `addresses`:
-    all of their underlay addresses."""
+    """`peers` by public key. `nodes`: those that are to be peers, with why one is none, else ""; `stages`: theirs.
+    `sent`: underlay addresses that only WireGuard may lead to; `demanded`: those that nothing is taken from in clear,
+    which are among them."""
 
     peers: dict[str, WireGuardPeer] = field(default_factory=dict)
     nodes: dict[NodeKey, str] = field(default_factory=dict)
-    addresses: frozenset[Address] = frozenset()
+    stages: dict[NodeKey, Stage] = field(default_factory=dict)
+    sent: frozenset[Address] = frozenset()
+    demanded: frozenset[Address] = frozenset()
 
 
 def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_key: str) -> Encryption:
@@ -40,7 +48,7 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_key: str) -> Encrypt
 
     A public key that two nodes claim is taken from neither (traffic would go to whoever has the private key), unless
     one of them is of our own cluster. `own_key` is this host's public key."""
-    encrypted = [node for node in nodes if node.encrypted]
+    encrypted = [node for node in nodes if node.stage > Stage.PLAIN]
     owner: dict[IPv4Address, Remote] = {}
     claims: dict[str, list[Remote]] = {}
     for node in encrypted:
@@ -48,6 +56,8 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_key: str) -> Encrypt
         claims.setdefault(node.public_key, []).append(node)
     peers: dict[str, WireGuardPeer] = {}
     found: dict[NodeKey, str] = {}
+    sent: set[Address] = set()
+    demanded: set[Address] = set()
     for node in encrypted:
         addresses = frozenset(address for address, holder in owner.items() if holder is node)
         why = _refusal(spec, node, claims[node.public_key], own_key)
@@ -57,7 +67,12 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_key: str) -> Encrypt
         if not why:
             peers[node.public_key] = WireGuardPeer(node.endpoint, addresses)
         found[node.cluster, node.name] = why
-    return Encryption(peers, found, frozenset(owner))
+        if node.stage is Stage.DEMANDS:
+            demanded.update((*node.underlay, node.endpoint))
+        elif node.stage is Stage.SENDS and not why:
+            sent |= addresses
+    stages = {(node.cluster, node.name): node.stage for node in encrypted}
+    return Encryption(peers, found, stages, frozenset(sent | demanded), frozenset(demanded))
 
 
 def _refusal(spec: NodeSpec, node: Remote, claims: list[Remote], own_key: str) -> str:
@@ -77,28 +92,26 @@ def _refusal(spec: NodeSpec, node: Remote, claims: list[Remote], own_key: str) -
 
 
 def routes(spec: NodeSpec, found: Encryption) -> frozenset[Route]:
-    """Of table 732: each peer's addresses over WireGuard, and unreachable ones that are left when that is gone."""
+    """Of table 732: the addresses that are sent to over WireGuard, and unreachable ones that are left when that is
+    gone. Of table 733: all addresses that may send to us by it."""
     source = spec.node.underlay4
-    ways = {
-        Route(IPv4Network(str(address)), source, table=TABLE, wireguard=True)
-        for peer in found.peers.values()
-        for address in peer.addresses
-    }
-    closed = {
-        Route(IPv4Network(str(address)), table=TABLE, unreachable=True, metric=CLOSED) for address in found.addresses
-    }
-    return frozenset(ways | closed)
+    peers = {address for peer in found.peers.values() for address in peer.addresses}
+    ways = {Route(IPv4Network(str(each)), source, table=TABLE, wireguard=True) for each in peers & found.sent}
+    closed = {Route(IPv4Network(str(each)), table=TABLE, unreachable=True, metric=CLOSED) for each in found.sent}
+    back = {Route(IPv4Network(str(each)), table=BACK_TABLE, wireguard=True) for each in peers}
+    return frozenset(ways | closed | back)
 
 
 def rules(spec: NodeSpec) -> frozenset[Rule]:
-    """Packets to the overlay's port look up table 732. So do those from it: the kernel validates the source of a
-    received packet (rp_filter) by a look-up with its ports swapped, and the device has no address of its own."""
+    """Packets to the overlay's port look up table 732. Table 733 is for the kernel's check of the source of a received
+    packet (rp_filter), which looks up the way back: that of what came through WireGuard is WireGuard, whose device has
+    no address of its own, and that of what came in clear is the underlay, so that strict filtering lets both in."""
     if spec.wireguard is None:
         return frozenset()
-    everywhere, port = IPv4Network("0.0.0.0/0"), spec.overlay.port
+    everywhere = IPv4Network("0.0.0.0/0")
     return frozenset(
         {
-            Rule(everywhere, TABLE, RULE_PRIORITY, destination_port=port),
-            Rule(everywhere, TABLE, RULE_PRIORITY, source_port=port),
+            Rule(everywhere, TABLE, RULE_PRIORITY, destination_port=spec.overlay.port),
+            Rule(everywhere, BACK_TABLE, BACK_RULE_PRIORITY, mark=DECRYPTED),
         }
     )

@@ -34,6 +34,7 @@ _GONE = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
 _ADDR_GEN_MODE_NONE = 1
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _TABLE_MAIN = 254
+_MARK_MASK = 0xFF  # of marks only the lowest byte is ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,8 @@ def _rules(ipr: Any) -> set[Rule]:
                     source=ip_network(f"{message.get_attr('FRA_SRC') or default}/{message['src_len']}"),
                     table=message.get_attr("FRA_TABLE") or message["table"],
                     priority=message.get_attr("FRA_PRIORITY") or 0,
-                    source_port=_port(message.get_attr("FRA_SPORT_RANGE")),
                     destination_port=_port(message.get_attr("FRA_DPORT_RANGE")),
+                    mark=message.get_attr("FRA_FWMARK") or 0,
                 )
             )
     return found
@@ -175,8 +176,8 @@ def _route_words(route: Route) -> str:
 
 
 def _rule_words(rule: Rule) -> str:
-    ports = [(word, port) for word, port in (("sport", rule.source_port), ("dport", rule.destination_port)) if port]
-    only = "".join(f" udp {word} {port}" for word, port in ports)
+    only = f" udp dport {rule.destination_port}" if rule.destination_port else ""
+    only += f" fwmark {rule.mark:#x}" if rule.mark else ""
     return f"rule {rule.priority}: from {rule.source}{only} lookup {rule.table}"
 
 
@@ -379,10 +380,11 @@ def apply_network(
 
 
 def _rule_arguments(rule: Rule) -> dict[str, Any]:
-    ports = {"sport_range": rule.source_port, "dport_range": rule.destination_port}
-    only: dict[str, Any] = {name: f"{port}:{port}" for name, port in ports.items() if port}
-    if only:
-        only["ip_proto"] = socket.IPPROTO_UDP
+    only: dict[str, Any] = {}
+    if rule.destination_port:
+        only = {"dport_range": f"{rule.destination_port}:{rule.destination_port}", "ip_proto": socket.IPPROTO_UDP}
+    if rule.mark:
+        only |= {"fwmark": rule.mark, "fwmask": _MARK_MASK}
     return {
         **only,
         "family": _family(rule.source),

@@ -13,6 +13,7 @@ import errno
 import socket
 import struct
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -37,7 +38,7 @@ _SECONDS = 10.0  # that `wg` may take
 _BATCH = 200  # peers in one command line
 
 _SETLINK = 19
-_AF_SPEC, _INET_CONF, _FORWARDING = 26, 1, 1  # linux/if_link.h, linux/ip.h (IPV4_DEVCONF_FORWARDING)
+_AF_SPEC, _INET_CONF, _FORWARDING, _SRC_VMARK = 26, 1, 1, 24  # linux/if_link.h, linux/ip.h (IPV4_DEVCONF_...)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
         device = _device(link, name)
         if link.get_attr("IFLA_MTU") != mtu:
             ipr.link("set", index=device.index, mtu=mtu)
+    # The kernel's check of a source (rp_filter) then goes by the rule for the mark of what was decrypted.
+    _switch_on(device.index, _SRC_VMARK, "src_valid_mark")
     return device
 
 
@@ -153,15 +156,21 @@ def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
     return Configured(tuple(changes), shown.public_key != own)
 
 
-def greet(wanted: WireGuard, overlay_port: int) -> None:
-    """Sends each peer an empty packet of the overlay, which its VXLAN device discards: when this device is new, others
-    do not know that their sessions have ended, and what they send would be lost until they doubt it, 15 s later."""
+def greet(underlay: Address, peers: Iterable[Address], overlay_port: int, name: str = DEVICE) -> None:
+    """Sends each peer, by an address of its, an empty packet of the overlay through WireGuard, from our `underlay`
+    address; its VXLAN device discards it. A session comes of it, if there was none.
+
+    When this device is new, others do not know that their sessions have ended, and what they send would be lost until
+    they doubt it, 15 s later."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as greeter:
         greeter.setblocking(False)
-        for peer in wanted.peers.values():
-            # One that cannot be sent to now is no worse off than before.
+        # One that cannot be sent to now is no worse off than before.
+        with contextlib.suppress(OSError):
+            greeter.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
+            greeter.bind((str(underlay), 0))
+        for peer in peers:
             with contextlib.suppress(OSError):
-                greeter.sendto(b"", (str(peer.endpoint), overlay_port))
+                greeter.sendto(b"", (str(peer), overlay_port))
 
 
 def audit(wanted: WireGuard, name: str = DEVICE) -> list[str]:
@@ -229,10 +238,13 @@ def public_key(path: str) -> str:
 
 
 def allow_forwarding(index: int) -> None:
-    """Sets `forwarding` of one device, which bpf_fib_lookup() asks for, without the sysctl that agents may not write.
+    """Sets `forwarding` of one device, which bpf_fib_lookup() asks for. NetworkError when the kernel refuses."""
+    _switch_on(index, _FORWARDING, "forwarding")
 
-    NetworkError when the kernel refuses."""
-    spec = attribute(_FORWARDING, struct.pack("=I", 1))
+
+def _switch_on(index: int, setting: int, name: str) -> None:
+    """One of a device's IPv4 settings, without the sysctl that agents may not write."""
+    spec = attribute(setting, struct.pack("=I", 1))
     for kind in (_INET_CONF, socket.AF_INET, _AF_SPEC):
         spec = attribute(kind | messages.NESTED, spec)
     body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0) + spec
@@ -241,7 +253,7 @@ def allow_forwarding(index: int) -> None:
         kind, _, _, payload = next(messages.split(netlink.recv(4096)))
     number = messages.error_number(payload) if kind == messages.ERROR else 0
     if number:
-        raise NetworkError(f"cannot set forwarding of interface {index}: {errno.errorcode.get(number, number)}")
+        raise NetworkError(f"cannot set {name} of interface {index}: {errno.errorcode.get(number, number)}")
 
 
 def _link(ipr: Any, name: str) -> Any:

@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from . import jsontext
+from .encryption import CHANGING, STAGES, Stage
 from .identity import LabelFilter
 from .jsontext import UINT16, UINT64, Fields
 
@@ -113,12 +114,20 @@ class WireGuardSpec:
     """Overlay packets to and from other nodes go through WireGuard (`port` is UDP), except those of `plain_sites`.
 
     `key` is the path of the host's private key. `sites` is the site of a cluster's nodes, for those that publish none
-    of their own; a node whose site is not known is in no plain site."""
+    of their own; a node whose site is not known is in no plain site. `changing` are those of the other sites with which
+    encryption is being turned on or off."""
 
     key: str
     port: int
     plain_sites: frozenset[str]
     sites: Mapping[str, str]
+    changing: Mapping[str, Stage] = field(default_factory=dict)
+
+    def stage(self, site: str | None) -> Stage:
+        """Of this host with the nodes of a site; None: it is not known."""
+        if site is None or site not in self.plain_sites:
+            return self.changing.get(site or "", Stage.DEMANDS)
+        return Stage.PLAIN
 
 
 @dataclass(frozen=True)
@@ -322,12 +331,22 @@ def _overlay(fields: Fields) -> OverlaySpec:
     return OverlaySpec(port=fields.integer("port", UINT16, default=None, minimum=1), mtu=mtu)
 
 
+def wireguard_of(document: Any) -> WireGuardSpec:
+    """The spec's `wireguard`. SpecError when it is malformed."""
+    return _wireguard(Fields(document, SpecError, "wireguard"))
+
+
 def _wireguard(fields: Fields) -> WireGuardSpec:
+    changing = fields.text_mapping("changing")
+    for site, word in changing.items():
+        if word not in CHANGING:
+            fields.fail(f"changing.{site}", f"is not one of {', '.join(CHANGING)}")
     return WireGuardSpec(
         key=fields.text("key", None),
         port=fields.integer("port", UINT16, default=None, minimum=1),
         plain_sites=frozenset(fields.texts("plain_sites")),
         sites=fields.text_mapping("sites"),
+        changing={site: STAGES[word] for site, word in changing.items()},
     )
 
 

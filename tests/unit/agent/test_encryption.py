@@ -12,11 +12,13 @@ import pytest
 from isthmus_agent.desired.addressing import remotes
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
 from isthmus_agent.desired.datapath import Route, WireGuardPeer
-from isthmus_agent.desired.encryption import CLOSED, TABLE, encryption
+from isthmus_agent.desired.encryption import BACK_TABLE, CLOSED, DECRYPTED, TABLE, encryption
 from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.desired.reports import node_report
 from isthmus_agent.state.model import MeshState
 from isthmus_mesh import keys, wire
+from isthmus_mesh.encryption import STAGES, Stage
+from isthmus_mesh.spec import SpecError
 
 
 def key(number: int) -> str:
@@ -77,8 +79,9 @@ def test_nodes_of_other_sites_are_peers_with_exactly_their_underlay_addresses() 
     own, way = ip_address("198.18.1.11"), ip_network("198.18.2.11/32")
     assert Route(way, own, table=TABLE, wireguard=True) in found.datapath.routes
     assert Route(way, table=TABLE, unreachable=True, metric=CLOSED) in found.datapath.routes
-    ports = {(rule.source_port, rule.destination_port) for rule in found.datapath.rules if rule.table == TABLE}
-    assert ports == {(8472, 0), (0, 8472)}
+    assert Route(way, table=BACK_TABLE, wireguard=True) in found.datapath.routes
+    rules = {(rule.table, rule.destination_port, rule.mark) for rule in found.datapath.rules}
+    assert rules == {(730, 0, 0), (TABLE, 8472, 0), (BACK_TABLE, 0, DECRYPTED)}
     for network, closed in (("10.102.0.2/32", True), ("10.102.0.0/28", True), ("10.101.0.18/32", False)):
         assert found.datapath.ipcache[ip_network(network)].is_encrypted is closed, network
     assert found.datapath.peers[CLOUD].is_encrypted
@@ -179,3 +182,52 @@ def test_an_address_is_one_peers_and_closed_for_all() -> None:
 
 def test_the_report_has_the_public_key() -> None:
     assert node_report(SPEC, HostFacts(public_key=OWN_KEY)).wireguard_public_key == OWN_KEY
+
+
+@pytest.mark.parametrize(("word", "sends"), [("accepts", False), ("sends", True)])
+def test_while_it_is_turned_on_or_off_both_ways_are_taken(word: str, sends: bool) -> None:
+    """At each stage the host is a peer of WireGuard, and the MTU is already or still the smaller one."""
+    found = computed(state(), mesh.spec(wireguard={**WIREGUARD, "changing": {"cloud": word}}))
+    assert found.datapath.wireguard is not None
+    assert set(found.datapath.wireguard.peers) == {key(1), key(2)}
+    assert found.stages == {("cloud", "cloud-1"): STAGES[word], ("edge", "edge-1"): Stage.DEMANDS}
+    own, way = ip_address("198.18.1.11"), ip_network("198.18.2.11/32")
+    assert (Route(way, own, table=TABLE, wireguard=True) in found.datapath.routes) is sends
+    assert (Route(way, table=TABLE, unreachable=True, metric=CLOSED) in found.datapath.routes) is sends
+    assert Route(way, table=BACK_TABLE, wireguard=True) in found.datapath.routes
+    assert found.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted is sends
+    assert not found.datapath.peers[CLOUD].is_encrypted
+    assert found.datapath.peers[EDGE].is_encrypted
+    mtu = {str(route.prefix): route.mtu for route in found.datapath.routes if route.table == 254}
+    assert mtu["10.102.0.0/28"] == 1370
+
+
+def test_until_it_is_demanded_a_node_without_a_key_is_sent_to_in_clear() -> None:
+    for word, closed in (("accepts", False), ("sends", False), ("", True)):
+        spec = mesh.spec(wireguard={**WIREGUARD, **({"changing": {"cloud": word}} if word else {})})
+        found = computed(state(cloud_1=mesh.node("cloud", 1)), spec)
+        assert found.encrypted["cloud", "cloud-1"] == "it publishes no WireGuard key"
+        assert found.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted is closed
+        assert any(route.table == TABLE and CLOUD in route.prefix for route in found.datapath.routes) is closed
+
+
+def test_an_address_from_which_encryption_is_demanded_is_never_sent_to_in_clear() -> None:
+    """Also when a node with which it is only being turned on claims it too."""
+    own = mesh.node(
+        "onprem",
+        2,
+        wireguard_public_key=key(3),
+        annotations={"isthmus.io/site": "hall-2"},
+        addresses=(
+            wire.NodeAddress("InternalIP", "198.18.2.11"),
+            wire.NodeAddress("CiliumInternalIP", "10.101.0.17"),
+        ),
+    )
+    found = computed(state(onprem_2=own), mesh.spec(wireguard={**WIREGUARD, "changing": {"hall-2": "accepts"}}))
+    assert found.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted
+    assert found.datapath.peers[CLOUD].is_encrypted
+
+
+def test_a_spec_with_an_unknown_stage_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"changing.cloud is not one of accepts, sends"):
+        mesh.spec(wireguard={**WIREGUARD, "changing": {"cloud": "demands"}})

@@ -92,6 +92,7 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "0:\tfrom all lookup local\n"
         "730:\tfrom 10.1.0.0/28 lookup 730 proto 73\n"
         "732:\tfrom all ipproto udp dport 8472 lookup 732 proto 73\n"
+        "733:\tfrom all fwmark 0x49/0xff lookup 733 proto 73\n"
         "800:\tfrom 10.9.0.0/16 lookup 7301\n"
         "32766:\tfrom all lookup main\n"
     )
@@ -99,6 +100,7 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {line for line in host.ran if line.startswith("ip -4")} == {
         "ip -4 rule delete priority 730 table 730",
         "ip -4 rule delete priority 732 table 732",
+        "ip -4 rule delete priority 733 table 733",
     }
 
 
