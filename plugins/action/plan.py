@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ansible.plugins.action import ActionBase
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import matrix
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
@@ -97,6 +98,18 @@ class ActionModule(ActionBase):
             forgotten={name: dict(entry) for name, entry in found.forgotten.items()},
             revocations=[dict(entry) for entry in found.revocations],
             kubernetes_left=list(found.kubernetes_left),
+            sites=[dict(row) for row in found.sites],
+            matrix=matrix.lines(found.sites),
+            encryption=matrix.changes(found.sites),
+            steps=[
+                {
+                    "specs": dict(step.specs),
+                    "record": dict(step.record),
+                    "waits": list(step.waits),
+                    "proven": step.proven,
+                }
+                for step in found.steps
+            ],
             serial=serial,
             clusters={"new": new, "answering": answering},
             batches=split(found.specs, hosts, new, answering, serial).words(),

@@ -48,12 +48,16 @@ _value:
   type: dict
 """
 
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Stage, from_document, pair
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_PORT
+
 FROM_EACH_CLUSTER = 3
 
 
 def peer_probes(members, record, run):
-    """The overlay's port from one host of every site at least; etcd's client port from the cluster's hosts and from up
-    to `FROM_EACH_CLUSTER` of a peering cluster's etcd hosts; its peer port from the other members."""
+    """The overlay's port, or WireGuard's where the two sites encrypt, from one host of every site at least; etcd's
+    client port from the cluster's hosts and from up to `FROM_EACH_CLUSTER` of a peering cluster's etcd hosts; its peer
+    port from the other members."""
     heard, joining = {}, set()
     for variables in members:
         name = variables["inventory_hostname"]
@@ -78,6 +82,8 @@ class _Questions:
             for name, entry in sorted(document["hosts"].items())
         }
         self.asked = [name for name in self.places if name in heard]
+        places = {entry["site"] for _document, entry in self.places.values()}
+        self.stages = from_document(record["roster"].get("encryption"), places)
         self.sites = {}
         for name in self.asked:
             self.sites.setdefault(self.places[name][1]["site"], []).append(name)
@@ -91,7 +97,8 @@ class _Questions:
                 continue
             document = self.places[name][0]
             etcd = document["etcd"]
-            wanted = [("udp", self.overlay)] if _turn(self.sites[here["site"]], name, number) == host else []
+            turn = _turn(self.sites[here["site"]], name, number) == host
+            wanted = self.datagrams(here["site"], self.places[name][1]["site"]) if turn else []
             if name in etcd["members"]:
                 if document is own:
                     wanted.append(("tcp", etcd["client_port"]))
@@ -107,6 +114,12 @@ class _Questions:
             outside = [one for one in own["etcd"]["members"] if one in own["hosts"] and one not in self.run]
             found += [self.target(here, one, "tcp", port, "etcd", enough=True) for one in outside]
         return found
+
+    def datagrams(self, site, other):
+        """While encryption is turned on or off both ports are needed."""
+        stage = self.stages.get(pair(site, other), Stage.PLAIN)
+        overlay = [] if stage is Stage.DEMANDS else [("udp", self.overlay)]
+        return overlay + ([] if stage is Stage.PLAIN else [("udp", WIREGUARD_PORT)])
 
     def target(self, here, name, protocol, port, answers, enough=False):
         document, entry = self.places[name]

@@ -14,12 +14,19 @@ author:
 description:
   - Cuts the hosts that were looked at and answered into batches, for C(hosts) and C(serial) of the plays of site.
   - Where nothing was planned, or a package could not be installed on a host, nothing is to be changed.
+  - While encryption is turned on or off a plan has several steps. One begins when all hosts that it waits for have done
+    the one before, as members of the group C(__site_done_NUMBER), and, where it asks for that, have proven that they
+    reach each other through WireGuard (C(__site_proven_NUMBER)), and no host failed.
 options:
   _input:
     description: Variables of all hosts of the inventory.
     type: list
     elements: dict
     required: true
+  step:
+    description: Which step of the plan; V(0) is what it gives itself, V(1) the first of its C(steps).
+    type: int
+    default: 0
 """
 
 EXAMPLES = r"""
@@ -32,7 +39,7 @@ RETURN = r"""
 _value:
   description:
     - C(together) and C(one_by_one), patterns of hosts, the latter in the order of the batches, and C(serial), how many
-      of them are in each.
+      of them are in each; C(proving), a pattern of the hosts that have to prove something before the step.
     - A play without hosts would be one of all hosts, so a pattern that no host matches is given instead of none.
   type: dict
 """
@@ -42,21 +49,45 @@ from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import Batche
 _NOBODY = ["!all"]
 
 
-def run_batches(members):
+def run_batches(members, step=0):
     """The patterns; see above."""
     looked_at = [variables for variables in members if "__plan_result" in variables]
     found = Batches([], [])
+    proving = []
     if looked_at and not any(_is(one, "__preflight_installed", "failed") for one in looked_at):
         plan = looked_at[0]["__plan_result"]
+        if step:
+            proving, begins = _begins(members, plan, step)
+            looked_at = looked_at if begins else []
         hosts = [
             str(one["inventory_hostname"]) for one in looked_at if not _is(one, "__preflight_result", "unreachable")
         ]
         found = split(plan["specs"], hosts, plan["clusters"]["new"], plan["clusters"]["answering"], plan["serial"])
+    if step:  # no cluster is formed any more
+        found = Batches([], [batch for batch in [found.together, *found.batches] if batch])
     return {
         "together": found.together or _NOBODY,
         "one_by_one": [name for batch in found.batches for name in batch] or _NOBODY,
         "serial": [len(batch) for batch in found.batches],
+        "proving": proving or _NOBODY,
     }
+
+
+def _begins(members, plan, step):
+    """The hosts that have to prove something before a step, and whether it may begin."""
+    if len(plan["steps"]) < step:
+        return [], False
+    groups = {str(one["inventory_hostname"]): one["group_names"] for one in members}
+    wanted = plan["steps"][step - 1]
+    waits = wanted["waits"]
+
+    def all_in(group):
+        return all(group in groups.get(name, ()) for name in waits)
+
+    failed = any("__site_failed" in names for names in groups.values())
+    if failed or not all_in(f"__site_done_{step - 1}"):
+        return [], False
+    return (waits, all_in(f"__site_proven_{step}")) if wanted["proven"] else ([], True)
 
 
 def _is(variables, name, word):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 DEVICE = "isthmus0"
+WIREGUARD = "isthmus-wg0"
 UFW_CONF = "/etc/ufw/ufw.conf"
 STATE = "/var/lib/isthmus/firewalld.json"
 """Which of firewalld's rules are ours: `[zone, rule]` each. It has no place for a comment, as ufw has."""
@@ -174,17 +175,21 @@ def _zone(module: AnsibleModule, interface: str) -> str:
 MANAGED = ("ufw", "firewalld")
 
 
-def open_for(module: AnsibleModule, changes: Changes, rules: Iterable[Rule], interface: str) -> list[str]:
-    """Let in what `rules` and the mesh's own device need, by the firewalls that are active; returns their names.
+def open_for(
+    module: AnsibleModule, changes: Changes, rules: Iterable[Rule], interface: str, inner: int | None = None
+) -> list[str]:
+    """Let in what `rules` and the mesh's own devices need, by the firewalls that are active; returns their names.
 
-    Rules of ours that are not wanted any more go. What comes over the device was checked by the mesh's programs.
+    Rules of ours that are not wanted any more go. What comes over the devices was checked by the mesh's programs.
+    `inner` is the UDP port of the overlay's packets inside WireGuard, None where there is none.
     """
     wanted = list(rules)
     active = []
     if _ufw_enabled() and "Status: active" in (_run(module, "ufw", "status") or ""):
         active.append("ufw")
         texts = [f"allow from {source} to any port {port} proto {protocol}" for protocol, port, source in wanted]
-        _ufw_rules(module, changes, [f"allow in on {DEVICE}", *texts])
+        through = [f"allow in on {WIREGUARD} to any port {inner} proto udp"] if inner else []
+        _ufw_rules(module, changes, [f"allow in on {DEVICE}", *through, *texts])
     if (_run(module, "firewall-cmd", "--state") or "").strip() == "running":
         active.append("firewalld")
         zone = _zone(module, interface)
@@ -195,7 +200,8 @@ def open_for(module: AnsibleModule, changes: Changes, rules: Iterable[Rule], int
             )
             for protocol, port, source in wanted
         ]
-        _firewalld_rules(module, changes, [(_TRUSTED, DEVICE), *entries])
+        devices = [DEVICE, WIREGUARD] if inner else [DEVICE]
+        _firewalld_rules(module, changes, [*((_TRUSTED, device) for device in devices), *entries])
     return active
 
 
@@ -272,12 +278,13 @@ def _firewalld_present(module: AnsibleModule, zones: list[str], mode: tuple[str,
     for zone in zones:
         for line in (_run(module, "firewall-cmd", *mode, f"--zone={zone}", "--list-rich-rules") or "").splitlines():
             yield zone, line.strip()
-        if _run(module, "firewall-cmd", *mode, f"--zone={zone}", f"--query-interface={DEVICE}") is not None:
-            yield zone, DEVICE
+        for device in (DEVICE, WIREGUARD):
+            if _run(module, "firewall-cmd", *mode, f"--zone={zone}", f"--query-interface={device}") is not None:
+                yield zone, device
 
 
 def _option(verb: str, rule: str) -> str:
-    return f"--{verb}-interface={rule}" if rule == DEVICE else f"--{verb}-rich-rule={rule}"
+    return f"--{verb}-interface={rule}" if rule in (DEVICE, WIREGUARD) else f"--{verb}-rich-rule={rule}"
 
 
 def _note_firewalld(entries: list[tuple[str, str]]) -> None:

@@ -2,11 +2,12 @@
 """Answers on the mesh's ports of a host where nothing listens yet, so that other hosts can prove that they reach them.
 
 Run as a program of its own, with a JSON document as its only argument: `host`, a name; `seconds`, after which it ends;
-`tcp` and `udp`, numbers of ports. Standard library only and without a module of ours: its text is all that is needed.
+`tcp` and `udp`, lists of ports. Standard library only and without a module of ours: its text is all that is needed.
 
 TCP: who connects is told `GREETING` and the host's name. UDP: a datagram that begins with `MARK` comes back with the
 host's name behind it, from the port that it was sent to. Datagrams are read from a raw socket, which sees what the
-host's firewall has let in whoever has the port: also where the kernel's VXLAN device, which answers nobody, has it.
+host's firewall has let in whoever has the port: also where the kernel's VXLAN device or WireGuard, which answer nobody,
+have it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import struct
 import sys
 import time
 
-# For a VXLAN device: without the flag of a valid network identifier (RFC 7348), so that it drops the datagram.
+# For a VXLAN device: without the flag of a valid network identifier (RFC 7348), so that it drops the datagram. Of
+# WireGuard's messages none has type 0.
 MARK = b"\0\0\0\0\0\0\0\0isthmus-preflight "
 GREETING = b"isthmus-preflight "
 
@@ -50,10 +52,11 @@ def main(argument: str) -> None:
             raw.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
             _only(raw, wanted["udp"])
             raw.setblocking(False)
-            holder = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             # So that the kernel does not say that nobody is there; when somebody has the port it does not either.
-            with contextlib.suppress(OSError):
-                holder.bind(("", wanted["udp"]))
+            for port in wanted["udp"]:
+                holder = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                with contextlib.suppress(OSError):
+                    holder.bind(("", port))
         _ready()
         while time.monotonic() < deadline:
             found, _w, _x = select.select([*servers, *([raw] if raw else [])], [], [], 1)
@@ -66,23 +69,25 @@ def main(argument: str) -> None:
                             connection.send(GREETING + name + b"\n")
 
 
-def _only(raw: socket.socket, port: int) -> None:
+def _only(raw: socket.socket, ports: list[int]) -> None:
     """The kernel keeps every other datagram of the host to itself: struct sock_fprog of linux/filter.h."""
-    code = [(0xB1, 0, 0, 0), (0x48, 0, 0, 2), (0x15, 0, 1, port), (0x06, 0, 0, 0xFFFF), (0x06, 0, 0, 0)]
+    code = [(0xB1, 0, 0, 0), (0x48, 0, 0, 2)]
+    code += [(0x15, len(ports) - number, 0, port) for number, port in enumerate(ports)]
+    code += [(0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFF)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in code))
     raw.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(code), ctypes.addressof(program)))
 
 
-def _answer(raw: socket.socket, port: int, name: bytes) -> None:
+def _answer(raw: socket.socket, ports: list[int], name: bytes) -> None:
     packet, ancillary, _flags, sender = raw.recvmsg(65535, 256)
     start = (packet[0] & 15) * 4
     source, target = struct.unpack_from(">HH", packet, start)
     body = packet[start + _UDP_HEADER :]
-    if target != port or not body.startswith(MARK):
+    if target not in ports or not body.startswith(MARK):
         return
     body += b" " + name
     # From the address that was dialled; a UDP checksum of 0 is none (RFC 768).
-    answer = struct.pack(">HHHH", port, source, _UDP_HEADER + len(body), 0) + body
+    answer = struct.pack(">HHHH", target, source, _UDP_HEADER + len(body), 0) + body
     here = next(data for level, kind, data in ancillary if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO))
     info = struct.pack("=i4s4s", 0, here[4:8], bytes(4))
     raw.sendmsg([answer], [(socket.IPPROTO_IP, _IP_PKTINFO, info)], 0, (sender[0], 0))

@@ -11,7 +11,7 @@ short_description: Let the mesh through the firewall of a host
 version_added: 1.0.0
 description:
   - Opens the ports of the mesh in C(ufw) and C(firewalld), those of the two that are active, for the addresses of the
-    estate's hosts that need them and for nobody else, and lets in what comes over the mesh's own device.
+    estate's hosts that need them and for nobody else, and lets in what comes over the mesh's own devices.
   - Adds rules and takes away its own, and touches no rule of anybody else. M(isthmus.mesh.teardown) takes them away.
   - Does nothing where neither is active.
 extends_documentation_fragment:
@@ -46,36 +46,7 @@ active:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import firewall, links
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
-
-
-def addresses(document, here, names):
-    """From which hosts of a cluster's document packets come: within a site never by the address that others dial."""
-    found = set()
-    for name in names:
-        entry = document["hosts"].get(name)
-        if entry is not None:
-            found |= (
-                {entry["underlay4"]} if entry["site"] == here["site"] else {entry["underlay4"], entry["advertise4"]}
-            )
-    return found
-
-
-def rules(spec, record):
-    """What docs/ports.md says of this host: (protocol, port, source), in order."""
-    clusters = [doc for key, doc in record.items() if key.startswith("clusters/") and doc["state"] != "absent"]
-    own = record[f"clusters/{spec['cluster']['name']}"]
-    here = own["hosts"][spec["host"]]
-    wanted = [("udp", spec["overlay"]["port"], [(doc, doc["hosts"]) for doc in clusters])]
-    if spec.get("member"):
-        etcd = own["etcd"]
-        readers = [(doc, doc["hosts"] if doc is own else doc["etcd"]["members"]) for doc in clusters]
-        wanted += [("tcp", etcd["client_port"], readers), ("tcp", etcd["peer_port"], [(own, etcd["members"])])]
-    return sorted(
-        (protocol, port, source)
-        for protocol, port, senders in wanted
-        for source in set().union(*(addresses(doc, here, names) for doc, names in senders))
-        if source not in (here["underlay4"], here["advertise4"])
-    )
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 
 def main():
@@ -86,7 +57,9 @@ def main():
     spec = module.params["spec"]
     changes = Changes(module)
     interface = links.of_address(module, spec["node"]["underlay4"])
-    active = firewall.open_for(module, changes, rules(spec, module.params["record"]), interface)
+    wanted = openings.rules(spec, module.params["record"])
+    inner = spec["overlay"]["port"] if spec.get("wireguard") else None
+    active = firewall.open_for(module, changes, wanted, interface, inner)
     module.exit_json(**changes.result(active=active))
 
 

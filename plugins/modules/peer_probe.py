@@ -123,6 +123,7 @@ from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, listener, packets, ports
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 AT_ONCE = 32
 
@@ -131,9 +132,9 @@ def listen(module):
     """Start what answers; returns who answers where."""
     spec = module.params["spec"]
     stop(module)
-    overlay = spec["overlay"]["port"]
+    datagrams = [port for protocol, port in openings.listens(spec) if protocol == "udp"]
     member = spec.get("member")
-    answers = {f"udp/{overlay}": "listener"}
+    answers = {f"udp/{port}": "listener" for port in datagrams}
     free = []
     for url in (member["client_url"], member["peer_url"]) if member else ():
         number = urlsplit(url).port
@@ -142,7 +143,7 @@ def listen(module):
             free.append(number)
         own = all(ports.holder(one)[1] == etcd_unit.SERVICE for one in held)
         answers[f"tcp/{number}"] = "other" if not own else "etcd" if held else "listener"
-    wanted = {"host": spec["host"], "seconds": module.params["seconds"], "tcp": free, "udp": overlay}
+    wanted = {"host": spec["host"], "seconds": module.params["seconds"], "tcp": free, "udp": datagrams}
     command = [
         *("systemd-run", "--quiet", "--collect", f"--unit={listener.UNIT}", "--service-type=notify"),
         "--description=Ports of the Isthmus mesh, for a moment",

@@ -147,6 +147,34 @@ kubernetes_left:
   type: list
   elements: str
   sample: ["kube"]
+sites:
+  description:
+    - The matrix of sites, a dictionary for each two that have hosts and for each that has several. Their C(sites),
+      C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the underlay has 1500, and the ports
+      that must be C(open), each with C(protocol), C(port), and in words C(on) whom and C(from) whom.
+    - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
+      or off.
+  returned: success
+  type: list
+  elements: dict
+matrix:
+  description: RV(sites) in words, a line each.
+  returned: success
+  type: list
+  elements: str
+encryption:
+  description: What happens to pairs of sites whose encryption is turned on or off, a line each.
+  returned: success
+  type: list
+  elements: str
+steps:
+  description:
+    - What follows RV(specs) and RV(record) while encryption is turned on or off, each with its own C(specs) and
+      C(record), the hosts that must have done the step before (C(waits)), and whether they must have proven that they
+      reach each other through WireGuard (C(proven)).
+  returned: success
+  type: list
+  elements: dict
 serial:
   description: O(serial), as a list.
   returned: success

@@ -89,7 +89,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 joins:
-  description: Whether the host is new to the mesh, or becomes reachable at other addresses or ports than it was.
+  description: Whether the host is new to the mesh, or is to be reached at other addresses or ports than before.
   returned: success
   type: bool
 firewalls:
@@ -183,6 +183,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 DEVICE = "isthmus0"
 DNSMASQ = "/usr/sbin/dnsmasq"
@@ -362,6 +363,14 @@ def port_problems(spec, found):
                 "devices). Two overlays cannot share it: free it, or set another isthmus_estate.overlay.port, which "
                 "is one for the whole estate, before its first run."
             )
+    if spec.get("wireguard") and not os.path.exists(f"/sys/class/net/{wireguard.DEVICE}"):
+        number = spec["wireguard"]["port"]
+        for _one, holder in foreign(ports.bound("udp", number), ()):
+            problems.append(
+                f"UDP port {number}, WireGuard's, is used by {holder}: by another WireGuard (`wg show`; Cilium has its "
+                "own on this port) or another program. Two cannot share it, and it is one for all hosts: free it, or "
+                "leave the sites of this host without encryption."
+            )
     # The name server listens on one of the two, by how the host resolves names.
     wanted = [
         (protocol, 53, address, "isthmus-dns.service", "the name server's", MOVE)
@@ -433,6 +442,12 @@ def place(spec):
     return (*addresses, overlay.get("port"), member.get("client_url"), member.get("peer_url"))
 
 
+def ways(spec):
+    """With which sites packets are encrypted, or that is being changed: which ports others need."""
+    section = spec.get("wireguard") or {}
+    return section.get("port"), sorted(section.get("plain_sites", ())), sorted(section.get("changing", ()))
+
+
 def estate_problems(spec, installed):
     if installed is None or installed.get("estate") == spec.get("estate"):
         return []
@@ -501,11 +516,7 @@ def disk_findings(spec):
 
 def firewalls(module, spec):
     """Those that are active and do not let all in on the host's ports (docs/ports.md)."""
-    wanted = [("udp", spec["overlay"]["port"])]
-    member = spec.get("member")
-    if member:
-        wanted += [("tcp", urlsplit(member[url]).port) for url in ("client_url", "peer_url")]
-    return firewall.find(module, wanted, links.of_address(module, spec["node"]["underlay4"]))
+    return firewall.find(module, openings.listens(spec), links.of_address(module, spec["node"]["underlay4"]))
 
 
 def selinux_doubts():
@@ -575,7 +586,8 @@ def main():
     spec, platforms = module.params["spec"], module.params["platforms"]
     arch = platform.machine()
     installed = installed_spec()
-    joins = installed is None or place(installed) != place(spec)
+    moves = installed is None or place(installed) != place(spec)
+    joins = moves or ways(installed) != ways(spec)
     problems, doubts, syncs, walls = system_problems(module), [], None, []
     ours = firewall.MANAGED if module.params["firewall"] == "managed" else ()
     if os.geteuid() == 0:
@@ -587,11 +599,11 @@ def main():
         problems, doubts, syncs = problems + disk[0], doubts + disk[1], disk[2]
         hooks, node = hook_findings(), node_findings(spec)
         # In a mesh that runs it is told: one node must not keep all others from their changes.
-        problems, doubts = problems + (hooks + node[0] if joins else []), doubts + ([] if joins else hooks + node[0])
-        doubts += node[1] if joins else []
+        problems, doubts = problems + (hooks + node[0] if moves else []), doubts + ([] if moves else hooks + node[0])
+        doubts += node[1] if moves else []
         walls = firewalls(module, spec) if joins else []
         doubts += [firewall.describe(one) for one in walls if one.name not in ours]
-    if joins:
+    if moves:
         resolved = module.run_command(["systemctl", "is-active", "--quiet", "systemd-resolved.service"])[0] == 0
         names = resolver.obstacles(resolver.probe(resolved))
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()

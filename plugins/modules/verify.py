@@ -72,8 +72,10 @@ options:
       - V(host) looks at units, the own member of etcd, its list of revoked certificates as O(record) has it, and the
         agent with its datapath, by the specification that is on the host. What other hosts, peers and the rest of the
         record have a part in is left out, since a run may not have come to them yet.
+      - V(encryption) proves, where encryption is being turned on or off, that the host reaches every other of these
+        sites through WireGuard, as the agent on it runs now.
     type: str
-    choices: [mesh, host]
+    choices: [mesh, host, encryption]
     default: mesh
   before:
     description:
@@ -140,6 +142,8 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     units,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
@@ -147,6 +151,8 @@ NODE = "/etc/isthmus/node.json"
 PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
+WIREGUARD = "isthmus-wireguard.service"
+SESSION = 180  # seconds after which a session of WireGuard is over
 FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
 SITE = "run the playbook isthmus.mesh.site"
@@ -180,6 +186,9 @@ class Verifier:
         if self.module.params["scope"] == "host":
             self.run_host()
             return
+        if self.module.params["scope"] == "encryption":
+            self.look("encryption", self.check_changing)
+            return
         self.look("clock", self.check_clock)
         self.look("units", self.check_units)
         self.look("spec", self.check_spec)
@@ -192,6 +201,8 @@ class Verifier:
             self.look("services", self.check_services, status)
             self.look("peers", self.check_peers)
         self.look("packets", self.check_packets)
+        if status is not None and self.spec.get("wireguard"):
+            self.look("encryption", self.check_encrypted)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -228,6 +239,8 @@ class Verifier:
             names.append("isthmus-registrar.service")
         if self.spec.get("member"):
             names.append("isthmus-etcd.service")
+        if self.spec.get("wireguard") and os.path.exists(units.Units.path(WIREGUARD)):
+            names.append(WIREGUARD)
         for name, found in units.Systemd(self.module).show(names).items():
             state = found.get("ActiveState")
             self.check(
@@ -535,6 +548,68 @@ class Verifier:
                 "peers", good, f"{words}; see `journalctl -u isthmus-registrar` on the etcd hosts of {self.cluster}"
             )
 
+    def sites(self):
+        """The site of every other host of the record, by cluster and name."""
+        return {
+            (cluster, name): entry["site"]
+            for cluster, document in openings.documents_of(self.record).items()
+            for name, entry in document["hosts"].items()
+            if name != self.spec["host"]
+        }
+
+    def ask_encryption(self):
+        """What the agent says of each node, by cluster and name."""
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        status = agent.ask(SOCKET, "/v1/status")
+        return {(one["cluster"], one["name"]): one for one in status["nodes"]}, status["wireguard"]
+
+    def check_encrypted(self):
+        """After packets to all hosts: each that is to be encrypted has a session, and none is on its way."""
+        nodes, wireguard = self.ask_encryption()
+        words = f"WireGuard is not there; see `systemctl status {WIREGUARD}`"
+        self.check("encryption", wireguard and wireguard["implementation"], words)
+        reached = {(host["cluster"], host["name"]) for host in self.hosts}
+        for key, site in sorted(self.sites().items()):
+            stage = openings.encrypts(self.spec, site)
+            if stage is Stage.PLAIN or key not in reached:
+                continue
+            found = nodes.get(key, {}).get("encryption") or {"state": "not known", "reason": None}
+            why = f": {found['reason']}" if found["reason"] else ""
+            good = found["state"] == "encrypted" and stage is Stage.DEMANDS
+            turned = f"it is being turned on or off ({stage.word})" if stage.word in CHANGING else "it should be"
+            self.check(
+                "encryption",
+                good,
+                f"traffic with {key[1]} of cluster {key[0]} (site {site}) is not encrypted as the inventory says: "
+                f"{turned}, and is {found['state']}{why}; {SITE}, and see `isthmus status` on both hosts",
+            )
+
+    def check_changing(self):
+        """A session with each host of the sites with which encryption is being turned on."""
+        with open(NODE, encoding="utf-8") as file:
+            installed = json.load(file)
+        expected = {
+            key: site
+            for key, site in sorted(self.sites().items())
+            if openings.encrypts(installed, site) in (Stage.ACCEPTS, Stage.SENDS)
+        }
+        nodes, _wireguard = self.ask_encryption()
+        device = bundle_module(self.module, "isthmus_agent.netlink.wireguard")
+        endpoints = [nodes[key]["endpoint"] for key in expected if nodes.get(key, {}).get("endpoint")]
+        device.greet(installed["node"]["underlay4"], endpoints, installed["overlay"]["port"])
+        time.sleep(PAUSE / 4)  # for answers
+        nodes, _wireguard = self.ask_encryption()
+        port = installed.get("wireguard", {}).get("port")
+        for (cluster, name), site in expected.items():
+            found = nodes.get((cluster, name), {}).get("encryption") or {"reason": "its node is not published yet"}
+            age = found.get("handshake_age")
+            why = found["reason"] or f"WireGuard has no answer of it; is UDP {port} open both ways?"
+            self.check(
+                "encryption",
+                not found["reason"] and age is not None and age < SESSION,
+                f"{name} of cluster {cluster} (site {site}) is not reached through WireGuard: {why}",
+            )
+
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
@@ -592,7 +667,7 @@ def main():
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
             "timeout": {"type": "int", "default": 3},
-            "scope": {"type": "str", "choices": ["mesh", "host"], "default": "mesh"},
+            "scope": {"type": "str", "choices": ["mesh", "host", "encryption"], "default": "mesh"},
             "before": {"type": "dict"},
             "wait": {"type": "int", "default": 0},
         },
@@ -614,9 +689,11 @@ def main():
     }
     if verifier.problems:
         scope, waited = module.params["scope"], module.params["wait"]
-        wrong = (
-            "the mesh is not what the inventory says" if scope == "mesh" else "not everything works after the change"
-        )
+        wrong = {
+            "mesh": "the mesh is not what the inventory says",
+            "host": "not everything works after the change",
+            "encryption": "packets cannot go through WireGuard",
+        }[scope]
         module.fail_json(
             msg=f"On {verifier.spec['host']} {wrong}{f', for {waited} s' if waited else ''}: "
             + " ".join(f"({number}) {words}" for number, words in enumerate(verifier.problems, 1)),

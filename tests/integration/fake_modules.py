@@ -52,6 +52,9 @@ def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any
 
 def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
     path = PLACE / "hosts" / HOST / "node.json"
+    for stage in set(given["spec"].get("wireguard", {}).get("changing", {}).values()):
+        if (PLACE / "fail" / f"node {HOST} {stage}").exists():
+            module.fail_json(msg=f"{HOST} fails at the step {stage}")
     changed = not path.exists() or json.loads(path.read_text()) != given["spec"]
     if changed and not module.check_mode:
         path.write_text(json.dumps(given["spec"]))
@@ -97,7 +100,10 @@ def main() -> None:
         file.write(json.dumps({"module": NAME, "host": HOST, "check": module.check_mode, **told}) + "\n")
     if (PLACE / "fail" / f"{NAME} {HOST}").exists():
         module.fail_json(msg=f"{NAME} fails on {HOST}\nwith a second line")
+    if (PLACE / "fail" / f"{NAME} {HOST} {given['scope']}").exists():
+        module.fail_json(msg=f"{HOST} has no way", problems=["no way"])
     answers: dict[str, Any] = {
+        "verify": {"problems": []},
         "preflight": {"packages": ["dnsmasq"] if (PLACE / "fail" / f"packages {HOST}").exists() else []},
         "bundle": {"digest": "0"},
         "pki_request": {"pending": [], "former_member": False},

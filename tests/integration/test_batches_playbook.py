@@ -40,6 +40,7 @@ class Site:
         (place / "bundle" / "bundle.json").write_text(
             json.dumps({"schema": 1, "version": VERSION, "platforms": [{"arch": "x", "python": "3", "archive": "x"}]})
         )
+        self.estate: dict[str, Any] = {}
         self.labels: dict[str, str] = {}
         self.removed: tuple[str, ...] = ()
         for host in HOSTS:
@@ -66,7 +67,7 @@ class Site:
             fake.write_text(text.replace('NAME = "verify"', f'NAME = "{name}"'))
 
     def inventory(self) -> Path:
-        estate: dict[str, Any] = {"name": "e", "clusters": {}}
+        estate: dict[str, Any] = {"name": "e", **self.estate, "clusters": {}}
         groups: dict[str, Any] = {}
         for number, (cluster, (members, others)) in enumerate(CLUSTERS.items(), 1):
             estate["clusters"][cluster] = {

@@ -35,6 +35,8 @@ PACKAGES = (
     "etcd-server",  # `etcd.source: package`
     "etcd-client",
     "dnsmasq-base",  # names for machines
+    "wireguard-go",
+    "wireguard-tools",
     "curl",
     "procps",
     "libelf1",  # libbpf needs it

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 from . import jsontext, schema, versions
 from .addressing import CLUSTER_IPS, HOST, PODS, RESERVED, SERVICES, WORKLOADS, Claim, overlaps, shared
 from .documents import HealthCheck, ServiceDefinition, ServicePort
+from .encryption import Pair
+from .encryption import pair as sorted_pair
 from .schema import INVALID, Problem, not_yet, suggestion
 
 
@@ -158,6 +160,17 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Encryption:
+    """`none` or `wireguard`: of all pairs of sites, and of those `pairs` that differ."""
+
+    default: str = "none"
+    pairs: Mapping[Pair, str] = field(default_factory=dict)
+
+    def of(self, pair: Pair) -> str:
+        return self.pairs.get(pair, self.default)
+
+
+@dataclass(frozen=True)
 class Model:
     """Everything is sorted by name: the order of the inventory does not show."""
 
@@ -171,6 +184,7 @@ class Model:
     hosts: Mapping[str, Host]
     services: Mapping[str, Service]
     reserved: tuple[Claim, ...] = ()
+    encryption: Encryption = Encryption()
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def digest(self) -> str:
@@ -186,6 +200,8 @@ class Model:
         for entry in content["services"].values():
             if not entry["definition"]["kubernetes"]:
                 del entry["definition"]["kubernetes"]
+        if self.encryption == Encryption():
+            del content["encryption"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -263,15 +279,16 @@ class _Reader:
         clusters = self.clusters(top)
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
-        self.sites(top, clusters, read_hosts)
+        encryption = self.sites(top, clusters, read_hosts)
         reserved = self.reserved(top["reserved_ranges"])
         self.ranges(clusters, read_hosts, reserved)
         services = self.services(top, clusters, read_hosts)
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
-            draft = self.model({**readable, "name": str(top["name"])}, clusters, read_hosts, reserved, services)
+            named = {**readable, "name": str(top["name"])}
+            draft = self.model(named, clusters, read_hosts, reserved, services, encryption)
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services)
+        return self.model(top, clusters, read_hosts, reserved, services, encryption)
 
     def model(
         self,
@@ -280,6 +297,7 @@ class _Reader:
         hosts: Mapping[str, Host],
         reserved: tuple[Claim, ...],
         services: Mapping[str, Service],
+        encryption: Encryption,
     ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
         sites = {cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()}
@@ -294,6 +312,7 @@ class _Reader:
             hosts={name: hosts[name] for name in sorted(hosts)},
             services={name: services[name] for name in sorted(services)},
             reserved=reserved,
+            encryption=encryption,
             warnings=tuple(sorted(self.warnings)),
         )
 
@@ -717,10 +736,11 @@ class _Reader:
                         "keep it in one",
                     )
 
-    def sites(self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]) -> None:
+    def sites(self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]) -> Encryption:
+        """Sites and pairs of them are what the estate has; answers how they are encrypted."""
         declared = top["sites"]
         if declared is INVALID:
-            return
+            return Encryption()
         named = [(f"isthmus_estate.clusters.{cluster.name}.site", cluster.site) for cluster in clusters.values()]
         named += [(f"host {host.name}.isthmus_site", host.site) for host in hosts.values()]
         known = set(declared) if declared is not None else {site for _where, site in named}
@@ -733,15 +753,21 @@ class _Reader:
                     "its routing would be unknown",
                     suggestion(site, known),
                 )
-        pairs: set[tuple[str, ...]] = set()
+        pairs: dict[Pair, str] = {}
         for index, pair in enumerate(top["site_pairs"] if top["site_pairs"] is not INVALID else ()):
             where = f"isthmus_estate.site_pairs[{index}].sites"
             if pair["sites"] is INVALID:
                 continue
-            both = tuple(sorted(pair["sites"]))
-            if len(both) != 2 or both[0] == both[1]:
-                self.problem(where, f"{', '.join(both)} are not two sites", "it is a pair", "name two different sites")
-            for site in both:
+            if len(pair["sites"]) != 2:
+                self.problem(
+                    where,
+                    f"{', '.join(pair['sites'])} are not two sites",
+                    "it is a pair",
+                    "name two sites; for the hosts of one among themselves, the same twice",
+                )
+                continue
+            both = sorted_pair(*pair["sites"])
+            for site in dict.fromkeys(both):
                 if site not in known:
                     self.problem(
                         where,
@@ -751,7 +777,9 @@ class _Reader:
                     )
             if both in pairs:
                 self.problem(where, f"the pair {' and '.join(both)} is there twice", "one would win", "remove one")
-            pairs.add(both)
+            pairs[both] = pair["encryption"] or top["encryption"]
+        default = top["encryption"]
+        return Encryption(default, {both: pairs[both] for both in sorted(pairs) if pairs[both] != default})
 
     def reserved(self, given: Any) -> tuple[Claim, ...]:
         found: dict[str, Claim] = {}

@@ -17,10 +17,11 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import jsontext, spec, versions
+from . import encryption, jsontext, matrix, spec, versions
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
-from .model import Cluster, Host, Model, ModelError, Workload
+from .encryption import Pair, Stage
+from .model import Cluster, Encryption, Host, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
     LARGEST_DOCUMENT,
@@ -39,6 +40,19 @@ PKI = "/etc/isthmus/pki"
 
 
 @dataclass(frozen=True)
+class Step:
+    """One of several that a plan takes, as encryption of a pair of sites is turned on or off in stages: `record` and
+    `specs` as in `Plan`; `stages` are the pairs that change. `waits` are hosts that must have the step before, by
+    name; `proven`: they must also have proven that they reach each other through WireGuard."""
+
+    specs: Mapping[str, Mapping[str, Any]]
+    record: Mapping[str, Any]
+    stages: Mapping[Pair, Stage]
+    waits: tuple[str, ...]
+    proven: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """`specs` by host; `record` by document name; `services` by cluster: `present` definitions and
     the `absent` ones' names, of what the inventory owns. `orphans` and `removed` are names as `prune`
@@ -46,7 +60,9 @@ class Plan:
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
     and removed etcd hosts have: `cluster`, `ca_host`, `hosts`, of which the `departed` were removed, common
     `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
-    record in a form for people."""
+    record in a form for people. `sites` is the matrix of sites (matrix.py). `steps` are those that follow
+    `specs` and `record`. `stages` are those of each pair of sites where something is or was encrypted: what
+    the record has (None: no traffic yet), and each that follows."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -61,6 +77,9 @@ class Plan:
     warnings: tuple[str, ...]
     before: str
     after: str
+    sites: tuple[Mapping[str, Any], ...] = ()
+    steps: tuple[Step, ...] = ()
+    stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,19 +232,17 @@ class _Planner:
             if entries != document:
                 document = self.stamped(entries, old)
             documents[name] = self.settled(document, CLUSTERS + name, old)
-        roster = self.roster(documents)
+        present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
+        ways = self.ways(present)
+        roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()})
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
         following = Record(roster, documents)
-        present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         forgotten = forgotten_hosts(documents.values())
-        specs = {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster]).build()
-            for host in self.model.hosts.values()
-            if not host.absent
-        }
+        specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
+        stages = {pair: (now, *rest) for pair, (now, rest) in ways.items()}
         return Plan(
             specs=specs,
             record=following.to_documents(),
@@ -242,7 +259,62 @@ class _Planner:
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
+            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages)),
+            steps=tuple(self.steps(following, present, ways)),
+            stages=stages,
         )
+
+    # Encryption
+
+    def ways(self, present: Mapping[str, Mapping[str, Any]]) -> dict[Pair, tuple[Stage | None, list[Stage]]]:
+        """The stage of each pair of sites in the record, None where no traffic is yet, and those it goes through from
+        there. Nothing where nothing is encrypted and nothing was."""
+        old = (self.record.roster or {}).get("encryption")
+        if old is None and self.model.encryption == Encryption():
+            return {}
+        here = _sites_of(self.known)
+        sites = {*_sites_of(present), *self.model.sites}
+        known = encryption.from_document(old, here)
+        found = {}
+        for pair in encryption.pairs(sites):
+            wanted = Stage.DEMANDS if self.model.encryption.of(pair) == "wireguard" else Stage.PLAIN
+            now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else None
+            found[pair] = now, encryption.way(now, wanted)
+        return found
+
+    def steps(
+        self,
+        record: Record,
+        present: Mapping[str, Mapping[str, Any]],
+        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+    ) -> Iterator[Step]:
+        """Those after the first, which `record` has."""
+        last = {pair: stages[0] for pair, (_now, stages) in ways.items()}
+        for number in range(1, max((len(stages) for _now, stages in ways.values()), default=0)):
+            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
+            changing = {pair: stage for pair, stage in these.items() if stage is not last[pair]}
+            old = record.roster or {}
+            roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
+            roster.pop("encryption", None)
+            roster.update(_filled(encryption=encryption.to_document(these)))
+            record = Record(roster, record.clusters)
+            yield Step(
+                specs=self.specs(present, roster),
+                record=record.to_documents(),
+                stages=changing,
+                waits=tuple(_hosts_of(present, changing)),
+                proven=any(stage > last[pair] for pair, stage in changing.items()),
+            )
+            last = these
+
+    def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        sites = {*_sites_of(present), *self.model.sites}
+        stages = encryption.from_document(roster.get("encryption"), sites)
+        return {
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages).build()
+            for host in self.model.hosts.values()
+            if not host.absent
+        }
 
     # What goes
 
@@ -1108,7 +1180,7 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(self, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def roster(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1141,6 +1213,7 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
+            **_filled(encryption=encryption.to_document(stages)),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1177,11 +1250,14 @@ class _Planner:
 class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
-    def __init__(self, model: Model, present: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Model, present: Mapping[str, Any], name: str, own: Mapping[str, Any], stages: Mapping[Pair, Stage]
+    ) -> None:
         self.model = model
         self.present = present
         self.name = name
         self.own = own
+        self.stages = stages
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
@@ -1231,9 +1307,30 @@ class _Spec:
                 "certificates": list(self.certificates()),
                 "trust": [own["name"], *(self.peers() if self.member else ())],
             },
+            **_filled(wireguard=self.wireguard()),
         }
         document["hash"] = spec.spec_hash(document)
         return document
+
+    def wireguard(self) -> dict[str, Any] | None:
+        """None where the host has no other to encrypt with."""
+        here = self.host["site"]
+        mine = {
+            other: stage
+            for pair, stage in self.stages.items()
+            if here in pair
+            for other in (pair[1] if pair[0] == here else pair[0],)
+        }
+        if not any(mine.get(site) for site in _sites_of(self.present)):
+            return None
+        changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
+        return {
+            "key": f"{PKI}/wireguard.key",
+            "port": spec.WIREGUARD_PORT,
+            "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
+            "sites": {name: doc["site"] for name, doc in sorted(self.present.items())},
+            **_filled(changing=changing),
+        }
 
     def kubernetes(self) -> dict[str, Any] | None:
         if "kubernetes" not in self.own:
@@ -1370,6 +1467,16 @@ def _filled(**entries: Any) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
+def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The sites that have hosts."""
+    return {entry["site"] for doc in documents.values() for entry in doc["hosts"].values()}
+
+
+def _hosts_of(documents: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]) -> list[str]:
+    sites = {site for pair in pairs for site in pair}
+    return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
+
+
 def _pod_ranges(document: Mapping[str, Any]) -> list[str]:
     """Ranges of pods in the document of a cluster; none where it is no Kubernetes cluster."""
     return list(document.get("kubernetes", {"pod_ranges": ()})["pod_ranges"])
@@ -1440,6 +1547,13 @@ def _lines(record: Record) -> dict[str, str]:
         for key, entry in sorted(roster["services"].items()):
             if entry["state"] != "absent":
                 found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
+        stages = encryption.from_document(
+            roster.get("encryption"), _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
+        )
+        for (one, other), stage in stages.items():
+            if stage is not Stage.PLAIN:
+                name = f"within site {one}" if one == other else f"between sites {one} and {other}"
+                found[f"encryption {name}"] = encryption.WORDS[stage]
     return found
 
 

@@ -58,6 +58,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
+from .encryption import STAGES
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -264,6 +265,12 @@ def _check(where: str, name: str, document: Any) -> int:
             _there(entry, "clusters")
             entry.texts("clusters")
             entry.text("state", None)
+        if "encryption" in fields.value:
+            encryption = fields.object("encryption")
+            _there(encryption, "pairs")
+            for stage in (encryption.text("all", None), *encryption.text_mapping("pairs").values()):
+                if stage not in STAGES:
+                    fields.fail("encryption", f"has a stage that is not one of {', '.join(STAGES)}")
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")

@@ -600,6 +600,9 @@ _FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archi
 _SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
 _WORKLOAD_REF = Text(rf"{_SUBDOMAIN}/{_LABEL}", "'<host>/<workload>'", "a backend is one workload of one host", 130)
 _LATER_ROUTING = "packets between sites go through the overlay so far"
+_ENCRYPTION = Choice(
+    ("none", "wireguard"), {"ipsec-gateway": "packets are encrypted from host to host, by WireGuard, or not so far"}
+)
 
 SITE = Table(
     "site",
@@ -615,11 +618,17 @@ SITE = Table(
 SITE_PAIR = Table(
     "pair of sites",
     {
-        "sites": Key(Listing(LABEL, 2), "The two sites.", REQUIRED),
+        "sites": Key(Listing(LABEL, 2), "The two sites; the same one twice: its hosts among themselves.", REQUIRED),
         "routing": Key(
             Choice(("tunnel",), {"native": _LATER_ROUTING, "hybrid": _LATER_ROUTING}),
             "How packets go between them: `tunnel` is VXLAN.",
             "tunnel",
+        ),
+        "encryption": Key(
+            _ENCRYPTION,
+            "Whether packets of the mesh between them are encrypted.",
+            None,
+            "that of the estate",
         ),
     },
 )
@@ -864,6 +873,12 @@ ESTATE = Table(
             "Networks whose hosts reach each other directly.",
             None,
             "those that clusters and hosts name",
+        ),
+        "encryption": Key(
+            _ENCRYPTION,
+            "How packets of the mesh between hosts are encrypted, where a pair of sites says nothing else. See "
+            "[encryption.md](encryption.md).",
+            "none",
         ),
         "site_pairs": Key(Listing(SITE_PAIR), "What differs for a pair of sites.", ()),
         "clusters": Key(Mapped(CLUSTER_NAME, CLUSTER, "cluster names"), "The clusters.", REQUIRED),

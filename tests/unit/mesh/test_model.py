@@ -483,10 +483,22 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "'clouds'? Change it.",
     ),
     (
-        "a pair with itself",
-        _estate(site_pairs=[{"sites": ["onprem", "onprem"]}]),
-        "isthmus_estate.site_pairs[0].sites: onprem, onprem are not two sites. Why: it is a pair. Next: name two "
-        "different sites.",
+        "a pair of three",
+        _estate(site_pairs=[{"sites": ["onprem", "cloud", "onprem"]}]),
+        "isthmus_estate.site_pairs[0].sites: onprem, cloud, onprem are not two sites. Why: it is a pair. Next: name "
+        "two sites; for the hosts of one among themselves, the same twice.",
+    ),
+    (
+        "encryption by gateways",
+        _estate(site_pairs=[{"sites": ["onprem", "cloud"], "encryption": "ipsec-gateway"}]),
+        "isthmus_estate.site_pairs[0].encryption: ipsec-gateway is not yet supported. Why: packets are encrypted from "
+        "host to host, by WireGuard, or not so far. Next: use none until a later version does it.",
+    ),
+    (
+        "encryption of another kind",
+        _estate(encryption="wiregard"),
+        "isthmus_estate.encryption: 'wiregard' is not one of none, wireguard. Why: nothing else is defined. Next: did "
+        "you mean 'wireguard'? Change it.",
     ),
     (
         "a pair twice",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.filter import blocked_ports
 from ansible_collections.isthmus.mesh.plugins.module_utils import files, firewall
-from ansible_collections.isthmus.mesh.plugins.modules.firewall import rules
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.openings import rules
 
 Zones = dict[str, list[str]]
 
@@ -90,10 +90,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 A, B = ("tcp", 2379, "192.0.2.1"), ("udp", 8472, "192.0.2.2")
 
 
-def opened(host: Host, *wanted: firewall.Rule, check: bool = False) -> files.Changes:
+def opened(host: Host, *wanted: firewall.Rule, check: bool = False, inner: int | None = None) -> files.Changes:
     host.check_mode = check
     changes = files.Changes(host)
-    firewall.open_for(host, changes, wanted, "eth0")
+    firewall.open_for(host, changes, wanted, "eth0", inner)
     return changes
 
 
@@ -120,6 +120,22 @@ def test_ufw_is_opened_once_for_the_hosts_that_are_wanted_and_closed_again(host:
     assert host.ufw == [*theirs, ours[0]]
     assert (closed(host, check=True), len(host.ufw)) == (["ufw"], 3)
     assert (closed(host), host.ufw, closed(host)) == (["ufw"], theirs, [])
+
+
+def test_what_comes_out_of_wireguard_is_let_in_while_there_is_one(host: Host) -> None:
+    assert opened(host, inner=8472).changed
+    rule = "ufw allow in on isthmus-wg0 to any port 8472 proto udp comment 'isthmus.mesh'"
+    assert rule in host.ufw
+    assert not opened(host, inner=8472).changed
+    opened(host)
+    assert rule not in host.ufw
+    host.firewalld = {"permanent": {}, "runtime": {}}
+    opened(host, inner=8472)
+    for zones in host.firewalld.values():
+        assert zones["trusted"] == ["isthmus0", "isthmus-wg0"]
+    assert not opened(host, inner=8472).changed
+    opened(host)
+    assert host.firewalld["runtime"]["trusted"] == ["isthmus0"]
 
 
 def test_a_ufw_that_is_switched_off_is_left_alone(host: Host) -> None:
@@ -196,6 +212,13 @@ def test_rules_follow_the_table_of_ports() -> None:
     # An etcd host is read by its cluster and by the etcd hosts of others, and spoken raft with by its members.
     clients = [("tcp", 2379, source) for source in ("10.0.0.2", "10.0.0.3", "10.0.9.1", "192.0.2.9")]
     assert rules({**spec, "member": {"name": "a1"}}, RECORD) == [*clients, ("tcp", 2380, "10.0.0.2"), *overlay]
+
+
+def test_wireguards_port_is_open_for_the_sites_that_encrypt() -> None:
+    section = {"key": "k", "port": 51871, "plain_sites": ["x"], "sites": {}, "changing": {"y": "sends"}}
+    spec = {"host": "a1", "cluster": {"name": "a"}, "overlay": {"port": 8472}, "member": None, "wireguard": section}
+    wanted = [one for one in rules(spec, RECORD) if one[1] == 51871]
+    assert wanted == [("udp", 51871, source) for source in ("10.0.9.1", "10.0.9.2", "192.0.2.9")]
 
 
 def test_what_the_run_will_open_is_not_blocked() -> None:

@@ -120,3 +120,19 @@ def test_the_listeners_text_survives_a_command_line_of_systemd() -> None:
         text = file.read()
     assert "$" not in text
     assert len(text) < 20_000
+
+
+def test_sites_that_encrypt_ask_for_wireguards_port() -> None:
+    """While it is turned on or off for both: packets in clear are needed too."""
+    ports = {**PORTS, "udp/51871": "listener"}
+    for stage, wanted in (("demands", {51871}), ("sends", {8472, 51871}), ("plain", {8472})):
+        record = estate(cluster("a", 2, 1), cluster("b", 2, 1))
+        record["roster"]["encryption"] = {"all": "plain", "pairs": {"a b": stage}}
+        names = hosts_of(record)
+        questions = asked(peer_probes(entered(names, names, ports), record, names))
+        for target in ("b1", "b2"):
+            found = {
+                (host[0], port) for host, other, protocol, port in questions if (other, protocol) == (target, "udp")
+            }
+            assert {port for site, port in found if site == "a"} == wanted, stage
+            assert {port for site, port in found if site == "b"} == {8472}

@@ -546,7 +546,28 @@ INSTALL = "noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-
 UPDATE = "noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 update"
 
 
-ENCRYPTING = {**SPEC, "wireguard": {"key": "/etc/isthmus/pki/wireguard.key"}}
+SECTION = {"key": "/etc/isthmus/pki/wireguard.key", "port": 51871, "plain_sites": ["a"], "sites": {"lab": "a"}}
+ENCRYPTING = {**SPEC, "wireguard": SECTION}
+
+
+def test_wireguards_port_is_needed_until_it_is_ours(host: Host) -> None:
+    held = [ports.Socket("udp", "0.0.0.0", 51871, 0)]  # noqa: S104 - compared, not bound
+    host.monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, port: held if port == 51871 else [])
+    told = host.problem(spec=ENCRYPTING)
+    assert told.startswith("UDP port 51871, WireGuard's, is used by the kernel on 0.0.0.0: by another WireGuard")
+    host.monkeypatch.setattr(wireguard, "DEVICE", "lo")
+    host.run(spec=ENCRYPTING)
+
+
+def test_hosts_are_asked_again_when_encryption_is_turned_on_or_off() -> None:
+    on = {**ENCRYPTING, "wireguard": {**SECTION, "changing": {"b": "accepts"}}}
+    further = {**ENCRYPTING, "wireguard": {**SECTION, "changing": {"b": "sends"}}}
+    found = [preflight.ways(spec) for spec in (SPEC, on, further, ENCRYPTING)]
+    assert found[0] != found[1]
+    assert found[1] == found[2], "both ports are asked for already"
+    assert found[2] != found[3]
+    assert preflight.openings.listens(SPEC)[:1] == [("udp", 8472)]
+    assert preflight.openings.listens(ENCRYPTING)[:2] == [("udp", 8472), ("udp", 51871)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Which ports of a mesh must be open, for whom: docs/ports.md has its table from here. Pure.
+
+Documents are those of the estate record; only clusters that are present count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from . import spec
+from .encryption import Pair, Stage
+
+Documents = Mapping[str, Mapping[str, Any]]
+"""Clusters' documents by cluster."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """One port, on `to`, for `senders`, as words."""
+
+    protocol: str
+    port: int
+    senders: str
+    to: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table in docs/ports.md."""
+
+    port: str
+    senders: str
+    to: str
+    why: str
+
+
+TABLE = (
+    Row(
+        "UDP 8472 (`overlay.port`, one for the whole mesh)",
+        "every host of every cluster",
+        "every host of the clusters it peers with",
+        "the VXLAN overlay, and the probes inside it; not between sites that encrypt, but while encryption is turned "
+        "on or off there",
+    ),
+    Row(
+        f"UDP {spec.WIREGUARD_PORT}",
+        "hosts of sites that encrypt",
+        "hosts of the sites they encrypt with",
+        "WireGuard with the overlay inside ([encryption.md](encryption.md))",
+    ),
+    Row(
+        "TCP 2379 (`etcd.client_port`)",
+        "hosts of the same cluster; etcd hosts of every peering cluster",
+        "the cluster's etcd hosts",
+        "agents read their own cluster; registrars mirror peers, read-only",
+    ),
+    Row(
+        "TCP 2380 (`etcd.peer_port`)",
+        "the cluster's etcd hosts",
+        "the cluster's etcd hosts",
+        "etcd members among themselves",
+    ),
+    Row(
+        "TCP 6443, or as `kubernetes.api_server` says",
+        "etcd hosts of a Kubernetes cluster; the controller, or `isthmus_api_host`",
+        "its API server",
+        "registrars watch Kubernetes; `site` lets them in",
+    ),
+    Row("TCP 22", "the controller", "every host", "Ansible"),
+)
+
+
+def documents_of(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of the record's documents those of clusters that are present."""
+    return {
+        key[len("clusters/") :]: document
+        for key, document in sorted(record.items())
+        if key.startswith("clusters/") and document["state"] != "absent"
+    }
+
+
+def encrypts(own: Mapping[str, Any], site: str) -> Stage:
+    """The stage of a host, by its spec as JSON, with the hosts of a site."""
+    if own.get("wireguard") is None:
+        return Stage.PLAIN
+    return spec.wireguard_of(own["wireguard"]).stage(site)
+
+
+def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Protocols and ports on which a host, by its spec as JSON, listens for others."""
+    found = [("udp", own["overlay"]["port"])]
+    if own.get("wireguard"):
+        found.append(("udp", own["wireguard"]["port"]))
+    member = own.get("member")
+    if member:
+        found += [("tcp", urlsplit(member[url]).port or 0) for url in ("client_url", "peer_url")]
+    return found
+
+
+def rules(own: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """What a host, by its spec as JSON, must let in: protocol, port and source address, in order."""
+    documents = documents_of(record)
+    cluster = documents[own["cluster"]["name"]]
+    here = cluster["hosts"][own["host"]]
+    everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
+    wanted = [("udp", own["overlay"]["port"], everybody)]
+    if own.get("wireguard"):
+        encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
+        wanted.append(("udp", own["wireguard"]["port"], encrypted))
+    if own.get("member"):
+        etcd = cluster["etcd"]
+        readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
+        readers += cluster["hosts"].values()
+        wanted += [("tcp", etcd["client_port"], readers), ("tcp", etcd["peer_port"], list(_members(cluster)))]
+    return sorted(
+        (protocol, port, source)
+        for protocol, port, senders in wanted
+        for source in set().union(*(_sources(entry, here) for entry in senders))
+        if source not in (here["underlay4"], here["advertise4"])
+    )
+
+
+def _members(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    return (document["hosts"][name] for name in document["etcd"]["members"] if name in document["hosts"])
+
+
+def _sources(entry: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
+    """From where a host's packets come: within a site never by the address that others dial."""
+    return {entry["underlay4"]} if entry["site"] == here["site"] else {entry["underlay4"], entry["advertise4"]}
+
+
+def between(documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage]) -> list[Opening]:
+    """What two sites need of each other while the pair is at these stages of encryption."""
+    at = set(stages)
+    both = sorted(set(pair))
+    found = []
+    everywhere = ("each other", f"every host of {' and '.join(both)}")
+    if at - {Stage.DEMANDS}:
+        found.append(Opening("UDP", overlay_port, *everywhere))
+    if at - {Stage.PLAIN}:
+        found.append(Opening("UDP", spec.WIREGUARD_PORT, *everywhere))
+    for here in both:
+        there = pair[1] if pair[0] == here else pair[0]
+        for name, document in sorted(documents.items()):
+            members = [host for host in document["etcd"]["members"] if document["hosts"][host]["site"] == here]
+            if not members:
+                continue
+            to = f"{', '.join(members)} (etcd of {name})"
+            readers = _readers(documents, name, there, members)
+            etcd = document["etcd"]
+            if readers:
+                found.append(Opening("TCP", etcd["client_port"], ", ".join(readers), to))
+            others = [host for host in etcd["members"] if document["hosts"][host]["site"] == there]
+            if others and (here != there or len(members) > 1):
+                found.append(Opening("TCP", etcd["peer_port"], ", ".join(others), to))
+    return found
+
+
+def _readers(documents: Documents, cluster: str, site: str, members: list[str]) -> list[str]:
+    """Who in a site asks the etcd members of a cluster, in words."""
+    found = []
+    own = [name for name, entry in documents[cluster]["hosts"].items() if entry["site"] == site and name not in members]
+    if own:
+        found.append(f"hosts of {cluster}")
+    for name, document in sorted(documents.items()):
+        if name != cluster and any(entry["site"] == site for entry in _members(document)):
+            found.append(f"etcd hosts of {name}")
+    return found

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Encryption of two pairs of sites of the running estate: on, things that restart meanwhile, off. What is on the wire
+is looked at in the router's namespace, through which everything between machines goes."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo import EDGE, ONPREM_CLIENT
+from estate_tools import Estate, Wire
+from installation import variant
+from isthmus_lab import ROUTER
+from playbook import play
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
+
+PAIRS = (("onprem", "cloud"), ("onprem", "edge"))
+NETWORKS = {"onprem": "198.18.1.0/24", "cloud": "198.18.2.0/24", "edge": "198.18.3.0/24"}
+NAME = b"web.shop.svc.clusterset.local"
+"""In every request of a customer."""
+
+
+def encrypted(estate: dict[str, Any], _: Any) -> None:
+    for pair in estate["site_pairs"]:
+        if tuple(pair["sites"]) in PAIRS:
+            pair["encryption"] = "wireguard"
+
+
+@contextlib.contextmanager
+def capture(file: Path, sites: tuple[str, str]) -> Iterator[None]:
+    """Every packet between two sites, whole, into `file`."""
+    one, other = (NETWORKS[site] for site in sites)
+    options = ["-U", "--immediate-mode", "-n", "-s", "0", "-i", "any", "-w", str(file)]
+    process = subprocess.Popen(
+        ["nsenter", f"--net=/run/netns/{ROUTER}", "tcpdump", *options, f"net {one} and net {other}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        assert any("listening on" in line for line in process.stderr), "tcpdump does not capture"
+        yield
+    finally:
+        process.terminate()
+        process.stderr.close()
+        process.wait(10)
+
+
+def packets(file: Path, what: str) -> int:
+    done = subprocess.run(["tcpdump", "-n", "-r", str(file), what], capture_output=True, text=True, check=True)
+    return len(done.stdout.splitlines())
+
+
+def states(estate: Estate, host: str) -> dict[str, str]:
+    """How packets of a host go to each other one, by name."""
+    nodes = estate.ask(host, "status")["nodes"]
+    return {node["name"]: node["encryption"]["state"] for node in nodes if node["probe"] != "this host"}
+
+
+def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Path) -> None:
+    estate.converged()
+    wanted = variant(tmp_path / "wanted", encrypted)
+    shown = " ".join(play("plan", inventory=wanted).output.split())
+    assert "encryption of edge and onprem is turned on, in steps of one run" in shown
+    assert "cloud and edge: path tunnel (VXLAN), encryption none, MTU 1450" in shown
+    wire = Wire(estate, tmp_path)
+    try:
+        with estate.unnoticed(estate.edge, estate.onprem):
+            play("site", inventory=wanted, seconds=1800)
+        assert play("site", inventory=wanted).changed == {}
+        play("verify", inventory=wanted)
+        there = states(estate, ONPREM_CLIENT)
+        assert {there[host] for host in ("cloud-1", "cloud-2", "edge-1")} == {"encrypted"}
+        assert {there[host] for host in estate.lab.hosts if host.startswith("onprem") and host in there} == {"plain"}
+        assert states(estate, EDGE)["cloud-1"] == "plain"
+
+        files = {sites: tmp_path / f"{'-'.join(sites)}.pcap" for sites in (*PAIRS, ("edge", "cloud"))}
+        with contextlib.ExitStack() as captures:
+            for sites, file in files.items():
+                captures.enter_context(capture(file, sites))
+            with estate.unnoticed(estate.edge, estate.onprem):
+                estate.lab.exec(EDGE, ["systemctl", "restart", "isthmusd.service"])
+                estate.lab.exec(ONPREM_CLIENT, ["systemctl", "restart", "isthmusd.service"])
+            # Its sessions end with it: what is sent meanwhile is lost, and nothing of it goes in clear.
+            for host in (EDGE, ONPREM_CLIENT):
+                estate.lab.exec(host, ["systemctl", "kill", "--signal=KILL", "isthmus-wireguard.service"])
+            estate.until(
+                "every host is reached again",
+                lambda: (
+                    all(states(estate, ONPREM_CLIENT)[host] == "encrypted" for host in ("cloud-1", "edge-1"))
+                    and estate.used(ONPREM_CLIENT) == estate.used(EDGE) == estate.backends
+                ),
+                30,
+            )
+            with estate.unnoticed(estate.edge, estate.onprem):
+                pass
+        for sites in PAIRS:
+            assert packets(files[sites], "udp port 8472") == 0, f"{sites}: a VXLAN header in clear"
+            assert packets(files[sites], "udp port 51871") > 100
+            assert NAME not in files[sites].read_bytes(), f"{sites}: a request in clear"
+        assert NAME in files["edge", "cloud"].read_bytes(), "this is how a request in clear looks"
+        assert wire.leaks() == []
+
+        with estate.unnoticed(estate.edge, estate.onprem):
+            play("site", seconds=1800)
+        assert play("site").changed == {}
+        play("verify")
+        assert set(states(estate, ONPREM_CLIENT).values()) == {"plain"}
+        for host in estate.lab.hosts:
+            left = "ip link show isthmus-wg0 || test -e /etc/isthmus/pki/wireguard.key"
+            assert estate.lab.exec(host, ["sh", "-c", left], check=False).returncode != 0, host
+        assert wire.leaks() == []
+    finally:
+        wire.stop()
+        play("site", seconds=1800)
+    estate.converged()

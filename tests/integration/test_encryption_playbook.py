@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Encryption of a running estate is turned on and off by `site`: in steps, each over all hosts before the next. The
+playbook and its plan are real, modules on hosts are `fake_modules.py`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.test_batches_playbook import HOSTS, Site, said
+from playbook import Run
+
+ON = {"encryption": "wireguard"}
+
+
+@pytest.fixture(scope="module")
+def formed(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The clusters as the first run forms them, without encryption."""
+    made = Site(tmp_path_factory.mktemp("formed"))
+    run = made.run()
+    assert run.status == 0, run.output
+    return made
+
+
+@pytest.fixture
+def running(formed: Site, tmp_path: Path) -> Site:
+    made = Site(tmp_path)
+    for name in ("record", *(f"hosts/{host}/node.json" for host in HOSTS)):
+        shutil.copy(formed.place / name, made.place / name)
+    return made
+
+
+def stages(site: Site) -> dict[str, str]:
+    """By host, the stage with the hosts of other sites."""
+    found = {}
+    for host in HOSTS:
+        section = json.loads((site.place / "hosts" / host / "node.json").read_text()).get("wireguard")
+        others = set() if section is None else set(section.get("changing", {}).values()) or {"demands"}
+        (found[host],) = others or {"plain"}
+    return found
+
+
+def turned(site: Site, *options: str) -> Run:
+    """A run, in as few batches as there can be."""
+    return site.run("-e", "isthmus_serial=100%", *options)
+
+
+def recorded(site: Site) -> Any:
+    found = json.loads((site.place / "record").read_text())["roster"].get("encryption")
+    return found and found["all"]
+
+
+def written(site: Site) -> list[list[str]]:
+    """The hosts on which each step was made."""
+    calls = [call["host"] for call in site.calls("node")]
+    return [sorted(calls[begin : begin + len(HOSTS)]) for begin in range(0, len(calls), len(HOSTS))]
+
+
+def proofs(site: Site) -> list[str]:
+    return sorted(call["host"] for call in site.calls("verify") if call["scope"] == "encryption")
+
+
+def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running: Site) -> None:
+    running.estate = ON
+    told = said(running.run(name="plan"))
+    assert "encryption of a and b is turned on, in steps of one run" in told
+    assert "UDP 51871 on every host of a and b from each other" in told
+    assert recorded(running) is None
+    on = turned(running)
+    assert (on.status, running.locks) == (0, []), on.output
+    assert written(running) == [HOSTS] * 3
+    assert proofs(running) == sorted([*HOSTS, *HOSTS])
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "demands"), "demands")
+    again = turned(running)
+    assert (again.status, again.changed) == (0, {}), again.output
+    assert (written(running), proofs(running)) == ([HOSTS], [])
+    running.estate = {}
+    off = turned(running)
+    assert off.status == 0, off.output
+    assert written(running) == [HOSTS] * 3
+    assert proofs(running) == [], "to send in clear needs no proof"
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "plain"), None)
+
+
+def test_a_silent_host_keeps_all_at_the_step_that_it_can_understand(running: Site) -> None:
+    running.estate = ON
+    (running.place / "silent" / "b2").touch()
+    first = turned(running)
+    assert first.status == 4, first.output
+    assert "encryption is turned on or off in 3 steps, and step 2 was not begun: b2 did not do the one before" in said(
+        first
+    )
+    assert stages(running) == {**dict.fromkeys(HOSTS, "accepts"), "b2": "plain"}
+    assert recorded(running) == "accepts"
+    (running.place / "silent" / "b2").unlink()
+    second = turned(running)
+    assert second.status == 0, second.output
+    assert stages(running) == dict.fromkeys(HOSTS, "demands")
+
+
+def test_without_a_proof_nothing_goes_through_wireguard_and_the_run_says_so(running: Site) -> None:
+    running.estate = ON
+    (running.place / "fail" / "verify c1 encryption").touch()
+    first = turned(running)
+    assert first.status == 2, first.output
+    assert "step 2 was not begun: c1 did not prove that they reach the others through WireGuard: c1 has no way" in said(
+        first
+    )
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "accepts"), "accepts")
+    assert running.locks == []
+
+
+def test_a_failure_in_a_later_step_ends_the_run_and_the_next_one_goes_on_there(running: Site) -> None:
+    running.estate = ON
+    (running.place / "fail" / "node a2 sends").touch()
+    first = turned(running)
+    assert first.status == 2, first.output
+    assert "Failed: a2" in said(first)
+    assert recorded(running) == "sends"
+    assert set(stages(running).values()) == {"accepts", "sends"}
+    assert running.locks == []
+    (running.place / "fail" / "node a2 sends").unlink()
+    rest = turned(running)
+    assert rest.status == 0, rest.output
+    assert written(running) == [HOSTS] * 2, "the step that was begun, and the last one"
+    assert stages(running) == dict.fromkeys(HOSTS, "demands")
+
+
+def test_check_mode_predicts_the_first_step(running: Site) -> None:
+    running.estate = ON
+    run = turned(running, "--check")
+    assert run.status == 0, run.output
+    assert written(running) == [HOSTS]
+    assert (stages(running), proofs(running)) == (dict.fromkeys(HOSTS, "plain"), [])

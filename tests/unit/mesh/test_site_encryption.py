@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Encryption of pairs of sites in the inventory: who gets what, in which steps, and that no step cuts anybody off."""
+
+from __future__ import annotations
+
+import copy
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isthmus_mesh import matrix, openings
+from isthmus_mesh.encryption import STAGES, Stage, from_document, pairs, to_document, way
+from isthmus_mesh.planner import Plan, plan
+from isthmus_mesh.record import Record, RecordError, merge
+from isthmus_mesh.spec import NodeSpec
+from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
+
+ON = {"encryption": "wireguard"}
+
+
+def changed(previous: Plan | None = None, prune: tuple[str, ...] = (), more: Any = None, **keys: Any) -> Plan:
+    """The plan of an inventory with other keys of the estate, `more` hosts, after `previous`."""
+    the_hosts = {**hosts(), **(more or {})}
+    return planned(model({**estate(), **keys}, the_hosts), previous, prune=prune)
+
+
+def after(found: Plan, number: int) -> Plan:
+    """As the record stands when a step was begun: 0 is the plan's own."""
+    record = found.record if number == 0 else found.steps[number - 1].record
+    return Plan(**{**found.__dict__, "record": record})
+
+
+def wireguard(found: Plan) -> dict[str, Any]:
+    return {host: spec.get("wireguard") for host, spec in found.specs.items()}
+
+
+def test_an_estate_without_encryption_is_as_it_was() -> None:
+    plain, said = planned(model()), changed(encryption="none", site_pairs=[{"sites": ["onprem", "cloud"]}])
+    assert said.specs == plain.specs
+    assert said.record == plain.record
+    assert "encryption" not in said.record["roster"]
+    assert not any("wireguard" in spec for spec in said.specs.values())
+    assert (said.steps, said.stages) == ((), {})
+
+
+def test_a_new_estate_encrypts_from_the_first_packet() -> None:
+    found = changed(**ON)
+    assert found.steps == ()
+    assert found.record["roster"]["encryption"] == {"all": "demands", "pairs": {}}
+    sites = {"cloud": "cloud", "onprem": "onprem"}
+    expected = {"key": "/etc/isthmus/pki/wireguard.key", "port": 51871, "plain_sites": [], "sites": sites}
+    assert wireguard(found) == dict.fromkeys(("c1", "o1", "o2", "o3"), expected)
+    again = changed(found, **ON)
+    assert (again.record, again.specs, again.steps) == (found.record, found.specs, ())
+
+
+def test_a_pair_says_otherwise_than_the_estate_and_a_site_may_be_a_pair() -> None:
+    inside = changed(**ON, site_pairs=[{"sites": ["onprem", "onprem"], "encryption": "none"}])
+    assert wireguard(inside)["o1"]["plain_sites"] == ["onprem"]
+    assert wireguard(inside)["c1"]["plain_sites"] == []
+    between = changed(site_pairs=[{"sites": ["onprem", "onprem"], "encryption": "wireguard"}])
+    assert wireguard(between)["o1"]["plain_sites"] == ["cloud"]
+    assert wireguard(between)["c1"] is None, "no pair of its site is encrypted"
+
+
+def test_only_hosts_that_have_somebody_to_encrypt_with_get_wireguard() -> None:
+    more = {"x1": {"isthmus_cluster": "onprem", "isthmus_site": "hall", "ansible_host": "198.18.9.1"}}
+    found = changed(more=more, site_pairs=[{"sites": ["onprem", "cloud"], "encryption": "wireguard"}])
+    assert {host for host, section in wireguard(found).items() if section} == {"c1", "o1", "o2", "o3"}
+    assert wireguard(found)["c1"]["plain_sites"] == ["cloud", "hall"]
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "stages"),
+    [
+        (None, 3, [3]),
+        (None, 0, [0]),
+        (0, 0, [0]),
+        (3, 3, [3]),
+        (0, 3, [1, 2, 3]),
+        (1, 3, [1, 2, 3]),
+        (2, 3, [2, 3]),
+        (3, 0, [2, 1, 0]),
+        (2, 0, [2, 1, 0]),
+        (1, 0, [1, 0]),
+    ],
+)
+def test_a_pair_goes_from_stage_to_stage(now: int | None, wanted: int, stages: list[int]) -> None:
+    assert way(None if now is None else Stage(now), Stage(wanted)) == [Stage(number) for number in stages]
+
+
+def test_a_running_estate_is_encrypted_in_three_steps_and_back() -> None:
+    found = changed(planned(model()), **ON)
+    assert [step.proven for step in found.steps] == [True, True]
+    assert found.steps[0].waits == ("c1", "o1", "o2", "o3")
+    records = [found.record, *(step.record for step in found.steps)]
+    assert [record["roster"]["encryption"]["all"] for record in records] == ["accepts", "sends", "demands"]
+    assert [record["roster"]["revision"] for record in records] == [2, 3, 4]
+    assert wireguard(found)["c1"]["changing"] == {"cloud": "accepts", "onprem": "accepts"}
+    assert found.steps[0].specs["c1"]["wireguard"]["changing"] == {"cloud": "sends", "onprem": "sends"}
+    assert "changing" not in found.steps[1].specs["c1"]["wireguard"]
+    assert found.steps[1].specs == changed(after(found, 2), **ON).specs
+    NodeSpec.from_dict(found.specs["c1"])
+    back = changed(after(found, 2))
+    assert [step.proven for step in back.steps] == [False, False]
+    stages = [record["roster"].get("encryption") for record in (back.record, *(step.record for step in back.steps))]
+    assert stages == [{"all": "sends", "pairs": {}}, {"all": "accepts", "pairs": {}}, None]
+    assert back.steps[1].specs == planned(model()).specs
+
+
+def test_a_run_that_was_interrupted_completes_the_step_before_the_next() -> None:
+    found = changed(planned(model()), **ON)
+    again = changed(after(found, 0), **ON)
+    assert (again.record, again.specs) == (found.record, found.specs)
+    assert [step.record for step in again.steps] == [step.record for step in found.steps]
+    given_up = changed(after(found, 1))
+    assert given_up.record["roster"]["encryption"] == {"all": "sends", "pairs": {}}
+    assert len(given_up.steps) == 2
+
+
+def test_a_new_site_is_encrypted_at_once_and_the_others_are_not_changed() -> None:
+    running = changed(**ON)
+    more = {"x1": {"isthmus_cluster": "cloud", "isthmus_site": "hall", "ansible_host": "198.18.9.1"}}
+    found = changed(running, more=more, **ON)
+    assert found.steps == ()
+    assert {host for host in running.specs if wireguard(found)[host] != wireguard(running)[host]} == set()
+
+
+def test_an_orphan_keeps_its_sites_from_the_next_step() -> None:
+    more = {"o9": {"isthmus_cluster": "onprem", "ansible_host": "198.18.1.9"}}
+    found = changed(changed(more=more), **ON)
+    assert "o9" not in found.specs
+    assert "o9" in found.steps[0].waits
+
+
+def test_the_roster_is_small_however_many_pairs_there_are() -> None:
+    sites = [f"s{number}" for number in range(40)]
+    stages = dict.fromkeys(pairs(sites), Stage.DEMANDS)
+    assert to_document(stages) == {"all": "demands", "pairs": {}}
+    stages[("s1", "s2")] = Stage.ACCEPTS
+    document = to_document(stages)
+    assert document == {"all": "demands", "pairs": {"s1 s2": "accepts"}}
+    assert from_document(document, sites) == stages
+    assert to_document(dict.fromkeys(pairs(sites), Stage.PLAIN)) is None
+
+
+@pytest.mark.parametrize(
+    "encryption",
+    [{"all": "soon", "pairs": {}}, {"all": "demands"}, {"all": "demands", "pairs": {"a b": "x"}}, []],
+)
+def test_a_record_with_a_stage_that_is_none_is_refused(encryption: Any) -> None:
+    documents = copy.deepcopy(dict(planned(model()).record))
+    documents["roster"]["encryption"] = encryption
+    with pytest.raises(RecordError, match="encryption"):
+        merge([documents])
+
+
+# --- nobody is cut off
+
+
+def understood(sender: Stage, receiver: Stage) -> bool:
+    """What the agent does at a stage: see isthmus_agent.desired.encryption."""
+    through_wireguard = sender >= Stage.SENDS
+    return receiver >= Stage.ACCEPTS if through_wireguard else receiver <= Stage.SENDS
+
+
+def stage_of(specs: dict[str, dict[str, Any]], host: str, other: str) -> Stage:
+    return openings.encrypts(specs[host], site_of(other))
+
+
+def site_of(host: str) -> str:
+    return {"o": "onprem", "c": "cloud", "e": "edge"}[host[0]]
+
+
+CONFIGURATIONS = st.fixed_dictionaries(
+    {
+        "encryption": st.sampled_from(["none", "wireguard"]),
+        "site_pairs": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "sites": st.lists(st.sampled_from(["onprem", "cloud", "edge"]), min_size=2, max_size=2).map(sorted),
+                    "encryption": st.sampled_from(["none", "wireguard"]),
+                }
+            ),
+            unique_by=lambda pair: tuple(pair["sites"]),
+            max_size=3,
+        ),
+    }
+)
+
+
+def three_sites(keys: dict[str, Any]) -> Any:
+    the_estate, the_hosts = estate(), hosts()
+    the_hosts["e1"] = {"isthmus_cluster": "cloud", "isthmus_site": "edge", "ansible_host": "198.18.3.1"}
+    return model({**the_estate, **keys}, the_hosts)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_two_hosts_ever_misunderstand_each_other(data: st.DataObject) -> None:
+    """Whatever is turned on and off, wherever a run ends, in whatever order hosts are changed."""
+    first = plan(three_sites(data.draw(CONFIGURATIONS)), Record(), NOW, VERSION)
+    assert first.steps == ()
+    record, specs = first.record, {host: dict(spec) for host, spec in first.specs.items()}
+    for _ in range(data.draw(st.integers(1, 4))):
+        wanted_model = three_sites(data.draw(CONFIGURATIONS))
+        found = plan(wanted_model, merge([dict(record)]), NOW, VERSION)
+        steps = [(found.record, found.specs, ()), *((step.record, step.specs, step.waits) for step in found.steps)]
+        done = dict.fromkeys(specs, -1)
+        for number, (record_of_step, wanted, waits) in enumerate(steps):
+            if any(done[host] < number - 1 for host in waits):
+                break
+            record = record_of_step
+            order = data.draw(st.permutations(sorted(specs)))
+            for host in order[: data.draw(st.integers(0, len(order)))]:
+                specs[host], done[host] = wanted[host], number
+                for one, other in permutations(specs, 2):
+                    sends, takes = stage_of(specs, one, other), stage_of(specs, other, one)
+                    assert understood(sends, takes), (one, other, sends, takes)
+        else:
+            if all(number == len(steps) - 1 for number in done.values()):
+                again = plan(wanted_model, merge([dict(record)]), NOW, VERSION)
+                assert (again.steps, again.specs, again.record) == ((), specs, record)
+
+
+# --- the matrix
+
+
+def test_the_matrix_says_what_is_open_and_how_large_packets_are() -> None:
+    plain = planned(model()).sites
+    assert [matrix.name(row["sites"]) for row in plain] == ["cloud and onprem", "within onprem"]
+    assert matrix.lines(plain)[0] == (
+        "cloud and onprem: path tunnel (VXLAN), encryption none, MTU 1450 inside where the underlay has 1500. Open: "
+        "UDP 8472 on every host of cloud and onprem from each other; TCP 2379 on c1 (etcd of cloud) from etcd hosts of "
+        "onprem; TCP 2379 on o1, o2, o3 (etcd of onprem) from etcd hosts of cloud"
+    )
+    encrypted = changed(**ON).sites[0]
+    assert (encrypted["encryption"], encrypted["mtu"], encrypted["steps"]) == ("wireguard", 1370, [])
+    assert [(one["protocol"], one["port"]) for one in encrypted["open"]] == [
+        ("UDP", 51871),
+        ("TCP", 2379),
+        ("TCP", 2379),
+    ]
+    assert matrix.lines(changed(**ON, overlay={"mtu": 1300}).sites)[0].count("MTU 1300") == 1
+
+
+def test_the_plan_says_what_turning_on_and_off_does() -> None:
+    on = changed(planned(model()), **ON)
+    assert {(one["protocol"], one["port"]) for one in on.sites[0]["open"]} >= {("UDP", 8472), ("UDP", 51871)}
+    assert on.sites[0]["steps"] == ["accepts", "sends", "demands"]
+    told = matrix.changes(on.sites)
+    assert len(told) == 2
+    assert told[0].startswith("encryption of cloud and onprem is turned on, in steps of one run, of which each begins")
+    assert all(f"({number}) " in told[0] for number in (1, 2, 3))
+    assert "larger than the new MTU" in told[0]
+    begun = matrix.changes(changed(after(on, 0), **ON).sites)
+    assert "turned on, which was begun before (accepts)" in begun[0]
+    off = matrix.changes(changed(after(on, 2)).sites)
+    assert "is turned off" in off[0]
+    assert "MTU" not in off[0]
+    assert matrix.changes(planned(model()).sites) == []
+
+
+def test_the_changes_of_the_record_name_the_pairs() -> None:
+    found = changed(planned(model()), **ON)
+    assert [words for words in found.changes if "encryption" in words] == [
+        "encryption between sites cloud and onprem: new, WireGuard is there; packets go in clear, encrypted ones are "
+        "taken too",
+        "encryption within site cloud: new, WireGuard is there; packets go in clear, encrypted ones are taken too",
+        "encryption within site onprem: new, WireGuard is there; packets go in clear, encrypted ones are taken too",
+    ]
+
+
+def test_words_of_stages_are_all_known() -> None:
+    assert set(STAGES) == {"plain", "accepts", "sends", "demands"}
+
+
+def test_the_table_of_ports_in_the_docs_is_the_one_of_the_plan() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "ports.md").read_text()
+    rows = [f"| {row.port} | {row.senders} | {row.to} | {row.why} |" for row in openings.TABLE]
+    assert "\n".join(rows) in text
