@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ BATCHES = [["a1", "b2", "c1"], ["a2", "b1"], ["a3"]]
 class Site:
     """The inventory, the hosts' files, and what was called on them."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, clusters: Mapping[str, tuple[list[str], list[str]]] = CLUSTERS) -> None:
         self.place = place
-        for name in ("locks", "fail", "silent", *(f"hosts/{host}" for host in HOSTS)):
+        self.clusters = clusters
+        self.hosts = sorted(host for members, others in clusters.values() for host in [*members, *others])
+        for name in ("locks", "fail", "silent", *(f"hosts/{host}" for host in self.hosts)):
             (place / name).mkdir(parents=True)
         self.collection(place / "collections" / "ansible_collections" / "isthmus" / "mesh")
         (place / "bundle").mkdir()
@@ -43,7 +46,7 @@ class Site:
         self.estate: dict[str, Any] = {}
         self.labels: dict[str, str] = {}
         self.removed: tuple[str, ...] = ()
-        for host in HOSTS:
+        for host in self.hosts:
             interpreter = place / "hosts" / host / "python"
             interpreter.write_text(f'#!/bin/sh\nFAKE_HOST={host} FAKE_PLACE={place} exec {sys.executable} "$@"\n')
             interpreter.chmod(0o755)
@@ -69,7 +72,7 @@ class Site:
     def inventory(self) -> Path:
         estate: dict[str, Any] = {"name": "e", **self.estate, "clusters": {}}
         groups: dict[str, Any] = {}
-        for number, (cluster, (members, others)) in enumerate(CLUSTERS.items(), 1):
+        for number, (cluster, (members, others)) in enumerate(self.clusters.items(), 1):
             estate["clusters"][cluster] = {
                 "id": number,
                 "workload_ranges": [f"10.10{number}.0.0/16"],
@@ -81,7 +84,7 @@ class Site:
                 "vars": {"isthmus_cluster": cluster},
                 "hosts": {
                     host: {
-                        "isthmus_underlay": f"192.0.{number}.{1 + HOSTS.index(host)}",
+                        "isthmus_underlay": f"192.0.{number}.{1 + self.hosts.index(host)}",
                         "ansible_connection": f"{{{{ 'ssh' if '{self.place}/silent/{host}' is exists else 'local' }}}}",
                         "ansible_python_interpreter": str(self.place / "hosts" / host / "python"),
                         **({"isthmus_labels": self.labels} if self.labels else {}),
@@ -128,7 +131,7 @@ class Site:
 
     def has_round(self, label: str) -> list[str]:
         """The hosts whose file says that they had their turn."""
-        specs = {host: json.loads((self.place / "hosts" / host / "node.json").read_text()) for host in HOSTS}
+        specs = {host: json.loads((self.place / "hosts" / host / "node.json").read_text()) for host in self.hosts}
         return [host for host, spec in specs.items() if spec["node"]["labels"].get("round") == label]
 
     @property

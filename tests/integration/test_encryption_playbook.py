@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.test_batches_playbook import HOSTS, Site, said
+from integration.test_batches_playbook import Site, said
 from playbook import Run
 
+CLUSTERS = {"a": (["a1"], ["a2"]), "b": (["b1"], [])}
+HOSTS = ["a1", "a2", "b1"]
 ON = {"encryption": "wireguard"}
 
 
 @pytest.fixture(scope="module")
 def formed(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The clusters as the first run forms them, without encryption."""
-    made = Site(tmp_path_factory.mktemp("formed"))
+    made = Site(tmp_path_factory.mktemp("formed"), CLUSTERS)
     run = made.run()
     assert run.status == 0, run.output
     return made
@@ -27,7 +29,7 @@ def formed(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture
 def running(formed: Site, tmp_path: Path) -> Site:
-    made = Site(tmp_path)
+    made = Site(tmp_path, CLUSTERS)
     for name in ("record", *(f"hosts/{host}/node.json" for host in HOSTS)):
         shutil.copy(formed.place / name, made.place / name)
     return made
@@ -87,15 +89,15 @@ def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running:
 
 def test_a_silent_host_keeps_all_at_the_step_that_it_can_understand(running: Site) -> None:
     running.estate = ON
-    (running.place / "silent" / "b2").touch()
+    (running.place / "silent" / "a2").touch()
     first = turned(running)
     assert first.status == 4, first.output
-    assert "encryption is turned on or off in 3 steps, and step 2 was not begun: b2 did not do the one before" in said(
+    assert "encryption is turned on or off in 3 steps, and step 2 was not begun: a2 did not do the one before" in said(
         first
     )
-    assert stages(running) == {**dict.fromkeys(HOSTS, "accepts"), "b2": "plain"}
+    assert stages(running) == {**dict.fromkeys(HOSTS, "accepts"), "a2": "plain"}
     assert recorded(running) == "accepts"
-    (running.place / "silent" / "b2").unlink()
+    (running.place / "silent" / "a2").unlink()
     second = turned(running)
     assert second.status == 0, second.output
     assert stages(running) == dict.fromkeys(HOSTS, "demands")
@@ -103,10 +105,10 @@ def test_a_silent_host_keeps_all_at_the_step_that_it_can_understand(running: Sit
 
 def test_without_a_proof_nothing_goes_through_wireguard_and_the_run_says_so(running: Site) -> None:
     running.estate = ON
-    (running.place / "fail" / "verify c1 encryption").touch()
+    (running.place / "fail" / "verify b1 encryption").touch()
     first = turned(running)
     assert first.status == 2, first.output
-    assert "step 2 was not begun: c1 did not prove that they reach the others through WireGuard: c1 has no way" in said(
+    assert "step 2 was not begun: b1 did not prove that they reach the others through WireGuard: b1 has no way" in said(
         first
     )
     assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "accepts"), "accepts")
