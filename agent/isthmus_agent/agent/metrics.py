@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from isthmus_agent.agent.kernel import Reading, Tunnel
 from isthmus_agent.agent.loop import Agent
-from isthmus_agent.agent.status import certificates_of, encryption_of, proof_age, read_kernel
+from isthmus_agent.agent.status import certificates_of, encryption_of, key_age, proof_age, read_kernel
 
 
 class _Snapshot:
@@ -54,6 +54,9 @@ class _Snapshot:
         yield self._nodes()
         if agent.spec.wireguard is not None:
             yield self._encryption()
+            made = key_age(agent.spec.wireguard.key)
+            if made is not None:
+                yield _gauge("isthmus_wireguard_key_age_seconds", "Since this host's key of WireGuard was made.", made)
         yield from self._kernel()
 
     def _certificates(self) -> Metric:

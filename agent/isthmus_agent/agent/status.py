@@ -149,7 +149,16 @@ def _wireguard(agent: Agent, tunnel: Tunnel) -> dict[str, Any] | None:
         "public_key": agent.facts.public_key or None,
         "port": wanted.port,
         "peers": len(tunnel.peers),
+        "key_age": key_age(wanted.key),
     }
+
+
+def key_age(path: str) -> float | None:
+    """Seconds since the key in this file was made, which is never written again; None when there is none."""
+    try:
+        return _age(Path(path).stat().st_mtime, time.time())
+    except OSError:
+        return None
 
 
 def encryption_of(agent: Agent, node: Node, tunnel: Tunnel, now: float) -> dict[str, Any]:

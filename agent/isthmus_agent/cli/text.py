@@ -55,7 +55,7 @@ def status(document: dict[str, Any]) -> str:
         peers_of = f"{wireguard['peers']} peer{'' if wireguard['peers'] == 1 else 's'}"
         lines.append(
             f"wireguard  {wireguard['implementation'] or 'not there'}, UDP {wireguard['port']}, "
-            f"public key {wireguard['public_key'] or 'none'}, {peers_of}"
+            f"public key {wireguard['public_key'] or 'none'} made {_ago(wireguard['key_age'])}, {peers_of}"
         )
     if datapath["drops"]:
         drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
