@@ -86,9 +86,9 @@ def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path:
     with contextlib.ExitStack() as stack:
         stack.callback(wire.stop)
         whole = stack.enter_context(contextlib.ExitStack())
-        whole.callback(lambda: play("site", seconds=600))
+        whole.callback(lambda: play("site", seconds=1800))
         with estate.unnoticed(estate.edge, estate.onprem):
-            play("site", inventory=wanted, seconds=600)
+            play("site", inventory=wanted, seconds=1800)
         play("verify", inventory=wanted)
         there = states(estate, ONPREM_CLIENT)
         assert {there[host] for host in ("cloud-1", "cloud-2", "edge-1")} == {"encrypted"}
@@ -126,7 +126,7 @@ def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path:
         assert len([words for words in clear if words in seen]) > 2, "and these are addresses"
 
         with estate.unnoticed(estate.edge, estate.onprem):
-            play("site", seconds=600)
+            play("site", seconds=1800)
         whole.pop_all()
         play("verify")
         assert set(states(estate, ONPREM_CLIENT).values()) == {"plain"}

@@ -87,6 +87,7 @@ def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running:
     assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "plain"), None)
 
 
+@pytest.mark.slow
 def test_a_silent_host_keeps_all_at_the_step_that_it_can_understand(running: Site) -> None:
     running.estate = ON
     (running.place / "silent" / "a2").touch()
@@ -115,6 +116,7 @@ def test_without_a_proof_nothing_goes_through_wireguard_and_the_run_says_so(runn
     assert running.locks == []
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_later_step_ends_the_run_and_the_next_one_goes_on_there(running: Site) -> None:
     running.estate = ON
     (running.place / "fail" / "node a2 sends").touch()
