@@ -137,6 +137,7 @@ class _Vpc:
 
     def __init__(self, api: Api, vpc: str) -> None:
         self.name = vpc
+        self.nobody = f"no network interface in {vpc}"
         found = api.call("describe_vpcs", VpcIds=[vpc])["Vpcs"][0]
         blocks = [one for one in found["CidrBlockAssociationSet"] if one["CidrBlockState"]["State"] == "associated"]
         self.ranges = {one["CidrBlock"]: f"a range of {vpc}" for one in blocks}
@@ -173,11 +174,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     owner, present = params["owner"], params["state"] == "present"
     if present:
         plan.problems += pure.overlaps(wishes, vpc.ranges)
-        plan.problems += [
-            f"no network interface in {vpc.name} has the address {host}. Next: correct hosts, or start the host."
-            for host in hosts
-            if host not in vpc.by_address and host not in {wish.hop.address for wish in wishes}
-        ]
+        plan.without((host for host in hosts if host not in vpc.by_address), vpc.nobody, wishes)
     used = [vpc.by_address[host] for host in hosts if host in vpc.by_address]
     removals: list[Step] = []
     group_steps, group_removals = _group(api, vpc, owner, rules if present else [], used, plan)
@@ -247,13 +244,7 @@ def _lost(vpc: _Vpc, owner: str, wishes: list[pure.Wish], plan: Plan) -> set[str
     for wish in wishes:
         hop = wish.hop
         if hop.address and hop.address not in vpc.by_address:
-            text = (
-                f"no network interface in {vpc.name} has the address {hop.address}, to which {wish.destination} leads"
-            )
-            if wish.destination in known:
-                plan.warnings.append(f"{text} (the host is gone); the route stays as it is.")
-            else:
-                plan.problems.append(f"{text}. Next: correct the address, or start the host.")
+            plan.lost(wish, vpc.nobody, wish.destination in known)
             lost.add(wish.destination)
         elif not hop.address and hop.gateway[:4] not in GATEWAYS:
             plan.problems.append(

@@ -206,11 +206,8 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     plan.missing = api.missing
     if present:
         plan.problems += pure.overlaps(wishes, network.ranges)
-        plan.problems += [
-            f"no network interface in {network.name} has the address {host}. Next: correct hosts, or make the machine."
-            for host in hosts
-            if host not in network.by_address and host not in {wish.hop.address for wish in wishes}
-        ]
+        nobody = f"no network interface in {network.name}"
+        plan.without((host for host in hosts if host not in network.by_address), nobody, wishes)
     local = [host for host in hosts if host in network.by_address]
     tables, own, bare = _tables(network, owner, network.subnets_of(local) if present and wishes else set(), plan)
     ours = {
@@ -262,15 +259,9 @@ def _wanted(
                     f"{wish.hop.gateway!r} is no next hop of Azure that is known here; the only gateway is {GATEWAY}."
                 )
         elif address not in network.by_address and address not in network.beyond:
-            text = (
-                f"no network interface in {network.name} or a network peered with it has the address {address}, to "
-                f"which {wish.destination} leads"
-            )
+            nobody = f"no network interface in {network.name} or a network peered with it"
+            plan.lost(wish, nobody, wish.destination in known)
             lost.add(wish.destination)
-            if wish.destination in known:
-                plan.warnings.append(f"{text} (the host is gone); the route stays as it is.")
-            else:
-                plan.problems.append(f"{text}. Next: correct the address, or make the machine.")
             continue
         wanted.append(pure.Route(wish.destination, address or GATEWAY))
     return wanted, lost

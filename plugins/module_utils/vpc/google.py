@@ -137,6 +137,7 @@ class _Network:
 
     def __init__(self, api: Api, name: str) -> None:
         self.name = name
+        self.nobody = f"no instance in {name}"
         self.link = api.execute(api.compute.networks().get(project=api.project, network=name))["selfLink"]
         self.path = path_of(self.link)
         subnets = self._here(api.everything(api.compute.subnetworks(), "subnetworks"))
@@ -174,11 +175,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     if present:
         plan.problems += pure.overlaps(wishes, network.ranges)
         wanted, lost = _wanted(network, wishes, table, plan)
-        plan.problems += [
-            f"no instance in {network.name} has the address {host}. Next: correct hosts, or make the instance."
-            for host in hosts
-            if host not in network.instances and host not in {wish.hop.address for wish in wishes}
-        ]
+        plan.without((host for host in hosts if host not in network.instances), network.nobody, wishes)
     change = pure.difference(table, wanted, lost)
     plan.problems += change.problems
     plan.warnings += change.warnings
@@ -227,12 +224,8 @@ def _wanted(
                     "projects/p/regions/r/vpnTunnels/t."
                 )
         elif instance is None:
-            text = f"no instance in {network.name} has the address {address}, to which {wish.destination} leads"
+            plan.lost(wish, network.nobody, wish.destination in known)
             lost.add(wish.destination)
-            if wish.destination in known:
-                plan.warnings.append(f"{text} (the host is gone); the route stays as it is.")
-            else:
-                plan.problems.append(f"{text}. Next: correct the address, or make the instance.")
             continue
         elif not instance.get("canIpForward"):
             zone = instance["zone"].rsplit("/", 1)[-1]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ansible.module_utils.basic import AnsibleModule
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+    from ansible_collections.isthmus.mesh.plugins.module_utils.vpc.plan import Wish
 
 
 class ProviderError(Exception):
@@ -47,6 +48,23 @@ class Plan:
     result: dict[str, Any] = field(default_factory=dict)
     missing: Callable[[list[str]], dict[str, str]] = lambda permissions: {}
     """Of the steps' permissions those that the run lacks, each with what the provider says of it."""
+
+    def lost(self, wish: Wish, nobody: str, known: bool) -> None:
+        """The host of a route is nowhere, says `nobody`: a `known` route waits for it, a new one is a mistake."""
+        text = f"{nobody} has the address {wish.hop}, to which {wish.destination} leads"
+        if known:
+            self.warnings.append(f"{text} (the host is gone); the route stays as it is.")
+        else:
+            self.problems.append(f"{text}. Next: correct the address, or start the host.")
+
+    def without(self, hosts: Iterable[str], nobody: str, wishes: Iterable[Wish]) -> None:
+        """These `hosts` are nowhere, says `nobody`; of those that routes lead to `lost` tells."""
+        led = {wish.hop.address for wish in wishes}
+        self.problems += [
+            f"{nobody} has the address {host}. Next: correct hosts, or start the host."
+            for host in hosts
+            if host not in led
+        ]
 
 
 def refused(permissions: dict[str, str]) -> str:
