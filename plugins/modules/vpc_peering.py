@@ -10,8 +10,8 @@ short_description: Peer two VPCs of one provider
 version_added: 1.0.0
 description:
   - Peers two VPCs, on both sides. On Google and Azure their ranges are then routed by the networks themselves, and
-    Google's carries routes of M(isthmus.mesh.vpc_routes) over as well; on AWS the peer's ranges need routes, to the
-    RV(peering) that this module returns.
+    Google's carries routes of M(isthmus.mesh.vpc_routes) over as well; on AWS the peer's ranges need routes
+    (O(isthmus.mesh.vpc_routes#module:peers)).
   - A peering that somebody else made between the two is used and left as it is.
 extends_documentation_fragment:
   - isthmus.mesh.vpc
@@ -59,7 +59,6 @@ EXAMPLES = r"""
         region: eu-west-1
         profile: second
   delegate_to: localhost
-  register: peered
 
 - name: The way to the second VPC's own range
   isthmus.mesh.vpc_routes:
@@ -68,9 +67,7 @@ EXAMPLES = r"""
     network: vpc-0a1b2c3d
     owner: mine-peer
     hosts: [172.31.0.11]
-    routes:
-      - destination: 172.30.0.0/16
-        gateway: "{{ peered.peering }}"
+    peers: [vpc-0f0e0d0c]
   delegate_to: localhost
 """
 

@@ -54,7 +54,7 @@ options:
     elements: str
     default: []
   routes:
-    description: The routes. Needed for O(state=present), unless there are O(rules).
+    description: The routes. Needed for O(state=present), unless there are O(rules) or O(peers).
     type: list
     elements: dict
     default: []
@@ -71,6 +71,14 @@ options:
           - Gateway behind which it is. AWS - an id (C(vgw-), C(tgw-), C(pcx-), C(eni-)...). Google - partial URL of a
             VPN tunnel, forwarding rule or instance. Azure - C(VirtualNetworkGateway).
         type: str
+  peers:
+    description:
+      - Networks that are peered with it, or will be (M(isthmus.mesh.vpc_peering)). AWS - ids of VPCs, whose own ranges
+        get routes to the peering. Azure - C(<resource group>/<virtual network>) of this subscription, in which a
+        O(routes[].via) may be. Google has no use for it.
+    type: list
+    elements: str
+    default: []
   rules:
     description: What may reach the hosts.
     type: list
@@ -205,6 +213,7 @@ def main():
                 "mutually_exclusive": [("via", "gateway")],
                 "required_one_of": [("via", "gateway")],
             },
+            "peers": {"type": "list", "elements": "str", "default": []},
             "rules": {
                 "type": "list",
                 "elements": "dict",
@@ -220,10 +229,11 @@ def main():
         required_if=[("provider", "azure", ["resource_group"])],
         supports_check_mode=True,
     )
-    if module.params["state"] == "present" and not module.params["routes"] and not module.params["rules"]:
+    wanted = [name for name in ("routes", "rules", "peers") if module.params[name]]
+    if module.params["state"] == "present" and not wanted:
         module.fail_json(
-            msg="neither routes nor rules: nothing would be left of what the owner has there. Next: name them, or say "
-            "state: absent to remove all of it"
+            msg="neither routes nor rules nor peers: nothing would be left of what the owner has there. Next: name "
+            "them, or say state: absent to remove all of it"
         )
     changes = Changes(module)
     provider = providers.load(module)

@@ -158,6 +158,28 @@ def test_what_somebody_else_made_is_left_and_its_prefix_refused(vpc: Network) ->
     assert vpc.everything() == before
 
 
+def test_a_host_that_is_away_keeps_no_other_closed(vpc: Network) -> None:
+    one, two = vpc.interface("172.31.0.11"), vpc.interface("172.31.0.12")
+    wanted = options(vpc, {}, [OVERLAY], hosts=["172.31.0.11", "172.31.0.12"])
+    run("vpc_routes", wanted)
+    vpc.ec2.delete_network_interface(NetworkInterfaceId=two)
+    seen = run("vpc_routes", {**wanted, "rules": [OVERLAY, ETCD]})
+    assert "172.31.0.12 (the host is gone); nothing is opened on it" in seen["warnings"][0]
+    (group,) = [one for one in vpc.everything()[2] if one["GroupName"] == "isthmus-lab-cloud"]
+    assert {rule["FromPort"] for rule in group["IpPermissions"]} == {8472, 2379}
+    vpc.ec2.delete_network_interface(NetworkInterfaceId=one)
+    with pytest.raises(ModuleFailed, match=r"172.31.0.11. Next: correct hosts, or start the host. .2. no network"):
+        run("vpc_routes", wanted)
+
+
+def test_of_a_network_that_is_gone_nothing_is_left(vpc: Network) -> None:
+    missing = {**options(vpc, {}), "network": "vpc-0"}
+    seen = run("vpc_routes", {**missing, "state": "absent"})
+    assert (seen["changed"], "there is no such network any more" in seen["warnings"][0]) == (False, True)
+    with pytest.raises(ModuleFailed, match=r"InvalidVpcID\.NotFound"):
+        run("vpc_routes", {**missing, "rules": [OVERLAY]})
+
+
 def test_two_owners_of_one_network_do_not_see_each_other(vpc: Network) -> None:
     one = vpc.interface("172.31.0.11")
     run("vpc_routes", options(vpc, {"10.102.0.0/28": "172.31.0.11"}, [OVERLAY], owner="lab"))
@@ -320,6 +342,14 @@ def test_peering(aws: Aws) -> None:
     assert first.routes(first.table) == {"172.30.0.0/16": made["peering"]}
     with pytest.raises(ModuleFailed, match="a VPC peering delivers to the ranges of its two VPCs only"):
         run("vpc_routes", options(first, {"10.103.0.0/16": made["peering"]}, **hosts))
+    # Or the peer is named, and its ranges are asked for.
+    peered = options(first, {}, peers=[second.vpc, "vpc-0"], **hosts)
+    seen = run("vpc_routes", peered)
+    assert (seen["changed"], first.routes(first.table)) == (False, {"172.30.0.0/16": made["peering"]})
+    assert f"{first.vpc} and vpc-0 are not peered" in seen["warnings"][0]
+    run("vpc_routes", options(first, {}, state="absent"))
+    run("vpc_routes", peered)
+    assert first.routes(first.table) == {"172.30.0.0/16": made["peering"]}
     # Another owner uses it and leaves it.
     assert run("vpc_peering", {**wanted, "owner": "other"})["changed"] is False
     assert run("vpc_peering", {**wanted, "owner": "other", "state": "absent"})["changed"] is False

@@ -244,6 +244,23 @@ def test_throttled_calls_are_made_again(cloud: Azure) -> None:
     assert cloud.throttled == 0
 
 
+def test_a_host_in_a_peered_network_may_be_where_a_route_leads(cloud: Azure) -> None:
+    cloud.interface("far", "10.30.0.11", "virtualNetworks/other/subnets/a")
+    wanted = options(cloud, {"10.103.0.0/28": "10.30.0.11"}, hosts=["10.20.0.11"])
+    with pytest.raises(ModuleFailed, match=r"or a network peered with it has the address 10\.30\.0\.11"):
+        run("vpc_routes", wanted)
+    with pytest.raises(ModuleFailed, match="peers: 'other' is not <resource group>/<virtual network>"):
+        run("vpc_routes", {**wanted, "peers": ["other"]})
+    run("vpc_routes", {**wanted, "peers": [f"{GROUP}/other"]})
+    assert routes(cloud, "theirs") == {"10.103.0.0/28": "10.30.0.11"}
+
+
+def test_of_a_network_that_is_gone_nothing_is_left(cloud: Azure) -> None:
+    missing = options(cloud, {}, network="nowhere", state="absent")
+    seen = run("vpc_routes", missing)
+    assert (seen["changed"], "there is no such network any more" in seen["warnings"][0]) == (False, True)
+
+
 def test_peering(cloud: Azure) -> None:
     cloud.put("virtualNetworks/other", {"addressSpace": {"addressPrefixes": ["10.30.0.0/16"]}, "subnets": []})
     sides = [{"network": name, "resource_group": GROUP} for name in ("lab", "other")]

@@ -216,6 +216,11 @@ def test_throttled_calls_are_made_again(google: Google, monkeypatch: pytest.Monk
     assert google.throttled["compute.routes.insert"] == 0
 
 
+def test_of_a_network_that_is_gone_nothing_is_left(google: Google) -> None:
+    seen = run("vpc_routes", options(google, {}, network="nowhere", state="absent"))
+    assert (seen["changed"], "there is no such network any more" in seen["warnings"][0]) == (False, True)
+
+
 def test_peering(google: Google) -> None:
     google.network("other", "10.130.0.0/20", "10.8.0.0/14")
     before = state(google)

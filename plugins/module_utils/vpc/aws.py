@@ -115,7 +115,8 @@ class Api:
             return ProviderError(action, f"{exc} (region {self.region}, endpoint {client.meta.endpoint_url})")
         code, message = exc.response["Error"]["Code"], exc.response["Error"].get("Message", "")
         denied = code in ("UnauthorizedOperation", "AccessDenied", "AccessDeniedException")
-        return ProviderError(action, f"{code}: {message}", f"ec2:{action}" if denied else "")
+        gone = code == "InvalidVpcID.NotFound"
+        return ProviderError(action, f"{code}: {message}", f"ec2:{action}" if denied else "", gone)
 
     def step(self, what: str, before: str, after: str, name: str, **arguments: Any) -> Step:
         """A step that is one call, which AWS can rehearse."""
@@ -174,7 +175,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     owner, present = params["owner"], params["state"] == "present"
     if present:
         plan.problems += pure.overlaps(wishes, vpc.ranges)
-        plan.without((host for host in hosts if host not in vpc.by_address), vpc.nobody, wishes)
+        plan.without(hosts, vpc.by_address, vpc.nobody, wishes)
     used = [vpc.by_address[host] for host in hosts if host in vpc.by_address]
     removals: list[Step] = []
     group_steps, group_removals = _group(api, vpc, owner, rules if present else [], used, plan)
@@ -183,7 +184,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     chosen, others = _tables(vpc, params["route_tables"], subnets, owner, lost, plan)
     if not present:
         chosen, others = [], chosen + others
-    elif wishes and not chosen and not plan.problems:
+    elif (wishes or params["peers"]) and not chosen and not plan.problems:
         plan.problems.append(
             f"no host of this run has a network interface in {vpc.name}, so nothing says which route tables are meant. "
             "Next: name them in route_tables, or the hosts in hosts."
@@ -196,6 +197,9 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         else [pure.Route(wish.destination, _target(vpc, wish.hop)) for wish in wishes if wish.destination not in lost]
     )
     plan.problems += _peering_limits(api, wanted)
+    if present:
+        asked = {route.destination for route in wanted} | lost
+        wanted += [one for one in _to_peers(api, vpc, params["peers"], plan) if one.destination not in asked]
     limit = params["route_limit"]
     if limit is None and any(pure.difference(_table(entry, owner, None), wanted, lost).add for entry in chosen):
         limit = _limit(api, plan)
@@ -254,6 +258,32 @@ def _lost(vpc: _Vpc, owner: str, wishes: list[pure.Wish], plan: Plan) -> set[str
     return lost
 
 
+def _to_peers(api: Api, vpc: _Vpc, peers: list[str], plan: Plan) -> list[pure.Route]:
+    """Ways to the own ranges of peered VPCs."""
+    if not peers:
+        return []
+    filters = [{"Name": "status-code", "Values": ["active", "provisioning"]}]
+    peerings = api.pages("describe_vpc_peering_connections", "VpcPeeringConnections", Filters=filters)
+    wanted = []
+    for peer in peers:
+        sides = [(one, one["RequesterVpcInfo"], one["AccepterVpcInfo"]) for one in peerings]
+        sides += [(one, second, first) for one, first, second in sides]
+        found = next(((one, b) for one, a, b in sides if (a["VpcId"], b["VpcId"]) == (vpc.name, peer)), None)
+        if found is None:
+            plan.warnings.append(
+                f"{vpc.name} and {peer} are not peered, or not yet: there is no way to the ranges of {peer}."
+            )
+            continue
+        wanted += [pure.Route(block, found[0]["VpcPeeringConnectionId"]) for block in _blocks(found[1])]
+    return wanted
+
+
+def _blocks(side: Mapping[str, Any]) -> list[str]:
+    """The ranges of one side of a peering."""
+    blocks = [one["CidrBlock"] for one in [*side.get("CidrBlockSet", []), side] if one.get("CidrBlock")]
+    return list(dict.fromkeys(blocks))
+
+
 def _peering_limits(api: Api, wanted: list[pure.Route]) -> list[str]:
     """A peering delivers to the peer VPC's own ranges only, though a route over it may say anything."""
     ids = sorted({route.target for route in wanted if route.target.startswith("pcx-")})
@@ -264,10 +294,7 @@ def _peering_limits(api: Api, wanted: list[pure.Route]) -> list[str]:
     peerings = api.pages("describe_vpc_peering_connections", "VpcPeeringConnections", VpcPeeringConnectionIds=ids)
     reach = {
         one["VpcPeeringConnectionId"]: [
-            IPv4Network(block["CidrBlock"])
-            for side in ("RequesterVpcInfo", "AccepterVpcInfo")
-            for block in [*one[side].get("CidrBlockSet", []), one[side]]
-            if block.get("CidrBlock")
+            IPv4Network(block) for side in ("RequesterVpcInfo", "AccepterVpcInfo") for block in _blocks(one[side])
         ]
         for one in peerings
     }

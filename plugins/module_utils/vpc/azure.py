@@ -88,7 +88,8 @@ class Api:
             action = re.search(r"perform action '([^']+)'", message)
             denied = exc.status_code == 403
             permission = (action[1] if action else f"for {call}") if denied else ""
-            raise ProviderError(call, f"{code}: {message}", permission) from exc
+            gone = exc.status_code == 404 and call == "virtual_networks.get"
+            raise ProviderError(call, f"{code}: {message}", permission, gone) from exc
         except self.error as exc:
             raise ProviderError(call, " ".join(str(exc).split())) from exc
 
@@ -151,7 +152,7 @@ def _step(
 class _Network:
     """What is in the virtual network, read once."""
 
-    def __init__(self, api: Api, group: str, name: str) -> None:
+    def __init__(self, api: Api, group: str, name: str, peers: Iterable[str]) -> None:
         client = api.client
         self.api, self.group, self.name = api, group, name
         self.vnet = api.ask("virtual_networks.get", lambda: client.virtual_networks.get(group, name)).as_dict()
@@ -162,6 +163,10 @@ class _Network:
             one["properties"]["remoteVirtualNetwork"]["id"].lower() + "/"
             for one in properties.get("virtualNetworkPeerings", [])
         ]
+        networks = (
+            f"/subscriptions/{api.subscription}/resourceGroups/{{}}/providers/Microsoft.Network/virtualNetworks/{{}}/"
+        )
+        peered += [networks.format(*peer.split("/")).lower() for peer in peers]
         every = api.ask(
             "network_interfaces.list_all", lambda: [one.as_dict() for one in client.network_interfaces.list_all()]
         )
@@ -198,16 +203,20 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     """Everything that makes the virtual network hold what the module's options ask for."""
     wishes, rules, hosts, problems = pure.read(params)
     plan = Plan(problems=problems)
+    plan.problems += [
+        f"peers: {peer!r} is not <resource group>/<virtual network>."
+        for peer in params["peers"]
+        if peer.count("/") != 1
+    ]
     if problems:
         return plan
     api = Api(params["subscription"], params["endpoint"])
-    network = _Network(api, params["resource_group"], params["network"])
+    network = _Network(api, params["resource_group"], params["network"], params["peers"])
     owner, present = params["owner"], params["state"] == "present"
     plan.missing = api.missing
     if present:
         plan.problems += pure.overlaps(wishes, network.ranges)
-        nobody = f"no network interface in {network.name}"
-        plan.without((host for host in hosts if host not in network.by_address), nobody, wishes)
+        plan.without(hosts, network.by_address, f"no network interface in {network.name}", wishes)
     local = [host for host in hosts if host in network.by_address]
     tables, own, bare = _tables(network, owner, network.subnets_of(local) if present and wishes else set(), plan)
     ours = {

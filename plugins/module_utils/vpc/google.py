@@ -85,7 +85,8 @@ class Api:
             if exc.resp.status == 403 and not reasons & {"rateLimitExceeded", "quotaExceeded", "accessNotConfigured"}:
                 named = re.search(r"'(compute\.[\w.]+)' permission", exc.reason)
                 permission = named[1] if named else f"for {call}"
-            raise ProviderError(call, f"{exc.resp.status}: {exc.reason}", permission) from exc
+            gone = exc.resp.status == 404 and call == "compute.networks.get"
+            raise ProviderError(call, f"{exc.resp.status}: {exc.reason}", permission, gone) from exc
         except self.errors as exc:
             raise ProviderError(call, str(exc)) from exc
 
@@ -175,7 +176,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     if present:
         plan.problems += pure.overlaps(wishes, network.ranges)
         wanted, lost = _wanted(network, wishes, table, plan)
-        plan.without((host for host in hosts if host not in network.instances), network.nobody, wishes)
+        plan.without(hosts, network.instances, network.nobody, wishes)
     change = pure.difference(table, wanted, lost)
     plan.problems += change.problems
     plan.warnings += change.warnings

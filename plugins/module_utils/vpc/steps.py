@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from ansible.module_utils.basic import AnsibleModule
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 class ProviderError(Exception):
-    """The provider refused `call`; `permission` is set when it did so for want of one."""
+    """The provider refused `call`; `permission` is set when it did so for want of one, `gone` when it does not know
+    the network."""
 
-    def __init__(self, call: str, message: str, permission: str = "") -> None:
+    def __init__(self, call: str, message: str, permission: str = "", gone: bool = False) -> None:
         super().__init__(f"{call}: {message}")
         self.call = call
         self.message = message
         self.permission = permission
+        self.gone = gone
 
 
 @dataclass
@@ -57,14 +59,16 @@ class Plan:
         else:
             self.problems.append(f"{text}. Next: correct the address, or start the host.")
 
-    def without(self, hosts: Iterable[str], nobody: str, wishes: Iterable[Wish]) -> None:
-        """These `hosts` are nowhere, says `nobody`; of those that routes lead to `lost` tells."""
+    def without(self, hosts: Iterable[str], here: Container[str], nobody: str, wishes: Iterable[Wish]) -> None:
+        """Tells of `hosts` that are not `here`, and that no routes lead to (for those there is `lost`). One that is
+        gone has nothing to open and is no reason to leave the others closed; when all are, the network is another."""
+        hosts = list(hosts)
         led = {wish.hop.address for wish in wishes}
-        self.problems += [
-            f"{nobody} has the address {host}. Next: correct hosts, or start the host."
-            for host in hosts
-            if host not in led
-        ]
+        gone = [f"{nobody} has the address {host}" for host in hosts if host not in here and host not in led]
+        if any(host in here for host in hosts):
+            self.warnings += [f"{text} (the host is gone); nothing is opened on it." for text in gone]
+        else:
+            self.problems += [f"{text}. Next: correct hosts, or start the host." for text in gone]
 
 
 def refused(permissions: dict[str, str]) -> str:
