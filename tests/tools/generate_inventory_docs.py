@@ -61,8 +61,8 @@ isthmus_estate: "{{ estate_base | combine(estate_north, estate_south, recursive=
 ```
 
 **Absence is never removal.** What was applied and is not in the inventory any more is reported as an orphan and left
-running: hosts, workloads, services, etcd members, whole clusters, the `kubernetes` of a cluster, a range of its pods.
-It goes by `state: absent` (`isthmus_state: absent` for a host), or by its name: `-e
+running: hosts, workloads, services, etcd members, whole clusters, the `kubernetes` of a cluster, a range of its pods,
+the `vpc` of a site, a peering. It goes by `state: absent` (`isthmus_state: absent` for a host), or by its name: `-e
 isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until then it keeps its ranges,
 addresses and ids: what is new and collides with them is refused.
 
@@ -84,6 +84,12 @@ TABLES = (
     ("`isthmus_estate`", schema.ESTATE, "The mesh."),
     ("`isthmus_estate.overlay`", schema.OVERLAY, "The tunnel between hosts."),
     ("`isthmus_estate.sites.<name>`", schema.SITE, "A site is a network whose hosts reach each other directly."),
+    (
+        "`isthmus_estate.sites.<name>.vpc`",
+        schema.VPC,
+        "What is set there is marked with `<estate>-<site>`, and nothing else is touched. Credentials are never here.",
+    ),
+    ("`isthmus_estate.sites.<name>.vpc.gateways[]`", schema.VPC_GATEWAY, "A gateway of the VPC that others made."),
     ("`isthmus_estate.site_pairs[]`", schema.SITE_PAIR, "What differs for two sites."),
     ("`isthmus_estate.clusters.<name>`", schema.CLUSTER, "A cluster has its own etcd, CA and ranges."),
     (

@@ -22,6 +22,8 @@ from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .encryption import Pair
 from .encryption import pair as sorted_pair
 from .schema import INVALID, Problem, not_yet, suggestion
+from .vpc import Vpcs
+from .vpc import read as read_vpcs
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ class Model:
     services: Mapping[str, Service]
     reserved: tuple[Claim, ...] = ()
     encryption: Encryption = Encryption()
+    vpcs: Vpcs = field(default_factory=Vpcs)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def digest(self) -> str:
@@ -202,6 +205,8 @@ class Model:
                 del entry["definition"]["kubernetes"]
         if self.encryption == Encryption():
             del content["encryption"]
+        if self.vpcs == Vpcs():
+            del content["vpcs"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -280,15 +285,16 @@ class _Reader:
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
         encryption = self.sites(top, clusters, read_hosts)
+        vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"])
         self.ranges(clusters, read_hosts, reserved)
         services = self.services(top, clusters, read_hosts)
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
             named = {**readable, "name": str(top["name"])}
-            draft = self.model(named, clusters, read_hosts, reserved, services, encryption)
+            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, vpcs)
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services, encryption)
+        return self.model(top, clusters, read_hosts, reserved, services, encryption, vpcs)
 
     def model(
         self,
@@ -298,6 +304,7 @@ class _Reader:
         reserved: tuple[Claim, ...],
         services: Mapping[str, Service],
         encryption: Encryption,
+        vpcs: Vpcs,
     ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
         sites = {cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()}
@@ -313,6 +320,7 @@ class _Reader:
             services={name: services[name] for name in sorted(services)},
             reserved=reserved,
             encryption=encryption,
+            vpcs=vpcs,
             warnings=tuple(sorted(self.warnings)),
         )
 

@@ -100,13 +100,15 @@ def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     return found
 
 
-def rules(own: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """What a host, by its spec as JSON, must let in: protocol, port and source address, in order."""
+def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False) -> list[tuple[str, int, str]]:
+    """What a host, by its spec as JSON, must let in: protocol, port and source address, in order. A firewall `outside`
+    the host does not see the overlay where it is inside WireGuard."""
     documents = documents_of(record)
     cluster = documents[own["cluster"]["name"]]
     here = cluster["hosts"][own["host"]]
     everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
-    wanted = [("udp", own["overlay"]["port"], everybody)]
+    plain = [entry for entry in everybody if not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)]
+    wanted = [("udp", own["overlay"]["port"], plain)]
     if own.get("wireguard"):
         encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
         wanted.append(("udp", own["wireguard"]["port"], encrypted))

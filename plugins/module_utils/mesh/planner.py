@@ -17,7 +17,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import encryption, jsontext, matrix, spec, versions
+from . import encryption, jsontext, matrix, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Pair, Stage
@@ -62,7 +62,7 @@ class Plan:
     `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
     record in a form for people. `sites` is the matrix of sites (matrix.py). `steps` are those that follow
     `specs` and `record`. `stages` are those of each pair of sites where something is or was encrypted: what
-    the record has (None: no traffic yet), and each that follows."""
+    the record has (None: no traffic yet), and each that follows. `vpcs` is what VPCs get (vpc.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -80,6 +80,7 @@ class Plan:
     sites: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    vpcs: vpc.Planned = field(default_factory=vpc.Planned)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,8 @@ class _Planner:
             documents[name] = self.settled(document, CLUSTERS + name, old)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
-        roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()})
+        vpcs = self.vpcs(present, ways)
+        roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()}, vpcs)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -262,7 +264,32 @@ class _Planner:
             sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages)),
             steps=tuple(self.steps(following, present, ways)),
             stages=stages,
+            vpcs=vpcs,
         )
+
+    # VPCs
+
+    def vpcs(
+        self,
+        present: Mapping[str, Mapping[str, Any]],
+        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+    ) -> vpc.Planned:
+        old = (self.record.roster or {}).get("vpcs")
+        if old is None and self.model.vpcs == vpc.Vpcs():
+            return vpc.Planned()
+        running = {pair: now for pair, (now, _stages) in ways.items() if now is not None}
+        states = [self.vpc_state(self.known, running)]
+        for number in range(max((len(stages) for _now, stages in ways.values()), default=1)):
+            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
+            states.append(self.vpc_state(present, these))
+        found = vpc.planned(self.model.vpcs, self.model.name, old, self.prune, states)
+        self.orphans += found.orphans
+        self.removed += found.removed
+        return found
+
+    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> vpc.State:
+        homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
+        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], stages).build())
 
     # Encryption
 
@@ -330,6 +357,7 @@ class _Planner:
                 candidates.add(f"host/{host}")
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
         roster = self.record.roster or {"services": {}}
+        candidates |= vpc.names(roster.get("vpcs"))
         candidates |= {f"service/{key}" for key, entry in roster["services"].items() if entry["state"] != "absent"}
         found = set()
         for given in prune:
@@ -523,6 +551,8 @@ class _Planner:
             return rest in self.model.clusters
         if kind == "service":
             return rest in self.model.services
+        if kind in ("vpc", "peering"):
+            return self.model.vpcs.has(name)
         first, _slash, second = rest.partition("/")
         cluster = self.model.clusters.get(first)
         outer = None if cluster is None else cluster.kubernetes
@@ -1180,7 +1210,9 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> dict[str, Any]:
+    def roster(
+        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], vpcs: vpc.Planned
+    ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1213,7 +1245,7 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
-            **_filled(encryption=encryption.to_document(stages)),
+            **_filled(encryption=encryption.to_document(stages), vpcs=vpcs.document),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1554,6 +1586,7 @@ def _lines(record: Record) -> dict[str, str]:
             if stage is not Stage.PLAIN:
                 name = f"within site {one}" if one == other else f"between sites {one} and {other}"
                 found[f"encryption {name}"] = encryption.WORDS[stage]
+        found.update(vpc.recorded(roster.get("vpcs")))
     return found
 
 

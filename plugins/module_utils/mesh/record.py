@@ -9,6 +9,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
      "overlay_port": 8472, "version": "1.0.0",
      "clusters": {"onprem": {"id": 1, "state": "present"}},
      "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
+     "vpcs": {"sites": {"cloud": {"provider": "aws", "network": "vpc-1", "region": "eu-central-1"}}, "peerings": []},
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
 
 `clusters/<name>`::
@@ -271,6 +272,8 @@ def _check(where: str, name: str, document: Any) -> int:
             for stage in (encryption.text("all", None), *encryption.text_mapping("pairs").values()):
                 if stage not in STAGES:
                     fields.fail("encryption", f"has a stage that is not one of {', '.join(STAGES)}")
+        if "vpcs" in fields.value:
+            _check_vpcs(fields.object("vpcs"))
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")
@@ -317,6 +320,18 @@ def _check(where: str, name: str, document: Any) -> int:
         released.network4("address")
         parse_time(released.text("at", None), released.path("at"))
     return revision
+
+
+def _check_vpcs(vpcs: Fields) -> None:
+    _there(vpcs, "peerings")
+    sites = dict(_entries(vpcs, "sites"))
+    for site, place in sites.items():
+        vpcs.object("sites").text_mapping(site)
+        place.text("provider", None)
+        place.text("network", None)
+    for name in vpcs.texts("peerings"):
+        if len(name.split(" ")) != 2 or not set(name.split(" ")) <= set(sites):
+            vpcs.fail("peerings", "names what are not two sites with a VPC")
 
 
 def _check_host(entry: Fields) -> None:

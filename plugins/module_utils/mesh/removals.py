@@ -26,9 +26,15 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
     lost = forgotten_hosts(after.clusters.values())
     for name in sorted(removed):
         kind, _slash, rest = name.partition("/")
-        if rest in lost or (kind == "cluster" and after.clusters[rest].get("forgotten")):
+        if kind in ("vpc", "peering"):
+            what = f"VPC of site {rest}" if kind == "vpc" else f"peering of the VPCs of {rest.replace('/', ' and ')}"
+            yield (
+                f"{name}: what the mesh has in the {what} goes before hosts are changed: packets that go by it end at "
+                "once. Undo: put it back into the inventory and run site."
+            )
+        elif rest in lost or (kind == "cluster" and after.clusters[rest].get("forgotten")):
             continue
-        if kind == "cluster":
+        elif kind == "cluster":
             hosts = sorted(before.clusters[rest]["hosts"])
             yield (
                 f"{name}: the others forget its {_count(len(hosts), 'host')} ({', '.join(hosts)}), and it them. "

@@ -604,6 +604,48 @@ _ENCRYPTION = Choice(
     ("none", "wireguard"), {"ipsec-gateway": "packets are encrypted from host to host, by WireGuard, or not so far"}
 )
 
+_WORD = Text(r"[!-~]+", "a name without blanks", "the provider knows it by it", 255)
+_ENDPOINT = Text(r"https?://[!-~]+", "an http or https URL", "the provider's API is asked there", 2048)
+
+VPC_GATEWAY = Table(
+    "gateway of a VPC",
+    {
+        "gateway": Key(
+            _WORD,
+            "AWS: its id (`vgw-`, `tgw-`...). Google: partial URL of a VPN tunnel, forwarding rule or instance. Azure: "
+            "`VirtualNetworkGateway`.",
+            REQUIRED,
+        ),
+        "sites": Key(Listing(LABEL, 1), "Sites whose ranges it leads to.", REQUIRED),
+    },
+)
+
+VPC = Table(
+    "VPC section",
+    {
+        "provider": Key(Choice(("aws", "google", "azure")), "Whose API is asked.", REQUIRED),
+        "network": Key(_WORD, "AWS: id of the VPC. Google, Azure: name of the network.", REQUIRED),
+        "manage": Key(
+            Listing(Choice(("routes", "firewall")), 1),
+            "`routes`: routes to the hosts' ranges, and source/destination check off. `firewall`: the mesh's ports are "
+            "opened on the hosts.",
+            REQUIRED,
+        ),
+        "region": Key(_WORD, "AWS: region.", None, "that of profile or environment"),
+        "profile": Key(_WORD, "AWS: name of a profile on the controller.", None, "that of the environment"),
+        "project": Key(_WORD, "Google: project.", None, "that of the credentials"),
+        "subscription": Key(_WORD, "Azure: subscription.", None, "`AZURE_SUBSCRIPTION_ID`"),
+        "resource_group": Key(_WORD, "Azure: resource group of the network.", None, "none; Azure needs it"),
+        "endpoint": Key(_ENDPOINT, "Base URL of the provider's API.", None, "the public one"),
+        "route_tables": Key(Listing(_WORD), "AWS: ids of the route tables.", (), "those of the hosts' subnets"),
+        "route_limit": Key(
+            Integer(1, 100_000, "it is a number of routes"), "Routes that a table holds.", None, "the provider is asked"
+        ),
+        "gateways": Key(Listing(VPC_GATEWAY), "Gateways of the VPC, and what is behind them.", ()),
+        "state": Key(_STATE, "`absent` takes out of the VPC all that is ours.", "present"),
+    },
+)
+
 SITE = Table(
     "site",
     {
@@ -611,6 +653,9 @@ SITE = Table(
             Flag({False: "a registrar connects to its peers' etcd directly so far"}),
             "Whether other sites can open connections to this one.",
             True,
+        ),
+        "vpc": Key(
+            VPC, "The VPC that its hosts are in, as far as the provider's API is to be used. See [vpc.md](vpc.md)."
         ),
     },
 )
@@ -629,6 +674,9 @@ SITE_PAIR = Table(
             "Whether packets of the mesh between them are encrypted.",
             None,
             "that of the estate",
+        ),
+        "vpc_peering": Key(
+            Flag(), "Whether their VPCs are peered; `false` ends a peering that was made by it.", None, "not looked at"
         ),
     },
 )
