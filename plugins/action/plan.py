@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import matrix
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import matrix, vpc
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
@@ -101,6 +101,11 @@ class ActionModule(ActionBase):
             sites=[dict(row) for row in found.sites],
             matrix=matrix.lines(found.sites),
             encryption=matrix.changes(found.sites),
+            vpc={
+                "networks": [dict(call) for call in found.vpcs.calls],
+                "peerings": [dict(call) for call in found.vpcs.peerings],
+                "lines": vpc.lines(found.vpcs.calls, found.vpcs.peerings),
+            },
             steps=[
                 {
                     "specs": dict(step.specs),

@@ -167,6 +167,26 @@ encryption:
   returned: success
   type: list
   elements: str
+vpc:
+  description:
+    - What VPCs get, C(networks) for M(isthmus.mesh.vpc_routes) and C(peerings) for M(isthmus.mesh.vpc_peering), and in
+      words (C(lines)). C(hosts_of_site) are those whose VPC it is; C(meanwhile) is what it holds until all hosts have
+      been changed, where that is more than what it holds then.
+  returned: success
+  type: dict
+  contains:
+    networks:
+      description: One for each site with a VPC.
+      type: list
+      elements: dict
+    peerings:
+      description: One for each peering.
+      type: list
+      elements: dict
+    lines:
+      description: A line for each of them.
+      type: list
+      elements: str
 steps:
   description:
     - What follows RV(specs) and RV(record) while encryption is turned on or off, each with its own C(specs) and

@@ -46,6 +46,7 @@ class Site:
         self.estate: dict[str, Any] = {}
         self.labels: dict[str, str] = {}
         self.removed: tuple[str, ...] = ()
+        self.environment: dict[str, str] = {}
         for host in self.hosts:
             interpreter = place / "hosts" / host / "python"
             interpreter.write_text(f'#!/bin/sh\nFAKE_HOST={host} FAKE_PLACE={place} exec {sys.executable} "$@"\n')
@@ -112,6 +113,7 @@ class Site:
             "ANSIBLE_COLLECTIONS_PATH": str(self.place / "collections"),
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_PIPELINING": "1",
+            **self.environment,
         }
         command = ["ansible-playbook", "-i", str(self.inventory()), f"isthmus.mesh.{name}", *options]
         done = subprocess.run(

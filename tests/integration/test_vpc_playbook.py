@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""VPCs of the inventory under `site`, `plan`, `verify` and `teardown`: the playbooks, their plan, the role and its
+modules are real, AWS is moto behind the proxy of vpc_aws.py, modules on hosts are `fake_modules.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.test_batches_playbook import ROOT, Site, said
+from vpc_aws import REGION, Aws, Network, aws_on_loopback
+
+ADDRESSES = {"b1": "172.31.0.11", "b2": "172.31.1.12", "c1": "172.30.0.11"}
+
+
+@pytest.fixture(scope="module")
+def loopback() -> Iterator[tuple[Aws, str]]:
+    with aws_on_loopback() as found:
+        yield found
+
+
+class Cloud(Site):
+    """Site b has a VPC, and so has c when it is told; a is somewhere else."""
+
+    def __init__(self, place: Path, aws: Aws, url: str) -> None:
+        super().__init__(place)
+        aws.reset()
+        self.aws = aws
+        self.b, self.c = Network(aws), Network(aws, "172.30.0.0/16")
+        self.interfaces = {
+            "b1": self.b.interface(ADDRESSES["b1"]),
+            "b2": self.b.interface(ADDRESSES["b2"], 1),
+            "c1": self.c.interface(ADDRESSES["c1"]),
+        }
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-sees",
+            "AWS_ENDPOINT_URL": url,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.sites: dict[str, Any] = {"a": {}, "b": {"vpc": self.vpc(self.b)}, "c": {}}
+        text = (ROOT / "tests" / "integration" / "fake_modules.py").read_text()
+        path = place / "collections/ansible_collections/isthmus/mesh/plugins/modules/teardown.py"
+        path.unlink()
+        path.write_text(text.replace('NAME = "verify"', 'NAME = "teardown"'))
+
+    def vpc(self, network: Network) -> dict[str, Any]:
+        return {"provider": "aws", "network": network.vpc, "region": REGION, "manage": ["routes", "firewall"]}
+
+    def inventory(self) -> Path:
+        self.estate = {**self.estate, "sites": self.sites}
+        path = super().inventory()
+        content = json.loads(path.read_text())
+        for group in content["all"]["children"].values():
+            for host in set(group["hosts"]) & set(ADDRESSES):
+                group["hosts"][host]["isthmus_underlay"] = ADDRESSES[host]
+        path.write_text(json.dumps(content))
+        return path
+
+    def opened(self, network: Network) -> dict[int, set[str]]:
+        """By port, who may reach it."""
+        groups = [one for one in network.everything()[2] if one["GroupName"].startswith("isthmus-")]
+        return {
+            rule["FromPort"]: {source["CidrIp"] for source in rule["IpRanges"]}
+            for group in groups
+            for rule in group["IpPermissions"]
+        }
+
+    def destinations(self, network: Network) -> set[str]:
+        return set(network.routes(network.table))
+
+
+@pytest.fixture
+def cloud(loopback: tuple[Aws, str], tmp_path: Path) -> Cloud:
+    return Cloud(tmp_path, *loopback)
+
+
+def test_a_vpc_from_nothing_over_drift_to_nothing(cloud: Cloud) -> None:
+    network, before = cloud.b, cloud.b.everything()
+    shown = said(cloud.run(name="plan"))
+    assert f"site b: aws {network.vpc}, as e-b: routes 10.102.0.0/28 to 172.31.0.11" in shown
+    assert network.everything() == before
+
+    first = cloud.run()
+    assert first.status == 0, first.output
+    assert "a-secret-that-nobody-sees" not in first.output
+    assert network.routes(network.table) == {
+        "10.102.0.0/28": cloud.interfaces["b1"],
+        "10.102.0.16/28": cloud.interfaces["b2"],
+    }
+    others = {f"192.0.1.{number}/32" for number in (1, 2, 3)} | {"172.30.0.11/32"}
+    assert cloud.opened(network) == {
+        8472: others | {"172.31.0.11/32", "172.31.1.12/32"},
+        2379: others | {"172.31.1.12/32"},
+    }
+    assert not network.look(cloud.interfaces["b1"])["SourceDestCheck"]
+    set_up = network.everything()
+
+    again = cloud.run()
+    assert (again.status, again.changed) == (0, {}), again.output
+    assert {name: recap.ok for name, recap in again.hosts.items() if recap.ok > 10} == {}
+    assert network.everything() == set_up
+    assert cloud.run(name="verify").status == 0
+
+    one = cloud.interfaces["b1"]
+    network.ec2.delete_route(RouteTableId=network.table, DestinationCidrBlock="10.102.0.16/28")
+    network.ec2.modify_network_interface_attribute(NetworkInterfaceId=one, SourceDestCheck={"Value": True})
+    network.ec2.create_route(RouteTableId=network.table, DestinationCidrBlock="10.9.0.0/16", NetworkInterfaceId=one)
+    drift = cloud.run(name="verify")
+    assert drift.status == 2, drift.output
+    assert f"site b: route 10.102.0.16/28 in {network.table} is missing ({cloud.interfaces['b2']})." in said(drift)
+    assert f"site b: source/destination check of {one} is on, and should be off." in said(drift)
+    cloud.aws.calls.clear()
+    elsewhere = cloud.run("--limit", "a1,c1")
+    assert (elsewhere.status, elsewhere.changed, cloud.aws.calls) == (0, {}, []), "no host of the VPC is in the run"
+    repaired = cloud.run("--limit", "b2", "--tags", "vpc")
+    assert repaired.status == 0, repaired.output
+    assert cloud.destinations(network) == {"10.102.0.0/28", "10.102.0.16/28", "10.9.0.0/16"}
+    network.ec2.delete_route(RouteTableId=network.table, DestinationCidrBlock="10.9.0.0/16")
+    assert network.everything() == set_up
+
+    cloud.sites["b"] = {}
+    orphan = cloud.run(name="plan")
+    assert "vpc/b" in said(orphan)
+    assert network.everything() == set_up
+    gone = cloud.run("-e", "isthmus_prune=vpc/b")
+    assert gone.status == 0, gone.output
+    assert network.everything() == before
+    cloud.aws.calls.clear()
+    assert (cloud.run().changed, cloud.aws.calls) == ({}, [])
+
+
+def test_what_one_vpc_refuses_leaves_the_other_and_all_hosts_as_they_are(cloud: Cloud) -> None:
+    cloud.sites["c"] = {"vpc": cloud.vpc(cloud.c)}
+    foreign = cloud.c.interface("172.30.0.99")
+    cloud.c.ec2.create_route(
+        RouteTableId=cloud.c.table, DestinationCidrBlock="10.103.0.0/28", NetworkInterfaceId=foreign
+    )
+    before = cloud.b.everything(), cloud.c.everything()
+    refused = cloud.run()
+    assert refused.status == 2, refused.output
+    assert f"{cloud.c.table}: 10.103.0.0/28 is somebody else's route to {foreign}" in said(refused)
+    cloud.c.ec2.delete_route(RouteTableId=cloud.c.table, DestinationCidrBlock="10.103.0.0/28")
+    cloud.aws.denied = {"CreateRoute"}
+    denied = cloud.run()
+    assert denied.status == 2, denied.output
+    assert "nothing was changed; permission missing: ec2:CreateRoute (call CreateRoute" in said(denied)
+    cloud.c.ec2.create_route(
+        RouteTableId=cloud.c.table, DestinationCidrBlock="10.103.0.0/28", NetworkInterfaceId=foreign
+    )
+    assert (cloud.b.everything(), cloud.c.everything()) == before
+    assert [cloud.calls(name) for name in ("preflight", "node")] == [[], []]
+
+
+def test_what_a_removed_host_needed_goes_with_it_and_what_it_does_not_know_stays(cloud: Cloud) -> None:
+    assert cloud.run().status == 0
+    cloud.removed = ("a3",)
+    (cloud.place / "fail" / "node a1").touch()
+    failed = cloud.run()
+    assert failed.status == 2, failed.output
+    assert "192.0.1.3/32" in cloud.opened(cloud.b)[8472], "the hosts have not been changed yet"
+    (cloud.place / "fail" / "node a1").unlink()
+    done = cloud.run()
+    assert done.status == 0, done.output
+    assert "192.0.1.3/32" not in cloud.opened(cloud.b)[8472]
+
+
+def test_ports_close_when_the_last_step_of_encryption_is_done(cloud: Cloud) -> None:
+    assert cloud.run().status == 0
+    cloud.estate = {"encryption": "wireguard"}
+    (cloud.place / "fail" / "verify c1 encryption").touch()
+    halfway = cloud.run("-e", "isthmus_serial=100%")
+    assert halfway.status == 2, halfway.output
+    assert set(cloud.opened(cloud.b)) == {2379, 8472, 51871}
+    (cloud.place / "fail" / "verify c1 encryption").unlink()
+    done = cloud.run("-e", "isthmus_serial=100%")
+    assert done.status == 0, done.output
+    assert set(cloud.opened(cloud.b)) == {2379, 51871}
+    again = cloud.run()
+    assert (again.status, again.changed) == (0, {}), again.output
+
+
+def test_two_vpcs_are_peered_and_teardown_leaves_nothing(cloud: Cloud) -> None:
+    before = cloud.b.everything(), cloud.c.everything()
+    cloud.sites["c"] = {"vpc": cloud.vpc(cloud.c)}
+    cloud.estate = {"site_pairs": [{"sites": ["b", "c"], "vpc_peering": True}]}
+    made = cloud.run()
+    assert made.status == 0, made.output
+    (peering,) = cloud.b.ec2.describe_vpc_peering_connections()["VpcPeeringConnections"]
+    assert peering["Status"]["Code"] == "active"
+    name = peering["VpcPeeringConnectionId"]
+    assert cloud.b.routes(cloud.b.table)["172.30.0.0/16"] == name
+    assert cloud.c.routes(cloud.c.table)["172.31.0.0/16"] == name
+    again = cloud.run()
+    assert (again.status, again.changed) == (0, {}), again.output
+
+    partly = cloud.run("-e", "isthmus_confirm_teardown=e", "--limit", "b1", name="teardown")
+    assert partly.status == 0, partly.output
+    assert "172.30.0.0/16" in cloud.destinations(cloud.b), "b2 is in the VPC still"
+    down = cloud.run("-e", "isthmus_confirm_teardown=e", name="teardown")
+    assert down.status == 0, down.output
+    assert (cloud.b.everything(), cloud.c.everything()) == before
+    states = [one["Status"]["Code"] for one in cloud.b.ec2.describe_vpc_peering_connections()["VpcPeeringConnections"]]
+    assert set(states) <= {"deleted"}
