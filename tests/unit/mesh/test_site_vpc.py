@@ -12,6 +12,7 @@ from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan
 from isthmus_mesh.record import Record, RecordError, merge
 from unit.mesh.estates import estate, hosts, model, planned
+from unit.mesh.test_inventory_docs import ROOT, inventory
 
 AWS = {"provider": "aws", "network": "vpc-1", "region": "eu-central-1", "manage": ["routes", "firewall"]}
 GATEWAYS = [{"gateway": "tgw-1", "sites": ["onprem"]}]
@@ -280,6 +281,26 @@ def test_an_owner_fits_what_providers_take(estate_name: str, sites: tuple[str, .
     assert re.fullmatch("[a-z][a-z0-9-]{0,22}[a-z0-9]", found)
     assert found == vpc.owner(estate_name, *sites)
     assert found != vpc.owner(estate_name, *sites, "b")
+
+
+def test_the_example_s_vpcs_are_set_as_its_words_say() -> None:
+    the_estate, the_hosts = inventory(ROOT / "inventories" / "hybrid_example")
+    central, west = planned(model(the_estate, the_hosts)).vpcs.calls
+    assert (central["owner"], west["owner"]) == ("retail-central", "retail-west")
+    tunnels = "projects/retail-mesh/regions/us-central1/vpnTunnels"
+    assert [(one["destination"], one.get("via") or one["gateway"]) for one in central["routes"]] == [
+        ("10.128.0.0/14", f"{tunnels}/frankfurt"),
+        ("10.64.0.0/16", f"{tunnels}/frankfurt"),
+        ("10.66.0.0/16", f"{tunnels}/dublin"),
+        ("10.71.0.0/20", f"{tunnels}/frankfurt"),
+        ("10.72.0.0/28", "10.8.0.11"),
+        ("10.72.0.16/28", "10.8.0.12"),
+    ]
+    # Everything is encrypted but in Frankfurt, so the overlay's own port stays closed here.
+    assert [(rule["protocol"], rule["port"]) for rule in central["rules"]] == [("tcp", 2379), ("udp", 51871)]
+    assert [(rule["protocol"], rule["port"]) for rule in west["rules"]] == [("tcp", 12379), ("udp", 51871)]
+    till = the_hosts["berlin-till"]["ansible_host"]
+    assert all(till in rule["sources"] for rule in west["rules"])
 
 
 @pytest.mark.parametrize(
