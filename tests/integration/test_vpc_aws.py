@@ -285,6 +285,18 @@ def test_a_table_that_is_too_small(vpc: Network, aws: Aws) -> None:
     assert two not in vpc.routes(vpc.table).values()
 
 
+def test_a_group_that_is_too_small(vpc: Network, aws: Aws) -> None:
+    vpc.interface("172.31.0.11")
+    many = {**OVERLAY, "sources": [f"198.18.{number}.1" for number in range(61)]}
+    wanted = options(vpc, {"10.102.0.0/28": "172.31.0.11"}, [many])
+    before = vpc.everything()
+    with pytest.raises(ModuleFailed, match="security group isthmus-lab-cloud holds 60 rules, the plan needs 61"):
+        run("vpc_routes", wanted)
+    assert vpc.everything() == before
+    aws.rules = 100  # moto itself has never more than 60
+    assert run("vpc_routes", wanted, check=True)["changed"] is True
+
+
 @pytest.mark.parametrize(
     "action",
     ["CreateRoute", "CreateTags", "ModifyNetworkInterfaceAttribute", "CreateSecurityGroup", "DescribeRouteTables"],

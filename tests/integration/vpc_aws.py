@@ -39,6 +39,7 @@ class Aws:
         self.denied: set[str] = set()
         self.throttled: dict[str, int] = {}
         self.quota = 50
+        self.rules = 60
         self.quota_denied = False
         self.page = 2
         connection = http.client.HTTPConnection("127.0.0.1", self.moto_port)
@@ -155,8 +156,9 @@ def _handler(aws: Aws) -> type[BaseHTTPRequestHandler]:
                 kind = {"__type": "AccessDeniedException", "Message": "not authorized"}
                 self.answer(400, json.dumps(kind).encode(), "application/x-amz-json-1.1")
                 return
-            assert (query["ServiceCode"], query["QuotaCode"]) == ("vpc", "L-93826ACB")
-            self.answer(200, json.dumps({"Quota": {"Value": aws.quota}}).encode(), "application/x-amz-json-1.1")
+            assert query["ServiceCode"] == "vpc"
+            quota = {"L-93826ACB": aws.quota, "L-0EA8095F": aws.rules}[query["QuotaCode"]]
+            self.answer(200, json.dumps({"Quota": {"Value": quota}}).encode(), "application/x-amz-json-1.1")
 
     return Proxy
 

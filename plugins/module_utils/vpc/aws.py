@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 TAG = "isthmus"
 TAG_VALUE = 256  # characters that the value of a tag holds
 TAGS = 50  # tags that a resource holds
-QUOTA = ("vpc", "L-93826ACB")  # Service Quotas: routes per route table
+# Service Quotas of `vpc`: routes per route table, inbound or outbound rules per security group and its default.
+ROUTES_QUOTA = "L-93826ACB"
+RULES_QUOTA = "L-0EA8095F"
+RULES = 60
 GATEWAYS = {
     "vgw-": "GatewayId",
     "igw-": "GatewayId",
@@ -202,7 +205,12 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         wanted += [one for one in _to_peers(api, vpc, params["peers"], plan) if one.destination not in asked]
     limit = params["route_limit"]
     if limit is None and any(pure.difference(_table(entry, owner, None), wanted, lost).add for entry in chosen):
-        limit = _limit(api, plan)
+        limit = _limit(api, ROUTES_QUOTA)
+        if limit is None:
+            plan.warnings.append(
+                "how many routes a table holds is not known (permission servicequotas:GetServiceQuota, or the option "
+                "route_limit): a table that is full is noticed only on the way."
+            )
     dead, borrowed = [], []
     for entry in [*chosen, *others]:
         table = _table(entry, owner, limit)
@@ -308,15 +316,11 @@ def _peering_limits(api: Api, wanted: list[pure.Route]) -> list[str]:
     ]
 
 
-def _limit(api: Api, plan: Plan) -> int | None:
+def _limit(api: Api, code: str) -> int | None:
+    """A quota; None when it may not be asked for."""
     try:
-        answer = api.call("get_service_quota", api.quotas, ServiceCode=QUOTA[0], QuotaCode=QUOTA[1])
-        return int(answer["Quota"]["Value"])
-    except ProviderError as exc:
-        plan.warnings.append(
-            f"how many routes a table holds is not known ({exc}; permission servicequotas:GetServiceQuota, or the "
-            "option route_limit): a table that is full is noticed only on the way."
-        )
+        return int(api.call("get_service_quota", api.quotas, ServiceCode="vpc", QuotaCode=code)["Quota"]["Value"])
+    except ProviderError:
         return None
 
 
@@ -506,6 +510,15 @@ def _group(
         return [], []
     there = {} if group is None else _rules_of(api, group["GroupId"])
     wanted_keys = {(protocol, port, source) for (protocol, port), found in wanted.items() for source in found}
+    # New rules are made before old ones go.
+    count = len(wanted_keys | set(there))
+    limit = (_limit(api, RULES_QUOTA) or RULES) if count > RULES and wanted_keys - set(there) else count
+    if count > limit:
+        plan.problems.append(
+            f"security group {name} holds {limit} rules, the plan needs {count}: one for each port and each of "
+            "sources. Next: raise the quota 'Inbound or outbound rules per security group', or use fewer, larger "
+            "sources."
+        )
     # The group's id is known only once it is made.
     place = {"id": group["GroupId"] if group else ""}
 
