@@ -86,14 +86,15 @@ options:
     default: []
     suboptions:
       protocol:
-        description: Transport protocol.
+        description:
+          - Transport protocol; V(all) lets everything in, to the hosts and, on Google and Azure where it counts, to the
+            destinations of routes that lead to them.
         type: str
-        choices: [tcp, udp]
+        choices: [tcp, udp, all]
         required: true
       port:
-        description: Port of the hosts.
+        description: Port of the hosts; there is none with V(all).
         type: int
-        required: true
       sources:
         description: IPv4 prefixes or addresses that may reach it.
         type: list
@@ -219,8 +220,8 @@ def main():
                 "elements": "dict",
                 "default": [],
                 "options": {
-                    "protocol": {"type": "str", "choices": ["tcp", "udp"], "required": True},
-                    "port": {"type": "int", "required": True},
+                    "protocol": {"type": "str", "choices": ["tcp", "udp", "all"], "required": True},
+                    "port": {"type": "int"},
                     "sources": {"type": "list", "elements": "str", "required": True},
                 },
             },

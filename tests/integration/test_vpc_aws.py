@@ -158,6 +158,19 @@ def test_what_somebody_else_made_is_left_and_its_prefix_refused(vpc: Network) ->
     assert vpc.everything() == before
 
 
+def test_everything_from_a_range(vpc: Network) -> None:
+    vpc.interface("172.31.0.11")
+    every = {"protocol": "all", "sources": ["10.102.0.0/16"]}
+    wanted = options(vpc, {"10.102.0.0/28": "172.31.0.11"}, [every, ETCD])
+    run("vpc_routes", wanted)
+    (group,) = [one for one in vpc.everything()[2] if one["GroupName"] == "isthmus-lab-cloud"]
+    sources = {rule["IpProtocol"]: [one["CidrIp"] for one in rule["IpRanges"]] for rule in group["IpPermissions"]}
+    assert sources == {"-1": ["10.102.0.0/16"], "tcp": ["203.0.113.7/32"]}
+    assert run("vpc_routes", wanted)["changed"] is False
+    less = run("vpc_routes", {**wanted, "rules": [ETCD]})
+    assert [one["before_header"] for one in less["diff"]] == ["rule all of isthmus-lab-cloud"]
+
+
 def test_a_host_that_is_away_keeps_no_other_closed(vpc: Network) -> None:
     one, two = vpc.interface("172.31.0.11"), vpc.interface("172.31.0.12")
     wanted = options(vpc, {}, [OVERLAY], hosts=["172.31.0.11", "172.31.0.12"])

@@ -255,6 +255,21 @@ def test_a_host_in_a_peered_network_may_be_where_a_route_leads(cloud: Azure) -> 
     assert routes(cloud, "theirs") == {"10.103.0.0/28": "10.30.0.11"}
 
 
+def test_everything_from_a_range_and_to_it(cloud: Azure) -> None:
+    every = {"protocol": "all", "sources": ["10.103.0.0/16"]}
+    run("vpc_routes", options(cloud, BOTH, [every]))
+    (rule,) = cloud.listed("networkSecurityGroups/guard", "securityRules").values()
+    assert (rule["protocol"], rule["destinationPortRange"], rule["sourceAddressPrefixes"]) == (
+        "*",
+        "*",
+        ["10.103.0.0/16"],
+    )
+    assert set(rule["destinationAddressPrefixes"]) == {*BOTH, "10.20.0.11/32", "10.20.1.12/32"}
+    assert run("vpc_routes", options(cloud, BOTH, [every]))["changed"] is False
+    run("vpc_routes", options(cloud, BOTH))
+    assert cloud.listed("networkSecurityGroups/guard", "securityRules") == {}
+
+
 def test_of_a_network_that_is_gone_nothing_is_left(cloud: Azure) -> None:
     missing = options(cloud, {}, network="nowhere", state="absent")
     seen = run("vpc_routes", missing)

@@ -216,6 +216,15 @@ def test_throttled_calls_are_made_again(google: Google, monkeypatch: pytest.Monk
     assert google.throttled["compute.routes.insert"] == 0
 
 
+def test_everything_from_a_range_and_to_it(google: Google) -> None:
+    every = {"protocol": "all", "sources": ["10.103.0.0/16"]}
+    run("vpc_routes", options(google, BOTH, [every]))
+    (rule,) = [one for one in google.firewalls.values() if one["name"].startswith("isthmus-")]
+    assert (rule["name"], rule["allowed"]) == ("isthmus-lab-cloud-all", [{"IPProtocol": "all"}])
+    assert set(BOTH) < set(rule["destinationRanges"])
+    assert run("vpc_routes", options(google, BOTH, [every]))["changed"] is False
+
+
 def test_of_a_network_that_is_gone_nothing_is_left(google: Google) -> None:
     seen = run("vpc_routes", options(google, {}, network="nowhere", state="absent"))
     assert (seen["changed"], "there is no such network any more" in seen["warnings"][0]) == (False, True)

@@ -484,12 +484,8 @@ def _forwarding(api: Api, vpc: _Vpc, owner: str, wishes: list[pure.Wish]) -> tup
 
 
 def _permission(protocol: str, port: int, sources: Iterable[str]) -> dict[str, Any]:
-    return {
-        "IpProtocol": protocol,
-        "FromPort": port,
-        "ToPort": port,
-        "IpRanges": [{"CidrIp": one, "Description": "isthmus.mesh"} for one in sources],
-    }
+    what = {"IpProtocol": "-1"} if protocol == pure.ALL else {"IpProtocol": protocol, "FromPort": port, "ToPort": port}
+    return {**what, "IpRanges": [{"CidrIp": one, "Description": "isthmus.mesh"} for one in sources]}
 
 
 def _group(
@@ -545,7 +541,7 @@ def _group(
                 api,
                 place,
                 group,
-                f"rule {protocol}/{port} of {name}",
+                f"rule {pure.named(protocol, port, '/')} of {name}",
                 "",
                 " ".join(sources),
                 "authorize_security_group_ingress",
@@ -591,7 +587,7 @@ def _group(
             if key not in wanted_keys:
                 removed.append(
                     api.step(
-                        f"rule {key[0]}/{key[1]} of {name}",
+                        f"rule {pure.named(key[0], key[1], '/')} of {name}",
                         str(key[2]),
                         "",
                         "revoke_security_group_ingress",
@@ -638,7 +634,9 @@ def _rules_of(api: Api, group: str) -> dict[tuple[str, Any, str], str]:
         if not one["IsEgress"]:
             low, high = one.get("FromPort"), one.get("ToPort")
             source = next((one[key] for key in ("CidrIpv4", "CidrIpv6", "PrefixListId") if one.get(key)), "a group")
-            found[(one["IpProtocol"], low if low == high else f"{low}-{high}", source)] = one["SecurityGroupRuleId"]
+            every = one["IpProtocol"] == "-1"
+            what = (pure.ALL, 0) if every else (one["IpProtocol"], low if low == high else f"{low}-{high}")
+            found[(*what, source)] = one["SecurityGroupRuleId"]
     return found
 
 

@@ -245,7 +245,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         removed += gone
     used = any(here and own is not None and entry["id"] == own["id"] for entry, here in tables)
     new_table, on_subnets, table_removals = _own_table(network, owner, own, bare, used)
-    rule_steps, rule_removals = _rules(network, owner, rules if present else [], hosts, plan)
+    rule_steps, rule_removals = _rules(network, owner, rules if present else [], hosts, wishes, plan)
     plan.steps += [*new_table, *made, *on_subnets, *rule_steps, *removed, *rule_removals, *table_removals]
     plan.result = {
         "route_tables": [entry["id"] for entry, here in tables if here or not present],
@@ -482,7 +482,7 @@ def _interface(network: _Network, interface: Mapping[str, Any], tags: dict[str, 
 
 
 def _rules(
-    network: _Network, owner: str, rules: list[pure.Rule], hosts: list[str], plan: Plan
+    network: _Network, owner: str, rules: list[pure.Rule], hosts: list[str], wishes: list[pure.Wish], plan: Plan
 ) -> tuple[list[Step], list[Step]]:
     """Security rules, one per port, for exactly the hosts, in every group that their packets pass."""
     api = network.api
@@ -502,16 +502,17 @@ def _rules(
         taken = {one["priority"] for one in there.values() if one["direction"] == "Inbound"}
         bodies = {}
         for (protocol, port), sources in wanted.items() if key in chosen else ():
-            rule = f"isthmus-{owner}-{protocol}-{port}"
+            rule = f"isthmus-{owner}-{pure.named(protocol, port, '-')}"
+            every = protocol == pure.ALL
             priority = there[rule]["priority"] if rule in there else next(one for one in PRIORITIES if one not in taken)
             taken.add(priority)
             bodies[rule] = {
                 "description": "isthmus.mesh",
-                "protocol": protocol.capitalize(),
+                "protocol": "*" if every else protocol.capitalize(),
                 "sourcePortRange": "*",
-                "destinationPortRange": str(port),
+                "destinationPortRange": "*" if every else str(port),
                 "sourceAddressPrefixes": sources,
-                "destinationAddressPrefixes": sorted(f"{host}/32" for host in hosts),
+                "destinationAddressPrefixes": pure.destinations(hosts, wishes if every else ()),
                 "access": "Allow",
                 "direction": "Inbound",
                 "priority": priority,
@@ -535,7 +536,7 @@ def _rules(
                     )
                 )
         for rule in sorted(there):
-            if rule not in bodies and re.fullmatch(rf"isthmus-{owner}-(tcp|udp)-\d+", rule):
+            if rule not in bodies and re.fullmatch(rf"isthmus-{owner}-(all|(tcp|udp)-\d+)", rule):
                 removed.append(
                     _step(
                         api,
@@ -569,11 +570,11 @@ def _shown(rule: Mapping[str, Any]) -> str:
 
 def _denied(group: str, name: str, rule: Mapping[str, Any], there: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Sentences for somebody else's rules that come before ours and drop its packets."""
-    port = int(rule["destinationPortRange"])
+    port = rule["destinationPortRange"]
 
     def covers(text: str) -> bool:
         low, _dash, high = text.partition("-")
-        return text == "*" or int(low) <= port <= int(high or low)
+        return "*" in (text, port) or int(low) <= int(port) <= int(high or low)
 
     return [
         f"{group}: rule {other}, which is somebody else's and comes before {name}, denies {rule['protocol']} {port} to "
@@ -582,7 +583,7 @@ def _denied(group: str, name: str, rule: Mapping[str, Any], there: Mapping[str, 
         if one["direction"] == "Inbound"
         and one["access"] == "Deny"
         and one["priority"] < rule["priority"]
-        and one["protocol"] in ("*", rule["protocol"])
+        and (one["protocol"] == rule["protocol"] or "*" in (one["protocol"], rule["protocol"]))
         and any(
             map(covers, [*filter(None, [one.get("destinationPortRange")]), *(one.get("destinationPortRanges") or [])])
         )

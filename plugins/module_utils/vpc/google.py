@@ -180,7 +180,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     change = pure.difference(table, wanted, lost)
     plan.problems += change.problems
     plan.warnings += change.warnings
-    made, removed = _rule_steps(api, network, owner, rules if present else [], hosts, plan)
+    made, removed = _rule_steps(api, network, owner, rules if present else [], hosts, wishes, plan)
     for route in change.add:
         made.append(_insert(api, network, owner, route, ""))
     for found, route in change.replace:
@@ -309,12 +309,19 @@ def _insert(api: Api, network: _Network, owner: str, route: pure.Route, before: 
 
 
 def _rule_steps(
-    api: Api, network: _Network, owner: str, rules: list[pure.Rule], hosts: list[str], plan: Plan
+    api: Api,
+    network: _Network,
+    owner: str,
+    rules: list[pure.Rule],
+    hosts: list[str],
+    wishes: list[pure.Wish],
+    plan: Plan,
 ) -> tuple[list[Step], list[Step]]:
     """Steps for one firewall rule per port, for exactly the hosts."""
     wanted = {}
     for (protocol, port), sources in pure.by_port(rules).items():
-        name = f"isthmus-{owner}-{protocol}-{port}"
+        name = f"isthmus-{owner}-{pure.named(protocol, port, '-')}"
+        every = protocol == pure.ALL
         wanted[name] = {
             "name": name,
             "description": _description(owner),
@@ -322,9 +329,9 @@ def _rule_steps(
             "direction": "INGRESS",
             "priority": PRIORITY,
             "disabled": False,
-            "allowed": [{"IPProtocol": protocol, "ports": [str(port)]}],
+            "allowed": [{"IPProtocol": protocol, **({} if every else {"ports": [str(port)]})}],
             "sourceRanges": sources,
-            "destinationRanges": [f"{host}/32" for host in sorted(hosts)],
+            "destinationRanges": pure.destinations(hosts, wishes if every else ()),
         }
     there = {one["name"]: one for one in network.firewalls}
     ours = {name for name, one in there.items() if one.get("description") == _description(owner)}

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 OWNER = re.compile(r"[a-z]([a-z0-9-]{0,22}[a-z0-9])?")
-PROTOCOLS = ("tcp", "udp")
+ALL = "all"
+"""The protocol of a rule that lets everything in, port 0."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class Rule:
-    """Lets `source` (a prefix) reach `port` of every host by `protocol`."""
+    """Lets `source` (a prefix) reach `port` of every host by `protocol`; everything at every host by ALL, and at what
+    routes lead to it, where the provider looks at that."""
 
     protocol: str
     port: int
@@ -115,16 +117,16 @@ def read(params: Mapping[str, Any]) -> tuple[list[Wish], list[Rule], list[str], 
     rules = []
     for number, one in enumerate(params["rules"]):
         where = f"rules[{number}]"
-        if not 1 <= one["port"] <= 65535:
-            problems.append(f"{where}.port: {one['port']} is no port; 1 to 65535.")
+        what = ALL if one["protocol"] == ALL else f"{one['protocol']} {one['port']}"
+        port = one["port"] or 0
+        if one["protocol"] != ALL and not 1 <= port <= 65535:
+            problems.append(f"{where}.port: {port} is no port; 1 to 65535.")
         for source in one["sources"]:
             network = _network(source, f"{where}.sources", problems)
             if network is not None:
-                rules.append(Rule(one["protocol"], one["port"], str(network)))
+                rules.append(Rule(one["protocol"], port, str(network)))
         if not one["sources"]:
-            problems.append(
-                f"{where}.sources: nobody; name the addresses that may reach {one['protocol']} {one['port']}."
-            )
+            problems.append(f"{where}.sources: nobody; name the addresses that may reach {what}.")
     hosts = list(params["hosts"])
     for number, host in enumerate(hosts):
         _address(host, f"hosts[{number}]", problems)
@@ -296,6 +298,17 @@ def no_room(table: Table, wanted: Iterable[Route], others: Iterable[Found], afte
     else:
         words += " No two of them can be one route: give each host one larger range, or raise the quota."
     return words
+
+
+def destinations(hosts: Iterable[str], wishes: Iterable[Wish]) -> list[str]:
+    """Prefixes of hosts, and of what routes lead to them, in order."""
+    found = {f"{host}/32" for host in hosts} | {wish.destination for wish in wishes if wish.hop.address}
+    return sorted(found)
+
+
+def named(protocol: str, port: int, between: str) -> str:
+    """What a rule is for, as a part of a name."""
+    return ALL if protocol == ALL else f"{protocol}{between}{port}"
 
 
 def by_port(rules: Iterable[Rule]) -> dict[tuple[str, int], list[str]]:
