@@ -278,7 +278,8 @@ class _Planner:
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
         running = {pair: now for pair, (now, _stages) in ways.items() if now is not None}
-        states = [self.vpc_state(self.known, running)]
+        # To what is lost nothing stays open.
+        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, running)]
         for number in range(max((len(stages) for _now, stages in ways.values()), default=1)):
             these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
             states.append(self.vpc_state(present, these))
@@ -286,6 +287,12 @@ class _Planner:
         self.orphans += found.orphans
         self.removed += found.removed
         return found
+
+    def without_lost(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """A cluster's document without forgotten hosts."""
+        members = [host for host in document["etcd"]["members"] if host not in self.forgotten]
+        hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
+        return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
     def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}

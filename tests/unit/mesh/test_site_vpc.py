@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from isthmus_mesh import vpc
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Plan
+from isthmus_mesh.planner import Forget, Plan
 from isthmus_mesh.record import Record, RecordError, merge
 from unit.mesh.estates import estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory
@@ -129,6 +129,15 @@ def test_what_goes_with_a_host_goes_after_the_hosts_were_changed() -> None:
     assert "198.18.1.4" not in overlay["sources"]
     assert "198.18.1.4" in meanwhile["sources"]
     assert "goes when the hosts have been changed" in vpc.lines([call], [])[0]
+
+
+def test_to_what_is_lost_nothing_stays_open() -> None:
+    declared = {**estate(), "sites": {"onprem": {}, "cloud": {"vpc": {**AWS, "manage": ["firewall"]}}}}
+    before = planned(model(declared))
+    (call,) = planned(model(declared), before, forget=Forget(["o3"])).vpcs.calls
+    assert call["meanwhile"] is None
+    assert "198.18.1.2" in call["rules"][0]["sources"]
+    assert not any("198.18.1.3" in rule["sources"] for rule in call["rules"])
 
 
 def test_ports_stay_open_while_encryption_is_turned_on() -> None:
