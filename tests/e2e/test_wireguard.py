@@ -126,7 +126,7 @@ def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path:
         assert len([words for words in clear if words in seen]) > 2, "and these are addresses"
 
         with estate.unnoticed(estate.edge, estate.onprem):
-            play("site", seconds=1800)
+            play("site", "-e", "isthmus_serial=100%", seconds=1800)
         whole.pop_all()
         play("verify")
         assert set(states(estate, ONPREM_CLIENT).values()) == {"plain"}
