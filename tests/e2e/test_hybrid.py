@@ -3,43 +3,31 @@
 
 The cluster's nodes have kubelet, containerd, the bridge CNI with `ipMasq: true` and kube-proxy; the demo's service
 `shop/web` is there as a Service of pods that is annotated global. The story of the demo's second part is told sentence
-by sentence, then what a demo has no room for.
+by sentence, then what a demo has no room for. What is long is in `test_hybrid_long.py`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 
 import pytest
 from demo import EDGE
-from demo_hybrid import NAMESPACE, HybridStory
-from estate_tools import ETCD_HOSTS, Estate
-from kubernetes_lab import HYBRID, Kubernetes
+from demo_hybrid import CLIENT, NAMESPACE, SERVICE_URL, HybridStory
+from estate_tools import Estate
+from hybrid_tools import NODE_IS_DOWN, Hybrid, joined, machine_service_in_pods_and_at_a_node_port, tell
+from isthmus_lab import Lab
+from kubernetes_lab import EVERY_CLUSTER, HYBRID, Kubernetes
 from playbook import play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 
-class Hybrid(HybridStory):
-    """The estate with its Kubernetes cluster, and an operator's tools for every host of both."""
-
-    def __init__(self, kube: Kubernetes) -> None:
-        super().__init__(kube.lab, kube, print)
-        self.estate = Estate(kube.lab)
-
-
 @pytest.fixture(scope="module")
 def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
-    """The Kubernetes cluster in the running estate; out of it again in the end."""
-    kubernetes.up()
-    made = Hybrid(kubernetes)
-    made.make_pods()
-    told = list(made.it_joins(lambda: play("site", inventory=HYBRID)))
-    assert [finding.measured for finding in told if not finding.true] == []
-    yield made
-    play("site", "-e", "isthmus_prune=cluster/kube")
+    assert estate.lab.hosts.keys() < kubernetes.lab.hosts.keys()
+    with joined(kubernetes) as made:
+        yield made
 
 
 def test_a_second_run_changes_nothing(hybrid: Hybrid) -> None:
@@ -49,38 +37,11 @@ def test_a_second_run_changes_nothing(hybrid: Hybrid) -> None:
 
 @pytest.mark.parametrize("step", HybridStory.STEPS)
 def test_story(hybrid: Hybrid, step: str) -> None:
-    findings = list(getattr(hybrid, step)())
-    assert findings
-    assert [f"{finding.sentence}: {finding.measured}" for finding in findings if not finding.true] == []
+    tell(hybrid, step)
 
 
 def test_pods_and_a_node_port_lead_to_a_service_of_machines(hybrid: Hybrid) -> None:
-    """By a name of the cluster's own DNS, and from outside through kube-proxy, which knows nothing of the mesh."""
-    estate, kube = hybrid.estate, hybrid.kube
-    places = ",".join([*(hosts[0] for hosts in ETCD_HOSTS.values()), "kube-1"])
-    legacy = {"namespace": NAMESPACE, "name": "legacy"}
-    ports = [{"name": "http", "port": 80, "target_port": 8080}]
-    given = {**legacy, "ports": ports, "backends": {"labels": {"app": "web"}}, "kubernetes": True}
-    where = ("service", "legacy", f"--namespace={NAMESPACE}")
-    machines = {name for name in hybrid.servers if not name.startswith("kube/")}
-    url = "http://legacy.shop.svc.cluster.local/"
-
-    def answer(result: dict[str, object]) -> bool:
-        return result["failed"] == 0 and set(result["answers"]) == machines  # type: ignore[call-overload]
-
-    try:
-        estate.module(places, "global_service", given, HYBRID)
-        estate.until("it is a Service", lambda: not kube.kubectl("get", *where, check=False).returncode)
-        estate.until("machines answer pods", lambda: answer(hybrid.client.requests(url, 40)))
-        kube.kubectl("patch", *where, "--patch", json.dumps({"spec": {"type": "NodePort"}}))
-        port = kube.get(*where)["spec"]["ports"][0]["nodePort"]
-        outside = f"http://{kube.lab.hosts['kube-2'].address}:{port}/"
-        estate.until("machines answer", lambda: answer(estate.edge.requests(outside, 60)))
-    finally:
-        estate.module(places, "global_service", {**legacy, "state": "absent"}, HYBRID)
-    estate.until("the Service is gone", lambda: bool(kube.kubectl("get", *where, check=False).returncode))
-    slices = kube.get("endpointslices", f"--namespace={NAMESPACE}", "-l", "kubernetes.io/service-name=legacy")
-    assert slices["items"] == []
+    machine_service_in_pods_and_at_a_node_port(hybrid)
 
 
 def test_no_key_of_pods_comes_or_goes_with_the_api_server(hybrid: Hybrid) -> None:
@@ -106,3 +67,105 @@ def test_no_key_of_pods_comes_or_goes_with_the_api_server(hybrid: Hybrid) -> Non
     began = time.monotonic()
     while time.monotonic() - began < 5:
         assert differing() == []
+
+
+def test_a_deployment_scales_to_20_and_to_0_without_a_failed_request(hybrid: Hybrid) -> None:
+    hosts = (EDGE, *hybrid.nodes)
+    before = hybrid.backends_of(EDGE)
+    with hybrid.under_load([hybrid.client, hybrid.host_client, hybrid.edge]):
+        hybrid.scale(20)
+        hybrid.until(
+            "every host uses all of them",
+            lambda: {len(hybrid.backends_of(host)) for host in hosts} == {len(before) + 20},
+        )
+        hybrid.scale(0)
+        hybrid.until("no host uses any", lambda: all(hybrid.backends_of(host) == before for host in hosts))
+
+
+def test_a_node_is_drained_without_a_failed_request(hybrid: Hybrid) -> None:
+    victim = hybrid.nodes[-1]
+
+    def back() -> None:
+        hybrid.kube.kubectl("uncordon", victim)
+        hybrid.make_pods()
+        hybrid.scale(0)
+
+    with hybrid.undone(back):
+        hybrid.scale(4)
+        with hybrid.under_load([hybrid.client, hybrid.host_client, hybrid.edge]):
+            hybrid.kube.kubectl("drain", victim, "--ignore-daemonsets", "--force", "--timeout=120s")
+            hybrid.until(
+                "nobody uses a pod there",
+                lambda: all(victim not in hybrid.used(host) for host in (EDGE, *hybrid.nodes)),
+            )
+            hybrid.scale(4)
+    hybrid.everywhere(hybrid.members)
+
+
+def test_a_node_that_loses_its_power_gets_no_new_flows(hybrid: Hybrid) -> None:
+    victim = hybrid.nodes[-1]
+    others = (EDGE, "cloud-1", hybrid.nodes[0])
+    with hybrid.undone(lambda: hybrid.lab.power_on(victim)):
+        began = time.monotonic()
+        hybrid.lab.power_off(victim)
+        hybrid.estate.timed(
+            f"{victim} is off, nobody uses its pods",
+            lambda: all(hybrid.used(host) == hybrid.members - {victim} for host in others),
+            NODE_IS_DOWN,
+            began,
+        )
+        results = [hybrid.edge.requests(f"http://{hybrid.service(EDGE)['address']}/", 300)]
+        results.append(hybrid.client.requests(f"http://{hybrid.service_address}/", 300))
+        assert [(result["ok"], result["errors"]) for result in results] == [(300, {}), (300, {})]
+    hybrid.everywhere(hybrid.members, others)
+
+
+def test_verify_proves_pods_and_names_what_differs(hybrid: Hybrid) -> None:
+    victim = hybrid.nodes[-1]
+    pod = f"web-{victim}"
+    address = hybrid.pod_address(pod)
+    hybrid.until("no pod is on its way", lambda: not play("verify", inventory=HYBRID, check=False).status, 120)
+
+    def anew() -> None:
+        hybrid.kube.kubectl("delete", "pod", pod, f"--namespace={NAMESPACE}", "--now")
+        hybrid.make_pods()
+        hybrid.everywhere(hybrid.members)
+
+    with hybrid.undone(anew):
+        loses = f'for ns in /run/netns/*; do nsenter --net="$ns" ip address delete {address}/24 dev eth0; done; true'
+        hybrid.lab.exec(victim, ["sh", "-c", loses])
+        told = play("verify", inventory=HYBRID, check=False).problems(victim)
+    assert f"pods: {address} ({NAMESPACE}/{pod}) is published, and no pod of this node has it; " in told
+
+
+def test_pods_of_two_kubernetes_clusters_are_one_network(hybrid: Hybrid) -> None:
+    second = Kubernetes(Lab(EVERY_CLUSTER), "kube2")
+    try:
+        second.up()
+        other = HybridStory(second.lab, second, print)
+        other.make_pods()
+        play("site", inventory=EVERY_CLUSTER)
+        everybody = hybrid.servers | other.servers
+        nodes = hybrid.members | other.members
+        hybrid.until(
+            "all backends are known",
+            lambda: all(other.used(host) == nodes for host in (EDGE, *nodes & {*other.nodes, *hybrid.nodes})),
+        )
+        for here, there in ((hybrid, other), (other, hybrid)):
+            address = there.pod_address(f"web-{there.nodes[0]}")
+            result = here.client.requests(f"http://{address}:8080/", 50)
+            assert result["answers"] == {f"{there.kube.name}/web-{there.nodes[0]}": 50}, result
+            assert set(result["peers"]) == {here.pod_address(CLIENT)}
+            result = here.client.requests(SERVICE_URL, 300)
+            assert (result["ok"], set(result["answers"])) == (300, everybody), result
+        # An upgrade by a second cluster: the old one's API server is gone, its pods serve the new one's.
+        with hybrid.undone(lambda: hybrid.lab.exec("kube-1", ["systemctl", "start", "kube-apiserver"])):
+            address = hybrid.pod_address(f"web-{hybrid.nodes[0]}")
+            hybrid.lab.exec("kube-1", ["systemctl", "stop", "kube-apiserver"])
+            results = [other.client.requests(url, 100) for url in (f"http://{address}:8080/", SERVICE_URL)]
+            assert [(result["ok"], result["errors"]) for result in results] == [(100, {}), (100, {})]
+        hybrid.until("the API is back", hybrid.kube.api_ready)
+    finally:
+        play("site", "-e", "isthmus_prune=cluster/kube2", inventory=HYBRID)
+        second.down()
+    hybrid.everywhere(hybrid.members)
