@@ -53,9 +53,7 @@ def hybrid(bare: dict[str, snapshot.Snapshot], kubernetes: Kubernetes) -> Iterat
         yield made
 
 
-def test_nodes_leave_the_mesh_as_they_were(
-    bare: dict[str, snapshot.Snapshot], kubernetes: Kubernetes, request: pytest.FixtureRequest
-) -> None:
+def test_nodes_leave_the_mesh_as_they_were(bare: dict[str, snapshot.Snapshot], kubernetes: Kubernetes) -> None:
     """Also what Kubernetes has: no object of ours, and its nodes as they were."""
     ours = "clusterrole,clusterrolebinding,csr,service,endpointslice"
     mark = ("--all-namespaces", "--selector=app.kubernetes.io/managed-by=isthmus")
