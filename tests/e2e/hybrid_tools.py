@@ -18,7 +18,7 @@ from playbook import play
 HOST_CLIENT = "client-host"  # a customer in a pod on its node's network
 MANY = "many"  # a Deployment of web servers, without any at first
 LOAD = 100  # requests a second and customer, at least
-NODE_IS_DOWN = 4  # seconds until a node that is off gets no new flows: three probes, one a second, miss
+NODE_IS_DOWN = 3  # seconds until a node that is off gets no new flows: three probes, one a second, miss
 
 
 class Hybrid(HybridStory):
