@@ -35,6 +35,14 @@ class Hybrid(HybridStory):
         self.kube.apply(demo_pods.deployment(MANY, self.kube.name))
         self.until("the customer runs", lambda: self.ready(HOST_CLIENT))
 
+    @contextlib.contextmanager
+    def without_api_server(self) -> Iterator[None]:
+        server = self.kube.cluster.control_plane.name
+        with self.undone(lambda: self.lab.exec(server, ["systemctl", "start", "kube-apiserver"])):
+            self.estate.kill_for_good(server, "kube-apiserver")
+            yield
+        self.until("the API server is back", self.kube.api_ready)
+
     def scale(self, replicas: int) -> None:
         """The Deployment has so many pods, all ready, and no other."""
         self.kube.kubectl("scale", f"deployment/{MANY}", f"--namespace={NAMESPACE}", f"--replicas={replicas}")

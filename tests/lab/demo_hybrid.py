@@ -178,7 +178,8 @@ class HybridStory(Story):
             customer.start(f"api-{kind}", url, interval=0.02, keep_alive=kind == "kept")
         self.say(f"the API server is stopped, requests of a pod and of {EDGE} go on")
         with self.undone(lambda: self.lab.exec(server, ["systemctl", "start", unit])):
-            self.lab.exec(server, ["systemctl", "stop", unit])
+            # An orderly end waits up to a minute for those who watch.
+            self.lab.exec(server, ["sh", "-c", f"systemctl kill --signal=KILL {unit} && systemctl stop {unit}"])
             self.until("the API server is away", lambda: not self.kube.api_ready())
             began = time.monotonic()
             self.say(f"the service {'/'.join(OTHER)} loses its backend on {changed} meanwhile, and gets it back")
