@@ -136,6 +136,7 @@ def test_verify_proves_pods_and_names_what_differs(hybrid: Hybrid) -> None:
     assert f"pods: {address} ({NAMESPACE}/{pod}) is published, and no pod of this node has it; " in told
 
 
+@pytest.mark.slow
 def test_pods_of_two_kubernetes_clusters_are_one_network(hybrid: Hybrid) -> None:
     second = Kubernetes(Lab(EVERY_CLUSTER), "kube2")
     try:
