@@ -11,7 +11,7 @@ PYTHON ?= 3.11
 ARCH ?= $(shell uname -m)
 INVENTORY ?= inventories/lab
 ARGS ?=
-LAB := tests/lab/lab
+LAB_TOOL := tests/lab/lab
 
 export ANSIBLE_CONFIG := $(CURDIR)/tests/lab/ansible.cfg
 export ANSIBLE_COLLECTIONS_PATH := $(CURDIR)/build/collections
@@ -48,18 +48,18 @@ kubernetes: setup ## build the programs of the lab's Kubernetes clusters (minute
 	@$(BIN)/python tests/lab/kubernetes_parts.py
 
 lab-up: setup ## boot the lab: six systemd machines in three sites
-	@$(LAB) up
+	@$(LAB_TOOL) up
 
 lab-down: ## end the lab and remove every trace of it
-	@$(LAB) down
+	@$(LAB_TOOL) down
 
 lab-exec: ## run a command as root on a lab machine, in its own cgroup (HOST=edge-1 CMD='isthmus status')
 	@test -n '$(HOST)' || { echo "lab-exec: say which machine: make lab-exec HOST=edge-1 CMD='uptime'" >&2; exit 2; }
-	@$(LAB) exec '$(HOST)' -- sh -c "$$CMD"
+	@$(LAB_TOOL) exec '$(HOST)' -- sh -c "$$CMD"
 lab-exec: export CMD := $(CMD)
 
 lab-map: ## show a BPF map of a lab machine (HOST=edge-1 MAP=svc); without MAP, the names of all
-	@pid=$$($(LAB) status | awk '$$1 == "$(HOST)" { print $$5 }') && test -n "$$pid" || \
+	@pid=$$($(LAB_TOOL) status | awk '$$1 == "$(HOST)" { print $$5 }') && test -n "$$pid" || \
 		{ echo "lab-map: no such machine: '$(HOST)'; say make lab-map HOST=edge-1 MAP=svc" >&2; exit 2; }; \
 	pins=/proc/$$pid/root/sys/fs/bpf/isthmus/v1; \
 	if [ -n "$(MAP)" ]; then bpftool map dump pinned "$$pins/$(MAP)"; else ls "$$pins"; fi
@@ -73,7 +73,7 @@ molecule: collection lab-up ## the scenario for the whole of site: converge, ide
 site plan verify: collection ## run the playbook isthmus.mesh.<target> on the lab (INVENTORY=, ARGS=)
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.$@ $(ARGS)
 
-demo: ## set everything up, boot the lab, run the playbook on it, show the product with real requests
+demo: ## set everything up, boot the lab, show the product with real requests, then with Kubernetes (LAB=machines: without)
 	@sh scripts/demo.sh '$(VENV)'
 
 check: bpf ## the quick loop: gates and unit tests, under a minute when warm

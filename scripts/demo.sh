@@ -2,12 +2,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # `make demo`: from a fresh clone to the table. Says what it will change before it changes anything.
 # usage: scripts/demo.sh VENV   (from make, which knows the path)
+# LAB=machines ends after the machines' story.
 set -eu
 cd "$(dirname "$0")/.."
 venv=$1
 began=$(date +%s)
 state=${ISTHMUS_LAB_STATE:-/var/lib/isthmus-lab}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/isthmus
+
+case ${LAB:=all} in
+    all | machines) ;;
+    *)
+        echo "demo: LAB=$LAB: no such part; LAB=machines tells the machines' story only, without LAB all is told" >&2
+        exit 2
+        ;;
+esac
 
 step() { printf '\n== %s (%d s)\n' "$1" $(($(date +%s) - began)); }
 
@@ -23,8 +32,25 @@ This is what the demo does on this machine:
                     the agent's bundle and the collection's artifact (0.1 GB)
   network           namespaces islab-*, link islab0, route 198.18.0.0/16; processes in the cgroup isthmus-lab
 
-About 6 minutes the first time, less than 2 after that. 'make lab-down' takes away the machines and the network
-without a trace; 'make clean' and removing $cache takes away the rest.
+About 6 minutes the first time, less than 2 after that.
+TEXT
+[ "$LAB" = machines ] || cat <<TEXT
+
+Then Kubernetes joins (LAB=machines leaves it out):
+
+  $cache
+                    Kubernetes' programs (0.3 GB), built from source; Go, if there is none (0.3 GB)
+  Go's caches       modules (2.3 GB) and what was compiled (up to 5 GB), where \`go env GOMODCACHE GOCACHE\` says
+  $state
+                    three more machines' disks, container images (up to 1 GB)
+  sysctl            fs.inotify.max_user_instances is raised while the cluster is up
+
+About 8 minutes more the first time, 3 after that.
+TEXT
+cat <<TEXT
+
+'make lab-down' takes away the machines and the network without a trace; 'make clean' and removing $cache
+takes away the rest.
 TEXT
 
 sh scripts/precheck.sh || { echo "demo: this machine lacks the above; nothing was changed" >&2; exit 1; }
@@ -32,12 +58,33 @@ sh scripts/precheck.sh || { echo "demo: this machine lacks the above; nothing wa
 step "Debian packages and the Python environment"
 make --no-print-directory setup
 tests/lab/lab check || { echo "demo: this machine cannot carry the lab" >&2; exit 1; }
+if [ "$LAB" = all ] && ! tests/lab/lab kube check; then
+    echo "demo: this machine cannot carry a Kubernetes cluster beside the lab: only the machines' story is told"
+    LAB=machines
+fi
 step "The datapath, the agent's bundle, the collection"
 make --no-print-directory collection
 step "The lab: six systemd machines in three sites"
 make --no-print-directory lab-up
-step "ansible-playbook isthmus.mesh.site -i inventories/lab"
-"$venv/bin/ansible-playbook" -i inventories/lab isthmus.mesh.site
+# The story begins with the machines alone: what an earlier one left of Kubernetes goes first.
+left=
+for place in "$state"/kubernetes/*/pki; do
+    [ ! -d "$place" ] || left="$left,cluster/$(basename "$(dirname "$place")")"
+done
+set --
+[ -z "$left" ] || set -- -e "isthmus_prune=${left#,}"
+step "ansible-playbook isthmus.mesh.site -i inventories/lab $*"
+"$venv/bin/ansible-playbook" -i inventories/lab isthmus.mesh.site "$@"
+[ -z "$left" ] || tests/lab/lab kube down
 step "The product, with real requests"
 /usr/bin/python3 tests/lab/demo.py
+printf 'demo: %d s in all\n' $(($(date +%s) - began))
+[ "$LAB" = all ] || exit 0
+
+step "The programs of a Kubernetes cluster"
+"$venv/bin/python" tests/lab/kubernetes_parts.py
+step "The cluster: a control plane and two nodes"
+tests/lab/lab kube up
+step "It joins the running estate: pods and machines are one network"
+/usr/bin/python3 tests/lab/demo_hybrid.py "$venv/bin/ansible-playbook" -i inventories/lab_hybrid isthmus.mesh.site
 printf 'demo: %d s in all\n' $(($(date +%s) - began))

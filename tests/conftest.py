@@ -45,7 +45,7 @@ E2E_ORDER = (
     *("test_site", "test_awx", "test_verify", "test_host_security", "test_story", "test_lab", "test_wireguard"),
     *("test_failures", "test_safety", "test_preflight", "test_generations", "test_batches", "test_versions"),
     *("test_members", "test_backup", "test_losses", "test_restore", "test_forget", "test_boundaries", "test_chaos"),
-    *("test_hybrid", "test_teardown"),
+    *("test_hybrid", "test_hybrid_long", "test_teardown"),
 )
 
 
@@ -155,8 +155,14 @@ def installed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Installatio
 
 @pytest.fixture(scope="session")
 def mesh(lab: Lab) -> Lab:
-    """The lab with the estate of its inventory on it, by the playbook of the installed artifact."""
+    """The lab with the estate of its inventory on it, by the playbook of the installed artifact; Kubernetes clusters
+    that the demo or a killed run left go first."""
+    from isthmus_lab import Lab
+    from kubernetes_lab import EVERY_CLUSTER, clusters_there
     from playbook import play
 
-    play("site")
+    left = clusters_there(Lab(EVERY_CLUSTER))
+    play("site", *(("-e", f"isthmus_prune={','.join(f'cluster/{each.name}' for each in left)}") if left else ()))
+    for cluster in left:
+        cluster.down()
     return lab

@@ -44,6 +44,13 @@ class Run:
         """Hosts that changed, with how many tasks did."""
         return {name: recap.changed for name, recap in self.hosts.items() if recap.changed}
 
+    def problems(self, host: str) -> str:
+        """The message of a host's failed task, in one line; "" when none failed."""
+        for part in self.output.split("fatal: ")[1:]:
+            if part.startswith(f"[{host}]"):
+                return " ".join(part.split("PLAY RECAP")[0].split())
+        return ""
+
 
 def command(name: str, *arguments: str, inventory: Path = INVENTORY) -> list[str]:
     """The command line that runs `isthmus.mesh.<name>`."""

@@ -11,8 +11,10 @@ short_description: Prove that the mesh does on a host what the inventory says
 version_added: 1.0.0
 description:
   - Looks at the host from all sides, units, specification, certificates, etcd and its access rights, published state,
-    BPF maps and routes against what the agent wants, names, and packets to the other hosts and to every service, and
-    fails with the list of all problems.
+    BPF maps and routes against what the agent wants, names, and packets to the other hosts, to pods on every Kubernetes
+    node and to every service, and fails with the list of all problems.
+  - On a Kubernetes node it compares the pods that are published with those that are there, and sends packets from a
+    pod's network namespace, which it enters for that; it makes no pod.
   - With O(scope=host) it looks only at what the host itself does, and at what worked there before a change, as the
     playbook site does before it goes on to other hosts.
   - Changes nothing.
@@ -125,6 +127,8 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import functools
+import ipaddress
 import json
 import os
 import pathlib
@@ -156,6 +160,8 @@ SESSION = 180  # seconds after which a session of WireGuard is over
 FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
 SITE = "run the playbook isthmus.mesh.site"
+PODS = "see `isthmus status` on both hosts, and whether a network policy forbids echoes"
+PROBES = 3  # pods that are entered, one after the other, until everything was reached
 
 
 class Verifier:
@@ -200,6 +206,9 @@ class Verifier:
         if status is not None:
             self.look("services", self.check_services, status)
             self.look("peers", self.check_peers)
+            if (self.spec.get("registrar") or {}).get("kubernetes"):
+                self.look("kubernetes", self.check_kubernetes)
+            self.look("pods", self.check_pods)
         self.look("packets", self.check_packets)
         if status is not None and self.spec.get("wireguard"):
             self.look("encryption", self.check_encrypted)
@@ -609,6 +618,109 @@ class Verifier:
                 not found["reason"] and age is not None and age < SESSION,
                 f"{name} of cluster {cluster} (site {site}) is not reached through WireGuard: {why}",
             )
+
+    def check_kubernetes(self):
+        """The registrar follows the API server, and everything there has its place in the mesh."""
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        api = agent.ask(SOCKET, "/v1/peers")["kubernetes"]
+        journal = f"see `journalctl -u isthmus-registrar` on the etcd hosts of {self.cluster}"
+        if not self.check("kubernetes", api is not None, f"no registrar has told of the API server yet; {journal}"):
+            return
+        self.check(
+            "kubernetes",
+            api["state"] == "connected",
+            f"the API server {api['server']} is {api['state']} since {api['since']} ({api['error'] or 'no reason'}): "
+            f"what was published stands, nothing newer comes; {journal}",
+        )
+        for words in api["problems"]:
+            self.check("kubernetes", False, words)
+
+    def check_pods(self):
+        """Pods of every other node answer this host. On a node what is published of its pods is what is there, and one
+        of them, whose network namespace is entered for it, reaches every host and the pods of other clusters. Nothing
+        is made, so nothing is left behind."""
+        agent = bundle_module(self.module, "isthmus_agent.cli.client")
+        told = agent.ask(SOCKET, "/v1/pods")
+        asked = {(host["cluster"], host["name"]) for host in self.hosts}
+        others = [one for one in told["others"] if (one["cluster"], one["node"]) in asked]
+        targets = {f"a pod on {one['node']} ({', '.join(one['addresses'])})": one["addresses"] for one in others}
+        silent = self.silent(self.spec["node"]["mesh4"], targets)
+        for target in targets:
+            self.check(
+                "pods", target not in silent, f"{target} does not answer this host: {silent.get(target)}; {PODS}"
+            )
+        if told["pods"] is None:
+            return
+        namespaces = bundle_module(self.module, "isthmus_agent.netlink.namespaces")
+        there = self.check_pods_here(agent, namespaces, told)
+        targets = {f"{host['name']} ({host['mesh4']})": [host["mesh4"]] for host in self.hosts}
+        for one in others:
+            if one["cluster"] != self.cluster:
+                targets[f"a pod on {one['node']} ({', '.join(one['addresses'])})"] = one["addresses"]
+        probes = [(one["address"], there[one["address"]]) for one in told["pods"] if one["address"] in there][:PROBES]
+        if not probes:
+            self.warnings.append(f"no pod runs on {self.spec['host']}, so none was asked what it reaches")
+            return
+        left = targets
+        for address, path in probes:
+            silent = namespaces.inside(path, functools.partial(self.silent, address, left))
+            # None: the pod has ended meanwhile.
+            left = {target: left[target] for target in (left if silent is None else silent)}
+        for target in targets:
+            words = f"{target} does not answer pods of this node ({', '.join(address for address, _path in probes)})"
+            self.check("pods", target not in left, f"{words}; {PODS}")
+
+    def check_pods_here(self, agent, namespaces, told):
+        """Where each pod's address is: address -> network namespace. Pods come and go, so that a difference counts when
+        it is there twice."""
+        differences = None
+        while True:
+            there = {
+                address: path
+                for path in namespaces.paths()
+                for address in namespaces.inside(path, namespaces.addresses_here) or ()
+            }
+            ranges = [ipaddress.ip_network(text) for text in told["ranges"]]
+            published = {one["address"]: one["name"] for one in told["pods"]}
+            real = {address for address in there if any(ipaddress.ip_address(address) in each for each in ranges)}
+            found = {
+                address: f"{address} ({published[address]}) is published, and no pod of this node has it"
+                for address in published.keys() - real
+            }
+            for address in real - published.keys():
+                found[address] = f"{address} is a pod's on this node and is not published, so the pod is cut off"
+            again = differences is not None
+            differences = (
+                found if not again else {address: found[address] for address in found if address in differences}
+            )
+            if again or not differences:
+                break
+            time.sleep(PAUSE)
+            told = agent.ask(SOCKET, "/v1/pods")
+        for address in sorted(published.keys() | differences.keys()):
+            words = f"{differences.get(address)}; see `isthmus peers` here, and `journalctl -u isthmus-registrar` on "
+            self.check("pods", address not in differences, f"{words}the etcd hosts of {self.cluster}")
+        return there
+
+    def silent(self, source, targets):
+        """What does not answer an echo from an address of this network namespace: target -> how. Of several addresses
+        of a target one is enough."""
+        with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
+            asked = {target: pool.submit(self.echoed, source, addresses) for target, addresses in targets.items()}
+            return {target: future.result() for target, future in asked.items() if future.result()}
+
+    def echoed(self, source, addresses):
+        """Empty when one of the addresses answers packets of full size, else what happened to the last."""
+        words = ""
+        for address in addresses:
+            # A pod learns what the path allows from its first packet that is too large.
+            for _attempt in range(2):
+                try:
+                    packets.echo(source, address, packets.path_mtu(source, address), self.timeout / 3)
+                    return ""
+                except (packets.NoAnswer, OSError) as exc:
+                    words = f"{exc}"
+        return words
 
     def check_packets(self):
         source = self.spec["node"]["mesh4"]

@@ -11,12 +11,13 @@ import stat
 import subprocess
 
 TREES = ("/etc", "/opt", "/usr/local", "/var/lib", "/root", "/run/isthmus", "/usr/lib/systemd/system")
-# Written by systemd, sshd and Ansible on their own, by the user tools as a copy of what was before (with a dash), and
-# by a running etcd, agent and registrar.
+# Written by systemd, sshd and Ansible on their own, by the user tools as a copy of what was before (with a dash), by a
+# running etcd, agent and registrar, and by Kubernetes' own daemons.
 MOVING_FILES = re.compile(
     r"^(/var/lib/systemd/(timers|random-seed|timesync|linger|catalog|coredump)|/var/lib/dpkg/lock|/var/lib/private$"
     r"|/etc/(passwd|shadow|group|gshadow|subuid|subgid)-$|/etc/\.pwd\.lock$|/root/\.ansible|/var/lib/logrotate"
-    r"|/var/lib/isthmus/etcd/member/|/var/lib/isthmus/agent/last-known-good|/var/lib/isthmus/registrar/published)"
+    r"|/var/lib/isthmus/etcd/member/|/var/lib/isthmus/agent/last-known-good|/var/lib/isthmus/registrar/published"
+    r"|/var/lib/(kubelet|containerd|kubernetes-etcd)/)"
 )
 # Units of sessions and of commands that look; `network-online.target` is passive: once something has waited for the
 # network it stays, until the machine boots again.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,16 @@ def attached(lab: Lab, host: str) -> list[str]:
     return sorted(f"{p['attach_type']} {p['name']}" for p in shown if not str(p.get("name", "")).startswith("sd_"))
 
 
-def take(lab: Lab) -> dict[str, Snapshot]:
-    """Every machine's snapshot, by host."""
+def take(lab: Lab, hosts: Sequence[str] = ()) -> dict[str, Snapshot]:
+    """The snapshots of some machines, else of every machine, by host."""
+    names = hosts or tuple(lab.hosts)
 
     def one(host: str) -> Snapshot:
         looked = json.loads(lab.exec(host, ["/usr/bin/python3", "-"], feed=LOOK).stdout)
         return {**looked, "programs": attached(lab, host)}
 
-    with ThreadPoolExecutor(len(lab.hosts)) as pool:
-        return dict(zip(lab.hosts, pool.map(one, lab.hosts), strict=True))
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
 
 
 def differences(before: Mapping[str, Snapshot], after: Mapping[str, Snapshot]) -> list[str]:

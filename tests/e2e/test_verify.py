@@ -134,14 +134,6 @@ def stray_map_entry(estate: Estate, host: str) -> None:
     raise AssertionError("no entry of onprem in the map")
 
 
-def problems(run: Run, host: str) -> str:
-    """The message of a host's failed task, in one line."""
-    for part in run.output.split("fatal: ")[1:]:
-        if part.startswith(f"[{host}]"):
-            return " ".join(part.split("PLAY RECAP")[0].split())
-    return ""
-
-
 def test_verify_ends_with_an_error_and_changes_nothing(found: Found) -> None:
     for run in (found.quiet, found.loud):
         assert run.status != 0
@@ -151,7 +143,7 @@ def test_verify_ends_with_an_error_and_changes_nothing(found: Found) -> None:
 @pytest.mark.parametrize("fault", [*QUIET, *LOUD])
 def test_a_fault_is_found_where_it_is_and_named(found: Found, fault: str) -> None:
     host, _, words = {**QUIET, **LOUD}[fault]
-    told = problems(found.quiet if fault in QUIET else found.loud, host)
+    told = (found.quiet if fault in QUIET else found.loud).problems(host)
     assert [word for word in words if word not in told] == [], told
 
 
@@ -164,11 +156,11 @@ def test_a_fault_is_found_where_it_is_and_named(found: Found, fault: str) -> Non
     ids=["access control is off", "a stray map entry"],
 )
 def test_a_fault_in_etcd_or_a_map_is_found_and_named(found: Found, host: str, words: tuple[str, ...]) -> None:
-    told = problems(found.quiet, host)
+    told = found.quiet.problems(host)
     assert [word for word in words if word not in told] == [], told
 
 
 def test_a_definition_that_is_lost_is_named(found: Found) -> None:
-    assert "etcd: isthmus/v1/services/shop/echo, a service of the inventory, is missing" in problems(
-        found.loud, "onprem-1"
+    assert "etcd: isthmus/v1/services/shop/echo, a service of the inventory, is missing" in found.loud.problems(
+        "onprem-1"
     )

@@ -5,17 +5,21 @@ anywhere, and pods reach the mesh with their own addresses."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bpf.pods import CLUSTER_IP, KubernetesNode, kubernetes_nodes, spec_document
+from ansible_collections.isthmus.mesh.plugins.modules import verify
+from bpf.pods import CLUSTER_IP, KubernetesNode, Pod, kubernetes_nodes, spec_document
 from bpf.topology import Inside, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import Daemon
+from isthmus_agent.netlink import namespaces
 from isthmus_agent.state.lastgood import LastGood
 
 pytestmark = pytest.mark.root
@@ -103,6 +107,83 @@ def test_a_firewall_that_flushes_or_drops_is_mended_or_named(estate: Estate) -> 
     assert "(1, the last a short time ago)" in wait_for(told, "the drop is told")[0]
     left.nft("delete table ip filter")
     assert estate.asks(right.node.workload, 9000) == f"b-web {pod}"
+
+
+class Module:
+    """What the verifier uses of an AnsibleModule here."""
+
+    check_mode = False
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+
+@pytest.fixture
+def namespaces_of_pods(estate: Estate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The left node's, where its container runtime would have them; one file is none yet."""
+    place = tmp_path / "netns"
+    place.mkdir()
+    (place / "being-made").touch()
+    for number, pod in enumerate(estate.left.pods):
+        (place / f"cni-{number}").touch()
+        source = f"/proc/{os.getpid()}/fd/{pod.netns}"
+        subprocess.run(["mount", "--bind", source, place / f"cni-{number}"], check=True)
+    monkeypatch.setattr(namespaces, "paths", lambda: sorted(place.iterdir()))
+    monkeypatch.setattr(verify, "SOCKET", estate.daemon.socket)
+    monkeypatch.setattr(verify, "PAUSE", 0.1)
+    yield
+    for mounted in place.glob("cni-*"):
+        subprocess.run(["umount", mounted], check=True)
+
+
+def in_pod(pod: Pod, *words: str) -> None:
+    pod.pool.submit(subprocess.run, words, check=True).result()
+
+
+def found_by_verify(estate: Estate) -> tuple[list[str], int]:
+    """What it finds wrong of pods on the left node, and how many facts it proves."""
+    left, right = estate.left, estate.right
+    hosts = [{"name": "cloud-1", "cluster": "cloud", "mesh4": right.node.mesh}]
+    spec = spec_document(left.node, left.range)
+    verifier = verify.Verifier(Module({"spec": spec, "record": {}, "services": [], "hosts": hosts, "timeout": 1}))
+    left.node.call(verifier.check_pods)
+    return verifier.problems, verifier.proofs["pods"]
+
+
+@pytest.mark.usefixtures("namespaces_of_pods")
+def test_verify_proves_what_pods_reach_and_names_what_differs(estate: Estate) -> None:
+    left = estate.left
+    # A pod of the other node for this host; two pods published and there; from one of them the other node and its pods.
+    assert found_by_verify(estate) == ([], 5)
+
+    old, new = left.pods[1].address, left.range.replace("0/24", "77")
+    in_pod(left.pods[1], "ip", "address", "add", f"{new}/32", "dev", "eth0")
+    in_pod(left.pods[1], "ip", "address", "delete", f"{old}/24", "dev", "eth0")
+    (stale, unknown), proven = found_by_verify(estate)
+    assert stale.startswith(f"pods: {old} (shop/api) is published, and no pod of this node has it; ")
+    assert unknown.startswith(f"pods: {new} is a pod's on this node and is not published, so the pod is cut off; ")
+    assert proven == 4
+
+
+@pytest.mark.usefixtures("namespaces_of_pods")
+@pytest.mark.parametrize("away", ["the other node's pods", "this node's pods"])
+def test_verify_names_pods_that_do_not_answer_and_what_pods_do_not_reach(estate: Estate, away: str) -> None:
+    left, right = estate.left, estate.right
+    others = ", ".join(pod.address for pod in right.pods)
+    both = ", ".join(pod.address for pod in left.pods)
+    drop = "add table ip f\nadd chain ip f FORWARD { type filter hook forward priority 0; policy drop; }"
+    if away == "the other node's pods":
+        right.nft(drop)
+        (from_host, from_pods), proven = found_by_verify(estate)
+        assert from_host.startswith(f"pods: a pod on cloud-1 ({others}) does not answer this host: no answer to 3 ")
+        assert from_pods.startswith(f"pods: a pod on cloud-1 ({others}) does not answer pods of this node ({both}); ")
+        assert proven == 3
+    else:
+        left.nft(drop)
+        (host, pod), proven = found_by_verify(estate)
+        assert host.startswith(f"pods: cloud-1 ({right.node.mesh}) does not answer pods of this node ({both}); ")
+        assert pod.startswith(f"pods: a pod on cloud-1 ({others}) does not answer pods of this node ({both}); ")
+        assert proven == 3
 
 
 def test_all_of_ours_goes_and_what_others_have_stays(estate: Estate) -> None:

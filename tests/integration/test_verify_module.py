@@ -210,6 +210,35 @@ def test_another_specification_is_not_called_older(host: Host, monkeypatch: pyte
     assert found.startswith("agent: it runs with another specification than planned; ")
 
 
+@pytest.mark.parametrize(
+    ("api", "words"),
+    [
+        (None, ["kubernetes: no registrar has told of the API server yet; "]),
+        ({"state": "connected", "error": None, "problems": []}, []),
+        (
+            {"state": "absent", "error": "no answer", "problems": []},
+            ["kubernetes: the API server https://k:6443 is absent since 2026-01-01T00:00:00Z (no answer): "],
+        ),
+        (
+            {"state": "connected", "error": None, "problems": ["pods on n9, which is no host of the mesh"]},
+            ["kubernetes: pods on n9, which is no host of the mesh"],
+        ),
+    ],
+    ids=["never told", "all is well", "absent", "what has no place"],
+)
+def test_how_the_registrar_stands_with_kubernetes_is_told(
+    host: Host, monkeypatch: pytest.MonkeyPatch, api: dict[str, Any] | None, words: list[str]
+) -> None:
+    known = {"server": "https://k:6443", "since": "2026-01-01T00:00:00Z"}
+    document = {"peers": [], "kubernetes": None if api is None else {**known, **api}}
+    monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, _route: document)
+    verifier = host.verifier()
+    verifier.check_kubernetes()
+    assert [found.startswith(begin) for found, begin in zip(verifier.problems, words, strict=True)] == [True] * len(
+        words
+    )
+
+
 def test_between_batches_only_the_host_itself_is_looked_at(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the record nor other members nor what was wrong before the change is a finding; what got worse is."""
     status: dict[str, Any] = {

@@ -50,17 +50,17 @@ class Story:
         document: dict[str, Any] = json.loads(self.lab.exec(host, ["isthmus", what, "-o", "json"]).stdout)
         return document
 
-    def service(self, host: str) -> dict[str, Any]:
-        """The demo's service as a host's agent has it in its kernel."""
+    def service(self, host: str, name: tuple[str, str] = SERVICE) -> dict[str, Any]:
+        """A service as a host's agent has it in its kernel."""
         for service in self.ask(host, "services")["services"]:
-            if (service["namespace"], service["name"]) == SERVICE:
+            if (service["namespace"], service["name"]) == name:
                 found: dict[str, Any] = service
                 return found
-        raise LabError(f"{host} knows no service {'/'.join(SERVICE)}; run: make site")
+        raise LabError(f"{host} knows no service {'/'.join(name)}; run: make site")
 
-    def used(self, host: str) -> set[str]:
-        """Nodes whose backends get new flows from this host."""
-        return {b["node"] for b in self.service(host)["backends"] if b["used"] and b["reachable"]}
+    def used(self, host: str, name: tuple[str, str] = SERVICE) -> set[str]:
+        """Nodes whose backends of a service get new flows from this host."""
+        return {b["node"] for b in self.service(host, name)["backends"] if b["used"] and b["reachable"]}
 
     def connects(self, host: str) -> dict[str, int]:
         """The kernel's counter of connects by backend node."""
@@ -315,32 +315,45 @@ def print_table(findings: list[Finding]) -> None:
     print()
 
 
-def main() -> int:
+def speaker() -> Callable[[str], None]:
+    """Says what happens, with the seconds since now."""
     began = time.monotonic()
+    return lambda text: print(f"demo: {time.monotonic() - began:5.1f} s  {text}", flush=True)
 
-    def say(text: str) -> None:
-        print(f"demo: {time.monotonic() - began:5.1f} s  {text}", flush=True)
 
-    story = Story(Lab(), say)
-    findings: list[Finding] = []
+def tell(findings: Iterator[Finding], say: Callable[[str], None]) -> bool:
+    """Tell a story to its end, then show all of it as a table; whether every sentence is true."""
+    told: list[Finding] = []
     problem = ""
+    began = time.monotonic()
     try:
+        for finding in findings:
+            told.append(finding)
+            say(f"  -> {'true' if finding.true else 'FALSE'}: {finding.sentence}: {finding.measured}")
+    except LabError as error:
+        problem = str(error)
+    print_table(told)
+    if problem:
+        print(f"demo: the story ended early: {problem}", file=sys.stderr)
+    if problem or not all(finding.true for finding in told):
+        print("demo: look at it with `make lab-exec HOST=edge-1 CMD='isthmus status'`", file=sys.stderr)
+        return False
+    print(f"demo: {len(told)} sentences proven in {time.monotonic() - began:.0f} s. The lab is up:")
+    return True
+
+
+def main() -> int:
+    say = speaker()
+    story = Story(Lab(), say)
+
+    def findings() -> Iterator[Finding]:
         say("waiting until every agent uses every backend")
         story.everywhere(story.backends)
         for step in Story.STEPS:
-            for finding in getattr(story, step)():
-                findings.append(finding)
-                say(f"  -> {'true' if finding.true else 'FALSE'}: {finding.sentence}: {finding.measured}")
-    except LabError as error:
-        problem = str(error)
-    print_table(findings)
-    if problem:
-        print(f"demo: the story ended early: {problem}", file=sys.stderr)
-    false = [finding for finding in findings if not finding.true]
-    if problem or false:
-        print("demo: look at it with `make lab-exec HOST=edge-1 CMD='isthmus status'`", file=sys.stderr)
+            yield from getattr(story, step)()
+
+    if not tell(findings(), say):
         return 1
-    print(f"demo: {len(findings)} sentences proven in {time.monotonic() - began:.0f} s. The lab is up:")
     print("demo:   make lab-exec HOST=edge-1 CMD='isthmus services'   (or status, peers)")
     print("demo:   tests/lab/lab ssh edge-1                           (a shell)")
     print("demo:   make lab-down                                      (removes it without a trace)")

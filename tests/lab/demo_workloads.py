@@ -15,14 +15,20 @@ UNITS = ("web.service", "batch.service", "echo.service", "client.service")
 
 HTTP_SERVER = '''\
 #!/usr/bin/python3
-"""GET / says who answers and whom it saw; GET /healthz says ok, or 503 while /run/<unit>.sick exists."""
+"""GET / says who answers and whom it saw; GET /healthz says ok, or 503 while /run/<unit>.sick exists.
+
+With DRAIN=<seconds> SIGTERM ends it only after these: connections are answered and then closed meanwhile.
+"""
 import http.server
 import json
 import os
+import signal
 import socket
 import sys
+import threading
 
 NAME = sys.argv[1]
+LEAVING = threading.Event()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -50,6 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if LEAVING.is_set():
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
@@ -63,6 +71,13 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = True
 
 
+def leave(*_):
+    LEAVING.set()
+    threading.Timer(float(os.environ["DRAIN"]), os._exit, (0,)).start()
+
+
+if "DRAIN" in os.environ:
+    signal.signal(signal.SIGTERM, leave)
 Server((os.environ.get("ADDRESS", "0.0.0.0"), int(os.environ["PORT"])), Handler).serve_forever()
 '''
 

@@ -14,7 +14,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import kubernetes_images
 import kubernetes_machine
 import kubernetes_parts
-from isthmus_lab import NSPAWN_OPTIONS, ROOT, Lab
+from isthmus_lab import NSPAWN_OPTIONS, ROOT, Customer, Lab
 from lab_inventory import Host, KubernetesCluster
 from lab_system import LabError, hierarchies, run, wait_for
 
@@ -100,19 +100,29 @@ class Kubernetes:
 
     def refuse_if_lacking(self) -> None:
         self.lab.refuse_if_lacking()
+        missing = self.lacks()
+        if missing:
+            raise LabError(f"this machine cannot carry cluster {self.name}:\n  - " + "\n  - ".join(missing))
+
+    def lacks(self) -> list[str]:
+        """What this machine lacks to carry the cluster beside the lab's machines, each in words. Changes nothing."""
+        missing = []
         if not any("memory" in hierarchy.controllers for hierarchy in hierarchies()):
-            raise LabError(
-                "a node needs cgroup controllers, and only those of cgroup v1 are given to the lab's machines; boot "
+            missing.append(
+                "cgroups: a node needs controllers, and only those of cgroup v1 are given to the lab's machines; boot "
                 "this machine with systemd.unified_cgroup_hierarchy=0 (the machines without Kubernetes run as it is)"
             )
         if all(self.lab.running(host) for host in self.hosts):
-            return
+            return missing
+        if not kubernetes_parts.directory().exists():
+            missing += kubernetes_parts.lacks()
         memory = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
         available = int(memory["MemAvailable"]) << 10
         if available < NEEDED_MEMORY:
-            raise LabError(
-                f"cluster {self.name} needs {NEEDED_MEMORY >> 20} MiB of memory, {available >> 20} are available"
+            missing.append(
+                f"memory: cluster {self.name} needs {NEEDED_MEMORY >> 20} MiB, {available >> 20} are available"
             )
+        return missing
 
     def make_images(self, programs: Path) -> None:
         if self.images.exists():
@@ -266,6 +276,31 @@ class Kubernetes:
         script = f"cat > /{kubernetes_machine.DIRECTORY}/kube-proxy.json && systemctl restart kube-proxy"
         for name, host in self.cluster.nodes.items():
             self.lab.exec(host.name, ["sh", "-c", script], feed=kubernetes_machine.proxy(self.cluster, name, mode))
+
+
+def clusters_there(lab: Lab) -> list[Kubernetes]:
+    """The clusters of the lab's inventory that were made and not taken down."""
+    return [cluster for cluster in (Kubernetes(lab, name) for name in lab.kubernetes) if cluster.directory.exists()]
+
+
+class PodCustomer(Customer):
+    """The same customer in a pod that runs the demo's client. It is asked through the API server; its requests go on
+    without."""
+
+    TALK = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('/run/client.sock'); "
+        "s.sendall(sys.argv[1].encode() + b'\\n'); print(s.makefile().readline(), end='')"
+    )
+
+    def __init__(self, kube: Kubernetes, pod: str, namespace: str) -> None:
+        super().__init__(kube.lab, pod)
+        self.kube = kube
+        self.namespace = namespace
+
+    def ask(self, order: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        talk = ["python3", "-c", self.TALK, json.dumps(order)]
+        answer: dict[str, Any] = json.loads(self.kube.exec(self.host, talk, self.namespace, seconds=seconds + 5))
+        return answer
 
 
 def certificate(path: Path, subject: str, extensions: Sequence[str], signer: Path | None = None) -> None:

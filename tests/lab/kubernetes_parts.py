@@ -107,7 +107,9 @@ def build(say: Callable[[str], None] = say_on_terminal) -> Path:
             return target
         for left in target.parent.glob(f"{target.name}.part-*"):  # of a build that was ended
             shutil.rmtree(left)
-        check_room()
+        missing = lacks()
+        if missing:
+            raise PartsError("; ".join(missing))
         part = target.parent / f"{target.name}.part-{os.getpid()}"
         began = time.monotonic()
         try:
@@ -131,21 +133,24 @@ def locked(target: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def check_room() -> None:
+def lacks() -> list[str]:
+    """What this machine lacks to build the programs, each in words. Changes nothing."""
+    missing = []
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     memory = int(meminfo["MemAvailable"].split()[0]) << 10
     if memory < NEEDED_MEMORY:
-        raise PartsError(
-            f"building Kubernetes needs {NEEDED_MEMORY >> 20} MiB of memory, {memory >> 20} MiB are available; "
+        missing.append(
+            f"memory: building Kubernetes needs {NEEDED_MEMORY >> 20} MiB, {memory >> 20} MiB are available; "
             "end something large, then the same command again"
         )
     home = rootfs.cache_directory()
-    free = shutil.disk_usage(home).free
+    free = shutil.disk_usage(next(place for place in (home, *home.parents) if place.exists())).free
     if free < NEEDED_DISK:
-        raise PartsError(
-            f"building Kubernetes needs {NEEDED_DISK >> 20} MiB of disk, {free >> 20} MiB are free at {home}; make "
+        missing.append(
+            f"disk: building Kubernetes needs {NEEDED_DISK >> 20} MiB, {free >> 20} MiB are free at {home}; make "
             "room, or set XDG_CACHE_HOME and GOMODCACHE to a larger disk"
         )
+    return missing
 
 
 # --- the Go toolchain ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import rootfs
 from isthmus_lab import Lab
-from kubernetes_lab import EVERY_CLUSTER, Kubernetes
+from kubernetes_lab import EVERY_CLUSTER, Kubernetes, clusters_there
 from kubernetes_machine import PROXY_MODES
 from lab_system import LabError
 
@@ -40,9 +40,11 @@ def arguments() -> argparse.ArgumentParser:
     ssh = commands.add_parser("ssh", help="a shell, or a command, by SSH as Ansible would")
     ssh.add_argument("host")
     ssh.add_argument("argv", nargs=argparse.REMAINDER, metavar="[CMD...]")
-    kube = commands.add_parser("kube", help="add a Kubernetes cluster to the lab, or remove it")
-    kube.add_argument("action", choices=("up", "down", "proxy"))
-    kube.add_argument("cluster", nargs="?", help="default: the first for up, else every one that is up")
+    kube = commands.add_parser(
+        "kube", help="add a Kubernetes cluster to the lab, or remove it; check names what this machine lacks"
+    )
+    kube.add_argument("action", choices=("check", "up", "down", "proxy"))
+    kube.add_argument("cluster", nargs="?", help="default: the first for check and up, else every one that is up")
     kube.add_argument(
         "--mode",
         choices=PROXY_MODES,
@@ -124,23 +126,28 @@ def do_ssh(lab: Lab, options: argparse.Namespace) -> int:
 
 
 def do_kube(lab: Lab, options: argparse.Namespace) -> int:
-    clusters = {name: Kubernetes(lab, name) for name in lab.kubernetes}
     if options.cluster:
         chosen = [Kubernetes(lab, options.cluster)]
-    elif options.action == "up":
-        chosen = list(clusters.values())[:1]
+    elif options.action in ("check", "up"):
+        chosen = [Kubernetes(lab, name) for name in lab.kubernetes][:1]
     else:
-        chosen = [cluster for cluster in clusters.values() if cluster.directory.exists()]
+        chosen = clusters_there(lab)
     if not chosen:
         raise LabError("no Kubernetes cluster is up; `tests/lab/lab kube up` brings one up")
+    status = 0
     for cluster in chosen:
-        if options.action == "up":
+        if options.action == "check":
+            missing = cluster.lacks()
+            for word in missing:
+                print(f"lacks {word}")
+            status = status or bool(missing)
+        elif options.action == "up":
             cluster.up(options.mode)
         elif options.action == "down":
             cluster.down()
         else:
             cluster.set_proxy_mode(options.mode)
-    return 0
+    return status
 
 
 def do_kubectl(lab: Lab, options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -166,9 +166,39 @@ class HostKernel:
     def apply(self, datapath: Datapath) -> Applied:
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
+        new = self._add_ways(datapath)
         maps = self._bpf.apply(datapath, read=False)
         network = self._apply_network(datapath)
-        return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
+        changes = (*new, *(f"map {name}" for name in maps.maps), *network.changes)
+        return Applied(changes, (*maps.problems, *network.problems))
+
+    def _add_ways(self, datapath: Datapath) -> tuple[str, ...]:
+        """Routes over the overlay to what is new, before a service can give it to a connect(), which would be refused
+        for want of a route. What goes stays until no service gives it; what cannot be made is told with all the rest.
+        """
+        from isthmus_agent import netlink
+
+        if self._made is None:
+            return ()
+        known = {(each.prefix, each.table, each.metric): each for each in self._made.routes}
+        ways = {
+            key: each
+            for each in datapath.routes
+            if known.get(key := (each.prefix, each.table, each.metric)) != each
+            and each.has_device
+            and not each.wireguard
+            and (each.source is None or each.source in self._made.addresses)
+        }
+        if not ways:
+            return ()
+        more = replace(self._made, routes=frozenset({**known, **ways}.values()))
+        made, self._made = self._made, None
+        try:
+            result = netlink.apply_network(more, step=self._network_step, made=made, wireguard=self._wireguard)
+        except netlink.NetworkError as error:
+            return tuple(error.changes)
+        self._made = more
+        return result.changes
 
     def _apply_network(self, datapath: Datapath) -> Applied:
         """One refused route must not keep the hooks, and with them every service, from this host."""

@@ -38,13 +38,16 @@ def installed_version() -> str:
 
 
 def routes(agent: Agent) -> LocalServer:
-    """The status API: GET /v1/status, /v1/services, /v1/peers, /v1/audit; POST /v1/repair."""
+    """The status API: GET /v1/status, /v1/services, /v1/pods, /v1/peers, /v1/audit; POST /v1/repair."""
 
     async def get_status() -> Response:
         return Response.json(await status.status(agent))
 
     async def get_services() -> Response:
         return Response.json(await status.services(agent))
+
+    async def get_pods() -> Response:
+        return Response.json(await status.pods(agent))
 
     async def get_peers() -> Response:
         return Response.json(await status.peers(agent))
@@ -59,6 +62,7 @@ def routes(agent: Agent) -> LocalServer:
         {
             "GET /v1/status": get_status,
             "GET /v1/services": get_services,
+            "GET /v1/pods": get_pods,
             "GET /v1/peers": get_peers,
             "GET /v1/audit": get_audit,
             "POST /v1/repair": post_repair,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import datetime, timezone
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from isthmus_agent.desired.services import Placed, ServiceView
 from isthmus_agent.state.model import MeshState
 
 FILTERED_RECENTLY = 300.0  # seconds that a warning of dropped packets stands
+PODS_TO_ASK = 3  # of another node: one that ends just now must not be the only one
 HANDSHAKE_LIMIT = 180.0  # seconds; WireGuard drops a session that is older (REJECT_AFTER_TIME)
 SILENT_AFTER = 30.0  # seconds; the registrar writes a peer's status every 10
 
@@ -418,6 +420,43 @@ async def services(agent: Agent) -> dict[str, Any]:
             }
             for view in views
         ]
+    }
+
+
+async def pods(agent: Agent) -> dict[str, Any]:
+    """The document of `GET /v1/pods`: what is published of this node's pods (null on a host that is no Kubernetes
+    node), and of each other node some addresses of pods, as many as one can ask. A Cilium node's pods, whose addresses
+    are of its own range as a machine's workloads' are, are not among them."""
+    state = agent.decoder.state()
+    here = agent.desired.pods if agent.desired is not None else Pods()
+    nodes = {}
+    for (cluster, name), node in state.nodes.items():
+        endpoint_of_node = node.tunnel_endpoint(4)
+        if endpoint_of_node is not None and (cluster, name) != (agent.spec.cluster.name, agent.spec.host):
+            nodes[cluster, endpoint_of_node] = node
+    others: dict[tuple[str, str], list[str]] = {}
+    for (cluster, text), pair in sorted(state.ips.items()):
+        node_of_pod = nodes.get((cluster, pair.host_ip))
+        if node_of_pod is None or not pair.pod_name or ":" in text or "/" in text:
+            continue
+        own = node_of_pod.ipv4_alloc_cidr
+        found = others.setdefault((cluster, node_of_pod.name), [])
+        if (own is None or IPv4Address(text) not in own) and len(found) < PODS_TO_ASK:
+            found.append(text)
+    local = []
+    for address in sorted(here.identities):
+        of_pod = state.ips.get((agent.spec.cluster.name, str(address)))
+        name = f"{of_pod.namespace}/{of_pod.pod_name}" if of_pod is not None else ""
+        local.append({"address": str(address), "name": name})
+    return {
+        "node": agent.spec.node.kubernetes_node,
+        "ranges": [str(each) for each in here.ranges],
+        "pods": None if agent.spec.node.kubernetes_node is None else local,
+        "others": [
+            {"cluster": cluster, "node": name, "addresses": addresses}
+            for (cluster, name), addresses in sorted(others.items())
+            if addresses
+        ],
     }
 
 

@@ -103,6 +103,10 @@ class Placement:
                     return found
         return None
 
+    def has_way(self, cluster: str, ip: str) -> bool:
+        """Whether anything says where `ip` of `cluster` is: services and nodes come from etcd in no order."""
+        return self.of(cluster, ip)[1] is not None or (cluster, ip) in self._state.ips
+
     def endpoint(self, node: NodeKey | None) -> Address | None:
         """The node's tunnel endpoint."""
         found = self._state.nodes[node].tunnel_endpoint(4) if node is not None else None
@@ -210,7 +214,7 @@ def services(
             Backend(address, port, PROTOCOLS[protocol], owner_id, endpoint),
             owner,
             node,
-            reachable=node == own or reach.reachable(node),
+            reachable=node == own or (placement.has_way(owner, ip) and reach.reachable(node)),
             # A backend of this very host is reached always; it is a proof only if we are not cut off.
             proven=bool(reach.up) if node == own else reach.proven(node),
         )
@@ -248,7 +252,11 @@ def services(
             used.update(b.backend for b in use)
             everyone.update((b.backend, b) for b in (*here, *there))
             for lost in rest:
-                if not lost.reachable and any(other.proven and other.cluster != lost.cluster for other in use):
+                if (
+                    lost.node is not None
+                    and not lost.reachable
+                    and any(other.proven and other.cluster != lost.cluster for other in use)
+                ):
                     dead.add(lost.backend)
         views.append(
             ServiceView(

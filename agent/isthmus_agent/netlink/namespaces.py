@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The network namespaces of pods: entering one, and finding that of an address."""
+"""The network namespaces of pods: entering one, finding that of an address, and the addresses of one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+from pyroute2 import IPRoute
 
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.netlink.errors import NetworkError
@@ -31,10 +33,11 @@ def paths(places: Collection[Path] = PLACES) -> Iterator[Path]:
 
 
 def inside(path: Path, function: Callable[[], T]) -> T | None:
-    """What `function` answers inside the namespace, in a thread of its own that ends with it; None when `path` is none
-    (any more). NetworkError when it cannot be entered, and what `function` raises of that kind."""
+    """What `function` answers inside the namespace, in a thread of its own that ends with it; threads that it starts
+    are there too. None when `path` is none (any more). NetworkError when it cannot be entered, and what `function`
+    raises."""
     answers: list[T] = []
-    failures: list[NetworkError] = []
+    failures: list[BaseException] = []
 
     def run() -> None:
         try:
@@ -48,7 +51,7 @@ def inside(path: Path, function: Callable[[], T]) -> T | None:
                     failures.append(NetworkError(f"cannot enter the network namespace {path}: {os.strerror(number)}"))
                 return
             answers.append(function())
-        except NetworkError as error:
+        except BaseException as error:
             failures.append(error)
         finally:
             os.close(namespace)
@@ -59,6 +62,13 @@ def inside(path: Path, function: Callable[[], T]) -> T | None:
     if failures:
         raise failures[0]
     return answers[0] if answers else None
+
+
+def addresses_here() -> set[str]:
+    """The IPv4 addresses of this network namespace, but for its loopback's."""
+    with IPRoute() as ipr:
+        found = (message.get_attr("IFA_LOCAL") for message in ipr.get_addr(family=socket.AF_INET))
+        return {address for address in found if address and not address.startswith("127.")}
 
 
 def cookies(

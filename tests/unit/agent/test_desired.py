@@ -321,6 +321,16 @@ def test_a_backend_without_known_node_is_used():
     assert used(compute(items)) == {"10.101.0.2", "10.102.0.2"}
 
 
+def test_a_backend_of_which_only_the_service_is_known_yet_is_not_used():
+    items = mesh.documents({"onprem": [1], "cloud": [1]})
+    del items[keys.node_key("cloud", "cloud-1", cached=True)]
+    del items[keys.ip_key("10.102.0.2", "cloud")]
+    found = compute(items)
+    assert used(found) == {"10.101.0.2"}
+    # It may have been known before, so its flows are left alone.
+    assert found.dead == frozenset()
+
+
 def test_equal_inputs_give_equal_values():
     assert compute(mesh.documents(ALL)) == compute(mesh.documents(ALL))
 

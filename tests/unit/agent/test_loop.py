@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.desired.compute import HostFacts, desired
-from isthmus_agent.desired.datapath import Datapath
+from isthmus_agent.desired.datapath import Datapath, Route
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
 from isthmus_agent.netlink import NetworkError, messages
 from isthmus_agent.state.watch import StateWatcher
@@ -280,8 +280,8 @@ def test_where_the_pods_are_that_are_left_alone(tmp_path, monkeypatch):
             pods = frozenset({second})
             agent._inputs = None
             agent.wake()
-            await until(lambda: agent.facts.namespaces == {second: 78}, "what is gone is forgotten")
-            assert agent.progress.applied.untranslated == {78}
+            await until(lambda: agent.progress.applied.untranslated == {78}, "what is gone is forgotten")
+            assert agent.facts.namespaces == {second: 78}
         finally:
             applier.cancel()
             await asyncio.wait([applier])
@@ -313,32 +313,65 @@ def test_last_good_is_written_when_there_is_room_again(tmp_path, monkeypatch):
     asyncio.run(lose_last_good(an_agent(tmp_path, FakeKernel()), monkeypatch))
 
 
-def test_the_device_follows_its_mtu(monkeypatch):
-    class Bpf:
-        def __init__(self, **_: object) -> None: ...
-        def open(self, *_: object) -> None: ...
-        def unpinned(self) -> list[str]:
-            return []
+class FakeBpf:
+    """The maps of a kernel: `said` has what was done to them."""
 
-        def attach_overlay(self, _: int) -> None: ...
-        def attach_cgroup(self) -> None: ...
-        def forget_wireguard(self) -> None: ...
-        def apply(self, _: Datapath, read: bool = True) -> Any:
-            return type("Result", (), {"maps": {}, "problems": ()})
+    said: list[str]
 
+    def __init__(self, **_: object) -> None: ...
+    def open(self, *_: object) -> None: ...
+    def unpinned(self) -> list[str]:
+        return []
+
+    def attach_overlay(self, _: int) -> None: ...
+    def attach_cgroup(self) -> None: ...
+    def forget_wireguard(self) -> None: ...
+    def apply(self, _: Datapath, read: bool = True) -> Any:
+        self.said.append("maps")
+        return type("Result", (), {"maps": {}, "problems": ()})
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> tuple[HostKernel, list[str]]:
+    """A kernel of which nothing is real, and what is done to it, in order."""
     from isthmus_agent import netlink
 
-    mtus: list[int] = []
-    monkeypatch.setattr(kernel_module, "BpfDatapath", Bpf)
-    monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: mtus.append(mtu) or 7)
-    monkeypatch.setattr(netlink, "apply_network", lambda _, **__: type("Result", (), {"changes": ()}))
+    said: list[str] = []
+
+    def network(datapath: Datapath, **_: object) -> Any:
+        said.append(f"routes {' '.join(sorted(str(each.prefix) for each in datapath.routes))}".strip())
+        return type("Result", (), {"changes": ()})
+
+    monkeypatch.setattr(FakeBpf, "said", said, raising=False)
+    monkeypatch.setattr(kernel_module, "BpfDatapath", FakeBpf)
+    monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: said.append(f"device {mtu}") or 7)
+    monkeypatch.setattr(netlink, "apply_network", network)
     monkeypatch.setattr(netlink.wireguard, "remove_device", list)
-    host = HostKernel()
-    host.start(Datapath(1, overlay_mtu=1450))
-    host.apply(Datapath(1, overlay_mtu=1450))
-    assert mtus == [1450]
-    host.apply(Datapath(1, overlay_mtu=8950))
-    assert mtus == [1450, 8950]
+    return HostKernel(), said
+
+
+def test_the_device_follows_its_mtu(host: tuple[HostKernel, list[str]]) -> None:
+    kernel, said = host
+    kernel.start(Datapath(1, overlay_mtu=1450))
+    kernel.apply(Datapath(1, overlay_mtu=1450))
+    assert said == ["maps", "device 1450", "routes", "maps", "routes"]
+    kernel.apply(Datapath(1, overlay_mtu=8950))
+    assert said[5:] == ["maps", "device 8950", "routes"]
+
+
+def test_a_route_is_there_before_a_service_leads_to_it_and_until_none_does(
+    host: tuple[HostKernel, list[str]],
+) -> None:
+    kernel, said = host
+    old, new = (Route(ip_network(text)) for text in ("10.102.0.0/28", "10.244.1.0/24"))
+    kernel.start(Datapath(1, routes=frozenset({old})))
+    said.clear()
+    kernel.apply(Datapath(1, routes=frozenset({new})))
+    assert said == ["routes 10.102.0.0/28 10.244.1.0/24", "maps", "routes 10.244.1.0/24"]
+    said.clear()
+    closed = Route(new.prefix, unreachable=True)
+    kernel.apply(Datapath(1, routes=frozenset({closed})))
+    assert said == ["maps", "routes 10.244.1.0/24"]
 
 
 class FakeEtcd:

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is too long for every run: pods that come and go 300 times, kube-proxy's other mode, and nodes that leave the
+mesh as they were."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import snapshot
+from demo import EDGE
+from demo_hybrid import NAMESPACE, HybridStory
+from estate_tools import Estate
+from hybrid_tools import Hybrid, joined, machine_service_in_pods_and_at_a_node_port, tell
+from kubernetes_lab import HYBRID, Kubernetes
+from kubernetes_machine import PROXY_MODES, TOOLS_IMAGE
+from playbook import play
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
+
+RESTARTS, TOGETHER = 300, 10
+# A pod of each round has labels of its own, so an identity of its own.
+SHORT = """\
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: short-{number}, namespace: shop, labels: {{app: short, round: "{round}"}}}}
+spec:
+  nodeName: {node}
+  terminationGracePeriodSeconds: 0
+  containers: [{{name: sleep, image: {image}, imagePullPolicy: Never, command: [/bin/sleep, "86400"]}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(estate: Estate, kubernetes: Kubernetes) -> dict[str, snapshot.Snapshot]:
+    """The cluster's machines with the demo's pods, before anything of the mesh was there."""
+    assert estate.lab.hosts.keys() < kubernetes.lab.hosts.keys()
+    kubernetes.up()
+    made = Hybrid(kubernetes)
+    made.make_pods()
+    made.make_more_pods()
+    return snapshot.take(kubernetes.lab, [host.name for host in kubernetes.hosts])
+
+
+@pytest.fixture(scope="module")
+def hybrid(bare: dict[str, snapshot.Snapshot], kubernetes: Kubernetes) -> Iterator[Hybrid]:
+    assert bare
+    with joined(kubernetes) as made:
+        yield made
+
+
+def test_nodes_leave_the_mesh_as_they_were(bare: dict[str, snapshot.Snapshot], kubernetes: Kubernetes) -> None:
+    """Also what Kubernetes has: no object of ours, and its nodes as they were."""
+    ours = "clusterrole,clusterrolebinding,csr,service,endpointslice"
+    mark = ("--all-namespaces", "--selector=app.kubernetes.io/managed-by=isthmus")
+
+    def nodes() -> list[Any]:
+        return [(node["metadata"]["labels"], node["spec"]) for node in kubernetes.get("nodes")["items"]]
+
+    before = nodes()
+    with joined(kubernetes) as made:
+        assert kubernetes.get(ours, *mark)["items"]
+        names = [host.name for host in kubernetes.hosts]
+        assert snapshot.differences(bare, snapshot.take(kubernetes.lab, names))
+        play("teardown", "--limit", kubernetes.name, "-e", "isthmus_confirm_teardown=lab", inventory=HYBRID)
+        assert snapshot.differences(bare, snapshot.take(kubernetes.lab, names)) == []
+        assert kubernetes.get(ours, *mark)["items"] == []
+        assert nodes() == before
+        # The cluster itself is whole: pods of both nodes answer by its own DNS.
+        made.until("its pods alone answer", lambda: alone(made))
+
+
+def alone(hybrid: Hybrid) -> bool:
+    result = hybrid.client.requests("http://web.shop.svc.cluster.local/", 60)
+    return not result["failed"] and set(result["answers"]) == {f"kube/web-{node}" for node in hybrid.nodes}
+
+
+def in_pods(hybrid: Hybrid) -> dict[str, str]:
+    """Address -> the label `round`, of every pod that has an address of its own, as Kubernetes says."""
+    pods = hybrid.kube.get("pods", "--all-namespaces")["items"]
+    return {
+        pod["status"]["podIP"]: pod["metadata"].get("labels", {}).get("round", "")
+        for pod in pods
+        if pod["status"].get("podIP") and not pod["spec"].get("hostNetwork") and pod["status"]["phase"] == "Running"
+    }
+
+
+def rounds(labels: str) -> str:
+    """The label `round` among an identity's; "" when it has none."""
+    return "".join(text.partition("=")[2] for text in labels.split(";") if text.startswith("k8s:round="))
+
+
+def identities(hybrid: Hybrid) -> dict[str, dict[str, Any]]:
+    """What the registrar has dealt, by number."""
+    prefix = "isthmus/v1/alloc/identities/"
+    dealt = hybrid.estate.keys("kube-1", prefix)
+    return {key.removeprefix(prefix): json.loads(entry.value) for key, entry in dealt.items()}
+
+
+def published(hybrid: Hybrid, host: str, prefix: str) -> dict[str, str]:
+    """What the etcd of a host's cluster has of pods: address -> the label `round` of the published identity."""
+    dealt = identities(hybrid)
+    found = {}
+    for key, entry in hybrid.estate.keys(host, prefix).items():
+        document = json.loads(entry.value)
+        if ipaddress.ip_address(document["IP"]) in hybrid.kube.cluster.pod_range:
+            found[key.removeprefix(prefix)] = rounds(dealt[str(document["ID"])]["labels"])
+    return found
+
+
+def test_300_restarts_leave_no_address_and_no_identity_behind(hybrid: Hybrid) -> None:
+    kube, last = hybrid.kube, str(RESTARTS // TOGETHER - 1)
+    names = [f"short-{number}" for number in range(TOGETHER)]
+    delete = ("delete", "pods", *names, f"--namespace={NAMESPACE}", "--ignore-not-found", "--now")
+
+    def all_published(there: dict[str, str]) -> bool:
+        own = published(hybrid, "kube-1", "cilium/state/ip/v1/default/")
+        return own == there == published(hybrid, EDGE, f"cilium/cache/ip/v1/{kube.name}/")
+
+    def in_use() -> set[str]:
+        return {rounds(each["labels"]) for each in identities(hybrid).values() if each["released"] is None}
+
+    try:
+        for turn in range(RESTARTS // TOGETHER):
+            kube.kubectl(*delete)
+            nodes = [hybrid.nodes[number % len(hybrid.nodes)] for number in range(TOGETHER)]
+            values = {"round": turn, "image": TOOLS_IMAGE}
+            kube.apply("".join(SHORT.format(number=n, node=node, **values) for n, node in enumerate(nodes)))
+        hybrid.until("the last pods run", lambda: [*in_pods(hybrid).values()].count(last) == TOGETHER)
+        there = in_pods(hybrid)
+        hybrid.until("own and peers' etcd have what is there, with its identity", lambda: all_published(there))
+        hybrid.until("no identity of an earlier pod is in use", lambda: in_use() == {"", last})
+        # Every host's kernel holds what its agent takes from there, and every node's pods are those that it has.
+        play("verify", inventory=HYBRID)
+    finally:
+        kube.kubectl(*delete)
+    hybrid.until("none of them is left", lambda: all_published(in_pods(hybrid)) and in_use() == {""})
+    play("verify", inventory=HYBRID)
+
+
+def test_the_story_with_kube_proxy_in_iptables_mode(hybrid: Hybrid) -> None:
+    """The mode changes while the mesh is there; what the other mode's rules did to packets is done in this one too."""
+    with hybrid.undone(lambda: hybrid.kube.set_proxy_mode(PROXY_MODES[0])):
+        hybrid.kube.set_proxy_mode("iptables")
+        for node in hybrid.nodes:
+            rules = ["iptables", "-t", "nat", "-S", "KUBE-SERVICES"]
+            hybrid.until(
+                f"kube-proxy on {node} has its rules",
+                lambda node=node, rules=rules: "shop/web" in hybrid.lab.exec(node, rules, check=False).stdout,
+            )
+        for step in HybridStory.STEPS:
+            tell(hybrid, step)
+        machine_service_in_pods_and_at_a_node_port(hybrid)
