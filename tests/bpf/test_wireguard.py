@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -147,6 +148,26 @@ def _dial(client: Inside, node: Node, seconds: float = 3) -> str:
     return str(
         client.do(f"c = socket.create_connection(({node.workload!r}, 8080), {seconds}); result = line(c); c.close()")
     )
+
+
+def test_what_is_as_wanted_is_not_said_again(sides: tuple[Side, Side]) -> None:
+    """Who listens, as an agent does, would apply everything for each word of its own, for ever."""
+    left, _ = sides
+
+    def said() -> bytes:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as listener:
+            listener.bind((0, 1))  # RTMGRP_LINK
+            index = netlink.overlay_index()
+            assert index is not None
+            wireguard.allow_forwarding(index)
+            wireguard.ensure_device(left.wanted.mtu, left.device)
+            wireguard.configure(left.wanted, left.device)
+            try:
+                return listener.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return b""
+
+    assert left.node.call(said) == b""
 
 
 def test_packets_go_through_wireguard_both_ways_and_nothing_is_dropped(sides: tuple[Side, Side]) -> None:

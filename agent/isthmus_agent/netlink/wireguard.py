@@ -114,7 +114,7 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
         if link.get_attr("IFLA_MTU") != mtu:
             ipr.link("set", index=device.index, mtu=mtu)
     # The kernel's check of a source (rp_filter) then goes by the rule for the mark of what was decrypted.
-    _switch_on(device.index, _SRC_VMARK, "src_valid_mark")
+    _switch_on(device.index, _SRC_VMARK, "src_vmark")
     return device
 
 
@@ -243,7 +243,12 @@ def allow_forwarding(index: int) -> None:
 
 
 def _switch_on(index: int, setting: int, name: str) -> None:
-    """One of a device's IPv4 settings, without the sysctl that agents may not write."""
+    """One of a device's IPv4 settings (`name` is pyroute2's), without the sysctl that agents may not write. Not when it
+    is on: the kernel tells every listener of each setting, this agent's own watch of the device among them."""
+    with IPRoute() as ipr:
+        (link,) = ipr.get_links(index)
+    if link.get_attr("IFLA_AF_SPEC").get_attr("AF_INET")[name]:
+        return
     spec = attribute(setting, struct.pack("=I", 1))
     for kind in (_INET_CONF, socket.AF_INET, _AF_SPEC):
         spec = attribute(kind | messages.NESTED, spec)
