@@ -67,6 +67,7 @@ def test_no_key_of_pods_comes_or_goes_with_the_api_server(hybrid: Hybrid) -> Non
         assert differing() == []
 
 
+@pytest.mark.slow
 def test_a_deployment_scales_to_20_and_to_0_without_a_failed_request(hybrid: Hybrid) -> None:
     hosts = (EDGE, *hybrid.nodes)
     before = hybrid.backends_of(EDGE)
@@ -80,6 +81,7 @@ def test_a_deployment_scales_to_20_and_to_0_without_a_failed_request(hybrid: Hyb
         hybrid.until("no host uses any", lambda: all(hybrid.backends_of(host) == before for host in hosts))
 
 
+@pytest.mark.slow
 def test_a_node_is_drained_without_a_failed_request(hybrid: Hybrid) -> None:
     victim = hybrid.nodes[-1]
 
