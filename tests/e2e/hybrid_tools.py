@@ -87,12 +87,13 @@ class Hybrid(HybridStory):
         for who, result in results.items():
             rate = result["ok"] / result["seconds"]
             print(f"{' '.join(who)}: {result['ok']} ok, {rate:.0f}/s, longest gap {result['longest_gap']:.2f} s")
-        assert {who: (r["failed"], r["errors"], r["changes"][-4:]) for who, r in results.items() if r["failed"]} == {}
+        failed = {who: (r["failed"], r["errors"], r["changes"][-4:]) for who, r in results.items() if r["failed"]}
+        assert not failed, failed
         rates = {
             c.host: sum(results[c.host, k]["ok"] / results[c.host, k]["seconds"] for k in ("new", "kept"))
             for c in customers
         }
-        assert {host: rate for host, rate in rates.items() if rate < LOAD} == {}
+        assert min(rates.values()) >= LOAD, rates
 
 
 @contextlib.contextmanager
