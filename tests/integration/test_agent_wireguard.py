@@ -315,13 +315,16 @@ def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
         "implementation": "wireguard-go",
         "public_key": public_of(both.a.private),
         "port": PORT,
+        "key_age": status["wireguard"]["key_age"],
         "peers": 1,
     }
+    assert 0 <= status["wireguard"]["key_age"] < 600
     found = both.a.encryption()
     assert (found["state"], found["reason"]) == ("encrypted", None)
     assert found["handshake_age"] < 180
     shown = text.status(status)
-    assert f"wireguard  wireguard-go, UDP {PORT}, public key {public_of(both.a.private)}, 1 peer" in shown
+    assert f"wireguard  wireguard-go, UDP {PORT}, public key {public_of(both.a.private)} made " in shown
+    assert ", 1 peer" in shown
     assert "encrypted, handshake" in shown
 
 

@@ -79,6 +79,7 @@ def cloud(loopback: tuple[Aws, str], tmp_path: Path) -> Cloud:
     return Cloud(tmp_path, *loopback)
 
 
+@pytest.mark.slow
 def test_a_vpc_from_nothing_over_drift_to_nothing(cloud: Cloud) -> None:
     network, before = cloud.b, cloud.b.everything()
     shown = said(cloud.run(name="plan"))
