@@ -120,6 +120,7 @@ def test_a_node_that_loses_its_power_gets_no_new_flows(hybrid: Hybrid) -> None:
     hybrid.everywhere(hybrid.members, others)
 
 
+@pytest.mark.slow
 def test_verify_proves_pods_and_names_what_differs(hybrid: Hybrid) -> None:
     victim = hybrid.nodes[-1]
     pod = f"web-{victim}"
