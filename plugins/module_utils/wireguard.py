@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 DEVICE = "isthmus-wg0"
+UNIT = "isthmus-wireguard.service"
 KEY = "wireguard.key"
 TOOL = "/usr/bin/wg"
 USER_SPACE = "/usr/bin/wireguard-go"

@@ -108,7 +108,6 @@ DNS = "isthmus-dns.service"
 DNS_PATH = "isthmus-dns-reload.path"
 DNS_RELOAD = "isthmus-dns-reload.service"
 BPFFS = "isthmus-bpffs.service"
-WIREGUARD = "isthmus-wireguard.service"
 RESOLVED = "isthmus-resolved.service"
 DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 
@@ -119,7 +118,7 @@ PARTS = {
     DNSMASQ: ((DNS,), ""),
     resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
     bundle.CURRENT: ((AGENT, REGISTRAR), ""),
-    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, WIREGUARD)},
+    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, wireguard.UNIT)},
     **{units.Units.path(name): ((), "") for name in (BPFFS, DNS_RELOAD)},
 }
 
@@ -169,7 +168,7 @@ def main():
         BPFFS: units.bpffs_unit(),
         AGENT: units.agent_unit(agent_config, has_pods),
         REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
-        WIREGUARD: units.wireguard_unit(wireguard_config) if in_user_space else None,
+        wireguard.UNIT: units.wireguard_unit(wireguard_config) if in_user_space else None,
         DNS: units.dns_unit(dns_config),
         DNS_PATH: units.dns_reload_path_unit(),
         DNS_RELOAD: units.dns_reload_unit(),
@@ -193,7 +192,9 @@ def main():
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
     changes.file(DNSMASQ, dnsmasq)
     runner.write(unit_files)
-    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else []) + ([WIREGUARD] if in_user_space else [])
+    names = (
+        [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else []) + ([wireguard.UNIT] if in_user_space else [])
+    )
     runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names])
 
     runner.running(DNS, dns_config, DNSMASQ)
@@ -201,7 +202,7 @@ def main():
     if has_registrar:
         runner.running(REGISTRAR, registrar_config, SPEC)
     if in_user_space:
-        runner.running(WIREGUARD, wireguard_config)
+        runner.running(wireguard.UNIT, wireguard_config)
     runner.running(AGENT, agent_config, SPEC)
     if not module.check_mode:
         wait(module, runner, names, generations, number)

@@ -92,7 +92,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
-    "isthmus-wireguard.service",
+    wireguard.UNIT,
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,

@@ -149,13 +149,13 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_byt
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
+from ansible_collections.isthmus.mesh.plugins.module_utils.wireguard import UNIT as WIREGUARD_UNIT
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
 NODE = "/etc/isthmus/node.json"
 PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
-WIREGUARD = "isthmus-wireguard.service"
 SESSION = 180  # seconds after which a session of WireGuard is over
 FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
@@ -248,8 +248,8 @@ class Verifier:
             names.append("isthmus-registrar.service")
         if self.spec.get("member"):
             names.append("isthmus-etcd.service")
-        if self.spec.get("wireguard") and os.path.exists(units.Units.path(WIREGUARD)):
-            names.append(WIREGUARD)
+        if self.spec.get("wireguard") and os.path.exists(units.Units.path(WIREGUARD_UNIT)):
+            names.append(WIREGUARD_UNIT)
         for name, found in units.Systemd(self.module).show(names).items():
             state = found.get("ActiveState")
             self.check(
@@ -575,7 +575,7 @@ class Verifier:
     def check_encrypted(self):
         """After packets to all hosts: each that is to be encrypted has a session, and none is on its way."""
         nodes, wireguard = self.ask_encryption()
-        words = f"WireGuard is not there; see `systemctl status {WIREGUARD}`"
+        words = f"WireGuard is not there; see `systemctl status {WIREGUARD_UNIT}`"
         self.check("encryption", wireguard and wireguard["implementation"], words)
         reached = {(host["cluster"], host["name"]) for host in self.hosts}
         for key, site in sorted(self.sites().items()):

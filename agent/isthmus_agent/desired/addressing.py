@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, 
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import NodeSpec
+from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, NodeSpec
 from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
 
 from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Network, Peer, Route, Rule
@@ -26,8 +26,6 @@ RULE_PRIORITY = 730
 PODS_TABLE = 731
 PODS_RULE_PRIORITY = 731
 MAIN = 254
-OVERHEAD = 50  # VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14
-WIREGUARD_OVERHEAD = 80  # outer IP up to 40, UDP 8, header 16, tag 16: what Cilium counts, so both ends agree
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -224,7 +222,7 @@ def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()
 def path_mtu(own_underlay: int, other_underlay: int, configured: int | None, encrypted: bool = False) -> int:
     """MTU in bytes of a route over the overlay; `other_underlay` 0 when the other node does not say."""
     underlay = min(own_underlay, other_underlay) if other_underlay else own_underlay
-    inner = max(576, underlay - OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
+    inner = max(576, underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
     return min(inner, configured) if configured is not None else inner
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import NodeSpec
+from isthmus_mesh.spec import WIREGUARD_OVERHEAD, NodeSpec
 
 from isthmus_agent.desired import addressing
 from isthmus_agent.desired.datapath import Address, Backend, Datapath, WireGuard
@@ -153,7 +153,7 @@ def desired(
 def _wireguard(spec: NodeSpec, found: Encryption, underlay_mtu: int) -> WireGuard | None:
     if spec.wireguard is None:
         return None
-    mtu = underlay_mtu - addressing.WIREGUARD_OVERHEAD
+    mtu = underlay_mtu - WIREGUARD_OVERHEAD
     node, wanted = spec.node, spec.wireguard
     return WireGuard(wanted.key, wanted.port, mtu, node.underlay4, node.advertise4, found.peers)
 

@@ -8,12 +8,9 @@ from typing import Any
 
 from .encryption import CHANGING, STAGES, Pair, Stage, pairs
 from .openings import Documents, between
+from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
 UNDERLAY_MTU = 1500
-OVERHEAD = 50
-"""Bytes of VXLAN over IPv4."""
-WIREGUARD_OVERHEAD = 80
-"""Bytes that WireGuard adds at most, as Cilium counts."""
 
 _MOST_LINES = 100
 
@@ -23,7 +20,7 @@ Ways = Mapping[Pair, Sequence[Any]]
 
 def inner_mtu(stage: Stage, underlay: int = UNDERLAY_MTU) -> int:
     """MTU in bytes of the overlay's routes."""
-    return underlay - OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
+    return underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
 
 
 def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways) -> Iterator[dict[str, Any]]:

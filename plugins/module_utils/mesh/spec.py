@@ -20,6 +20,10 @@ from .jsontext import UINT16, UINT64, Fields
 
 SCHEMA = 1
 
+OVERLAY_OVERHEAD = 50
+"""Bytes of VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14."""
+WIREGUARD_OVERHEAD = 80
+"""Bytes: outer IP up to 40, UDP 8, header 16, tag 16. What Cilium counts, so both ends agree."""
 WIREGUARD_PORT = 51871
 """UDP port of WireGuard between nodes: Cilium's, which its nodes cannot change."""
 

@@ -161,9 +161,9 @@ def test_no_peer_takes_a_key_from_a_node_of_our_own_cluster() -> None:
     }
 
 
-def test_an_address_is_one_peers_and_closed_for_all() -> None:
-    """Own cluster's counts, as everywhere. The other one is closed, not reached at the wrong place."""
-    own = mesh.node(
+def in_cloud_1s_place() -> wire.Node:
+    """A node of own cluster, at another site, with the address of cloud-1."""
+    return mesh.node(
         "onprem",
         2,
         wireguard_public_key=key(3),
@@ -173,8 +173,12 @@ def test_an_address_is_one_peers_and_closed_for_all() -> None:
             wire.NodeAddress("CiliumInternalIP", "10.101.0.17"),
         ),
     )
-    assert reasons(onprem_2=own)["cloud-1"] == "its address 198.18.2.11 is that of onprem/onprem-2 too"
-    found = computed(state(onprem_2=own))
+
+
+def test_an_address_is_one_peers_and_closed_for_all() -> None:
+    """Own cluster's counts, as everywhere. The other one is closed, not reached at the wrong place."""
+    assert reasons(onprem_2=in_cloud_1s_place())["cloud-1"] == "its address 198.18.2.11 is that of onprem/onprem-2 too"
+    found = computed(state(onprem_2=in_cloud_1s_place()))
     assert found.datapath.wireguard is not None
     assert found.datapath.wireguard.peers[key(3)].addresses == {CLOUD}
     assert key(1) not in found.datapath.wireguard.peers
@@ -213,17 +217,9 @@ def test_until_it_is_demanded_a_node_without_a_key_is_sent_to_in_clear() -> None
 
 def test_an_address_from_which_encryption_is_demanded_is_never_sent_to_in_clear() -> None:
     """Also when a node with which it is only being turned on claims it too."""
-    own = mesh.node(
-        "onprem",
-        2,
-        wireguard_public_key=key(3),
-        annotations={"isthmus.io/site": "hall-2"},
-        addresses=(
-            wire.NodeAddress("InternalIP", "198.18.2.11"),
-            wire.NodeAddress("CiliumInternalIP", "10.101.0.17"),
-        ),
+    found = computed(
+        state(onprem_2=in_cloud_1s_place()), mesh.spec(wireguard={**WIREGUARD, "changing": {"hall-2": "accepts"}})
     )
-    found = computed(state(onprem_2=own), mesh.spec(wireguard={**WIREGUARD, "changing": {"hall-2": "accepts"}}))
     assert found.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted
     assert found.datapath.peers[CLOUD].is_encrypted
 
