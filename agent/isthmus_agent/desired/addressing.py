@@ -26,6 +26,8 @@ RULE_PRIORITY = 730
 PODS_TABLE = 731
 PODS_RULE_PRIORITY = 731
 MAIN = 254
+YIELDING = 730
+"""Metric of a route that stands back for the one of somebody else to the same range."""
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -261,7 +263,9 @@ def routes(
     every cluster are unreachable where nothing longer matches, so that neither an untranslated service address nor an
     address nobody has goes out on the underlay. On a Kubernetes node the way to pods of other nodes of its cluster is
     the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
-    the source is the pod's, unless that node belongs to the same Kubernetes cluster. `loose`: of `loose_ranges`.
+    the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
+    that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
+    `loose_ranges`.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
@@ -274,8 +278,9 @@ def routes(
             if address is not None and not any(address in cidr for cidr in node.cidrs):
                 targets.add(IPv4Network(address))
         for target in targets:
-            if not (is_node and ours and is_pod_range(spec, target)):
-                found.add(Route(target, source, mtu, MAIN))
+            pods_of_ours = ours and is_pod_range(spec, target)
+            if not (is_node and pods_of_ours):
+                found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0))
             found.add(Route(target, source, mtu, TABLE))
         for address in {*node.underlay, node.endpoint}:
             found.add(Route(IPv4Network(address), source, mtu, TABLE))
@@ -284,8 +289,9 @@ def routes(
     mtus = [path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN) for node in nodes]
     narrowest = min(mtus, default=0)
     for wide in loose:
-        if not (is_node and is_pod_range(spec, wide)):
-            found.add(Route(wide, source, narrowest, MAIN))
+        pods_of_ours = is_pod_range(spec, wide)
+        if not (is_node and pods_of_ours):
+            found.add(Route(wide, source, narrowest, MAIN, metric=YIELDING if pods_of_ours else 0))
         found.add(Route(wide, source, narrowest, TABLE))
     for blocked in {*spec.service_ranges4, *spec.mesh_ranges4} - set(loose):
         found.add(Route(blocked, unreachable=True))
