@@ -93,7 +93,7 @@ struct isthmus_svc_value {
 	__u32 svc_id;
 	__u32 slot_base;
 	__u32 slot_count;		/* 0: no backend, the call fails with EHOSTUNREACH */
-	__u32 flags;
+	__u32 affinity;			/* seconds for which a client that comes again gets the backend it had; 0: none */
 };
 
 struct isthmus_backend_value {
@@ -127,6 +127,19 @@ struct isthmus_sock_value {
 struct isthmus_sock_backend {
 	__u32 svc_id;
 	__u32 backend_id;
+};
+
+/* Session affinity: which backend of a service a client had last. */
+struct isthmus_affinity_key {
+	__u64 client;			/* cookie of the network namespace, or a workload's address and the top bit */
+	__u32 svc_id;
+	__u32 pad;
+};
+
+struct isthmus_affinity_value {
+	__u64 used;			/* ns since boot */
+	__u32 backend_id;
+	__u32 pad;
 };
 
 /* Unconnected datagram sockets: what a reply's source must be turned into. */

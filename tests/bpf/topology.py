@@ -230,11 +230,13 @@ def backend(node: Node, port: int, protocol: int, address: str | None = None) ->
     return Backend(IPv4Address(address or node.workload), port, protocol, node.cluster_id, IPv4Address(node.underlay))
 
 
-def with_service(datapath: Datapath, port: int, protocol: int, *backends: Backend) -> Datapath:
+def with_service(
+    datapath: Datapath, port: int, protocol: int, *backends: Backend, session_affinity: int = 0
+) -> Datapath:
     """The same with other backends for the service port."""
     services = dict(datapath.services)
     frontend = Frontend(ip_address(VIP), port, protocol)
-    services[frontend] = Service(services[frontend].name, backends)
+    services[frontend] = Service(services[frontend].name, backends, session_affinity=session_affinity)
     return replace(datapath, services=services)
 
 

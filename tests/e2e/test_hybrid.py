@@ -8,6 +8,7 @@ by sentence, then what a demo has no room for. What is long is in `test_hybrid_l
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -82,6 +83,23 @@ def test_no_key_of_pods_comes_or_goes_with_the_api_server(hybrid: Hybrid) -> Non
     began = time.monotonic()
     while time.monotonic() - began < 5:
         assert differing() == []
+
+
+def test_with_session_affinity_a_pod_stays_at_its_backend(hybrid: Hybrid) -> None:
+    """Whoever that is: a pod or a machine."""
+    where = ("service", "web", f"--namespace={NAMESPACE}")
+
+    def answered() -> set[str]:
+        return set(hybrid.client.requests(f"http://{hybrid.service_address}/", 60)["answers"])
+
+    def session(kind: str) -> None:
+        hybrid.kube.kubectl("patch", *where, "--patch", json.dumps({"spec": {"sessionAffinity": kind}}))
+
+    with hybrid.undone(lambda: session("None")):
+        session("ClientIP")
+        hybrid.until("one backend answers the pod", lambda: len(answered()) == 1)
+        assert answered() == answered()
+    hybrid.until("all answer it", lambda: answered() == hybrid.servers)
 
 
 def test_a_sidecar_sees_the_address_that_its_pod_dials(hybrid: Hybrid) -> None:

@@ -415,6 +415,7 @@ async def services(agent: Agent) -> dict[str, Any]:
                 "address": str(view.address) if view.address is not None else None,
                 "global": view.is_global,
                 "affinity": view.affinity,
+                "session_affinity": view.session_affinity,
                 "ports": [{"name": n, "port": p, "protocol": protocol} for n, p, protocol in view.ports],
                 "backends": [_backend(placed, view, reading) for placed in view.backends],
             }

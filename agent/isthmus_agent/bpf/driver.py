@@ -691,20 +691,21 @@ class BpfDatapath:
         for frontend, service in datapath.services.items():
             key = _svc_key(frontend)
             wanted.add(key)
-            backends = [ids[(each.address, each.port, each.protocol)] for each in service.backends]
+            # In ascending order: so the programs find one among many.
+            backends = sorted(ids[(each.address, each.port, each.protocol)] for each in service.backends)
             old = real.get(key)
             if old is None:
                 number = numbers[frontend]
                 added += 1
             else:
-                number, base, count, flags = abi.SVC_VALUE.unpack(old)
-                if flags == 0 and sorted(self._read_slots(base, count)) == sorted(backends):
+                number, base, count, affinity = abi.SVC_VALUE.unpack(old)
+                if affinity == service.session_affinity and sorted(self._read_slots(base, count)) == backends:
                     continue
                 if count:
                     free.append(base)
                 changed += 1
             base = self._write_slots(backends)
-            put[key] = abi.SVC_VALUE.pack(number, base, len(backends), 0)
+            put[key] = abi.SVC_VALUE.pack(number, base, len(backends), service.session_affinity)
             table.put(key, put[key])
         delete = {key for key in real if key not in wanted}
         for key in delete:
@@ -766,7 +767,9 @@ class BpfDatapath:
             if value is None:
                 problems.append(f"{words} is missing")
                 continue
-            _, base, count, _ = abi.SVC_VALUE.unpack(value)
+            _, base, count, affinity = abi.SVC_VALUE.unpack(value)
+            if affinity != service.session_affinity:
+                problems.append(f"{words} has a session affinity of {affinity} s, wanted: {service.session_affinity} s")
             slots = [by_id.get(number) for number in self._read_slots(base, count)]
             have = sorted(_backend_words(key) if key else "an unknown id" for key in slots)
             want = sorted(_backend_words((each.address, each.port, each.protocol)) for each in service.backends)
@@ -824,11 +827,11 @@ class BpfDatapath:
         used: set[int] = set()
         for raw, value in self._maps["svc"].items().items():
             address, port, protocol, _ = abi.SVC_KEY.unpack(raw)
-            _, base, count, _ = abi.SVC_VALUE.unpack(value)
+            _, base, count, affinity = abi.SVC_VALUE.unpack(value)
             ids = [number for number in self._read_slots(base, count) if number in backends]
             used.update(ids)
             found[Frontend(abi.unpack_address(address), abi.unpack_port(port), protocol)] = Service(
-                "", tuple(backends[number] for number in ids)
+                "", tuple(backends[number] for number in ids), session_affinity=affinity
             )
         left = tuple(backend for number, backend in backends.items() if number not in used)
         return {**found, NO_FRONTEND: Service("", (), left)} if left else found

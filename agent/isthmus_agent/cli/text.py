@@ -118,9 +118,11 @@ def services(document: dict[str, Any]) -> str:
     rows = []
     for service in document["services"]:
         ports = ",".join(f"{port['port']}/{port['protocol']}" for port in service["ports"]) or "-"
-        scope = ("global" if service["global"] else "local") + (
-            f", {service['affinity']}" if service["affinity"] != "none" else ""
-        )
+        scope = "global" if service["global"] else "local"
+        if service["affinity"] != "none":
+            scope += f", {service['affinity']}"
+        if service["session_affinity"]:
+            scope += f", clients stay {age(service['session_affinity'])}"
         name = f"{service['namespace']}/{service['name']}"
         first = [name, service["address"] or "none yet", ports, scope]
         backends = [

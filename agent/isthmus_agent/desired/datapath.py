@@ -36,11 +36,13 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`backends` get new flows; `draining` keep their map entry and established flows, get no new ones."""
+    """`backends` get new flows; `draining` keep their map entry and established flows, get no new ones.
+    `session_affinity`: for so many seconds after its last flow a client gets the same backend again; 0: any."""
 
     name: str  # "<namespace>/<name>", for words and metrics only
     backends: tuple[Backend, ...]
     draining: tuple[Backend, ...] = ()
+    session_affinity: int = 0
 
 
 @dataclass(frozen=True, slots=True)

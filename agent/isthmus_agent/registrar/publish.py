@@ -227,6 +227,7 @@ class _Offer:
     selector: Mapping[str, str]
     shared: bool
     affinity: str
+    session_affinity: int
     ours: bool = False
 
 
@@ -706,10 +707,12 @@ class Publisher:
         """The document of a service's address."""
         number, entry = self._vips.number(service), self._vips.of(service)
         ours = None if number is None else str(IPv4Address(number))
-        document: dict[str, str | None] = {"ipv4": ours, "ipv6": None}
+        document: dict[str, str | int | None] = {"ipv4": ours, "ipv6": None}
         if offer is not None:
             document["ipv4"] = offer.address or (ours if entry is not None and entry.released is None else None)
             document |= {"released": None, "by": BY_KUBERNETES, "affinity": offer.affinity, "kept": ours}
+            if offer.session_affinity:
+                document["session_affinity"] = offer.session_affinity
         elif entry is not None:
             document["released"] = entry.released
             if entry.by:
@@ -803,6 +806,7 @@ class Publisher:
             facts.selector if definition is None else definition.backend_labels or {},
             facts.shared,
             facts.affinity,
+            facts.session_affinity,
             ours,
         )
 
@@ -828,6 +832,7 @@ class Publisher:
             before.selector,
             before.shared,
             "local" if vip.get("affinity") == "local" else "remote" if vip.get("affinity") == "remote" else "none",
+            session_affinity if isinstance(session_affinity := vip.get("session_affinity"), int) else 0,
         )
 
     def _service(

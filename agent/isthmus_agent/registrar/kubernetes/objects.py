@@ -28,6 +28,8 @@ SHARED = ("service.cilium.io/shared", "io.cilium/shared-service")
 AFFINITY = ("service.cilium.io/affinity", "io.cilium/service-affinity")
 SYNC = ("service.cilium.io/global-sync-endpoint-slices",)
 """Annotations of Cilium (pkg/annotation/k8s.go); the first that is there counts."""
+SESSION_DEFAULT, SESSION_MOST = 10_800, 86_400
+"""Seconds of `sessionAffinity: ClientIP` (core/v1 ClientIPConfig)."""
 TRANSLATION = "isthmus.io/socket-translation"
 """Annotation of a pod, or of a namespace for its pods that do not say: `false` leaves their sockets alone."""
 
@@ -78,7 +80,8 @@ class PodFacts:
 class ServiceFacts:
     """A service that is annotated global. `address` is its ClusterIP, None when it is `headless` or of IPv6 only.
 
-    `synced`: it is to have EndpointSlices of what the rest of the mesh has of it.
+    `synced`: it is to have EndpointSlices of what the rest of the mesh has of it. `session_affinity`: for so many
+    seconds a client keeps its backend; 0: not at all.
     """
 
     address: str | None
@@ -89,6 +92,7 @@ class ServiceFacts:
     selector: Mapping[str, str]
     headless: bool
     synced: bool
+    session_affinity: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,15 @@ def _service(value: Any) -> ServiceFacts | None:
         selector=_mapping(spec, "selector"),
         headless=headless,
         synced=_true(annotations, SYNC, headless),
+        session_affinity=_session_affinity(spec),
     )
+
+
+def _session_affinity(spec: Mapping[str, Any]) -> int:
+    if _text(spec, "sessionAffinity") != "ClientIP":
+        return 0
+    found = _object(_object(spec, "sessionAffinityConfig"), "clientIP").get("timeoutSeconds")
+    return found if isinstance(found, int) and 0 < found <= SESSION_MOST else SESSION_DEFAULT
 
 
 def _slice(value: Any) -> SliceFacts | None:
