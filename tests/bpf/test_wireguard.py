@@ -18,6 +18,7 @@ from bpf.topology import Inside, InsideError, Node, two_nodes, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, Route, Rule, WireGuard, WireGuardPeer
 from isthmus_agent.desired.encryption import BACK_RULE_PRIORITY, BACK_TABLE, CLOSED, DECRYPTED, RULE_PRIORITY, TABLE
+from isthmus_agent.netlink import settings as device_settings
 from isthmus_agent.netlink import wireguard
 
 MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
@@ -37,7 +38,7 @@ class Side:
     def make(self) -> None:
         """Device, program, peers, routes: in the agent's order."""
         index = self.node.call(netlink.overlay_index)
-        self.node.call(wireguard.allow_forwarding, index)
+        self.node.call(device_settings.set_ipv4, index, device_settings.FORWARDING)
         if self.process is None and not _kernel_has_wireguard(self.node):
             self.process = self.node.call(_wireguard_go, self.device)
         device = wait_for(lambda: self._device(), f"{self.device} is there")

@@ -323,6 +323,8 @@ def test_the_device_follows_its_mtu(monkeypatch):
         def attach_overlay(self, _: int) -> None: ...
         def attach_cgroup(self) -> None: ...
         def forget_wireguard(self) -> None: ...
+        def forget_underlay(self) -> None: ...
+        def detach_underlay(self, _: list[int]) -> None: ...
         def apply(self, _: Datapath, read: bool = True) -> Any:
             return type("Result", (), {"maps": {}, "problems": ()})
 
@@ -520,3 +522,19 @@ def test_only_what_wireguard_hangs_on_is_a_change(monkeypatch):
     for kind, body, matters in cases:
         data = message(16, others) + message(kind, body)
         assert any(watch._matters(its, payload) for its, _, _, payload in messages.split(data)) is matters, (kind, body)
+
+
+def test_native_routing_hangs_on_devices_filters_and_routes_of_others() -> None:
+    watch = NetworkWatch("isthmus-wg0", ip_address("198.18.1.11"), lambda: None, native=True)
+    ours, others = b"\2\x18\0\0\xfe\x49\0\1", b"\2\0\0\0\xfe\3\0\1"  # struct rtmsg, by its protocol
+    cases = [
+        (16, b"\0" * 16 + b"eth0\0", True),
+        (24, ours, False),
+        (24, others, True),
+        (25, ours, True),
+        (37, b"\0" * 20, True),
+        (44, b"\0" * 20, False),  # a new filter
+        (45, b"\0" * 20, True),
+    ]
+    for kind, body, matters in cases:
+        assert watch._matters(kind, body) is matters, (kind, body)
