@@ -100,7 +100,9 @@ class ActionModule(ActionBase):
             kubernetes_left=list(found.kubernetes_left),
             sites=[dict(row) for row in found.sites],
             matrix=matrix.lines(found.sites),
-            encryption=matrix.changes(found.sites),
+            routes=[dict(route) for route in found.routes],
+            routers=matrix.route_lines(found.routes),
+            turned=matrix.changes(found.sites),
             vpc={
                 "networks": [dict(call) for call in found.vpcs.calls],
                 "peerings": [dict(call) for call in found.vpcs.peerings],

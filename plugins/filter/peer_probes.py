@@ -84,6 +84,7 @@ class _Questions:
         self.asked = [name for name in self.places if name in heard]
         places = {entry["site"] for _document, entry in self.places.values()}
         self.stages = from_document(record["roster"].get("encryption"), places)
+        self.native = from_document(record["roster"].get("routing"), places)
         self.sites = {}
         for name in self.asked:
             self.sites.setdefault(self.places[name][1]["site"], []).append(name)
@@ -116,9 +117,9 @@ class _Questions:
         return found
 
     def datagrams(self, site, other):
-        """While encryption is turned on or off both ports are needed."""
-        stage = self.stages.get(pair(site, other), Stage.PLAIN)
-        overlay = [] if stage is Stage.DEMANDS else [("udp", self.overlay)]
+        """While encryption is turned on or off both ports are needed; the overlay's not where all is native."""
+        stage, native = (stages.get(pair(site, other), Stage.PLAIN) for stages in (self.stages, self.native))
+        overlay = [] if Stage.DEMANDS in (stage, native) else [("udp", self.overlay)]
         return overlay + ([] if stage is Stage.PLAIN else [("udp", WIREGUARD_PORT)])
 
     def target(self, here, name, protocol, port, answers, enough=False):

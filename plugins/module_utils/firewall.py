@@ -176,19 +176,27 @@ MANAGED = ("ufw", "firewalld")
 
 
 def open_for(
-    module: AnsibleModule, changes: Changes, rules: Iterable[Rule], interface: str, inner: int | None = None
+    module: AnsibleModule,
+    changes: Changes,
+    rules: Iterable[Rule],
+    interface: str,
+    inner: int | None = None,
+    native: tuple[str, Iterable[str]] = ("", ()),
 ) -> list[str]:
     """Let in what `rules` and the mesh's own devices need, by the firewalls that are active; returns their names.
 
     Rules of ours that are not wanted any more go. What comes over the devices was checked by the mesh's programs.
-    `inner` is the UDP port of the overlay's packets inside WireGuard, None where there is none.
+    `inner` is the UDP port of the overlay's packets inside WireGuard, None where there is none. `native` are the host's
+    range and the ranges from which packets come to it without a tunnel.
     """
     wanted = list(rules)
+    to, sources = native[0], list(native[1])
     active = []
     if _ufw_enabled() and "Status: active" in (_run(module, "ufw", "status") or ""):
         active.append("ufw")
         texts = [f"allow from {source} to any port {port} proto {protocol}" for protocol, port, source in wanted]
         through = [f"allow in on {WIREGUARD} to any port {inner} proto udp"] if inner else []
+        texts += [f"allow from {source} to {to}" for source in sources]
         _ufw_rules(module, changes, [f"allow in on {DEVICE}", *through, *texts])
     if (_run(module, "firewall-cmd", "--state") or "").strip() == "running":
         active.append("firewalld")
@@ -199,6 +207,10 @@ def open_for(
                 f'rule family="ipv4" source address="{source}" port port="{port}" protocol="{protocol}" accept',
             )
             for protocol, port, source in wanted
+        ]
+        entries += [
+            (zone, f'rule family="ipv4" source address="{source}" destination address="{to}" accept')
+            for source in sources
         ]
         devices = [DEVICE, WIREGUARD] if inner else [DEVICE]
         _firewalld_rules(module, changes, [*((_TRUSTED, device) for device in devices), *entries])

@@ -59,7 +59,8 @@ def main():
     interface = links.of_address(module, spec["node"]["underlay4"])
     wanted = openings.rules(spec, module.params["record"])
     inner = spec["overlay"]["port"] if spec.get("wireguard") else None
-    active = firewall.open_for(module, changes, wanted, interface, inner)
+    native = spec["node"]["range4"], openings.native_sources(spec, module.params["record"])
+    active = firewall.open_for(module, changes, wanted, interface, inner, native)
     module.exit_json(**changes.result(active=active))
 
 

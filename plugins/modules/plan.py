@@ -151,9 +151,10 @@ sites:
   description:
     - The matrix of sites, a dictionary for each two that have hosts and for each that has several. Their C(sites),
       C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the underlay has 1500, and the ports
-      that must be C(open), each with C(protocol), C(port), and in words C(on) whom and C(from) whom.
+      that must be C(open), each with C(protocol), C(port) (none where it is all of the protocol), and in words C(on)
+      whom and C(from) whom.
     - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
-      or off.
+      or off, C(routing_now) and C(routing_steps) the same of native routing.
   returned: success
   type: list
   elements: dict
@@ -162,8 +163,21 @@ matrix:
   returned: success
   type: list
   elements: str
-encryption:
-  description: What happens to pairs of sites whose encryption is turned on or off, a line each.
+routes:
+  description:
+    - What routers need so that packets go natively. On those of each C(site) the range of a C(host), C(to), leads to
+      its address, C(via); C(from) are the sites whose packets come to these ranges.
+  returned: success
+  type: list
+  elements: dict
+  sample: [{"site": "dc", "host": "dc-1", "to": "10.101.0.0/28", "via": "198.51.100.11", "from": ["dc", "hall"]}]
+routers:
+  description: RV(routes) in words, a line for each site.
+  returned: success
+  type: list
+  elements: str
+turned:
+  description: What happens to pairs of sites whose encryption or native routing is turned on or off, a line each.
   returned: success
   type: list
   elements: str
@@ -189,9 +203,9 @@ vpc:
       elements: str
 steps:
   description:
-    - What follows RV(specs) and RV(record) while encryption is turned on or off, each with its own C(specs) and
-      C(record), the hosts that must have done the step before (C(waits)), and whether they must have proven that they
-      reach each other through WireGuard (C(proven)).
+    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off, each with its own
+      C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether they must have
+      proven that they reach each other the new way (C(proven)).
   returned: success
   type: list
   elements: dict

@@ -186,6 +186,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes,
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 DEVICE = "isthmus0"
+PROTOCOL = "73"  # of the routes that the agent makes
 DNSMASQ = "/usr/sbin/dnsmasq"
 MOVE = "Stop that service or make it listen on other addresses only."
 LOOPBACK_ONLY = {
@@ -398,7 +399,13 @@ def port_problems(spec, found):
     return problems
 
 
-def address_problems(spec):
+def is_own_route(module, route):
+    """Whether the agent made it."""
+    code, out, _err = module.run_command(["ip", "-4", "route", "show", "exact", str(route), "proto", PROTOCOL])
+    return code == 0 and bool(out.strip())
+
+
+def address_problems(module, spec):
     problems = []
     underlay = spec["node"]["underlay4"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -418,7 +425,7 @@ def address_problems(spec):
         if row[0] in (DEVICE, "*"):
             continue
         for network in ranges:
-            if route.subnet_of(network):
+            if route.subnet_of(network) and not is_own_route(module, route):
                 problems.append(
                     f"The host has a route to {route} by {row[0]}, inside the mesh's range {network}. "
                     "Choose another range in isthmus_estate, or remove that route."
@@ -608,7 +615,7 @@ def main():
         names = resolver.obstacles(resolver.probe(resolved))
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
-    problems += address_problems(spec)
+    problems += address_problems(module, spec)
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)

@@ -75,7 +75,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
 
 DEVICES = ("isthmus0", wireguard.DEVICE)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733")
+TABLES = ("730", "731", "732", "733", "734")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -149,6 +149,7 @@ class Teardown:
         self.units()
         self.distribution_unit()
         self.device()
+        self.filters()
         self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
         self.pins()
         if os.path.islink(etcd_unit.DATA):  # with the link alone the data would stay behind
@@ -252,6 +253,16 @@ class Teardown:
                     self.gone(f"route {route.strip()}")
                 if not self.module.check_mode:
                     self.command("ip", family, "route", "flush", "table", "all", "proto", PROTOCOL)
+
+    def filters(self):
+        """Programs on the underlay's devices, where something was routed natively; others went with their device."""
+        code, out, _err = self.module.run_command(["tc", "qdisc", "show"])
+        for device in re.findall(r"^qdisc clsact \S+ dev (\S+) ", out, re.MULTILINE) if code == 0 else ():
+            for side in ("ingress", "egress"):
+                if f" underlay_{side} " in self.command("tc", "filter", "show", "dev", device, side, "pref", PROTOCOL):
+                    self.gone(f"program underlay_{side} on {device}")
+                    if not self.module.check_mode:
+                        self.command("tc", "filter", "del", "dev", device, side, "pref", PROTOCOL)
 
     def pins(self):
         self.tree(PINS)

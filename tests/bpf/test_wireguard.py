@@ -19,6 +19,7 @@ from bpf.topology import Inside, InsideError, Node, two_nodes, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, Route, Rule, WireGuard, WireGuardPeer
 from isthmus_agent.desired.encryption import BACK_RULE_PRIORITY, BACK_TABLE, CLOSED, DECRYPTED, RULE_PRIORITY, TABLE
+from isthmus_agent.netlink import settings as device_settings
 from isthmus_agent.netlink import wireguard
 
 MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
@@ -38,7 +39,7 @@ class Side:
     def make(self) -> None:
         """Device, program, peers, routes: in the agent's order."""
         index = self.node.call(netlink.overlay_index)
-        self.node.call(wireguard.allow_forwarding, index)
+        self.node.call(device_settings.set_ipv4, index, device_settings.FORWARDING)
         if self.process is None and not _kernel_has_wireguard(self.node):
             self.process = self.node.call(_wireguard_go, self.device)
         device = wait_for(lambda: self._device(), f"{self.device} is there")
@@ -159,7 +160,7 @@ def test_what_is_as_wanted_is_not_said_again(sides: tuple[Side, Side]) -> None:
             listener.bind((0, 1))  # RTMGRP_LINK
             index = netlink.overlay_index()
             assert index is not None
-            wireguard.allow_forwarding(index)
+            device_settings.set_ipv4(index, device_settings.FORWARDING)
             wireguard.ensure_device(left.wanted.mtu, left.device)
             wireguard.configure(left.wanted, left.device)
             try:

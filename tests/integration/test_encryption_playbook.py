@@ -62,7 +62,7 @@ def written(site: Site) -> list[list[str]]:
 
 
 def proofs(site: Site) -> list[str]:
-    return sorted(call["host"] for call in site.calls("verify") if call["scope"] == "encryption")
+    return sorted(call["host"] for call in site.calls("verify") if call["scope"] == "step")
 
 
 def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running: Site) -> None:
@@ -93,9 +93,7 @@ def test_a_silent_host_keeps_all_at_the_step_that_it_can_understand(running: Sit
     (running.place / "silent" / "a2").touch()
     first = turned(running)
     assert first.status == 4, first.output
-    assert "encryption is turned on or off in 3 steps, and step 2 was not begun: a2 did not do the one before" in said(
-        first
-    )
+    assert "how packets go is changed in 3 steps, and step 2 was not begun: a2 did not do the one before" in said(first)
     assert stages(running) == {**dict.fromkeys(HOSTS, "accepts"), "a2": "plain"}
     assert recorded(running) == "accepts"
     (running.place / "silent" / "a2").unlink()
@@ -106,12 +104,10 @@ def test_a_silent_host_keeps_all_at_the_step_that_it_can_understand(running: Sit
 
 def test_without_a_proof_nothing_goes_through_wireguard_and_the_run_says_so(running: Site) -> None:
     running.estate = ON
-    (running.place / "fail" / "verify b1 encryption").touch()
+    (running.place / "fail" / "verify b1 step").touch()
     first = turned(running)
     assert first.status == 2, first.output
-    assert "step 2 was not begun: b1 did not prove that they reach the others through WireGuard: b1 has no way" in said(
-        first
-    )
+    assert "step 2 was not begun: b1 did not prove that they reach the others the new way: b1 has no way" in said(first)
     assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "accepts"), "accepts")
     assert running.locks == []
 

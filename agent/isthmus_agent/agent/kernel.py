@@ -8,16 +8,18 @@ synchronous and run in one thread, one at a time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Service
+from isthmus_agent.bpf.errors import BpfError
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Route, Service
 from isthmus_agent.desired.drain import endpoint
 
 if TYPE_CHECKING:
+    from isthmus_agent.netlink.routes import Way
     from isthmus_agent.netlink.wireguard import PeerState
 
 
@@ -116,6 +118,8 @@ class HostKernel:
         self._made: Datapath | None = None  # what the network was made, when nothing was refused
         self._wireguard: int | None = None  # index of the device that the programs know
         self._fresh_wireguard = False  # it has no sessions yet
+        self._ways: dict[Address, Way] = {}  # of the underlay, to where routes lead natively
+        self._underlay: frozenset[int] | None = None  # devices with programs for that; None: not known
 
     @property
     def cgroup_root(self) -> Path:
@@ -156,7 +160,7 @@ class HostKernel:
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
-        self._made = self._wireguard = None
+        self._made = self._wireguard = self._underlay = None
         if datapath.wireguard is None:
             self._remove_wireguard()
         network = self._apply_network(datapath)
@@ -181,7 +185,7 @@ class HostKernel:
         if self._made is None:
             return ()
         known = {(each.prefix, each.table, each.metric): each for each in self._made.routes}
-        ways = {
+        new = {
             key: each
             for each in datapath.routes
             if known.get(key := (each.prefix, each.table, each.metric)) != each
@@ -189,16 +193,28 @@ class HostKernel:
             and not each.wireguard
             and (each.source is None or each.source in self._made.addresses)
         }
-        if not ways:
+        self._find_ways(new.values())
+        new = {key: each for key, each in new.items() if each.toward is None or each.toward in self._ways}
+        if not new:
             return ()
-        more = replace(self._made, routes=frozenset({**known, **ways}.values()))
+        more = replace(self._made, routes=frozenset({**known, **new}.values()))
         made, self._made = self._made, None
         try:
-            result = netlink.apply_network(more, step=self._network_step, made=made, wireguard=self._wireguard)
+            result = netlink.apply_network(
+                more, step=self._network_step, made=made, wireguard=self._wireguard, ways=self._ways
+            )
         except netlink.NetworkError as error:
             return tuple(error.changes)
         self._made = more
         return result.changes
+
+    def _find_ways(self, routes: Iterable[Route]) -> None:
+        """Ways of the underlay to nodes that are new, by devices that have the programs already."""
+        from isthmus_agent import netlink
+
+        if unknown := [each for each in routes if each.toward is not None and each.toward not in self._ways]:
+            found, _ = netlink.underlay_ways(unknown, self._network_step)
+            self._ways = {**self._ways, **{to: way for to, way in found.items() if way.oif in (self._underlay or ())}}
 
     def _apply_network(self, datapath: Datapath) -> Applied:
         """One refused route must not keep the hooks, and with them every service, from this host."""
@@ -206,18 +222,66 @@ class HostKernel:
 
         self._keep_source = datapath.keep_source
         tunnel = self._apply_wireguard(datapath)
+        native = self._apply_native(datapath)
         made, self._made = self._made, None
+        before = (*tunnel.problems, *native)
         try:
-            result = netlink.apply_network(datapath, step=self._network_step, made=made, wireguard=self._wireguard)
+            result = netlink.apply_network(
+                datapath, step=self._network_step, made=made, wireguard=self._wireguard, ways=self._ways
+            )
         except netlink.OverlayMissing:
             raise  # start() makes it anew
         except netlink.NetworkError as error:
             self._greet(datapath)
-            return Applied((*tunnel.changes, *error.changes), (*tunnel.problems, *error.problems))
+            return Applied((*tunnel.changes, *error.changes), (*before, *error.problems))
         self._greet(datapath)
-        if not tunnel.problems:
+        self._leave_underlay(datapath)
+        if not before:
             self._made = datapath
-        return Applied((*tunnel.changes, *result.changes), tunnel.problems)
+        return Applied((*tunnel.changes, *result.changes), before)
+
+    def _apply_native(self, datapath: Datapath) -> tuple[str, ...]:
+        """Programs on the devices that packets will go by, before the routes that lead there; answers problems. By a
+        device that cannot have them nothing goes."""
+        from isthmus_agent import netlink
+
+        wanted, made = datapath.native, self._made
+        if wanted is None:
+            self._ways = {}
+            return ()
+        if made is not None and made.native == wanted and made.routes is datapath.routes:
+            return ()
+        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        # Without it the programs cannot ask which way leads to a node.
+        netlink.settings.set_ipv4(self._ifindex, netlink.settings.FORWARDING)
+        if wanted.changing:
+            # Its program has checked the sources; what comes by the underlay has a mark that tells the way back.
+            netlink.settings.set_ipv4(self._ifindex, netlink.settings.RP_FILTER, netlink.settings.LOOSE)
+        for index in sorted({way.oif for way in ways.values()}):
+            try:
+                if wanted.changing:
+                    netlink.settings.set_ipv4(index, netlink.settings.SRC_VALID_MARK)
+                self._bpf.attach_underlay([index], self._ifindex, wanted.underlay)
+            except (netlink.NetworkError, BpfError) as error:
+                problems.append(str(error))
+                ways = {target: way for target, way in ways.items() if way.oif != index}
+        if ways != self._ways:
+            self._made = None  # the kernel has the routes as they were
+            self._ways = ways
+        return tuple(problems)
+
+    def _leave_underlay(self, datapath: Datapath) -> None:
+        """After the routes: programs, also an earlier agent's, go from devices by which nothing goes natively now."""
+        from isthmus_agent import netlink
+
+        if datapath.native is None and self._underlay == frozenset():
+            return
+        wanted = frozenset(way.oif for way in self._ways.values())
+        if datapath.native is None:
+            self._bpf.forget_underlay()
+        elsewhere = netlink.other_devices() if self._underlay is None else self._underlay
+        self._bpf.detach_underlay(sorted(set(elsewhere) - wanted))
+        self._underlay = wanted
 
     def _greet(self, datapath: Datapath) -> None:
         """Tell peers that WireGuard is new here, when the way to them is there."""
@@ -231,7 +295,7 @@ class HostKernel:
 
     def _apply_wireguard(self, datapath: Datapath) -> Applied:
         """Device, program and peers; the routes come after. Until all is there what is to be encrypted is dropped."""
-        from isthmus_agent.netlink import NetworkError, wireguard
+        from isthmus_agent.netlink import NetworkError, settings, wireguard
 
         wanted = datapath.wireguard
         if self._made is not None and self._made.wireguard == wanted:
@@ -240,7 +304,7 @@ class HostKernel:
             return Applied(self._remove_wireguard() if self._wireguard is not None else ())
         try:
             # Without it the programs cannot ask which way a packet will take.
-            wireguard.allow_forwarding(self._ifindex)
+            settings.set_ipv4(self._ifindex, settings.FORWARDING)
             device = wireguard.ensure_device(wanted.mtu)
             if device.index != self._wireguard:
                 self._made = self._wireguard = None
@@ -268,7 +332,8 @@ class HostKernel:
 
         device = netlink.wireguard.find_index() if datapath.wireguard is not None else None
         found = self._bpf.audit(datapath)
-        found += netlink.audit_network(datapath, step=self._network_step, wireguard=device)
+        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        found += netlink.audit_network(datapath, step=self._network_step, wireguard=device, ways=ways)
         if datapath.wireguard is not None:
             found += netlink.wireguard.audit(datapath.wireguard)
             if device is not None:
@@ -276,6 +341,10 @@ class HostKernel:
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
+            if datapath.native is not None:
+                devices = {way.oif for way in ways.values()}
+                found += problems
+                found += self._bpf.audit_underlay(sorted(devices), index, datapath.native.underlay)
         return found
 
     def read(self) -> Reading:
@@ -298,7 +367,7 @@ class HostKernel:
         cookies = self._bpf.sockets_of(backends)
         destinations = {endpoint(backend) for backend in backends}
         ended = netlink.destroy_sockets(destinations, cookies)
-        if self._keep_source is not None:
+        if self._keep_source is not None and not self._keep_source.native:
             ended |= netlink.destroy_pods_sockets(destinations, cookies - ended, step=self._network_step)
         return len(ended)
 

@@ -212,12 +212,14 @@ class Agent:
             "audit": self._audits,
             "last-good": self._keep_last_good,
         }
+        native = self.spec.native is not None
+        if native or self.spec.wireguard is not None:
+            jobs["network"] = NetworkWatch(DEVICE, self.spec.node.underlay4, self._note_network, native).run
         if self.spec.wireguard is not None:
-            jobs["network"] = NetworkWatch(DEVICE, self.spec.node.underlay4, self._note_network).run
             jobs["wireguard-key"] = self._follow_key
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
-        if self.spec.node.kubernetes_node is not None:
+        if native or self.spec.node.kubernetes_node is not None:
             jobs["filters"] = self._follow_filters
         if self._probe:
             jobs["prober"] = self.prober.run

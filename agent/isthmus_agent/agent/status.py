@@ -186,6 +186,15 @@ def encryption_of(agent: Agent, node: Node, tunnel: Tunnel, now: float) -> dict[
     }
 
 
+def routing_of(agent: Agent, node: Node) -> dict[str, Any]:
+    """How packets to a node go: `way` is tunnel or native, `stage` the word of `Stage`, `mtu` in bytes (None: not
+    known)."""
+    key = node.cluster, node.name
+    stage = agent.desired.native.get(key, Stage.PLAIN) if agent.desired is not None else Stage.PLAIN
+    mtu = agent.desired.mtus.get(key) if agent.desired is not None else None
+    return {"way": "native" if stage >= Stage.SENDS else "tunnel", "stage": stage.word, "mtu": mtu}
+
+
 def _nodes(agent: Agent, state: MeshState, tunnel: Tunnel) -> list[dict[str, Any]]:
     now = time.monotonic()
     found = []
@@ -209,6 +218,7 @@ def _nodes(agent: Agent, state: MeshState, tunnel: Tunnel) -> list[dict[str, Any
                 "answer_age": _age(probe.last_answer, now) if probe is not None else None,
                 "rtt_ms": round(probe.rtt * 1000, 2) if probe is not None and probe.rtt is not None else None,
                 "encryption": encryption_of(agent, node, tunnel, time.time()),
+                "routing": routing_of(agent, node),
             }
         )
     return found

@@ -78,6 +78,7 @@ def status(document: dict[str, Any]) -> str:
             )
         lines += ["", table(["WORKLOAD", "ADDRESS", "IDENTITY", "CGROUP", "SERVICES"], rows)]
     if document["nodes"]:
+        native = any(node["routing"]["stage"] != "plain" for node in document["nodes"])
         rows = [
             [
                 f"{node['cluster']}/{node['name']}",
@@ -86,15 +87,23 @@ def status(document: dict[str, Any]) -> str:
                 node["probe"],
                 age(node["answer_age"]) if node["answer_age"] is not None else "-",
                 f"{node['rtt_ms']}ms" if node["rtt_ms"] is not None else "-",
+                *([_routing(node)] if native else []),
                 *([] if wireguard is None else [_encryption(node)]),
             ]
             for node in document["nodes"]
         ]
-        head = ["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT"]
+        head = ["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT", *(["WAY"] if native else [])]
         lines += ["", table(head if wireguard is None else [*head, "ENCRYPTION"], rows)]
     if document["warnings"]:
         lines += ["", *(f"! {words}" for words in document["warnings"])]
     return "\n".join(lines)
+
+
+def _routing(node: dict[str, Any]) -> str:
+    if node["probe"] == "this host":
+        return "-"
+    found = node["routing"]
+    return f"{found['way']} ({found['stage']})" if found["stage"] in CHANGING else str(found["way"])
 
 
 def _encryption(node: dict[str, Any]) -> str:

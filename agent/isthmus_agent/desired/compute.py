@@ -46,6 +46,8 @@ class Desired:
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
     `pods`: those of this Kubernetes node.
     `encrypted`: nodes that are peers of WireGuard or are to be, with why one is none, else "". `stages`: their stages.
+    `native`: nodes that packets go to without a tunnel, or are to, with the stage of that. `mtus`: of the path to each
+    node, in bytes.
     """
 
     datapath: Datapath
@@ -58,6 +60,8 @@ class Desired:
     pods: Pods
     encrypted: Mapping[NodeKey, str] = field(default_factory=dict)
     stages: Mapping[NodeKey, Stage] = field(default_factory=dict)
+    native: Mapping[NodeKey, Stage] = field(default_factory=dict)
+    mtus: Mapping[NodeKey, int] = field(default_factory=dict)
 
 
 class Memory:
@@ -130,6 +134,7 @@ def desired(
         rules=addressing.rules(spec, ranges) | wireguard_rules(spec),
         keep_source=addressing.keep_source(spec, ranges),
         wireguard=_wireguard(spec, encrypted, facts.underlay_mtu),
+        native=addressing.native(spec),
         clusters={config.id: cluster for cluster, config in state.configs.items()},
     )
     return Desired(
@@ -147,6 +152,10 @@ def desired(
         pods=pods,
         encrypted=encrypted.nodes,
         stages=encrypted.stages,
+        native={(node.cluster, node.name): node.native for node in nodes if node.native > Stage.PLAIN},
+        mtus=memory.of(
+            "mtus", (spec, nodes, facts.underlay_mtu), lambda: addressing.mtus(spec, nodes, facts.underlay_mtu)
+        ),
     )
 
 

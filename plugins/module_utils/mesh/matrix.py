@@ -8,6 +8,7 @@ from typing import Any
 
 from .encryption import CHANGING, STAGES, Pair, Stage, pairs
 from .openings import Documents, between
+from .routing import NATIVE, TUNNEL
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
 UNDERLAY_MTU = 1500
@@ -15,15 +16,18 @@ UNDERLAY_MTU = 1500
 _MOST_LINES = 100
 
 Ways = Mapping[Pair, Sequence[Any]]
-"""`Plan.stages`."""
+"""`Plan.stages`, `Plan.native`."""
 
 
-def inner_mtu(stage: Stage, underlay: int = UNDERLAY_MTU) -> int:
-    """MTU in bytes of the overlay's routes."""
-    return underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
+def inner_mtu(stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MTU) -> int:
+    """MTU in bytes of the overlay's routes, at a stage of encryption."""
+    inner = underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
+    return inner if overlay_mtu is None else min(inner, overlay_mtu)
 
 
-def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways) -> Iterator[dict[str, Any]]:
+def rows(
+    documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways, native_ways: Ways
+) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several."""
     sizes: dict[str, int] = {}
     for document in documents.values():
@@ -34,19 +38,67 @@ def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways:
             continue
         now, *following = ways.get(one, (None, Stage.PLAIN))
         stages = [stage for stage in (now, *following) if stage is not None]
-        mtu = inner_mtu(max(stages))
+        native_now, *native_following = native_ways.get(one, (None, Stage.PLAIN))
+        native = [stage for stage in (native_now, *native_following) if stage is not None]
         yield {
             "sites": list(one),
-            "routing": "tunnel",
+            "routing": NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
+            "routing_now": None if native_now is None else native_now.word,
+            "routing_steps": _words(native_now, native_following),
             "encryption": "wireguard" if following[-1] is Stage.DEMANDS else "none",
             "now": None if now is None else now.word,
-            "steps": [stage.word for stage in following] if now not in (None, following[-1]) else [],
-            "mtu": mtu if overlay_mtu is None else min(mtu, overlay_mtu),
+            "steps": _words(now, following),
+            # The smallest on the way.
+            "mtu": UNDERLAY_MTU if min(native) >= Stage.SENDS else inner_mtu(max(stages), overlay_mtu),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
-                for each in between(documents, one, overlay_port, stages)
+                for each in between(documents, one, overlay_port, stages, native)
             ],
         }
+
+
+def _words(now: Stage | None, following: Sequence[Stage]) -> list[str]:
+    return [stage.word for stage in following] if now not in (None, following[-1]) else []
+
+
+def routes(documents: Documents, native_ways: Ways) -> Iterator[dict[str, Any]]:
+    """What routers need so that packets go natively: on those of each `site` the range of each of its hosts, `to`,
+    leads to the host's address, `via`; `from` are the sites from which packets to these ranges come."""
+    senders: dict[str, set[str]] = {}
+    for (one, other), stages in native_ways.items():
+        if any(stage is not None and stage is not Stage.PLAIN for stage in stages[1:]):
+            senders.setdefault(one, set()).add(other)
+            senders.setdefault(other, set()).add(one)
+    for document in documents.values():
+        for host, entry in document["hosts"].items():
+            if entry["site"] in senders:
+                yield {
+                    "site": entry["site"],
+                    "host": host,
+                    "to": entry["range4"],
+                    "via": entry["underlay4"],
+                    "from": sorted(senders[entry["site"]]),
+                }
+
+
+def route_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each site, and what the others' routers need of it."""
+    sites: dict[str, list[Mapping[str, Any]]] = {}
+    for route in found:
+        sites.setdefault(route["site"], []).append(route)
+    told = []
+    for site, those in sorted(sites.items()):
+        each = "; ".join(f"{one['to']} via {one['via']} ({one['host']})" for one in those[:_MOST_LINES])
+        if len(those) > _MOST_LINES:
+            each += f"; and {len(those) - _MOST_LINES} more"
+        far = [other for other in those[0]["from"] if other != site]
+        words = f"routers of {site}: {each}."
+        if site in those[0]["from"]:
+            words += " Hosts on one subnet set these routes to each other themselves."
+        if far:
+            words += f" Routers of {', '.join(far)} lead these ranges to {site}."
+        told.append(words)
+    return told
 
 
 def name(sites: Sequence[str]) -> str:
@@ -58,14 +110,23 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     told = []
     for row in found[:_MOST_LINES]:
         changing = f" (now being turned {'on' if row['encryption'] == 'wireguard' else 'off'})" if row["steps"] else ""
-        opened = "; ".join(f"{one['protocol']} {one['port']} on {one['on']} from {one['from']}" for one in row["open"])
+        native = row["routing"] == NATIVE
+        path = "native" if native else "tunnel (VXLAN)"
+        if row["routing_steps"]:
+            path += f" (now being turned {'on' if native else 'off'})"
+        opened = "; ".join(_opened(one) for one in row["open"])
         told.append(
-            f"{name(row['sites'])}: path tunnel (VXLAN), encryption {row['encryption']}{changing}, MTU {row['mtu']} "
+            f"{name(row['sites'])}: path {path}, encryption {row['encryption']}{changing}, MTU {row['mtu']} "
             f"inside where the underlay has {UNDERLAY_MTU}. Open: {opened}"
         )
     if len(found) > _MOST_LINES:
         told.append(f"and {len(found) - _MOST_LINES} more pairs of sites")
     return told
+
+
+def _opened(one: Mapping[str, Any]) -> str:
+    port = f" {one['port']}" if one["port"] is not None else ""
+    return f"{one['protocol']}{port} on {one['on']} from {one['from']}"
 
 
 _ON = {
@@ -81,24 +142,50 @@ _OFF = {
 }
 
 
+_NATIVE_ON = {
+    Stage.ACCEPTS: "every host of the two takes native packets too; packets still go through the tunnel",
+    Stage.SENDS: "when each host has proven by packets of the full size that it reaches the others natively, all go so",
+    Stage.DEMANDS: "nothing is taken through the tunnel any more",
+}
+_NATIVE_OFF = {
+    Stage.SENDS: "packets through the tunnel are taken again too",
+    Stage.ACCEPTS: f"packets go through the tunnel and are {OVERLAY_OVERHEAD} bytes smaller, and native ones are still "
+    "taken",
+    Stage.PLAIN: "native packets are not taken any more",
+}
+
+
 def changes(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run does to pairs whose encryption is turned on or off, a line each."""
+    """What a run does to pairs whose encryption or native routing is turned on or off, a line each."""
     told = []
     for row in found:
-        if not row["steps"]:
-            continue
-        on = row["encryption"] == "wireguard"
-        stages = [STAGES[word] for word in row["steps"]]
-        begun = f", which was begun before ({row['now']})" if row["now"] in CHANGING else ""
-        words = _ON if on else _OFF
-        steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
-        told.append(
-            f"encryption of {name(row['sites'])} is turned {'on' if on else 'off'}{begun}, in steps of one run, of "
-            f"which each begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
-            + (
-                "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"
-                if on
-                else ""
-            )
-        )
+        if row["steps"]:
+            on = row["encryption"] == "wireguard"
+            told.append(_change("encryption", row, on, row["now"], row["steps"], _ON if on else _OFF, shrinks=on))
+        if row["routing_steps"]:
+            on = row["routing"] == NATIVE
+            words = _NATIVE_ON if on else _NATIVE_OFF
+            now, steps = row["routing_now"], row["routing_steps"]
+            told.append(_change("native routing", row, on, now, steps, words, shrinks=not on))
+    return told
+
+
+def _change(
+    what: str,
+    row: Mapping[str, Any],
+    on: bool,
+    now: str,
+    following: Sequence[str],
+    words: Mapping[Stage, str],
+    shrinks: bool,
+) -> str:
+    stages = [STAGES[word] for word in following]
+    begun = f", which was begun before ({now})" if now in CHANGING else ""
+    steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
+    told = (
+        f"{what} of {name(row['sites'])} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
+    )
+    if shrinks:
+        told += "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"
     return told

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Network, collapse_addresses
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,10 +20,10 @@ Documents = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Opening:
-    """One port, on `to`, for `senders`, as words."""
+    """One port (None: all of the protocol), on `to`, for `senders`, as words."""
 
     protocol: str
-    port: int
+    port: int | None
     senders: str
     to: str
 
@@ -42,8 +43,14 @@ TABLE = (
         "UDP 8472 (`overlay.port`, one for the whole mesh)",
         "every host of every cluster",
         "every host of the clusters it peers with",
-        "the VXLAN overlay, and the probes inside it; not between sites that encrypt, but while encryption is turned "
-        "on or off there",
+        "the VXLAN overlay, and the probes inside it; not between sites that encrypt or are native, but while that is "
+        "turned on or off there",
+    ),
+    Row(
+        "all of IP",
+        "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other",
+        "those ranges, at their hosts",
+        "native packets ([routing.md](routing.md))",
     ),
     Row(
         f"UDP {spec.WIREGUARD_PORT}",
@@ -89,6 +96,13 @@ def encrypts(own: Mapping[str, Any], site: str) -> Stage:
     return spec.wireguard_of(own["wireguard"]).stage(site)
 
 
+def native(own: Mapping[str, Any], site: str) -> Stage:
+    """The stage of native routing of a host, by its spec as JSON, with the hosts of a site."""
+    if own.get("native") is None:
+        return Stage.PLAIN
+    return spec.native_of(own["native"]).stage(site)
+
+
 def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Protocols and ports on which a host, by its spec as JSON, listens for others."""
     found = [("udp", own["overlay"]["port"])]
@@ -107,7 +121,7 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     cluster = documents[own["cluster"]["name"]]
     here = cluster["hosts"][own["host"]]
     everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
-    plain = [entry for entry in everybody if not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)]
+    plain = [entry for entry in everybody if not (outside and _hidden(own, entry["site"]))]
     wanted = [("udp", own["overlay"]["port"], plain)]
     if own.get("wireguard"):
         encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
@@ -125,6 +139,23 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     )
 
 
+def _hidden(own: Mapping[str, Any], site: str) -> bool:
+    """Whether no packet of the overlay to or from a site is seen outside the host."""
+    return Stage.DEMANDS in (encrypts(own, site), native(own, site))
+
+
+def native_sources(own: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order."""
+    here = own["node"]["range4"]
+    found = [
+        IPv4Network(entry["range4"])
+        for document in documents_of(record).values()
+        for entry in document["hosts"].values()
+        if entry["range4"] != here and native(own, entry["site"]) is not Stage.PLAIN
+    ]
+    return [str(network) for network in collapse_addresses(found)]
+
+
 def _members(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (document["hosts"][name] for name in document["etcd"]["members"] if name in document["hosts"])
 
@@ -134,13 +165,17 @@ def _sources(entry: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
     return {entry["underlay4"]} if entry["site"] == here["site"] else {entry["underlay4"], entry["advertise4"]}
 
 
-def between(documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage]) -> list[Opening]:
-    """What two sites need of each other while the pair is at these stages of encryption."""
-    at = set(stages)
+def between(
+    documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage], native: Iterable[Stage]
+) -> list[Opening]:
+    """What two sites need of each other while the pair is at these stages of encryption and of native routing."""
+    at, native_at = set(stages), set(native)
     both = sorted(set(pair))
     found = []
     everywhere = ("each other", f"every host of {' and '.join(both)}")
-    if at - {Stage.DEMANDS}:
+    if native_at - {Stage.PLAIN}:
+        found.append(Opening("IP", None, "the ranges of workloads of both", f"those ranges, at {everywhere[1]}"))
+    if at - {Stage.DEMANDS} and native_at - {Stage.DEMANDS}:
         found.append(Opening("UDP", overlay_port, *everywhere))
     if at - {Stage.PLAIN}:
         found.append(Opening("UDP", spec.WIREGUARD_PORT, *everywhere))

@@ -10,14 +10,14 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any
+from typing import Any, Optional
 
-from . import encryption, jsontext, matrix, spec, versions, vpc
+from . import encryption, jsontext, matrix, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Pair, Stage
@@ -34,20 +34,26 @@ from .record import (
     parse_time,
 )
 from .removals import cuts
+from .routing import Routing
 from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
 
+Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
+"""Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """One of several that a plan takes, as encryption of a pair of sites is turned on or off in stages: `record` and
-    `specs` as in `Plan`; `stages` are the pairs that change. `waits` are hosts that must have the step before, by
-    name; `proven`: they must also have proven that they reach each other through WireGuard."""
+    """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off in
+    stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs that change.
+    `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that they reach each
+    other the new way."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
     stages: Mapping[Pair, Stage]
+    native: Mapping[Pair, Stage]
     waits: tuple[str, ...]
     proven: bool
 
@@ -60,9 +66,10 @@ class Plan:
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
     and removed etcd hosts have: `cluster`, `ca_host`, `hosts`, of which the `departed` were removed, common
     `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
-    record in a form for people. `sites` is the matrix of sites (matrix.py). `steps` are those that follow
-    `specs` and `record`. `stages` are those of each pair of sites where something is or was encrypted: what
-    the record has (None: no traffic yet), and each that follows. `vpcs` is what VPCs get (vpc.py)."""
+    record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
+    it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
+    sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
+    follows; `native` are those of native routing. `vpcs` is what VPCs get (vpc.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -80,6 +87,8 @@ class Plan:
     sites: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
 
 
@@ -235,8 +244,9 @@ class _Planner:
             documents[name] = self.settled(document, CLUSTERS + name, old)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
-        vpcs = self.vpcs(present, ways)
-        roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()}, vpcs)
+        native = self.native_ways(present)
+        vpcs = self.vpcs(present, ways, native)
+        roster = self.roster(documents, _first(ways), _first(native), vpcs)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -244,7 +254,9 @@ class _Planner:
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
-        stages = {pair: (now, *rest) for pair, (now, rest) in ways.items()}
+        stages, native_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
+        )
         return Plan(
             specs=specs,
             record=following.to_documents(),
@@ -261,9 +273,11 @@ class _Planner:
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
-            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages)),
-            steps=tuple(self.steps(following, present, ways)),
+            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages)),
+            steps=tuple(self.steps(following, present, ways, native)),
             stages=stages,
+            native=native_stages,
+            routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
         )
 
@@ -272,17 +286,21 @@ class _Planner:
     def vpcs(
         self,
         present: Mapping[str, Mapping[str, Any]],
-        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+        ways: Ways,
+        native: Ways,
     ) -> vpc.Planned:
         old = (self.record.roster or {}).get("vpcs")
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
-        running = {pair: now for pair, (now, _stages) in ways.items() if now is not None}
+        both = (ways, native)
+        running = [{pair: now for pair, (now, _stages) in each.items() if now is not None} for each in both]
         # To what is lost nothing stays open.
-        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, running)]
-        for number in range(max((len(stages) for _now, stages in ways.values()), default=1)):
-            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
-            states.append(self.vpc_state(present, these))
+        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, *running)]
+        for number in range(max((len(stages) for each in both for _now, stages in each.values()), default=1)):
+            these = [
+                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
+            ]
+            states.append(self.vpc_state(present, *these))
         found = vpc.planned(self.model.vpcs, self.model.name, old, self.prune, states)
         self.orphans += found.orphans
         self.removed += found.removed
@@ -294,58 +312,86 @@ class _Planner:
         hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
         return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
-    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> vpc.State:
+    def vpc_state(
+        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], native: Mapping[Pair, Stage]
+    ) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
-        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], stages).build())
+        return vpc.State(
+            documents, lambda host: _Spec(self.model, documents, host, homes[host], stages, native).build()
+        )
 
-    # Encryption
+    # Encryption and native routing
 
-    def ways(self, present: Mapping[str, Mapping[str, Any]]) -> dict[Pair, tuple[Stage | None, list[Stage]]]:
-        """The stage of each pair of sites in the record, None where no traffic is yet, and those it goes through from
-        there. Nothing where nothing is encrypted and nothing was."""
-        old = (self.record.roster or {}).get("encryption")
-        if old is None and self.model.encryption == Encryption():
+    def ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
+        """The stage of encryption of each pair of sites in the record, None where no traffic is yet, and those it goes
+        through from there. Nothing where nothing is encrypted and nothing was."""
+        wanted = self.model.encryption
+        return self.ways_of(
+            present,
+            "encryption",
+            None
+            if wanted == Encryption()
+            else lambda pair: Stage.DEMANDS if wanted.of(pair) == "wireguard" else Stage.PLAIN,
+        )
+
+    def native_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
+        """The same of native routing."""
+        wanted = self.model.routing
+        return self.ways_of(present, "routing", None if wanted == Routing() else wanted.stage)
+
+    def ways_of(
+        self, present: Mapping[str, Mapping[str, Any]], key: str, wanted: Callable[[Pair], Stage] | None
+    ) -> Ways:
+        """`key` of the roster has what is; `wanted` None: PLAIN everywhere."""
+        old = (self.record.roster or {}).get(key)
+        if old is None and wanted is None:
             return {}
         here = _sites_of(self.known)
-        sites = {*_sites_of(present), *self.model.sites}
         known = encryption.from_document(old, here)
         found = {}
-        for pair in encryption.pairs(sites):
-            wanted = Stage.DEMANDS if self.model.encryption.of(pair) == "wireguard" else Stage.PLAIN
+        for pair in encryption.pairs({*_sites_of(present), *self.model.sites}):
             now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else None
-            found[pair] = now, encryption.way(now, wanted)
+            found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
         return found
 
     def steps(
-        self,
-        record: Record,
-        present: Mapping[str, Mapping[str, Any]],
-        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+        self, record: Record, present: Mapping[str, Mapping[str, Any]], ways: Ways, native: Ways
     ) -> Iterator[Step]:
-        """Those after the first, which `record` has."""
-        last = {pair: stages[0] for pair, (_now, stages) in ways.items()}
-        for number in range(1, max((len(stages) for _now, stages in ways.values()), default=0)):
-            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
-            changing = {pair: stage for pair, stage in these.items() if stage is not last[pair]}
+        """Those after the first, which `record` has. Where a pair changes in both respects, both take each step
+        together: what is sent natively in clear is sent so only while the other side takes it."""
+        both = (ways, native)
+        last = [_first(each) for each in both]
+        for number in range(1, max((len(stages) for each in both for _now, stages in each.values()), default=0)):
+            these = [
+                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
+            ]
+            changing = [
+                {pair: stage for pair, stage in here.items() if stage is not before[pair]}
+                for here, before in zip(these, last)
+            ]
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            roster.pop("encryption", None)
-            roster.update(_filled(encryption=encryption.to_document(these)))
+            for key, stages in zip(("encryption", "routing"), these):
+                roster.pop(key, None)
+                roster.update(_filled(**{key: encryption.to_document(stages)}))
             record = Record(roster, record.clusters)
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
-                stages=changing,
-                waits=tuple(_hosts_of(present, changing)),
-                proven=any(stage > last[pair] for pair, stage in changing.items()),
+                stages=changing[0],
+                native=changing[1],
+                waits=tuple(_hosts_of(present, {**changing[0], **changing[1]})),
+                proven=any(
+                    stage > before[pair] for each, before in zip(changing, last) for pair, stage in each.items()
+                ),
             )
             last = these
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites = {*_sites_of(present), *self.model.sites}
-        stages = encryption.from_document(roster.get("encryption"), sites)
+        stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
         return {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages).build()
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages, native).build()
             for host in self.model.hosts.values()
             if not host.absent
         }
@@ -1218,7 +1264,11 @@ class _Planner:
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
     def roster(
-        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], vpcs: vpc.Planned
+        self,
+        documents: Mapping[str, Mapping[str, Any]],
+        stages: Mapping[Pair, Stage],
+        native: Mapping[Pair, Stage],
+        vpcs: vpc.Planned,
     ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
@@ -1252,7 +1302,11 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
-            **_filled(encryption=encryption.to_document(stages), vpcs=vpcs.document),
+            **_filled(
+                encryption=encryption.to_document(stages),
+                routing=encryption.to_document(native),
+                vpcs=vpcs.document,
+            ),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1290,13 +1344,20 @@ class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
     def __init__(
-        self, model: Model, present: Mapping[str, Any], name: str, own: Mapping[str, Any], stages: Mapping[Pair, Stage]
+        self,
+        model: Model,
+        present: Mapping[str, Any],
+        name: str,
+        own: Mapping[str, Any],
+        stages: Mapping[Pair, Stage],
+        native: Mapping[Pair, Stage],
     ) -> None:
         self.model = model
         self.present = present
         self.name = name
         self.own = own
         self.stages = stages
+        self.native_stages = native
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
@@ -1346,20 +1407,14 @@ class _Spec:
                 "certificates": list(self.certificates()),
                 "trust": [own["name"], *(self.peers() if self.member else ())],
             },
-            **_filled(wireguard=self.wireguard()),
+            **_filled(wireguard=self.wireguard(), native=self.native()),
         }
         document["hash"] = spec.spec_hash(document)
         return document
 
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
-        here = self.host["site"]
-        mine = {
-            other: stage
-            for pair, stage in self.stages.items()
-            if here in pair
-            for other in (pair[1] if pair[0] == here else pair[0],)
-        }
+        mine = self.mine(self.stages)
         if not any(mine.get(site) for site in _sites_of(self.present)):
             return None
         changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
@@ -1367,9 +1422,29 @@ class _Spec:
             "key": f"{PKI}/wireguard.key",
             "port": spec.WIREGUARD_PORT,
             "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
-            "sites": {name: doc["site"] for name, doc in sorted(self.present.items())},
+            "sites": self.sites(),
             **_filled(changing=changing),
         }
+
+    def native(self) -> dict[str, Any] | None:
+        """None where the tunnel leads from the host to all others."""
+        mine = self.mine(self.native_stages)
+        if not any(mine.get(site) for site in _sites_of(self.present)):
+            return None
+        return {"sites": self.sites(), "stages": {site: stage.word for site, stage in sorted(mine.items()) if stage}}
+
+    def mine(self, stages: Mapping[Pair, Stage]) -> dict[str, Stage]:
+        """Of the host's site with each other, and with itself."""
+        here = self.host["site"]
+        return {
+            other: stage
+            for pair, stage in stages.items()
+            if here in pair
+            for other in (pair[1] if pair[0] == here else pair[0],)
+        }
+
+    def sites(self) -> dict[str, str]:
+        return {name: doc["site"] for name, doc in sorted(self.present.items())}
 
     def kubernetes(self) -> dict[str, Any] | None:
         if "kubernetes" not in self.own:
@@ -1506,6 +1581,11 @@ def _filled(**entries: Any) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
+def _first(ways: Ways) -> dict[Pair, Stage]:
+    """Where each pair is after the first step."""
+    return {pair: stages[0] for pair, (_now, stages) in ways.items()}
+
+
 def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """The sites that have hosts."""
     return {entry["site"] for doc in documents.values() for entry in doc["hosts"].values()}
@@ -1586,13 +1666,12 @@ def _lines(record: Record) -> dict[str, str]:
         for key, entry in sorted(roster["services"].items()):
             if entry["state"] != "absent":
                 found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
-        stages = encryption.from_document(
-            roster.get("encryption"), _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
-        )
-        for (one, other), stage in stages.items():
-            if stage is not Stage.PLAIN:
-                name = f"within site {one}" if one == other else f"between sites {one} and {other}"
-                found[f"encryption {name}"] = encryption.WORDS[stage]
+        sites = _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
+        for key, words in (("encryption", encryption.WORDS), ("routing", routing.WORDS)):
+            for (one, other), stage in encryption.from_document(roster.get(key), sites).items():
+                if stage is not Stage.PLAIN:
+                    name = f"within site {one}" if one == other else f"between sites {one} and {other}"
+                    found[f"{key} {name}"] = words[stage]
         found.update(vpc.recorded(roster.get("vpcs")))
     return found
 

@@ -266,12 +266,14 @@ def _check(where: str, name: str, document: Any) -> int:
             _there(entry, "clusters")
             entry.texts("clusters")
             entry.text("state", None)
-        if "encryption" in fields.value:
-            encryption = fields.object("encryption")
-            _there(encryption, "pairs")
-            for stage in (encryption.text("all", None), *encryption.text_mapping("pairs").values()):
+        for key in ("encryption", "routing"):
+            if key not in fields.value:
+                continue
+            stages = fields.object(key)
+            _there(stages, "pairs")
+            for stage in (stages.text("all", None), *stages.text_mapping("pairs").values()):
                 if stage not in STAGES:
-                    fields.fail("encryption", f"has a stage that is not one of {', '.join(STAGES)}")
+                    fields.fail(key, f"has a stage that is not one of {', '.join(STAGES)}")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
         return revision

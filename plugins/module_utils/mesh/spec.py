@@ -135,6 +135,25 @@ class WireGuardSpec:
 
 
 @dataclass(frozen=True)
+class NativeSpec:
+    """Packets to and from nodes of some sites go without a tunnel, as the network routes them: `stages` by site, where
+    it is so, or is being turned on or off. `sites` is the site of a cluster's nodes, for those that publish none of
+    their own."""
+
+    sites: Mapping[str, str]
+    stages: Mapping[str, Stage]
+
+    def stage(self, site: str | None) -> Stage:
+        """Of this host with the nodes of a site; None: it is not known."""
+        return self.stages.get(site or "", Stage.PLAIN)
+
+    @property
+    def changing(self) -> bool:
+        """With some sites it is being turned on or off."""
+        return any(stage.word in CHANGING for stage in self.stages.values())
+
+
+@dataclass(frozen=True)
 class EtcdSpec:
     """How this host reaches an etcd: URLs and paths of PEM files."""
 
@@ -244,6 +263,8 @@ class NodeSpec:
     pki: PkiSpec
     wireguard: WireGuardSpec | None = None
     """None: nothing is encrypted, and the host has no key."""
+    native: NativeSpec | None = None
+    """None: the tunnel leads to all nodes."""
 
     @classmethod
     def from_dict(cls, document: Any) -> NodeSpec:
@@ -275,6 +296,7 @@ class NodeSpec:
             registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
             pki=_pki(top.object("pki")),
             wireguard=None if top.value.get("wireguard") is None else _wireguard(top.object("wireguard")),
+            native=None if top.value.get("native") is None else _native(top.object("native")),
         )
 
     @classmethod
@@ -352,6 +374,19 @@ def _wireguard(fields: Fields) -> WireGuardSpec:
         sites=fields.text_mapping("sites"),
         changing={site: STAGES[word] for site, word in changing.items()},
     )
+
+
+def native_of(document: Any) -> NativeSpec:
+    """The spec's `native`. SpecError when it is malformed."""
+    return _native(Fields(document, SpecError, "native"))
+
+
+def _native(fields: Fields) -> NativeSpec:
+    stages = fields.text_mapping("stages")
+    for site, word in stages.items():
+        if word not in STAGES:
+            fields.fail(f"stages.{site}", f"is not one of {', '.join(STAGES)}")
+    return NativeSpec(fields.text_mapping("sites"), {site: STAGES[word] for site, word in stages.items()})
 
 
 def _etcd(fields: Fields) -> EtcdSpec:

@@ -147,6 +147,17 @@ def test_ports_stay_open_while_encryption_is_turned_on() -> None:
     assert [rule["port"] for rule in call["meanwhile"]["rules"]] == [2379, 8472, 51871]
 
 
+def test_native_packets_are_let_in_by_the_ranges_they_come_from() -> None:
+    (before,) = changed(cloud=AWS).vpcs.calls
+    (call,) = changed(cloud=AWS, routing="native").vpcs.calls
+    ranges = ["10.101.0.0/27", "10.101.0.32/28"]
+    assert call["rules"] == [{"protocol": "all", "sources": ranges}, before["rules"][0]]
+    assert "opens everything from 2 ranges, TCP 2379 for 3 addresses" in vpc.lines([call], ())[0]
+    # A running estate lets both in until the last step is done.
+    (call,) = changed(changed(cloud=AWS), cloud=AWS, routing="native").vpcs.calls
+    assert [rule.get("port") for rule in call["meanwhile"]["rules"]] == [None, 2379, 8472]
+
+
 def test_a_vpc_leaves_by_state_or_by_name_and_else_is_an_orphan() -> None:
     before = changed(cloud=AWS)
     orphan = changed(before)
