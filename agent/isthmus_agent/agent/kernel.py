@@ -259,7 +259,7 @@ class HostKernel:
             netlink.settings.set_ipv4(self._ifindex, netlink.settings.RP_FILTER, netlink.settings.LOOSE)
         for index in sorted({way.oif for way in ways.values()}):
             try:
-                if wanted.changing:
+                if wanted.changing and netlink.settings.is_strict(index):
                     netlink.settings.set_ipv4(index, netlink.settings.SRC_VALID_MARK)
                 self._bpf.attach_underlay([index], self._ifindex, wanted.underlay)
             except (netlink.NetworkError, BpfError) as error:
