@@ -163,7 +163,7 @@ def _owed(hosts):
 
 
 def _encryption(hosts):
-    """A line when encryption is turned on or off and the run could not take all of its steps."""
+    """A line when encryption or its keys are changed and the run could not take all of the steps."""
     steps = next((one["__plan_result"]["steps"] for one in hosts.values() if "__plan_result" in one), [])
 
     def without(names, group):
@@ -178,7 +178,7 @@ def _encryption(hosts):
             why = f"{_names(lacking)} did not prove that they reach the others through WireGuard: {told}"
         if why:
             yield (
-                f"Pending: encryption is turned on or off in {len(steps) + 1} steps, and step {number + 1} was not "
+                f"Pending: encryption is changed in {len(steps) + 1} steps, and step {number + 1} was not "
                 f"begun: {why}. Packets of these sites go on as after step {number}, and no connection is cut."
             )
             return

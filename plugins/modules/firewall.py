@@ -58,8 +58,7 @@ def main():
     changes = Changes(module)
     interface = links.of_address(module, spec["node"]["underlay4"])
     wanted = openings.rules(spec, module.params["record"])
-    inner = spec["overlay"]["port"] if spec.get("wireguard") else None
-    active = firewall.open_for(module, changes, wanted, interface, inner)
+    active = firewall.open_for(module, changes, wanted, interface, spec["overlay"]["port"], openings.devices(spec))
     module.exit_json(**changes.result(active=active))
 
 

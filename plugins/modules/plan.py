@@ -53,6 +53,12 @@ options:
     type: list
     elements: str
     default: []
+  rotate:
+    description:
+      - Whether every host that encrypts gets another key of WireGuard, as the playbook
+        C(isthmus.mesh.rotate_wireguard_keys) asks.
+    type: bool
+    default: false
   clean:
     description: Forgotten hosts that hold nothing of the mesh any more, and are joined anew.
     type: list
@@ -163,15 +169,16 @@ matrix:
   type: list
   elements: str
 encryption:
-  description: What happens to pairs of sites whose encryption is turned on or off, a line each.
+  description:
+    - What happens to pairs of sites whose encryption is turned on or off, and to keys that are replaced, a line each.
   returned: success
   type: list
   elements: str
 steps:
   description:
-    - What follows RV(specs) and RV(record) while encryption is turned on or off, each with its own C(specs) and
-      C(record), the hosts that must have done the step before (C(waits)), and whether they must have proven that they
-      reach each other through WireGuard (C(proven)).
+    - What follows RV(specs) and RV(record) while encryption is turned on or off or its keys are replaced, each with its
+      own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether they must have
+      proven that they reach each other through WireGuard (C(proven)).
   returned: success
   type: list
   elements: dict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Says when something that WireGuard between nodes hangs on has changed in the kernel: its device, the routing rules,
+"""Says when something that WireGuard between nodes hangs on has changed in the kernel: its devices, the routing rules,
 the host's underlay address, the settings of devices (rtnetlink(7))."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.netlink import messages
@@ -20,8 +20,8 @@ _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _DELRULE, _NEWNETCONF = 16, 17, 20, 21, 
 class NetworkWatch:
     """Calls `changed` in the event loop; also when events were lost."""
 
-    def __init__(self, device: str, underlay: Address, changed: Callable[[], None]) -> None:
-        self._device = device.encode() + b"\0"
+    def __init__(self, devices: Iterable[str], underlay: Address, changed: Callable[[], None]) -> None:
+        self._devices = [device.encode() + b"\0" for device in devices]
         self._underlay = underlay.packed
         self._changed = changed
 
@@ -45,7 +45,7 @@ class NetworkWatch:
 
     def _matters(self, kind: int, payload: bytes) -> bool:
         if kind in (_NEWLINK, _DELLINK):
-            return self._device in payload
+            return any(device in payload for device in self._devices)
         if kind in (_NEWADDR, _DELADDR):
             return self._underlay in payload
         return kind in (_DELRULE, _NEWNETCONF)

@@ -9,13 +9,13 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import NodeSpec
-from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
+from isthmus_mesh.spec import WIREGUARD_PORT, NodeSpec
+from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
 
 from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Network, Peer, Route, Rule
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
@@ -48,7 +48,7 @@ class Remote:
     mtu: int  # of its underlay, 0 when it does not say
     is_machine: bool  # it says that it is no Kubernetes node
     stage: Stage = Stage.PLAIN  # of encryption
-    public_key: str = ""
+    public_keys: Mapping[int, str] = field(default_factory=dict, hash=False)  # of WireGuard, by UDP port
 
 
 def _remote(spec: NodeSpec, node: Node) -> Remote | None:
@@ -74,7 +74,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE) == "",
         stage=_stage(spec, node),
-        public_key=node.wireguard_public_key,
+        public_keys=public_keys(node, WIREGUARD_PORT),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
@@ -167,7 +167,7 @@ def _route_words(route: Route) -> str:
     if route.table != _TABLE_MAIN:
         words.append(f"table {route.table}")
     if route.wireguard:
-        words.append("over WireGuard")
+        words.append(f"over {route.wireguard}")
     if route.source is not None:
         words.append(f"src {route.source}")
     if route.mtu:
@@ -186,15 +186,15 @@ _RouteKey = tuple[Network, int, int]  # prefix, table, metric
 
 @dataclass(frozen=True, slots=True)
 class _Devices:
-    """Interface indexes that routes lead to; `wireguard` None: there is none, and no route over it can be made."""
+    """Interface indexes that routes lead to; `wireguard` by name: no route is made over one that is not there."""
 
     overlay: int
-    wireguard: int | None = None
+    wireguard: Mapping[str, int]
 
     def of(self, route: Route) -> int:
         if not route.has_device:
             return 0
-        return (self.wireguard or 0) if route.wireguard else self.overlay
+        return self.wireguard[route.wireguard] if route.wireguard else self.overlay
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +222,10 @@ class _Difference:
 
 def _read(ipr: Any, routes: RouteSocket, devices: _Devices) -> _Real:
     found = {}
+    names = {index: name for name, index in devices.wireguard.items()}
     for each in routes.dump():
-        if each.oif and each.oif == devices.wireguard:
-            each = Found(replace(each.route, wireguard=True), each.oif)
+        if each.oif in names:
+            each = Found(replace(each.route, wireguard=names[each.oif]), each.oif)
         found[_key(each.route)] = each
     return _Real(set(_addresses(ipr, devices.overlay)), found, _rules(ipr))
 
@@ -235,7 +236,7 @@ def _key(route: Route) -> _RouteKey:
 
 def _possible(routes: Iterable[Route], devices: _Devices) -> dict[_RouteKey, Route]:
     """Those whose device is there."""
-    return {_key(each): each for each in routes if not each.wireguard or devices.wireguard is not None}
+    return {_key(each): each for each in routes if not each.wireguard or each.wireguard in devices.wireguard}
 
 
 def _interfaces(datapath: Datapath) -> dict[Any, Address]:
@@ -296,13 +297,13 @@ def apply_network(
     name: str = OVERLAY,
     step: Callable[[], None] = lambda: None,
     made: Datapath | None = None,
-    wireguard: int | None = None,
+    wireguard: Mapping[str, int] | None = None,
 ) -> NetworkResult:
     """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: additions first.
 
     `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same devices:
     only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
-    audit_network() to find. `wireguard` is the index of that device; without it routes over it are left out.
+    audit_network() to find. `wireguard` are indexes of such devices by name; routes over others are left out.
     NetworkError after everything that could be done was done."""
     changes: list[str] = []
     problems: list[str] = []
@@ -312,7 +313,7 @@ def apply_network(
             raise OverlayMissing(f"the overlay device {name} is missing: ensure_overlay() comes first")
         up = _is_up(ipr, index)
         # A device that went down lost its routes.
-        devices = _Devices(index, wireguard)
+        devices = _Devices(index, wireguard or {})
         real = _as_made(made, devices) if made is not None and up else _read(ipr, routes, devices)
         difference = _difference(real, datapath, devices, up)
 
@@ -404,10 +405,13 @@ def _explain(error: Any, kind: str) -> str:
 
 
 def audit_network(
-    datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None, wireguard: int | None = None
+    datapath: Datapath,
+    name: str = OVERLAY,
+    step: Callable[[], None] = lambda: None,
+    wireguard: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read.
-    `wireguard` is the index of that device."""
+    `wireguard` are the indexes of such devices by name."""
     with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL, step) as routes:
         index = _index(ipr, name)
         if index is None:
@@ -416,7 +420,7 @@ def audit_network(
         problems = [f"{name} {words}" for words in _link_differences(link, datapath.overlay_port)]
         if link.get_attr("IFLA_MTU") != datapath.overlay_mtu:
             problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {datapath.overlay_mtu}")
-        devices = _Devices(index, wireguard)
+        devices = _Devices(index, wireguard or {})
         difference = _difference(_read(ipr, routes, devices), datapath, devices, bool(link["flags"] & _IFF_UP))
     if not difference.up:
         problems.append(f"{name} is down")

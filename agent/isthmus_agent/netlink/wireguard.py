@@ -19,6 +19,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
+from isthmus_mesh.spec import WIREGUARD_DEVICES
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -27,8 +28,9 @@ from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.messages import attribute
 
-DEVICE = "isthmus-wg0"
-UNIT = "isthmus-wireguard.service"
+DEVICES = WIREGUARD_DEVICES
+DEVICE = DEVICES[0]
+UNITS = dict(zip(DEVICES, ("isthmus-wireguard.service", "isthmus-wireguard-1.service")))
 
 KERNEL, USER_SPACE = "kernel", "wireguard-go"
 _KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
@@ -104,8 +106,9 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
                 if error.code != errno.EOPNOTSUPP:
                     raise NetworkError(f"cannot make the WireGuard device {name}: {error}") from error
                 raise NetworkError(
-                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNIT}, which stands "
-                    f"in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl status {UNIT}"
+                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNITS.get(name)}, "
+                    "which stands in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl "
+                    f"status {UNITS.get(name)}"
                 ) from error
             link = _link(ipr, name)
             if link is None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .encryption import CHANGING, STAGES, Pair, Stage, pairs
-from .openings import Documents, between
+from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
+from .openings import Documents, between, wireguard_ports
 
 UNDERLAY_MTU = 1500
 OVERHEAD = 50
@@ -26,7 +26,9 @@ def inner_mtu(stage: Stage, underlay: int = UNDERLAY_MTU) -> int:
     return underlay - OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
 
 
-def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways) -> Iterator[dict[str, Any]]:
+def rows(
+    documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways, keys: Sequence[Keys]
+) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several."""
     sizes: dict[str, int] = {}
     for document in documents.values():
@@ -47,7 +49,7 @@ def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways:
             "mtu": mtu if overlay_mtu is None else min(mtu, overlay_mtu),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
-                for each in between(documents, one, overlay_port, stages)
+                for each in between(documents, one, overlay_port, stages, keys)
             ],
         }
 
@@ -84,9 +86,27 @@ _OFF = {
 }
 
 
-def changes(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run does to pairs whose encryption is turned on or off, a line each."""
-    told = []
+def _rotation(keys: Sequence[Keys]) -> str:
+    """What a run does to the keys of WireGuard; `keys` as `Plan.keys`."""
+    now, *following = keys
+    (new,), (old,) = wireguard_ports([following[-1]]), wireguard_ports([Keys(now.number)])
+    steps = {
+        Stage.ACCEPTS: f"every host gets a second key, device and port (UDP {new}) beside the first (UDP {old}), and "
+        "takes packets by both",
+        Stage.SENDS: "when each host has proven that it reaches the others by the new key, packets go with it",
+        Stage.PLAIN: f"the old key, its device and its port (UDP {old}) go",
+    }
+    begun = f", which was begun before ({now.stage.word})" if now.has_both else ""
+    told = "; ".join(f"({number}) {steps[each.stage]}" for number, each in enumerate(following, 1))
+    return (
+        f"the keys of WireGuard are replaced on all hosts that encrypt{begun}, in steps of one run, of which each "
+        f"begins when all of them have done the one before: {told}. Connections stay; both ports must be open meanwhile"
+    )
+
+
+def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[str]:
+    """What a run does to pairs whose encryption is turned on or off, and to keys, a line each."""
+    told = [_rotation(keys)] if keys[0] != keys[-1] else []
     for row in found:
         if not row["steps"]:
             continue

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import spec
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Clusters' documents by cluster."""
@@ -46,7 +46,7 @@ TABLE = (
         "on or off there",
     ),
     Row(
-        f"UDP {spec.WIREGUARD_PORT}",
+        f"UDP {spec.WIREGUARD_PORTS[0]} or {spec.WIREGUARD_PORTS[1]}, both while keys are replaced",
         "hosts of sites that encrypt",
         "hosts of the sites they encrypt with",
         "WireGuard with the overlay inside ([encryption.md](encryption.md))",
@@ -89,11 +89,29 @@ def encrypts(own: Mapping[str, Any], site: str) -> Stage:
     return spec.wireguard_of(own["wireguard"]).stage(site)
 
 
+def wireguard_ports(keys: Iterable[Keys]) -> list[int]:
+    """UDP ports of WireGuard of hosts that have these keys, one after the other."""
+    numbers = {number for each in keys for number in ((0, 1) if each.has_both else (each.number,))}
+    return [spec.WIREGUARD_PORTS[number] for number in sorted(numbers)]
+
+
+def tunnels(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of a host, by its spec as JSON: `key` and `port` of each."""
+    first = own.get("wireguard")
+    if not first:
+        return []
+    return [first, first["second"]] if first.get("second") else [first]
+
+
+def devices(own: Mapping[str, Any]) -> list[str]:
+    """Names of the WireGuard devices of a host, by its spec as JSON."""
+    return [spec.WIREGUARD_DEVICES[spec.WIREGUARD_PORTS.index(tunnel["port"])] for tunnel in tunnels(own)]
+
+
 def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Protocols and ports on which a host, by its spec as JSON, listens for others."""
     found = [("udp", own["overlay"]["port"])]
-    if own.get("wireguard"):
-        found.append(("udp", own["wireguard"]["port"]))
+    found += [("udp", tunnel["port"]) for tunnel in tunnels(own)]
     member = own.get("member")
     if member:
         found += [("tcp", urlsplit(member[url]).port or 0) for url in ("client_url", "peer_url")]
@@ -107,9 +125,8 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, 
     here = cluster["hosts"][own["host"]]
     everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
     wanted = [("udp", own["overlay"]["port"], everybody)]
-    if own.get("wireguard"):
-        encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
-        wanted.append(("udp", own["wireguard"]["port"], encrypted))
+    encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
+    wanted += [("udp", tunnel["port"], encrypted) for tunnel in tunnels(own)]
     if own.get("member"):
         etcd = cluster["etcd"]
         readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
@@ -132,8 +149,10 @@ def _sources(entry: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
     return {entry["underlay4"]} if entry["site"] == here["site"] else {entry["underlay4"], entry["advertise4"]}
 
 
-def between(documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage]) -> list[Opening]:
-    """What two sites need of each other while the pair is at these stages of encryption."""
+def between(
+    documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage], keys: Iterable[Keys]
+) -> list[Opening]:
+    """What two sites need of each other while the pair is at these stages of encryption, with these keys."""
     at = set(stages)
     both = sorted(set(pair))
     found = []
@@ -141,7 +160,7 @@ def between(documents: Documents, pair: Pair, overlay_port: int, stages: Iterabl
     if at - {Stage.DEMANDS}:
         found.append(Opening("UDP", overlay_port, *everywhere))
     if at - {Stage.PLAIN}:
-        found.append(Opening("UDP", spec.WIREGUARD_PORT, *everywhere))
+        found += [Opening("UDP", port, *everywhere) for port in wireguard_ports(keys)]
     for here in both:
         there = pair[1] if pair[0] == here else pair[0]
         for name, document in sorted(documents.items()):

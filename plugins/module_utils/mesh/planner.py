@@ -20,7 +20,7 @@ from typing import Any
 from . import encryption, jsontext, matrix, spec, versions
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 from .model import Cluster, Encryption, Host, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
@@ -41,9 +41,9 @@ PKI = "/etc/isthmus/pki"
 
 @dataclass(frozen=True)
 class Step:
-    """One of several that a plan takes, as encryption of a pair of sites is turned on or off in stages: `record` and
-    `specs` as in `Plan`; `stages` are the pairs that change. `waits` are hosts that must have the step before, by
-    name; `proven`: they must also have proven that they reach each other through WireGuard."""
+    """One of several that a plan takes, as encryption of a pair of sites is turned on or off, or keys are replaced, in
+    stages: `record` and `specs` as in `Plan`; `stages` are the pairs that change. `waits` are hosts that must have the
+    step before, by name; `proven`: they must also have proven that they reach each other through WireGuard."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Plan:
     `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
     record in a form for people. `sites` is the matrix of sites (matrix.py). `steps` are those that follow
     `specs` and `record`. `stages` are those of each pair of sites where something is or was encrypted: what
-    the record has (None: no traffic yet), and each that follows."""
+    the record has (None: no traffic yet), and each that follows. `keys` are those of WireGuard likewise."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -80,6 +80,7 @@ class Plan:
     sites: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    keys: tuple[Keys, ...] = (Keys(), Keys())
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,16 @@ def plan(
     by: str = "",
     prune: Iterable[str] = (),
     forget: Forget = Forget(),
+    rotate: bool = False,
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
-    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them.
+    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
+    host gets another key of WireGuard.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -193,11 +196,13 @@ class _Planner:
         by: str,
         prune: Iterable[str],
         forget: Forget,
+        rotate: bool,
     ) -> None:
         self.record = record
         self.now = now
         self.version = version
         self.by = by
+        self.rotate = rotate
         self.problems: list[Problem] = []
         self.warnings = [*model.warnings, *record.warnings]
         self.removed: list[str] = []
@@ -234,7 +239,10 @@ class _Planner:
             documents[name] = self.settled(document, CLUSTERS + name, old)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
-        roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()})
+        stages = {pair: (now, *rest) for pair, (now, rest) in ways.items()}
+        key_ways = self.key_ways(stages)
+        states = self.states(ways, key_ways[1:])
+        roster = self.roster(documents, encryption.to_document(*states[0]))
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -242,7 +250,6 @@ class _Planner:
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
-        stages = {pair: (now, *rest) for pair, (now, rest) in ways.items()}
         return Plan(
             specs=specs,
             record=following.to_documents(),
@@ -259,9 +266,10 @@ class _Planner:
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
-            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages)),
-            steps=tuple(self.steps(following, present, ways)),
+            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, key_ways)),
+            steps=tuple(self.steps(following, present, states)),
             stages=stages,
+            keys=key_ways,
         )
 
     # Encryption
@@ -282,36 +290,73 @@ class _Planner:
             found[pair] = now, encryption.way(now, wanted)
         return found
 
+    def key_ways(self, stages: Mapping[Pair, tuple[Stage | None, ...]]) -> tuple[Keys, ...]:
+        """Which keys the record has, and those that this run goes through from there. They stay as they are while
+        encryption of a pair is turned on or off."""
+        now = encryption.keys_of((self.record.roster or {}).get("encryption"))
+        if not any(each[-1] for each in stages.values()):
+            if self.rotate:
+                self.problem(
+                    "isthmus.mesh.rotate_wireguard_keys",
+                    "no pair of sites of the inventory is encrypted by WireGuard",
+                    "there are no keys to be replaced",
+                    "say `encryption: wireguard` in the inventory first, if that is meant",
+                )
+            return now, now
+        changing = any(now_of not in (None, following[-1]) for now_of, *following in stages.values())
+        if changing or all(now_of in (None, Stage.PLAIN) for now_of, *_following in stages.values()):
+            if self.rotate or (changing and now.has_both):
+                self.warnings.append(
+                    "the keys of WireGuard are not replaced by this run, which turns encryption on or off. Next: run "
+                    "isthmus.mesh.rotate_wireguard_keys when that is done"
+                )
+            return now, now
+        return now, *encryption.rotation(now, self.rotate)
+
+    def states(
+        self, ways: Mapping[Pair, tuple[Stage | None, list[Stage]]], keys: tuple[Keys, ...]
+    ) -> list[tuple[dict[Pair, Stage], Keys]]:
+        """Stages of all pairs, and keys, of each step: one of the two stands."""
+        steps = max((len(stages) for _now, stages in ways.values()), default=1)
+        return [
+            (
+                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()},
+                keys[min(number, len(keys) - 1)],
+            )
+            for number in range(max(steps, len(keys)))
+        ]
+
     def steps(
         self,
         record: Record,
         present: Mapping[str, Mapping[str, Any]],
-        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+        states: list[tuple[dict[Pair, Stage], Keys]],
     ) -> Iterator[Step]:
         """Those after the first, which `record` has."""
-        last = {pair: stages[0] for pair, (_now, stages) in ways.items()}
-        for number in range(1, max((len(stages) for _now, stages in ways.values()), default=0)):
-            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
+        last, last_keys = states[0]
+        for these, keys in states[1:]:
             changing = {pair: stage for pair, stage in these.items() if stage is not last[pair]}
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
             roster.pop("encryption", None)
-            roster.update(_filled(encryption=encryption.to_document(these)))
+            roster.update(_filled(encryption=encryption.to_document(these, keys)))
             record = Record(roster, record.clusters)
+            encrypted = changing if keys == last_keys else [pair for pair, stage in these.items() if stage]
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
                 stages=changing,
-                waits=tuple(_hosts_of(present, changing)),
-                proven=any(stage > last[pair] for pair, stage in changing.items()),
+                waits=tuple(_hosts_of(present, encrypted)),
+                proven=keys != last_keys or any(stage > last[pair] for pair, stage in changing.items()),
             )
-            last = these
+            last, last_keys = these, keys
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites = {*_sites_of(present), *self.model.sites}
         stages = encryption.from_document(roster.get("encryption"), sites)
+        keys = encryption.keys_of(roster.get("encryption"))
         return {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages).build()
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages, keys).build()
             for host in self.model.hosts.values()
             if not host.absent
         }
@@ -1180,7 +1225,7 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> dict[str, Any]:
+    def roster(self, documents: Mapping[str, Mapping[str, Any]], encrypted: Mapping[str, Any] | None) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1213,7 +1258,7 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
-            **_filled(encryption=encryption.to_document(stages)),
+            **_filled(encryption=encrypted),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1251,13 +1296,20 @@ class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
     def __init__(
-        self, model: Model, present: Mapping[str, Any], name: str, own: Mapping[str, Any], stages: Mapping[Pair, Stage]
+        self,
+        model: Model,
+        present: Mapping[str, Any],
+        name: str,
+        own: Mapping[str, Any],
+        stages: Mapping[Pair, Stage],
+        keys: Keys,
     ) -> None:
         self.model = model
         self.present = present
         self.name = name
         self.own = own
         self.stages = stages
+        self.keys = keys
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
@@ -1325,8 +1377,8 @@ class _Spec:
             return None
         changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
         return {
-            "key": f"{PKI}/wireguard.key",
-            "port": spec.WIREGUARD_PORT,
+            **_tunnel(self.keys.sends),
+            **_filled(second=_tunnel(1 - self.keys.sends) if self.keys.has_both else None),
             "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
             "sites": {name: doc["site"] for name, doc in sorted(self.present.items())},
             **_filled(changing=changing),
@@ -1477,6 +1529,10 @@ def _hosts_of(documents: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair])
     return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
 
 
+def _tunnel(number: int) -> dict[str, Any]:
+    return {"key": f"{PKI}/{spec.WIREGUARD_KEYS[number]}", "port": spec.WIREGUARD_PORTS[number]}
+
+
 def _pod_ranges(document: Mapping[str, Any]) -> list[str]:
     """Ranges of pods in the document of a cluster; none where it is no Kubernetes cluster."""
     return list(document.get("kubernetes", {"pod_ranges": ()})["pod_ranges"])
@@ -1554,6 +1610,9 @@ def _lines(record: Record) -> dict[str, str]:
             if stage is not Stage.PLAIN:
                 name = f"within site {one}" if one == other else f"between sites {one} and {other}"
                 found[f"encryption {name}"] = encryption.WORDS[stage]
+        keys = encryption.keys_of(roster.get("encryption"))
+        if keys != Keys():
+            found["keys of WireGuard"] = encryption.key_words(keys)
     return found
 
 

@@ -58,7 +58,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
-from .encryption import STAGES
+from .encryption import CHANGING, STAGES
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -271,6 +271,11 @@ def _check(where: str, name: str, document: Any) -> int:
             for stage in (encryption.text("all", None), *encryption.text_mapping("pairs").values()):
                 if stage not in STAGES:
                     fields.fail("encryption", f"has a stage that is not one of {', '.join(STAGES)}")
+            if "keys" in encryption.value:
+                keys = encryption.object("keys")
+                keys.integer("number", 1, default=None)
+                if keys.optional_text("stage") not in (None, *CHANGING):
+                    keys.fail("stage", f"is not one of {', '.join(CHANGING)}")
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")

@@ -90,10 +90,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 A, B = ("tcp", 2379, "192.0.2.1"), ("udp", 8472, "192.0.2.2")
 
 
-def opened(host: Host, *wanted: firewall.Rule, check: bool = False, inner: int | None = None) -> files.Changes:
+def opened(host: Host, *wanted: firewall.Rule, check: bool = False, tunnels: tuple[str, ...] = ()) -> files.Changes:
     host.check_mode = check
     changes = files.Changes(host)
-    firewall.open_for(host, changes, wanted, "eth0", inner)
+    firewall.open_for(host, changes, wanted, "eth0", 8472, tunnels)
     return changes
 
 
@@ -123,17 +123,17 @@ def test_ufw_is_opened_once_for_the_hosts_that_are_wanted_and_closed_again(host:
 
 
 def test_what_comes_out_of_wireguard_is_let_in_while_there_is_one(host: Host) -> None:
-    assert opened(host, inner=8472).changed
+    assert opened(host, tunnels=("isthmus-wg0",)).changed
     rule = "ufw allow in on isthmus-wg0 to any port 8472 proto udp comment 'isthmus.mesh'"
     assert rule in host.ufw
-    assert not opened(host, inner=8472).changed
+    assert not opened(host, tunnels=("isthmus-wg0",)).changed
     opened(host)
     assert rule not in host.ufw
     host.firewalld = {"permanent": {}, "runtime": {}}
-    opened(host, inner=8472)
+    opened(host, tunnels=("isthmus-wg0",))
     for zones in host.firewalld.values():
         assert zones["trusted"] == ["isthmus0", "isthmus-wg0"]
-    assert not opened(host, inner=8472).changed
+    assert not opened(host, tunnels=("isthmus-wg0",)).changed
     opened(host)
     assert host.firewalld["runtime"]["trusted"] == ["isthmus0"]
 
