@@ -53,6 +53,12 @@ options:
     type: list
     elements: str
     default: []
+  rotate:
+    description:
+      - Whether every host that encrypts gets another key of WireGuard, as the playbook
+        C(isthmus.mesh.rotate_wireguard_keys) asks.
+    type: bool
+    default: false
   clean:
     description: Forgotten hosts that hold nothing of the mesh any more, and are joined anew.
     type: list
@@ -206,9 +212,9 @@ vpc:
       elements: str
 steps:
   description:
-    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off, each with its own
-      C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether they must have
-      proven that they reach each other the new way (C(proven)).
+    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off or keys are replaced,
+      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether
+      they must have proven that they reach each other the new way (C(proven)).
   returned: success
   type: list
   elements: dict

@@ -42,7 +42,7 @@ LAYOUTS: dict[str, Layout] = {
     "isthmus_ipcache_value": Layout("16sIHH", ("tunnel", "identity", "cluster_id", "flags")),
     "isthmus_lpm_key": Layout("I16s", ("prefixlen", "addr")),
     "isthmus_peer_value": Layout("16sHH", ("endpoint", "cluster_id", "flags")),
-    "isthmus_wireguard": Layout("I2sH4s4s", ("ifindex", "port", "pad", "underlay4", "advertised4")),
+    "isthmus_wireguard": Layout("II2sH4s4s", ("ifindex", "second", "port", "pad", "underlay4", "advertised4")),
     "isthmus_native": Layout("I4s", ("ifindex", "underlay4")),
     "isthmus_local_value": Layout("II", ("identity", "flags")),
     "isthmus_workload_value": Layout("16s16s", ("addr4", "addr6")),

@@ -369,11 +369,13 @@ class BpfDatapath:
         """Puts the overlay programs on the device (clsact), replacing an earlier agent's in one step each."""
         self._attach_tc(OVERLAY_PROGRAMS, ifindex)
 
-    def attach_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> None:
-        """Puts the program on the WireGuard device, whose packets are for the overlay's UDP `port`, and lets the
-        overlay's programs send through it: until then they drop what is to be encrypted."""
-        self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
-        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(ifindex, port, wanted))
+    def attach_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> None:
+        """Puts the program on the WireGuard devices, whose packets are for the overlay's UDP `port`, and lets the
+        overlay's programs send through them: until then they drop what is to be encrypted. `devices` are the
+        interface indexes of the first one and the second one, 0 for none."""
+        for ifindex in filter(None, devices):
+            self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
+        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(devices, port, wanted))
 
     def forget_wireguard(self) -> None:
         """There is no WireGuard device: what is to be encrypted is dropped."""
@@ -418,11 +420,12 @@ class BpfDatapath:
             problems.append(f"native: it holds other values than those of interface {overlay} and {underlay}")
         return problems
 
-    def audit_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> list[str]:
-        """What of the WireGuard device's program is missing, in words."""
-        problems = self._audit_tc(WIREGUARD_PROGRAMS, ifindex)
-        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(ifindex, port, wanted):
-            problems.append(f"wireguard: it holds other values than those of interface {ifindex}")
+    def audit_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> list[str]:
+        """What of the WireGuard devices' program is missing, in words; arguments as of attach_wireguard()."""
+        there = [each for each in devices if each]
+        problems = [words for each in there for words in self._audit_tc(WIREGUARD_PROGRAMS, each)]
+        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(devices, port, wanted):
+            problems.append(f"wireguard: it holds other values than those of interfaces {', '.join(map(str, there))}")
         return problems
 
     def _attach_tc(self, programs: Mapping[str, int], ifindex: int) -> None:
@@ -947,8 +950,8 @@ def _peer_value(peer: Peer) -> bytes:
     return abi.PEER_VALUE.pack(abi.pack_address(peer.endpoint), peer.cluster_id, flags)
 
 
-def _wireguard_value(ifindex: int, port: int, wanted: WireGuard) -> bytes:
-    return abi.WIREGUARD.pack(ifindex, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
+def _wireguard_value(devices: Collection[int], port: int, wanted: WireGuard) -> bytes:
+    return abi.WIREGUARD.pack(*devices, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
 
 
 def _workload_value(address: Address) -> bytes:

@@ -9,13 +9,13 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, NodeSpec
-from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
+from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PORT, NodeSpec
+from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
 
 from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Native, Network, Peer, Route, Rule
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
@@ -50,7 +50,7 @@ class Remote:
     mtu: int  # of its underlay, 0 when it does not say
     is_machine: bool  # it says that it is no Kubernetes node
     stage: Stage = Stage.PLAIN  # of encryption
-    public_key: str = ""
+    public_keys: Mapping[int, str] = field(default_factory=dict, hash=False)  # of WireGuard, by UDP port
     native: Stage = Stage.PLAIN  # of native routing; PLAIN: the tunnel
 
     @property
@@ -87,7 +87,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE) == "",
         stage=_stage(spec, node),
-        public_key=node.wireguard_public_key,
+        public_keys=public_keys(node, WIREGUARD_PORT),
         native=_native_stage(spec, node),
     )
 

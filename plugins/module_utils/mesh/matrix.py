@@ -8,8 +8,8 @@ from ipaddress import IPv4Network, collapse_addresses
 from itertools import groupby
 from typing import Any
 
-from .encryption import CHANGING, STAGES, Pair, Stage, pairs
-from .openings import Documents, between
+from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
+from .openings import Documents, between, wireguard_ports
 from .routing import NATIVE, TUNNEL
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
@@ -29,7 +29,12 @@ def inner_mtu(stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MT
 
 
 def rows(
-    documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways, native_ways: Ways
+    documents: Documents,
+    overlay_port: int,
+    overlay_mtu: int | None,
+    ways: Ways,
+    native_ways: Ways,
+    keys: Sequence[Keys],
 ) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several."""
     sizes: dict[str, int] = {}
@@ -55,7 +60,7 @@ def rows(
             "mtu": UNDERLAY_MTU if min(native) >= Stage.SENDS else inner_mtu(max(stages), overlay_mtu),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
-                for each in between(documents, one, overlay_port, stages, native)
+                for each in between(documents, one, overlay_port, stages, native, keys)
             ],
         }
 
@@ -163,9 +168,27 @@ _NATIVE_OFF = {
 }
 
 
-def changes(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run does to pairs whose encryption or native routing is turned on or off, a line each."""
-    told = []
+def _rotation(keys: Sequence[Keys]) -> str:
+    """What a run does to the keys of WireGuard; `keys` as `Plan.keys`."""
+    now, *following = keys
+    (new,), (old,) = wireguard_ports([following[-1]]), wireguard_ports([Keys(now.number)])
+    steps = {
+        Stage.ACCEPTS: f"every host gets a second key, device and port (UDP {new}) beside the first (UDP {old}), and "
+        "takes packets by both",
+        Stage.SENDS: "when each host has proven that it reaches the others by the new key, packets go with it",
+        Stage.PLAIN: f"the old key, its device and its port (UDP {old}) go",
+    }
+    begun = f", which was begun before ({now.stage.word})" if now.has_both else ""
+    told = "; ".join(f"({number}) {steps[each.stage]}" for number, each in enumerate(following, 1))
+    return (
+        f"the keys of WireGuard are replaced on all hosts that encrypt{begun}, in steps of one run, of which each "
+        f"begins when all of them have done the one before: {told}. Connections stay; both ports must be open meanwhile"
+    )
+
+
+def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[str]:
+    """What a run does to pairs whose encryption or native routing is turned on or off, and to keys, a line each."""
+    told = [_rotation(keys)] if keys[0] != keys[-1] else []
     for row in found:
         if row["steps"]:
             on = row["encryption"] == "wireguard"
@@ -190,8 +213,10 @@ def _change(
     stages = [STAGES[word] for word in following]
     begun = f", which was begun before ({now})" if now in CHANGING else ""
     steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
+    one, other = row["sites"]
+    where = name((one, other)) if one == other else f"of {name((one, other))}"
     told = (
-        f"{what} of {name(row['sites'])} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"{what} {where} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
         f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
     )
     if shrinks:

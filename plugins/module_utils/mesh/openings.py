@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import spec
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Clusters' documents by cluster."""
@@ -53,7 +53,7 @@ TABLE = (
         "native packets ([routing.md](routing.md))",
     ),
     Row(
-        f"UDP {spec.WIREGUARD_PORT}",
+        f"UDP {spec.WIREGUARD_PORTS[0]} or {spec.WIREGUARD_PORTS[1]}, both while keys are replaced",
         "hosts of sites that encrypt",
         "hosts of the sites they encrypt with",
         "WireGuard with the overlay inside ([encryption.md](encryption.md))",
@@ -103,11 +103,29 @@ def native(own: Mapping[str, Any], site: str) -> Stage:
     return spec.native_of(own["native"]).stage(site)
 
 
+def wireguard_ports(keys: Iterable[Keys]) -> list[int]:
+    """UDP ports of WireGuard of hosts that have these keys, one after the other."""
+    numbers = {number for each in keys for number in ((0, 1) if each.has_both else (each.number,))}
+    return [spec.WIREGUARD_PORTS[number] for number in sorted(numbers)]
+
+
+def tunnels(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of a host, by its spec as JSON: `key` and `port` of each."""
+    first = own.get("wireguard")
+    if not first:
+        return []
+    return [first, first["second"]] if first.get("second") else [first]
+
+
+def devices(own: Mapping[str, Any]) -> list[str]:
+    """Names of the WireGuard devices of a host, by its spec as JSON."""
+    return [spec.WIREGUARD_DEVICES[spec.WIREGUARD_PORTS.index(tunnel["port"])] for tunnel in tunnels(own)]
+
+
 def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Protocols and ports on which a host, by its spec as JSON, listens for others."""
     found = [("udp", own["overlay"]["port"])]
-    if own.get("wireguard"):
-        found.append(("udp", own["wireguard"]["port"]))
+    found += [("udp", tunnel["port"]) for tunnel in tunnels(own)]
     member = own.get("member")
     if member:
         found += [("tcp", urlsplit(member[url]).port or 0) for url in ("client_url", "peer_url")]
@@ -123,9 +141,8 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
     plain = [entry for entry in everybody if not (outside and _hidden(own, entry["site"]))]
     wanted = [("udp", own["overlay"]["port"], plain)]
-    if own.get("wireguard"):
-        encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
-        wanted.append(("udp", own["wireguard"]["port"], encrypted))
+    encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
+    wanted += [("udp", tunnel["port"], encrypted) for tunnel in tunnels(own)]
     if own.get("member"):
         etcd = cluster["etcd"]
         readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
@@ -166,9 +183,15 @@ def _sources(entry: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
 
 
 def between(
-    documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage], native: Iterable[Stage]
+    documents: Documents,
+    pair: Pair,
+    overlay_port: int,
+    stages: Iterable[Stage],
+    native: Iterable[Stage],
+    keys: Iterable[Keys],
 ) -> list[Opening]:
-    """What two sites need of each other while the pair is at these stages of encryption and of native routing."""
+    """What two sites need of each other while the pair is at these stages of encryption, with these keys, and of native
+    routing."""
     at, native_at = set(stages), set(native)
     both = sorted(set(pair))
     found = []
@@ -178,7 +201,7 @@ def between(
     if at - {Stage.DEMANDS} and native_at - {Stage.DEMANDS}:
         found.append(Opening("UDP", overlay_port, *everywhere))
     if at - {Stage.PLAIN}:
-        found.append(Opening("UDP", spec.WIREGUARD_PORT, *everywhere))
+        found += [Opening("UDP", port, *everywhere) for port in wireguard_ports(keys)]
     for here in both:
         there = pair[1] if pair[0] == here else pair[0]
         for name, document in sorted(documents.items()):

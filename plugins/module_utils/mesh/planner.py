@@ -10,7 +10,7 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
@@ -20,7 +20,7 @@ from typing import Any, Optional
 from . import encryption, jsontext, matrix, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 from .model import Cluster, Encryption, Host, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
@@ -45,10 +45,10 @@ Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
 
 @dataclass(frozen=True)
 class Step:
-    """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off in
-    stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs that change.
-    `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that they reach each
-    other the new way."""
+    """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off, or keys
+    are replaced, in stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs
+    that change. `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that
+    they reach each other the new way."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -69,7 +69,7 @@ class Plan:
     record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
     it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
     sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
-    follows; `native` are those of native routing. `vpcs` is what VPCs get (vpc.py)."""
+    follows; `native` are those of native routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -88,8 +88,24 @@ class Plan:
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    keys: tuple[Keys, ...] = (Keys(), Keys())
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Stages of encryption and of native routing of each pair of sites, and the keys of WireGuard."""
+
+    encryption: Mapping[Pair, Stage]
+    native: Mapping[Pair, Stage]
+    keys: Keys
+
+    def documents(self) -> dict[str, Any]:
+        """As the roster has them."""
+        return _filled(
+            encryption=encryption.to_document(self.encryption, self.keys), routing=encryption.to_document(self.native)
+        )
 
 
 @dataclass(frozen=True)
@@ -110,14 +126,16 @@ def plan(
     by: str = "",
     prune: Iterable[str] = (),
     forget: Forget = Forget(),
+    rotate: bool = False,
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
-    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them.
+    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
+    host gets another key of WireGuard.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -203,11 +221,13 @@ class _Planner:
         by: str,
         prune: Iterable[str],
         forget: Forget,
+        rotate: bool,
     ) -> None:
         self.record = record
         self.now = now
         self.version = version
         self.by = by
+        self.rotate = rotate
         self.problems: list[Problem] = []
         self.warnings = [*model.warnings, *record.warnings]
         self.removed: list[str] = []
@@ -245,8 +265,13 @@ class _Planner:
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
         native = self.native_ways(present)
-        vpcs = self.vpcs(present, ways, native)
-        roster = self.roster(documents, _first(ways), _first(native), vpcs)
+        stages, native_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
+        )
+        key_ways = self.key_ways(stages)
+        states = _states(ways, native, key_ways[1:])
+        vpcs = self.vpcs(present, _State(_running(ways), _running(native), key_ways[0]), states)
+        roster = self.roster(documents, states[0], vpcs)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -254,9 +279,6 @@ class _Planner:
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
-        stages, native_stages = (
-            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
-        )
         return Plan(
             specs=specs,
             record=following.to_documents(),
@@ -273,10 +295,13 @@ class _Planner:
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
-            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages)),
-            steps=tuple(self.steps(following, present, ways, native)),
+            sites=tuple(
+                matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages, key_ways)
+            ),
+            steps=tuple(self.steps(following, present, states)),
             stages=stages,
             native=native_stages,
+            keys=key_ways,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
         )
@@ -284,23 +309,14 @@ class _Planner:
     # VPCs
 
     def vpcs(
-        self,
-        present: Mapping[str, Mapping[str, Any]],
-        ways: Ways,
-        native: Ways,
+        self, present: Mapping[str, Mapping[str, Any]], running: _State, following: Iterable[_State]
     ) -> vpc.Planned:
         old = (self.record.roster or {}).get("vpcs")
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
-        both = (ways, native)
-        running = [{pair: now for pair, (now, _stages) in each.items() if now is not None} for each in both]
         # To what is lost nothing stays open.
-        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, *running)]
-        for number in range(max((len(stages) for each in both for _now, stages in each.values()), default=1)):
-            these = [
-                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
-            ]
-            states.append(self.vpc_state(present, *these))
+        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, running)]
+        states += [self.vpc_state(present, state) for state in following]
         found = vpc.planned(self.model.vpcs, self.model.name, old, self.prune, states)
         self.orphans += found.orphans
         self.removed += found.removed
@@ -312,13 +328,9 @@ class _Planner:
         hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
         return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
-    def vpc_state(
-        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], native: Mapping[Pair, Stage]
-    ) -> vpc.State:
+    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], state: _State) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
-        return vpc.State(
-            documents, lambda host: _Spec(self.model, documents, host, homes[host], stages, native).build()
-        )
+        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], state).build())
 
     # Encryption and native routing
 
@@ -354,44 +366,59 @@ class _Planner:
             found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
         return found
 
+    def key_ways(self, stages: Mapping[Pair, tuple[Stage | None, ...]]) -> tuple[Keys, ...]:
+        """Which keys the record has, and those that this run goes through from there. They stay as they are while
+        encryption of a pair is turned on or off."""
+        now = encryption.keys_of((self.record.roster or {}).get("encryption"))
+        if not any(each[-1] for each in stages.values()):
+            if self.rotate:
+                self.problem(
+                    "isthmus.mesh.rotate_wireguard_keys",
+                    "no pair of sites of the inventory is encrypted by WireGuard",
+                    "there are no keys to be replaced",
+                    "say `encryption: wireguard` in the inventory first, if that is meant",
+                )
+            return now, now
+        changing = any(now_of not in (None, following[-1]) for now_of, *following in stages.values())
+        if changing or all(now_of in (None, Stage.PLAIN) for now_of, *_following in stages.values()):
+            if self.rotate or (changing and now.has_both):
+                self.warnings.append(
+                    "the keys of WireGuard are not replaced by this run, which turns encryption on or off. Next: run "
+                    "isthmus.mesh.rotate_wireguard_keys when that is done"
+                )
+            return now, now
+        return now, *encryption.rotation(now, self.rotate)
+
     def steps(
-        self, record: Record, present: Mapping[str, Mapping[str, Any]], ways: Ways, native: Ways
+        self, record: Record, present: Mapping[str, Mapping[str, Any]], states: Sequence[_State]
     ) -> Iterator[Step]:
         """Those after the first, which `record` has. Where a pair changes in both respects, both take each step
         together: what is sent natively in clear is sent so only while the other side takes it."""
-        both = (ways, native)
-        last = [_first(each) for each in both]
-        for number in range(1, max((len(stages) for each in both for _now, stages in each.values()), default=0)):
-            these = [
-                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
-            ]
-            changing = [
-                {pair: stage for pair, stage in here.items() if stage is not before[pair]}
-                for here, before in zip(these, last)
-            ]
+        for last, state in zip(states, states[1:]):
+            stages, native = _changed(last.encryption, state.encryption), _changed(last.native, state.native)
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            for key, stages in zip(("encryption", "routing"), these):
+            for key in ("encryption", "routing"):
                 roster.pop(key, None)
-                roster.update(_filled(**{key: encryption.to_document(stages)}))
+            roster.update(state.documents())
             record = Record(roster, record.clusters)
+            replaced = [pair for pair, stage in state.encryption.items() if stage] if state.keys != last.keys else []
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
-                stages=changing[0],
-                native=changing[1],
-                waits=tuple(_hosts_of(present, {**changing[0], **changing[1]})),
-                proven=any(
-                    stage > before[pair] for each, before in zip(changing, last) for pair, stage in each.items()
-                ),
+                stages=stages,
+                native=native,
+                waits=tuple(_hosts_of(present, {*stages, *native, *replaced})),
+                proven=bool(replaced)
+                or any(stage > last.encryption[pair] for pair, stage in stages.items())
+                or any(stage > last.native[pair] for pair, stage in native.items()),
             )
-            last = these
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites = {*_sites_of(present), *self.model.sites}
-        stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
+        state = _state_of(roster, sites)
         return {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages, native).build()
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], state).build()
             for host in self.model.hosts.values()
             if not host.absent
         }
@@ -1263,13 +1290,7 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(
-        self,
-        documents: Mapping[str, Mapping[str, Any]],
-        stages: Mapping[Pair, Stage],
-        native: Mapping[Pair, Stage],
-        vpcs: vpc.Planned,
-    ) -> dict[str, Any]:
+    def roster(self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1302,11 +1323,8 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
-            **_filled(
-                encryption=encryption.to_document(stages),
-                routing=encryption.to_document(native),
-                vpcs=vpcs.document,
-            ),
+            **state.documents(),
+            **_filled(vpcs=vpcs.document),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1349,15 +1367,13 @@ class _Spec:
         present: Mapping[str, Any],
         name: str,
         own: Mapping[str, Any],
-        stages: Mapping[Pair, Stage],
-        native: Mapping[Pair, Stage],
+        state: _State,
     ) -> None:
         self.model = model
         self.present = present
         self.name = name
         self.own = own
-        self.stages = stages
-        self.native_stages = native
+        self.state = state
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
@@ -1414,13 +1430,13 @@ class _Spec:
 
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
-        mine = self.mine(self.stages)
+        mine = self.mine(self.state.encryption)
         if not any(mine.get(site) for site in _sites_of(self.present)):
             return None
         changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
         return {
-            "key": f"{PKI}/wireguard.key",
-            "port": spec.WIREGUARD_PORT,
+            **_tunnel(self.state.keys.sends),
+            **_filled(second=_tunnel(1 - self.state.keys.sends) if self.state.keys.has_both else None),
             "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
             "sites": self.sites(),
             **_filled(changing=changing),
@@ -1428,7 +1444,7 @@ class _Spec:
 
     def native(self) -> dict[str, Any] | None:
         """None where the tunnel leads from the host to all others."""
-        mine = self.mine(self.native_stages)
+        mine = self.mine(self.state.native)
         if not any(mine.get(site) for site in _sites_of(self.present)):
             return None
         return {"sites": self.sites(), "stages": {site: stage.word for site, stage in sorted(mine.items()) if stage}}
@@ -1581,9 +1597,31 @@ def _filled(**entries: Any) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
-def _first(ways: Ways) -> dict[Pair, Stage]:
-    """Where each pair is after the first step."""
-    return {pair: stages[0] for pair, (_now, stages) in ways.items()}
+def _running(ways: Ways) -> dict[Pair, Stage]:
+    """Where each pair is that has traffic."""
+    return {pair: now for pair, (now, _stages) in ways.items() if now is not None}
+
+
+def _changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair, Stage]:
+    return {pair: stage for pair, stage in now.items() if stage is not last[pair]}
+
+
+def _states(ways: Ways, native: Ways, keys: Sequence[Keys]) -> list[_State]:
+    """What is so after each step. What has come to its end before the others stands."""
+
+    def after(number: int, found: Ways) -> dict[Pair, Stage]:
+        return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
+
+    lengths = [len(stages) for found in (ways, native) for _now, stages in found.values()]
+    return [
+        _State(after(number, ways), after(number, native), keys[min(number, len(keys) - 1)])
+        for number in range(max([*lengths, len(keys)]))
+    ]
+
+
+def _state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> _State:
+    stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
+    return _State(stages, native, encryption.keys_of(roster.get("encryption")))
 
 
 def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -1594,6 +1632,10 @@ def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
 def _hosts_of(documents: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]) -> list[str]:
     sites = {site for pair in pairs for site in pair}
     return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
+
+
+def _tunnel(number: int) -> dict[str, Any]:
+    return {"key": f"{PKI}/{spec.WIREGUARD_KEYS[number]}", "port": spec.WIREGUARD_PORTS[number]}
 
 
 def _pod_ranges(document: Mapping[str, Any]) -> list[str]:
@@ -1672,6 +1714,9 @@ def _lines(record: Record) -> dict[str, str]:
                 if stage is not Stage.PLAIN:
                     name = f"within site {one}" if one == other else f"between sites {one} and {other}"
                     found[f"{key} {name}"] = words[stage]
+        keys = encryption.keys_of(roster.get("encryption"))
+        if keys != Keys():
+            found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
     return found
 

@@ -59,7 +59,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
-from .encryption import STAGES
+from .encryption import CHANGING, STAGES
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -274,6 +274,11 @@ def _check(where: str, name: str, document: Any) -> int:
             for stage in (stages.text("all", None), *stages.text_mapping("pairs").values()):
                 if stage not in STAGES:
                     fields.fail(key, f"has a stage that is not one of {', '.join(STAGES)}")
+            if key == "encryption" and "keys" in stages.value:
+                keys = stages.object("keys")
+                keys.integer("number", 1, default=None)
+                if keys.optional_text("stage") not in (None, *CHANGING):
+                    keys.fail("stage", f"is not one of {', '.join(CHANGING)}")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
         return revision

@@ -1020,6 +1020,7 @@ PLAY_VARIABLES = {
     "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
     "isthmus_restore": "Cluster that `restore` restores.",
+    "isthmus_rotate_wireguard_keys": "`true`: `site` and `plan` do what `rotate_wireguard_keys` does (encryption.md).",
     "isthmus_replace_authority": "Cluster whose certificate authority `replace_authority` replaces.",
     "isthmus_restore_from": "Time of the backup to restore (the name of its directory); by default the newest.",
     "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",
