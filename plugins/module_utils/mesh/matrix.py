@@ -190,8 +190,10 @@ def _change(
     stages = [STAGES[word] for word in following]
     begun = f", which was begun before ({now})" if now in CHANGING else ""
     steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
+    one, other = row["sites"]
+    where = name((one, other)) if one == other else f"of {name((one, other))}"
     told = (
-        f"{what} of {name(row['sites'])} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"{what} {where} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
         f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
     )
     if shrinks:
