@@ -366,9 +366,9 @@ class HostKernel:
         if index is not None:
             found += self._bpf.audit_attachments(index)
             if datapath.native is not None:
-                devices = {way.oif for way in ways.values()}
+                by = sorted({way.oif for way in ways.values()})
                 found += problems
-                found += self._bpf.audit_underlay(sorted(devices), index, datapath.native.underlay)
+                found += self._bpf.audit_underlay(by, index, datapath.native.underlay)
         return found
 
     def read(self) -> Reading:
