@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The overlay: tc programs on the collect-metadata VXLAN device, and one on the
- * WireGuard device that its packets come through from some peers.
+ * The overlay: tc programs on the collect-metadata VXLAN device, one on the
+ * WireGuard device that its packets come through from some peers, and two on
+ * the underlay devices where packets go without a tunnel to some.
  *
  * The numeric identity of the sender travels in the VNI (Cilium's format).
  * What is not IPv4 is dropped and counted: the device is NOARP and no neighbour
@@ -19,6 +20,10 @@
 
 #define TUNNEL_TTL 64
 #define IP_FRAGMENT_MASK 0x3fff	/* more fragments, and the offset */
+/* linux/icmp.h, which needs a C library of the target. */
+#define ICMP_DEST_UNREACH 3
+#define ICMP_TIME_EXCEEDED 11
+#define ICMP_PARAMETERPROB 12
 
 /* Newer fields stand behind it; kernels from 4.9 to now accept this length. */
 #define TUNNEL_KEY_SIZE \
@@ -61,6 +66,13 @@ struct {
 	__type(key, __u32);
 	__type(value, struct isthmus_wireguard);
 } wireguard SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct isthmus_native);
+} native SEC(".maps");
 
 static __always_inline int drop(const struct __sk_buff *skb, enum isthmus_drop reason)
 {
@@ -109,6 +121,23 @@ static __always_inline bool is_underlay_reply(const struct isthmus_addr *src, co
 	return source && (source->flags & ISTHMUS_IPCACHE_NODE) && addr_is_zero(&source->tunnel);
 }
 
+/*
+ * Whether the node at @tunnel takes nothing through the tunnel. Routes lead to it
+ * natively; this is what keeps a packet from leaving by the tunnel all the same.
+ */
+static __always_inline bool is_only_native(const struct isthmus_addr *tunnel)
+{
+	const struct isthmus_peer_value *peer;
+	const struct isthmus_native *here;
+	__u32 index = 0;
+
+	here = bpf_map_lookup_elem(&native, &index);
+	if (!here || !here->ifindex)
+		return false;
+	peer = bpf_map_lookup_elem(&peers, tunnel);
+	return peer && peer->flags & ISTHMUS_PEER_NATIVE;
+}
+
 /* The device of the way without us, 0 if there is none. */
 static __always_inline __u32 underlay_device(struct __sk_buff *skb, const struct packet *packet)
 {
@@ -138,13 +167,14 @@ static __always_inline bool goes_through_wireguard(struct __sk_buff *skb, const 
 	__u32 index = 0;
 
 	device = bpf_map_lookup_elem(&wireguard, &index);
-	if (!device || !device->ifindex || !addr_is_v4(tunnel))
+	if (!device || !addr_is_v4(tunnel))
 		return false;
 	fib.ifindex = skb->ifindex;
 	fib.dport = device->port;
 	fib.ipv4_dst = tunnel->a[3];
 	/* A positive answer is about the neighbour, which WireGuard has none of. */
-	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 && fib.ifindex == device->ifindex;
+	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 &&
+	       (fib.ifindex == device->ifindex || fib.ifindex == device->second);
 }
 
 SEC("tc")
@@ -175,6 +205,9 @@ int overlay_egress(struct __sk_buff *skb)
 		if (device)
 			return bpf_redirect_neigh(device, NULL, 0, 0);
 	}
+
+	if (is_only_native(&entry->tunnel))
+		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 
 	flags = 0;
 	if (entry->flags & ISTHMUS_IPCACHE_ENCRYPTED) {
@@ -275,6 +308,12 @@ static __always_inline void count_identity(const struct __sk_buff *skb, const st
 	}
 }
 
+static __always_inline bool is_decrypted(__u32 mark)
+{
+	return (mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED ||
+	       (mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED_SECOND;
+}
+
 SEC("tc")
 int overlay_ingress(struct __sk_buff *skb)
 {
@@ -290,10 +329,12 @@ int overlay_ingress(struct __sk_buff *skb)
 	peer = bpf_map_lookup_elem(&peers, &outer);
 	if (!peer)
 		return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
-	if ((skb->mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED)
+	if (is_decrypted(skb->mark))
 		skb->mark = 0;
 	else if (peer->flags & ISTHMUS_PEER_ENCRYPTED)
 		return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
+	if (peer->flags & ISTHMUS_PEER_NATIVE)
+		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 
 	reason = parse(skb, &packet);
 	if (reason)
@@ -349,8 +390,134 @@ int wireguard_ingress(struct __sk_buff *skb)
 	if (ip.daddr != device->underlay4 &&
 	    (ip.daddr != device->advertised4 || !translate(skb, &ip, &udp, device->underlay4)))
 		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
-	skb->mark = ISTHMUS_MARK_DECRYPTED;
+	skb->mark = skb->ifindex == device->second ? ISTHMUS_MARK_DECRYPTED_SECOND : ISTHMUS_MARK_DECRYPTED;
 	return TC_ACT_OK;
+}
+
+/* Errors about packets of ours come from any router on the way; the stack compares them with its sockets. */
+static __always_inline bool is_icmp_error(const struct __sk_buff *skb, const struct iphdr *ip)
+{
+	__u8 type;
+
+	if (ip->protocol != IPPROTO_ICMP || ip->frag_off & bpf_htons(IP_FRAGMENT_MASK) ||
+	    bpf_skb_load_bytes_relative(skb, ip->ihl * 4, &type, sizeof(type), BPF_HDR_START_NET))
+		return false;
+	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+}
+
+/*
+ * Whether a packet may come from the node at @endpoint. Where the underlay leads
+ * to it directly, the sender is who has its link-layer address; one whose address
+ * is not known yet has not been asked for, and is let in. From behind a router
+ * comes what the network lets through. The overlay device asks, as in
+ * goes_through_wireguard().
+ */
+static __always_inline bool may_come_from(struct __sk_buff *skb, const struct isthmus_addr *endpoint, __u32 ifindex)
+{
+	struct bpf_fib_lookup fib = {
+		.family = AF_INET,
+		.ifindex = ifindex,
+		.ipv4_dst = endpoint->a[3],
+	};
+	__u64 neighbour = 0, sender = 0;
+	long result;
+
+	if (!addr_is_v4(endpoint))
+		return false;
+	result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || (result >= 0 && fib.ipv4_dst != endpoint->a[3]))
+		return true;
+	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		return false;
+	__builtin_memcpy(&neighbour, fib.dmac, ETH_ALEN);
+	if (!neighbour)
+		return true;	/* a device without link-layer addresses */
+	return !bpf_skb_load_bytes_relative(skb, offsetof(struct ethhdr, h_source), &sender, ETH_ALEN,
+					    BPF_HDR_START_MAC) &&
+	       sender == neighbour;
+}
+
+/*
+ * On the underlay devices of a host that has nodes it talks to without a tunnel.
+ * The sender's identity is that of the source address. What is neither to nor
+ * from an address of the mesh goes by untouched, to programs of others too.
+ */
+SEC("tc")
+int underlay_ingress(struct __sk_buff *skb)
+{
+	const struct isthmus_ipcache_value *entry;
+	const struct isthmus_native *here;
+	struct isthmus_ident_key seen = {};
+	struct isthmus_addr source;
+	bool to_underlay, is_native;
+	struct iphdr ip;
+	__u32 index = 0;
+
+	here = bpf_map_lookup_elem(&native, &index);
+	if (!here || !here->ifindex || skb->protocol != bpf_htons(ETH_P_IP) ||
+	    bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
+		return TC_ACT_UNSPEC;
+	seen.dst = addr_from_v4(ip.daddr);
+	to_underlay = ip.daddr == here->underlay4;
+	if (!to_underlay && !bpf_map_lookup_elem(&local, &seen.dst))
+		return TC_ACT_UNSPEC;
+
+	source = addr_from_v4(ip.saddr);
+	entry = ipcache_lookup(&source);
+	is_native = entry && entry->flags & ISTHMUS_IPCACHE_NATIVE;
+	/* To the host itself everything comes by the underlay; only replies of workloads are ours. */
+	if (to_underlay && (!is_native || entry->flags & ISTHMUS_IPCACHE_NODE))
+		return TC_ACT_UNSPEC;
+	if (!is_native) {
+		if (is_icmp_error(skb, &ip))
+			return TC_ACT_UNSPEC;
+		if (!entry)
+			return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
+		return drop(skb, addr_is_zero(&entry->tunnel) ? ISTHMUS_DROP_BAD_SOURCE : ISTHMUS_DROP_WRONG_WAY);
+	}
+	if (!may_come_from(skb, &entry->tunnel, here->ifindex))
+		return drop(skb, ISTHMUS_DROP_BAD_SOURCE);
+
+	seen.identity = entry->identity;
+	seen.cluster_id = entry->cluster_id;
+	count_identity(skb, &seen);
+	skb->mark = ISTHMUS_MARK_NATIVE;
+	return TC_ACT_UNSPEC;
+}
+
+/*
+ * What makes sure that a packet with an address of the mesh as its source leaves
+ * natively only for where that is agreed, whatever became of routes and rules, and
+ * that nobody on this host sends in another node's name. Packets that are only
+ * forwarded are not ours: a host may be its site's router.
+ */
+SEC("tc")
+int underlay_egress(struct __sk_buff *skb)
+{
+	const struct isthmus_ipcache_value *entry;
+	const struct isthmus_native *here;
+	struct isthmus_addr source, destination;
+	struct iphdr ip;
+	__u32 index = 0;
+
+	here = bpf_map_lookup_elem(&native, &index);
+	if (!here || !here->ifindex || skb->protocol != bpf_htons(ETH_P_IP) ||
+	    bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET) || ip.saddr == here->underlay4)
+		return TC_ACT_UNSPEC;
+	source = addr_from_v4(ip.saddr);
+	if (bpf_map_lookup_elem(&local, &source)) {
+		destination = addr_from_v4(ip.daddr);
+		entry = ipcache_lookup(&destination);
+		if (entry && entry->flags & ISTHMUS_IPCACHE_NATIVE)
+			return TC_ACT_UNSPEC;
+		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
+	}
+	if (skb->ingress_ifindex)
+		return TC_ACT_UNSPEC;
+	entry = ipcache_lookup(&source);
+	if (entry && !(entry->flags & ISTHMUS_IPCACHE_NODE))
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_SOURCE);
+	return TC_ACT_UNSPEC;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -32,6 +32,7 @@ _Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
 #define ISTHMUS_IPCACHE_NODE	(1 << 0)	/* an underlay address of a node */
 #define ISTHMUS_IPCACHE_FIXED	(1 << 1)	/* a node's mesh, health or ingress address: it never moves */
 #define ISTHMUS_IPCACHE_ENCRYPTED	(1 << 2)	/* packets to its tunnel go through WireGuard or not at all */
+#define ISTHMUS_IPCACHE_NATIVE	(1 << 3)	/* packets may go to it and come from it by the underlay, without a tunnel */
 
 struct isthmus_lpm_key {
 	__u32 prefixlen;		/* of the 128-bit form: v4 length + 96 */
@@ -51,10 +52,15 @@ struct isthmus_peer_value {
 _Static_assert(sizeof(struct isthmus_peer_value) == 20, "peer value");
 
 #define ISTHMUS_PEER_ENCRYPTED	(1 << 0)	/* its packets come through WireGuard or are dropped */
+#define ISTHMUS_PEER_NATIVE	(1 << 1)	/* its packets come by the underlay without a tunnel or are dropped */
 
-/* The WireGuard device, in the one element of the map `wireguard`; all zero: there is none. */
+/*
+ * The WireGuard devices, in the one element of the map `wireguard`; all zero: there
+ * is none. A second one is there while the host's key is replaced.
+ */
 struct isthmus_wireguard {
 	__u32 ifindex;
+	__u32 second;
 	__be16 port;			/* of the overlay, UDP: nothing else may come through the device */
 	__u16 pad;
 	__be32 underlay4;		/* this host's address */
@@ -62,12 +68,24 @@ struct isthmus_wireguard {
 };
 
 /*
- * What the WireGuard device's program writes as a packet's mark. It survives the
- * decapsulation and tells the overlay's program how the packet came; that program
- * clears it. Only the lowest byte counts: Calico and kube-proxy use higher bits.
+ * Native routing, in the one element of the map `native`; all zero: there is none, and the underlay devices' programs
+ * let everything go by.
+ */
+struct isthmus_native {
+	__u32 ifindex;			/* the overlay device, which asks for routes */
+	__be32 underlay4;		/* this host's address */
+};
+
+/*
+ * What the WireGuard devices' program writes as a packet's mark, one of two by the
+ * device. It survives the decapsulation and tells the overlay's program how the
+ * packet came; that program clears it. Only the lowest byte counts: Calico and
+ * kube-proxy use higher bits.
  */
 #define ISTHMUS_MARK_MASK	0xff
 #define ISTHMUS_MARK_DECRYPTED	0x49
+#define ISTHMUS_MARK_DECRYPTED_SECOND	0x4a
+#define ISTHMUS_MARK_NATIVE	0x4e	/* came by the underlay without a tunnel: for the kernel's check of sources */
 
 /* An address of this host: which identity its packets carry. */
 struct isthmus_local_value {
@@ -184,6 +202,7 @@ enum isthmus_drop {
 	ISTHMUS_DROP_NOT_LOCAL_DEST,	/* arrived here for an address that is not ours */
 	ISTHMUS_DROP_NOT_ENCRYPTED,	/* to or from a peer that is to be encrypted, and WireGuard was not in the way */
 	ISTHMUS_DROP_NOT_OVERLAY,	/* came through WireGuard and is no whole packet of the overlay */
+	ISTHMUS_DROP_WRONG_WAY,		/* natively to or from where the tunnel leads, or the other way round */
 	ISTHMUS_DROP_MAX = 16,
 };
 

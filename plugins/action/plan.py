@@ -40,6 +40,7 @@ class ActionModule(ActionBase):
                 "records": {"type": "list", "elements": "dict", "default": []},
                 "prune": {"type": "list", "elements": "str", "default": []},
                 "forget": {"type": "list", "elements": "str", "default": []},
+                "rotate": {"type": "bool", "default": False},
                 "clean": {"type": "list", "elements": "str", "default": []},
                 "lists": {"type": "dict", "default": {}},
                 "version": {"type": "str"},
@@ -68,6 +69,7 @@ class ActionModule(ActionBase):
                     [str(name) for name in options["clean"]],
                     plain(options["lists"], "lists"),
                 ),
+                options["rotate"],
             )
             refuse_foreign_services(
                 found.services,
@@ -100,7 +102,9 @@ class ActionModule(ActionBase):
             kubernetes_left=list(found.kubernetes_left),
             sites=[dict(row) for row in found.sites],
             matrix=matrix.lines(found.sites),
-            encryption=matrix.changes(found.sites),
+            routes=[dict(route) for route in found.routes],
+            routers=matrix.route_lines(found.routes),
+            turned=matrix.changes(found.sites, found.keys),
             vpc={
                 "networks": [dict(call) for call in found.vpcs.calls],
                 "peerings": [dict(call) for call in found.vpcs.peerings],

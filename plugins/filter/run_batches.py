@@ -14,9 +14,9 @@ author:
 description:
   - Cuts the hosts that were looked at and answered into batches, for C(hosts) and C(serial) of the plays of site.
   - Where nothing was planned, or a package could not be installed on a host, nothing is to be changed.
-  - While encryption is turned on or off a plan has several steps. One begins when all hosts that it waits for have done
-    the one before, as members of the group C(__site_done_NUMBER), and, where it asks for that, have proven that they
-    reach each other through WireGuard (C(__site_proven_NUMBER)), and no host failed.
+  - While encryption or native routing is turned on or off a plan has several steps. One begins when all hosts that it
+    waits for have done the one before, as members of the group C(__site_done_NUMBER), and, where it asks for that, have
+    proven that they reach each other the new way (C(__site_proven_NUMBER)), and no host failed.
 options:
   _input:
     description: Variables of all hosts of the inventory.

@@ -108,7 +108,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
     if unwritten:
         pending.append(f"Pending: the etcd of {_names(unwritten)} did not get the estate record of this run.")
     pending += _owed(hosts)
-    pending += _encryption(hosts) if stopped and not broken else []
+    pending += _steps(hosts) if stopped and not broken else []
     pending += _kubernetes(hosts.values())
     pending += [] if broken else _left(hosts.values(), left)
     failure = _failures(hosts, broken) if broken else []
@@ -162,8 +162,8 @@ def _owed(hosts):
             )
 
 
-def _encryption(hosts):
-    """A line when encryption is turned on or off and the run could not take all of its steps."""
+def _steps(hosts):
+    """A line when encryption, its keys or native routing are changed and the run could not take all of the steps."""
     steps = next((one["__plan_result"]["steps"] for one in hosts.values() if "__plan_result" in one), [])
 
     def without(names, group):
@@ -175,10 +175,10 @@ def _encryption(hosts):
         if not why and step["proven"] and (lacking := without(step["waits"], f"__site_proven_{number}")):
             answers = (hosts[name].get("__site_proof", {}).get("msg") for name in sorted(lacking) if name in hosts)
             told = next((str(answer).strip().rstrip(".") for answer in answers if answer), "no answer")
-            why = f"{_names(lacking)} did not prove that they reach the others through WireGuard: {told}"
+            why = f"{_names(lacking)} did not prove that they reach the others the new way: {told}"
         if why:
             yield (
-                f"Pending: encryption is turned on or off in {len(steps) + 1} steps, and step {number + 1} was not "
+                f"Pending: how packets go is changed in {len(steps) + 1} steps, and step {number + 1} was not "
                 f"begun: {why}. Packets of these sites go on as after step {number}, and no connection is cut."
             )
             return

@@ -20,21 +20,23 @@ class NoAnswer(Exception):
     """The proof failed; the text says how."""
 
 
-def path_mtu(source: str, target: str) -> int:
-    """What the route to `target` allows, in bytes."""
+def path_mtu(source: str, target: str, mark: int = 0) -> int:
+    """What the route to `target` allows, in bytes, for packets with a mark."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         probe.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
         probe.bind((source, 0))
         probe.connect((target, 9))
         return probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
 
 
-def echo(source: str, target: str, size: int, timeout: float, attempts: int = 3) -> float:
+def echo(source: str, target: str, size: int, timeout: float, attempts: int = 3, mark: int = 0) -> float:
     """Seconds until an ICMP echo of `size` bytes (with its IP header, not to be fragmented) comes back."""
     payload = size - 28
     number = struct.unpack("=H", os.urandom(2))[0]
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as wire:
         wire.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         wire.bind((source, 0))
         for attempt in range(attempts):
             began = time.monotonic()

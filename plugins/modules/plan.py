@@ -53,6 +53,12 @@ options:
     type: list
     elements: str
     default: []
+  rotate:
+    description:
+      - Whether every host that encrypts gets another key of WireGuard, as the playbook
+        C(isthmus.mesh.rotate_wireguard_keys) asks.
+    type: bool
+    default: false
   clean:
     description: Forgotten hosts that hold nothing of the mesh any more, and are joined anew.
     type: list
@@ -151,9 +157,10 @@ sites:
   description:
     - The matrix of sites, a dictionary for each two that have hosts and for each that has several. Their C(sites),
       C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the underlay has 1500, and the ports
-      that must be C(open), each with C(protocol), C(port), and in words C(on) whom and C(from) whom.
+      that must be C(open), each with C(protocol), C(port) (none where it is all of the protocol), and in words C(on)
+      whom and C(from) whom.
     - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
-      or off.
+      or off, C(routing_now) and C(routing_steps) the same of native routing.
   returned: success
   type: list
   elements: dict
@@ -162,8 +169,24 @@ matrix:
   returned: success
   type: list
   elements: str
-encryption:
-  description: What happens to pairs of sites whose encryption is turned on or off, a line each.
+routes:
+  description:
+    - What routers need so that packets go natively. On those of each C(site) the prefix C(to) leads to the address of a
+      host there, C(via). Where that is null it leads to another site, over the next hop that the addresses C(like) of
+      hosts there have. C(why) says what for.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - {site: dc, to: 10.101.0.0/28, via: 198.51.100.11, like: [], why: "workloads of dc-1, for packets from hall"}
+    - {site: dc, to: 10.102.0.0/27, via: null, like: [198.51.100.21], why: workloads of hosts of hall}
+routers:
+  description: RV(routes) in words, a line each.
+  returned: success
+  type: list
+  elements: str
+turned:
+  description: What happens to pairs of sites whose encryption or native routing is turned on or off, a line each.
   returned: success
   type: list
   elements: str
@@ -189,9 +212,9 @@ vpc:
       elements: str
 steps:
   description:
-    - What follows RV(specs) and RV(record) while encryption is turned on or off, each with its own C(specs) and
-      C(record), the hosts that must have done the step before (C(waits)), and whether they must have proven that they
-      reach each other through WireGuard (C(proven)).
+    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off or keys are replaced,
+      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether
+      they must have proven that they reach each other the new way (C(proven)).
   returned: success
   type: list
   elements: dict

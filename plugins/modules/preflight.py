@@ -186,6 +186,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes,
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 DEVICE = "isthmus0"
+PROTOCOL = "73"  # of the routes that the agent makes
 DNSMASQ = "/usr/sbin/dnsmasq"
 MOVE = "Stop that service or make it listen on other addresses only."
 LOOPBACK_ONLY = {
@@ -363,8 +364,10 @@ def port_problems(spec, found):
                 "devices). Two overlays cannot share it: free it, or set another isthmus_estate.overlay.port, which "
                 "is one for the whole estate, before its first run."
             )
-    if spec.get("wireguard") and not os.path.exists(f"/sys/class/net/{wireguard.DEVICE}"):
-        number = spec["wireguard"]["port"]
+    for device, tunnel in zip(openings.devices(spec), openings.tunnels(spec)):
+        if os.path.exists(f"/sys/class/net/{device}"):
+            continue
+        number = tunnel["port"]
         for _one, holder in foreign(ports.bound("udp", number), ()):
             problems.append(
                 f"UDP port {number}, WireGuard's, is used by {holder}: by another WireGuard (`wg show`; Cilium has its "
@@ -398,7 +401,13 @@ def port_problems(spec, found):
     return problems
 
 
-def address_problems(spec):
+def is_own_route(module, route):
+    """Whether the agent made it."""
+    code, out, _err = module.run_command(["ip", "-4", "route", "show", "exact", str(route), "proto", PROTOCOL])
+    return code == 0 and bool(out.strip())
+
+
+def address_problems(module, spec):
     problems = []
     underlay = spec["node"]["underlay4"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -418,7 +427,7 @@ def address_problems(spec):
         if row[0] in (DEVICE, "*"):
             continue
         for network in ranges:
-            if route.subnet_of(network):
+            if route.subnet_of(network) and not is_own_route(module, route):
                 problems.append(
                     f"The host has a route to {route} by {row[0]}, inside the mesh's range {network}. "
                     "Choose another range in isthmus_estate, or remove that route."
@@ -445,7 +454,8 @@ def place(spec):
 def ways(spec):
     """With which sites packets are encrypted, or that is being changed: which ports others need."""
     section = spec.get("wireguard") or {}
-    return section.get("port"), sorted(section.get("plain_sites", ())), sorted(section.get("changing", ()))
+    listening = sorted(tunnel["port"] for tunnel in openings.tunnels(spec))
+    return listening, sorted(section.get("plain_sites", ())), sorted(section.get("changing", ()))
 
 
 def estate_problems(spec, installed):
@@ -608,7 +618,7 @@ def main():
         names = resolver.obstacles(resolver.probe(resolved))
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
-    problems += address_problems(spec)
+    problems += address_problems(module, spec)
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)

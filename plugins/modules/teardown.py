@@ -67,15 +67,15 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     firewall,
     resolver,
     units,
-    wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import BOOT
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
-DEVICES = ("isthmus0", wireguard.DEVICE)
+DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733")
+TABLES = ("730", "731", "732", "733", "734", "735")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -92,7 +92,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
-    wireguard.UNIT,
+    *units.WIREGUARD,
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,
@@ -149,6 +149,7 @@ class Teardown:
         self.units()
         self.distribution_unit()
         self.device()
+        self.filters()
         self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
         self.pins()
         if os.path.islink(etcd_unit.DATA):  # with the link alone the data would stay behind
@@ -252,6 +253,19 @@ class Teardown:
                     self.gone(f"route {route.strip()}")
                 if not self.module.check_mode:
                     self.command("ip", family, "route", "flush", "table", "all", "proto", PROTOCOL)
+
+    def filters(self):
+        """Programs on the underlay's devices, where something was routed natively; others went with their device."""
+        code, out, _err = self.module.run_command(["tc", "qdisc", "show"])
+        for device in re.findall(r"^qdisc clsact \S+ dev (\S+) ", out, re.MULTILINE) if code == 0 else ():
+            for side in ("ingress", "egress"):
+                shown = self.command("tc", "filter", "show", "dev", device, side, "pref", PROTOCOL)
+                name = f"underlay_{side}"
+                # The kernel keeps 15 characters of a name; libbpf puts the program's number behind it.
+                if re.search(rf"\b{name[:15]}", shown):
+                    self.gone(f"program {name} on {device}")
+                    if not self.module.check_mode:
+                        self.command("tc", "filter", "del", "dev", device, side, "pref", PROTOCOL)
 
     def pins(self):
         self.tree(PINS)

@@ -74,10 +74,10 @@ options:
       - V(host) looks at units, the own member of etcd, its list of revoked certificates as O(record) has it, and the
         agent with its datapath, by the specification that is on the host. What other hosts, peers and the rest of the
         record have a part in is left out, since a run may not have come to them yet.
-      - V(encryption) proves, where encryption is being turned on or off, that the host reaches every other of these
-        sites through WireGuard, as the agent on it runs now.
+      - V(step) proves, where encryption or native routing is being turned on or off or keys are replaced, that the host
+        reaches every other of these sites the new way, as the agent on it runs now.
     type: str
-    choices: [mesh, host, encryption]
+    choices: [mesh, host, step]
     default: mesh
   before:
     description:
@@ -149,13 +149,13 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_byt
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
-from ansible_collections.isthmus.mesh.plugins.module_utils.wireguard import UNIT as WIREGUARD_UNIT
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
 NODE = "/etc/isthmus/node.json"
 PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
+NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
 SESSION = 180  # seconds after which a session of WireGuard is over
 FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
@@ -192,8 +192,9 @@ class Verifier:
         if self.module.params["scope"] == "host":
             self.run_host()
             return
-        if self.module.params["scope"] == "encryption":
+        if self.module.params["scope"] == "step":
             self.look("encryption", self.check_changing)
+            self.look("routing", self.check_native_way)
             return
         self.look("clock", self.check_clock)
         self.look("units", self.check_units)
@@ -212,6 +213,8 @@ class Verifier:
         self.look("packets", self.check_packets)
         if status is not None and self.spec.get("wireguard"):
             self.look("encryption", self.check_encrypted)
+        if status is not None and self.spec.get("native"):
+            self.look("routing", self.check_native)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -248,8 +251,7 @@ class Verifier:
             names.append("isthmus-registrar.service")
         if self.spec.get("member"):
             names.append("isthmus-etcd.service")
-        if self.spec.get("wireguard") and os.path.exists(units.Units.path(WIREGUARD_UNIT)):
-            names.append(WIREGUARD_UNIT)
+        names += [name for name in units.WIREGUARD if os.path.exists(units.Units.path(name))]
         for name, found in units.Systemd(self.module).show(names).items():
             state = found.get("ActiveState")
             self.check(
@@ -566,16 +568,20 @@ class Verifier:
             if name != self.spec["host"]
         }
 
+    def ask(self):
+        return bundle_module(self.module, "isthmus_agent.cli.client").ask(SOCKET, "/v1/status")
+
     def ask_encryption(self):
         """What the agent says of each node, by cluster and name."""
-        agent = bundle_module(self.module, "isthmus_agent.cli.client")
-        status = agent.ask(SOCKET, "/v1/status")
+        status = self.ask()
         return {(one["cluster"], one["name"]): one for one in status["nodes"]}, status["wireguard"]
 
     def check_encrypted(self):
         """After packets to all hosts: each that is to be encrypted has a session, and none is on its way."""
         nodes, wireguard = self.ask_encryption()
-        words = f"WireGuard is not there; see `systemctl status {WIREGUARD_UNIT}`"
+        wanted = openings.devices(self.spec)
+        programs = " ".join(unit for unit, device in units.WIREGUARD.items() if device in wanted)
+        words = f"WireGuard is not there; see `systemctl status {programs}`"
         self.check("encryption", wireguard and wireguard["implementation"], words)
         reached = {(host["cluster"], host["name"]) for host in self.hosts}
         for key, site in sorted(self.sites().items()):
@@ -594,30 +600,33 @@ class Verifier:
             )
 
     def check_changing(self):
-        """A session with each host of the sites with which encryption is being turned on."""
+        """A session with each host of the sites with which encryption is being turned on; while keys are replaced, with
+        each host that packets to are encrypted, by both devices."""
         with open(NODE, encoding="utf-8") as file:
             installed = json.load(file)
+        devices = openings.devices(installed)
+        stages = (Stage.ACCEPTS, Stage.SENDS) if len(devices) == 1 else tuple(Stage)[1:]
         expected = {
-            key: site
-            for key, site in sorted(self.sites().items())
-            if openings.encrypts(installed, site) in (Stage.ACCEPTS, Stage.SENDS)
+            key: site for key, site in sorted(self.sites().items()) if openings.encrypts(installed, site) in stages
         }
         nodes, _wireguard = self.ask_encryption()
-        device = bundle_module(self.module, "isthmus_agent.netlink.wireguard")
+        wireguard = bundle_module(self.module, "isthmus_agent.netlink.wireguard")
         endpoints = [nodes[key]["endpoint"] for key in expected if nodes.get(key, {}).get("endpoint")]
-        device.greet(installed["node"]["underlay4"], endpoints, installed["overlay"]["port"])
+        for device in devices:
+            wireguard.greet(installed["node"]["underlay4"], endpoints, installed["overlay"]["port"], device)
         time.sleep(PAUSE / 4)  # for answers
         nodes, _wireguard = self.ask_encryption()
-        port = installed.get("wireguard", {}).get("port")
         for (cluster, name), site in expected.items():
-            found = nodes.get((cluster, name), {}).get("encryption") or {"reason": "its node is not published yet"}
-            age = found.get("handshake_age")
-            why = found["reason"] or f"WireGuard has no answer of it; is UDP {port} open both ways?"
-            self.check(
-                "encryption",
-                not found["reason"] and age is not None and age < SESSION,
-                f"{name} of cluster {cluster} (site {site}) is not reached through WireGuard: {why}",
-            )
+            found = nodes.get((cluster, name), {}).get("encryption") or {}
+            for number, tunnel in enumerate(openings.tunnels(installed)):
+                one = (found.get("second") if number else found) or {"reason": "its node is not published yet"}
+                age = one.get("handshake_age")
+                why = one["reason"] or f"WireGuard has no answer of it; is UDP {tunnel['port']} open both ways?"
+                self.check(
+                    "encryption",
+                    not one["reason"] and age is not None and age < SESSION,
+                    f"{name} of cluster {cluster} (site {site}) is not reached through WireGuard: {why}",
+                )
 
     def check_kubernetes(self):
         """The registrar follows the API server, and everything there has its place in the mesh."""
@@ -722,6 +731,66 @@ class Verifier:
                     words = f"{exc}"
         return words
 
+    def check_native(self):
+        """Each host that is to be reached natively is, and the way carries what the underlays on both sides do."""
+        nodes = {(one["cluster"], one["name"]): one for one in self.ask()["nodes"]}
+        reached = {(host["cluster"], host["name"]): host["mesh4"] for host in self.hosts}
+        for key, site in sorted(self.sites().items()):
+            stage = openings.native(self.spec, site)
+            if stage is Stage.PLAIN or key not in reached:
+                continue
+            name = f"{key[1]} of cluster {key[0]} (site {site})"
+            found = nodes.get(key, {}).get("routing") or {"way": "not known", "stage": Stage.PLAIN.word, "mtu": 0}
+            turned = f"it is being turned on or off ({stage.word})" if stage.word in CHANGING else "it should be"
+            if self.check(
+                "routing",
+                found["stage"] == stage.word == Stage.DEMANDS.word,
+                f"packets to {name} do not go natively as the inventory says: {turned}, and the way is {found['way']} "
+                f"({found['stage']}); {SITE}, and see `isthmus status` on both hosts",
+            ):
+                carried = packets.path_mtu(self.spec["node"]["mesh4"], reached[key])
+                self.check(
+                    "routing",
+                    carried >= found["mtu"],
+                    f"the way to {name} carries only {carried} bytes, and the devices at both ends {found['mtu']}: a "
+                    "router in between has said so. Give its links the MTU of the hosts, or the hosts the link's",
+                )
+
+    def check_native_way(self):
+        """A packet of full size that goes natively, to each host of the sites with which that is being turned on."""
+        with open(NODE, encoding="utf-8") as file:
+            installed = json.load(file)
+        source = installed["node"]["mesh4"]
+        places = {
+            (cluster, name): entry["mesh4"]
+            for cluster, document in openings.documents_of(self.record).items()
+            for name, entry in document["hosts"].items()
+        }
+        expected = {
+            key: site
+            for key, site in sorted(self.sites().items())
+            if openings.native(installed, site) in (Stage.ACCEPTS, Stage.SENDS)
+        }
+        with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
+            asked = {key: pool.submit(self.reach_natively, source, places[key]) for key in expected}
+            for (cluster, name), site in expected.items():
+                words = asked[cluster, name].result()
+                self.check(
+                    "routing",
+                    not words,
+                    f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. The network between "
+                    "the hosts must route the ranges of workloads (`routers` of the plan has the routes), and let "
+                    "packets between them through",
+                )
+
+    def reach_natively(self, source, target):
+        try:
+            size = packets.path_mtu(source, target, NATIVE_MARK)
+            packets.echo(source, target, size, self.timeout / 3, mark=NATIVE_MARK)
+        except (packets.NoAnswer, OSError) as exc:
+            return str(exc)
+        return ""
+
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
@@ -779,7 +848,7 @@ def main():
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
             "timeout": {"type": "int", "default": 3},
-            "scope": {"type": "str", "choices": ["mesh", "host", "encryption"], "default": "mesh"},
+            "scope": {"type": "str", "choices": ["mesh", "host", "step"], "default": "mesh"},
             "before": {"type": "dict"},
             "wait": {"type": "int", "default": 0},
         },
@@ -804,7 +873,7 @@ def main():
         wrong = {
             "mesh": "the mesh is not what the inventory says",
             "host": "not everything works after the change",
-            "encryption": "packets cannot go through WireGuard",
+            "step": "packets cannot go the new way",
         }[scope]
         module.fail_json(
             msg=f"On {verifier.spec['host']} {wrong}{f', for {waited} s' if waited else ''}: "

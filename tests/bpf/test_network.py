@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -99,6 +100,36 @@ def test_a_throw_route_leaves_the_decision_to_the_next_table(call: Call) -> None
     assert not call(netlink.apply_network, wanted)
     assert "throw 10.244.1.0/24 proto 73" in call(_ip, "route", "show", "table", "730")
     assert call(netlink.apply_network, WANTED).changes == ("remove route throw 10.244.1.0/24 table 730",)
+
+
+def test_a_setting_that_is_so_already_is_not_written(call: Call) -> None:
+    """The kernel tells of each write, and agents that listen would write again."""
+    index = call(netlink.ensure_overlay)
+
+    def told() -> list[bool]:
+        found = []
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as listener:
+            listener.bind((0, 1))  # RTMGRP_LINK
+            _ip("link", "set", "isthmus0", "up")
+            _drain(listener)
+            for value in (1, 1, 0):
+                netlink.settings.set_ipv4(index, netlink.settings.FORWARDING, value)
+                found.append(_drain(listener))
+        return found
+
+    assert call(told) == [True, False, True]
+
+
+def _drain(listener: socket.socket) -> bool:
+    """Whether there was a message; those of a write are there when it is done."""
+    listener.setblocking(False)
+    found = False
+    while True:
+        try:
+            listener.recv(1 << 16)
+        except BlockingIOError:
+            return found
+        found = True
 
 
 def test_teardown_leaves_it_as_it_was(call: Call) -> None:

@@ -145,7 +145,7 @@ def _documents(own: str, backends: dict[str, list[int]]) -> dict[str, bytes]:
     return documents
 
 
-def _daemon(node: Node, cluster: str, directory: Path, backends: dict[str, list[int]]) -> Daemon:
+def make_daemon(node: Node, cluster: str, directory: Path, backends: dict[str, list[int]]) -> Daemon:
     (directory / "state").mkdir(parents=True)
     ca = Ca(directory / "pki", cluster)
     crt, key = ca.issue("agent")
@@ -194,7 +194,7 @@ def estate(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Estate]:
         daemons: list[Daemon] = []
         try:
             for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
-                daemons.append(_daemon(node, cluster, tmp_path / cluster, backends))
+                daemons.append(make_daemon(node, cluster, tmp_path / cluster, backends))
                 daemons[-1].start()
             for node in nodes:
                 server = node.process("web")
@@ -240,7 +240,7 @@ def test_the_previous_versions_datapath_and_this_ones_talk_and_an_upgrade_interr
         daemons: list[Daemon] = []
         try:
             for node, cluster in zip(nodes, ("onprem", "cloud"), strict=True):
-                daemons.append(_daemon(node, cluster, tmp_path / cluster, {"onprem": [1], "cloud": [1]}))
+                daemons.append(make_daemon(node, cluster, tmp_path / cluster, {"onprem": [1], "cloud": [1]}))
                 if cluster == "onprem":
                     daemons[0].version = previous
                 daemons[-1].start()
@@ -342,7 +342,7 @@ def test_a_foreign_route_in_the_way_is_told_and_stops_nothing_else(
     with notices, bare_nodes() as (node, _):
         route = ["ip", "route", "add", "blackhole", "10.102.0.0/28"]
         node.call(subprocess.run, route, check=True)
-        daemon = _daemon(node, "onprem", tmp_path / "onprem", {"onprem": [1]})
+        daemon = make_daemon(node, "onprem", tmp_path / "onprem", {"onprem": [1]})
         try:
             daemon.start()
             assert notices.recv(1000).startswith(b"READY=1")

@@ -8,16 +8,18 @@ synchronous and run in one thread, one at a time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Service
+from isthmus_agent.bpf.errors import BpfError
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Route, Service
 from isthmus_agent.desired.drain import endpoint
 
 if TYPE_CHECKING:
+    from isthmus_agent.netlink.routes import Way
     from isthmus_agent.netlink.wireguard import PeerState
 
 
@@ -41,19 +43,19 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """WireGuard at one moment. `implementation` is empty when there is no device; `peers` by public key."""
+    """A WireGuard device at one moment; `peers` by public key."""
 
-    implementation: str = ""
-    peers: Mapping[str, PeerState] = field(default_factory=dict)
+    implementation: str
+    peers: Mapping[str, PeerState]
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Counters and fill levels at one moment."""
+    """Counters and fill levels at one moment; `tunnels` are the WireGuard devices that are there, by name."""
 
     counters: Counters
     capacity: dict[str, Capacity] = field(default_factory=dict)
-    tunnel: Tunnel = Tunnel()
+    tunnels: Mapping[str, Tunnel] = field(default_factory=dict)
 
 
 class Kernel(Protocol):
@@ -114,8 +116,10 @@ class HostKernel:
         self._network_steps = 0
         self._keep_source: KeepSource | None = None
         self._made: Datapath | None = None  # what the network was made, when nothing was refused
-        self._wireguard: int | None = None  # index of the device that the programs know
-        self._fresh_wireguard = False  # it has no sessions yet
+        self._wireguard: dict[str, int] | None = None  # indexes of the devices that the programs know, None: not known
+        self._fresh_wireguard: set[str] = set()  # those without sessions yet
+        self._ways: dict[Address, Way] = {}  # of the underlay, to where routes lead natively
+        self._underlay: frozenset[int] | None = None  # devices with programs for that; None: not known
 
     @property
     def cgroup_root(self) -> Path:
@@ -156,9 +160,7 @@ class HostKernel:
         self._ifindex = netlink.ensure_overlay(port=datapath.overlay_port, mtu=datapath.overlay_mtu)
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
-        self._made = self._wireguard = None
-        if datapath.wireguard is None:
-            self._remove_wireguard()
+        self._made = self._wireguard = self._underlay = None
         network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
         return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
@@ -181,7 +183,7 @@ class HostKernel:
         if self._made is None:
             return ()
         known = {(each.prefix, each.table, each.metric): each for each in self._made.routes}
-        ways = {
+        new = {
             key: each
             for each in datapath.routes
             if known.get(key := (each.prefix, each.table, each.metric)) != each
@@ -189,16 +191,28 @@ class HostKernel:
             and not each.wireguard
             and (each.source is None or each.source in self._made.addresses)
         }
-        if not ways:
+        self._find_ways(new.values())
+        new = {key: each for key, each in new.items() if each.toward is None or each.toward in self._ways}
+        if not new:
             return ()
-        more = replace(self._made, routes=frozenset({**known, **ways}.values()))
+        more = replace(self._made, routes=frozenset({**known, **new}.values()))
         made, self._made = self._made, None
         try:
-            result = netlink.apply_network(more, step=self._network_step, made=made, wireguard=self._wireguard)
+            result = netlink.apply_network(
+                more, step=self._network_step, made=made, wireguard=self._wireguard, ways=self._ways
+            )
         except netlink.NetworkError as error:
             return tuple(error.changes)
         self._made = more
         return result.changes
+
+    def _find_ways(self, routes: Iterable[Route]) -> None:
+        """Ways of the underlay to nodes that are new, by devices that have the programs already."""
+        from isthmus_agent import netlink
+
+        if unknown := [each for each in routes if each.toward is not None and each.toward not in self._ways]:
+            found, _ = netlink.underlay_ways(unknown, self._network_step)
+            self._ways = {**self._ways, **{to: way for to, way in found.items() if way.oif in (self._underlay or ())}}
 
     def _apply_network(self, datapath: Datapath) -> Applied:
         """One refused route must not keep the hooks, and with them every service, from this host."""
@@ -206,91 +220,169 @@ class HostKernel:
 
         self._keep_source = datapath.keep_source
         tunnel = self._apply_wireguard(datapath)
+        native = self._apply_native(datapath)
         made, self._made = self._made, None
+        before = (*tunnel.problems, *native)
         try:
-            result = netlink.apply_network(datapath, step=self._network_step, made=made, wireguard=self._wireguard)
+            result = netlink.apply_network(
+                datapath, step=self._network_step, made=made, wireguard=self._wireguard, ways=self._ways
+            )
         except netlink.OverlayMissing:
             raise  # start() makes it anew
         except netlink.NetworkError as error:
             self._greet(datapath)
-            return Applied((*tunnel.changes, *error.changes), (*tunnel.problems, *error.problems))
+            return Applied((*tunnel.changes, *error.changes), (*before, *error.problems))
         self._greet(datapath)
-        if not tunnel.problems:
+        self._leave_underlay(datapath)
+        if not before:
             self._made = datapath
-        return Applied((*tunnel.changes, *result.changes), tunnel.problems)
+        return Applied((*tunnel.changes, *result.changes), before)
+
+    def _apply_native(self, datapath: Datapath) -> tuple[str, ...]:
+        """Programs on the devices that packets will go by, before the routes that lead there; answers problems. By a
+        device that cannot have them nothing goes."""
+        from isthmus_agent import netlink
+
+        wanted, made = datapath.native, self._made
+        if wanted is None:
+            self._ways = {}
+            return ()
+        if made is not None and made.native == wanted and made.routes is datapath.routes:
+            return ()
+        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        try:
+            # Without it the programs cannot ask which way leads to a node.
+            netlink.settings.set_ipv4(self._ifindex, netlink.settings.FORWARDING)
+            if wanted.changing:
+                # Its program has checked the sources; what comes by the underlay has a mark that tells the way back.
+                netlink.settings.set_ipv4(self._ifindex, netlink.settings.RP_FILTER, netlink.settings.LOOSE)
+        except netlink.NetworkError as error:
+            problems += error.problems
+        for index in sorted({way.oif for way in ways.values()}):
+            try:
+                if wanted.changing and netlink.settings.is_strict(index):
+                    netlink.settings.set_ipv4(index, netlink.settings.SRC_VALID_MARK)
+                self._bpf.attach_underlay([index], self._ifindex, wanted.underlay)
+            except (netlink.NetworkError, BpfError) as error:
+                problems.append(str(error))
+                ways = {target: way for target, way in ways.items() if way.oif != index}
+        if ways != self._ways:
+            self._made = None  # the kernel has the routes as they were
+            self._ways = ways
+        return tuple(problems)
+
+    def _leave_underlay(self, datapath: Datapath) -> None:
+        """After the routes: programs, also an earlier agent's, go from devices by which nothing goes natively now."""
+        from isthmus_agent import netlink
+
+        if datapath.native is None and self._underlay == frozenset():
+            return
+        wanted = frozenset(way.oif for way in self._ways.values())
+        if datapath.native is None:
+            self._bpf.forget_underlay()
+        elsewhere = netlink.other_devices() if self._underlay is None else self._underlay
+        self._bpf.detach_underlay(sorted(set(elsewhere) - wanted))
+        self._underlay = wanted
 
     def _greet(self, datapath: Datapath) -> None:
         """Tell peers that WireGuard is new here, when the way to them is there."""
         from isthmus_agent.netlink import wireguard
 
-        if self._fresh_wireguard and datapath.wireguard is not None:
-            wanted = datapath.wireguard
-            endpoints = [peer.endpoint for peer in wanted.peers.values()]
-            wireguard.greet(wanted.underlay, endpoints, datapath.overlay_port)
-        self._fresh_wireguard = False
+        for wanted in datapath.wireguard:
+            if wanted.device in self._fresh_wireguard:
+                endpoints = [peer.endpoint for peer in wanted.peers.values()]
+                wireguard.greet(wanted.underlay, endpoints, datapath.overlay_port, wanted.device)
+        self._fresh_wireguard.clear()
 
     def _apply_wireguard(self, datapath: Datapath) -> Applied:
-        """Device, program and peers; the routes come after. Until all is there what is to be encrypted is dropped."""
-        from isthmus_agent.netlink import NetworkError, wireguard
+        """Devices, program and peers; the routes come after. Until all is there what is to be encrypted is dropped."""
+        from isthmus_agent.netlink import NetworkError, settings, wireguard
 
-        wanted = datapath.wireguard
-        if self._made is not None and self._made.wireguard == wanted:
+        if self._made is not None and self._made.wireguard == datapath.wireguard:
             return Applied()
-        if wanted is None:
-            return Applied(self._remove_wireguard() if self._wireguard is not None else ())
-        try:
-            # Without it the programs cannot ask which way a packet will take.
-            wireguard.allow_forwarding(self._ifindex)
-            device = wireguard.ensure_device(wanted.mtu)
-            if device.index != self._wireguard:
-                self._made = self._wireguard = None
-                self._bpf.attach_wireguard(device.index, datapath.overlay_port, wanted)
-                self._wireguard = device.index
-            configured = wireguard.configure(wanted)
-            self._fresh_wireguard = configured.fresh
-            return Applied(configured.changes)
-        except NetworkError as error:
+        changes: list[str] = []
+        problems: list[str] = []
+        wanted = {each.device: each for each in datapath.wireguard}
+        there: dict[str, int] = {}
+        starts = self._wireguard is None
+        for name, each in wanted.items():
+            try:
+                # Without it the programs cannot ask which way a packet will take.
+                settings.set_ipv4(self._ifindex, settings.FORWARDING)
+                there[name] = wireguard.ensure_device(each.mtu, name).index
+            except NetworkError as error:
+                problems += error.problems
+                index = wireguard.find_index(name)
+                if index is not None and (self._wireguard or {}).get(name) == index:
+                    there[name] = index
+        self._attach_wireguard(datapath, there)
+        for name in there:
+            try:
+                configured = wireguard.configure(wanted[name], name)
+            except NetworkError as error:
+                changes += error.changes
+                problems += error.problems
+            else:
+                changes += configured.changes
+                if configured.fresh:
+                    self._fresh_wireguard.add(name)
+        if starts:
+            # Later, one that is not wanted is made for the agent that comes after this one.
+            for name in wireguard.DEVICES:
+                if name not in wanted:
+                    changes += wireguard.remove_device(name)
+        if problems:
             self._made = None
-            if wireguard.find_index() is None:
-                self._wireguard = None
-                self._bpf.forget_wireguard()
-            return Applied(error.changes, tuple(error.problems))
+        return Applied(tuple(changes), tuple(problems))
 
-    def _remove_wireguard(self) -> tuple[str, ...]:
+    def _attach_wireguard(self, datapath: Datapath, there: dict[str, int]) -> None:
+        """Tell the programs which devices there are."""
         from isthmus_agent.netlink import wireguard
 
-        self._made = self._wireguard = None
-        self._bpf.forget_wireguard()
-        return tuple(wireguard.remove_device())
+        if there == self._wireguard:
+            return
+        self._made = None
+        if there:
+            devices = [there.get(name, 0) for name in wireguard.DEVICES]
+            self._bpf.attach_wireguard(devices, datapath.overlay_port, datapath.wireguard[0])
+        else:
+            self._bpf.forget_wireguard()
+        self._wireguard = there
 
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink
 
-        device = netlink.wireguard.find_index() if datapath.wireguard is not None else None
+        indexes = {each.device: netlink.wireguard.find_index(each.device) for each in datapath.wireguard}
+        there = {name: index for name, index in indexes.items() if index is not None}
         found = self._bpf.audit(datapath)
-        found += netlink.audit_network(datapath, step=self._network_step, wireguard=device)
-        if datapath.wireguard is not None:
-            found += netlink.wireguard.audit(datapath.wireguard)
-            if device is not None:
-                found += self._bpf.audit_wireguard(device, datapath.overlay_port, datapath.wireguard)
+        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        found += netlink.audit_network(datapath, step=self._network_step, wireguard=there, ways=ways)
+        for each in datapath.wireguard:
+            found += netlink.wireguard.audit(each, each.device)
+        if there:
+            devices = [there.get(name, 0) for name in netlink.wireguard.DEVICES]
+            found += self._bpf.audit_wireguard(devices, datapath.overlay_port, datapath.wireguard[0])
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
+            if datapath.native is not None:
+                by = sorted({way.oif for way in ways.values()})
+                found += problems
+                found += self._bpf.audit_underlay(by, index, datapath.native.underlay)
         return found
 
     def read(self) -> Reading:
-        return Reading(self._bpf.counters(), self._bpf.capacity(), self._read_tunnel())
+        tunnels = {name: tunnel for name in self._wireguard or () if (tunnel := self._read_tunnel(name)) is not None}
+        return Reading(self._bpf.counters(), self._bpf.capacity(), tunnels)
 
-    def _read_tunnel(self) -> Tunnel:
+    def _read_tunnel(self, name: str) -> Tunnel | None:
         from isthmus_agent.netlink import NetworkError, wireguard
 
-        if self._wireguard is None:
-            return Tunnel()
         try:
-            device = wireguard.find_device()
-            return Tunnel(device.implementation, wireguard.peer_states()) if device is not None else Tunnel()
+            device = wireguard.find_device(name)
+            return Tunnel(device.implementation, wireguard.peer_states(name)) if device is not None else None
         except NetworkError:
-            return Tunnel()  # apply() tells why
+            return None  # apply() tells why
 
     def destroy(self, backends: Collection[Backend]) -> int:
         from isthmus_agent import netlink
@@ -298,7 +390,7 @@ class HostKernel:
         cookies = self._bpf.sockets_of(backends)
         destinations = {endpoint(backend) for backend in backends}
         ended = netlink.destroy_sockets(destinations, cookies)
-        if self._keep_source is not None:
+        if self._keep_source is not None and not self._keep_source.native:
             ended |= netlink.destroy_pods_sockets(destinations, cookies - ended, step=self._network_step)
         return len(ended)
 

@@ -1,36 +1,44 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Says when something that WireGuard between nodes hangs on has changed in the kernel: its device, the routing rules,
-the host's underlay address, the settings of devices (rtnetlink(7))."""
+"""Says when something that WireGuard between nodes or native routing hangs on has changed in the kernel: WireGuard's
+devices, the routing rules, the host's underlay address, the settings of devices; for native routing also every device,
+routes that others make, those of ours that somebody takes away, and filters (rtnetlink(7))."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from isthmus_agent.desired.datapath import Address
-from isthmus_agent.netlink import messages
+from isthmus_agent.netlink import ROUTE_PROTOCOL, messages
 
 # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_RULE, and RTNLGRP_IPV4_NETCONF (24)
 _GROUPS = 0x1 | 0x10 | 0x80 | 1 << 23
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _DELRULE, _NEWNETCONF = 16, 17, 20, 21, 33, 80
+# RTMGRP_TC and RTMGRP_IPV4_ROUTE
+_NATIVE_GROUPS = 0x8 | 0x40
+_NEWROUTE, _DELROUTE, _DELQDISC, _DELFILTER = 24, 25, 37, 45
+_PROTOCOL = 5  # place of the protocol in struct rtmsg
 
 
 class NetworkWatch:
     """Calls `changed` in the event loop; also when events were lost."""
 
-    def __init__(self, device: str, underlay: Address, changed: Callable[[], None]) -> None:
-        self._device = device.encode() + b"\0"
+    def __init__(
+        self, devices: Iterable[str], underlay: Address, changed: Callable[[], None], native: bool = False
+    ) -> None:
+        self._devices = [device.encode() + b"\0" for device in devices]
         self._underlay = underlay.packed
         self._changed = changed
+        self._native = native
 
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
             netlink.setblocking(False)
-            netlink.bind((0, _GROUPS))
+            netlink.bind((0, _GROUPS | (_NATIVE_GROUPS if self._native else 0)))
             self._changed()  # what happened before
             while True:
                 try:
@@ -45,7 +53,9 @@ class NetworkWatch:
 
     def _matters(self, kind: int, payload: bytes) -> bool:
         if kind in (_NEWLINK, _DELLINK):
-            return self._device in payload
+            return self._native or any(device in payload for device in self._devices)
+        if kind == _NEWROUTE:
+            return payload[_PROTOCOL] != ROUTE_PROTOCOL
         if kind in (_NEWADDR, _DELADDR):
             return self._underlay in payload
-        return kind in (_DELRULE, _NEWNETCONF)
+        return kind in (_DELRULE, _NEWNETCONF, _DELROUTE, _DELQDISC, _DELFILTER)

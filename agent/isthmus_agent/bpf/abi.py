@@ -19,7 +19,9 @@ ABI_VERSION = 1
 IPCACHE_NODE = 1 << 0
 IPCACHE_FIXED = 1 << 1
 IPCACHE_ENCRYPTED = 1 << 2
+IPCACHE_NATIVE = 1 << 3
 PEER_ENCRYPTED = 1 << 0
+PEER_NATIVE = 1 << 1
 CONFIG_SET_RETVAL = 1 << 0
 
 
@@ -40,7 +42,8 @@ LAYOUTS: dict[str, Layout] = {
     "isthmus_ipcache_value": Layout("16sIHH", ("tunnel", "identity", "cluster_id", "flags")),
     "isthmus_lpm_key": Layout("I16s", ("prefixlen", "addr")),
     "isthmus_peer_value": Layout("16sHH", ("endpoint", "cluster_id", "flags")),
-    "isthmus_wireguard": Layout("I2sH4s4s", ("ifindex", "port", "pad", "underlay4", "advertised4")),
+    "isthmus_wireguard": Layout("II2sH4s4s", ("ifindex", "second", "port", "pad", "underlay4", "advertised4")),
+    "isthmus_native": Layout("I4s", ("ifindex", "underlay4")),
     "isthmus_local_value": Layout("II", ("identity", "flags")),
     "isthmus_workload_value": Layout("16s16s", ("addr4", "addr6")),
     "isthmus_svc_key": Layout("16s2sBB", ("addr", "port", "proto", "scope")),
@@ -62,6 +65,7 @@ IPCACHE_VALUE = LAYOUTS["isthmus_ipcache_value"].struct
 LPM_KEY = LAYOUTS["isthmus_lpm_key"].struct
 PEER_VALUE = LAYOUTS["isthmus_peer_value"].struct
 WIREGUARD = LAYOUTS["isthmus_wireguard"].struct
+NATIVE = LAYOUTS["isthmus_native"].struct
 LOCAL_VALUE = LAYOUTS["isthmus_local_value"].struct
 WORKLOAD_VALUE = LAYOUTS["isthmus_workload_value"].struct
 SVC_KEY = LAYOUTS["isthmus_svc_key"].struct
@@ -93,6 +97,7 @@ class Drop(IntEnum):
     NOT_LOCAL_DEST = 9
     NOT_ENCRYPTED = 10
     NOT_OVERLAY = 11
+    WRONG_WAY = 12
 
 
 class Meta(IntEnum):

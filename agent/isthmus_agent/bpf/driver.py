@@ -65,6 +65,7 @@ CGROUP_PROGRAMS = (
 )
 OVERLAY_PROGRAMS = {"overlay_ingress": TC_INGRESS, "overlay_egress": TC_EGRESS}
 WIREGUARD_PROGRAMS = {"wireguard_ingress": TC_INGRESS}
+UNDERLAY_PROGRAMS = {"underlay_ingress": TC_INGRESS, "underlay_egress": TC_EGRESS}
 
 # Fixed, so that a new agent replaces the old one's filter in one step.
 TC_HANDLE = 1
@@ -368,21 +369,63 @@ class BpfDatapath:
         """Puts the overlay programs on the device (clsact), replacing an earlier agent's in one step each."""
         self._attach_tc(OVERLAY_PROGRAMS, ifindex)
 
-    def attach_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> None:
-        """Puts the program on the WireGuard device, whose packets are for the overlay's UDP `port`, and lets the
-        overlay's programs send through it: until then they drop what is to be encrypted."""
-        self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
-        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(ifindex, port, wanted))
+    def attach_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> None:
+        """Puts the program on the WireGuard devices, whose packets are for the overlay's UDP `port`, and lets the
+        overlay's programs send through them: until then they drop what is to be encrypted. `devices` are the
+        interface indexes of the first one and the second one, 0 for none."""
+        for ifindex in filter(None, devices):
+            self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
+        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(devices, port, wanted))
 
     def forget_wireguard(self) -> None:
         """There is no WireGuard device: what is to be encrypted is dropped."""
         self._maps["wireguard"].put(abi.U32.pack(0), bytes(abi.WIREGUARD.size))
 
-    def audit_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> list[str]:
-        """What of the WireGuard device's program is missing, in words."""
-        problems = self._audit_tc(WIREGUARD_PROGRAMS, ifindex)
-        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(ifindex, port, wanted):
-            problems.append(f"wireguard: it holds other values than those of interface {ifindex}")
+    def attach_underlay(self, devices: Collection[int], overlay: int, underlay: IPv4Address) -> None:
+        """Puts the programs on the devices by which packets go natively, and tells them of this host: the overlay
+        device's index and the underlay address."""
+        self._maps["native"].put(abi.U32.pack(0), abi.NATIVE.pack(overlay, underlay.packed))
+        for ifindex in devices:
+            self._attach_tc(UNDERLAY_PROGRAMS, ifindex)
+
+    def forget_underlay(self) -> None:
+        """Nothing goes natively: the programs, where they are, let everything go by."""
+        self._maps["native"].put(abi.U32.pack(0), bytes(abi.NATIVE.size))
+
+    def detach_underlay(self, devices: Iterable[int]) -> list[int]:
+        """Takes the programs, also an earlier agent's, off those of these devices that have them; answers which."""
+        found = [ifindex for ifindex in devices if self._has_underlay_program(ifindex)]
+        for ifindex in found:
+            self._detach_tc(UNDERLAY_PROGRAMS, ifindex)
+        return found
+
+    def _has_underlay_program(self, ifindex: int) -> bool:
+        """By name: somebody else may have a filter of the same handle and priority there."""
+        for name, point in UNDERLAY_PROGRAMS.items():
+            number = self._query_tc(ifindex, point)[1]
+            fd = self.lib.bpf_prog_get_fd_by_id(number) if number else -1
+            if fd >= 0:
+                try:
+                    found = self._program_info(fd).name.decode()
+                finally:
+                    os.close(fd)
+                if found and name.startswith(found):  # the kernel keeps 15 characters of a name
+                    return True
+        return False
+
+    def audit_underlay(self, devices: Iterable[int], overlay: int, underlay: IPv4Address) -> list[str]:
+        """What of the underlay devices' programs is missing, in words."""
+        problems = [words for ifindex in devices for words in self._audit_tc(UNDERLAY_PROGRAMS, ifindex)]
+        if self._maps["native"].get(abi.U32.pack(0)) != abi.NATIVE.pack(overlay, underlay.packed):
+            problems.append(f"native: it holds other values than those of interface {overlay} and {underlay}")
+        return problems
+
+    def audit_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> list[str]:
+        """What of the WireGuard devices' program is missing, in words; arguments as of attach_wireguard()."""
+        there = [each for each in devices if each]
+        problems = [words for each in there for words in self._audit_tc(WIREGUARD_PROGRAMS, each)]
+        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(devices, port, wanted):
+            problems.append(f"wireguard: it holds other values than those of interfaces {', '.join(map(str, there))}")
         return problems
 
     def _attach_tc(self, programs: Mapping[str, int], ifindex: int) -> None:
@@ -426,36 +469,48 @@ class BpfDatapath:
     def _audit_tc(self, programs: Mapping[str, int], ifindex: int) -> list[str]:
         problems = []
         for name, point in programs.items():
-            hook = TcHook(ctypes.sizeof(TcHook), ifindex, point, 0)
-            options = TcOpts(sz=ctypes.sizeof(TcOpts), handle=TC_HANDLE, priority=TC_PRIORITY)
-            with self.lib.log():
-                result = self.lib.bpf_tc_query(ctypes.byref(hook), ctypes.byref(options))
+            result, number = self._query_tc(ifindex, point)
             if result:
                 problems.append(f"tc program {name} is not attached to interface {ifindex}: {error_name(-result)}")
                 continue
             if "overlay" in self._objects:
-                own = self._program_id(self.lib.bpf_program__fd(self._program("overlay", name)))
-                if own != options.prog_id:
+                own = self._program_info(self.lib.bpf_program__fd(self._program("overlay", name))).id
+                if own != number:
                     problems.append(f"tc program {name} on interface {ifindex} is not this agent's")
         return problems
 
-    def _program_id(self, fd: int) -> int:
+    def _query_tc(self, ifindex: int, point: int) -> tuple[int, int]:
+        """A negative errno or 0, and the id of the program of our handle and priority."""
+        hook = TcHook(ctypes.sizeof(TcHook), ifindex, point, 0)
+        options = TcOpts(sz=ctypes.sizeof(TcOpts), handle=TC_HANDLE, priority=TC_PRIORITY)
+        with self.lib.log():
+            result = self.lib.bpf_tc_query(ctypes.byref(hook), ctypes.byref(options))
+        return int(result), 0 if result else int(options.prog_id)
+
+    def _program_info(self, fd: int) -> ProgInfo:
         info = ProgInfo()
         length = ctypes.c_uint32(ctypes.sizeof(info))
         self.lib.check(
             self.lib.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(length)), "cannot read a program"
         )
-        return int(info.id)
+        return info
 
     def detach_overlay(self, ifindex: int) -> None:
         """Takes our filters off the device; nothing happens if there are none."""
-        for point in OVERLAY_PROGRAMS.values():
+        self._detach_tc(OVERLAY_PROGRAMS, ifindex)
+
+    def _detach_tc(self, programs: Mapping[str, int], ifindex: int) -> bool:
+        """Whether there was one."""
+        found = False
+        for point in programs.values():
             hook = TcHook(ctypes.sizeof(TcHook), ifindex, point, 0)
             options = TcOpts(sz=ctypes.sizeof(TcOpts), handle=TC_HANDLE, priority=TC_PRIORITY)
             with self.lib.log():
                 result = self.lib.bpf_tc_detach(ctypes.byref(hook), ctypes.byref(options))
             if result not in (0, -errno.ENOENT, -errno.EINVAL, -errno.ENODEV):
                 raise BpfError(f"cannot detach from interface {ifindex}: {error_name(-result)}", -result)
+            found = found or result == 0
+        return found
 
     def remove_all(self) -> list[str]:
         """Detaches the socket hooks and unpins everything; answers what was removed. The overlay's filters go
@@ -888,18 +943,18 @@ def _ipcache_value(entry: IpcacheEntry) -> bytes:
         (abi.IPCACHE_NODE if entry.is_node else 0)
         | (abi.IPCACHE_FIXED if entry.is_fixed else 0)
         | (abi.IPCACHE_ENCRYPTED if entry.is_encrypted else 0)
+        | (abi.IPCACHE_NATIVE if entry.is_native else 0)
     )
     return abi.IPCACHE_VALUE.pack(tunnel, entry.identity, entry.cluster_id, flags)
 
 
 def _peer_value(peer: Peer) -> bytes:
-    return abi.PEER_VALUE.pack(
-        abi.pack_address(peer.endpoint), peer.cluster_id, abi.PEER_ENCRYPTED if peer.is_encrypted else 0
-    )
+    flags = (abi.PEER_ENCRYPTED if peer.is_encrypted else 0) | (abi.PEER_NATIVE if peer.is_native else 0)
+    return abi.PEER_VALUE.pack(abi.pack_address(peer.endpoint), peer.cluster_id, flags)
 
 
-def _wireguard_value(ifindex: int, port: int, wanted: WireGuard) -> bytes:
-    return abi.WIREGUARD.pack(ifindex, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
+def _wireguard_value(devices: Collection[int], port: int, wanted: WireGuard) -> bytes:
+    return abi.WIREGUARD.pack(*devices, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
 
 
 def _workload_value(address: Address) -> bytes:
@@ -967,14 +1022,16 @@ def _value_words(name: str, value: bytes) -> str:
         via = f" via {abi.unpack_address(tunnel)}" if tunnel != abi.NO_ADDRESS else " local"
         kind = " node" if flags & abi.IPCACHE_NODE else " fixed" if flags & abi.IPCACHE_FIXED else ""
         closed = " encrypted" if flags & abi.IPCACHE_ENCRYPTED else ""
-        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}"
+        native = " native" if flags & abi.IPCACHE_NATIVE else ""
+        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}{native}"
     if name == "workloads":
         addr4, addr6 = abi.WORKLOAD_VALUE.unpack(value)
         return str(abi.unpack_address(addr4 if addr4 != abi.NO_ADDRESS else addr6))
     if name == "peers":
         endpoint, cluster_id, flags = abi.PEER_VALUE.unpack(value)
         closed = " encrypted" if flags & abi.PEER_ENCRYPTED else ""
-        return f"cluster {cluster_id} endpoint {abi.unpack_address(endpoint)}{closed}"
+        native = " native" if flags & abi.PEER_NATIVE else ""
+        return f"cluster {cluster_id} endpoint {abi.unpack_address(endpoint)}{closed}{native}"
     if name == "untranslated":
         return str(abi.U32.unpack(value)[0])
     return f"identity {abi.LOCAL_VALUE.unpack(value)[0]}"

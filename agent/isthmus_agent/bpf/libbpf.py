@@ -86,9 +86,20 @@ class MapInfo(ctypes.Structure):
 
 
 class ProgInfo(ctypes.Structure):
-    """The head of struct bpf_prog_info."""
+    """The head of struct bpf_prog_info; lengths and addresses of 0 ask for nothing else."""
 
-    _fields_ = [("type", c_uint32), ("id", c_uint32)]
+    _fields_ = [
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("tag", c_uint64),
+        ("lengths", c_uint64),
+        ("instructions", c_uint64 * 2),
+        ("load_time", c_uint64),
+        ("uid", c_uint32),
+        ("nr_map_ids", c_uint32),
+        ("map_ids", c_uint64),
+        ("name", ctypes.c_char * 16),
+    ]
 
 
 class CgroupLinkInfo(ctypes.Structure):
@@ -142,6 +153,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_link__destroy": (c_int, (c_void_p,)),
     "bpf_obj_get": (c_int, (c_char_p,)),
     "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, _U32P)),
+    "bpf_prog_get_fd_by_id": (c_int, (c_uint32,)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_char_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_char_p, c_char_p, c_uint64)),
     "bpf_map_delete_elem": (c_int, (c_int, c_char_p)),

@@ -52,11 +52,9 @@ def status(document: dict[str, Any]) -> str:
         alone = f", {kubernetes['untranslated']} without socket translation" if kubernetes["untranslated"] else ""
         lines.append(f"pods       {kubernetes['pods']} of node {kubernetes['node']}, in {ranges}{alone}")
     if (wireguard := document["wireguard"]) is not None:
-        peers_of = f"{wireguard['peers']} peer{'' if wireguard['peers'] == 1 else 's'}"
-        lines.append(
-            f"wireguard  {wireguard['implementation'] or 'not there'}, UDP {wireguard['port']}, "
-            f"public key {wireguard['public_key'] or 'none'} made {_ago(wireguard['key_age'])}, {peers_of}"
-        )
+        lines.append(f"wireguard  {_tunnel(wireguard)}")
+        if wireguard["second"] is not None:
+            lines.append(f"           {_tunnel(wireguard['second'])}, taken too while keys are replaced")
     if datapath["drops"]:
         drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
         lines.append(f"drops      {drops}")
@@ -78,6 +76,7 @@ def status(document: dict[str, Any]) -> str:
             )
         lines += ["", table(["WORKLOAD", "ADDRESS", "IDENTITY", "CGROUP", "SERVICES"], rows)]
     if document["nodes"]:
+        native = any(node["routing"]["stage"] != "plain" for node in document["nodes"])
         rows = [
             [
                 f"{node['cluster']}/{node['name']}",
@@ -86,15 +85,31 @@ def status(document: dict[str, Any]) -> str:
                 node["probe"],
                 age(node["answer_age"]) if node["answer_age"] is not None else "-",
                 f"{node['rtt_ms']}ms" if node["rtt_ms"] is not None else "-",
+                *([_routing(node)] if native else []),
                 *([] if wireguard is None else [_encryption(node)]),
             ]
             for node in document["nodes"]
         ]
-        head = ["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT"]
+        head = ["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT", *(["WAY"] if native else [])]
         lines += ["", table(head if wireguard is None else [*head, "ENCRYPTION"], rows)]
     if document["warnings"]:
         lines += ["", *(f"! {words}" for words in document["warnings"])]
     return "\n".join(lines)
+
+
+def _routing(node: dict[str, Any]) -> str:
+    if node["probe"] == "this host":
+        return "-"
+    found = node["routing"]
+    return f"{found['way']} ({found['stage']})" if found["stage"] in CHANGING else str(found["way"])
+
+
+def _tunnel(tunnel: dict[str, Any]) -> str:
+    peers = f"{tunnel['peers']} peer{'' if tunnel['peers'] == 1 else 's'}"
+    return (
+        f"{tunnel['implementation'] or 'not there'}, UDP {tunnel['port']}, public key {tunnel['public_key'] or 'none'} "
+        f"made {_ago(tunnel['key_age'])}, {peers}"
+    )
 
 
 def _encryption(node: dict[str, Any]) -> str:

@@ -9,15 +9,15 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, NodeSpec
-from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
+from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PORT, NodeSpec
+from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
 
-from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Network, Peer, Route, Rule
+from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Native, Network, Peer, Route, Rule
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
 from isthmus_agent.state.model import MeshState
 
@@ -25,6 +25,10 @@ TABLE = 730
 RULE_PRIORITY = 730
 PODS_TABLE = 731
 PODS_RULE_PRIORITY = 731
+NATIVE_TABLE = 734
+NATIVE_RULE_PRIORITY = 729
+NATIVE = 0x4E
+"""Mark of what came without a tunnel (ISTHMUS_MARK_NATIVE)."""
 MAIN = 254
 YIELDING = 730
 """Metric of a route that stands back for the one of somebody else to the same range."""
@@ -48,7 +52,18 @@ class Remote:
     mtu: int  # of its underlay, 0 when it does not say
     is_machine: bool  # it says that it is no Kubernetes node
     stage: Stage = Stage.PLAIN  # of encryption
-    public_key: str = ""
+    public_keys: Mapping[int, str] = field(default_factory=dict, hash=False)  # of WireGuard, by UDP port
+    native: Stage = Stage.PLAIN  # of native routing; PLAIN: the tunnel
+
+    @property
+    def takes_native(self) -> bool:
+        """Packets may come from it and go to it without a tunnel. What must be encrypted never does."""
+        return self.native > Stage.PLAIN and self.stage is not Stage.DEMANDS
+
+    @property
+    def sends_native(self) -> bool:
+        """We send to it without a tunnel."""
+        return self.native >= Stage.SENDS and self.stage <= Stage.ACCEPTS
 
 
 def _remote(spec: NodeSpec, node: Node) -> Remote | None:
@@ -74,7 +89,8 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE) == "",
         stage=_stage(spec, node),
-        public_key=node.wireguard_public_key,
+        public_keys=public_keys(node, WIREGUARD_PORT),
+        native=_native_stage(spec, node),
     )
 
 
@@ -82,6 +98,12 @@ def _stage(spec: NodeSpec, node: Node) -> Stage:
     if spec.wireguard is None:
         return Stage.PLAIN
     return spec.wireguard.stage(node.annotations.get(SITE) or spec.wireguard.sites.get(node.cluster))
+
+
+def _native_stage(spec: NodeSpec, node: Node) -> Stage:
+    if spec.native is None:
+        return Stage.PLAIN
+    return spec.native.stage(node.annotations.get(SITE) or spec.native.sites.get(node.cluster))
 
 
 def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
@@ -121,6 +143,24 @@ def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple
             continue
         found.append(node)
     return tuple(found), tuple(refused)
+
+
+def only_encrypted(
+    nodes: tuple[Remote, ...], demanded: frozenset[Address]
+) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
+    """No node is native of which an address is reached through WireGuard or not at all (`demanded`), as another node
+    claims it too; and those that were, in words."""
+    found = []
+    told = []
+    for node in nodes:
+        both = demanded.intersection((*node.underlay, node.endpoint)) if node.takes_native else frozenset()
+        if both:
+            told.append(
+                f"node {node.cluster}/{node.name} is not reached natively: another node has its address {min(both)}, "
+                "and packets to that are to be encrypted"
+            )
+        found.append(replace(node, native=Stage.PLAIN) if both else node)
+    return (tuple(found), tuple(told)) if told else (nodes, ())
 
 
 def own_addresses(spec: NodeSpec) -> frozenset[Address]:
@@ -169,6 +209,7 @@ def ipcache(
     """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers.
 
     `local`: what `local_identities` found. `encrypted`: underlay addresses that only WireGuard may lead to."""
+    native = {address for node in nodes if node.takes_native for address in (*node.underlay, node.endpoint)}
     mine = {spec.node.underlay4, spec.node.advertise4}
     ids = {cluster: config.id for cluster, config in state.configs.items()}
     ids[spec.cluster.name] = spec.cluster.id
@@ -179,7 +220,11 @@ def ipcache(
         for cluster, network, number, tunnel in published:
             if (cluster == spec.cluster.name) == ours and not any(network.overlaps(each) for each in pods):
                 found[network] = IpcacheEntry(
-                    number, ids[cluster], None if tunnel in mine else tunnel, is_encrypted=tunnel in encrypted
+                    number,
+                    ids[cluster],
+                    None if tunnel in mine else tunnel,
+                    is_encrypted=tunnel in encrypted,
+                    is_native=tunnel in native,
                 )
         found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours], encrypted))
     # This host last: nothing published by anyone may move our own addresses elsewhere.
@@ -191,9 +236,9 @@ def ipcache(
 def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Network, IpcacheEntry]:
     found: dict[Network, IpcacheEntry] = {}
     for node in nodes:
-        closed = node.endpoint in encrypted
+        way: dict[str, bool] = {"is_encrypted": node.endpoint in encrypted, "is_native": node.takes_native}
         for cidr in node.cidrs:
-            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint, is_encrypted=closed)
+            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint, **way)
         special = (
             (node.health, identity.HEALTH),
             (node.ingress, identity.INGRESS),
@@ -201,12 +246,10 @@ def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Ne
         )
         for address, number in special:
             if address is not None:
-                found[IPv4Network(address)] = IpcacheEntry(
-                    number, node.cluster_id, node.endpoint, is_fixed=True, is_encrypted=closed
-                )
+                found[IPv4Network(address)] = IpcacheEntry(number, node.cluster_id, node.endpoint, is_fixed=True, **way)
         for address in (*node.underlay, node.endpoint):
             found[IPv4Network(address)] = IpcacheEntry(
-                identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True, is_encrypted=closed
+                identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True, **way
             )
     return found
 
@@ -215,7 +258,12 @@ def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()
     """Outer source addresses that may send us overlay packets, with whose they are. `encrypted`: those from which none
     are taken in clear."""
     return {
-        address: Peer(node.cluster_id, node.endpoint, is_encrypted=address in encrypted)
+        address: Peer(
+            node.cluster_id,
+            node.endpoint,
+            is_encrypted=address in encrypted,
+            is_native=node.native is Stage.DEMANDS and node.sends_native,
+        )
         for node in nodes
         for address in (*node.underlay, node.endpoint)
     }
@@ -226,6 +274,22 @@ def path_mtu(own_underlay: int, other_underlay: int, configured: int | None, enc
     underlay = min(own_underlay, other_underlay) if other_underlay else own_underlay
     inner = max(576, underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
     return min(inner, configured) if configured is not None else inner
+
+
+def _mtu(spec: NodeSpec, node: Remote, own_underlay: int) -> int:
+    """Of the path to a node, as packets are sent to it."""
+    if node.sends_native:
+        return _native_mtu(node, own_underlay)
+    return path_mtu(own_underlay, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN)
+
+
+def mtus(spec: NodeSpec, nodes: Iterable[Remote], own_underlay: int) -> dict[tuple[str, str], int]:
+    """Of the path to each node, by cluster and name."""
+    return {(node.cluster, node.name): _mtu(spec, node, own_underlay) for node in nodes}
+
+
+def _native_mtu(node: Remote, own_underlay: int) -> int:
+    return max(576, min(own_underlay, node.mtu) if node.mtu else own_underlay)
 
 
 def loose_ranges(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> tuple[IPv4Network, ...]:
@@ -265,14 +329,16 @@ def routes(
     the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
     the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
     that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
-    `loose_ranges`.
+    `loose_ranges`. To a node that is sent to natively all these lead as the underlay does. Table 734 has that way for
+    nodes that may send natively and are not sent to so yet.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
     found: set[Route] = set()
     for node in nodes:
         ours = node.cluster == spec.cluster.name
-        mtu = path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN)
+        mtu = _mtu(spec, node, underlay_mtu)
+        toward = node.endpoint if node.sends_native else None
         targets = set(node.cidrs)
         for address in (node.mesh, node.health, node.ingress):
             if address is not None and not any(address in cidr for cidr in node.cidrs):
@@ -280,14 +346,15 @@ def routes(
         for target in targets:
             pods_of_ours = ours and is_pod_range(spec, target)
             if not (is_node and pods_of_ours):
-                found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0))
-            found.add(Route(target, source, mtu, TABLE))
+                found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0, toward=toward))
+            found.add(Route(target, source, mtu, TABLE, toward=toward))
+            if node.takes_native and not node.sends_native:
+                found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, toward=node.endpoint))
         for address in {*node.underlay, node.endpoint}:
-            found.add(Route(IPv4Network(address), source, mtu, TABLE))
+            found.add(Route(IPv4Network(address), source, mtu, TABLE, toward=toward))
             if is_node and (node.is_machine or not ours):
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
-    mtus = [path_mtu(underlay_mtu, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN) for node in nodes]
-    narrowest = min(mtus, default=0)
+    narrowest = min((_mtu(spec, node, underlay_mtu) for node in nodes), default=0)
     for wide in loose:
         pods_of_ours = is_pod_range(spec, wide)
         if not (is_node and pods_of_ours):
@@ -301,17 +368,28 @@ def routes(
 
 
 def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
-    """Packets from our own range look up table 730, those from our pods table 731."""
-    return frozenset(
-        {
-            Rule(spec.node.range4, TABLE, RULE_PRIORITY),
-            *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
-        }
-    )
+    """Packets from our own range look up table 730, those from our pods table 731.
+
+    While native routing is turned on or off, what has the mark of packets that came natively looks up table 734: so
+    does the kernel's check of their source (rp_filter), and who proves that way before it is used."""
+    found = {
+        Rule(spec.node.range4, TABLE, RULE_PRIORITY),
+        *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
+    }
+    if spec.native is not None and spec.native.changing:
+        found.add(Rule(IPv4Network("0.0.0.0/0"), NATIVE_TABLE, NATIVE_RULE_PRIORITY, mark=NATIVE))
+    return frozenset(found)
+
+
+def native(spec: NodeSpec) -> Native | None:
+    """None where no site is reached without a tunnel."""
+    return None if spec.native is None else Native(spec.node.underlay4, spec.native.changing)
 
 
 def keep_source(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> KeepSource | None:
-    """What CNI and kube-proxy must not masquerade here; None on a host that is no Kubernetes node."""
-    if spec.node.kubernetes_node is None:
+    """What CNI and kube-proxy, or a host's own rules, must not masquerade here; None on a host that is no Kubernetes
+    node and sends nothing natively."""
+    if spec.node.kubernetes_node is None and spec.native is None:
         return None
-    return KeepSource(spec.node.range4, frozenset(collapse_addresses([spec.node.range4, *pods])))
+    local = frozenset(collapse_addresses([spec.node.range4, *pods]))
+    return KeepSource(spec.node.range4, local, spec.native is not None)

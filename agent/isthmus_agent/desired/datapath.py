@@ -48,7 +48,8 @@ class Service:
 @dataclass(frozen=True, slots=True)
 class IpcacheEntry:
     """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node. `is_fixed`: another
-    address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard."""
+    address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard.
+    `is_native`: packets may come from it and go to it without a tunnel."""
 
     identity: int
     cluster_id: int
@@ -56,23 +57,26 @@ class IpcacheEntry:
     is_node: bool = False
     is_fixed: bool = False
     is_encrypted: bool = False
+    is_native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A node that may send to us; `endpoint` is the `tunnel` of what is behind it, whichever address it sends from.
-    `is_encrypted`: what comes from it otherwise than through WireGuard is dropped."""
+    `is_encrypted`: what comes from it otherwise than through WireGuard is dropped. `is_native`: what comes from it
+    through the tunnel is dropped."""
 
     cluster_id: int
     endpoint: Address
     is_encrypted: bool = False
+    is_native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Over the overlay device, that of WireGuard (`wireguard`), or none: `unreachable`, or `throw` (the next rule
-    decides). `mtu` in bytes (0: none); `table` 254 is main; of two routes with one prefix the one with the lower
-    `metric` counts."""
+    """Over the overlay device, one of WireGuard (its name is `wireguard`), the way that the underlay has to a node's
+    address (`toward`), or none: `unreachable`, or `throw` (the next rule decides). `mtu` in bytes (0: none); `table`
+    254 is main; of two routes with one prefix the one with the lower `metric` counts."""
 
     prefix: Network
     source: Address | None = None
@@ -80,8 +84,9 @@ class Route:
     table: int = 254
     unreachable: bool = False
     throw: bool = False
-    wireguard: bool = False
+    wireguard: str = ""
     metric: int = 0
+    toward: Address | None = None
 
     @property
     def has_device(self) -> bool:
@@ -110,9 +115,10 @@ class WireGuardPeer:
 
 @dataclass(frozen=True, slots=True)
 class WireGuard:
-    """The WireGuard device: `key` is the path of the private key, `port` is UDP, `mtu` is the device's in bytes;
-    `peers` by public key. Others send to `advertised`, which is this host's `underlay` unless a NAT is on the way."""
+    """A WireGuard device: `key` is the path of the private key, `port` is UDP, `mtu` is the device's in bytes; `peers`
+    by public key. Others send to `advertised`, which is this host's `underlay` unless a NAT is on the way."""
 
+    device: str
     key: str
     port: int
     mtu: int
@@ -122,14 +128,24 @@ class WireGuard:
 
 
 @dataclass(frozen=True, slots=True)
+class Native:
+    """Some nodes are reached without a tunnel, from this host's `underlay` address. `changing`: with some it is being
+    turned on or off, so that packets come another way than replies go."""
+
+    underlay: IPv4Address
+    changing: bool
+
+
+@dataclass(frozen=True, slots=True)
 class KeepSource:
-    """What nobody on a Kubernetes node may masquerade: packets between `local` and the overlay, and packets from
-    `host` to `local`.
+    """What nobody on this host may masquerade: packets between `local` and the overlay, and packets from `host` to
+    `local`; with `native` all packets from `host`, which leave for the mesh or not at all.
 
     `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps."""
 
     host: IPv4Network
     local: frozenset[IPv4Network]
+    native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,5 +166,6 @@ class Datapath:
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()
     keep_source: KeepSource | None = None  # None: no table of ours in netfilter
-    wireguard: WireGuard | None = None
+    wireguard: tuple[WireGuard, ...] = ()  # the one that is sent through is the first
+    native: Native | None = None
     clusters: dict[int, str] = field(default_factory=dict)  # cluster id -> name, for words only

@@ -5,7 +5,7 @@ All functions are synchronous and act in the calling thread's network namespace.
 synchronous classes cannot run inside a running event loop: call these functions in a thread.
 """
 
-from isthmus_agent.netlink import namespaces, wireguard
+from isthmus_agent.netlink import namespaces, settings, wireguard
 from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 from isthmus_agent.netlink.network import (
     OVERLAY,
@@ -16,9 +16,11 @@ from isthmus_agent.netlink.network import (
     apply_network,
     audit_network,
     ensure_overlay,
+    other_devices,
     overlay_index,
     remove_network,
     underlay_mtu,
+    underlay_ways,
 )
 from isthmus_agent.netlink.nftables import mend_keep_source
 from isthmus_agent.netlink.probe import missing_features
@@ -40,8 +42,11 @@ __all__ = [
     "mend_keep_source",
     "missing_features",
     "namespaces",
+    "other_devices",
     "overlay_index",
     "remove_network",
+    "settings",
     "underlay_mtu",
+    "underlay_ways",
     "wireguard",
 ]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The overlay device and what routes over it, and the routes that lead its packets into WireGuard.
+"""The overlay device and what routes over it, the routes that lead its packets into WireGuard, and those that lead to
+some nodes without it.
 
 Ours are: the device, every address on it, routes of protocol 73, policy rules of protocol 73, and netfilter's table
 `ip isthmus`. Nothing else is ever changed or removed.
@@ -8,9 +9,10 @@ Ours are: the device, every address on it, routes of protocol 73, policy rules o
 from __future__ import annotations
 
 import errno
+import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -20,7 +22,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Rule
 from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 from isthmus_agent.netlink.nftables import apply_keep_source, audit_keep_source, remove_keep_source
-from isthmus_agent.netlink.routes import ADD, DELETE, REPLACE, Found, RouteSocket, explain
+from isthmus_agent.netlink.routes import ADD, DELETE, REPLACE, Found, RouteSocket, Way, explain
+from isthmus_agent.netlink.wireguard import DEVICES
 
 OVERLAY = "isthmus0"
 ROUTE_PROTOCOL = 73
@@ -56,6 +59,11 @@ def overlay_index(name: str = OVERLAY) -> int | None:
     """Interface index of the overlay device, None if there is none."""
     with IPRoute() as ipr:
         return _index(ipr, name)
+
+
+def other_devices(name: str = OVERLAY) -> list[int]:
+    """Interface indexes of all devices that are not ours."""
+    return [index for index, other in socket.if_nameindex() if other not in (name, *DEVICES, "lo")]
 
 
 def ensure_overlay(name: str = OVERLAY, port: int = 8472, mtu: int = 1450) -> int:
@@ -167,7 +175,9 @@ def _route_words(route: Route) -> str:
     if route.table != _TABLE_MAIN:
         words.append(f"table {route.table}")
     if route.wireguard:
-        words.append("over WireGuard")
+        words.append(f"over {route.wireguard}")
+    if route.toward is not None:
+        words.append(f"as {route.toward}")
     if route.source is not None:
         words.append(f"src {route.source}")
     if route.mtu:
@@ -186,15 +196,24 @@ _RouteKey = tuple[Network, int, int]  # prefix, table, metric
 
 @dataclass(frozen=True, slots=True)
 class _Devices:
-    """Interface indexes that routes lead to; `wireguard` None: there is none, and no route over it can be made."""
+    """Interface indexes that routes lead to, those of WireGuard's devices by name, and the ways of the underlay: no
+    route is made over a device that is not there, or towards an address that `ways` does not have."""
 
     overlay: int
-    wireguard: int | None = None
+    wireguard: Mapping[str, int] = field(default_factory=dict)
+    ways: Mapping[Address, Way] = field(default_factory=dict)
 
-    def of(self, route: Route) -> int:
+    def of(self, route: Route) -> Way:
         if not route.has_device:
-            return 0
-        return (self.wireguard or 0) if route.wireguard else self.overlay
+            return Way()
+        if route.toward is not None:
+            return self.ways[route.toward]
+        return Way(self.wireguard[route.wireguard] if route.wireguard else self.overlay)
+
+    def has(self, route: Route) -> bool:
+        if route.toward is not None:
+            return route.toward in self.ways
+        return not route.wireguard or route.wireguard in self.wireguard
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +241,10 @@ class _Difference:
 
 def _read(ipr: Any, routes: RouteSocket, devices: _Devices) -> _Real:
     found = {}
+    names = {index: name for name, index in devices.wireguard.items()}
     for each in routes.dump():
-        if each.oif and each.oif == devices.wireguard:
-            each = Found(replace(each.route, wireguard=True), each.oif)
+        if each.way.oif in names:
+            each = Found(replace(each.route, wireguard=names[each.way.oif]), each.way)
         found[_key(each.route)] = each
     return _Real(set(_addresses(ipr, devices.overlay)), found, _rules(ipr))
 
@@ -235,7 +255,7 @@ def _key(route: Route) -> _RouteKey:
 
 def _possible(routes: Iterable[Route], devices: _Devices) -> dict[_RouteKey, Route]:
     """Those whose device is there."""
-    return {_key(each): each for each in routes if not each.wireguard or devices.wireguard is not None}
+    return {_key(each): each for each in routes if devices.has(each)}
 
 
 def _interfaces(datapath: Datapath) -> dict[Any, Address]:
@@ -246,9 +266,14 @@ def _as_made(datapath: Datapath, devices: _Devices) -> _Real:
     """What the kernel has after `datapath` was applied without a problem."""
     return _Real(
         set(_interfaces(datapath)),
-        {key: Found(route, devices.of(route)) for key, route in _possible(datapath.routes, devices).items()},
+        {key: _found(route, devices) for key, route in _possible(datapath.routes, devices).items()},
         datapath.rules,
     )
+
+
+def _found(route: Route, devices: _Devices) -> Found:
+    """As the kernel shows it."""
+    return Found(replace(route, toward=None), devices.of(route))
 
 
 def _difference(real: _Real, datapath: Datapath, devices: _Devices, up: bool) -> _Difference:
@@ -259,7 +284,7 @@ def _difference(real: _Real, datapath: Datapath, devices: _Devices, up: bool) ->
         found = real.routes.get(key)
         if found is None:
             add.append(route)
-        elif found.route != route or found.oif != devices.of(route):
+        elif found != _found(route, devices):
             replace.append((found.route, route))
     return _Difference(
         up=up,
@@ -296,13 +321,15 @@ def apply_network(
     name: str = OVERLAY,
     step: Callable[[], None] = lambda: None,
     made: Datapath | None = None,
-    wireguard: int | None = None,
+    wireguard: Mapping[str, int] | None = None,
+    ways: Mapping[Address, Way] | None = None,
 ) -> NetworkResult:
     """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: additions first.
 
     `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same devices:
     only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
-    audit_network() to find. `wireguard` is the index of that device; without it routes over it are left out.
+    audit_network() to find. `wireguard` are indexes of such devices by name; routes over others are left out, as are
+    those towards addresses that `ways`, of underlay_ways(), does not have.
     NetworkError after everything that could be done was done."""
     changes: list[str] = []
     problems: list[str] = []
@@ -312,7 +339,7 @@ def apply_network(
             raise OverlayMissing(f"the overlay device {name} is missing: ensure_overlay() comes first")
         up = _is_up(ipr, index)
         # A device that went down lost its routes.
-        devices = _Devices(index, wireguard)
+        devices = _Devices(index, wireguard or {}, ways or {})
         real = _as_made(made, devices) if made is not None and up else _read(ipr, routes, devices)
         difference = _difference(real, datapath, devices, up)
 
@@ -328,8 +355,8 @@ def apply_network(
             else:
                 changes.append(words)
 
-        def attempt_routes(action: str, verb: str, wanted: Sequence[tuple[Route, int]]) -> None:
-            results = routes.change([(action, route, oif) for route, oif in wanted])
+        def attempt_routes(action: str, verb: str, wanted: Sequence[tuple[Route, Found]]) -> None:
+            results = routes.change([(action, found) for _, found in wanted])
             for (route, _), number in zip(wanted, results, strict=True):
                 if number == 0:
                     changes.append(f"{verb} {_route_words(route)}")
@@ -357,13 +384,15 @@ def apply_network(
                 # Until its duplicate address detection is over, the kernel takes no route with an address as source.
                 flags=0 if address.version == 4 else _IFA_F_NODAD,
             )
-        attempt_routes(ADD, "add", [(route, devices.of(route)) for route in difference.add_routes])
-        attempt_routes(REPLACE, "change to", [(route, devices.of(route)) for _, route in difference.replace_routes])
+        attempt_routes(ADD, "add", [(route, _found(route, devices)) for route in difference.add_routes])
+        attempt_routes(
+            REPLACE, "change to", [(route, _found(route, devices)) for _, route in difference.replace_routes]
+        )
         for rule in difference.add_rules:
             attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
         for rule in difference.remove_rules:
             attempt(f"remove {_rule_words(rule)}", "rule", "del", **_rule_arguments(rule))
-        attempt_routes(DELETE, "remove", [(found.route, found.oif) for found in difference.remove_routes])
+        attempt_routes(DELETE, "remove", [(found.route, found) for found in difference.remove_routes])
         for interface in difference.remove_addresses:
             attempt(
                 f"remove address {interface}",
@@ -403,11 +432,35 @@ def _explain(error: Any, kind: str) -> str:
     return text
 
 
+def underlay_ways(
+    routes: Iterable[Route], step: Callable[[], None] = lambda: None
+) -> tuple[dict[Address, Way], list[str]]:
+    """How the underlay leads to the addresses that `routes` lead towards, and what is wrong with the others, in
+    words."""
+    targets = sorted({each.toward for each in routes if each.toward is not None}, key=int)
+    found: dict[Address, Way] = {}
+    problems = []
+    with RouteSocket(ROUTE_PROTOCOL, step) as netlink:
+        for target, way in netlink.ways(targets).items():
+            if isinstance(way, Way):
+                found[target] = way
+            else:
+                problems.append(
+                    f"this host has no route to {target} ({os.strerror(way)}), so what is behind it is not reached: "
+                    "check the host's routes (ip route get)"
+                )
+    return found, problems
+
+
 def audit_network(
-    datapath: Datapath, name: str = OVERLAY, step: Callable[[], None] = lambda: None, wireguard: int | None = None
+    datapath: Datapath,
+    name: str = OVERLAY,
+    step: Callable[[], None] = lambda: None,
+    wireguard: Mapping[str, int] | None = None,
+    ways: Mapping[Address, Way] | None = None,
 ) -> list[str]:
     """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read.
-    `wireguard` is the index of that device."""
+    `wireguard` are the indexes of such devices by name, `ways` are of underlay_ways()."""
     with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL, step) as routes:
         index = _index(ipr, name)
         if index is None:
@@ -416,7 +469,7 @@ def audit_network(
         problems = [f"{name} {words}" for words in _link_differences(link, datapath.overlay_port)]
         if link.get_attr("IFLA_MTU") != datapath.overlay_mtu:
             problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {datapath.overlay_mtu}")
-        devices = _Devices(index, wireguard)
+        devices = _Devices(index, wireguard or {}, ways or {})
         difference = _difference(_read(ipr, routes, devices), datapath, devices, bool(link["flags"] & _IFF_UP))
     if not difference.up:
         problems.append(f"{name} is down")
@@ -425,7 +478,7 @@ def audit_network(
     problems += [f"{_route_words(each)} is missing" for each in difference.add_routes]
     problems += [
         f"{_route_words(real)} is not what is wanted: {_route_words(wanted)}"
-        + ("" if wanted.wireguard or wanted.unreachable else f" over {name}")
+        + ("" if wanted.wireguard or wanted.unreachable or wanted.toward else f" over {name}")
         for real, wanted in difference.replace_routes
     ]
     problems += [f"{_route_words(each.route)} is not wanted" for each in difference.remove_routes]
@@ -442,7 +495,7 @@ def remove_network(name: str = OVERLAY) -> list[str]:
             ipr.rule("del", **_rule_arguments(rule))
             removed.append(_rule_words(rule))
         real = routes.dump()
-        for found, number in zip(real, routes.change([(DELETE, each.route, each.oif) for each in real]), strict=True):
+        for found, number in zip(real, routes.change([(DELETE, each) for each in real]), strict=True):
             if number and number not in _GONE:
                 raise NetworkError(f"cannot remove {_route_words(found.route)}: {explain(number, DELETE, 0)}")
             removed.append(_route_words(found.route))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Our table in netfilter on a Kubernetes node: the source of packets between pods and the mesh stays what it is.
+"""Our table in netfilter, on a Kubernetes node and where packets go natively: the source of packets of the mesh stays
+what it is.
 
 A CNI masquerades what leaves its pods, and kube-proxy what it marked for that. An `accept` in an earlier chain does not
 stop a later masquerade; a null binding (`snat to ip saddr`) does, because a connection is given a source translation
@@ -172,7 +173,9 @@ def _rule(chain: _Chain, words: str, *expressions: bytes) -> _Rule:
 
 def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
     going, coming = _device(_META_OUT, device), _device(_META_IN, device)
+    natively = _rule(_POSTROUTING, "from this host's mesh addresses", _within(_SOURCE, wanted.host), _keep())
     return (
+        *((natively,) if wanted.native else ()),
         _rule(_POSTROUTING, "into the mesh", going, _not_marked(), _is_local(_SOURCE), _keep()),
         _rule(_POSTROUTING, "out of the mesh", coming, _not_marked(), _is_local(_DESTINATION), _keep()),
         _rule(

@@ -27,11 +27,12 @@ _U32 = struct.Struct("=I")
 
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _FLAGS = {ADD: 0x600, REPLACE: 0x500, DELETE: 0}  # NLM_F_CREATE with NLM_F_EXCL or NLM_F_REPLACE
-_DST, _OIF, _PRIORITY, _PREFSRC, _METRICS, _TABLE = 1, 4, 6, 7, 8, 15
+_DST, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _METRICS, _TABLE = 1, 4, 5, 6, 7, 8, 15
 _DEFAULT_PRIORITY6 = 1024  # of IPv6, where 0 means this
 _MTU = 2
 _UNICAST, _UNREACHABLE, _THROW = 1, 7, 9
 _SCOPE_LINK = 253
+_ONLINK = 4  # RTNH_F_ONLINK: the gateway is asked for on the device, whatever other routes say
 
 _SOL_NETLINK, _CAP_ACK, _GET_STRICT_CHK = 270, 10, 12
 _SO_RCVBUFFORCE = 33
@@ -42,11 +43,19 @@ _DUMPS = 5
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """Where a route leads: the index of a device (0: none), and over whom on its link (None: nobody in between)."""
+
+    oif: int = 0
+    gateway: Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
-    """A route as it is in the kernel, with the device it leads to (0: none)."""
+    """A route as it is in the kernel. `route` does not say towards whom it leads: `way` does."""
 
     route: Route
-    oif: int
+    way: Way = Way()
 
 
 class RouteSocket:
@@ -95,26 +104,54 @@ class RouteSocket:
                 break
         return found
 
-    def change(self, changes: Sequence[tuple[str, Route, int]]) -> list[int]:
-        """Makes each (action, route, device index); answers an errno each, 0 when it was done."""
+    def ways(self, targets: Sequence[Address]) -> dict[Address, Way | int]:
+        """How the host's own packets go to each of these IPv4 addresses; an errno where they do not. One that is on a
+        link of this host is its own gateway."""
+        found: dict[Address, Way | int] = {}
+        for start in range(0, len(targets), _BATCH):
+            batch = targets[start : start + _BATCH]
+            first = self._sequence + 1
+            parts = []
+            for target in batch:
+                self._sequence += 1
+                body = _ROUTE.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0) + attribute(_DST, target.packed)
+                parts.append(messages.message(_GETROUTE, messages.REQUEST, self._sequence, body))
+            self._socket.send(b"".join(parts))
+            answered = 0
+            for kind, _, sequence, payload in self._answers():
+                if not first <= sequence < first + len(batch):
+                    continue
+                target = batch[sequence - first]
+                if kind == messages.ERROR:
+                    found[target] = messages.error_number(payload)
+                elif kind == _NEWROUTE:
+                    found[target] = _way_of(payload, target)
+                answered += 1
+                if answered == len(batch):
+                    break
+            self._step()
+        return found
+
+    def change(self, changes: Sequence[tuple[str, Found]]) -> list[int]:
+        """Makes each (action, route with its way); answers an errno each, 0 when it was done."""
         results: list[int] = []
         for start in range(0, len(changes), _BATCH):
             batch = changes[start : start + _BATCH]
             first = self._sequence + 1
             parts = []
-            for action, route, oif in batch:
+            for action, found in batch:
                 self._sequence += 1
                 kind = _DELROUTE if action == DELETE else _NEWROUTE
                 flags = messages.REQUEST | messages.ACK | _FLAGS[action]
-                parts.append(messages.message(kind, flags, self._sequence, self._body(route, oif)))
+                parts.append(messages.message(kind, flags, self._sequence, self._body(found.route, found.way)))
             self._socket.send(b"".join(parts))
-            found: dict[int, int] = {}
+            answers: dict[int, int] = {}
             for kind, _, sequence, payload in self._answers():
                 if kind == messages.ERROR and sequence >= first:
-                    found[sequence] = messages.error_number(payload)
-                if len(found) == len(batch):
+                    answers[sequence] = messages.error_number(payload)
+                if len(answers) == len(batch):
                     break
-            results += [found[first + number] for number in range(len(batch))]
+            results += [answers[first + number] for number in range(len(batch))]
             self._step()
         return results
 
@@ -125,22 +162,26 @@ class RouteSocket:
             self._step()
             yield from messages.split(data)
 
-    def _body(self, route: Route, oif: int) -> bytes:
+    def _body(self, route: Route, way: Way) -> bytes:
         prefix = route.prefix
         family = socket.AF_INET if prefix.version == 4 else socket.AF_INET6
-        kind, scope = _UNICAST, _SCOPE_LINK
+        kind, scope, flags = _UNICAST, _SCOPE_LINK, 0
         if not route.has_device:
             kind, scope = _UNREACHABLE if route.unreachable else _THROW, 0
+        elif way.gateway is not None:
+            scope, flags = 0, _ONLINK
         table = route.table if route.table < 256 else 0
         parts = [
-            _ROUTE.pack(family, prefix.prefixlen, 0, 0, table, self._protocol, scope, kind, 0),
+            _ROUTE.pack(family, prefix.prefixlen, 0, 0, table, self._protocol, scope, kind, flags),
             attribute(_DST, prefix.network_address.packed),
             attribute(_TABLE, _U32.pack(route.table)),
         ]
         if route.metric:
             parts.append(attribute(_PRIORITY, _U32.pack(route.metric)))
         if route.has_device:
-            parts.append(attribute(_OIF, _U32.pack(oif)))
+            parts.append(attribute(_OIF, _U32.pack(way.oif)))
+            if way.gateway is not None:
+                parts.append(attribute(_GATEWAY, way.gateway.packed))
             if route.source is not None:
                 parts.append(attribute(_PREFSRC, route.source.packed))
             if route.mtu:
@@ -166,8 +207,21 @@ class RouteSocket:
             throw=kind == _THROW,
             metric=metric,
         )
-        oif = found.get(_OIF)
-        return Found(route, 0 if not route.has_device or oif is None else _U32.unpack(oif)[0])
+        return Found(route, _way(found) if route.has_device else Way())
+
+
+def _way(found: dict[int, bytes]) -> Way:
+    oif, gateway = found.get(_OIF), found.get(_GATEWAY)
+    return Way(0 if oif is None else _U32.unpack(oif)[0], _address(gateway) if gateway is not None else None)
+
+
+def _way_of(payload: bytes, target: Address) -> Way | int:
+    """The answer to a look-up."""
+    kind = _ROUTE.unpack_from(payload)[7]
+    if kind != _UNICAST:  # such as local, or a route of ours that says that there is none
+        return errno.ENETUNREACH
+    way = _way(dict(attributes(payload, _ROUTE.size)))
+    return Way(way.oif, way.gateway or target)
 
 
 def _address(packed: bytes) -> Address:

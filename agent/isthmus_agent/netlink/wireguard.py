@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-import struct
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,16 +18,17 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
+from isthmus_mesh.spec import WIREGUARD_DEVICES, WIREGUARD_UNITS
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from isthmus_agent.desired.datapath import Address, WireGuard
-from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
-from isthmus_agent.netlink.messages import attribute
+from isthmus_agent.netlink.settings import SRC_VALID_MARK, set_ipv4
 
-DEVICE = "isthmus-wg0"
-UNIT = "isthmus-wireguard.service"
+DEVICES = WIREGUARD_DEVICES
+DEVICE = DEVICES[0]
+UNITS = dict(zip(DEVICES, WIREGUARD_UNITS))
 
 KERNEL, USER_SPACE = "kernel", "wireguard-go"
 _KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
@@ -36,9 +36,6 @@ _KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
 _IFF_UP = 0x1
 _SECONDS = 10.0  # that `wg` may take
 _BATCH = 200  # peers in one command line
-
-_SETLINK = 19
-_AF_SPEC, _INET_CONF, _FORWARDING, _SRC_VMARK = 26, 1, 1, 24  # linux/if_link.h, linux/ip.h (IPV4_DEVCONF_...)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +101,9 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
                 if error.code != errno.EOPNOTSUPP:
                     raise NetworkError(f"cannot make the WireGuard device {name}: {error}") from error
                 raise NetworkError(
-                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNIT}, which stands "
-                    f"in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl status {UNIT}"
+                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNITS.get(name)}, "
+                    "which stands in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl "
+                    f"status {UNITS.get(name)}"
                 ) from error
             link = _link(ipr, name)
             if link is None:
@@ -114,7 +112,7 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
         if link.get_attr("IFLA_MTU") != mtu:
             ipr.link("set", index=device.index, mtu=mtu)
     # The kernel's check of a source (rp_filter) then goes by the rule for the mark of what was decrypted.
-    _switch_on(device.index, _SRC_VMARK, "src_vmark")
+    set_ipv4(device.index, SRC_VALID_MARK)
     return device
 
 
@@ -235,30 +233,6 @@ def read_key(path: str) -> str:
 def public_key(path: str) -> str:
     """The public key, base64, of the private key in a file. NetworkError when there is none or `wg` refuses it."""
     return _wg("pubkey", given=read_key(path) + "\n").strip()
-
-
-def allow_forwarding(index: int) -> None:
-    """Sets `forwarding` of one device, which bpf_fib_lookup() asks for. NetworkError when the kernel refuses."""
-    _switch_on(index, _FORWARDING, "forwarding")
-
-
-def _switch_on(index: int, setting: int, name: str) -> None:
-    """One of a device's IPv4 settings (`name` is pyroute2's), without the sysctl that agents may not write. Not when it
-    is on: the kernel tells every listener of each setting, this agent's own watch of the device among them."""
-    with IPRoute() as ipr:
-        (link,) = ipr.get_links(index)
-    if link.get_attr("IFLA_AF_SPEC").get_attr("AF_INET")[name]:
-        return
-    spec = attribute(setting, struct.pack("=I", 1))
-    for kind in (_INET_CONF, socket.AF_INET, _AF_SPEC):
-        spec = attribute(kind | messages.NESTED, spec)
-    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0) + spec
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
-        netlink.send(messages.message(_SETLINK, messages.REQUEST | messages.ACK, 1, body))
-        kind, _, _, payload = next(messages.split(netlink.recv(4096)))
-    number = messages.error_number(payload) if kind == messages.ERROR else 0
-    if number:
-        raise NetworkError(f"cannot set {name} of interface {index}: {errno.errorcode.get(number, number)}")
 
 
 def _link(ipr: Any, name: str) -> Any:

@@ -29,6 +29,7 @@ from isthmus_mesh.wire import (
     SITE,
     UNDERLAY_MTU,
     WIREGUARD_KEY_INDEX,
+    WIREGUARD_KEYS,
     ClusterConfig,
     ClusterService,
     IPIdentityPair,
@@ -350,7 +351,10 @@ class Publisher:
         if public_key and (wrong := public_key_problem(public_key)):
             self.problem(key, f"the WireGuard public key {public_key!r} {wrong}; it is not published")
             public_key = ""
+        others = {port: text for port, text in report.wireguard_keys.items() if not public_key_problem(text)}
         annotations = {UNDERLAY_MTU: str(report.mtu)} if report.mtu else {}
+        if public_key and others:
+            annotations[WIREGUARD_KEYS] = ",".join(f"{port}={text}" for port, text in sorted(others.items()))
         if self.own.pod_ranges4:
             annotations[KUBERNETES_NODE] = host.get("kubernetes_node") or ""
         site: str = host.get("site", "")

@@ -193,7 +193,8 @@ class NodeReport:
     """What an agent says of its machine (`isthmus/v1/nodes/<node>`).
 
     `addresses` are (type, ip) with the types of a Cilium node; ranges are CIDR text; `mtu` is bytes
-    of the overlay; `wireguard_public_key` is base64, empty where nothing is encrypted.
+    of the overlay; `wireguard_public_key` is base64, empty where nothing is encrypted; `wireguard_keys` are all of its
+    public keys by UDP port as text, where they are others than that one on Cilium's port.
     """
 
     name: str
@@ -207,6 +208,7 @@ class NodeReport:
     mtu: int = 0
     boot_id: str = ""
     wireguard_public_key: str = ""
+    wireguard_keys: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return jsontext.dumps(
@@ -222,6 +224,7 @@ class NodeReport:
                 "mtu": self.mtu,
                 "boot_id": self.boot_id,
                 "wireguard_public_key": self.wireguard_public_key,
+                **({"wireguard_keys": jsontext.sorted_mapping(self.wireguard_keys)} if self.wireguard_keys else {}),
             }
         )
 
@@ -242,6 +245,7 @@ class NodeReport:
             mtu=fields.integer("mtu", UINT16),
             boot_id=fields.text("boot_id"),
             wireguard_public_key=fields.text("wireguard_public_key"),
+            wireguard_keys=fields.text_mapping("wireguard_keys"),
         )
 
 

@@ -4,26 +4,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, collapse_addresses
+from itertools import groupby
 from typing import Any
 
-from .encryption import CHANGING, STAGES, Pair, Stage, pairs
-from .openings import Documents, between
+from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
+from .openings import Documents, between, wireguard_ports
+from .routing import NATIVE, TUNNEL
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
 UNDERLAY_MTU = 1500
 
 _MOST_LINES = 100
+_MOST_NAMES = 3
 
 Ways = Mapping[Pair, Sequence[Any]]
-"""`Plan.stages`."""
+"""`Plan.stages`, `Plan.native`."""
 
 
-def inner_mtu(stage: Stage, underlay: int = UNDERLAY_MTU) -> int:
-    """MTU in bytes of the overlay's routes."""
-    return underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
+def inner_mtu(stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MTU) -> int:
+    """MTU in bytes of the overlay's routes, at a stage of encryption."""
+    inner = underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
+    return inner if overlay_mtu is None else min(inner, overlay_mtu)
 
 
-def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways) -> Iterator[dict[str, Any]]:
+def rows(
+    documents: Documents,
+    overlay_port: int,
+    overlay_mtu: int | None,
+    ways: Ways,
+    native_ways: Ways,
+    keys: Sequence[Keys],
+) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several."""
     sizes: dict[str, int] = {}
     for document in documents.values():
@@ -34,19 +46,72 @@ def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways:
             continue
         now, *following = ways.get(one, (None, Stage.PLAIN))
         stages = [stage for stage in (now, *following) if stage is not None]
-        mtu = inner_mtu(max(stages))
+        native_now, *native_following = native_ways.get(one, (None, Stage.PLAIN))
+        native = [stage for stage in (native_now, *native_following) if stage is not None]
         yield {
             "sites": list(one),
-            "routing": "tunnel",
+            "routing": NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
+            "routing_now": None if native_now is None else native_now.word,
+            "routing_steps": _words(native_now, native_following),
             "encryption": "wireguard" if following[-1] is Stage.DEMANDS else "none",
             "now": None if now is None else now.word,
-            "steps": [stage.word for stage in following] if now not in (None, following[-1]) else [],
-            "mtu": mtu if overlay_mtu is None else min(mtu, overlay_mtu),
+            "steps": _words(now, following),
+            # The smallest on the way.
+            "mtu": UNDERLAY_MTU if min(native) >= Stage.SENDS else inner_mtu(max(stages), overlay_mtu),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
-                for each in between(documents, one, overlay_port, stages)
+                for each in between(documents, one, overlay_port, stages, native, keys)
             ],
         }
+
+
+def _words(now: Stage | None, following: Sequence[Stage]) -> list[str]:
+    return [stage.word for stage in following] if now not in (None, following[-1]) else []
+
+
+def routes(documents: Documents, native_ways: Ways) -> Iterator[dict[str, Any]]:
+    """What the routers of each `site` need so that packets go natively: the prefix `to` leads to a host's address,
+    `via`, or, where that is None, to another site: over the next hop that the addresses `like` of hosts there have.
+    `why` is in words."""
+    hosts: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for document in documents.values():
+        for host, entry in document["hosts"].items():
+            hosts.setdefault(entry["site"], []).append((host, entry))
+    native: dict[str, set[str]] = {}
+    for (one, other), stages in native_ways.items():
+        if any(stage is not None and stage is not Stage.PLAIN for stage in stages[1:]):
+            native.setdefault(one, set()).add(other)
+            native.setdefault(other, set()).add(one)
+    for site in sorted(native.keys() & hosts.keys()):
+        far = sorted((native[site] - {site}) & hosts.keys())
+        senders = [*far, *([f"hosts of {site} on other subnets"] if site in native[site] and hosts[site][1:] else [])]
+        for host, entry in hosts[site] if senders else ():
+            why = f"workloads of {host}, for packets from {_listed(senders)}"
+            yield {"site": site, "to": entry["range4"], "via": entry["underlay4"], "like": [], "why": why}
+        for other in far:
+            like = [entry["underlay4"] for _host, entry in hosts[other]]
+            ranges = (IPv4Network(entry["range4"]) for _host, entry in hosts[other])
+            for network in collapse_addresses(ranges):
+                why = f"workloads of hosts of {other}"
+                yield {"site": site, "to": str(network), "via": None, "like": like, "why": why}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def route_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each route, the first hundred of each site."""
+    told = []
+    for site, these in groupby(found, key=lambda route: route["site"]):
+        those = list(these)
+        for route in those[:_MOST_LINES]:
+            hop = f"via {route['via']}" if route["via"] else f"over the way to {_listed(route['like'])}"
+            told.append(f"routers of {site}: {route['to']} {hop} ({route['why']})")
+        if len(those) > _MOST_LINES:
+            told.append(f"routers of {site}: and {len(those) - _MOST_LINES} more, in `routes` of isthmus.mesh.plan")
+    return told
 
 
 def name(sites: Sequence[str]) -> str:
@@ -58,14 +123,23 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     told = []
     for row in found[:_MOST_LINES]:
         changing = f" (now being turned {'on' if row['encryption'] == 'wireguard' else 'off'})" if row["steps"] else ""
-        opened = "; ".join(f"{one['protocol']} {one['port']} on {one['on']} from {one['from']}" for one in row["open"])
+        native = row["routing"] == NATIVE
+        path = "native" if native else "tunnel (VXLAN)"
+        if row["routing_steps"]:
+            path += f" (now being turned {'on' if native else 'off'})"
+        opened = "; ".join(_opened(one) for one in row["open"])
         told.append(
-            f"{name(row['sites'])}: path tunnel (VXLAN), encryption {row['encryption']}{changing}, MTU {row['mtu']} "
+            f"{name(row['sites'])}: path {path}, encryption {row['encryption']}{changing}, MTU {row['mtu']} "
             f"inside where the underlay has {UNDERLAY_MTU}. Open: {opened}"
         )
     if len(found) > _MOST_LINES:
         told.append(f"and {len(found) - _MOST_LINES} more pairs of sites")
     return told
+
+
+def _opened(one: Mapping[str, Any]) -> str:
+    port = f" {one['port']}" if one["port"] is not None else ""
+    return f"{one['protocol']}{port} on {one['on']} from {one['from']}"
 
 
 _ON = {
@@ -81,24 +155,70 @@ _OFF = {
 }
 
 
-def changes(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run does to pairs whose encryption is turned on or off, a line each."""
-    told = []
+_NATIVE_ON = {
+    Stage.ACCEPTS: "every host of the two takes native packets too; packets still go through the tunnel",
+    Stage.SENDS: "when each host has proven by packets of the full size that it reaches the others natively, all go so",
+    Stage.DEMANDS: "nothing is taken through the tunnel any more",
+}
+_NATIVE_OFF = {
+    Stage.SENDS: "packets through the tunnel are taken again too",
+    Stage.ACCEPTS: f"packets go through the tunnel and are {OVERLAY_OVERHEAD} bytes smaller, and native ones are still "
+    "taken",
+    Stage.PLAIN: "native packets are not taken any more",
+}
+
+
+def _rotation(keys: Sequence[Keys]) -> str:
+    """What a run does to the keys of WireGuard; `keys` as `Plan.keys`."""
+    now, *following = keys
+    (new,), (old,) = wireguard_ports([following[-1]]), wireguard_ports([Keys(now.number)])
+    steps = {
+        Stage.ACCEPTS: f"every host gets a second key, device and port (UDP {new}) beside the first (UDP {old}), and "
+        "takes packets by both",
+        Stage.SENDS: "when each host has proven that it reaches the others by the new key, packets go with it",
+        Stage.PLAIN: f"the old key, its device and its port (UDP {old}) go",
+    }
+    begun = f", which was begun before ({now.stage.word})" if now.has_both else ""
+    told = "; ".join(f"({number}) {steps[each.stage]}" for number, each in enumerate(following, 1))
+    return (
+        f"the keys of WireGuard are replaced on all hosts that encrypt{begun}, in steps of one run, of which each "
+        f"begins when all of them have done the one before: {told}. Connections stay; both ports must be open meanwhile"
+    )
+
+
+def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[str]:
+    """What a run does to pairs whose encryption or native routing is turned on or off, and to keys, a line each."""
+    told = [_rotation(keys)] if keys[0] != keys[-1] else []
     for row in found:
-        if not row["steps"]:
-            continue
-        on = row["encryption"] == "wireguard"
-        stages = [STAGES[word] for word in row["steps"]]
-        begun = f", which was begun before ({row['now']})" if row["now"] in CHANGING else ""
-        words = _ON if on else _OFF
-        steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
-        told.append(
-            f"encryption of {name(row['sites'])} is turned {'on' if on else 'off'}{begun}, in steps of one run, of "
-            f"which each begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
-            + (
-                "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"
-                if on
-                else ""
-            )
-        )
+        if row["steps"]:
+            on = row["encryption"] == "wireguard"
+            told.append(_change("encryption", row, on, row["now"], row["steps"], _ON if on else _OFF, shrinks=on))
+        if row["routing_steps"]:
+            on = row["routing"] == NATIVE
+            words = _NATIVE_ON if on else _NATIVE_OFF
+            now, steps = row["routing_now"], row["routing_steps"]
+            told.append(_change("native routing", row, on, now, steps, words, shrinks=not on))
+    return told
+
+
+def _change(
+    what: str,
+    row: Mapping[str, Any],
+    on: bool,
+    now: str,
+    following: Sequence[str],
+    words: Mapping[Stage, str],
+    shrinks: bool,
+) -> str:
+    stages = [STAGES[word] for word in following]
+    begun = f", which was begun before ({now})" if now in CHANGING else ""
+    steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
+    one, other = row["sites"]
+    where = name((one, other)) if one == other else f"of {name((one, other))}"
+    told = (
+        f"{what} {where} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
+    )
+    if shrinks:
+        told += "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"
     return told

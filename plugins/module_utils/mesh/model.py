@@ -21,6 +21,8 @@ from .addressing import CLUSTER_IPS, HOST, PODS, RESERVED, SERVICES, WORKLOADS, 
 from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .encryption import Pair
 from .encryption import pair as sorted_pair
+from .encryption import pairs as pairs_of
+from .routing import NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
 from .vpc import Vpcs
 from .vpc import read as read_vpcs
@@ -188,6 +190,7 @@ class Model:
     reserved: tuple[Claim, ...] = ()
     encryption: Encryption = Encryption()
     vpcs: Vpcs = field(default_factory=Vpcs)
+    routing: Routing = field(default_factory=Routing)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def digest(self) -> str:
@@ -207,6 +210,8 @@ class Model:
             del content["encryption"]
         if self.vpcs == Vpcs():
             del content["vpcs"]
+        if self.routing == Routing():
+            del content["routing"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -229,6 +234,12 @@ def read_model(estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
     Raises ModelError with all problems found.
     """
     return _Reader().read(estate, hosts)
+
+
+def _listed(names: list[str]) -> str:
+    """The first five of some names."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def read_service(given: Any, where: str) -> ServiceDefinition:
@@ -284,7 +295,7 @@ class _Reader:
         clusters = self.clusters(top)
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
-        encryption = self.sites(top, clusters, read_hosts)
+        encryption, routing = self.sites(top, clusters, read_hosts)
         vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"])
         self.ranges(clusters, read_hosts, reserved)
@@ -292,9 +303,9 @@ class _Reader:
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
             named = {**readable, "name": str(top["name"])}
-            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, vpcs)
+            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, routing, vpcs)
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services, encryption, vpcs)
+        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs)
 
     def model(
         self,
@@ -304,6 +315,7 @@ class _Reader:
         reserved: tuple[Claim, ...],
         services: Mapping[str, Service],
         encryption: Encryption,
+        routing: Routing,
         vpcs: Vpcs,
     ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
@@ -321,6 +333,7 @@ class _Reader:
             reserved=reserved,
             encryption=encryption,
             vpcs=vpcs,
+            routing=routing,
             warnings=tuple(sorted(self.warnings)),
         )
 
@@ -744,11 +757,13 @@ class _Reader:
                         "keep it in one",
                     )
 
-    def sites(self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]) -> Encryption:
-        """Sites and pairs of them are what the estate has; answers how they are encrypted."""
+    def sites(
+        self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]
+    ) -> tuple[Encryption, Routing]:
+        """Sites and pairs of them are what the estate has; answers how packets between them are encrypted and go."""
         declared = top["sites"]
         if declared is INVALID:
-            return Encryption()
+            return Encryption(), Routing()
         named = [(f"isthmus_estate.clusters.{cluster.name}.site", cluster.site) for cluster in clusters.values()]
         named += [(f"host {host.name}.isthmus_site", host.site) for host in hosts.values()]
         known = set(declared) if declared is not None else {site for _where, site in named}
@@ -762,6 +777,7 @@ class _Reader:
                     suggestion(site, known),
                 )
         pairs: dict[Pair, str] = {}
+        ways: dict[Pair, str] = {}
         for index, pair in enumerate(top["site_pairs"] if top["site_pairs"] is not INVALID else ()):
             where = f"isthmus_estate.site_pairs[{index}].sites"
             if pair["sites"] is INVALID:
@@ -786,8 +802,68 @@ class _Reader:
             if both in pairs:
                 self.problem(where, f"the pair {' and '.join(both)} is there twice", "one would win", "remove one")
             pairs[both] = pair["encryption"] or top["encryption"]
+            if pair["routing"] is not None:
+                ways[both] = pair["routing"]
         default = top["encryption"]
-        return Encryption(default, {both: pairs[both] for both in sorted(pairs) if pairs[both] != default})
+        encryption = Encryption(default, {both: pairs[both] for both in sorted(pairs) if pairs[both] != default})
+        own = {
+            site: entry["routing"]
+            for site, entry in sorted((declared or {}).items())
+            if entry["routing"] not in (None, top["routing"])
+        }
+        routing = Routing(top["routing"], own, {both: ways[both] for both in sorted(ways)})
+        said = [top["routing"], top["encryption"], *own.values(), *ways.values(), *pairs.values()]
+        if not any(value is INVALID for value in said):
+            self.native(routing, encryption, {site for _where, site in named} | known, hosts)
+        return encryption, routing
+
+    def native(self, routing: Routing, encryption: Encryption, sites: set[str], hosts: Mapping[str, Host]) -> None:
+        """Pairs of sites that cannot be native as they are said to be."""
+        split: list[str] = []
+        encrypted: list[str] = []
+        native: set[str] = set()
+        for pair in pairs_of(sites):
+            way = routing.of(pair)
+            name = pair[0] if pair[0] == pair[1] else " and ".join(pair)
+            if way is None:
+                split.append(name)
+            elif way == NATIVE:
+                native.update(pair)
+                if encryption.of(pair) != "none":
+                    encrypted.append(name)
+        where = "isthmus_estate.routing"
+        if split:
+            self.problem(
+                where,
+                f"the sides of {_listed(split)} differ: one is `native`, the other `tunnel`",
+                "each would send what the other does not take",
+                "say in site_pairs which of the two they use, or set the native side to `hybrid`, which has the tunnel "
+                "to other sites",
+            )
+        if encrypted:
+            self.problem(
+                where,
+                f"{_listed(encrypted)} would be native and encrypted by WireGuard",
+                "WireGuard has the tunnel inside it so far",
+                "set `routing: tunnel` or `encryption: none` for these pairs in site_pairs",
+            )
+        here = {name: host for name, host in sorted(hosts.items()) if host.site in native and not host.absent}
+        nodes = [name for name, host in here.items() if host.kubernetes_node is not None]
+        if nodes:
+            self.problem(
+                where,
+                f"{_listed(nodes)} would be reached natively and are Kubernetes nodes",
+                "the way to pods is the tunnel so far, where it is not the CNI's",
+                "set `routing: tunnel` for their sites",
+            )
+        behind = [name for name, host in here.items() if host.advertise != host.underlay]
+        if behind:
+            self.problem(
+                where,
+                f"{_listed(behind)} would be reached natively and have another isthmus_advertise than isthmus_underlay",
+                "behind an address translation no network routes the ranges of workloads",
+                "set `routing: tunnel` for their sites",
+            )
 
     def reserved(self, given: Any) -> tuple[Claim, ...]:
         found: dict[str, Claim] = {}

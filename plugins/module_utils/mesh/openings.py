@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Network, collapse_addresses
 from typing import Any
 from urllib.parse import urlsplit
 
 from . import spec
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Clusters' documents by cluster."""
@@ -19,10 +20,10 @@ Documents = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Opening:
-    """One port, on `to`, for `senders`, as words."""
+    """One port (None: all of the protocol), on `to`, for `senders`, as words."""
 
     protocol: str
-    port: int
+    port: int | None
     senders: str
     to: str
 
@@ -42,11 +43,17 @@ TABLE = (
         "UDP 8472 (`overlay.port`, one for the whole mesh)",
         "every host of every cluster",
         "every host of the clusters it peers with",
-        "the VXLAN overlay, and the probes inside it; not between sites that encrypt, but while encryption is turned "
-        "on or off there",
+        "the VXLAN overlay, and the probes inside it; not between sites that encrypt or are native, but while that is "
+        "turned on or off there",
     ),
     Row(
-        f"UDP {spec.WIREGUARD_PORT}",
+        "all of IP",
+        "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other",
+        "those ranges, at their hosts",
+        "native packets ([routing.md](routing.md))",
+    ),
+    Row(
+        f"UDP {spec.WIREGUARD_PORTS[0]} or {spec.WIREGUARD_PORTS[1]}, both while keys are replaced",
         "hosts of sites that encrypt",
         "hosts of the sites they encrypt with",
         "WireGuard with the overlay inside ([encryption.md](encryption.md))",
@@ -89,11 +96,36 @@ def encrypts(own: Mapping[str, Any], site: str) -> Stage:
     return spec.wireguard_of(own["wireguard"]).stage(site)
 
 
+def native(own: Mapping[str, Any], site: str) -> Stage:
+    """The stage of native routing of a host, by its spec as JSON, with the hosts of a site."""
+    if own.get("native") is None:
+        return Stage.PLAIN
+    return spec.native_of(own["native"]).stage(site)
+
+
+def wireguard_ports(keys: Iterable[Keys]) -> list[int]:
+    """UDP ports of WireGuard of hosts that have these keys, one after the other."""
+    numbers = {number for each in keys for number in ((0, 1) if each.has_both else (each.number,))}
+    return [spec.WIREGUARD_PORTS[number] for number in sorted(numbers)]
+
+
+def tunnels(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of a host, by its spec as JSON: `key` and `port` of each."""
+    first = own.get("wireguard")
+    if not first:
+        return []
+    return [first, first["second"]] if first.get("second") else [first]
+
+
+def devices(own: Mapping[str, Any]) -> list[str]:
+    """Names of the WireGuard devices of a host, by its spec as JSON."""
+    return [spec.WIREGUARD_DEVICES[spec.WIREGUARD_PORTS.index(tunnel["port"])] for tunnel in tunnels(own)]
+
+
 def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Protocols and ports on which a host, by its spec as JSON, listens for others."""
     found = [("udp", own["overlay"]["port"])]
-    if own.get("wireguard"):
-        found.append(("udp", own["wireguard"]["port"]))
+    found += [("udp", tunnel["port"]) for tunnel in tunnels(own)]
     member = own.get("member")
     if member:
         found += [("tcp", urlsplit(member[url]).port or 0) for url in ("client_url", "peer_url")]
@@ -107,11 +139,10 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     cluster = documents[own["cluster"]["name"]]
     here = cluster["hosts"][own["host"]]
     everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
-    plain = [entry for entry in everybody if not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)]
+    plain = [entry for entry in everybody if not (outside and _hidden(own, entry["site"]))]
     wanted = [("udp", own["overlay"]["port"], plain)]
-    if own.get("wireguard"):
-        encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
-        wanted.append(("udp", own["wireguard"]["port"], encrypted))
+    encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
+    wanted += [("udp", tunnel["port"], encrypted) for tunnel in tunnels(own)]
     if own.get("member"):
         etcd = cluster["etcd"]
         readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
@@ -125,6 +156,23 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     )
 
 
+def _hidden(own: Mapping[str, Any], site: str) -> bool:
+    """Whether no packet of the overlay to or from a site is seen outside the host."""
+    return Stage.DEMANDS in (encrypts(own, site), native(own, site))
+
+
+def native_sources(own: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order."""
+    here = own["node"]["range4"]
+    found = [
+        IPv4Network(entry["range4"])
+        for document in documents_of(record).values()
+        for entry in document["hosts"].values()
+        if entry["range4"] != here and native(own, entry["site"]) is not Stage.PLAIN
+    ]
+    return [str(network) for network in collapse_addresses(found)]
+
+
 def _members(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (document["hosts"][name] for name in document["etcd"]["members"] if name in document["hosts"])
 
@@ -134,16 +182,26 @@ def _sources(entry: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
     return {entry["underlay4"]} if entry["site"] == here["site"] else {entry["underlay4"], entry["advertise4"]}
 
 
-def between(documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage]) -> list[Opening]:
-    """What two sites need of each other while the pair is at these stages of encryption."""
-    at = set(stages)
+def between(
+    documents: Documents,
+    pair: Pair,
+    overlay_port: int,
+    stages: Iterable[Stage],
+    native: Iterable[Stage],
+    keys: Iterable[Keys],
+) -> list[Opening]:
+    """What two sites need of each other while the pair is at these stages of encryption, with these keys, and of native
+    routing."""
+    at, native_at = set(stages), set(native)
     both = sorted(set(pair))
     found = []
     everywhere = ("each other", f"every host of {' and '.join(both)}")
-    if at - {Stage.DEMANDS}:
+    if native_at - {Stage.PLAIN}:
+        found.append(Opening("IP", None, "the ranges of workloads of both", f"those ranges, at {everywhere[1]}"))
+    if at - {Stage.DEMANDS} and native_at - {Stage.DEMANDS}:
         found.append(Opening("UDP", overlay_port, *everywhere))
     if at - {Stage.PLAIN}:
-        found.append(Opening("UDP", spec.WIREGUARD_PORT, *everywhere))
+        found += [Opening("UDP", port, *everywhere) for port in wireguard_ports(keys)]
     for here in both:
         there = pair[1] if pair[0] == here else pair[0]
         for name, document in sorted(documents.items()):

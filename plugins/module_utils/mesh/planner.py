@@ -10,17 +10,17 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any
+from typing import Any, Optional
 
-from . import encryption, jsontext, matrix, spec, versions, vpc
+from . import encryption, jsontext, matrix, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 from .model import Cluster, Encryption, Host, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
@@ -34,20 +34,26 @@ from .record import (
     parse_time,
 )
 from .removals import cuts
+from .routing import Routing
 from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
 
+Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
+"""Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """One of several that a plan takes, as encryption of a pair of sites is turned on or off in stages: `record` and
-    `specs` as in `Plan`; `stages` are the pairs that change. `waits` are hosts that must have the step before, by
-    name; `proven`: they must also have proven that they reach each other through WireGuard."""
+    """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off, or keys
+    are replaced, in stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs
+    that change. `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that
+    they reach each other the new way."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
     stages: Mapping[Pair, Stage]
+    native: Mapping[Pair, Stage]
     waits: tuple[str, ...]
     proven: bool
 
@@ -60,9 +66,10 @@ class Plan:
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
     and removed etcd hosts have: `cluster`, `ca_host`, `hosts`, of which the `departed` were removed, common
     `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
-    record in a form for people. `sites` is the matrix of sites (matrix.py). `steps` are those that follow
-    `specs` and `record`. `stages` are those of each pair of sites where something is or was encrypted: what
-    the record has (None: no traffic yet), and each that follows. `vpcs` is what VPCs get (vpc.py)."""
+    record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
+    it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
+    sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
+    follows; `native` are those of native routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -80,7 +87,25 @@ class Plan:
     sites: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    keys: tuple[Keys, ...] = (Keys(), Keys())
+    routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Stages of encryption and of native routing of each pair of sites, and the keys of WireGuard."""
+
+    encryption: Mapping[Pair, Stage]
+    native: Mapping[Pair, Stage]
+    keys: Keys
+
+    def documents(self) -> dict[str, Any]:
+        """As the roster has them."""
+        return _filled(
+            encryption=encryption.to_document(self.encryption, self.keys), routing=encryption.to_document(self.native)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,14 +126,16 @@ def plan(
     by: str = "",
     prune: Iterable[str] = (),
     forget: Forget = Forget(),
+    rotate: bool = False,
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
-    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them.
+    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
+    host gets another key of WireGuard.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -194,11 +221,13 @@ class _Planner:
         by: str,
         prune: Iterable[str],
         forget: Forget,
+        rotate: bool,
     ) -> None:
         self.record = record
         self.now = now
         self.version = version
         self.by = by
+        self.rotate = rotate
         self.problems: list[Problem] = []
         self.warnings = [*model.warnings, *record.warnings]
         self.removed: list[str] = []
@@ -235,8 +264,14 @@ class _Planner:
             documents[name] = self.settled(document, CLUSTERS + name, old)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
-        vpcs = self.vpcs(present, ways)
-        roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()}, vpcs)
+        native = self.native_ways(present)
+        stages, native_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
+        )
+        key_ways = self.key_ways(stages)
+        states = _states(ways, native, key_ways[1:])
+        vpcs = self.vpcs(present, _State(_running(ways), _running(native), key_ways[0]), states)
+        roster = self.roster(documents, states[0], vpcs)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -244,7 +279,6 @@ class _Planner:
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
-        stages = {pair: (now, *rest) for pair, (now, rest) in ways.items()}
         return Plan(
             specs=specs,
             record=following.to_documents(),
@@ -261,28 +295,28 @@ class _Planner:
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
-            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages)),
-            steps=tuple(self.steps(following, present, ways)),
+            sites=tuple(
+                matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages, key_ways)
+            ),
+            steps=tuple(self.steps(following, present, states)),
             stages=stages,
+            native=native_stages,
+            keys=key_ways,
+            routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
         )
 
     # VPCs
 
     def vpcs(
-        self,
-        present: Mapping[str, Mapping[str, Any]],
-        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+        self, present: Mapping[str, Mapping[str, Any]], running: _State, following: Iterable[_State]
     ) -> vpc.Planned:
         old = (self.record.roster or {}).get("vpcs")
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
-        running = {pair: now for pair, (now, _stages) in ways.items() if now is not None}
         # To what is lost nothing stays open.
         states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, running)]
-        for number in range(max((len(stages) for _now, stages in ways.values()), default=1)):
-            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
-            states.append(self.vpc_state(present, these))
+        states += [self.vpc_state(present, state) for state in following]
         found = vpc.planned(self.model.vpcs, self.model.name, old, self.prune, states)
         self.orphans += found.orphans
         self.removed += found.removed
@@ -294,58 +328,97 @@ class _Planner:
         hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
         return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
-    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage]) -> vpc.State:
+    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], state: _State) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
-        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], stages).build())
+        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], state).build())
 
-    # Encryption
+    # Encryption and native routing
 
-    def ways(self, present: Mapping[str, Mapping[str, Any]]) -> dict[Pair, tuple[Stage | None, list[Stage]]]:
-        """The stage of each pair of sites in the record, None where no traffic is yet, and those it goes through from
-        there. Nothing where nothing is encrypted and nothing was."""
-        old = (self.record.roster or {}).get("encryption")
-        if old is None and self.model.encryption == Encryption():
+    def ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
+        """The stage of encryption of each pair of sites in the record, None where no traffic is yet, and those it goes
+        through from there. Nothing where nothing is encrypted and nothing was."""
+        wanted = self.model.encryption
+        return self.ways_of(
+            present,
+            "encryption",
+            None
+            if wanted == Encryption()
+            else lambda pair: Stage.DEMANDS if wanted.of(pair) == "wireguard" else Stage.PLAIN,
+        )
+
+    def native_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
+        """The same of native routing."""
+        wanted = self.model.routing
+        return self.ways_of(present, "routing", None if wanted == Routing() else wanted.stage)
+
+    def ways_of(
+        self, present: Mapping[str, Mapping[str, Any]], key: str, wanted: Callable[[Pair], Stage] | None
+    ) -> Ways:
+        """`key` of the roster has what is; `wanted` None: PLAIN everywhere."""
+        old = (self.record.roster or {}).get(key)
+        if old is None and wanted is None:
             return {}
         here = _sites_of(self.known)
-        sites = {*_sites_of(present), *self.model.sites}
         known = encryption.from_document(old, here)
         found = {}
-        for pair in encryption.pairs(sites):
-            wanted = Stage.DEMANDS if self.model.encryption.of(pair) == "wireguard" else Stage.PLAIN
+        for pair in encryption.pairs({*_sites_of(present), *self.model.sites}):
             now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else None
-            found[pair] = now, encryption.way(now, wanted)
+            found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
         return found
 
+    def key_ways(self, stages: Mapping[Pair, tuple[Stage | None, ...]]) -> tuple[Keys, ...]:
+        """Which keys the record has, and those that this run goes through from there. They stay as they are while
+        encryption of a pair is turned on or off."""
+        now = encryption.keys_of((self.record.roster or {}).get("encryption"))
+        if not any(each[-1] for each in stages.values()):
+            if self.rotate:
+                self.problem(
+                    "isthmus.mesh.rotate_wireguard_keys",
+                    "no pair of sites of the inventory is encrypted by WireGuard",
+                    "there are no keys to be replaced",
+                    "say `encryption: wireguard` in the inventory first, if that is meant",
+                )
+            return now, now
+        changing = any(now_of not in (None, following[-1]) for now_of, *following in stages.values())
+        if changing or all(now_of in (None, Stage.PLAIN) for now_of, *_following in stages.values()):
+            if self.rotate or (changing and now.has_both):
+                self.warnings.append(
+                    "the keys of WireGuard are not replaced by this run, which turns encryption on or off. Next: run "
+                    "isthmus.mesh.rotate_wireguard_keys when that is done"
+                )
+            return now, now
+        return now, *encryption.rotation(now, self.rotate)
+
     def steps(
-        self,
-        record: Record,
-        present: Mapping[str, Mapping[str, Any]],
-        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+        self, record: Record, present: Mapping[str, Mapping[str, Any]], states: Sequence[_State]
     ) -> Iterator[Step]:
-        """Those after the first, which `record` has."""
-        last = {pair: stages[0] for pair, (_now, stages) in ways.items()}
-        for number in range(1, max((len(stages) for _now, stages in ways.values()), default=0)):
-            these = {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in ways.items()}
-            changing = {pair: stage for pair, stage in these.items() if stage is not last[pair]}
+        """Those after the first, which `record` has. Where a pair changes in both respects, both take each step
+        together: what is sent natively in clear is sent so only while the other side takes it."""
+        for last, state in zip(states, states[1:]):
+            stages, native = _changed(last.encryption, state.encryption), _changed(last.native, state.native)
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            roster.pop("encryption", None)
-            roster.update(_filled(encryption=encryption.to_document(these)))
+            for key in ("encryption", "routing"):
+                roster.pop(key, None)
+            roster.update(state.documents())
             record = Record(roster, record.clusters)
+            replaced = [pair for pair, stage in state.encryption.items() if stage] if state.keys != last.keys else []
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
-                stages=changing,
-                waits=tuple(_hosts_of(present, changing)),
-                proven=any(stage > last[pair] for pair, stage in changing.items()),
+                stages=stages,
+                native=native,
+                waits=tuple(_hosts_of(present, {*stages, *native, *replaced})),
+                proven=bool(replaced)
+                or any(stage > last.encryption[pair] for pair, stage in stages.items())
+                or any(stage > last.native[pair] for pair, stage in native.items()),
             )
-            last = these
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites = {*_sites_of(present), *self.model.sites}
-        stages = encryption.from_document(roster.get("encryption"), sites)
+        state = _state_of(roster, sites)
         return {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages).build()
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], state).build()
             for host in self.model.hosts.values()
             if not host.absent
         }
@@ -1217,9 +1290,7 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(
-        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], vpcs: vpc.Planned
-    ) -> dict[str, Any]:
+    def roster(self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1252,7 +1323,8 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
-            **_filled(encryption=encryption.to_document(stages), vpcs=vpcs.document),
+            **state.documents(),
+            **_filled(vpcs=vpcs.document),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1290,13 +1362,18 @@ class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
     def __init__(
-        self, model: Model, present: Mapping[str, Any], name: str, own: Mapping[str, Any], stages: Mapping[Pair, Stage]
+        self,
+        model: Model,
+        present: Mapping[str, Any],
+        name: str,
+        own: Mapping[str, Any],
+        state: _State,
     ) -> None:
         self.model = model
         self.present = present
         self.name = name
         self.own = own
-        self.stages = stages
+        self.state = state
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
@@ -1346,30 +1423,44 @@ class _Spec:
                 "certificates": list(self.certificates()),
                 "trust": [own["name"], *(self.peers() if self.member else ())],
             },
-            **_filled(wireguard=self.wireguard()),
+            **_filled(wireguard=self.wireguard(), native=self.native()),
         }
         document["hash"] = spec.spec_hash(document)
         return document
 
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
-        here = self.host["site"]
-        mine = {
-            other: stage
-            for pair, stage in self.stages.items()
-            if here in pair
-            for other in (pair[1] if pair[0] == here else pair[0],)
-        }
+        mine = self.mine(self.state.encryption)
         if not any(mine.get(site) for site in _sites_of(self.present)):
             return None
         changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
         return {
-            "key": f"{PKI}/wireguard.key",
-            "port": spec.WIREGUARD_PORT,
+            **_tunnel(self.state.keys.sends),
+            **_filled(second=_tunnel(1 - self.state.keys.sends) if self.state.keys.has_both else None),
             "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
-            "sites": {name: doc["site"] for name, doc in sorted(self.present.items())},
+            "sites": self.sites(),
             **_filled(changing=changing),
         }
+
+    def native(self) -> dict[str, Any] | None:
+        """None where the tunnel leads from the host to all others."""
+        mine = self.mine(self.state.native)
+        if not any(mine.get(site) for site in _sites_of(self.present)):
+            return None
+        return {"sites": self.sites(), "stages": {site: stage.word for site, stage in sorted(mine.items()) if stage}}
+
+    def mine(self, stages: Mapping[Pair, Stage]) -> dict[str, Stage]:
+        """Of the host's site with each other, and with itself."""
+        here = self.host["site"]
+        return {
+            other: stage
+            for pair, stage in stages.items()
+            if here in pair
+            for other in (pair[1] if pair[0] == here else pair[0],)
+        }
+
+    def sites(self) -> dict[str, str]:
+        return {name: doc["site"] for name, doc in sorted(self.present.items())}
 
     def kubernetes(self) -> dict[str, Any] | None:
         if "kubernetes" not in self.own:
@@ -1506,6 +1597,33 @@ def _filled(**entries: Any) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
+def _running(ways: Ways) -> dict[Pair, Stage]:
+    """Where each pair is that has traffic."""
+    return {pair: now for pair, (now, _stages) in ways.items() if now is not None}
+
+
+def _changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair, Stage]:
+    return {pair: stage for pair, stage in now.items() if stage is not last[pair]}
+
+
+def _states(ways: Ways, native: Ways, keys: Sequence[Keys]) -> list[_State]:
+    """What is so after each step. What has come to its end before the others stands."""
+
+    def after(number: int, found: Ways) -> dict[Pair, Stage]:
+        return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
+
+    lengths = [len(stages) for found in (ways, native) for _now, stages in found.values()]
+    return [
+        _State(after(number, ways), after(number, native), keys[min(number, len(keys) - 1)])
+        for number in range(max([*lengths, len(keys)]))
+    ]
+
+
+def _state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> _State:
+    stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
+    return _State(stages, native, encryption.keys_of(roster.get("encryption")))
+
+
 def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """The sites that have hosts."""
     return {entry["site"] for doc in documents.values() for entry in doc["hosts"].values()}
@@ -1514,6 +1632,10 @@ def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
 def _hosts_of(documents: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]) -> list[str]:
     sites = {site for pair in pairs for site in pair}
     return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
+
+
+def _tunnel(number: int) -> dict[str, Any]:
+    return {"key": f"{PKI}/{spec.WIREGUARD_KEYS[number]}", "port": spec.WIREGUARD_PORTS[number]}
 
 
 def _pod_ranges(document: Mapping[str, Any]) -> list[str]:
@@ -1586,13 +1708,15 @@ def _lines(record: Record) -> dict[str, str]:
         for key, entry in sorted(roster["services"].items()):
             if entry["state"] != "absent":
                 found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
-        stages = encryption.from_document(
-            roster.get("encryption"), _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
-        )
-        for (one, other), stage in stages.items():
-            if stage is not Stage.PLAIN:
-                name = f"within site {one}" if one == other else f"between sites {one} and {other}"
-                found[f"encryption {name}"] = encryption.WORDS[stage]
+        sites = _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
+        for key, words in (("encryption", encryption.WORDS), ("routing", routing.WORDS)):
+            for (one, other), stage in encryption.from_document(roster.get(key), sites).items():
+                if stage is not Stage.PLAIN:
+                    name = f"within site {one}" if one == other else f"between sites {one} and {other}"
+                    found[f"{key} {name}"] = words[stage]
+        keys = encryption.keys_of(roster.get("encryption"))
+        if keys != Keys():
+            found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
     return found
 

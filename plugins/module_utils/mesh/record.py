@@ -59,7 +59,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
-from .encryption import STAGES
+from .encryption import CHANGING, STAGES
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -266,12 +266,19 @@ def _check(where: str, name: str, document: Any) -> int:
             _there(entry, "clusters")
             entry.texts("clusters")
             entry.text("state", None)
-        if "encryption" in fields.value:
-            encryption = fields.object("encryption")
-            _there(encryption, "pairs")
-            for stage in (encryption.text("all", None), *encryption.text_mapping("pairs").values()):
+        for key in ("encryption", "routing"):
+            if key not in fields.value:
+                continue
+            stages = fields.object(key)
+            _there(stages, "pairs")
+            for stage in (stages.text("all", None), *stages.text_mapping("pairs").values()):
                 if stage not in STAGES:
-                    fields.fail("encryption", f"has a stage that is not one of {', '.join(STAGES)}")
+                    fields.fail(key, f"has a stage that is not one of {', '.join(STAGES)}")
+            if key == "encryption" and "keys" in stages.value:
+                keys = stages.object("keys")
+                keys.integer("number", 1, default=None)
+                if keys.optional_text("stage") not in (None, *CHANGING):
+                    keys.fail("stage", f"is not one of {', '.join(CHANGING)}")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
         return revision

@@ -599,7 +599,9 @@ _ARCHIVE_URL = Text(r"https?://[!-~]+", "an http or https URL", "the archive is 
 _FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archive is read from it", 4096)
 _SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
 _WORKLOAD_REF = Text(rf"{_SUBDOMAIN}/{_LABEL}", "'<host>/<workload>'", "a backend is one workload of one host", 130)
-_LATER_ROUTING = "packets between sites go through the overlay so far"
+_ROUTING = Choice(
+    ("tunnel", "native", "hybrid"), {"auto": "which way the networks of two sites allow is not tried so far"}
+)
 _ENCRYPTION = Choice(
     ("none", "wireguard"), {"ipsec-gateway": "packets are encrypted from host to host, by WireGuard, or not so far"}
 )
@@ -654,6 +656,12 @@ SITE = Table(
             "Whether other sites can open connections to this one.",
             True,
         ),
+        "routing": Key(
+            _ROUTING,
+            "How packets go among its hosts and to other sites, where a pair of sites says nothing else.",
+            None,
+            "that of the estate",
+        ),
         "vpc": Key(
             VPC, "The VPC that its hosts are in, as far as the provider's API is to be used. See [vpc.md](vpc.md)."
         ),
@@ -665,9 +673,10 @@ SITE_PAIR = Table(
     {
         "sites": Key(Listing(LABEL, 2), "The two sites; the same one twice: its hosts among themselves.", REQUIRED),
         "routing": Key(
-            Choice(("tunnel",), {"native": _LATER_ROUTING, "hybrid": _LATER_ROUTING}),
-            "How packets go between them: `tunnel` is VXLAN.",
-            "tunnel",
+            Choice(("tunnel", "native")),
+            "How packets go between them.",
+            None,
+            "what the two sites say: `native` if both do, else `tunnel`",
         ),
         "encryption": Key(
             _ENCRYPTION,
@@ -922,6 +931,13 @@ ESTATE = Table(
             None,
             "those that clusters and hosts name",
         ),
+        "routing": Key(
+            _ROUTING,
+            "How packets of the mesh go between hosts: through a VXLAN `tunnel`, `native` as the network itself routes "
+            "the ranges of workloads, or `hybrid`, native among the hosts of a site and through the tunnel to other "
+            "sites. See [routing.md](routing.md).",
+            "tunnel",
+        ),
         "encryption": Key(
             _ENCRYPTION,
             "How packets of the mesh between hosts are encrypted, where a pair of sites says nothing else. See "
@@ -1004,6 +1020,7 @@ PLAY_VARIABLES = {
     "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
     "isthmus_restore": "Cluster that `restore` restores.",
+    "isthmus_rotate_wireguard_keys": "`true`: `site` and `plan` do what `rotate_wireguard_keys` does (encryption.md).",
     "isthmus_replace_authority": "Cluster whose certificate authority `replace_authority` replaces.",
     "isthmus_restore_from": "Time of the backup to restore (the name of its directory); by default the newest.",
     "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",

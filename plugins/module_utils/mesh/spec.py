@@ -26,6 +26,12 @@ WIREGUARD_OVERHEAD = 80
 """Bytes: outer IP up to 40, UDP 8, header 16, tag 16. What Cilium counts, so both ends agree."""
 WIREGUARD_PORT = 51871
 """UDP port of WireGuard between nodes: Cilium's, which its nodes cannot change."""
+WIREGUARD_PORTS = (WIREGUARD_PORT, WIREGUARD_PORT + 1)
+"""By a key's number (encryption.Keys)."""
+WIREGUARD_DEVICES = ("isthmus-wg0", "isthmus-wg1")
+WIREGUARD_UNITS = ("isthmus-wireguard.service", "isthmus-wireguard-1.service")
+"""Of wireguard-go, where the kernel has no WireGuard."""
+WIREGUARD_KEYS = ("wireguard.key", "wireguard-1.key")
 
 CGROUP_KINDS = ("unit", "slice", "path")
 
@@ -114,24 +120,60 @@ class OverlaySpec:
 
 
 @dataclass(frozen=True)
-class WireGuardSpec:
-    """Overlay packets to and from other nodes go through WireGuard (`port` is UDP), except those of `plain_sites`.
-
-    `key` is the path of the host's private key. `sites` is the site of a cluster's nodes, for those that publish none
-    of their own; a node whose site is not known is in no plain site. `changing` are those of the other sites with which
-    encryption is being turned on or off."""
+class TunnelSpec:
+    """A WireGuard device: `key` is the path of the host's private key, `port` is UDP and tells the device's name."""
 
     key: str
     port: int
+
+    @property
+    def device(self) -> str:
+        return WIREGUARD_DEVICES[WIREGUARD_PORTS.index(self.port)]
+
+
+@dataclass(frozen=True)
+class WireGuardSpec:
+    """Overlay packets to and from other nodes go through WireGuard, except those of `plain_sites`: by `tunnel`; what
+    comes through the `second` one, which is there while keys are replaced, is taken as well.
+
+    `sites` is the site of a cluster's nodes, for those that publish none of their own; a node whose site is not known
+    is in no plain site. `changing` are those of the other sites with which encryption is being turned on or off."""
+
+    tunnel: TunnelSpec
+    second: TunnelSpec | None
     plain_sites: frozenset[str]
     sites: Mapping[str, str]
     changing: Mapping[str, Stage] = field(default_factory=dict)
+
+    @property
+    def tunnels(self) -> tuple[TunnelSpec, ...]:
+        """The one that is sent through is the first."""
+        return (self.tunnel,) if self.second is None else (self.tunnel, self.second)
 
     def stage(self, site: str | None) -> Stage:
         """Of this host with the nodes of a site; None: it is not known."""
         if site is None or site not in self.plain_sites:
             return self.changing.get(site or "", Stage.DEMANDS)
         return Stage.PLAIN
+
+
+@dataclass(frozen=True)
+class NativeSpec:
+    """Packets to and from nodes of some sites go without a tunnel, as the network routes them: `stages` by site, where
+    it is so, or is being turned on or off. `sites` is the site of a cluster's nodes, for those that publish none of
+    their own."""
+
+    sites: Mapping[str, str]
+    stages: Mapping[str, Stage]
+
+    def stage(self, site: str | None) -> Stage:
+        """Of this host with the nodes of a site; None: it is not known."""
+        return self.stages.get(site or "", Stage.PLAIN)
+
+    @property
+    def changing(self) -> bool:
+        """With some sites it is being turned on or off."""
+        return any(stage.word in CHANGING for stage in self.stages.values())
 
 
 @dataclass(frozen=True)
@@ -244,6 +286,8 @@ class NodeSpec:
     pki: PkiSpec
     wireguard: WireGuardSpec | None = None
     """None: nothing is encrypted, and the host has no key."""
+    native: NativeSpec | None = None
+    """None: the tunnel leads to all nodes."""
 
     @classmethod
     def from_dict(cls, document: Any) -> NodeSpec:
@@ -275,6 +319,7 @@ class NodeSpec:
             registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
             pki=_pki(top.object("pki")),
             wireguard=None if top.value.get("wireguard") is None else _wireguard(top.object("wireguard")),
+            native=None if top.value.get("native") is None else _native(top.object("native")),
         )
 
     @classmethod
@@ -346,12 +391,32 @@ def _wireguard(fields: Fields) -> WireGuardSpec:
         if word not in CHANGING:
             fields.fail(f"changing.{site}", f"is not one of {', '.join(CHANGING)}")
     return WireGuardSpec(
-        key=fields.text("key", None),
-        port=fields.integer("port", UINT16, default=None, minimum=1),
+        tunnel=_tunnel(fields),
+        second=None if fields.value.get("second") is None else _tunnel(fields.object("second")),
         plain_sites=frozenset(fields.texts("plain_sites")),
         sites=fields.text_mapping("sites"),
         changing={site: STAGES[word] for site, word in changing.items()},
     )
+
+
+def native_of(document: Any) -> NativeSpec:
+    """The spec's `native`. SpecError when it is malformed."""
+    return _native(Fields(document, SpecError, "native"))
+
+
+def _native(fields: Fields) -> NativeSpec:
+    stages = fields.text_mapping("stages")
+    for site, word in stages.items():
+        if word not in STAGES:
+            fields.fail(f"stages.{site}", f"is not one of {', '.join(STAGES)}")
+    return NativeSpec(fields.text_mapping("sites"), {site: STAGES[word] for site, word in stages.items()})
+
+
+def _tunnel(fields: Fields) -> TunnelSpec:
+    port = fields.integer("port", UINT16, default=None, minimum=1)
+    if port not in WIREGUARD_PORTS:
+        fields.fail("port", f"is not one of {', '.join(map(str, WIREGUARD_PORTS))}")
+    return TunnelSpec(fields.text("key", None), port)
 
 
 def _etcd(fields: Fields) -> EtcdSpec:

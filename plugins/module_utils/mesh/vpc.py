@@ -250,7 +250,7 @@ def recorded(document: Mapping[str, Any] | None) -> dict[str, str]:
 
 @dataclass
 class _Holding:
-    """`routes`: destination to ("via" or "gateway", which). `rules`: protocol, port, source."""
+    """`routes`: destination to ("via" or "gateway", which). `rules`: protocol, port (0: all), source."""
 
     hosts: set[str] = field(default_factory=set)
     routes: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -268,7 +268,10 @@ class _Holding:
         return {
             "hosts": sorted(self.hosts),
             "routes": [{"destination": one, kind: hop} for one, (kind, hop) in sorted(self.routes.items())],
-            "rules": [{"protocol": one, "port": port, "sources": sources[one, port]} for one, port in sources],
+            "rules": [
+                {"protocol": one, **({"port": port} if port else {}), "sources": sources[one, port]}
+                for one, port in sources
+            ],
         }
 
 
@@ -308,7 +311,9 @@ def _holding(vpc: Vpc, state: State, far: Iterable[str]) -> _Holding:
     if FIREWALL in vpc.manage:
         record = {f"clusters/{name}": document for name, document in documents.items()}
         for name in _who(documents, vpc.site):
-            found.rules.update(openings.rules(state.spec_of(name), record, outside=True))
+            own = state.spec_of(name)
+            found.rules.update(openings.rules(own, record, outside=True))
+            found.rules.update(("all", 0, source) for source in openings.native_sources(own, record))
     return found
 
 
@@ -510,7 +515,10 @@ def lines(calls: Iterable[Mapping[str, Any]], peerings: Iterable[Mapping[str, An
             parts.append(f"ways to {', '.join(call['peers'])}")
         if call["rules"]:
             told = [
-                f"{one['protocol'].upper()} {one['port']} for {len(one['sources'])} addresses" for one in call["rules"]
+                f"{one['protocol'].upper()} {one['port']} for {len(one['sources'])} addresses"
+                if "port" in one
+                else f"everything from {len(one['sources'])} ranges"
+                for one in call["rules"]
             ]
             parts.append(f"opens {', '.join(told)} on {len(call['hosts'])} hosts")
         later = "; what goes with this plan goes when the hosts have been changed" if call["meanwhile"] else ""

@@ -7,7 +7,7 @@ import asyncio
 import struct
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -21,9 +21,10 @@ from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.desired.compute import HostFacts, desired
-from isthmus_agent.desired.datapath import Datapath, Route
+from isthmus_agent.desired.datapath import Datapath, Native, Route
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
 from isthmus_agent.netlink import NetworkError, messages
+from isthmus_agent.netlink.routes import Way
 from isthmus_agent.state.watch import StateWatcher
 from isthmus_mesh import keys
 
@@ -326,6 +327,11 @@ class FakeBpf:
     def attach_overlay(self, _: int) -> None: ...
     def attach_cgroup(self) -> None: ...
     def forget_wireguard(self) -> None: ...
+    def attach_underlay(self, devices: list[int], *_: object) -> None:
+        self.said.append(f"programs on {' '.join(map(str, devices))}")
+
+    def forget_underlay(self) -> None: ...
+    def detach_underlay(self, _: list[int]) -> None: ...
     def apply(self, _: Datapath, read: bool = True) -> Any:
         self.said.append("maps")
         return type("Result", (), {"maps": {}, "problems": ()})
@@ -346,7 +352,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> tuple[HostKernel, list[str]]:
     monkeypatch.setattr(kernel_module, "BpfDatapath", FakeBpf)
     monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: said.append(f"device {mtu}") or 7)
     monkeypatch.setattr(netlink, "apply_network", network)
-    monkeypatch.setattr(netlink.wireguard, "remove_device", list)
+    monkeypatch.setattr(netlink.wireguard, "remove_device", lambda _: [])
     return HostKernel(), said
 
 
@@ -372,6 +378,36 @@ def test_a_route_is_there_before_a_service_leads_to_it_and_until_none_does(
     closed = Route(new.prefix, unreachable=True)
     kernel.apply(Datapath(1, routes=frozenset({closed})))
     assert said == ["maps", "routes 10.244.1.0/24"]
+
+
+def test_a_native_route_too_but_by_a_device_that_has_the_programs(
+    host: tuple[HostKernel, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another one it comes when that has them; until then nothing is said to be there that is not."""
+    from isthmus_agent import netlink
+
+    kernel, said = host
+    ways = {ip_address(f"198.18.{number}.11"): Way(1 + number // 3) for number in (1, 2, 3)}
+    monkeypatch.setattr(
+        netlink, "underlay_ways", lambda routes, _: ({each.toward: ways[each.toward] for each in routes}, [])
+    )
+    monkeypatch.setattr(netlink, "other_devices", list)
+    monkeypatch.setattr(netlink.settings, "set_ipv4", lambda *_: None)
+    first, second, third = (
+        Route(ip_network(f"10.10{number}.0.0/28"), toward=ip_address(f"198.18.{number}.11")) for number in (1, 2, 3)
+    )
+
+    def datapath(*routes: Route) -> Datapath:
+        return Datapath(1, routes=frozenset(routes), native=Native(ip_address("198.18.0.1"), changing=False))
+
+    kernel.start(datapath(first))
+    said.clear()
+    kernel.apply(datapath(first, second))
+    both = "routes 10.101.0.0/28 10.102.0.0/28"
+    assert said == [both, "maps", "programs on 1", both]
+    said.clear()
+    kernel.apply(datapath(first, second, third))
+    assert said == ["maps", "programs on 1", "programs on 2", f"{both} 10.103.0.0/28"]
 
 
 class FakeEtcd:
@@ -519,30 +555,32 @@ def test_a_key_that_cannot_be_read_is_told_and_the_host_is_not_reported_without_
     kernel.public_key = public_key  # type: ignore[attr-defined]
     agent = an_encrypting_agent(tmp_path, kernel)
 
-    async def read() -> list[tuple[bool, str, tuple[str, ...]]]:
-        return [(await agent._read_key(), agent.facts.public_key, agent._key_problems) for _ in range(4)]
+    async def read() -> list[tuple[bool, Mapping[int, str], tuple[str, ...]]]:
+        return [(await agent._read_key(), agent.facts.public_keys, agent._key_problems) for _ in range(4)]
 
-    key = "A" * 43 + "="
+    known = {51871: "A" * 43 + "="}
     assert asyncio.run(read()) == [
-        (False, "", ("no key",)),
-        (True, key, ()),
-        (False, key, ("gone",)),
-        (False, key, ()),
+        (False, {}, ("no key",)),
+        (True, known, ()),
+        (False, known, ("gone",)),
+        (False, known, ()),
     ]
 
 
 def test_only_what_wireguard_hangs_on_is_a_change(monkeypatch):
     """Messages as the kernel sends them: header, then the body with the attributes."""
     told: list[str] = []
-    watch = NetworkWatch("isthmus-wg0", ip_address("198.18.1.11"), lambda: told.append("changed"))
+    watch = NetworkWatch(["isthmus-wg0", "isthmus-wg1"], ip_address("198.18.1.11"), lambda: told.append("changed"))
 
     def message(kind: int, body: bytes) -> bytes:
         return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
 
     ours, others = b"\0" * 16 + b"isthmus-wg0\0", b"\0" * 16 + b"veth12\0\0\0\0\0\0"
+    second = ours.replace(b"wg0", b"wg1")
     cases = [
         (16, ours, True),
         (17, ours, True),
+        (17, second, True),
         (16, others, False),
         (20, ip_address("198.18.1.11").packed, True),
         (21, ip_address("198.18.1.12").packed, False),
@@ -553,3 +591,19 @@ def test_only_what_wireguard_hangs_on_is_a_change(monkeypatch):
     for kind, body, matters in cases:
         data = message(16, others) + message(kind, body)
         assert any(watch._matters(its, payload) for its, _, _, payload in messages.split(data)) is matters, (kind, body)
+
+
+def test_native_routing_hangs_on_devices_filters_and_routes_of_others() -> None:
+    watch = NetworkWatch("isthmus-wg0", ip_address("198.18.1.11"), lambda: None, native=True)
+    ours, others = b"\2\x18\0\0\xfe\x49\0\1", b"\2\0\0\0\xfe\3\0\1"  # struct rtmsg, by its protocol
+    cases = [
+        (16, b"\0" * 16 + b"eth0\0", True),
+        (24, ours, False),
+        (24, others, True),
+        (25, ours, True),
+        (37, b"\0" * 20, True),
+        (44, b"\0" * 20, False),  # a new filter
+        (45, b"\0" * 20, True),
+    ]
+    for kind, body, matters in cases:
+        assert watch._matters(kind, body) is matters, (kind, body)

@@ -452,16 +452,23 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "directly so far. Next: use true until a later version does it.",
     ),
     (
-        "native routing",
-        _estate(site_pairs=[{"sites": ["onprem", "cloud"], "routing": "native"}]),
-        "isthmus_estate.site_pairs[0].routing: native is not yet supported. Why: packets between sites go through the "
-        "overlay so far. Next: use tunnel until a later version does it.",
+        "auto routing",
+        _estate(routing="auto"),
+        "isthmus_estate.routing: auto is not yet supported. Why: which way the networks of two sites allow is not "
+        "tried so far. Next: use tunnel until a later version does it.",
     ),
     (
-        "hybrid routing",
-        _estate(site_pairs=[{"sites": ["onprem", "cloud"], "routing": "hybrid"}]),
-        "isthmus_estate.site_pairs[0].routing: hybrid is not yet supported. Why: packets between sites go through the "
-        "overlay so far. Next: use tunnel until a later version does it.",
+        "two sides that differ",
+        _estate(sites={"onprem": {"routing": "native"}, "cloud": {}}),
+        "isthmus_estate.routing: the sides of cloud and onprem differ: one is `native`, the other `tunnel`. Why: each "
+        "would send what the other does not take. Next: say in site_pairs which of the two they use, or set the native "
+        "side to `hybrid`, which has the tunnel to other sites.",
+    ),
+    (
+        "native inside WireGuard",
+        _estate(routing="hybrid", encryption="wireguard"),
+        "isthmus_estate.routing: cloud, onprem would be native and encrypted by WireGuard. Why: WireGuard has the "
+        "tunnel inside it so far. Next: set `routing: tunnel` or `encryption: none` for these pairs in site_pairs.",
     ),
     (
         "partial peers",

@@ -90,10 +90,16 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 A, B = ("tcp", 2379, "192.0.2.1"), ("udp", 8472, "192.0.2.2")
 
 
-def opened(host: Host, *wanted: firewall.Rule, check: bool = False, inner: int | None = None) -> files.Changes:
+def opened(
+    host: Host,
+    *wanted: firewall.Rule,
+    check: bool = False,
+    tunnels: tuple[str, ...] = (),
+    native: tuple[str, tuple[str, ...]] = ("", ()),
+) -> files.Changes:
     host.check_mode = check
     changes = files.Changes(host)
-    firewall.open_for(host, changes, wanted, "eth0", inner)
+    firewall.open_for(host, changes, wanted, "eth0", 8472, tunnels, native)
     return changes
 
 
@@ -122,18 +128,30 @@ def test_ufw_is_opened_once_for_the_hosts_that_are_wanted_and_closed_again(host:
     assert (closed(host), host.ufw, closed(host)) == (["ufw"], theirs, [])
 
 
+def test_native_packets_are_let_in_from_the_ranges_of_their_hosts(host: Host) -> None:
+    native = ("10.101.0.0/28", ("10.102.0.0/27",))
+    assert opened(host, native=native).changed
+    assert "ufw allow from 10.102.0.0/27 to 10.101.0.0/28 comment 'isthmus.mesh'" in host.ufw
+    assert not opened(host, native=native).changed
+    host.firewalld = {"permanent": {}, "runtime": {}}
+    opened(host, native=native)
+    rule = 'rule family="ipv4" source address="10.102.0.0/27" destination address="10.101.0.0/28" accept'
+    for zones in host.firewalld.values():
+        assert zones["public"] == [rule]
+
+
 def test_what_comes_out_of_wireguard_is_let_in_while_there_is_one(host: Host) -> None:
-    assert opened(host, inner=8472).changed
+    assert opened(host, tunnels=("isthmus-wg0",)).changed
     rule = "ufw allow in on isthmus-wg0 to any port 8472 proto udp comment 'isthmus.mesh'"
     assert rule in host.ufw
-    assert not opened(host, inner=8472).changed
+    assert not opened(host, tunnels=("isthmus-wg0",)).changed
     opened(host)
     assert rule not in host.ufw
     host.firewalld = {"permanent": {}, "runtime": {}}
-    opened(host, inner=8472)
+    opened(host, tunnels=("isthmus-wg0",))
     for zones in host.firewalld.values():
         assert zones["trusted"] == ["isthmus0", "isthmus-wg0"]
-    assert not opened(host, inner=8472).changed
+    assert not opened(host, tunnels=("isthmus-wg0",)).changed
     opened(host)
     assert host.firewalld["runtime"]["trusted"] == ["isthmus0"]
 

@@ -23,6 +23,7 @@ class Host:
         self.enabled = True
         self.rules = ""
         self.timer = "inactive"
+        self.filters = ""
 
     def fail_json(self, msg: str, **_more: Any) -> None:
         raise AssertionError(msg)
@@ -35,6 +36,10 @@ class Host:
             return 0, f"Id={words[-1]}\nUnitFileState={'enabled' if self.enabled else 'disabled'}\n", ""
         if words[0] == "ip" and "show" in words:
             return 0, self.rules if "rule" in words else "", ""
+        if line == "tc qdisc show":
+            return 0, "qdisc noqueue 0: dev lo root\nqdisc clsact ffff: dev eth0 parent ffff:fff1 \n", ""
+        if words[:3] == ["tc", "filter", "show"]:
+            return 0, self.filters, ""
         self.ran.append(line)
         if "unmask" in words:
             assert self.mask is not None
@@ -93,15 +98,34 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "730:\tfrom 10.1.0.0/28 lookup 730 proto 73\n"
         "732:\tfrom all ipproto udp dport 8472 lookup 732 proto 73\n"
         "733:\tfrom all fwmark 0x49/0xff lookup 733 proto 73\n"
+        "729:\tfrom all fwmark 0x4e/0xff lookup 734 proto 73\n"
         "800:\tfrom 10.9.0.0/16 lookup 7301\n"
         "32766:\tfrom all lookup main\n"
     )
     teardown.Teardown(host).device()
     assert {line for line in host.ran if line.startswith("ip -4")} == {
+        "ip -4 rule delete priority 729 table 734",
         "ip -4 rule delete priority 730 table 730",
         "ip -4 rule delete priority 732 table 732",
         "ip -4 rule delete priority 733 table 733",
     }
+
+
+def test_only_our_program_goes_from_a_device_of_the_underlay() -> None:
+    host = Host()
+    host.filters = (
+        "filter protocol all pref 73 bpf chain 0 \n"
+        "filter protocol all pref 73 bpf chain 0 handle 0x1 underlay_ingres:[9] direct-action not_in_hw id 9 "
+        "name underlay_ingres tag 4a05cbb3fc4e1b1c jited \n"
+    )
+    step = teardown.Teardown(host)
+    step.filters()
+    assert host.ran == ["tc filter del dev eth0 ingress pref 73"]
+    assert step.removed == ["program underlay_ingress on eth0"]
+    foreign = Host()
+    foreign.filters = "filter protocol all pref 73 bpf chain 0 handle 0x1 somebody_elses direct-action id 9 \n"
+    teardown.Teardown(foreign).filters()
+    assert foreign.ran == []
 
 
 @pytest.mark.parametrize("copy", ["search old\n", None])
@@ -227,7 +251,7 @@ def test_only_units_of_ours_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
     """Every text in the modules that ends like a unit's name and begins like one of ours."""
     root = Path(teardown.__file__).parents[1]
-    files = [*root.glob("modules/*.py"), *root.glob("module_utils/*.py")]
+    files = [*root.glob("modules/*.py"), *root.glob("module_utils/**/*.py")]
     texts = {
         node.value
         for path in files

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which nodes are reached without a tunnel: routes, MTU, what the programs let by, stage by stage. Pure."""
+
+from __future__ import annotations
+
+import base64
+from ipaddress import IPv4Address, ip_address, ip_network
+from typing import Any
+
+import agent_mesh as mesh
+import pytest
+from isthmus_agent.desired.addressing import MAIN, NATIVE, NATIVE_RULE_PRIORITY, NATIVE_TABLE, TABLE
+from isthmus_agent.desired.compute import Desired, HostFacts, desired
+from isthmus_agent.desired.datapath import Native, Route, Rule
+from isthmus_agent.desired.reach import Reachability
+from isthmus_mesh import keys, wire
+from isthmus_mesh.encryption import STAGES, Stage
+from isthmus_mesh.spec import NodeSpec, SpecError
+
+SITES = {"onprem": "onprem", "cloud": "cloud", "edge": "edge"}
+CLOUD = ip_address("198.18.2.11")
+SOURCE = ip_address("10.101.0.1")
+WIREGUARD = {"key": "k", "port": 51871, "plain_sites": ["onprem", "edge"], "sites": SITES}
+CLOUD_KEY = base64.b64encode(bytes([1]) * 32).decode()
+
+
+def spec(stage: str | None, **more: Any) -> NodeSpec:
+    """With the hosts of cloud at a stage."""
+    return mesh.spec(**({} if stage is None else {"native": {"sites": SITES, "stages": {"cloud": stage}}}), **more)
+
+
+def computed(own: NodeSpec, underlay: int = 1500, **node: Any) -> Desired:
+    """onprem-2, cloud-1 and edge-1 around us; `node` are fields of cloud-1."""
+    found = mesh.documents({}, sizes={"onprem": 2, "cloud": 1, "edge": 1})
+    cloud = mesh.node("cloud", 1, **node)
+    found[keys.node_key("cloud", cloud.name, True)] = cloud.to_json().encode()
+    return desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(underlay))
+
+
+def routes(found: Desired, prefix: str, table: int) -> set[Route]:
+    return {one for one in found.datapath.routes if one.prefix == ip_network(prefix) and one.table == table}
+
+
+def test_without_native_in_the_spec_everything_is_as_it_was() -> None:
+    plain, found = computed(mesh.spec()), computed(spec("plain"))
+    assert plain.datapath.native is None
+    assert (plain.datapath.routes, plain.datapath.rules) == (found.datapath.routes, found.datapath.rules)
+    assert not any(one.is_native for one in plain.datapath.ipcache.values())
+    assert not any(one.is_native for one in plain.datapath.peers.values())
+    assert not any(one.toward for one in plain.datapath.routes)
+
+
+def test_a_node_of_a_native_site_is_reached_as_its_underlay_address_is() -> None:
+    found = computed(spec("demands"))
+    assert found.datapath.native == Native(IPv4Address("198.18.1.11"), changing=False)
+    for table in (MAIN, TABLE):
+        assert routes(found, "10.102.0.0/28", table) == {
+            Route(ip_network("10.102.0.0/28"), SOURCE, 1500, table, toward=CLOUD)
+        }
+    assert routes(found, "198.18.2.11/32", TABLE) == {
+        Route(ip_network("198.18.2.11/32"), SOURCE, 1500, TABLE, toward=CLOUD)
+    }
+    assert routes(found, "10.101.0.16/28", MAIN) == {Route(ip_network("10.101.0.16/28"), SOURCE, 1450, MAIN)}
+    assert not routes(found, "10.102.0.0/28", NATIVE_TABLE)
+    assert {rule.table for rule in found.datapath.rules} == {TABLE}
+    for network, native in (("10.102.0.2/32", True), ("10.102.0.0/28", True), ("198.18.2.11/32", True)):
+        assert found.datapath.ipcache[ip_network(network)].is_native is native, network
+    for network in ("10.101.0.18/32", "10.103.0.2/32", "10.101.0.2/32", "198.18.1.11/32"):
+        assert not found.datapath.ipcache[ip_network(network)].is_native, network
+    assert {str(address) for address, peer in found.datapath.peers.items() if peer.is_native} == {"198.18.2.11"}
+    assert found.native == {("cloud", "cloud-1"): Stage.DEMANDS}
+
+
+@pytest.mark.parametrize(("own", "other", "mtu"), [(1500, 1500, 1500), (9000, 1500, 1500), (1400, 9000, 1400)])
+def test_the_mtu_of_a_native_path_is_that_of_the_smaller_underlay(own: int, other: int, mtu: int) -> None:
+    found = computed(spec("demands"), own, mtu=other)
+    assert {one.mtu for one in routes(found, "10.102.0.0/28", MAIN)} == {mtu}
+
+
+@pytest.mark.parametrize(
+    ("word", "sends", "takes", "refuses_the_tunnel"),
+    [
+        ("plain", False, False, False),
+        ("accepts", False, True, False),
+        ("sends", True, True, False),
+        ("demands", True, True, True),
+    ],
+)
+def test_neighbouring_stages_understand_each_other(
+    word: str, sends: bool, takes: bool, refuses_the_tunnel: bool
+) -> None:
+    """Of two hosts at stages beside each other, what one sends the other takes."""
+    found = computed(spec(word)).datapath
+    (route,) = {one for one in found.routes if one.prefix == ip_network("10.102.0.0/28") and one.table == MAIN}
+    assert (route.toward is not None) is sends
+    assert found.ipcache[ip_network("10.102.0.2/32")].is_native is takes
+    assert found.peers[CLOUD].is_native is refuses_the_tunnel
+    for neighbour in (Stage(max(0, STAGES[word] - 1)), Stage(min(3, STAGES[word] + 1))):
+        there = computed(spec(neighbour.word)).datapath
+        if sends:
+            assert there.ipcache[ip_network("10.102.0.2/32")].is_native
+        else:
+            assert not there.peers[CLOUD].is_native
+
+
+def test_while_it_is_turned_on_the_mark_leads_the_way_back_and_a_proof_out() -> None:
+    found = computed(spec("accepts"))
+    way = Route(ip_network("10.102.0.0/28"), SOURCE, 1500, NATIVE_TABLE, toward=CLOUD)
+    assert routes(found, "10.102.0.0/28", NATIVE_TABLE) == {way}
+    assert Rule(ip_network("0.0.0.0/0"), NATIVE_TABLE, NATIVE_RULE_PRIORITY, mark=NATIVE) in found.datapath.rules
+    assert found.datapath.native is not None
+    assert found.datapath.native.changing
+
+
+@pytest.mark.parametrize("site", ["onprem", "elsewhere"])
+def test_a_node_that_publishes_another_site_is_of_that(site: str) -> None:
+    found = computed(spec("demands"), annotations={"isthmus.io/site": site})
+    assert found.native == {}
+
+
+@pytest.mark.parametrize(
+    ("encryption", "native", "sends", "takes"),
+    [
+        ("demands", "demands", False, False),
+        ("sends", "demands", False, True),
+        ("accepts", "demands", True, True),
+        ("accepts", "accepts", False, True),
+    ],
+)
+def test_what_is_to_be_encrypted_is_never_sent_natively(encryption: str, native: str, sends: bool, takes: bool) -> None:
+    changing = {} if encryption == "demands" else {"changing": {"cloud": encryption}}
+    found = computed(spec(native, wireguard={**WIREGUARD, **changing}), wireguard_public_key=CLOUD_KEY).datapath
+    (route,) = {one for one in found.routes if one.prefix == ip_network("10.102.0.0/28") and one.table == MAIN}
+    assert (route.toward is not None) is sends
+    assert found.ipcache[ip_network("10.102.0.2/32")].is_native is takes
+    assert not found.peers[CLOUD].is_native or sends
+
+
+@pytest.mark.parametrize("stage", ["accepts", "demands"])
+def test_an_address_from_which_encryption_is_demanded_is_never_native(stage: str) -> None:
+    """Also when a node of a native site claims it too."""
+    found = mesh.documents({}, sizes={"onprem": 2, "cloud": 1})
+    rival = mesh.node(
+        "onprem",
+        2,
+        wireguard_public_key=CLOUD_KEY,
+        annotations={"isthmus.io/site": "hall"},
+        addresses=(
+            wire.NodeAddress("InternalIP", str(CLOUD)),
+            wire.NodeAddress("CiliumInternalIP", "10.101.0.17"),
+        ),
+    )
+    found[keys.node_key("onprem", rival.name)] = rival.to_json().encode()
+    own = spec(stage, wireguard={**WIREGUARD, "plain_sites": ["cloud", "edge", "onprem"]})
+    wanted = desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
+    assert not any(one.toward for one in wanted.datapath.routes)
+    assert not any(one.is_native for one in wanted.datapath.ipcache.values())
+    assert not any(one.is_native for one in wanted.datapath.peers.values())
+    assert wanted.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted
+    (told,) = [words for words in wanted.refused if "natively" in words]
+    assert told.startswith(f"node cloud/cloud-1 is not reached natively: another node has its address {CLOUD}, and ")
+
+
+def test_a_stage_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"native.stages.cloud.*is not one of plain, accepts, sends, demands"):
+        spec("half")
+
+
+def test_a_wide_range_has_the_smallest_mtu_of_its_nodes() -> None:
+    found = mesh.documents({}, sizes={"onprem": 2, "cloud": 1})
+    stray = wire.IPIdentityPair("10.102.9.9", (2 << 16) + 1, str(CLOUD))
+    found[keys.ip_key(stray.ip, "cloud")] = stray.to_json().encode()
+    wanted = desired(spec("demands"), mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
+    assert {one.mtu for one in routes(wanted, "10.102.0.0/16", MAIN)} == {1450}

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How packets go between sites in the inventory: what each pair uses, in which steps it changes, what routers need."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isthmus_mesh import matrix, openings
+from isthmus_mesh.encryption import Stage, pairs
+from isthmus_mesh.model import ModelError
+from isthmus_mesh.planner import Plan, plan
+from isthmus_mesh.record import RecordError, merge
+from isthmus_mesh.routing import Routing
+from isthmus_mesh.spec import NodeSpec
+from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
+
+ON = {"routing": "native"}
+SITES = {"cloud": "cloud", "onprem": "onprem"}
+
+
+def changed(previous: Plan | None = None, more: Any = None, **keys: Any) -> Plan:
+    """The plan of an inventory with other keys of the estate, `more` hosts, after `previous`."""
+    return planned(model({**estate(), **keys}, {**hosts(), **(more or {})}), previous)
+
+
+def after(found: Plan, number: int) -> Plan:
+    """As the record stands when a step was begun: 0 is the plan's own."""
+    return Plan(**{**found.__dict__, "record": found.record if number == 0 else found.steps[number - 1].record})
+
+
+def native(specs: Any) -> dict[str, Any]:
+    return {host: spec.get("native", {}).get("stages", {}) for host, spec in specs.items()}
+
+
+def test_an_estate_that_asks_nothing_is_as_it_was() -> None:
+    plain, said = planned(model()), changed(routing="tunnel", sites={"onprem": {"routing": "tunnel"}, "cloud": {}})
+    assert (said.specs, said.record) == (plain.specs, plain.record)
+    assert "routing" not in said.record["roster"]
+    assert not any("native" in spec for spec in said.specs.values())
+    assert (said.steps, said.native, said.routes) == ((), {}, ())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "inside_one", "between"),
+    [
+        ("tunnel", "tunnel", "tunnel", "tunnel"),
+        ("native", "native", "native", "native"),
+        ("hybrid", "hybrid", "native", "tunnel"),
+        ("native", "hybrid", "native", "tunnel"),
+        ("hybrid", "tunnel", "native", "tunnel"),
+        ("native", "tunnel", "native", None),
+        ("tunnel", "native", "tunnel", None),
+    ],
+)
+def test_what_two_sites_use(one: str, other: str, inside_one: str, between: str | None) -> None:
+    for routing in (Routing("tunnel", {"a": one, "b": other}), Routing(one, {"b": other})):
+        assert routing.of(("a", "a")) == inside_one
+        assert routing.of(("a", "b")) == between
+    said = Routing("tunnel", {"a": one, "b": other}, {("a", "b"): "native", ("a", "a"): "tunnel"})
+    assert (said.of(("a", "b")), said.of(("a", "a"))) == ("native", "tunnel")
+
+
+def test_sides_that_differ_are_refused_until_the_pair_is_said() -> None:
+    keys: dict[str, Any] = {"sites": {"onprem": {"routing": "native"}, "cloud": {}}}
+    with pytest.raises(ModelError, match="the sides of cloud and onprem differ"):
+        changed(**keys)
+    found = changed(**keys, site_pairs=[{"sites": ["cloud", "onprem"], "routing": "tunnel"}])
+    assert native(found.specs) == {"c1": {}, **{name: {"onprem": "demands"} for name in ("o1", "o2", "o3")}}
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ({"isthmus_advertise": "192.0.2.7"}, "x1 would be reached natively and have another isthmus_advertise"),
+        ({"isthmus_kubernetes_node": "x1"}, "x1 would be reached natively and are Kubernetes nodes"),
+    ],
+)
+def test_hosts_that_cannot_be_reached_natively_are_named(host: dict[str, Any], words: str) -> None:
+    keys = estate()
+    keys["clusters"]["cloud"]["kubernetes"] = {
+        "api_server": "https://192.0.2.9:6443",
+        "pod_ranges": ["10.244.0.0/16"],
+        "service_range": "10.96.0.0/16",
+    }
+    denied = {name: {**one, "isthmus_kubernetes_node": False} for name, one in hosts().items() if name == "c1"}
+    more = {**denied, "x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", **host}}
+    if "isthmus_advertise" in host:
+        del keys["clusters"]["cloud"]["kubernetes"]
+        more = {"x1": more["x1"]}
+    with pytest.raises(ModelError, match=words):
+        changed(more=more, **ON, clusters=keys["clusters"])
+    assert changed(more=more, clusters=keys["clusters"]).specs
+
+
+def test_a_new_estate_is_native_from_the_first_packet() -> None:
+    found = changed(**ON)
+    assert found.steps == ()
+    assert found.record["roster"]["routing"] == {"all": "demands", "pairs": {}}
+    stages = {"cloud": "demands", "onprem": "demands"}
+    assert [spec["native"] for spec in found.specs.values()] == [{"sites": SITES, "stages": stages}] * 4
+    again = changed(found, **ON)
+    assert (again.record, again.specs, again.steps) == (found.record, found.specs, ())
+
+
+def test_a_running_estate_goes_there_in_three_steps_and_back() -> None:
+    found = changed(planned(model()), **ON)
+    assert [step.proven for step in found.steps] == [True, True]
+    assert found.steps[0].waits == ("c1", "o1", "o2", "o3")
+    records = [found.record, *(step.record for step in found.steps)]
+    assert [record["roster"]["routing"]["all"] for record in records] == ["accepts", "sends", "demands"]
+    assert native(found.steps[0].specs)["c1"] == {"cloud": "sends", "onprem": "sends"}
+    NodeSpec.from_dict(found.steps[0].specs["c1"])
+    assert found.steps[1].specs == changed(after(found, 2), **ON).specs
+    back = changed(after(found, 2))
+    assert [step.proven for step in back.steps] == [False, False]
+    stages = [record["roster"].get("routing") for record in (back.record, *(step.record for step in back.steps))]
+    assert stages == [{"all": "sends", "pairs": {}}, {"all": "accepts", "pairs": {}}, None]
+    assert back.steps[1].specs == planned(model()).specs
+
+
+def test_a_run_that_was_interrupted_completes_the_step_before_the_next() -> None:
+    found = changed(planned(model()), **ON)
+    again = changed(after(found, 0), **ON)
+    assert (again.record, again.specs) == (found.record, found.specs)
+    given_up = changed(after(found, 1))
+    assert given_up.record["roster"]["routing"] == {"all": "sends", "pairs": {}}
+    assert len(given_up.steps) == 2
+
+
+def _understood(sender: tuple[Stage, Stage], receiver: tuple[Stage, Stage]) -> bool:
+    """Whether what a host at stages of (encryption, native routing) sends, another takes, as the agent does it."""
+    native_in_clear = sender[1] >= Stage.SENDS and sender[0] <= Stage.ACCEPTS
+    if native_in_clear:
+        return receiver[1] > Stage.PLAIN and receiver[0] is not Stage.DEMANDS
+    encrypted = sender[0] >= Stage.SENDS
+    receiver_native_only = receiver[1] is Stage.DEMANDS and receiver[0] <= Stage.ACCEPTS
+    taken = receiver[0] > Stage.PLAIN if encrypted else receiver[0] is not Stage.DEMANDS
+    return taken and not receiver_native_only
+
+
+WAYS = ({}, {"encryption": "wireguard"}, ON)
+
+
+@given(st.lists(st.tuples(st.sampled_from(WAYS), st.integers(0, 2)), min_size=2, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_no_run_and_no_interruption_cuts_neighbouring_steps_off(runs: list[tuple[dict[str, str], int]]) -> None:
+    """Runs of changing inventories, each interrupted after a step: hosts of one step and of the next understand each
+    other in both respects."""
+    found = planned(model())
+    pair = ("cloud", "onprem")
+
+    def at(record: Any) -> tuple[Stage, Stage]:
+        documents = [record["roster"].get(key) for key in ("encryption", "routing")]
+        words = [one["pairs"].get(" ".join(pair), one["all"]) if one else "plain" for one in documents]
+        return Stage[words[0].upper()], Stage[words[1].upper()]
+
+    before = at(found.record)
+    for keys, stop in runs:
+        found = changed(found, **keys)
+        records = [found.record, *(step.record for step in found.steps)][: stop + 1]
+        for record in records:
+            now = at(record)
+            assert _understood(before, now), (before, now)
+            assert _understood(now, before), (now, before)
+            before = now
+        found = after(found, len(records) - 1)
+
+
+def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_routes() -> None:
+    pairs_said = [{"sites": ["onprem", "onprem"], "routing": "tunnel"}]
+    found = changed(site_pairs=pairs_said, **ON)
+    inside, between = sorted(found.sites, key=lambda row: row["sites"] != ["onprem", "onprem"])
+    assert (inside["routing"], inside["mtu"]) == ("tunnel", 1450)
+    assert (between["routing"], between["mtu"], between["routing_steps"]) == ("native", 1500, [])
+    assert [one["port"] for one in between["open"] if one["protocol"] == "IP"] == [None]
+    assert not [one for one in between["open"] if one["port"] == 8472]
+    assert found.routes[0] == {
+        "site": "cloud",
+        "to": "10.102.0.0/28",
+        "via": "198.18.2.1",
+        "like": [],
+        "why": "workloads of c1, for packets from onprem",
+    }
+    far = "198.18.1.1, 198.18.1.2, 198.18.1.3 (workloads of hosts of onprem)"
+    assert matrix.route_lines(found.routes) == [
+        "routers of cloud: 10.102.0.0/28 via 198.18.2.1 (workloads of c1, for packets from onprem)",
+        f"routers of cloud: 10.101.0.0/27 over the way to {far}",
+        f"routers of cloud: 10.101.0.32/28 over the way to {far}",
+        "routers of onprem: 10.101.0.0/28 via 198.18.1.1 (workloads of o1, for packets from cloud)",
+        "routers of onprem: 10.101.0.16/28 via 198.18.1.2 (workloads of o2, for packets from cloud)",
+        "routers of onprem: 10.101.0.32/28 via 198.18.1.3 (workloads of o3, for packets from cloud)",
+        "routers of onprem: 10.102.0.0/28 over the way to 198.18.2.1 (workloads of hosts of cloud)",
+    ]
+    (told,) = [line for line in matrix.lines(found.sites) if line.startswith("cloud and onprem")]
+    assert told.startswith(
+        "cloud and onprem: path native, encryption none, MTU 1500 inside where the underlay has 1500. Open: IP on "
+        "those ranges, at every host of cloud and onprem from the ranges of workloads of both; TCP 2379"
+    )
+
+
+def test_routers_of_hybrid_sites_need_something_only_where_a_site_has_several_hosts() -> None:
+    found = changed(routing="hybrid")
+    others = "for packets from hosts of onprem on other subnets"
+    assert matrix.route_lines(found.routes) == [
+        f"routers of onprem: 10.101.0.0/28 via 198.18.1.1 (workloads of o1, {others})",
+        f"routers of onprem: 10.101.0.16/28 via 198.18.1.2 (workloads of o2, {others})",
+        f"routers of onprem: 10.101.0.32/28 via 198.18.1.3 (workloads of o3, {others})",
+    ]
+
+
+def test_of_many_routes_of_a_site_the_first_are_told() -> None:
+    many = [
+        {"site": "a", "to": f"10.0.{number}.0/24", "via": f"192.0.2.{number}", "like": [], "why": "w"}
+        for number in range(103)
+    ]
+    told = matrix.route_lines(many)
+    assert (len(told), told[-1]) == (101, "routers of a: and 3 more, in `routes` of isthmus.mesh.plan")
+    assert told[0] == "routers of a: 10.0.0.0/24 via 192.0.2.0 (w)"
+
+
+def test_while_it_is_turned_on_the_tunnel_stays_open_and_the_smaller_mtu_counts() -> None:
+    found = changed(planned(model()), **ON)
+    (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
+    assert (row["mtu"], row["routing_steps"]) == (1450, ["accepts", "sends", "demands"])
+    assert {one["port"] for one in row["open"]} >= {None, 8472}
+    told = matrix.changes(found.sites, found.keys)
+    assert any(one.startswith("native routing of cloud and onprem is turned on, in steps of one run") for one in told)
+    again = changed(after(found, 2))
+    back = matrix.changes(again.sites, again.keys)
+    assert any("packets go through the tunnel and are 50 bytes smaller" in one and "refused" in one for one in back)
+
+
+def test_a_firewall_lets_in_the_ranges_of_native_hosts() -> None:
+    found = changed(site_pairs=[{"sites": ["onprem", "onprem"], "routing": "tunnel"}], **ON)
+    assert openings.native_sources(found.specs["c1"], found.record) == ["10.101.0.0/27", "10.101.0.32/28"]
+    assert openings.native_sources(found.specs["o1"], found.record) == ["10.102.0.0/28"]
+    assert openings.native_sources(planned(model()).specs["o1"], found.record) == []
+
+
+def test_the_changes_name_pairs() -> None:
+    found = changed(planned(model()), **ON)
+    assert "routing between sites cloud and onprem: new, packets go through the tunnel, native ones are taken too" in (
+        found.changes
+    )
+
+
+def test_a_record_with_a_stage_that_does_not_exist_is_refused() -> None:
+    documents = {name: dict(one) for name, one in changed(**ON).record.items()}
+    documents["roster"]["routing"] = {"all": "half", "pairs": {}}
+    with pytest.raises(RecordError, match=r"routing.*has a stage that is not one of"):
+        merge([documents])
+
+
+def test_hybrid_is_native_inside_every_site_and_nowhere_else() -> None:
+    sites = [f"s{number}" for number in range(30)]
+    routing = Routing("hybrid")
+    assert {routing.stage(pair) for pair in pairs(sites) if pair[0] == pair[1]} == {Stage.DEMANDS}
+    assert {routing.stage(pair) for pair in product(sites, sites) if pair[0] < pair[1]} == {Stage.PLAIN}
+
+
+def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
+    """Each of the two takes its own steps beside the other, and the last of one stands while the other goes on."""
+    pairs_said = [{"sites": ["onprem", "onprem"], "encryption": "none"}]
+    before = changed(encryption="wireguard", site_pairs=pairs_said)
+    wanted = model({**estate(), "encryption": "wireguard", "site_pairs": [{**pairs_said[0], "routing": "native"}]})
+    record = merge([dict(before.record)])
+    found = plan(wanted, record, NOW, VERSION, "alice", rotate=True)
+    specs = [found.specs, *(step.specs for step in found.steps)]
+    assert [one["o1"]["native"]["stages"] for one in specs] == [
+        {"onprem": "accepts"},
+        {"onprem": "sends"},
+        {"onprem": "demands"},
+    ]
+    ports = [(one["o1"]["wireguard"]["port"], one["o1"]["wireguard"].get("second", {}).get("port")) for one in specs]
+    assert ports == [(51871, 51872), (51872, 51871), (51872, None)]
+    assert [step.proven for step in found.steps] == [True, True]
+    assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 2
+    lines = matrix.changes(found.sites, found.keys)
+    assert lines[0].startswith("the keys of WireGuard are replaced")
+    assert lines[1].startswith("native routing within onprem is turned on")

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What `verify` says of hosts that packets should go to without a tunnel, by what the agent says and by packets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets
+from ansible_collections.isthmus.mesh.plugins.modules import verify
+from unit.mesh import estates
+
+NATIVE = {"way": "native", "stage": "demands", "mtu": 1500}
+
+
+class Host:
+    """c1 of the estate, with an agent that says of each host of onprem what `said` has, else NATIVE. The ways that are
+    in `carried` carry that many bytes, others 1500; an echo to one in `silent` is not answered."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
+        before = estates.planned(estates.model()) if running else None
+        self.plan = estates.planned(estates.model({**estates.estate(), "routing": "native"}), before)
+        self.said: dict[str, dict[str, Any]] = {}
+        self.carried: dict[str, int] = {}
+        self.silent: set[str] = set()
+        self.echoes: list[tuple[str, str, int, int]] = []
+        (place / "node.json").write_text(json.dumps(self.plan.specs["c1"]))
+        monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
+        client = SimpleNamespace(ask=lambda _socket, _what: self.status())
+        monkeypatch.setattr(verify, "bundle_module", lambda _module, _name: client)
+        monkeypatch.setattr(packets, "path_mtu", lambda _from, to, _mark=0: self.carried.get(to, 1500))
+        monkeypatch.setattr(packets, "echo", self.echo)
+
+    def echo(self, source: str, target: str, size: int, _timeout: float, mark: int = 0) -> None:
+        self.echoes.append((source, target, size, mark))
+        if target in self.silent:
+            raise packets.NoAnswer("no answer to 3 packets of 1500 bytes")
+
+    def status(self) -> dict[str, Any]:
+        nodes = [
+            {"cluster": "onprem", "name": name, "routing": self.said.get(name, NATIVE)} for name in ("o1", "o2", "o3")
+        ]
+        return {"nodes": nodes, "wireguard": None}
+
+    def problems(self, check: str) -> list[str]:
+        hosts = [{"name": f"o{n}", "cluster": "onprem", "mesh4": f"10.101.0.{16 * n - 15}"} for n in (1, 2, 3)]
+        params = {
+            "spec": self.plan.specs["c1"],
+            "record": self.plan.record,
+            "services": [],
+            "hosts": hosts,
+            "timeout": 3,
+        }
+        found = verify.Verifier(SimpleNamespace(params=params))
+        getattr(found, check)()
+        return list(found.problems)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch, running=False)
+
+
+@pytest.fixture
+def on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch, running=True)
+
+
+def test_every_host_is_reached_natively(host: Host) -> None:
+    assert host.problems("check_native") == []
+
+
+def test_a_host_that_the_tunnel_leads_to_is_named(host: Host) -> None:
+    host.said["o2"] = {"way": "tunnel", "stage": "plain", "mtu": 1450}
+    (found,) = host.problems("check_native")
+    assert found.startswith(
+        "routing: packets to o2 of cluster onprem (site onprem) do not go natively as the inventory"
+    )
+    assert "it should be, and the way is tunnel (plain)" in found
+
+
+def test_a_way_whose_mtu_was_cut_is_named(host: Host) -> None:
+    host.carried["10.101.0.17"] = 1400
+    (found,) = host.problems("check_native")
+    assert (
+        "the way to o2 of cluster onprem (site onprem) carries only 1400 bytes, and the devices at both ends 1500"
+        in (found)
+    )
+
+
+def test_a_pair_on_its_way_is_not_native_yet(on_the_way: Host) -> None:
+    assert all("it is being turned on or off (accepts)" in words for words in on_the_way.problems("check_native"))
+    assert len(on_the_way.problems("check_native")) == 3
+
+
+def test_before_a_step_each_host_is_reached_natively_by_packets_of_full_size(on_the_way: Host) -> None:
+    assert on_the_way.problems("check_native_way") == []
+    wanted = {("10.102.0.1", f"10.101.0.{16 * n - 15}", 1500, 0x4E) for n in (1, 2, 3)}
+    assert set(on_the_way.echoes) == wanted
+    on_the_way.silent.add("10.101.0.17")
+    (found,) = on_the_way.problems("check_native_way")
+    assert found.startswith(
+        "routing: o2 of cluster onprem (site onprem) is not reached natively: no answer to 3 packets of 1500 bytes. "
+        "The network between the hosts must route the ranges of workloads"
+    )
+
+
+def test_a_host_whose_pairs_do_not_change_has_nothing_to_prove(host: Host) -> None:
+    assert host.problems("check_native_way") == []
+    assert host.echoes == []
