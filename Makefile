@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help setup env lock bpf bundle wheelhouse collection kubernetes lab-up lab-down lab-exec lab-map site plan verify molecule demo \
-	check lint pytest test test-full bench bench-kubernetes clean
+	check lint pytest test test-full bench bench-kubernetes bench-paths clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' Makefile
@@ -96,6 +96,10 @@ test-full: lint collection kubernetes ## what is too long for every run as well;
 bench: collection lab-up ## measure the estate on the lab, each figure beside a baseline; gates nothing
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
 	@$(BIN)/python tests/bench/bench.py
+
+bench-paths: collection lab-up ## measure tunnel, native and WireGuard beside the bare network and the same by hand; gates nothing
+	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
+	@$(BIN)/python tests/bench/paths.py
 
 bench-kubernetes: bpf ## measure a registrar with 10,000 pods in a real API server (PODS=1000 for fewer); gates nothing
 	@$(BIN)/python tests/bench/kubernetes_scale.py
