@@ -40,11 +40,11 @@ still to revoke. A document may lack all four. A cluster whose control plane is 
 "in_cluster"`, no hosts (its nodes are dealt with by its registrar), no members but `"replicas"` under `etcd`,
 an empty `ca_host`, and once its etcd was exposed `"exposed": {"endpoints": ["https://198.18.6.200:2379"],
 "cluster_ip": "10.98.0.7", "addresses": ["198.18.6.200"], "names": [], "nodes": []}`: where peers and where
-its own pods dial it, what else its certificate names, nodes that were chosen for it. `ca_certificate` is a public PEM, added by `site` once the CA
-exists, without a new revision; the planner keeps it. While the authority is being replaced it holds two
-certificates, the one that signs first, and each change of them is a new revision. Otherwise `revision`
-rises by one with each change of a document. The roster's `version` is that of the isthmus.mesh that was
-applied last; records of before it lack it.
+its own pods dial it, what else its certificate names, nodes that were chosen for it. `ca_certificate` is a
+public PEM, added by `site` once the CA exists, without a new revision; the planner keeps it. While the
+authority is being replaced it holds two certificates, the one that signs first, and each change of them is
+a new revision. Otherwise `revision` rises by one with each change of a document. The roster's `version` is
+that of the isthmus.mesh that was applied last; records of before it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
