@@ -15,7 +15,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -55,7 +55,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The publishing cluster. `pod_ranges4` and `cluster_ips4` are those of its Kubernetes cluster, if it is one."""
+    """The publishing cluster. `pod_ranges4` and `cluster_ips4` are those of its Kubernetes cluster, if it is one.
+
+    `in_cluster`: its agents share one certificate, so that a report proves nothing about who wrote it."""
 
     name: str
     id: int
@@ -63,6 +65,7 @@ class Own:
     service_range4: IPv4Network
     pod_ranges4: tuple[IPv4Network, ...] = ()
     cluster_ips4: IPv4Network | None = None
+    in_cluster: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ class Inputs:
     `previous`: what is published and allocated now, by key (see `owned_prefixes`). `now` is RFC 3339 in UTC.
     `draining`: hosts that the record lacks and whose node and addresses stay published all the same (see `leaving`).
     `kubernetes` is None where the cluster is no Kubernetes cluster. `unwritable`: definitions ("<ns>/<name>") that are
-    to be Services of it and cannot become so for now.
+    to be Services of it and cannot become so for now. `dealt`: keys of the ranges of nodes, where the registrar deals
+    these (`nodes`).
     """
 
     record: Mapping[str, Any]
@@ -94,6 +98,7 @@ class Inputs:
     kubernetes: Catalog | None = None
     peers: PeerServices = PeerServices()
     unwritable: frozenset[str] = frozenset()
+    dealt: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,7 @@ def owned_prefixes(cluster: str) -> tuple[str, ...]:
     An identity is there before the address that uses it, an address before the service that names it.
     """
     return (
+        keys.ALLOC_NODES_PREFIX,
         keys.ALLOC_IDENTITIES_PREFIX,
         keys.VIPS_PREFIX,
         keys.state_prefix("identities", cluster),
@@ -270,7 +276,7 @@ class Publisher:
         definitions = self._definitions_found = self._definitions()
         offers = {service: offer for service in self._offered() if (offer := self._offer(service)) is not None}
         vips = self._vips.settle(self._wanted_vips(definitions, offers))
-        wanted: dict[str, str] = {}
+        wanted: dict[str, str] = dict(self.inputs.dealt)
         wanted.update(self._allocations())
         for service in sorted({*map(_pair, self._vips.owners()), *offers}):
             wanted[keys.vip_key(*service)] = self._vip("/".join(service), offers.get(service))
@@ -296,7 +302,8 @@ class Publisher:
 
     def _nodes(self) -> dict[str, str]:
         for key in self.inputs.nodes:
-            if keys.parse_node_report_key(key) not in self.hosts:
+            name = keys.parse_node_report_key(key)
+            if name not in self.hosts and keys.alloc_node_key(str(name)) not in self.inputs.dealt:
                 self.problem(key, "the estate record of this cluster has no such host")
         found = {}
         for name, host in self.hosts.items():
@@ -324,15 +331,15 @@ class Publisher:
             "range4": (report.range4, host["range4"]),
             "mesh4": (report.mesh4, host["mesh4"]),
         }
-        for field, (claimed, recorded) in claims.items():
+        for what, (claimed, recorded) in claims.items():
             if claimed != recorded:
-                self.problem(key, f"{field} {claimed!r} is not {recorded!r}, which the estate record gives this host")
+                self.problem(key, f"{what} {claimed!r} is not {recorded!r}, which the estate record gives this host")
                 return None
         known = {host["advertise4"], host["underlay4"], host["mesh4"]}
         for _, address in report.addresses:
             if address not in known:
                 self.problem(key, f"address {address} is not the host's in the estate record; it is not published")
-        public_key = report.wireguard_public_key
+        public_key = "" if self.own.in_cluster else report.wireguard_public_key
         if public_key and (wrong := public_key_problem(public_key)):
             self.problem(key, f"the WireGuard public key {public_key!r} {wrong}; it is not published")
             public_key = ""
