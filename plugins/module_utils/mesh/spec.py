@@ -275,6 +275,9 @@ class ClusterDocument:
         document = jsontext.loads(text, SpecError)
         self._shared = _mesh(Fields(document, SpecError))
         self._shared["hash"] = spec_hash(document)  # of what is really there
+        self.estate: str = self._shared["estate"]
+        self.cluster: ClusterSpec = self._shared["cluster"]
+        self.etcd: EtcdSpec = self._shared["etcd"]
 
     def of_pod(self, name: str) -> MeshSpec:
         """The spec of a pod of the control plane."""
