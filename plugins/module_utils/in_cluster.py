@@ -634,8 +634,13 @@ def exposure_problems(
         found.append(f"{where}.hosts names {', '.join(missing)}, and Kubernetes has no such node. Correct the names")
     if expose["type"] == HOST and len(chosen) < count:
         found.append(
-            f"etcd is to have {count} members on nodes of their own, and there are {len(chosen)} nodes that take pods. "
-            f"Add nodes, or lower {where.rpartition('.')[0]}.etcd.replicas"
+            f"etcd is to have {count} members on nodes of their own, and there are {len(chosen)} nodes that are Ready "
+            f"and take pods. Add nodes, or lower {where.rpartition('.')[0]}.etcd.replicas"
+        )
+    elif not chosen:
+        found.append(
+            f"No node of the cluster is Ready and takes pods, so peers have no address of it. Bring one up, or name "
+            f"nodes in {where}.hosts"
         )
     kind = "InternalIP" if expose["scope"] == "internal" else "ExternalIP"
     bare = [name for name in chosen if name in there and not _addresses(there[name], kind)]

@@ -220,15 +220,17 @@ def progress(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return f"{title(wanted)}: {max(there, 0)} of {all_of_them} pods are ready"
 
 
-def wait_rolled_out(api: kubernetes.Api, wanted: Mapping[str, Any], seconds: float, stuck: float) -> str:
+def wait_rolled_out(
+    api: kubernetes.Api, wanted: Mapping[str, Any], seconds: float, stuck: float, waited: float = 0
+) -> str:
     """Until every pod of a workload runs as it says and is ready, for `seconds` at most; the progress when that is not
     so then, else nothing.
 
-    Unfinished when no further pod became ready for `stuck` seconds: it says which pod and container keeps the others,
-    and what it said last.
+    Unfinished when no further pod became ready for `stuck` seconds, `waited` of them before this call: it says which pod
+    and container keeps the others, and what it said last.
     """
     path, name, began = path_of(wanted), title(wanted), time.monotonic()
-    best, since = -1, began
+    best, since = None, began - waited
     while True:
         found = api.get(path)
         if found is None:
@@ -237,9 +239,9 @@ def wait_rolled_out(api: kubernetes.Api, wanted: Mapping[str, Any], seconds: flo
         if there >= all_of_them:
             return ""
         now = time.monotonic()
-        if there > best:
-            # A roll-out of many nodes may take its time as long as it gets on.
-            best, since = there, now
+        if best is not None and there > best:
+            since = now  # a roll-out of many nodes may take its time as long as it gets on
+        best = there if best is None else max(best, there)
         if now - since > stuck:
             namespace, selector = wanted["metadata"]["namespace"], selector_of(wanted)
             raise Unfinished(

@@ -54,6 +54,10 @@ options:
         it waits until the end.
     type: int
     default: 0
+  waited:
+    description: Seconds for which a roll-out has not got on before this call; they count for O(timeout).
+    type: int
+    default: 0
 seealso:
   - module: isthmus.mesh.kubernetes_access
   - module: isthmus.mesh.kubernetes_probe
@@ -166,7 +170,8 @@ class Installation:
     def rolled_out(self, wanted):
         if self.module.check_mode:
             return ""
-        return shell.wait_rolled_out(self.api, wanted, self.until - time.monotonic(), self.stuck)
+        waited = self.module.params["waited"]
+        return shell.wait_rolled_out(self.api, wanted, self.until - time.monotonic(), self.stuck, waited)
 
     def exposed(self, nodes, chosen):
         """Where peers reach etcd; waits for the address."""
@@ -257,6 +262,7 @@ def main():
             "install": {"type": "dict", "required": True},
             "timeout": {"type": "int", "default": 300},
             "patience": {"type": "int", "default": 0},
+            "waited": {"type": "int", "default": 0},
             **kubernetes.ARGUMENTS,
         },
         supports_check_mode=True,

@@ -12,6 +12,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from integration.test_kubernetes_access import Cluster
 
 NAMESPACE = "/api/v1/namespaces/isthmus-system"
 APPS = "/apis/apps/v1/namespaces/isthmus-system"
+OUT = {"estate": "lab", "cluster": "managed"}
 CONTROLLERS = (
     *("daemonset", "deployment", "replicaset", "statefulset", "namespace", "garbage-collector"),
     "persistentvolumeclaim-protection",
@@ -29,7 +31,11 @@ CONTROLLERS = (
 
 
 class Managed(Cluster):
-    """A cluster of two nodes whose control plane is to be inside."""
+    """A cluster of two nodes whose control plane is to be inside. Pods run as soon as they are made."""
+
+    def __init__(self, api: ApiServer, place: Path) -> None:
+        super().__init__(api, place)
+        self.end, self.still = threading.Event(), threading.Event()
 
     def install(self, phase: str = "run", check: bool = False, install: Any = None, **more: Any) -> dict[str, Any]:
         given = {"install": install or self.wanted(), "phase": phase, "kubeconfig": str(self.kubeconfig), "timeout": 60}
@@ -54,31 +60,32 @@ class Managed(Cluster):
         status = {"phase": "Running", "conditions": conditions, "observedGeneration": pod["metadata"]["generation"]}
         self.api.status("pods", "isthmus-system", name, status)
 
+    def give_address(self) -> None:
+        """What a provider's controller does with a Service of the type LoadBalancer."""
+        there = self.there(f"{NAMESPACE}/services/isthmus-etcd-mesh")
+        if there is None or there["spec"]["type"] != "LoadBalancer" or there["status"]["loadBalancer"]:
+            return
+        status = {"loadBalancer": {"ingress": [{"ip": "198.18.4.200"}]}}
+        self.api.status("services", "isthmus-system", "isthmus-etcd-mesh", status)
+
+    def work(self) -> None:
+        while not self.end.wait(0.1):
+            with contextlib.suppress(Refused):  # it went meanwhile
+                for pod in self.pods() if not self.still.is_set() else ():
+                    ready = (pod.get("status") or {}).get("phase") == "Running"
+                    if not ready or pod["metadata"].get("deletionTimestamp"):
+                        self.run_pod(pod)
+                if not self.still.is_set():
+                    self.give_address()
+
     @contextlib.contextmanager
-    def kubelets(self) -> Iterator[None]:
-        """Pods run as soon as they are made."""
-        end = threading.Event()
-
-        def work() -> None:
-            while not end.wait(0.2):
-                with contextlib.suppress(Refused):  # it went meanwhile
-                    for pod in self.pods():
-                        ready = (pod.get("status") or {}).get("phase") == "Running"
-                        if not ready or pod["metadata"].get("deletionTimestamp"):
-                            self.run_pod(pod)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
+    def without_others(self) -> Iterator[None]:
+        """No kubelet and no provider does anything."""
+        self.still.set()
         try:
             yield
         finally:
-            end.set()
-            thread.join(30)
-
-    def give_address(self, address: str = "198.18.4.200") -> None:
-        self.api.status(
-            "services", "isthmus-system", "isthmus-etcd-mesh", {"loadBalancer": {"ingress": [{"ip": address}]}}
-        )
+            self.still.clear()
 
     def versions(self) -> dict[str, str]:
         """resourceVersion by kind and name of what the mesh has there."""
@@ -101,15 +108,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
         cluster = Managed(api, place)
         for number in (1, 2):
             api.status("nodes", "", f"k{number}", node("", f"198.18.4.1{number}")["status"])
-            api.patch("nodes", "", f"k{number}", {"metadata": {"labels": {"kubernetes.io/os": "linux"}}})
+            # As kubelet and node controller have it.
+            change = {"metadata": {"labels": {"kubernetes.io/os": "linux"}}, "spec": {"taints": None}}
+            api.patch("nodes", "", f"k{number}", change)
         command = [str(program().with_name("kube-controller-manager")), f"--kubeconfig={cluster.kubeconfig}"]
         command += ["--leader-elect=false", "--secure-port=0", "--concurrent-gc-syncs=2"]
         command.append("--controllers=" + ",".join(f"{name}-controller" for name in CONTROLLERS))
         with (place / "manager.log").open("ab") as log:
             manager = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        others = threading.Thread(target=cluster.work, daemon=True)
+        others.start()
         try:
             yield cluster
         finally:
+            cluster.end.set()
+            others.join(30)
             manager.kill()
             manager.wait(30)
 
@@ -118,17 +131,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
 def managed(server: Managed) -> Iterator[Managed]:
     """The cluster without the mesh, before and after."""
     yield server
-    with server.kubelets():
-        run_module(
-            "kubernetes_install",
-            {
-                "state": "absent",
-                "install": {"estate": "lab", "cluster": "managed"},
-                "kubeconfig": str(server.kubeconfig),
-                "timeout": 60,
-            },
-            bundle=False,
-        )
+    server.install(state="absent", install=OUT)
 
 
 def test_from_nothing_to_rolled_out_and_a_second_run_changes_nothing(managed: Managed) -> None:
@@ -137,10 +140,10 @@ def test_from_nothing_to_rolled_out_and_a_second_run_changes_nothing(managed: Ma
     assert predicted["exposed"] == {}
     assert managed.there(NAMESPACE) is None
 
-    with pytest.raises(ModuleFailed, match="got no address within 1 s") as failed:
-        managed.install("expose", timeout=1)
-    assert "expose.type of the cluster to node_port or host" in failed.value.msg
-    managed.give_address()
+    with managed.without_others():
+        with pytest.raises(ModuleFailed, match="got no address within 1 s") as failed:
+            managed.install("expose", timeout=1)
+        assert "expose.type of the cluster to node_port or host" in failed.value.msg
     exposed = managed.install("expose")
     assert not exposed["changed"]
     assert exposed["exposed"]["endpoints"] == ["https://198.18.4.200:2379"]
@@ -150,27 +153,22 @@ def test_from_nothing_to_rolled_out_and_a_second_run_changes_nothing(managed: Ma
     )
     assert managed.there(f"{APPS}/statefulsets/isthmus-etcd") is None
 
-    with managed.kubelets():
-        assert managed.install("etcd")["changed"]
-        assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is None
-        assert managed.install("run")["changed"]
-        names = sorted(pod["metadata"]["name"].rpartition("-")[0][:17] for pod in managed.pods())
-        assert names == ["isthmus-agent", "isthmus-agent", "isthmus-etcd", "isthmus-registrar", "isthmus-registrar"]
+    assert managed.install("etcd")["changed"]
+    assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is None
+    assert managed.install("run")["changed"]
+    names = sorted(pod["metadata"]["name"].rpartition("-")[0][:17] for pod in managed.pods())
+    assert names == ["isthmus-agent", "isthmus-agent", "isthmus-etcd", "isthmus-registrar", "isthmus-registrar"]
 
     before = managed.versions()
     assert len(before) > 10
-    for phase in ("expose", "etcd", "run"):
-        for check in (True, False):
-            again = managed.install(phase, check)
-            assert (again["changed"], again["diff"], again["removed"]) == (False, [], [])
+    for phase, check in (("etcd", False), ("run", True), ("run", False)):
+        again = managed.install(phase, check)
+        assert (again["changed"], again["diff"], again["removed"]) == (False, [], [])
     assert managed.versions() == before
 
 
 def test_drift_is_put_right_and_what_others_added_stays(managed: Managed) -> None:
-    managed.install("expose", install=managed.wanted(), check=True)
-    with pytest.raises(ModuleFailed):
-        managed.install("expose", timeout=1)
-    managed.give_address()
+    managed.install("expose")
     place = f"{NAMESPACE}/services/isthmus-etcd-mesh"
     managed.api.patch(
         "services",
@@ -190,9 +188,7 @@ def test_drift_is_put_right_and_what_others_added_stays(managed: Managed) -> Non
 
 
 def test_only_what_is_ours_is_pruned(managed: Managed) -> None:
-    with pytest.raises(ModuleFailed):
-        managed.install("expose", timeout=1)
-    managed.give_address()
+    managed.install("expose")
     own = managed.there(NAMESPACE)["metadata"]["labels"]
     own.pop("kubernetes.io/metadata.name")
     other = {**own, "isthmus.io/cluster": "other"}
@@ -210,8 +206,7 @@ def test_only_what_is_ours_is_pruned(managed: Managed) -> None:
         "services",
         {"metadata": {"name": "by-registrar", "namespace": "isthmus-system", "labels": written}, "spec": ports},
     )
-    with managed.kubelets():
-        result = managed.install("run")
+    result = managed.install("run")
     assert result["removed"] == ["configmap/isthmus-system/left"]
     for name in ("theirs", "another", "pki"):
         assert managed.there(f"{NAMESPACE}/configmaps/{name}") is not None
@@ -235,41 +230,34 @@ def test_an_object_of_somebody_else_is_refused_and_left(managed: Managed) -> Non
 
 
 def test_a_roll_out_that_gets_stuck_says_which_pod_and_why(managed: Managed) -> None:
-    with pytest.raises(ModuleFailed):
-        managed.install("expose", timeout=1)
-    managed.give_address()
-    with managed.kubelets():
-        managed.install("run")
+    managed.install("run")
     broken = managed.wanted(image="isthmus:broken")
-
-    told = managed.install("etcd", install=broken, patience=1)
-    assert told["unfinished"] == "StatefulSet isthmus-system/isthmus-etcd: 0 of 1 pods are ready"
-    deadline = threading.Event()
-    while True:
-        (etcd,) = (pod for pod in managed.pods() if pod["metadata"]["name"] == "isthmus-etcd-0")
-        if etcd["metadata"].get("deletionTimestamp"):
-            managed.run_pod(etcd)
-        elif etcd["spec"]["containers"][0]["image"] == "isthmus:broken":
-            break
-        deadline.wait(0.2)
-    waiting = {"reason": "ErrImagePull", "message": "isthmus:broken: not found"}
-    container = {"name": "etcd", "ready": False, "image": "", "imageID": "", "restartCount": 0}
-    status = {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]}
-    managed.api.status("pods", "isthmus-system", "isthmus-etcd-0", status)
-    with pytest.raises(ModuleFailed, match="pod isthmus-etcd-0, container etcd: ErrImagePull") as failed:
-        managed.install("run", install=broken, timeout=2)
-    assert "kubectl -n isthmus-system get pods -l isthmus.io/component=etcd" in failed.value.msg
+    with managed.without_others():
+        told = managed.install("etcd", install=broken, patience=1)
+        assert told["unfinished"] == "StatefulSet isthmus-system/isthmus-etcd: 0 of 1 pods are ready"
+        pause = threading.Event()
+        while True:
+            there = {pod["metadata"]["name"]: pod for pod in managed.pods()}
+            etcd = there.get("isthmus-etcd-0") or {"metadata": {}}
+            if etcd["metadata"].get("deletionTimestamp"):
+                managed.run_pod(etcd)
+            elif etcd.get("spec", {}).get("containers", [{}])[0].get("image") == "isthmus:broken":
+                break
+            pause.wait(0.2)
+        waiting = {"reason": "ErrImagePull", "message": "isthmus:broken: not found"}
+        container = {"name": "etcd", "ready": False, "image": "", "imageID": "", "restartCount": 0}
+        status = {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]}
+        managed.api.status("pods", "isthmus-system", "isthmus-etcd-0", status)
+        with pytest.raises(ModuleFailed, match="pod isthmus-etcd-0, container etcd: ErrImagePull") as failed:
+            managed.install("run", install=broken, timeout=2)
+        assert "kubectl -n isthmus-system get pods -l isthmus.io/component=etcd" in failed.value.msg
     # The others were not touched: what etcd cannot do they would not either.
     agent = managed.there(f"{APPS}/daemonsets/isthmus-agent")
     assert agent["spec"]["template"]["spec"]["containers"][0]["image"] == "isthmus:1.0.0"
 
 
 def test_an_etcd_keeps_its_size(managed: Managed) -> None:
-    with pytest.raises(ModuleFailed):
-        managed.install("expose", timeout=1)
-    managed.give_address()
-    with managed.kubelets():
-        managed.install("etcd")
+    managed.install("etcd")
     larger = copy.deepcopy(managed.wanted())
     larger["etcd"]["replicas"] = 3
     with pytest.raises(ModuleFailed, match="has 1 members and is to have 3"):
@@ -287,25 +275,21 @@ def test_addresses_of_nodes_are_read_back(managed: Managed) -> None:
 
 def test_nothing_is_left_when_it_is_taken_out(managed: Managed) -> None:
     before = managed.versions()
-    with pytest.raises(ModuleFailed):
-        managed.install("expose", timeout=1)
-    managed.give_address()
-    absent = {"install": {"estate": "lab", "cluster": "managed"}, "state": "absent"}
-    with managed.kubelets():
-        managed.install("run")
-        secret = {"name": "isthmus-ca", "labels": managed.there(NAMESPACE)["metadata"]["labels"]}
-        secret["labels"].pop("kubernetes.io/metadata.name")
-        body = {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": {"ca.key": "the key itself"}}
-        managed.api.request("POST", f"{NAMESPACE}/secrets", body)
-        labels = {key: value for key, value in secret["labels"].items() if key != "isthmus.io/component"}
-        labels["endpointslice.kubernetes.io/managed-by"] = "isthmus-registrar"
-        slice_ = {"metadata": {"name": "by-registrar", "namespace": "default", "labels": labels}}
-        managed.api.create("endpointslices", {**slice_, "addressType": "IPv4", "endpoints": []})
+    absent = {"install": OUT, "state": "absent"}
+    managed.install("run")
+    secret = {"name": "isthmus-ca", "labels": managed.there(NAMESPACE)["metadata"]["labels"]}
+    secret["labels"].pop("kubernetes.io/metadata.name")
+    body = {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": {"ca.key": "the key itself"}}
+    managed.api.request("POST", f"{NAMESPACE}/secrets", body)
+    labels = {key: value for key, value in secret["labels"].items() if key != "isthmus.io/component"}
+    labels["endpointslice.kubernetes.io/managed-by"] = "isthmus-registrar"
+    slice_ = {"metadata": {"name": "by-registrar", "namespace": "default", "labels": labels}}
+    managed.api.create("endpointslices", {**slice_, "addressType": "IPv4", "endpoints": []})
 
-        predicted = managed.install(check=True, **absent)
-        assert predicted["changed"]
-        assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is not None
-        result = managed.install(**absent)
+    predicted = managed.install(check=True, **absent)
+    assert predicted["changed"]
+    assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is not None
+    result = managed.install(**absent)
     assert "secret/isthmus-system/isthmus-ca" in result["removed"]
     assert "the key itself" not in json.dumps([predicted, result])
     assert managed.there(NAMESPACE) is None
