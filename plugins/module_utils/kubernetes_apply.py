@@ -226,8 +226,8 @@ def wait_rolled_out(
     """Until every pod of a workload runs as it says and is ready, for `seconds` at most; the progress when that is not
     so then, else nothing.
 
-    Unfinished when no further pod became ready for `stuck` seconds, `waited` of them before this call: it says which pod
-    and container keeps the others, and what it said last.
+    Unfinished when no further pod became ready for `stuck` seconds, `waited` of them before this call: it says which
+    pod and container keeps the others, and what it said last.
     """
     path, name, began = path_of(wanted), title(wanted), time.monotonic()
     best, since = None, began - waited

@@ -59,8 +59,8 @@ def ctr(module, *words):
         code, out, err = module.run_command([*CTR, *words], handle_exceptions=False)
     except OSError as exc:
         module.fail_json(
-            msg=f"ctr cannot be run: {exc.strerror}. It comes with containerd. Next: name only nodes that use containerd "
-            "in isthmus_image_import, or push the image to a registry."
+            msg=f"ctr cannot be run: {exc.strerror}. It comes with containerd. Next: name only nodes that use "
+            "containerd in isthmus_image_import, or push the image to a registry."
         )
     if code != 0:
         said = (err or out).strip().splitlines()[-1:] or ["it said nothing"]
@@ -100,8 +100,8 @@ def main():
         after = images(module).get(image, "")
         if after != digest:
             module.fail_json(
-                msg=f"containerd has {image} with digest {after or 'none'} after the import of {archive}, not {digest}. "
-                "Next: see that the archive was copied whole, and run again."
+                msg=f"containerd has {image} with digest {after or 'none'} after the import of {archive}, not "
+                f"{digest}. Next: see that the archive was copied whole, and run again."
             )
     module.exit_json(**changes.result(needed=True))
 

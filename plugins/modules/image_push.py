@@ -129,8 +129,8 @@ def main():
     registry = image.split("/", 1)[0]
     if "/" not in image or not (":" in registry or "." in registry or registry == "localhost"):
         module.fail_json(
-            msg=f"{image} names no registry, so it cannot be pushed. Next: set isthmus_image to <registry>/<name>:<tag>, "
-            "or import the image on the nodes (isthmus_image_import)."
+            msg=f"{image} names no registry, so it cannot be pushed. Next: set isthmus_image to "
+            "<registry>/<name>:<tag>, or import the image on the nodes (isthmus_image_import)."
         )
     certificates = module.params["ca_certificates"]
     try:
