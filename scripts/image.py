@@ -86,6 +86,7 @@ def base() -> Path:
         done = subprocess.run(
             [
                 *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(PACKAGES)}"),
+                "--dpkgopt=force-unsafe-io",  # what is interrupted is made anew
                 *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT),
                 *rootfs.apt_options(),
                 *(f'--customize-hook=sh {script} "$1"', rootfs.SUITE, str(part), "-"),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_access as access
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ownership
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import jsontext, ownership
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -35,8 +35,10 @@ CLIENT, MESH = "isthmus-etcd-client", "isthmus-etcd-mesh"
 SPEC, TRUST = "isthmus-spec", "isthmus-trust"
 """ConfigMaps: what the plan says of the cluster, and every cluster's authority."""
 SECRETS = ("isthmus-ca", "isthmus-etcd-tls", "isthmus-agent-tls", "isthmus-registrar-tls")
-PKI_CONFIG = "isthmus-pki"
-"""ConfigMap by which the PKI's Job answers."""
+PKI_CONFIG, PKI_KEY = "isthmus-pki", "issued.json"
+"""ConfigMap by which the PKI's Job answers, and the key in it."""
+PKI_WANTED = "isthmus-pki-wanted"
+"""ConfigMap that says what certificates there are to be."""
 NODES = "isthmus.io/nodes"
 """Annotation of the Service `MESH`: nodes whose addresses peers have, so that they stay the same."""
 DIGEST = "isthmus.io/digest"
@@ -49,8 +51,8 @@ PROGRAMS = "/opt/isthmus/current/bin"
 PEER_CN = "isthmus-etcd-peer"
 """Common name of members' certificates for each other, as on machines."""
 
-EXPOSE, WITH_ETCD, RUN = "expose", "etcd", "run"
-PHASES = (EXPOSE, WITH_ETCD, RUN)
+EXPOSE, WITH_PKI, WITH_ETCD, RUN = "expose", "pki", "etcd", "run"
+PHASES = (EXPOSE, WITH_PKI, WITH_ETCD, RUN)
 
 LOAD_BALANCER, NODE_PORT, HOST = "load_balancer", "node_port", "host"
 
@@ -539,6 +541,59 @@ def _agent(install: Mapping[str, Any]) -> Object:
     return _object(install, "DaemonSet", "apps/v1", AGENT, "agent", spec=spec)
 
 
+# --- keys and certificates
+
+
+def pki_digest(wanted: Mapping[str, Any]) -> str:
+    """By which the Job's answer says what it is the answer to."""
+    return hashlib.sha256(jsontext.canonical(wanted).encode()).hexdigest()
+
+
+def pki_objects(install: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Object]:
+    """What certificates there are to be, and the CronJob that renews them: a cluster that nobody looks after for a year
+    goes on."""
+    spec = {
+        "schedule": "17 3 * * 0",
+        "concurrencyPolicy": "Forbid",
+        "successfulJobsHistoryLimit": 1,
+        "failedJobsHistoryLimit": 1,
+        "jobTemplate": {"metadata": {"labels": labels(install, "pki")}, "spec": _pki_job_spec(install)},
+    }
+    config = _object(install, "ConfigMap", "v1", PKI_WANTED, "pki", data={"wanted.json": jsontext.canonical(wanted)})
+    return [config, _object(install, "CronJob", "batch/v1", PKI, "pki", spec=spec)]
+
+
+def pki_job(install: Mapping[str, Any], wanted: Mapping[str, Any]) -> Object:
+    """The Job that makes them now."""
+    name = f"{PKI}-{pki_digest(wanted)[:12]}"
+    return _object(install, "Job", "batch/v1", name, "pki", spec=_pki_job_spec(install))
+
+
+def _pki_job_spec(install: Mapping[str, Any]) -> Object:
+    container = {
+        "name": "pki",
+        "image": install["image"],
+        "command": [f"{PROGRAMS}/isthmus-pki", "--wanted", "/etc/isthmus-pki/wanted.json"],
+        "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
+        "resources": {"requests": {"cpu": "50m", "memory": "96Mi"}},
+        "securityContext": _UNPRIVILEGED,
+        "volumeMounts": [_mount("wanted", "/etc/isthmus-pki", readOnly=True)],
+    }
+    pod = {
+        "automountServiceAccountToken": True,
+        "restartPolicy": "Never",  # what a failed one said can be read
+        "securityContext": _UNPRIVILEGED_POD,
+        "containers": [container],
+        "volumes": [_config_volume("wanted", PKI_WANTED)],
+    }
+    return {
+        "backoffLimit": 2,
+        "activeDeadlineSeconds": 600,
+        "ttlSecondsAfterFinished": 86400,
+        "template": _template(install, "pki", PKI, digest(install["image"]), pod),
+    }
+
+
 # --- how peers reach etcd
 
 
@@ -726,6 +781,7 @@ KINDS = (
 namespace."""
 
 LEFT = (
+    ("batch/v1", "CronJob", NAMESPACE),
     ("batch/v1", "Job", NAMESPACE),
     ("v1", "PersistentVolumeClaim", NAMESPACE),
     ("v1", "Secret", NAMESPACE),

@@ -31,6 +31,7 @@ _RESOURCES = {
     "DaemonSet": "daemonsets",
     "Deployment": "deployments",
     "StatefulSet": "statefulsets",
+    "CronJob": "cronjobs",
     "Job": "jobs",
     "PodDisruptionBudget": "poddisruptionbudgets",
     "Role": "roles",

@@ -34,10 +34,14 @@ options:
   phase:
     description:
       - V(expose) applies the namespace, accounts, rights and Services, and waits for the address by which peers reach
-        etcd. V(etcd) adds etcd, which needs its certificates. V(run) adds registrars and agents, and prunes.
+        etcd. V(pki) has keys and certificates made inside the cluster, as O(wanted) says. V(etcd) adds etcd, which
+        needs them. V(run) adds registrars and agents, and prunes.
     type: str
-    choices: [expose, etcd, run]
+    choices: [expose, pki, etcd, run]
     default: run
+  wanted:
+    description: Which certificates there are to be, for O(phase=pki).
+    type: dict
   install:
     description:
       - What the plan says of the cluster, and C(image). With O(state=absent) C(estate) and C(cluster) will do.
@@ -83,7 +87,7 @@ RETURN = r"""
 exposed:
   description:
     - Where peers reach etcd, and what its certificates must carry. Empty in check mode while there is no address.
-  returned: success, with O(state=present)
+  returned: success, with O(state=present) and another phase than V(pki)
   type: dict
   sample:
     endpoints: ["https://198.18.4.200:2379"]
@@ -91,6 +95,12 @@ exposed:
     names: []
     cluster_ip: 10.96.3.4
     nodes: []
+issued:
+  description:
+    - What the cluster's PKI made that is public, its authority, requests for other clusters' authorities, certificates
+      for other clusters' registrars. Empty in check mode while it made nothing.
+  returned: success, with O(phase=pki)
+  type: dict
 unfinished:
   description: How far a roll-out is that goes on; empty when everything is rolled out.
   returned: success
@@ -104,6 +114,7 @@ removed:
   sample: ["deployment/isthmus-system/isthmus-registrar"]
 """
 
+import json
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -154,6 +165,56 @@ class Installation:
             removed = shell.prune(self.api, self.changes, in_cluster.KINDS, self.own, in_cluster.PRUNED, keep)
         exposed = self.exposed(nodes, chosen)
         return self.changes.result(exposed=exposed, unfinished=unfinished, removed=removed)
+
+    def pki(self):
+        """What exit_json is given: the PKI's answer to what is wanted of it."""
+        wanted = self.module.params["wanted"]
+        for one in in_cluster.pki_objects(self.install, wanted):
+            shell.apply(self.api, self.changes, one, self.own)
+        issued, due = self.issued(), in_cluster.pki_digest(wanted)
+        if issued.get("wanted") != due:
+            job = in_cluster.pki_job(self.install, wanted)
+            self.changes.note(
+                f"{shell.title(job)} of {self.api.server}", "", "keys and certificates as they are wanted"
+            )
+            if not self.module.check_mode:
+                issued = self.run_job(job, due)
+        return self.changes.result(issued=issued, unfinished="", removed=[])
+
+    def issued(self):
+        """The public answer of the PKI; empty when there is none."""
+        place = f"{shell.listing('v1', 'ConfigMap', in_cluster.NAMESPACE)}/{in_cluster.PKI_CONFIG}"
+        text = ((self.api.get(place) or {}).get("data") or {}).get(in_cluster.PKI_KEY)
+        try:
+            found = json.loads(text or "{}")
+        except ValueError:
+            return {}  # the Job makes it anew
+        return found if isinstance(found, dict) else {}
+
+    def run_job(self, job, due):
+        """The answer of a Job that is run now; one of that name that ended before without it is in the way."""
+        path = shell.path_of(job)
+        if self.api.get(path) is not None:
+            self.api.delete(path)
+            self.wait(lambda: self.api.get(path) is None, f"{shell.title(job)} of {self.api.server} cannot be deleted")
+        self.api.apply(path, job)
+        deadline = time.monotonic() + self.stuck
+        while True:
+            issued, there = self.issued(), self.api.get(path) or {}
+            if issued.get("wanted") == due:
+                return issued
+            ended = [one for one in (there.get("status") or {}).get("conditions") or () if one["status"] == "True"]
+            failed = [one for one in ended if one["type"] in ("Failed", "FailureTarget")]
+            if failed or time.monotonic() > deadline:
+                reason = f"it failed ({failed[0].get('reason')})" if failed else f"it did not end within {self.stuck} s"
+                told = shell.troubles(
+                    self.api, in_cluster.NAMESPACE, f"batch.kubernetes.io/job-name={path.rsplit('/')[-1]}"
+                )
+                raise kubernetes.ApiError(
+                    f"{shell.title(job)} of {self.api.server} made no certificates: {reason}: {told}. Next: put that "
+                    "right and run again"
+                )
+            time.sleep(shell.POLL)
 
     def refuse_other_size(self, wanted):
         """Members are neither added nor taken out by a number: the ones left behind would still count in raft."""
@@ -259,19 +320,24 @@ def main():
         argument_spec={
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "phase": {"type": "str", "choices": list(in_cluster.PHASES), "default": in_cluster.RUN},
+            "wanted": {"type": "dict"},
             "install": {"type": "dict", "required": True},
             "timeout": {"type": "int", "default": 300},
             "patience": {"type": "int", "default": 0},
             "waited": {"type": "int", "default": 0},
             **kubernetes.ARGUMENTS,
         },
+        required_if=[("phase", in_cluster.WITH_PKI, ["wanted"])],
         supports_check_mode=True,
     )
     install, state = module.params["install"], module.params["state"]
     changes = Changes(module)
     try:
         work = Installation(module, changes, access.labels(install["estate"], install["cluster"]))
-        result = work.present() if state == "present" else work.absent()
+        if state == "absent":
+            result = work.absent()
+        else:
+            result = work.pki() if module.params["phase"] == in_cluster.WITH_PKI else work.present()
     except kubernetes.ApiError as exc:
         changed = changes.changed and not module.check_mode
         module.fail_json(msg=f"Kubernetes of cluster {install['cluster']}: {exc}.", changed=changed)

@@ -9,23 +9,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import in_cluster
 from installations import installation, node
 from integration.kubernetes_fixture import ApiServer, Refused, program
 from integration.module_runner import ModuleFailed, run_module
 from integration.test_kubernetes_access import Cluster
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "/api/v1/namespaces/isthmus-system"
 APPS = "/apis/apps/v1/namespaces/isthmus-system"
 OUT = {"estate": "lab", "cluster": "managed"}
 CONTROLLERS = (
-    *("daemonset", "deployment", "replicaset", "statefulset", "namespace", "garbage-collector"),
+    *("daemonset", "deployment", "replicaset", "statefulset", "job", "namespace", "garbage-collector"),
     "persistentvolumeclaim-protection",
 )
 
@@ -36,6 +40,7 @@ class Managed(Cluster):
     def __init__(self, api: ApiServer, place: Path) -> None:
         super().__init__(api, place)
         self.end, self.still = threading.Event(), threading.Event()
+        self.told: list[str] = []  # what programs of pods said
 
     def install(self, phase: str = "run", check: bool = False, install: Any = None, **more: Any) -> dict[str, Any]:
         given = {"install": install or self.wanted(), "phase": phase, "kubeconfig": str(self.kubeconfig), "timeout": 60}
@@ -56,9 +61,40 @@ class Managed(Cluster):
         if pod["metadata"].get("deletionTimestamp"):
             self.api.delete("pods", "isthmus-system", name)
             return
+        if pod["spec"]["serviceAccountName"] == "isthmus-pki":
+            self.run_pki(pod)
+            return
         conditions = [{"type": one, "status": "True"} for one in ("Ready", "ContainersReady", "PodScheduled")]
         status = {"phase": "Running", "conditions": conditions, "observedGeneration": pod["metadata"]["generation"]}
         self.api.status("pods", "isthmus-system", name, status)
+
+    def run_pki(self, pod: dict[str, Any]) -> None:
+        """The Job's pod for real: its program as its service account, with what is mounted there."""
+        place = self.place / pod["metadata"]["name"]
+        place.mkdir(exist_ok=True)
+        asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": []}}
+        account = f"{NAMESPACE}/serviceaccounts/isthmus-pki/token"
+        (place / "token").write_text(self.api.request("POST", account, asked)["status"]["token"])
+        (place / "ca.crt").write_bytes(self.api.ca.crt.read_bytes())
+        (place / "namespace").write_text("isthmus-system")
+        (container,) = pod["spec"]["containers"]
+        (volume,) = pod["spec"]["volumes"]
+        for name, text in self.there(f"{NAMESPACE}/configmaps/{volume['configMap']['name']}")["data"].items():
+            (place / name).write_text(text)
+        assert container["command"][1:] == ["--wanted", f"{container['volumeMounts'][0]['mountPath']}/wanted.json"]
+        program = [sys.executable, "-m", "isthmus_agent.pki_job", f"--wanted={place}/wanted.json"]
+        program += [f"--account={place}", f"--server=127.0.0.1:{self.api.port}"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "agent")}
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        self.told.append(done.stdout + done.stderr)
+        code = done.returncode
+        ended = {"exitCode": code, "reason": "Completed" if code == 0 else "Error", "containerID": ""}
+        state = {"name": "pki", "ready": False, "image": "", "imageID": "", "restartCount": 0}
+        status = {
+            "phase": "Succeeded" if code == 0 else "Failed",
+            "containerStatuses": [{**state, "state": {"terminated": ended}}],
+        }
+        self.api.status("pods", "isthmus-system", pod["metadata"]["name"], status)
 
     def give_address(self) -> None:
         """What a provider's controller does with a Service of the type LoadBalancer."""
@@ -72,8 +108,8 @@ class Managed(Cluster):
         while not self.end.wait(0.1):
             with contextlib.suppress(Refused):  # it went meanwhile
                 for pod in self.pods() if not self.still.is_set() else ():
-                    ready = (pod.get("status") or {}).get("phase") == "Running"
-                    if not ready or pod["metadata"].get("deletionTimestamp"):
+                    phase = (pod.get("status") or {}).get("phase")
+                    if phase == "Pending" or pod["metadata"].get("deletionTimestamp"):
                         self.run_pod(pod)
                 if not self.still.is_set():
                     self.give_address()
@@ -165,6 +201,34 @@ def test_from_nothing_to_rolled_out_and_a_second_run_changes_nothing(managed: Ma
         again = managed.install(phase, check)
         assert (again["changed"], again["diff"], again["removed"]) == (False, [], [])
     assert managed.versions() == before
+
+
+def test_keys_are_made_inside_by_who_may_write_these_secrets_only(managed: Managed) -> None:
+    managed.install("expose")
+    names = in_cluster.server_names(1)
+    labels = in_cluster.labels(managed.wanted(), "pki")
+    wanted = {"schema": 1, "cluster": "managed", "dns": names, "ip": ["127.0.0.1"], "labels": labels}
+    wanted |= {"peers": {}, "certificates": {}, "requests": [], "known_ca": None}
+    assert managed.install("pki", True, wanted=wanted)["issued"] == {}
+    first = managed.install("pki", wanted=wanted)
+    assert "BEGIN CERTIFICATE" in first["issued"]["ca"], managed.told
+    secrets = managed.api.request("GET", f"{NAMESPACE}/secrets")["items"]
+    assert {one["metadata"]["name"] for one in secrets} == {*in_cluster.SECRETS}
+    keys = [value for one in secrets for name, value in one["data"].items() if name.endswith(".key")]
+    assert len(keys) >= 7
+    shown = json.dumps(first)
+    assert "PRIVATE KEY" not in shown
+    assert not [key for key in keys if key in shown]
+    again = managed.install("pki", wanted=wanted)
+    assert (again["changed"], again["issued"]) == (False, first["issued"])
+    # Whatever etcd's pod mounts is there.
+    (etcd,) = (one["data"] for one in secrets if one["metadata"]["name"] == "isthmus-etcd-tls")
+    assert {"etcd-server.key", "etcd-server.crt", "etcd-peer.key", "etcd-peer.crt", "revoked.crl"} <= etcd.keys()
+
+    with pytest.raises(ModuleFailed, match="made no certificates: it failed") as failed:
+        managed.install("pki", wanted={**wanted, "schema": 99}, timeout=120)
+    assert "exit" in failed.value.msg or "ended with 1" in failed.value.msg
+    assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
 
 
 def test_drift_is_put_right_and_what_others_added_stays(managed: Managed) -> None:

@@ -81,6 +81,21 @@ def test_no_secret_is_rendered_and_keys_are_mounted_from_secrets_only() -> None:
         assert (mounts["pki"], mounts["trust"]) == ("/etc/isthmus/pki", "/etc/isthmus/pki/trust")
 
 
+def test_the_pki_renews_by_itself_what_a_job_made() -> None:
+    wanted = {"schema": 1, "cluster": "managed", "dns": ["a"]}
+    config, cron = in_cluster.pki_objects(installation(), wanted)
+    job = in_cluster.pki_job(installation(), wanted)
+    assert cron["spec"]["jobTemplate"]["spec"] == job["spec"]
+    assert json.loads(config["data"]["wanted.json"]) == wanted
+    assert in_cluster.pki_job(installation(), {**wanted, "dns": ["b"]})["metadata"]["name"] != job["metadata"]["name"]
+    pods = job["spec"]["template"]["spec"]
+    assert pods["serviceAccountName"] == "isthmus-pki"
+    assert pods["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    # It is told of in the prune of nobody.
+    assert f"{ownership.COMPONENT}!=pki" in in_cluster.PRUNED
+    assert config["metadata"]["labels"][ownership.COMPONENT] == "pki"
+
+
 def test_rights_of_the_pki_are_its_own_secrets() -> None:
     rules = found("Role", "isthmus-pki")["rules"]
     for rule in rules:
