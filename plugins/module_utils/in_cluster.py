@@ -309,6 +309,7 @@ def _template(install: Mapping[str, Any], component: str, account: str, read: st
         "metadata": {"labels": labels(install, component), "annotations": {DIGEST: read}},
         "spec": {
             "serviceAccountName": account,
+            "enableServiceLinks": False,
             "nodeSelector": {"kubernetes.io/os": "linux"},
             **pod,
         },
@@ -366,14 +367,16 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
         "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [_apart("etcd")]},
     }
     if on_hosts:
-        terms = [{"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": sorted(nodes)}]}]
+        # By name: a node's label kubernetes.io/hostname may be another.
+        fields = ({"key": "metadata.name", "operator": "In", "values": [name]} for name in sorted(nodes))
+        terms = [{"matchFields": [one]} for one in fields]
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
     health = {"exec": {"command": etcd_health(install["cluster"])}, "timeoutSeconds": 5}
     container = {
         "name": "etcd",
         "image": install["image"],
         "command": ["/usr/bin/etcd"],
-        "env": [*etcd_environment(install), {"name": "ETCDCTL_API", "value": "3"}],
+        "env": etcd_environment(install),
         "ports": [_container_port("client", CLIENT_PORT), _container_port("peer", PEER_PORT)],
         "readinessProbe": {**health, "periodSeconds": 10, "failureThreshold": 3},
         # It says nothing of raft: a member without a leader must not be killed for it.

@@ -256,7 +256,7 @@ def test_etcd_on_hosts_is_where_peers_look_for_it() -> None:
     there = found("StatefulSet", "isthmus-etcd", nodes=nodes, type="host")["spec"]["template"]["spec"]
     assert there["hostNetwork"] is True
     required = there["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    assert required["nodeSelectorTerms"][0]["matchExpressions"][0]["values"] == list(nodes)
+    assert [term["matchFields"][0]["values"] for term in required["nodeSelectorTerms"]] == [["n1"], ["n2"], ["n3"]]
     few = [node("n1", "198.18.4.1")]
     (problem,) = in_cluster.exposure_problems(installation(type="host"), few, ["n1"])
     assert "3 members" in problem
