@@ -384,7 +384,8 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
         "startupProbe": {"tcpSocket": {"port": CLIENT_PORT}, "periodSeconds": 2, "failureThreshold": 150},
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}},
         "securityContext": _UNPRIVILEGED,
-        "volumeMounts": [*_PKI_MOUNTS, _mount("data", etcd_unit.DATA)],
+        # Ansible's modules write the record in here.
+        "volumeMounts": [*_PKI_MOUNTS, _mount("data", etcd_unit.DATA), _mount("tmp", "/tmp")],  # noqa: S108
     }
     pod = {
         "automountServiceAccountToken": False,
@@ -403,7 +404,11 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
             }
         ],
         "containers": [container],
-        "volumes": [_secret_volume("isthmus-etcd-tls", 0o440), _config_volume("trust", TRUST)],
+        "volumes": [
+            _secret_volume("isthmus-etcd-tls", 0o440),
+            _config_volume("trust", TRUST),
+            {"name": "tmp", "emptyDir": {}},
+        ],
     }
     claim: Object = {
         "accessModes": ["ReadWriteOnce"],
