@@ -146,6 +146,11 @@ def settle(
         "wanted": wanted.digest,
         "ca": authority.pem,
         "requests": requests,
+        "certificates": {
+            name[len("peer-") : -len(".crt")]: content.decode()
+            for name, content in sorted(outcome.secrets[REGISTRAR].items())
+            if name.startswith("peer-") and name.endswith(".crt")
+        },
         "signed": signed,
     }
     return outcome

@@ -42,6 +42,7 @@ class ActionModule(ActionBase):
                 "forget": {"type": "list", "elements": "str", "default": []},
                 "clean": {"type": "list", "elements": "str", "default": []},
                 "lists": {"type": "dict", "default": {}},
+                "exposed": {"type": "dict", "default": {}},
                 "version": {"type": "str"},
                 "serial": {"type": "raw"},
                 "by": {"type": "str"},
@@ -68,6 +69,7 @@ class ActionModule(ActionBase):
                     [str(name) for name in options["clean"]],
                     plain(options["lists"], "lists"),
                 ),
+                plain(options["exposed"], "exposed"),
             )
             refuse_foreign_services(
                 found.services,
@@ -98,6 +100,7 @@ class ActionModule(ActionBase):
             forgotten={name: dict(entry) for name, entry in found.forgotten.items()},
             revocations=[dict(entry) for entry in found.revocations],
             kubernetes_left=list(found.kubernetes_left),
+            in_cluster={name: dict(entry) for name, entry in found.in_cluster.items()},
             serial=serial,
             clusters={"new": new, "answering": answering},
             batches=split(found.specs, hosts, new, answering, serial).words(),

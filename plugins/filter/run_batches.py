@@ -33,6 +33,8 @@ _value:
   description:
     - C(together) and C(one_by_one), patterns of hosts, the latter in the order of the batches, and C(serial), how many
       of them are in each.
+    - C(in_cluster), hosts that stand for clusters whose control plane is in them, and C(readers), hosts that read the
+      etcd of such a cluster.
     - A play without hosts would be one of all hosts, so a pattern that no host matches is given instead of none.
   type: dict
 """
@@ -45,17 +47,22 @@ _NOBODY = ["!all"]
 def run_batches(members):
     """The patterns; see above."""
     looked_at = [variables for variables in members if "__plan_result" in variables]
-    found = Batches([], [])
+    found, inside, readers = Batches([], []), [], []
     if looked_at and not any(_is(one, "__preflight_installed", "failed") for one in looked_at):
         plan = looked_at[0]["__plan_result"]
         hosts = [
             str(one["inventory_hostname"]) for one in looked_at if not _is(one, "__preflight_result", "unreachable")
         ]
         found = split(plan["specs"], hosts, plan["clusters"]["new"], plan["clusters"]["answering"], plan["serial"])
+        inside = sorted(entry["entry"] for entry in plan["in_cluster"].values() if entry["entry"] in hosts)
+        if inside:
+            readers = sorted(name for name in hosts if (plan["specs"].get(name) or {}).get("member"))
     return {
         "together": found.together or _NOBODY,
         "one_by_one": [name for batch in found.batches for name in batch] or _NOBODY,
         "serial": [len(batch) for batch in found.batches],
+        "in_cluster": inside or _NOBODY,
+        "readers": readers or _NOBODY,
     }
 
 

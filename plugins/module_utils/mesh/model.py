@@ -415,7 +415,7 @@ class _Reader:
                 "with control_plane: in_cluster the cluster is the Kubernetes cluster that carries it",
                 "add kubernetes: {pod_ranges: [...], service_range: ...}, or set control_plane: hosts",
             )
-        on_hosts = ("hosts", "source", "client_port", "peer_port")
+        on_hosts = ("source", "client_port", "peer_port")
         strange = [f"etcd.{key}" for key in on_hosts if etcd[key] != schema.ETCD.keys[key].default]
         for key in [*strange, *(["ca_host"] if entry["ca_host"] is not None else [])]:
             self.problem(
@@ -423,6 +423,13 @@ class _Reader:
                 "it goes with control_plane: hosts only",
                 "etcd and the certificate authority are pods and Secrets of the cluster",
                 "remove it, or set control_plane: hosts",
+            )
+        if INVALID not in (etcd["hosts"], entry["state"]) and len(etcd["hosts"]) != 1 and entry["state"] != "absent":
+            self.problem(
+                f"{where}.etcd.hosts",
+                f"it names {len(etcd['hosts'])} hosts",
+                "with control_plane: in_cluster one host of the inventory stands for the pods of etcd",
+                "name the one host of the inventory that has isthmus_cluster: " + where.rpartition(".")[2],
             )
         expose = self.expose(f"{where}.expose", given or {k: key.default for k, key in schema.EXPOSE.keys.items()})
         if len(self.problems) > before or any(etcd[key] is INVALID for key in own):
@@ -602,7 +609,12 @@ class _Reader:
                 self.broken_hosts.add(name)
                 continue
             if isinstance(variables["isthmus_cluster"], str) and variables["isthmus_cluster"] in in_cluster:
-                self.entry(where, name, variables)
+                self.entry(
+                    where,
+                    name,
+                    variables,
+                    [one for one in clusters.values() if one.name == variables["isthmus_cluster"]],
+                )
                 continue
             before = len(self.problems)
             schema.HOST_NAME.read(name, where, self.problems)
@@ -642,14 +654,14 @@ class _Reader:
                 f"host {places[0]}{more}: {variable} is not a variable of Isthmus, which ignores it; "
                 f"{schema.unknown_variable(variable)}"
             )
-        self.missing_entries(clusters)
         self.unique_addresses(found)
         self.unique_nodes(found)
         self.pins(found)
         return found
 
-    def entry(self, where: str, name: str, variables: Mapping[str, Any]) -> None:
-        """A host that stands for a cluster whose control plane is in it."""
+    def entry(self, where: str, name: str, variables: Mapping[str, Any], clusters: list[Cluster]) -> None:
+        """A host that stands for the etcd of a cluster whose control plane is in it. `clusters`: that one, if it could
+        be read."""
         cluster = variables["isthmus_cluster"]
         for variable in sorted(set(variables) & set(schema.HOST.keys) - {"isthmus_cluster"}):
             self.problem(
@@ -658,26 +670,15 @@ class _Reader:
                 "it would be ignored",
                 "remove it",
             )
-        other = self.entries.setdefault(cluster, name)
-        if other != name:
+        self.entries[cluster] = name
+        if clusters and clusters[0].etcd.hosts and name not in clusters[0].etcd.hosts:
             self.problem(
                 f"{where}.isthmus_cluster",
-                f"host {other} stands for cluster {cluster} already",
-                "with control_plane: in_cluster one inventory host is where its API is asked from, and its nodes are "
-                "in the mesh without the inventory",
-                "keep one",
+                f"the nodes of cluster {cluster} are in the mesh without the inventory, and host "
+                f"{clusters[0].etcd.hosts[0]} stands for its etcd",
+                "it would be no part of anything",
+                "remove it from the inventory, or name it in etcd.hosts of the cluster instead",
             )
-
-    def missing_entries(self, clusters: Mapping[str, Cluster]) -> None:
-        for cluster in clusters.values():
-            if cluster.in_cluster is not None and cluster.name not in self.entries and not cluster.absent:
-                self.problem(
-                    f"isthmus_estate.clusters.{cluster.name}",
-                    "no host of the inventory stands for it",
-                    "with control_plane: in_cluster everything is done through the cluster's API, from one place",
-                    f"add a host with isthmus_cluster: {cluster.name}, such as {cluster.name}-api with "
-                    "ansible_connection: local",
-                )
 
     def kubernetes_node(self, where: str, name: str, given: Any, cluster: Cluster | None) -> str | None:
         if given is INVALID or cluster is None:

@@ -627,7 +627,8 @@ ETCD = Table(
     {
         "hosts": Key(
             Listing(HOST_NAME),
-            "Hosts of this cluster that carry its etcd members: 1 to 7, an odd number.",
+            "Hosts of this cluster that carry its etcd members: 1 to 7, an odd number. With `in_cluster` the one host "
+            "of the inventory that stands for the pods of etcd.",
             (),
         ),
         "replicas": Key(Choice((1, 3, 5)), "With `in_cluster`: pods that carry its etcd members.", None, "3"),
@@ -726,7 +727,7 @@ CLUSTER = Table(
         "control_plane": Key(
             Choice(("hosts", "in_cluster")),
             "Where etcd and registrar run: on `hosts` of the inventory, or in the Kubernetes cluster that it is, whose "
-            "nodes Ansible does not enter. One inventory host then stands for it: where its API is asked from.",
+            "nodes Ansible does not enter.",
             "hosts",
         ),
         "workload_ranges": Key(
