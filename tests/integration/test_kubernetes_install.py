@@ -264,7 +264,7 @@ def test_the_role_goes_through_its_phases_and_a_second_run_changes_nothing(manag
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=300,
+                timeout=900,
             )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
