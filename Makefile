@@ -89,11 +89,11 @@ lint: bundle ## every gate
 pytest: bpf ## run tests (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest $(ARGS)
 
-test: lint collection kubernetes ## every gate and every test that fits into every run (CI runs this)
+test: lint collection kubernetes image ## every gate and every test that fits into every run (CI runs this)
 	@sh scripts/test.sh
 
 test-full: export ISTHMUS_FULL := 1
-test-full: lint collection kubernetes ## what is too long for every run as well; writes the result to docs/test-full.md
+test-full: lint collection kubernetes image ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
 
 bench: collection lab-up ## measure the estate on the lab, each figure beside a baseline; gates nothing

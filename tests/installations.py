@@ -21,7 +21,10 @@ def installation(**expose: Any) -> dict[str, Any]:
             "token": "isthmus-lab-managed",
         },
         "expose": {**given, "node_port": None, "hosts": [], **expose},
-        "document": {"kind": "cluster", "peers": ["onprem"]},
+        "document": {
+            "kind": "cluster",
+            "cluster": {"kubernetes": {"pod_ranges4": ["10.244.0.0/16"], "service_range4": "10.96.0.0/16"}},
+        },
         "trust": {"managed": "its authority\n", "onprem": "onprem's authority\n"},
     }
 

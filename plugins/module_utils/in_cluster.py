@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from ipaddress import IPv4Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
@@ -384,7 +385,8 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
         "startupProbe": {"tcpSocket": {"port": CLIENT_PORT}, "periodSeconds": 2, "failureThreshold": 150},
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}},
         "securityContext": _UNPRIVILEGED,
-        "volumeMounts": [*_PKI_MOUNTS, _mount("data", etcd_unit.DATA)],
+        # Ansible's modules write the record in here.
+        "volumeMounts": [*_PKI_MOUNTS, _mount("data", etcd_unit.DATA), _mount("tmp", "/tmp")],  # noqa: S108
     }
     pod = {
         "automountServiceAccountToken": False,
@@ -403,7 +405,11 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
             }
         ],
         "containers": [container],
-        "volumes": [_secret_volume("isthmus-etcd-tls", 0o440), _config_volume("trust", TRUST)],
+        "volumes": [
+            _secret_volume("isthmus-etcd-tls", 0o440),
+            _config_volume("trust", TRUST),
+            {"name": "tmp", "emptyDir": {}},
+        ],
     }
     claim: Object = {
         "accessModes": ["ReadWriteOnce"],
@@ -670,6 +676,24 @@ def _addresses(node: Mapping[str, Any], kind: str) -> list[str]:
     """IPv4 addresses of a node of this kind."""
     found = (node.get("status") or {}).get("addresses") or ()
     return [one["address"] for one in found if one.get("type") == kind and ":" not in one["address"]]
+
+
+def wrong_cluster(install: Mapping[str, Any], nodes: Iterable[Mapping[str, Any]], address: str) -> str:
+    """Why an API with these Nodes, whose own Service has this ClusterIP, is not that of the cluster, as far as ranges
+    show it; empty when nothing speaks against it. No node is a host of the inventory, so nothing else would."""
+    declared = install["document"]["cluster"]["kubernetes"]
+    where = f"isthmus_estate.clusters.{install['cluster']}.kubernetes"
+    found = []
+    if address and ":" not in address and ip_address(address) not in ip_network(declared["service_range4"]):
+        found.append(f"its own service has {address}, and {where}.service_range is {declared['service_range4']}")
+    ranges = [network for text in declared["pod_ranges4"] if isinstance(network := ip_network(text), IPv4Network)]
+    for node in nodes:
+        for text in (node.get("spec") or {}).get("podCIDRs") or ():
+            network = ip_network(text)
+            if isinstance(network, IPv4Network) and not any(network.subnet_of(one) for one in ranges):
+                name, wanted = node["metadata"]["name"], ", ".join(declared["pod_ranges4"])
+                found.append(f"pods of node {name} get addresses of {text}, and {where}.pod_ranges is {wanted}")
+    return "; ".join(found[:3])
 
 
 def exposure_problems(

@@ -142,6 +142,7 @@ class Installation:
         """What exit_json is given."""
         phase = self.module.params["phase"]
         nodes = self.api.items("/api/v1/nodes")
+        self.refuse_other_cluster(nodes)
         service = self.api.get(f"{SERVICES}/{in_cluster.MESH}")
         chosen = in_cluster.choose_nodes(self.install, nodes, service)
         problems = in_cluster.exposure_problems(self.install, nodes, chosen)
@@ -215,6 +216,19 @@ class Installation:
                     "right and run again"
                 )
             time.sleep(shell.POLL)
+
+    def refuse_other_cluster(self, nodes):
+        try:
+            own = self.api.get("/api/v1/namespaces/default/services/kubernetes")
+        except kubernetes.Forbidden:
+            own = None  # nothing else needs that right
+        address = ((own or {}).get("spec") or {}).get("clusterIP") or ""
+        wrong = in_cluster.wrong_cluster(self.install, nodes, address)
+        if wrong:
+            raise kubernetes.ApiError(
+                f"{self.api.server} is another cluster, or its ranges are not the declared ones: {wrong}. Next: set "
+                "isthmus_kubeconfig and isthmus_kubeconfig_context to the cluster's own, or correct the ranges"
+            )
 
     def refuse_other_size(self, wanted):
         """Members are neither added nor taken out by a number: the ones left behind would still count in raft."""

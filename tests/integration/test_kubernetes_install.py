@@ -21,7 +21,7 @@ import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import in_cluster
 from installations import installation, node
 from integration.kubernetes_fixture import ApiServer, Refused, program
-from integration.module_runner import ModuleFailed, run_module
+from integration.module_runner import ModuleFailed, collection, run_module
 from integration.test_kubernetes_access import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +229,49 @@ def test_keys_are_made_inside_by_who_may_write_these_secrets_only(managed: Manag
         managed.install("pki", wanted={**wanted, "schema": 99}, timeout=120)
     assert "exit" in failed.value.msg or "ended with 1" in failed.value.msg
     assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
+
+
+def test_the_role_goes_through_its_phases_and_a_second_run_changes_nothing(managed: Managed, tmp_path: Path) -> None:
+    common = {
+        "in_cluster_install": {key: value for key, value in managed.wanted().items() if key != "image"},
+        "in_cluster_image": "isthmus:1.0.0",
+        "in_cluster_kubeconfig": str(managed.kubeconfig),
+        "in_cluster_timeout": 60,
+    }
+    tasks = [
+        {
+            "ansible.builtin.include_role": {"name": "isthmus.mesh.in_cluster"},
+            "vars": {**common, "in_cluster_phase": one},
+        }
+        for one in ("image", "expose", "etcd", "run")
+    ]
+    wanted = "https://198.18.4.200:2379"
+    tasks.insert(2, {"ansible.builtin.assert": {"that": f"__in_cluster_result.exposed.endpoints == ['{wanted}']"}})
+    play = [{"hosts": "localhost", "gather_facts": False, "connection": "local", "tasks": tasks}]
+    (tmp_path / "play.yml").write_text(json.dumps(play))
+
+    def run() -> str:
+        with collection() as environment:
+            place = {"ANSIBLE_COLLECTIONS_PATH": environment["PYTHONPATH"].split(os.pathsep)[0], "ANSIBLE_NOCOLOR": "1"}
+            done = subprocess.run(
+                [
+                    str(Path(sys.executable).with_name("ansible-playbook")),
+                    "-i",
+                    "localhost,",
+                    str(tmp_path / "play.yml"),
+                ],
+                env={**environment, **place, "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=900,
+            )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "changed=3 " in run()
+    assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is not None
+    assert "changed=0 " in run()
 
 
 def test_drift_is_put_right_and_what_others_added_stays(managed: Managed) -> None:

@@ -179,8 +179,8 @@ def read_inventory(directory: Path) -> Inventory:
     sites: dict[str, Site] = {}
     for name, known in variables.items():
         cluster = str(known.get("isthmus_cluster") or known.get("lab_cluster") or "")
-        if not cluster or known.get("ansible_connection") == "local":
-            continue
+        if not cluster or "ansible_connection" in known:
+            continue  # it stands for something that is no machine
         entry = cluster_entry(known, cluster)
         site = str(known.get("isthmus_site") or entry.get("site") or cluster)
         literal = known.get("isthmus_underlay") or known.get("ansible_host")

@@ -980,6 +980,12 @@ PLAY_VARIABLES = {
     "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "
     "the environment there says (K8S_AUTH_*, KUBECONFIG), or ~/.kube/config.",
     "isthmus_kubeconfig_context": "Of a host or group: context in that kubeconfig; else its current one.",
+    "isthmus_image": "With `control_plane: in_cluster`: registry, name and tag of the image that pods use.",
+    "isthmus_image_archive": "The archive of `make image` on the controller, which is pushed there; else it is there.",
+    "isthmus_image_username": "User of that registry; else what `skopeo login` left.",
+    "isthmus_image_password": "Their password or token, from a vault.",
+    "isthmus_image_ca_certificates": "Directory with the authority (ca.crt) of a registry that is not publicly known.",
+    "isthmus_image_import": "Hosts of the inventory that import the archive into containerd; nothing is pushed then.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }

@@ -142,7 +142,7 @@ def test_pods_are_replaced_when_what_they_read_at_their_start_changes() -> None:
         return {name for name in before if before[name] != after[name]}
 
     trust = installation()["trust"]
-    assert changed(document={"kind": "cluster", "peers": []}) == {"isthmus-agent", "isthmus-registrar"}
+    assert changed(document={"kind": "cluster"}) == {"isthmus-agent", "isthmus-registrar"}
     assert changed(trust={**trust, "onprem": "another"}) == {"isthmus-registrar"}
     assert changed(trust={**trust, "managed": "another"}) == {"isthmus-registrar", "isthmus-etcd"}
 
@@ -202,6 +202,16 @@ def test_an_etcd_in_the_internet_needs_ranges_and_is_warned_of() -> None:
 
 def service(**more: Any) -> dict[str, Any]:
     return {"metadata": {"name": "isthmus-etcd-mesh", "annotations": {}}, "spec": {"clusterIP": "10.96.3.4"}, **more}
+
+
+def test_another_cluster_is_known_by_its_ranges() -> None:
+    nodes = [{**node("n1", "198.18.4.1"), "spec": {"podCIDRs": ["10.244.1.0/24", "fd00:1::/64"]}}]
+    assert in_cluster.wrong_cluster(installation(), nodes, "10.96.0.1") == ""
+    assert in_cluster.wrong_cluster(installation(), [node("n1", "198.18.4.1")], "") == ""
+    assert "its own service has 10.100.0.1" in in_cluster.wrong_cluster(installation(), nodes, "10.100.0.1")
+    nodes[0]["spec"]["podCIDRs"] = ["10.10.1.0/24"]
+    words = in_cluster.wrong_cluster(installation(), nodes, "10.96.0.1")
+    assert words.startswith("pods of node n1 get addresses of 10.10.1.0/24, and isthmus_estate.clusters.managed")
 
 
 def test_where_peers_reach_a_load_balancer() -> None:
