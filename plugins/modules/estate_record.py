@@ -252,7 +252,8 @@ def own_endpoints(module):
     if node is not None:
         return node["etcd"]["endpoints"] if node["cluster"]["name"] == cluster else []
     # A run that ended early wrote the record, but not yet the host's specification.
-    settings = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+    # In a pod there is no specification.
+    settings = estate.etcd_settings()
     return [etcd_unit.local_url(settings)] if etcd_unit.cluster_of(settings) == cluster else []
 
 
@@ -320,7 +321,7 @@ def present(module, changes):
     # Of a cluster that has just formed, only its own hosts have the authority yet.
     own = {"clusters/" + cluster: record["clusters/" + cluster]}
     answer = {"cluster": cluster, "documents": record, "own": own}
-    bare = not os.path.isdir(os.path.join(etcd_unit.DATA, "member")) or not estate.has_operator(cluster)
+    bare = not estate.has_etcd_data() or not estate.has_operator(cluster)
     if bare and not module.check_mode:
         module.warn(
             f"this host carries no etcd of cluster {cluster} yet; the estate record reaches that cluster when "

@@ -99,6 +99,11 @@ TABLES = (
     ),
     ("`isthmus_estate.clusters.<name>.etcd`", schema.ETCD, "The members form one at a time."),
     (
+        "`isthmus_estate.clusters.<name>.expose`",
+        schema.EXPOSE,
+        "Of a cluster whose control plane is in it: how other clusters' registrars dial its etcd.",
+    ),
+    (
         "`isthmus_estate.clusters.<name>.etcd.source`",
         schema.ETCD_SOURCE,
         "`archive` needs `sha256` and `path` or `url`.",
