@@ -155,8 +155,8 @@ kubernetes_left:
   sample: ["kube"]
 in_cluster:
   description:
-    - What is to be installed into each cluster with C(control_plane=in_cluster), for M(isthmus.mesh.kubernetes_install),
-      and in C(entry) the inventory host that stands for it.
+    - What is to be installed into each cluster with C(control_plane=in_cluster), for
+      M(isthmus.mesh.kubernetes_install), and in C(entry) the inventory host that stands for it.
   returned: success
   type: dict
 serial:
