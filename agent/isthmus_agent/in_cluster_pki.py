@@ -113,6 +113,14 @@ def settle(
     files = outcome.secrets[CA]
     evidence = {} if wanted.known_ca is None else {"the estate record": wanted.known_ca}
     key, certificate = files.get("ca.key"), files.get("ca.crt")
+    if key is None and (evidence or certificate is not None):
+        raise pki.PkiError(
+            f"the private key of cluster {wanted.cluster}'s certificate authority is missing: {DIRECTORY} has no "
+            f"ca.key, but {'the estate record' if evidence else 'its ca.crt'} shows that there was one, which the mesh "
+            f"trusts. It is never made again by itself. Next: put the Secret {CA} back from a backup of the "
+            f"cluster's Secrets; without one, take the cluster out of the mesh (state: absent in the inventory, run "
+            "isthmus.mesh.site), and join it anew"
+        )
     made = pki.establish_authority(wanted.cluster, key, certificate, evidence, DIRECTORY, now)
     authority = made.authority
     if made.write_certificate is not None:

@@ -16,6 +16,8 @@ description:
     write the estate record, its lock and the rights in etcd run in a pod of etcd as they run on an etcd host, so that
     no key of the cluster leaves it.
   - Takes the first pod of etcd that is ready, by the Kubernetes API (C(pods/exec)).
+  - Works as the user of the pod and below C(/tmp), which alone can be written there, whatever the inventory says of
+    becoming another user and of remote directories for machines.
 requirements:
   - Python package C(kubernetes) on the controller
 options:
@@ -50,6 +52,7 @@ from ansible.plugins.connection import ConnectionBase
 from ansible.utils.display import Display
 
 NAMESPACE, CONTAINER, SELECTOR = "isthmus-system", "etcd", "isthmus.io/component=etcd"
+REMOTE_TMP = "/tmp/.ansible"  # noqa: S108 - the pod has one user
 CHUNK = 64 * 1024
 """Bytes of one message of the API's stream."""
 
@@ -67,6 +70,16 @@ class Connection(ConnectionBase):
         super().__init__(*arguments, **options)
         self.api = None
         self.pod = ""
+        configure = self._shell.set_options
+
+        def set_options(*given, **named):
+            configure(*given, **named)
+            self._shell.set_option("remote_tmp", REMOTE_TMP)
+
+        self._shell.set_options = set_options
+
+    def set_become_plugin(self, plugin):
+        """There is no other user in a pod."""
 
     def _connect(self):
         if self.api is None:

@@ -59,6 +59,11 @@ def etcd_settings() -> dict[str, str]:
     return found or {key: value for key, value in os.environ.items() if key.startswith("ETCD_")}
 
 
+def in_pod() -> bool:
+    """Whether this is a pod of etcd, which has its settings from its environment."""
+    return read_bytes(etcd_unit.ENVIRONMENT) is None and bool(etcd_settings())
+
+
 def has_etcd_data() -> bool:
     """Whether a member's data is here."""
     return os.path.isdir(os.path.join(etcd_settings().get("ETCD_DATA_DIR", etcd_unit.DATA), "member"))

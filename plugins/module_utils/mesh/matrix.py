@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .encryption import CHANGING, STAGES, Pair, Stage, pairs
-from .openings import Documents, between
+from .openings import Documents, between, is_in_cluster
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
 UNDERLAY_MTU = 1500
@@ -24,11 +24,14 @@ def inner_mtu(stage: Stage, underlay: int = UNDERLAY_MTU) -> int:
 
 
 def rows(documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways) -> Iterator[dict[str, Any]]:
-    """A row for each two sites that have hosts, and for each site that has several."""
+    """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
+    Kubernetes knows, there may be."""
     sizes: dict[str, int] = {}
     for document in documents.values():
         for entry in document["hosts"].values():
             sizes[entry["site"]] = sizes.get(entry["site"], 0) + 1
+        if is_in_cluster(document):
+            sizes[document["site"]] = sizes.get(document["site"], 0) + 2
     for one in pairs(sizes):
         if one[0] == one[1] and sizes[one[0]] == 1:
             continue

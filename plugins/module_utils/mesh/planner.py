@@ -17,7 +17,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from . import encryption, jsontext, matrix, spec, versions, vpc
+from . import encryption, jsontext, matrix, openings, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Pair, Stage
@@ -241,6 +241,7 @@ class _Planner:
             documents[name] = self.settled(document, CLUSTERS + name, old)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
+        self.check_in_cluster(present, ways)
         vpcs = self.vpcs(present, ways)
         roster = self.roster(documents, {pair: stages[0] for pair, (_now, stages) in ways.items()}, vpcs)
         self.check_sizes(documents, roster)
@@ -262,7 +263,9 @@ class _Planner:
             forgotten=forgotten,
             revocations=tuple(self.revocations(documents, forgotten)),
             kubernetes_left=tuple(
-                name for name, doc in self.known.items() if "kubernetes" in doc and "kubernetes" not in documents[name]
+                name
+                for name, doc in self.known.items()
+                if "kubernetes" in doc and "kubernetes" not in documents[name] and not openings.is_in_cluster(doc)
             ),
             in_cluster={
                 name: _in_cluster(self.model, present, cluster)
@@ -276,6 +279,53 @@ class _Planner:
             steps=tuple(self.steps(following, present, ways)),
             stages=stages,
             vpcs=vpcs,
+        )
+
+    # Clusters whose control plane is in them
+
+    def check_in_cluster(
+        self,
+        present: Mapping[str, Mapping[str, Any]],
+        ways: Mapping[Pair, tuple[Stage | None, list[Stage]]],
+    ) -> None:
+        """What hosts of the inventory have and nodes that only Kubernetes knows cannot."""
+        for name, document in present.items():
+            if openings.is_in_cluster(document):
+                self.check_encryption_of(name, document["site"], ways)
+                self.tell_of_vpcs(name, document["site"])
+
+    def check_encryption_of(self, name: str, site: str, ways: Mapping[Pair, tuple[Stage | None, list[Stage]]]) -> None:
+        """A pair that is being turned off is encrypted still."""
+        encrypted = [
+            pair for pair, (now, stages) in ways.items() if site in pair and any(stage for stage in (now, *stages))
+        ]
+        if not encrypted:
+            return
+        pairs = ", ".join(matrix.name(pair) for pair in encrypted)
+        wanted = any(self.model.encryption.of(pair) == "wireguard" for pair in encrypted)
+        self.problem(
+            f"isthmus_estate.clusters.{name}.site",
+            f"traffic of site {site} is encrypted ({pairs}), and the cluster's control plane is in it",
+            "its nodes have no keys of WireGuard so far, and hosts that encrypt send them nothing in clear",
+            "name each of these pairs under isthmus_estate.site_pairs with encryption: none, or give the cluster a "
+            "site of its own and name that one's pairs"
+            if wanted
+            else "run isthmus.mesh.site without the cluster until encryption is turned off, or give it a site of its "
+            "own",
+        )
+
+    def tell_of_vpcs(self, name: str, site: str) -> None:
+        sites = [one.site for one in self.model.vpcs.sites.values() if not one.absent]
+        if site in sites:
+            held = f"what the VPC of site {site} lets in for these nodes and routes to them, and "
+        elif any(vpc.FIREWALL in one.manage for one in self.model.vpcs.sites.values() if not one.absent):
+            held = ""
+        else:
+            return
+        self.warnings.append(
+            f"cluster {name}: Kubernetes knows its nodes, the inventory does not, so VPCs (isthmus_estate.sites.*.vpc) "
+            f"open no port for them. Next: see yourself to {held}that hosts with a VPC let in what docs/ports.md says "
+            "from these nodes"
         )
 
     # VPCs
@@ -529,7 +579,7 @@ class _Planner:
             departed = document.get("departed", [])
             if document["state"] == "absent" or document["ca_certificate"] is None or not (forgotten or departed):
                 continue
-            if _is_in_cluster(document):
+            if openings.is_in_cluster(document):
                 self.warnings.append(
                     f"cluster {name}: its authority is in the cluster and revokes nothing so far: certificates that it "
                     f"gave to {', '.join(sorted({*forgotten, *departed}))} are good until they end. Next: replace "
@@ -835,6 +885,12 @@ class _Planner:
         if f"cluster/{name}" in self.prune or (cluster is not None and cluster.absent):
             if running is not None:
                 self.removed.append(f"cluster/{name}")
+                if openings.is_in_cluster(running) and cluster is None:
+                    self.warnings.append(
+                        f"cluster {name}: its control plane is in it, and goes on there although nobody in the mesh "
+                        "knows it any more. Next: put it back into the inventory with state: absent and run "
+                        "isthmus.mesh.site, which takes everything of the mesh out of it"
+                    )
                 tombstone = {"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}
                 return self.stamped({**tombstone, **_filled(forgotten=self.forgotten_of(name))}, old)
             return self.kept(name, old)
@@ -1646,13 +1702,9 @@ def _etcd_clients(own: Mapping[str, Any], endpoints: list[str]) -> dict[str, Any
     }
 
 
-def _is_in_cluster(document: Mapping[str, Any]) -> bool:
-    return document.get("control_plane") == "in_cluster"
-
-
 def _peer_urls(document: Mapping[str, Any]) -> list[str]:
     """Where other clusters dial its etcd; nowhere while one that is in its cluster was not exposed yet."""
-    if _is_in_cluster(document):
+    if openings.is_in_cluster(document):
         return list(document.get("exposed", {"endpoints": ()})["endpoints"])
     port = document["etcd"]["client_port"]
     return [f"https://{document['hosts'][member]['advertise4']}:{port}" for member in document["etcd"]["members"]]
@@ -1715,7 +1767,7 @@ def _lines(record: Record) -> dict[str, str]:
             f"members {', '.join(etcd['members'])}, ports {etcd['client_port']} and {etcd['peer_port']}, "
             f"from {source}, quota {etcd['quota_bytes']} bytes"
         )
-        if _is_in_cluster(doc):
+        if openings.is_in_cluster(doc):
             found[f"etcd of cluster {name}"] = (
                 f"{etcd['replicas']} members in the cluster, for peers at "
                 f"{', '.join(_peer_urls(doc)) or 'an address that is not known yet'}, quota {etcd['quota_bytes']} bytes"

@@ -106,6 +106,65 @@ def test_what_is_installed() -> None:
     assert document["hash"] == spec_hash(document)
 
 
+def wireguard(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+    the_estate["encryption"] = "wireguard"
+
+
+def plain(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+    """The pairs of its site are not encrypted, all others are."""
+    wireguard(the_estate, the_hosts)
+    sites = sorted({*(cluster.get("site", name) for name, cluster in the_estate["clusters"].items()), "edge"})
+    the_estate["sites"] = {site: {} for site in sites}
+    the_estate["site_pairs"] = [{"sites": ["managed", site], "encryption": "none"} for site in sites]
+
+
+def test_its_nodes_have_no_keys_of_wireguard() -> None:
+    words = refused(wireguard)
+    assert "isthmus_estate.clusters.managed.site" in words
+    assert "within managed" in words
+    assert "encryption: none" in words
+    found = replanned(plain, exposed=EXPOSED)
+    assert "wireguard" not in found.in_cluster["managed"]["document"]
+    assert "managed" in found.specs["c1"]["wireguard"]["plain_sites"]
+
+
+def test_it_does_not_join_where_encryption_is_only_being_turned_off() -> None:
+    def without(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        wireguard(the_estate, the_hosts)
+        del the_estate["clusters"]["managed"], the_hosts["managed-api"]
+
+    def beside(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        the_estate["clusters"]["managed"]["site"] = "cloud"
+
+    words = refused(beside, previous=replanned(without))
+    assert "run isthmus.mesh.site without the cluster until encryption is turned off" in words
+
+
+def test_the_matrix_of_sites_has_its_nodes() -> None:
+    rows = {tuple(row["sites"]): row for row in replanned(exposed=EXPOSED).sites}
+    opened = [(one["port"], one["on"], one["from"]) for one in rows["cloud", "managed"]["open"]]
+    assert (8472, "every host of cloud and managed", "each other") in opened
+    assert (2379, "198.18.6.200 (etcd of managed)", "etcd hosts of cloud") in opened
+    assert any(
+        port == 2379 and to.endswith("(etcd of cloud)") and who == "nodes of managed" for port, to, who in opened
+    )
+    assert ("managed", "managed") in rows
+
+
+def test_vpcs_do_not_know_its_nodes() -> None:
+    def edit(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        sites = {cluster.get("site", name) for name, cluster in the_estate["clusters"].items()} | {"edge"}
+        the_estate["sites"] = {site: {} for site in sorted(sites)}
+        vpc = {"provider": "aws", "network": "vpc-1", "region": "x", "manage": ["routes", "firewall"]}
+        the_estate["sites"]["cloud"] = {"vpc": {**vpc, "gateways": [{"gateway": "tgw-1", "sites": ["managed"]}]}}
+
+    found = replanned(edit, exposed=EXPOSED)
+    assert any("cluster managed" in words and "VPC" in words for words in found.warnings)
+    (call,) = found.vpcs.calls
+    behind = {one["destination"] for one in call["routes"] if one.get("gateway") == "tgw-1"}
+    assert behind == {"10.106.0.0/16", "10.246.0.0/16"}
+
+
 def test_others_learn_of_it_when_it_can_be_dialled() -> None:
     first = replanned()
     assert [peer["name"] for peer in first.specs["c1"]["registrar"]["peers"]] == ["onprem"]
@@ -209,7 +268,11 @@ def test_it_leaves_as_every_cluster_does() -> None:
         lambda e, h: (e["clusters"].pop("managed"), h.pop("managed-api")), first, prune=("cluster/managed",)
     )
     assert removed.record["clusters/managed"]["state"] == "absent"
-    assert removed.kubernetes_left == ("managed",)
+    assert removed.kubernetes_left == ()  # that is about registrars on hosts
+    assert any("its control plane is in it, and goes on there" in words for words in removed.warnings)
+    absent = replanned(lambda e, h: of(e).update(state="absent"), first)
+    assert absent.record["clusters/managed"]["state"] == "absent"
+    assert not any("goes on there" in words for words in absent.warnings)
 
 
 def test_a_record_that_lacks_what_is_read_of_it_is_refused() -> None:
