@@ -25,7 +25,9 @@ options:
     type: dict
     required: true
   members:
-    description: Variables of all hosts of the inventory, of which those that the role pki registered are looked at.
+    description:
+      - Variables of all hosts of the inventory, of which those that the role pki registered are looked at, and those in
+        which answers of other clusters with C(control_plane=in_cluster) are kept.
     type: list
     elements: dict
     required: true
@@ -62,29 +64,54 @@ def in_cluster_wanted(install, exposed, members, issued=None, signed=()):
     """The document; see above."""
     issued = issued or {}
     cluster = install["cluster"]
+    others = _others(cluster, members)
     names = [*in_cluster.server_names(install["etcd"]["replicas"]), "localhost", *exposed["names"]]
     addresses = ["127.0.0.1", exposed["cluster_ip"], *exposed["addresses"]]
     certificates = dict(issued.get("certificates", {}))
+    for name, (_entry, answer) in others.items():
+        for one in answer.get("signed", ()):
+            if one["cluster"] == cluster:
+                certificates[name] = one["certificate"]
     for answer in signed:
         for one in answer.get("certificates", ()):
             certificates[answer["cluster"]] = one["certificate"]
+    authorities = {**_authorities(members, others), **install["trust"]}
     peers = [peer["name"] for peer in install["document"]["registrar"]["peers"]]
     return {
         "schema": 1,
         "cluster": cluster,
         "dns": list(dict.fromkeys(names)),
         "ip": list(dict.fromkeys(addresses)),
-        "peers": {name: install["trust"][name] for name in peers if name in install["trust"]},
+        "peers": {name: authorities[name] for name in peers if name in authorities},
         "certificates": {name: pem for name, pem in sorted(certificates.items()) if pem and name in peers},
-        "requests": _requests(cluster, members, issued),
+        "requests": _requests(cluster, members, issued, others),
         # The record has it when etcd has run; the cluster's own answer is the same.
         "known_ca": install["trust"].get(cluster) or issued.get("ca"),
         "labels": in_cluster.labels(install, "pki"),
     }
 
 
-def _requests(cluster, members, issued):
-    """Of etcd hosts that want to read this etcd: what they ask for now, else what they were given."""
+def _others(cluster, members):
+    """Other clusters of the kind: by name the host that stands for each, and what its PKI has answered in this run."""
+    return {
+        str(variables["isthmus_cluster"]): (str(variables["inventory_hostname"]), variables["__site_issued"])
+        for variables in members
+        if variables.get("__site_issued") and str(variables["isthmus_cluster"]) != cluster
+    }
+
+
+def _authorities(members, others):
+    """Those that signed in this run, which the record may not have yet."""
+    found = {name: answer["ca"] for name, (_entry, answer) in others.items() if "ca" in answer}
+    for variables in members:
+        for answer in (variables.get("__pki_signed") or {}).get("results") or ():
+            if answer.get("cluster") and answer.get("ca_certificate"):
+                found[answer["cluster"]] = answer["ca_certificate"]
+    return found
+
+
+def _requests(cluster, members, issued, others):
+    """Of registrars that want to read this etcd: what they ask for now, else what they were given."""
     found = {
         (one["cluster"], one["host"]): {"cluster": one["cluster"], "host": one["host"], "csr": one["csr"]}
         for one in issued.get("signed", ())
@@ -95,6 +122,10 @@ def _requests(cluster, members, issued):
                 if request["csr"]:
                     place = (str(variables["isthmus_cluster"]), str(variables["inventory_hostname"]))
                     found[place] = {"cluster": place[0], "host": place[1], "csr": str(request["csr"])}
+    for name, (entry, answer) in others.items():
+        if cluster in answer.get("requests", {}):
+            csr = answer["requests"][cluster]["csr"]
+            found[name, entry] = {"cluster": name, "host": entry, "csr": csr}
     return [found[place] for place in sorted(found)]
 
 

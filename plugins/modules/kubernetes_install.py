@@ -106,6 +106,12 @@ unfinished:
   returned: success
   type: str
   sample: "DaemonSet isthmus-system/isthmus-agent: 40 of 200 pods are ready"
+unready:
+  description: What is there and not ready, a line for each workload; nothing is waited for then.
+  returned: in check mode
+  type: list
+  elements: str
+  sample: ["DaemonSet isthmus-system/isthmus-agent: 1 of 2 pods are ready"]
 removed:
   description: What was deleted.
   returned: success
@@ -137,6 +143,7 @@ class Installation:
         self.api = kubernetes.connect(module)
         patience = module.params["patience"]
         self.until = time.monotonic() + patience if patience else float("inf")
+        self.unready = []
 
     def present(self):
         """What exit_json is given."""
@@ -165,7 +172,8 @@ class Installation:
             keep = [shell.path_of(one) for one in wanted]
             removed = shell.prune(self.api, self.changes, in_cluster.KINDS, self.own, in_cluster.PRUNED, keep)
         exposed = self.exposed(nodes, chosen)
-        return self.changes.result(exposed=exposed, unfinished=unfinished, removed=removed)
+        looked = {"unready": self.unready} if self.module.check_mode else {}
+        return self.changes.result(exposed=exposed, unfinished=unfinished, removed=removed, **looked)
 
     def pki(self):
         """What exit_json is given: the PKI's answer to what is wanted of it."""
@@ -244,6 +252,9 @@ class Installation:
 
     def rolled_out(self, wanted):
         if self.module.check_mode:
+            found = self.api.get(shell.path_of(wanted))
+            there, all_of_them = shell.rolled_out(found) if found else (0, 0)
+            self.unready += [shell.progress(wanted, found)] if there < all_of_them else []
             return ""
         waited = self.module.params["waited"]
         return shell.wait_rolled_out(self.api, wanted, self.until - time.monotonic(), self.stuck, waited)

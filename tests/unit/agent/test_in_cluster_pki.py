@@ -130,7 +130,7 @@ def test_a_lost_key_is_made_again_but_never_the_authoritys() -> None:
     del damaged[CA]["ca.key"]
     with pytest.raises(PkiError, match="private key of cluster managed's certificate authority is missing"):
         settle(wanted(), damaged, before.issued, NOW)
-    with pytest.raises(PkiError, match="estate record shows that it was"):
+    with pytest.raises(PkiError, match="the estate record shows that there was one"):
         settle(wanted(known_ca=before.issued["ca"]), {}, {}, NOW)
 
 
