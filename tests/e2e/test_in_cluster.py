@@ -110,4 +110,3 @@ def test_teardown_leaves_nothing(managed: Kubernetes) -> None:
     for node in NODES:
         assert "isthmus" not in managed.lab.exec(node, ["ip", "-brief", "link"]).stdout
         assert "isthmus" not in managed.lab.exec(node, ["ls", "/sys/fs/bpf", "/var/lib", "/run"]).stdout
-    play("site", inventory=IN_CLUSTER)
