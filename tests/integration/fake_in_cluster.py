@@ -20,6 +20,8 @@ OPTIONS = (
     "certificates cluster context directory host install kubeconfig known_ca lists patience phase replacing requests "
     "signed spec state timeout trust waited wanted"
 )
+CA = "-----BEGIN CERTIFICATE-----"
+"""Of every cluster, as fake_modules.py has it in the record."""
 EXPOSED = {
     "endpoints": ["https://192.0.9.200:2379"],
     "addresses": ["192.0.9.200"],
@@ -38,7 +40,7 @@ def pki(module: AnsibleModule, wanted: dict[str, Any]) -> dict[str, Any]:
         due = [peer for peer in wanted["peers"] if peer not in wanted["certificates"]]
         issued = {
             "wanted": digest,
-            "ca": "CA of m",
+            "ca": CA,
             "requests": {peer: {"csr": f"m asks {peer}", "reason": "there is none yet"} for peer in due},
             "certificates": wanted["certificates"],
             "signed": [{**one, "certificate": f"m signed {one['csr']}"} for one in wanted["requests"]],
@@ -48,6 +50,8 @@ def pki(module: AnsibleModule, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def kubernetes_install(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
+    if given["state"] == "absent":
+        return {"changed": True, "unfinished": "", "removed": ["namespace/isthmus-system"]}
     if given["phase"] == "pki":
         return pki(module, given["wanted"])
     done = PLACE / f"phase-{given['phase']}"
@@ -55,15 +59,21 @@ def kubernetes_install(module: AnsibleModule, given: dict[str, Any]) -> dict[str
     if not module.check_mode:
         done.write_text(json.dumps(given["install"], sort_keys=True))
     there = done.exists()
-    return {"changed": changed, "exposed": EXPOSED if there else {}, "unfinished": "", "removed": []}
+    unready = (PLACE / "unready").read_text().splitlines() if (PLACE / "unready").exists() else []
+    diff = [{"before_header": f"phase {given['phase']}", "before": "", "after": "another"}] if changed else []
+    answer = {"changed": changed, "exposed": EXPOSED if there else {}, "unfinished": "", "removed": [], "diff": diff}
+    return {**answer, **({"unready": unready} if module.check_mode else {})}
 
 
 def pki_request(given: dict[str, Any]) -> dict[str, Any]:
-    """What a member lacks of clusters that others' authorities are in."""
     lacking = [
-        {"ca_cluster": one["ca_cluster"], "ca_host": "", "requests": [{"name": one["name"], "csr": f"{HOST} asks"}]}
+        {
+            "ca_cluster": one["ca_cluster"],
+            "ca_host": one["ca_host"],
+            "requests": [{"name": one["name"], "csr": f"{HOST} asks"}],
+        }
         for one in given["spec"]["pki"]["certificates"]
-        if one["ca_host"] == "" and not (PLACE / "hosts" / HOST / one["name"]).exists()
+        if not (PLACE / "hosts" / HOST / one["name"]).exists()
     ]
     return {"pending": lacking, "former_member": False}
 
@@ -80,7 +90,9 @@ def main() -> None:
     given = module.params
     with (PLACE / "calls").open("a") as file:
         told = {
-            key: given[key] for key in ("phase", "cluster", "wanted", "requests", "signed", "install") if given[key]
+            key: given[key]
+            for key in ("phase", "state", "cluster", "wanted", "requests", "signed", "install")
+            if given[key]
         }
         file.write(json.dumps({"module": NAME, "host": HOST, "check": module.check_mode, **told}) + "\n")
     if (PLACE / "fail" / f"{NAME} {given['phase']}").exists():
@@ -95,7 +107,7 @@ def main() -> None:
     elif NAME == "pki_sign":
         names = [one["name"] for one in given["requests"]]
         answers = {"certificates": [{"name": name, "certificate": f"{HOST} signed"} for name in names]}
-        answers |= {"changed": True, "cluster": given["cluster"]}
+        answers |= {"changed": True, "cluster": given["cluster"], "ca_certificate": CA}
     module.exit_json(**{"changed": False, **answers})
 
 
