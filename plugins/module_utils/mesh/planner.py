@@ -500,6 +500,12 @@ class _Planner:
             for host in doc["hosts"]:
                 if f"host/{host}" in lost or f"cluster/{name}" in lost:
                     self.forgotten[host] = {"cluster": name, "at": format_time(self.now), "by": self.by}
+            if f"cluster/{name}" in lost and openings.is_in_cluster(doc):
+                self.warnings.append(
+                    f"cluster {name}: other clusters' etcd refuses what its registrars hold, as the user remote-{name} "
+                    "is deleted there; the certificates are not revoked. Next: give no other cluster that name within "
+                    "a year"
+                )
 
     def without_forgotten(self, model: Model, lost: set[str]) -> Model:
         """The model as if the inventory lacked what is forgotten, and clusters that cannot begin without it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Plan, plan
+from isthmus_mesh.planner import Forget, Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from isthmus_mesh.spec import ClusterDocument, HostSpec, NodeSpec, SpecError, is_cluster_document, spec_hash
 from unit.mesh.estates import NOW, VERSION, estate, hosts, model
@@ -273,6 +273,14 @@ def test_it_leaves_as_every_cluster_does() -> None:
     absent = replanned(lambda e, h: of(e).update(state="absent"), first)
     assert absent.record["clusters/managed"]["state"] == "absent"
     assert not any("goes on there" in words for words in absent.warnings)
+
+
+def test_a_lost_one_is_refused_by_its_name() -> None:
+    the_estate, the_hosts = with_managed()
+    record = merge([copy.deepcopy(dict(replanned(exposed=EXPOSED).record))])
+    lost = plan(model(the_estate, the_hosts), record, NOW, VERSION, "alice", forget=Forget(names=["cluster/managed"]))
+    assert lost.record["clusters/managed"]["state"] == "absent"
+    assert any("user remote-managed is deleted" in words for words in lost.warnings)
 
 
 def test_a_record_that_lacks_what_is_read_of_it_is_refused() -> None:
