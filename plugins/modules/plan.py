@@ -68,6 +68,12 @@ options:
     description: Lists of revoked certificates in PEM for the record, by cluster, as M(isthmus.mesh.pki_revoke) gave.
     type: dict
     default: {}
+  exposed:
+    description:
+      - Where the etcd of clusters with C(control_plane=in_cluster) is reached, by cluster, as
+        M(isthmus.mesh.kubernetes_install) found it.
+    type: dict
+    default: {}
   version:
     description:
       - The version of this collection that is wanted. Another one is refused.
@@ -218,6 +224,12 @@ steps:
   returned: success
   type: list
   elements: dict
+in_cluster:
+  description:
+    - What is to be installed into each cluster with C(control_plane=in_cluster), for
+      M(isthmus.mesh.kubernetes_install), and in C(entry) the inventory host that stands for it.
+  returned: success
+  type: dict
 serial:
   description: O(serial), as a list.
   returned: success

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import jsontext
@@ -319,6 +319,33 @@ class Alive:
     def from_json(cls, text: str | bytes) -> Alive:
         fields = _object(text)
         return cls(_filled(fields, "node"), fields.text("version"), fields.text("boot_id"), fields.text("since"))
+
+
+@dataclass(frozen=True)
+class NodeAllocation:
+    """What a node has of the mesh in a cluster whose control plane is in it (`isthmus/v1/alloc/nodes/<node>`).
+
+    `range4` and `mesh4` as a host of the record has them, `underlay4` its InternalIP. `released`: since when Kubernetes
+    does not have the node; None: it has it.
+    """
+
+    range4: str
+    mesh4: str
+    underlay4: str
+    created: str
+    released: str | None = None
+
+    def to_json(self) -> str:
+        return jsontext.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> NodeAllocation:
+        fields = _object(text)
+        network, mesh = fields.network4("range4"), fields.address4("mesh4")
+        if mesh not in network:
+            fields.fail("mesh4", "is not in range4")
+        underlay = fields.address4("underlay4")
+        return cls(str(network), str(mesh), str(underlay), fields.text("created"), fields.optional_text("released"))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
-from .openings import Documents, between, wireguard_ports
+from .openings import Documents, between, is_in_cluster, wireguard_ports
 from .routing import NATIVE, TUNNEL
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
@@ -36,11 +36,14 @@ def rows(
     native_ways: Ways,
     keys: Sequence[Keys],
 ) -> Iterator[dict[str, Any]]:
-    """A row for each two sites that have hosts, and for each site that has several."""
+    """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
+    Kubernetes knows, there may be."""
     sizes: dict[str, int] = {}
     for document in documents.values():
         for entry in document["hosts"].values():
             sizes[entry["site"]] = sizes.get(entry["site"], 0) + 1
+        if is_in_cluster(document):
+            sizes[document["site"]] = sizes.get(document["site"], 0) + 2
     for one in pairs(sizes):
         if one[0] == one[1] and sizes[one[0]] == 1:
             continue

@@ -60,9 +60,16 @@ TABLE = (
     ),
     Row(
         "TCP 2379 (`etcd.client_port`)",
-        "hosts of the same cluster; etcd hosts of every peering cluster",
+        "hosts of the same cluster; etcd hosts of every peering cluster, nodes of those with `control_plane: "
+        "in_cluster`",
         "the cluster's etcd hosts",
         "agents read their own cluster; registrars mirror peers, read-only",
+    ),
+    Row(
+        "TCP 2379, or as `expose` says",
+        "etcd hosts of every peering cluster; nodes of those with `control_plane: in_cluster`",
+        "what exposes the etcd of a cluster with `control_plane: in_cluster`",
+        "registrars mirror peers, read-only ([kubernetes-managed.md](kubernetes-managed.md))",
     ),
     Row(
         "TCP 2380 (`etcd.peer_port`)",
@@ -216,7 +223,26 @@ def between(
             others = [host for host in etcd["members"] if document["hosts"][host]["site"] == there]
             if others and (here != there or len(members) > 1):
                 found.append(Opening("TCP", etcd["peer_port"], ", ".join(others), to))
+        found += _exposed(documents, here, there)
     return found
+
+
+def is_in_cluster(document: Mapping[str, Any]) -> bool:
+    """Whether a cluster's control plane is in it, so that only Kubernetes knows its nodes."""
+    return document.get("control_plane") == "in_cluster"
+
+
+def _exposed(documents: Documents, here: str, there: str) -> Iterator[Opening]:
+    """Of clusters at a site whose control plane is in them: where registrars of another site dial their etcd."""
+    for name, document in sorted(documents.items()):
+        if not is_in_cluster(document) or document["site"] != here:
+            continue
+        readers = _readers(documents, name, there, [])
+        urls = [urlsplit(url) for url in document.get("exposed", {"endpoints": ()})["endpoints"]]
+        port = next((url.port for url in urls if url.port), document["etcd"]["client_port"])
+        places = ", ".join(url.hostname or "" for url in urls) or "an address that is not known yet"
+        if readers:
+            yield Opening("TCP", port, ", ".join(readers), f"{places} (etcd of {name})")
 
 
 def _readers(documents: Documents, cluster: str, site: str, members: list[str]) -> list[str]:
@@ -228,4 +254,6 @@ def _readers(documents: Documents, cluster: str, site: str, members: list[str]) 
     for name, document in sorted(documents.items()):
         if name != cluster and any(entry["site"] == site for entry in _members(document)):
             found.append(f"etcd hosts of {name}")
+        if name != cluster and is_in_cluster(document) and document["site"] == site:
+            found.append(f"nodes of {name}")
     return found

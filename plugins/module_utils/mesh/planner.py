@@ -17,7 +17,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Optional
 
-from . import encryption, jsontext, matrix, routing, spec, versions, vpc
+from . import encryption, jsontext, matrix, openings, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Keys, Pair, Stage
@@ -65,11 +65,12 @@ class Plan:
     takes them; `cuts` says of each removed one what it takes away. `forgotten` are hosts that take no
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
     and removed etcd hosts have: `cluster`, `ca_host`, `hosts`, of which the `departed` were removed, common
-    `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
-    record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
-    it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
-    sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
-    follows; `native` are those of native routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py)."""
+    `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `in_cluster` is what is installed
+    into each cluster whose control plane is in it, by cluster. `before` and `after` are the record in a form for
+    people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of it. `steps` are those that
+    follow `specs` and `record`. `stages` are those of encryption of each pair of sites where something is or was
+    encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
+    routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -81,6 +82,7 @@ class Plan:
     forgotten: Mapping[str, Mapping[str, str]]
     revocations: tuple[Mapping[str, Any], ...]
     kubernetes_left: tuple[str, ...]
+    in_cluster: Mapping[str, Mapping[str, Any]]
     warnings: tuple[str, ...]
     before: str
     after: str
@@ -127,15 +129,17 @@ def plan(
     prune: Iterable[str] = (),
     forget: Forget = Forget(),
     rotate: bool = False,
+    exposed: Mapping[str, Mapping[str, Any]] = {},
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
     `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
-    host gets another key of WireGuard.
+    host gets another key of WireGuard. `exposed`: of clusters whose control plane is in them, where their etcd was
+    found to be reachable now (`record`).
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget, rotate).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -222,8 +226,10 @@ class _Planner:
         prune: Iterable[str],
         forget: Forget,
         rotate: bool,
+        exposed: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.record = record
+        self.exposed = exposed
         self.now = now
         self.version = version
         self.by = by
@@ -268,6 +274,7 @@ class _Planner:
         stages, native_stages = (
             {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
         )
+        self.check_in_cluster(present, ways, native)
         key_ways = self.key_ways(stages)
         states = _states(ways, native, key_ways[1:])
         vpcs = self.vpcs(present, _State(_running(ways), _running(native), key_ways[0]), states)
@@ -290,8 +297,15 @@ class _Planner:
             forgotten=forgotten,
             revocations=tuple(self.revocations(documents, forgotten)),
             kubernetes_left=tuple(
-                name for name, doc in self.known.items() if "kubernetes" in doc and "kubernetes" not in documents[name]
+                name
+                for name, doc in self.known.items()
+                if "kubernetes" in doc and "kubernetes" not in documents[name] and not openings.is_in_cluster(doc)
             ),
+            in_cluster={
+                name: _in_cluster(self.model, present, cluster)
+                for name, cluster in self.model.clusters.items()
+                if cluster.in_cluster is not None and name in present
+            },
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
@@ -304,6 +318,64 @@ class _Planner:
             keys=key_ways,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
+        )
+
+    # Clusters whose control plane is in them
+
+    def check_in_cluster(
+        self,
+        present: Mapping[str, Mapping[str, Any]],
+        ways: Ways,
+        native: Ways,
+    ) -> None:
+        """What hosts of the inventory have and nodes that only Kubernetes knows cannot."""
+        for name, document in present.items():
+            if openings.is_in_cluster(document):
+                self.check_encryption_of(name, document["site"], ways)
+                self.check_native_of(name, document["site"], native)
+                self.tell_of_vpcs(name, document["site"])
+
+    def check_native_of(self, name: str, site: str, ways: Ways) -> None:
+        native = _begun(site, ways)
+        if native:
+            self.problem(
+                f"isthmus_estate.clusters.{name}.site",
+                f"traffic of site {site} goes natively ({', '.join(matrix.name(pair) for pair in native)}), and the "
+                "cluster's control plane is in it",
+                "its nodes, which Kubernetes alone knows, take packets of the mesh through the tunnel only",
+                "name each of these pairs under isthmus_estate.site_pairs with routing: tunnel, or give the cluster a "
+                "site of its own",
+            )
+
+    def check_encryption_of(self, name: str, site: str, ways: Ways) -> None:
+        encrypted = _begun(site, ways)
+        if not encrypted:
+            return
+        pairs = ", ".join(matrix.name(pair) for pair in encrypted)
+        wanted = any(self.model.encryption.of(pair) == "wireguard" for pair in encrypted)
+        self.problem(
+            f"isthmus_estate.clusters.{name}.site",
+            f"traffic of site {site} is encrypted ({pairs}), and the cluster's control plane is in it",
+            "its nodes have no keys of WireGuard so far, and hosts that encrypt send them nothing in clear",
+            "name each of these pairs under isthmus_estate.site_pairs with encryption: none, or give the cluster a "
+            "site of its own and name that one's pairs"
+            if wanted
+            else "run isthmus.mesh.site without the cluster until encryption is turned off, or give it a site of its "
+            "own",
+        )
+
+    def tell_of_vpcs(self, name: str, site: str) -> None:
+        sites = [one.site for one in self.model.vpcs.sites.values() if not one.absent]
+        if site in sites:
+            held = f"what the VPC of site {site} lets in for these nodes and routes to them, and "
+        elif any(vpc.FIREWALL in one.manage for one in self.model.vpcs.sites.values() if not one.absent):
+            held = ""
+        else:
+            return
+        self.warnings.append(
+            f"cluster {name}: Kubernetes knows its nodes, the inventory does not, so VPCs (isthmus_estate.sites.*.vpc) "
+            f"open no port for them. Next: see yourself to {held}that hosts with a VPC let in what docs/ports.md says "
+            "from these nodes"
         )
 
     # VPCs
@@ -512,6 +584,12 @@ class _Planner:
             for host in doc["hosts"]:
                 if f"host/{host}" in lost or f"cluster/{name}" in lost:
                     self.forgotten[host] = {"cluster": name, "at": format_time(self.now), "by": self.by}
+            if f"cluster/{name}" in lost and openings.is_in_cluster(doc):
+                self.warnings.append(
+                    f"cluster {name}: other clusters' etcd refuses what its registrars hold, as the user remote-{name} "
+                    "is deleted there; the certificates are not revoked. Next: give no other cluster that name within "
+                    "a year"
+                )
 
     def without_forgotten(self, model: Model, lost: set[str]) -> Model:
         """The model as if the inventory lacked what is forgotten, and clusters that cannot begin without it."""
@@ -519,6 +597,7 @@ class _Planner:
         def cannot_begin(cluster: Cluster) -> bool:
             return f"cluster/{cluster.name}" in lost or (
                 cluster.name not in self.known
+                and cluster.in_cluster is None
                 and (cluster.ca_host in self.forgotten or not set(cluster.etcd.hosts) - set(self.forgotten))
             )
 
@@ -589,6 +668,13 @@ class _Planner:
         for name, document in documents.items():
             departed = document.get("departed", [])
             if document["state"] == "absent" or document["ca_certificate"] is None or not (forgotten or departed):
+                continue
+            if openings.is_in_cluster(document):
+                self.warnings.append(
+                    f"cluster {name}: its authority is in the cluster and revokes nothing so far: certificates that it "
+                    f"gave to {', '.join(sorted({*forgotten, *departed}))} are good until they end. Next: replace "
+                    "what they read, or remove the cluster and join it anew"
+                )
                 continue
             yield {
                 "cluster": name,
@@ -821,6 +907,15 @@ class _Planner:
                         f"use {text} or a range around it; if Kubernetes was made anew with another one, take "
                         f"`kubernetes` out of the inventory with isthmus_prune=kubernetes/{cluster.name} first",
                     )
+        places = [doc.get("control_plane", "hosts"), "hosts" if cluster.in_cluster is None else "in_cluster"]
+        if places[0] != places[1]:
+            self.change_not_yet(
+                f"{where}.control_plane",
+                places[0],
+                places[1],
+                "its etcd and its authority's key would have to move",
+                f"put {places[0]} back; to move it, remove the cluster and add it anew",
+            )
         if cluster.ca_host is not None and cluster.ca_host != doc["ca_host"]:
             self.problem(
                 f"{where}.ca_host",
@@ -880,6 +975,12 @@ class _Planner:
         if f"cluster/{name}" in self.prune or (cluster is not None and cluster.absent):
             if running is not None:
                 self.removed.append(f"cluster/{name}")
+                if openings.is_in_cluster(running) and cluster is None:
+                    self.warnings.append(
+                        f"cluster {name}: its control plane is in it, and goes on there although nobody in the mesh "
+                        "knows it any more. Next: put it back into the inventory with state: absent and run "
+                        "isthmus.mesh.site, which takes everything of the mesh out of it"
+                    )
                 tombstone = {"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}
                 return self.stamped({**tombstone, **_filled(forgotten=self.forgotten_of(name))}, old)
             return self.kept(name, old)
@@ -896,6 +997,8 @@ class _Planner:
             return self.kept(name, old)
         if running is not None:
             self.check_fixed(cluster, running)
+        if cluster.in_cluster is not None:
+            return self.stamped(self.in_cluster(cluster, running, old), old)
         hosts, released = self.hosts(cluster, running)
         members = self.members(cluster, running, hosts)
         if running is not None:
@@ -919,40 +1022,80 @@ class _Planner:
                 "nobody could sign certificates any more",
                 "keep the host, or remove the whole cluster",
             )
-        token = f"isthmus-{self.model.name}-{name}"
+        document = self.document(cluster, running, old)
+        document["ca_host"] = ca_host
+        document["etcd"] = {**document["etcd"], "initial": initial, "members": members}
+        document["hosts"] = {host: hosts[host] for host in sorted(hosts)}
+        document["released"] = released
+        return self.stamped(document, old)
+
+    def document(
+        self, cluster: Cluster, running: Mapping[str, Any] | None, old: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """A cluster's document, without what hosts of the inventory make of it."""
+        token = f"isthmus-{self.model.name}-{cluster.name}"
         if running is not None:
             token = running["etcd"]["token"]
         elif old is not None:
             token += f"-{old['revision']}"  # a new etcd under an old name must not be taken for the old one
-        document = {
+        return {
             "schema": SCHEMA,
-            "name": name,
+            "name": cluster.name,
             "id": cluster.id,
             "state": "present",
             "site": cluster.site,
             "workload_ranges": [str(network) for network in cluster.workload_ranges],
             "service_range": str(cluster.service_range),
             "node_prefix": cluster.node_prefix,
-            "ca_host": ca_host,
+            "ca_host": "",
             "ca_certificate": running.get("ca_certificate") if running is not None else None,
             "etcd": {
-                "initial": initial,
+                "initial": "",
                 "token": token,
-                "members": members,
+                "members": [],
                 "client_port": cluster.etcd.client_port,
                 "peer_port": cluster.etcd.peer_port,
                 "source": dict(cluster.etcd.source),
                 "quota_bytes": cluster.etcd.quota_bytes,
             },
-            "hosts": {host: hosts[host] for host in sorted(hosts)},
-            "released": released,
+            "hosts": {},
+            "released": [],
             **_filled(
-                forgotten=self.forgotten_of(name),
-                crl=self.lists.get(name) or (running.get("crl") if running is not None else None),
+                forgotten=self.forgotten_of(cluster.name),
+                crl=self.lists.get(cluster.name) or (running.get("crl") if running is not None else None),
                 kubernetes=self.kubernetes(cluster, running),
             ),
         }
-        return self.stamped(document, old)
+
+    def in_cluster(
+        self, cluster: Cluster, running: Mapping[str, Any] | None, old: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The document of a cluster whose control plane is in it: its nodes are its registrar's to know."""
+        assert cluster.in_cluster is not None
+        where, before = f"isthmus_estate.clusters.{cluster.name}", (running or {}).get("etcd", {}).get("replicas")
+        if before not in (None, cluster.in_cluster.replicas):
+            self.change_not_yet(
+                f"{where}.etcd.replicas",
+                before,
+                cluster.in_cluster.replicas,
+                "members of a running etcd come and go one by one",
+                f"put {before} back",
+            )
+        document = self.document(cluster, running, old)
+        document["control_plane"] = "in_cluster"
+        document["etcd"]["replicas"] = cluster.in_cluster.replicas
+        exposed = self.exposed.get(cluster.name) or (running or {}).get("exposed")
+        for text in () if exposed is None else exposed["addresses"]:
+            for other in self.model.clusters.values():
+                for network in other.ranges:
+                    if IPv4Address(text) in network:
+                        self.problem(
+                            f"{where}.expose",
+                            f"its etcd got the address {text}, which lies in {network} of cluster {other.name}",
+                            "what is known of the cluster makes the mesh, so its etcd must be reached without it",
+                            "have it exposed at an address of the underlay",
+                        )
+        return {**document, **_filled(exposed=exposed)}
 
     def keeps_kubernetes(self, cluster: Cluster) -> bool:
         """Whether the inventory lacks a Kubernetes cluster that the record has, and that is not to go."""
@@ -1358,6 +1501,11 @@ class _Planner:
         return found
 
 
+def _begun(site: str, ways: Ways) -> list[Pair]:
+    """Pairs of a site for which something else than PLAIN is, or is being turned on or off."""
+    return [pair for pair, (now, stages) in ways.items() if site in pair and any((now, *stages))]
+
+
 class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
@@ -1374,54 +1522,31 @@ class _Spec:
         self.name = name
         self.own = own
         self.state = state
+        self.shared = _Shared(model, present, own)
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
     def build(self) -> dict[str, Any]:
-        own = self.own
+        own, shared = self.own, self.shared.build(self.host.get("kubernetes_node") is not None)
         document: dict[str, Any] = {
-            "schema": spec.SCHEMA,
-            "estate": self.model.name,
+            "schema": shared["schema"],
+            "estate": shared["estate"],
             "host": self.name,
-            "cluster": {
-                "name": own["name"],
-                "id": own["id"],
-                "max_clusters": self.model.max_clusters,
-                "site": own["site"],
-                "workload_ranges4": list(own["workload_ranges"]),
-                "service_range4": own["service_range"],
-                **_filled(kubernetes=self.kubernetes()),
-            },
+            "cluster": shared["cluster"],
             "node": {
                 "name": self.name,
                 **{key: self.host[key] for key in ("underlay4", "advertise4", "range4", "mesh4", "labels")},
                 **_filled(kubernetes_node=self.host.get("kubernetes_node")),
             },
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
-            "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
-            "dns": {"domain": self.model.domain},
-            "service_ranges4": [
-                text
-                for _name, doc in sorted(self.present.items())
-                for text in (doc["service_range"], *self.foreign_cluster_ips(doc))
-            ],
-            "mesh_ranges4": [
-                text
-                for name, doc in sorted(self.present.items())
-                for text in (*doc["workload_ranges"], *(_pod_ranges(doc) if name != own["name"] else ()))
-            ],
-            "etcd": {
-                "endpoints": self.endpoints(),
-                "ca": _trust(own["name"]),
-                "cert": f"{PKI}/agent.crt",
-                "key": f"{PKI}/agent.key",
-            },
+            **{key: shared[key] for key in ("overlay", "dns", "service_ranges4", "mesh_ranges4")},
+            "etcd": _etcd_clients(own, self.endpoints()),
             "member": self.etcd_member() if self.member else None,
-            "registrar": self.registrar() if self.member else None,
+            "registrar": self.shared.registrar(self.api()) if self.member else None,
             "pki": {
                 "ca": {"cluster": own["name"], "host": own["ca_host"], "here": own["ca_host"] == self.name},
                 "certificates": list(self.certificates()),
-                "trust": [own["name"], *(self.peers() if self.member else ())],
+                "trust": [own["name"], *(self.shared.peers() if self.member else ())],
             },
             **_filled(wireguard=self.wireguard(), native=self.native()),
         }
@@ -1462,19 +1587,12 @@ class _Spec:
     def sites(self) -> dict[str, str]:
         return {name: doc["site"] for name, doc in sorted(self.present.items())}
 
-    def kubernetes(self) -> dict[str, Any] | None:
+    def api(self) -> dict[str, str] | None:
+        """How the registrar reaches its Kubernetes."""
         if "kubernetes" not in self.own:
             return None
-        (cluster_ips,) = _cluster_ips(self.own)
-        found = {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
-        if "identity_labels" in self.own["kubernetes"]:
-            found["identity_labels"] = self.own["kubernetes"]["identity_labels"]
-        return found
-
-    def foreign_cluster_ips(self, doc: Mapping[str, Any]) -> list[str]:
-        """ClusterIPs that only the mesh makes reachable on this host; on a cluster's own nodes kube-proxy does."""
-        node = doc["name"] == self.own["name"] and self.host.get("kubernetes_node") is not None
-        return [] if node else _cluster_ips(doc)
+        files = {key: f"{PKI}/kubernetes.{end}" for key, end in (("ca", "ca"), ("cert", "crt"), ("key", "key"))}
+        return {"server": self.own["kubernetes"]["api_server"], **files}
 
     def workload(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         namespace, _slash, name = key.partition("/")
@@ -1486,9 +1604,6 @@ class _Spec:
             "address4": entry["address4"],
             "cgroup": dict(entry["cgroup"]),
         }
-
-    def peers(self) -> list[str]:
-        return [name for name in sorted(self.present) if name != self.own["name"]]
 
     def endpoints(self) -> list[str]:
         """Of the own cluster: its own member first, then those of its own site."""
@@ -1522,34 +1637,6 @@ class _Spec:
             "quota_bytes": etcd["quota_bytes"],
         }
 
-    def registrar(self) -> dict[str, Any]:
-        peers = []
-        for name in self.peers():
-            doc = self.present[name]
-            members, port = doc["etcd"]["members"], doc["etcd"]["client_port"]
-            peers.append(
-                {
-                    "name": name,
-                    "id": doc["id"],
-                    "workload_ranges4": [*doc["workload_ranges"], *_pod_ranges(doc)],
-                    "service_range4": doc["service_range"],
-                    "endpoints": [f"https://{doc['hosts'][member]['advertise4']}:{port}" for member in members],
-                    "ca": _trust(name),
-                    "cert": f"{PKI}/peer-{name}.crt",
-                    "key": f"{PKI}/peer-{name}.key",
-                }
-            )
-        api = None
-        if "kubernetes" in self.own:
-            files = {key: f"{PKI}/kubernetes.{end}" for key, end in (("ca", "ca"), ("cert", "crt"), ("key", "key"))}
-            api = {"server": self.own["kubernetes"]["api_server"], **files}
-        return {
-            "cert": f"{PKI}/registrar.crt",
-            "key": f"{PKI}/registrar.key",
-            "peers": peers,
-            **_filled(kubernetes=api),
-        }
-
     def certificates(self) -> Iterator[dict[str, Any]]:
         yield self.certificate("agent", f"isthmus-agent-{self.name}")
         if not self.member:
@@ -1572,7 +1659,7 @@ class _Spec:
             ("registrar", "isthmus-registrar"),
         ):
             yield self.certificate(name, cn)
-        for peer in self.peers():
+        for peer in self.shared.peers():
             yield {
                 **self.certificate(f"peer-{peer}", f"remote-{self.own['name']}"),
                 "ca_cluster": peer,
@@ -1590,6 +1677,150 @@ class _Spec:
             "usages": ["client"],
             "owner": "root",
         }
+
+
+class _Shared:
+    """What the specs of all hosts of one cluster have in common."""
+
+    def __init__(self, model: Model, present: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        self.model = model
+        self.present = present
+        self.own = own
+
+    def build(self, on_node: bool) -> dict[str, Any]:
+        """`on_node`: for a node of the Kubernetes cluster that the cluster is."""
+        own = self.own
+        return {
+            "schema": spec.SCHEMA,
+            "estate": self.model.name,
+            "cluster": {
+                "name": own["name"],
+                "id": own["id"],
+                "max_clusters": self.model.max_clusters,
+                "site": own["site"],
+                "workload_ranges4": list(own["workload_ranges"]),
+                "service_range4": own["service_range"],
+                **_filled(kubernetes=self.kubernetes()),
+            },
+            "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
+            "dns": {"domain": self.model.domain},
+            # ClusterIPs that only the mesh makes reachable; on a cluster's own nodes kube-proxy does.
+            "service_ranges4": [
+                text
+                for name, doc in sorted(self.present.items())
+                for text in (doc["service_range"], *(() if on_node and name == own["name"] else _cluster_ips(doc)))
+            ],
+            "mesh_ranges4": [
+                text
+                for name, doc in sorted(self.present.items())
+                for text in (*doc["workload_ranges"], *(_pod_ranges(doc) if name != own["name"] else ()))
+            ],
+        }
+
+    def kubernetes(self) -> dict[str, Any] | None:
+        if "kubernetes" not in self.own:
+            return None
+        (cluster_ips,) = _cluster_ips(self.own)
+        found = {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
+        if "identity_labels" in self.own["kubernetes"]:
+            found["identity_labels"] = self.own["kubernetes"]["identity_labels"]
+        return found
+
+    def peers(self) -> list[str]:
+        """Those whose etcd is somewhere already."""
+        return [name for name, doc in sorted(self.present.items()) if name != self.own["name"] and _peer_urls(doc)]
+
+    def registrar(self, api: Mapping[str, str] | None) -> dict[str, Any]:
+        peers = []
+        for name in self.peers():
+            doc = self.present[name]
+            peers.append(
+                {
+                    "name": name,
+                    "id": doc["id"],
+                    "workload_ranges4": [*doc["workload_ranges"], *_pod_ranges(doc)],
+                    "service_range4": doc["service_range"],
+                    "endpoints": _peer_urls(doc),
+                    "ca": _trust(name),
+                    "cert": f"{PKI}/peer-{name}.crt",
+                    "key": f"{PKI}/peer-{name}.key",
+                }
+            )
+        return {
+            "cert": f"{PKI}/registrar.crt",
+            "key": f"{PKI}/registrar.key",
+            "peers": peers,
+            **_filled(kubernetes=api),
+        }
+
+
+def _in_cluster(model: Model, present: Mapping[str, Any], cluster: Cluster) -> dict[str, Any]:
+    """What is installed into a cluster whose control plane is in it. `document` is its cluster document
+    (docs/architecture.md), `trust` are the certificates of authorities by cluster, as far as there are some."""
+    assert cluster.in_cluster is not None
+    own, shared, wanted = present[cluster.name], _Shared(model, present, present[cluster.name]), cluster.in_cluster
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"
+    document = {
+        "kind": spec.CLUSTER_KIND,
+        **shared.build(on_node=True),
+        "etcd": _etcd_clients(own, [f"https://{own['exposed']['cluster_ip']}:{own['etcd']['client_port']}"])
+        if "exposed" in own
+        else None,
+        "registrar": shared.registrar(
+            {
+                "server": own["kubernetes"]["api_server"],
+                "ca": f"{account}/ca.crt",
+                "token": f"{account}/token",
+            }
+        ),
+    }
+    document["hash"] = spec.spec_hash(document)
+    expose = wanted.expose
+    return {
+        "estate": model.name,
+        "cluster": cluster.name,
+        "entry": model.entries.get(cluster.name),
+        "etcd": {
+            "replicas": wanted.replicas,
+            "storage_class": wanted.storage_class,
+            "storage": wanted.storage,
+            "quota_bytes": own["etcd"]["quota_bytes"],
+            "token": own["etcd"]["token"],
+        },
+        "expose": {
+            "type": expose.type,
+            "provider": expose.provider,
+            "scope": expose.scope,
+            "source_ranges": [str(network) for network in expose.source_ranges],
+            "annotations": dict(expose.annotations),
+            "node_port": expose.node_port,
+            "hosts": list(expose.hosts),
+        },
+        "document": document,
+        "trust": {
+            name: doc["ca_certificate"]
+            for name, doc in sorted(present.items())
+            if doc["ca_certificate"] is not None and (name == cluster.name or name in shared.peers())
+        },
+    }
+
+
+def _etcd_clients(own: Mapping[str, Any], endpoints: list[str]) -> dict[str, Any]:
+    """How agents reach their etcd."""
+    return {
+        "endpoints": endpoints,
+        "ca": _trust(own["name"]),
+        "cert": f"{PKI}/agent.crt",
+        "key": f"{PKI}/agent.key",
+    }
+
+
+def _peer_urls(document: Mapping[str, Any]) -> list[str]:
+    """Where other clusters dial its etcd; nowhere while one that is in its cluster was not exposed yet."""
+    if openings.is_in_cluster(document):
+        return list(document.get("exposed", {"endpoints": ()})["endpoints"])
+    port = document["etcd"]["client_port"]
+    return [f"https://{document['hosts'][member]['advertise4']}:{port}" for member in document["etcd"]["members"]]
 
 
 def _filled(**entries: Any) -> dict[str, Any]:
@@ -1674,12 +1905,17 @@ def _lines(record: Record) -> dict[str, str]:
         source = etcd["source"]["type"]
         found[f"cluster {name}"] = (
             f"id {doc['id']}, site {doc['site']}, workloads {', '.join(doc['workload_ranges'])}, "
-            f"services {doc['service_range']}, CA on {doc['ca_host']}"
+            f"services {doc['service_range']}, CA " + (f"on {doc['ca_host']}" if doc["ca_host"] else "in the cluster")
         )
         found[f"etcd of cluster {name}"] = (
             f"members {', '.join(etcd['members'])}, ports {etcd['client_port']} and {etcd['peer_port']}, "
             f"from {source}, quota {etcd['quota_bytes']} bytes"
         )
+        if openings.is_in_cluster(doc):
+            found[f"etcd of cluster {name}"] = (
+                f"{etcd['replicas']} members in the cluster, for peers at "
+                f"{', '.join(_peer_urls(doc)) or 'an address that is not known yet'}, quota {etcd['quota_bytes']} bytes"
+            )
         if "kubernetes" in doc:
             outer = doc["kubernetes"]
             found[f"Kubernetes of cluster {name}"] = (

@@ -24,6 +24,9 @@ OVERLAY_OVERHEAD = 50
 """Bytes of VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14."""
 WIREGUARD_OVERHEAD = 80
 """Bytes: outer IP up to 40, UDP 8, header 16, tag 16. What Cilium counts, so both ends agree."""
+CLUSTER_KIND = "cluster"
+"""`kind` of a document that all pods of a cluster share; a host's spec has none."""
+
 WIREGUARD_PORT = 51871
 """UDP port of WireGuard between nodes: Cilium's, which its nodes cannot change."""
 WIREGUARD_PORTS = (WIREGUARD_PORT, WIREGUARD_PORT + 1)
@@ -216,12 +219,14 @@ class PeerSpec:
 
 @dataclass(frozen=True)
 class KubernetesApiSpec:
-    """How the registrar reaches the API server of its cluster: a URL and paths of PEM files."""
+    """How the registrar reaches the API server of its cluster: a URL and paths of PEM files, or with `token` the path
+    of a service account's token, in the cluster itself."""
 
     server: str
     ca: str
-    cert: str
-    key: str
+    cert: str = ""
+    key: str = ""
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,13 +274,15 @@ class PkiSpec:
 
 
 @dataclass(frozen=True)
-class NodeSpec:
+class MeshSpec:
+    """What a host, or a pod of the control plane (`host` is its name), knows of the mesh and of its cluster.
+
+    `in_cluster`: the control plane runs in the Kubernetes cluster, whose nodes are in the mesh without the record."""
+
     estate: str
     host: str
     hash: str
     cluster: ClusterSpec
-    node: HostSpec
-    workloads: tuple[WorkloadSpec, ...]
     overlay: OverlaySpec
     dns_domain: str
     service_ranges4: tuple[IPv4Network, ...]
@@ -283,7 +290,15 @@ class NodeSpec:
     etcd: EtcdSpec
     member: MemberSpec | None
     registrar: RegistrarSpec | None
-    pki: PkiSpec
+    in_cluster: bool
+
+
+@dataclass(frozen=True)
+class NodeSpec(MeshSpec):
+    node: HostSpec
+    workloads: tuple[WorkloadSpec, ...]
+    pki: PkiSpec | None
+    """None on a node whose keys are its cluster's to make: Ansible does not enter it."""
     wireguard: WireGuardSpec | None = None
     """None: nothing is encrypted, and the host has no key."""
     native: NativeSpec | None = None
@@ -296,27 +311,13 @@ class NodeSpec:
         The hash is not checked: `spec_hash` tells whether the content is still what was planned.
         """
         top = Fields(document, SpecError)
-        schema = top.integer("schema", UINT16, default=None)
-        if schema != SCHEMA:
-            other, writer = ("newer", "a newer") if schema > SCHEMA else ("older", "an older")
-            raise SpecError(
-                f"schema {schema} is {other} than {SCHEMA}, the one that this version reads: {writer} isthmus.mesh "
-                "wrote it"
-            )
         return cls(
-            estate=top.text("estate", None),
+            **_mesh(top),
             host=top.text("host", None),
-            hash=top.text("hash", None),
-            cluster=_cluster(top.object("cluster")),
             node=_host(top.object("node")),
             workloads=tuple(_workload(entry) for entry in top.objects("workloads")),
-            overlay=_overlay(top.object("overlay")),
-            dns_domain=top.object("dns").text("domain", None),
-            service_ranges4=top.networks4("service_ranges4"),
-            mesh_ranges4=top.networks4("mesh_ranges4"),
-            etcd=_etcd(top.object("etcd")),
             member=None if top.value.get("member") is None else _member(top.object("member")),
-            registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
+            in_cluster=False,
             pki=_pki(top.object("pki")),
             wireguard=None if top.value.get("wireguard") is None else _wireguard(top.object("wireguard")),
             native=None if top.value.get("native") is None else _native(top.object("native")),
@@ -325,6 +326,67 @@ class NodeSpec:
     @classmethod
     def from_json(cls, text: str | bytes) -> NodeSpec:
         return cls.from_dict(jsontext.loads(text, SpecError))
+
+
+class ClusterDocument:
+    """What all pods of a cluster share whose control plane is in it: a spec without what is one host's.
+
+    SpecError when it is malformed or of another schema."""
+
+    def __init__(self, text: str | bytes) -> None:
+        document = jsontext.loads(text, SpecError)
+        self._shared = _mesh(Fields(document, SpecError))
+        self._shared["hash"] = spec_hash(document)  # of what is really there
+        self.estate: str = self._shared["estate"]
+        self.cluster: ClusterSpec = self._shared["cluster"]
+        self.etcd: EtcdSpec = self._shared["etcd"]
+
+    def of_pod(self, name: str) -> MeshSpec:
+        """The spec of a pod of the control plane."""
+        return MeshSpec(**self._shared, host=name, member=None, in_cluster=True)
+
+    def of_node(self, node: HostSpec) -> NodeSpec:
+        """The spec of the agent on a node; its hash counts what is the node's too."""
+        content = {"document": self._shared["hash"], "node": _text_of(node)}
+        return NodeSpec(
+            **{**self._shared, "registrar": None, "hash": spec_hash(content)},
+            host=node.name,
+            member=None,
+            in_cluster=True,
+            node=node,
+            workloads=(),
+            pki=None,
+        )
+
+
+def is_cluster_document(text: str | bytes) -> bool:
+    """Whether it is a cluster's document and not a host's spec. SpecError when it is no JSON object."""
+    return Fields(jsontext.loads(text, SpecError), SpecError).value.get("kind") == CLUSTER_KIND
+
+
+def _mesh(top: Fields) -> dict[str, Any]:
+    """Fields of `MeshSpec` that do not depend on who reads them."""
+    schema = top.integer("schema", UINT16, default=None)
+    if schema != SCHEMA:
+        other, writer = ("newer", "a newer") if schema > SCHEMA else ("older", "an older")
+        raise SpecError(
+            f"schema {schema} is {other} than {SCHEMA}, the one that this version reads: {writer} isthmus.mesh wrote it"
+        )
+    return {
+        "estate": top.text("estate", None),
+        "hash": top.text("hash", None),
+        "cluster": _cluster(top.object("cluster")),
+        "overlay": _overlay(top.object("overlay")),
+        "dns_domain": top.object("dns").text("domain", None),
+        "service_ranges4": top.networks4("service_ranges4"),
+        "mesh_ranges4": top.networks4("mesh_ranges4"),
+        "etcd": _etcd(top.object("etcd")),
+        "registrar": None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
+    }
+
+
+def _text_of(node: HostSpec) -> dict[str, str]:
+    return {key: str(getattr(node, key)) for key in ("name", "underlay4", "advertise4", "range4", "mesh4")}
 
 
 def _cluster(fields: Fields) -> ClusterSpec:
@@ -461,7 +523,10 @@ def _registrar(fields: Fields) -> RegistrarSpec:
 
 
 def _api(fields: Fields) -> KubernetesApiSpec:
-    return KubernetesApiSpec(*(fields.text(name, None) for name in ("server", "ca", "cert", "key")))
+    proof = {name: fields.text(name) for name in ("cert", "key", "token")}
+    if not (proof["token"] or (proof["cert"] and proof["key"])):
+        fields.fail("cert", "is missing")
+    return KubernetesApiSpec(fields.text("server", None), fields.text("ca", None), **proof)
 
 
 def _pki(fields: Fields) -> PkiSpec:

@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any, Union
 
 from isthmus_mesh.jsontext import UINT16
-from isthmus_mesh.ownership import stranger
+from isthmus_mesh.ownership import COMPONENT, stranger
 from isthmus_mesh.wire import PROTOCOLS, L4Addr, NamedPort
 
 NODES, NAMESPACES, PODS, SERVICES, SLICES = "nodes", "namespaces", "pods", "services", "endpointslices"
@@ -160,6 +160,8 @@ def written(kind: str, value: Any, own: Mapping[str, str]) -> Written | None:
     labels = _mapping(metadata, "labels")
     if stranger(labels, own) or (kind == SLICES and labels.get(SLICE_MANAGED_BY) != SLICE_MANAGER):
         return None
+    if labels.get(COMPONENT):
+        return None  # of the mesh's own control plane in this cluster
     found: dict[str, Any] = {"labels": dict(labels), "annotations": dict(_mapping(metadata, "annotations"))}
     if kind == SERVICES:
         spec = _object(value, "spec")
