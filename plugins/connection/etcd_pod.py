@@ -51,7 +51,9 @@ from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.connection import ConnectionBase
 from ansible.utils.display import Display
 
-NAMESPACE, CONTAINER, SELECTOR = "isthmus-system", "etcd", "isthmus.io/component=etcd"
+NAMESPACE = "isthmus-system"
+CONTAINER = "etcd"
+SELECTOR = "isthmus.io/component=etcd"
 REMOTE_TMP = "/tmp/.ansible"  # noqa: S108 - the pod has one user
 CHUNK = 64 * 1024
 """Bytes of one message of the API's stream."""

@@ -217,7 +217,7 @@ class Installation:
             if failed or time.monotonic() > deadline:
                 reason = f"it failed ({failed[0].get('reason')})" if failed else f"it did not end within {self.stuck} s"
                 told = shell.troubles(
-                    self.api, in_cluster.NAMESPACE, f"batch.kubernetes.io/job-name={path.rsplit('/')[-1]}"
+                    self.api, in_cluster.NAMESPACE, f"batch.kubernetes.io/job-name={path.rsplit('/', maxsplit=1)[-1]}"
                 )
                 raise kubernetes.ApiError(
                     f"{shell.title(job)} of {self.api.server} made no certificates: {reason}: {told}. Next: put that "

@@ -21,7 +21,7 @@ from . import encryption, jsontext, matrix, openings, routing, spec, versions, v
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Keys, Pair, Stage
-from .model import Cluster, Encryption, Host, Model, ModelError, Workload
+from .model import Cluster, Encryption, Host, InCluster, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
     LARGEST_DOCUMENT,
@@ -129,7 +129,7 @@ def plan(
     prune: Iterable[str] = (),
     forget: Forget = Forget(),
     rotate: bool = False,
-    exposed: Mapping[str, Mapping[str, Any]] = {},
+    exposed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Plan the whole estate.
 
@@ -139,7 +139,7 @@ def plan(
     found to be reachable now (`record`).
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -302,7 +302,7 @@ class _Planner:
                 if "kubernetes" in doc and "kubernetes" not in documents[name] and not openings.is_in_cluster(doc)
             ),
             in_cluster={
-                name: _in_cluster(self.model, present, cluster)
+                name: _in_cluster(self.model, present, cluster, cluster.in_cluster)
                 for name, cluster in self.model.clusters.items()
                 if cluster.in_cluster is not None and name in present
             },
@@ -998,7 +998,7 @@ class _Planner:
         if running is not None:
             self.check_fixed(cluster, running)
         if cluster.in_cluster is not None:
-            return self.stamped(self.in_cluster(cluster, running, old), old)
+            return self.stamped(self.in_cluster(cluster, cluster.in_cluster, running, old), old)
         hosts, released = self.hosts(cluster, running)
         members = self.members(cluster, running, hosts)
         if running is not None:
@@ -1068,22 +1068,25 @@ class _Planner:
         }
 
     def in_cluster(
-        self, cluster: Cluster, running: Mapping[str, Any] | None, old: Mapping[str, Any] | None
+        self,
+        cluster: Cluster,
+        wanted: InCluster,
+        running: Mapping[str, Any] | None,
+        old: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """The document of a cluster whose control plane is in it: its nodes are its registrar's to know."""
-        assert cluster.in_cluster is not None
         where, before = f"isthmus_estate.clusters.{cluster.name}", (running or {}).get("etcd", {}).get("replicas")
-        if before not in (None, cluster.in_cluster.replicas):
+        if before not in (None, wanted.replicas):
             self.change_not_yet(
                 f"{where}.etcd.replicas",
                 before,
-                cluster.in_cluster.replicas,
+                wanted.replicas,
                 "members of a running etcd come and go one by one",
                 f"put {before} back",
             )
         document = self.document(cluster, running, old)
         document["control_plane"] = "in_cluster"
-        document["etcd"]["replicas"] = cluster.in_cluster.replicas
+        document["etcd"]["replicas"] = wanted.replicas
         exposed = self.exposed.get(cluster.name) or (running or {}).get("exposed")
         for text in () if exposed is None else exposed["addresses"]:
             for other in self.model.clusters.values():
@@ -1754,11 +1757,11 @@ class _Shared:
         }
 
 
-def _in_cluster(model: Model, present: Mapping[str, Any], cluster: Cluster) -> dict[str, Any]:
+def _in_cluster(model: Model, present: Mapping[str, Any], cluster: Cluster, wanted: InCluster) -> dict[str, Any]:
     """What is installed into a cluster whose control plane is in it. `document` is its cluster document
     (docs/architecture.md), `trust` are the certificates of authorities by cluster, as far as there are some."""
-    assert cluster.in_cluster is not None
-    own, shared, wanted = present[cluster.name], _Shared(model, present, present[cluster.name]), cluster.in_cluster
+    own = present[cluster.name]
+    shared = _Shared(model, present, own)
     account = "/var/run/secrets/kubernetes.io/serviceaccount"
     document = {
         "kind": spec.CLUSTER_KIND,
