@@ -218,6 +218,10 @@ class Lab:
             began = time.monotonic()
             self.make_ground(machines)
             wanted = [host for host in machines if not self.running(host)]
+            # Those that an `up` has started that was interrupted may still be booting.
+            for host in machines:
+                if host not in wanted:
+                    self.wait_until_up(host)
             if not wanted:
                 self.say(f"up: {len(machines)} machines were running already")
                 return
