@@ -405,6 +405,7 @@ def worker(cluster: KubernetesCluster, name: str, pki: Mapping[str, str], proxy_
     return {
         **{f"etc/systemd/system/{name}.service": (text, 0o644) for name, text in units.items()},
         "usr/local/sbin/prepare-node": (PREPARE, 0o755),
+        "usr/local/bin/ctr": (f"->{PROGRAMS}/ctr", 0),  # where a node's package has it
         "etc/containerd/config.toml": (CONTAINERD, 0o644),
         "etc/cni/net.d/10-pods.conflist": (json.dumps(network, indent=2), 0o644),
         f"{DIRECTORY}/ca.crt": (pki["ca.crt"], 0o644),
