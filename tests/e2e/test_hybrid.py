@@ -122,7 +122,7 @@ def test_a_sidecar_sees_the_address_that_its_pod_dials(hybrid: Hybrid) -> None:
 
     with hybrid.undone(gone):
         hybrid.kube.apply(demo_pods.client(pod, node))
-        hybrid.until("the customer runs", lambda: hybrid.ready(pod))
+        hybrid.until("the customer runs", lambda: hybrid.ready(pod), 120)
         of_pod = f"nsenter --net=$ns ip -br -4 address | grep -qF ' {hybrid.pod_address(pod)}/'"
         found = hybrid.lab.exec(node, ["sh", "-c", f"for ns in /run/netns/*; do {of_pod} && echo $ns; done; true"])
         inside = ["nsenter", f"--net={found.stdout.strip()}"]
