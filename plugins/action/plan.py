@@ -23,7 +23,6 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
     refuse_other_version,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import Record, RecordError, merge
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.schema import not_yet
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import SerialError, serial_of, split
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.inventory import InventoryError, collect, plain, refuse_slice
@@ -149,11 +148,6 @@ def _read(hostvars: Any, record: Record) -> Model:
     """The model; of ranges that overlap the refusal says what would put that right."""
     estate, hosts = collect(hostvars)
     try:
-        model = read_model(estate, hosts)
+        return read_model(estate, hosts)
     except ModelError as exc:
         raise with_fixes(exc, record) from exc
-    in_cluster = [cluster.name for cluster in model.clusters.values() if cluster.in_cluster is not None]
-    if in_cluster:
-        where = f"isthmus_estate.clusters.{in_cluster[0]}.control_plane"
-        raise ModelError([not_yet(where, "in_cluster", "etcd runs on hosts of the inventory so far", "hosts")])
-    return model

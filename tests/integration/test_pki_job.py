@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ def path(resource: str, name: str = "") -> str:
     return f"/api/v1/namespaces/{NAMESPACE}/{resource}" + (f"/{name}" if name else "")
 
 
+def environment() -> dict[str, str]:
+    """The agent is found by another process too."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 class Job:
     """Runs of the program; `said` is all that they ever wrote."""
 
@@ -83,7 +89,7 @@ class Job:
         server = f"127.0.0.1:{self.server.port}"
         command = [sys.executable, "-m", "isthmus_agent.pki_job", "--wanted", str(wanted), "--server", server]
         found = subprocess.run(
-            [*command, "--account", str(self.directory)], capture_output=True, text=True, timeout=120
+            [*command, "--account", str(self.directory)], capture_output=True, text=True, timeout=120, env=environment()
         )
         self.said += found.stdout + found.stderr
         return found
@@ -183,7 +189,10 @@ def test_two_jobs_at_once_make_one_authority(job: Job) -> None:
         sys.executable, "-m", "isthmus_agent.pki_job", "--wanted", str(wanted), "--account", str(job.directory),
         "--server", f"127.0.0.1:{job.server.port}",
     ]  # fmt: skip
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        for _ in range(2)
+    ]
     ends = [(one.communicate(timeout=120), one.returncode) for one in running]
     assert [code for _, code in ends] == [0, 0], ends
     ca = job.issued()["ca"]
