@@ -250,7 +250,9 @@ def test_the_api_is_absent_and_what_is_there_stays(managed: Managed, tmp_path: P
                 async with running(managed.in_pod("isthmus-registrar-b")):  # knows nothing but what etcd has
                     leads = keys.LEADER
                     await until(lambda: "isthmus-registrar-b" in str(managed.server.dump(leads)), "b leads")
-                    await until(lambda: managed.server.dump("cilium/synced/kube/"), "it has published")
+                    await until(
+                        lambda: '"absent"' in str(managed.server.dump(keys.KUBERNETES_STATUS)), "it says what is away"
+                    )
                     assert managed.server.dump("cilium/state/") == before
                     assert managed.allocation("n2") is not None
             finally:
@@ -264,7 +266,9 @@ def test_a_token_is_read_again_when_it_was_renewed(managed: Managed) -> None:
         managed.token.write_text("not a token")
         async with running(managed.in_pod("isthmus-registrar-a")):
             status = keys.KUBERNETES_STATUS
-            await until(lambda: "service account's token" in str(managed.server.dump(status)), "it is refused")
+            await until(
+                lambda: "it does not accept the service account" in str(managed.server.dump(status)), "it is refused"
+            )
             managed.renew_token()
             await until(lambda: managed.allocation("n1"), "nodes are dealt")
 
