@@ -92,6 +92,10 @@ class Bench(Story):
         finally:
             self.lab.exec(host, ["systemctl", "stop", f"{unit}.service"], check=False)
 
+    def prepared(self) -> contextlib.AbstractContextManager[None]:
+        """What the steps need beside the estate."""
+        return contextlib.nullcontext()
+
     def table(self) -> None:
         print(f"\n{'FIGURE':38}  {'MEASURED':14}  {'BASELINE':40}  RATIO")
         for what, figure, baseline, ratio in self.rows:
@@ -155,22 +159,23 @@ class Bench(Story):
         rss = [float(self.lab.exec(EDGE, ["sh", "-c", words]).stdout) / 1024 for words in (memory, bare)]
         self.row("agent, resident memory", rss[0], rss[1], "MiB", "an empty Python process")
 
-    STEPS = ("connect", "bulk", "backend_stops", "site_cut", "site", "agent")
+    STEPS: tuple[str, ...] = ("connect", "bulk", "backend_stops", "site_cut", "site", "agent")
 
 
-def main() -> int:
-    bench = Bench(Lab())
+def measure(bench: Bench) -> int:
+    """Every step of a bench, then its table; the process's exit status."""
     try:
         bench.everywhere(bench.backends, (EDGE, ONPREM_CLIENT))
     except LabError as error:
         print(f"bench: {error}; next: make lab-up site", file=sys.stderr)
         return 1
-    steps: list[Callable[[], None]] = [getattr(bench, name) for name in Bench.STEPS]
-    for step in steps:
-        step()
+    with bench.prepared():
+        steps: list[Callable[[], None]] = [getattr(bench, name) for name in bench.STEPS]
+        for step in steps:
+            step()
     bench.table()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(Bench(Lab())))

@@ -20,10 +20,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lab"), str(ROOT / "tests" / "e2e")]
 
-from bench import MEGABYTES, PORT, ROUNDS, SEND, SINK, Bench  # noqa: E402
-from demo import EDGE, ONPREM_CLIENT  # noqa: E402
+from bench import MEGABYTES, PORT, ROUNDS, SEND, SINK, Bench, measure  # noqa: E402
+from demo import ONPREM_CLIENT  # noqa: E402
 from installation import variant  # noqa: E402
-from isthmus_lab import ROUTER, Lab, LabError  # noqa: E402
+from isthmus_lab import ROUTER, Lab  # noqa: E402
 from playbook import play  # noqa: E402
 
 FROM, TO = ONPREM_CLIENT, "cloud-1"
@@ -95,7 +95,7 @@ class Paths(Bench):
             self.row(f"{what}, bulk", bulk["mesh"], bulk["bare"], "Mbit/s", "the bare network")
 
     @contextlib.contextmanager
-    def by_hand(self) -> Iterator[None]:
+    def prepared(self) -> Iterator[None]:
         """A VXLAN device and a WireGuard one on both hosts, without the mesh."""
         ends = ((FROM, TO, 1), (TO, FROM, 2))
         try:
@@ -180,19 +180,5 @@ class Paths(Bench):
     STEPS = ("tunnel", "native", "wireguard")
 
 
-def main() -> int:
-    paths = Paths(Lab())
-    try:
-        paths.everywhere(paths.backends, (EDGE, ONPREM_CLIENT))
-    except LabError as error:
-        print(f"bench: {error}; next: make lab-up site", file=sys.stderr)
-        return 1
-    with paths.by_hand():
-        for step in Paths.STEPS:
-            getattr(paths, step)()
-    paths.table()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(Paths(Lab())))

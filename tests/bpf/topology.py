@@ -240,6 +240,28 @@ def with_service(
     return replace(datapath, services=services)
 
 
+@contextlib.contextmanager
+def capture(node: Node, file: Path) -> Iterator[None]:
+    """Every packet on the node's `eth0`, both ways and whole, into `file`."""
+    tcpdump = ["tcpdump", "-ni", "eth0", "-U", "--immediate-mode", "-s", "0", "-w", str(file)]
+    process = subprocess.Popen(
+        ["nsenter", f"--net=/proc/self/fd/{node.netns}", *tcpdump],
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=(node.netns,),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "listening on" in line:
+            break
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stderr.close()
+
+
 def _wire(left: Node, right: Node, mtu: int) -> None:
     def make() -> None:
         with IPRoute() as ipr:

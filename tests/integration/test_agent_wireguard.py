@@ -18,7 +18,7 @@ from typing import Any
 
 import agent_mesh as mesh
 import pytest
-from bpf.topology import Inside, Node, bare_nodes, wait_for
+from bpf.topology import Inside, Node, bare_nodes, capture, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
 from isthmus_agent.cli import text
@@ -275,23 +275,6 @@ def pair(tmp_path: Path, publish: tuple[bool, bool] = (True, True)) -> Iterator[
                 host.close()
 
 
-@contextlib.contextmanager
-def capture(host: Host, file: Path) -> Iterator[None]:
-    """Every packet on the veth pair between the nodes, whole, into `file`."""
-    words = host.inside("tcpdump", "-ni", "eth0", "-U", "--immediate-mode", "-s", "0", "-w", str(file))
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=(host.node.netns,))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "listening on" in line:
-            break
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
-        process.stderr.close()
-
-
 def udp_ports(file: Path) -> dict[str, int]:
     """How many packets of `file` have which UDP destination port."""
     text = subprocess.run(["tcpdump", "-nr", str(file), "udp"], check=True, capture_output=True, text=True).stdout
@@ -312,7 +295,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 def test_traffic_is_encrypted_also_at_full_size(both: Pair, tmp_path: Path) -> None:
     file = tmp_path / "wire.pcap"
-    with capture(both.a, file):
+    with capture(both.a.node, file):
         assert both.dial() == ["b", "10.101.0.2"]
         # TCP segments as large as the path takes, and the largest datagram that may not be fragmented.
         assert both.client.do(
@@ -393,7 +376,7 @@ def test_without_wireguard_go_nothing_goes_out_and_a_new_one_heals_both_ways(bot
     back = both.b.node.process("web")
     back.do(CLIENT + "\nresult = dial('10.101.0.2', 8080)")
     file = tmp_path / "wire.pcap"
-    with capture(both.a, file):
+    with capture(both.a.node, file):
         before = both.a.dropped()
         both.a.kill_wireguard()
         with pytest.raises(OSError, match=r"timed out|unreachable"):
@@ -420,7 +403,7 @@ def _answers(client: Inside, address: str) -> bool:
 def test_rules_that_somebody_removes_let_nothing_out_and_come_back(both: Pair, tmp_path: Path) -> None:
     file = tmp_path / "wire.pcap"
     both.dial()
-    with capture(both.a, file):
+    with capture(both.a.node, file):
         both.a.daemon.stop(signal.SIGKILL)  # nobody repairs
         assert both.dial() == ["b", "10.101.0.2"], "an agent that is away changes nothing"
         for number in ("732", "733"):
@@ -457,7 +440,7 @@ def test_a_peer_without_a_key_is_never_sent_to_in_clear(tmp_path: Path) -> None:
     """Node b has no key that a knows: a is closed towards it; b encrypts towards a."""
     file = tmp_path / "wire.pcap"
     with pair(tmp_path, publish=(True, False)) as both:
-        with capture(both.a, file):
+        with capture(both.a.node, file):
             with pytest.raises(OSError, match=r"timed out|unreachable"):
                 both.dial(1)
             wait_for(lambda: both.a.dropped() > 0, "the drop is counted")
@@ -501,7 +484,7 @@ def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None
                     if word != "plain":
                         assert host.encryption()["stage"] == word
             file = tmp_path / f"{shown}.pcap"
-            with capture(both.a, file):
+            with capture(both.a.node, file):
                 assert alive()
             assert set(udp_ports(file)) & {str(PORT), "8472"} == {shown}
             assert (SECRET in file.read_bytes()) is (shown == "8472")
@@ -534,7 +517,7 @@ def test_a_stream_outlives_new_keys(tmp_path: Path) -> None:
             return bool(both.client.do(f"held.sendall({SECRET!r} * 2000 + b'?'); result = int(lines.readline()) > 0"))
 
         file = tmp_path / "wire.pcap"
-        with capture(both.a, file):
+        with capture(both.a.node, file):
             for keys_wanted in (Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)):
                 for host in hosts:
                     take(host, keys_wanted)
@@ -561,7 +544,7 @@ def test_a_stream_outlives_new_keys(tmp_path: Path) -> None:
         assert set(udp_ports(file)) == {str(port) for port in WIREGUARD_PORTS}, "no VXLAN header in clear"
         assert SECRET not in file.read_bytes()
         last = tmp_path / "last.pcap"
-        with capture(both.a, last):
+        with capture(both.a.node, last):
             assert alive()
         assert set(udp_ports(last)) == {str(WIREGUARD_PORTS[1])}
         for host in hosts:

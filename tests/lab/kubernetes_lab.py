@@ -11,10 +11,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,7 @@ import kubernetes_parts
 from isthmus_lab import NSPAWN_OPTIONS, ROOT, ROUTER, Customer, Lab
 from kubernetes_balancer import Balancer
 from lab_inventory import Host, KubernetesCluster
-from lab_system import LabError, enter_cgroups, hierarchies, ip, remove_cgroups, run, wait_for
+from lab_system import LabError, hierarchies, ip, remove_cgroups, run, wait_for
 
 HYBRID = ROOT / "inventories" / "lab_hybrid"
 EVERY_CLUSTER = ROOT / "inventories" / "lab_hybrid_two"
@@ -200,21 +198,7 @@ class Kubernetes:
         """Volumes, and addresses for Services of the type LoadBalancer."""
         self.apply(kubernetes_machine.volumes(self.cluster))
         self.lab.kill_group(self.cloud_group)
-        log = (self.directory / "cloud.log").open("ab")
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve().with_name("lab_cli.py")), "cloud", self.name],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd="/",
-            env={
-                **os.environ,
-                "ISTHMUS_LAB_STATE": str(self.lab.state),
-                "ISTHMUS_LAB_INVENTORY": str(self.lab.inventory),
-            },
-            preexec_fn=lambda: enter_cgroups(self.cloud_group),
-        )
+        self.lab.in_background(self.directory / "cloud.log", "cloud", self.name, group=self.cloud_group)
 
     def balance(self) -> None:
         """Play the cloud's part, until it is ended."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from isthmus_mesh import jsontext
-from isthmus_mesh.documents import DocumentError, KubernetesStatus, PeerStatus, ServiceDefinition
+from isthmus_mesh.documents import SESSION_AFFINITY_MOST, DocumentError, KubernetesStatus, PeerStatus, ServiceDefinition
 from isthmus_mesh.wire import ClusterConfig, ClusterService, IPIdentityPair, Node
 
 NodeKey = tuple[str, str]  # (cluster, node)
@@ -44,7 +44,7 @@ class Vip:
                 IPv6Address(found6) if found6 is not None else None,
                 fields.text("by"),
                 fields.text("affinity", "none"),
-                fields.integer("session_affinity", 86_400),
+                fields.integer("session_affinity", SESSION_AFFINITY_MOST),
             )
         except ValueError as exc:
             raise DocumentError("ipv4 or ipv6 is not an address") from exc

@@ -18,6 +18,8 @@ from .jsontext import UINT16, UINT64, Fields
 from .schema import LABEL
 
 PROTOCOLS = ("TCP", "UDP")
+SESSION_AFFINITY_MOST = 86_400
+"""Seconds for which a client may keep its backend: Kubernetes' bound (core/v1 ClientIPConfig)."""
 AFFINITIES = ("none", "local", "remote")
 HEALTH_TYPES = ("tcp", "http", "exec")
 

@@ -8,7 +8,7 @@ are named by path. `NodeSpec.from_dict` raises `SpecError` that names the field.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -448,16 +448,12 @@ def wireguard_of(document: Any) -> WireGuardSpec:
 
 
 def _wireguard(fields: Fields) -> WireGuardSpec:
-    changing = fields.text_mapping("changing")
-    for site, word in changing.items():
-        if word not in CHANGING:
-            fields.fail(f"changing.{site}", f"is not one of {', '.join(CHANGING)}")
     return WireGuardSpec(
         tunnel=_tunnel(fields),
         second=None if fields.value.get("second") is None else _tunnel(fields.object("second")),
         plain_sites=frozenset(fields.texts("plain_sites")),
         sites=fields.text_mapping("sites"),
-        changing={site: STAGES[word] for site, word in changing.items()},
+        changing=_stages(fields, "changing", CHANGING),
     )
 
 
@@ -467,11 +463,16 @@ def native_of(document: Any) -> NativeSpec:
 
 
 def _native(fields: Fields) -> NativeSpec:
-    stages = fields.text_mapping("stages")
-    for site, word in stages.items():
-        if word not in STAGES:
-            fields.fail(f"stages.{site}", f"is not one of {', '.join(STAGES)}")
-    return NativeSpec(fields.text_mapping("sites"), {site: STAGES[word] for site, word in stages.items()})
+    return NativeSpec(sites=fields.text_mapping("sites"), stages=_stages(fields, "stages", STAGES))
+
+
+def _stages(fields: Fields, name: str, words: Collection[str]) -> dict[str, Stage]:
+    """The stage of each site, one of `words`."""
+    found = fields.text_mapping(name)
+    for site, word in found.items():
+        if word not in words:
+            fields.fail(f"{name}.{site}", f"is not one of {', '.join(words)}")
+    return {site: STAGES[word] for site, word in found.items()}
 
 
 def _tunnel(fields: Fields) -> TunnelSpec:

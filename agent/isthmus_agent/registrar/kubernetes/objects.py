@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any, Union
 
+from isthmus_mesh.documents import SESSION_AFFINITY_MOST
 from isthmus_mesh.jsontext import UINT16
 from isthmus_mesh.ownership import COMPONENT, stranger
 from isthmus_mesh.wire import PROTOCOLS, L4Addr, NamedPort
@@ -28,8 +29,8 @@ SHARED = ("service.cilium.io/shared", "io.cilium/shared-service")
 AFFINITY = ("service.cilium.io/affinity", "io.cilium/service-affinity")
 SYNC = ("service.cilium.io/global-sync-endpoint-slices",)
 """Annotations of Cilium (pkg/annotation/k8s.go); the first that is there counts."""
-SESSION_DEFAULT, SESSION_MOST = 10_800, 86_400
-"""Seconds of `sessionAffinity: ClientIP` (core/v1 ClientIPConfig)."""
+SESSION_DEFAULT = 10_800
+"""Seconds of `sessionAffinity: ClientIP` where none are said (core/v1 ClientIPConfig)."""
 TRANSLATION = "isthmus.io/socket-translation"
 """Annotation of a pod, or of a namespace for its pods that do not say: `false` leaves their sockets alone."""
 
@@ -250,7 +251,7 @@ def _session_affinity(spec: Mapping[str, Any]) -> int:
     if _text(spec, "sessionAffinity") != "ClientIP":
         return 0
     found = _object(_object(spec, "sessionAffinityConfig"), "clientIP").get("timeoutSeconds")
-    return found if isinstance(found, int) and 0 < found <= SESSION_MOST else SESSION_DEFAULT
+    return found if isinstance(found, int) and 0 < found <= SESSION_AFFINITY_MOST else SESSION_DEFAULT
 
 
 def _slice(value: Any) -> SliceFacts | None:
