@@ -104,3 +104,48 @@ def test_ufw_is_left_alone_until_it_is_managed_and_teardown_takes_the_rules_away
 
         play("teardown", "--limit", NEW, "-e", "isthmus_confirm_teardown=lab", inventory=wanted)
         assert added() == ["ufw allow 22/tcp"]
+
+
+def test_firewalld_is_left_alone_until_it_is_managed_and_teardown_takes_the_rules_away(
+    as_new: Estate, tmp_path: Path
+) -> None:
+    lab = as_new.lab
+
+    def managed(_: dict[str, Any], groups: dict[str, Any]) -> None:
+        groups["cloud"]["hosts"][NEW]["isthmus_firewall"] = "managed"
+
+    def rules(*mode: str) -> set[str]:
+        shown = lab.exec(NEW, ["firewall-cmd", *mode, "--zone=public", "--list-rich-rules"]).stdout
+        return {line.strip() for line in shown.splitlines() if line.strip()}
+
+    def put_back() -> None:
+        lab.exec(NEW, ["sh", "-c", "systemctl stop firewalld && rm -rf /etc/firewalld/zones/*.xml*"])
+        play("site")
+
+    wanted = variant(tmp_path / "managed", managed)
+    own = 'rule family="ipv4" source address="192.0.2.0/24" service name="http" accept'
+    with as_new.undone(put_back):
+        lab.exec(NEW, ["systemctl", "start", "firewalld"])
+        for mode in ([], ["--permanent"]):
+            lab.exec(NEW, ["firewall-cmd", *mode, "--zone=public", f"--add-rich-rule={own}"])
+        message = refused(as_new)
+        assert f"UDP 8472 of {NEW}" in message
+        assert f"On {NEW}: firewalld is active; zone public has " in message
+        assert "It was left alone." in message
+        assert rules() == {own}
+
+        run = play("site", inventory=wanted)
+        assert set(run.changed) == {NEW}
+        sources = {str(host.address) for host in lab.hosts.values()} - {str(lab.hosts[NEW].address)}
+        opened = {
+            f'rule family="ipv4" source address="{source}" port port="8472" protocol="udp" accept' for source in sources
+        }
+        assert rules() == rules("--permanent") == {own, *opened}
+        lab.exec(NEW, ["firewall-cmd", "--reload"])
+        assert rules() == {own, *opened}
+        assert play("site", inventory=wanted).changed == {}
+        play("verify", inventory=wanted)
+
+        play("teardown", "--limit", NEW, "-e", "isthmus_confirm_teardown=lab", inventory=wanted)
+        assert rules() == rules("--permanent") == {own}
+        assert lab.exec(NEW, ["firewall-cmd", "--zone=trusted", "--list-interfaces"]).stdout.strip() == ""

@@ -32,6 +32,7 @@ PACKAGES = (
     "iputils-ping",
     "nftables",
     "ufw",  # installed and off, as an operator may have it
+    "firewalld",  # the same
     "etcd-server",  # `etcd.source: package`
     "etcd-client",
     "dnsmasq-base",  # names for machines
@@ -58,6 +59,7 @@ PACKAGES = (
 # Units of the image that a machine in a lab does not need, or that the operator would not have running.
 DISABLED_UNITS = (
     "etcd.service",
+    "firewalld.service",
     "systemd-resolved.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
