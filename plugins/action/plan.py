@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import matrix, vpc
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec, matrix, vpc
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
@@ -56,8 +56,9 @@ class ActionModule(ActionBase):
             record = merge(records)
             # Before the inventory is looked at: it may be written for the version that is wanted.
             refuse_other_version(record, version, options["version"] or None)
+            model = _read(variables["hostvars"], record)
             found = plan(
-                _read(variables["hostvars"], record),
+                model,
                 record,
                 datetime.now(timezone.utc),
                 version,
@@ -102,6 +103,7 @@ class ActionModule(ActionBase):
             matrix=matrix.lines(found.sites),
             routes=[dict(route) for route in found.routes],
             routers=matrix.route_lines(found.routes),
+            gateways=ipsec.other_sides(model.ipsec),
             turned=matrix.changes(found.sites),
             vpc={
                 "networks": [dict(call) for call in found.vpcs.calls],

@@ -70,6 +70,7 @@ _STEPS = (
     *("__etcd_result", "__etcd_former", "__etcd_rights"),
     *("__kubernetes_credential", "__kubernetes_access", "__kubernetes_installed"),
     "__agent_result",
+    "__ipsec_result",
 )
 # Those that run on the host itself.
 _OWN_STEPS = tuple(step for step in _STEPS if step != "__kubernetes_access")

@@ -176,6 +176,11 @@ routers:
   returned: success
   type: list
   elements: str
+gateways:
+  description: For each gateway of a site that is not ours, what its engineer sets for the tunnel, a line each.
+  returned: success
+  type: list
+  elements: str
 turned:
   description: What happens to pairs of sites whose encryption or native routing is turned on or off, a line each.
   returned: success

@@ -106,6 +106,10 @@ firewalls:
         udp/8472: ufw allow 8472/udp
       words: "ufw is active (`ufw status`). It was left alone. Unless it lets in the mesh's hosts already, this opens
         what the mesh needs: `ufw allow 8472/udp`; `ufw allow in on isthmus0`."
+ipsec:
+  description: Whether the host had a part in tunnels between gateways of sites, or has something left of it.
+  returned: success
+  type: bool
 fsync:
   description:
     - How long durable writes take on the file system that will hold etcd's data, in milliseconds. V(none) where no
@@ -174,16 +178,19 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     estate,
     etcd_unit,
     firewall,
+    gateways,
     links,
     listener,
     packages,
     ports,
     resolver,
     storage,
+    strongswan,
     wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 
 DEVICE = "isthmus0"
 PROTOCOL = "73"  # of the routes that the agent makes
@@ -372,6 +379,14 @@ def port_problems(spec, found):
                 "own on this port) or another program. Two cannot share it, and it is one for all hosts: free it, or "
                 "leave the sites of this host without encryption."
             )
+    if (spec.get("ipsec") or {}).get("connections"):
+        for number in IPSEC_PORTS:
+            for _one, holder in foreign(ports.bound("udp", number), (strongswan.UNIT,)):
+                problems.append(
+                    f"UDP port {number}, that of IPsec, is used by {holder}: strongSwan of the unit {strongswan.UNIT} "
+                    "must have it. Two cannot share it: free it (an older strongSwan is `strongswan-starter.service`), "
+                    "or name another host of the site as its gateway."
+                )
     # The name server listens on one of the two, by how the host resolves names.
     wanted = [
         (protocol, 53, address, "isthmus-dns.service", "the name server's", MOVE)
@@ -657,6 +672,7 @@ def main():
             for one in walls
         ],
         "fsync": syncs,
+        "ipsec": gateways.left(),
         "kubernetes": kubernetes_facts(module, spec),
     }
     for words in doubts:

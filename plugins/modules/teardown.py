@@ -65,7 +65,9 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     bundle,
     etcd_unit,
     firewall,
+    gateways,
     resolver,
+    strongswan,
     units,
     wireguard,
 )
@@ -75,7 +77,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
 
 DEVICES = ("isthmus0", wireguard.DEVICE)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733", "734")
+TABLES = ("730", "731", "732", "733", "734", "735")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -93,6 +95,7 @@ UNITS = (
     "isthmus-registrar.service",
     "isthmus-resolved.service",
     wireguard.UNIT,
+    strongswan.GUARD_UNIT,
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,
@@ -148,6 +151,7 @@ class Teardown:
         self.resolver()
         self.units()
         self.distribution_unit()
+        self.gateway()
         self.device()
         self.filters()
         self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
@@ -229,6 +233,12 @@ class Teardown:
             found = self.systemd.show([name])[name]
             if found.get("UnitFileState") == "enabled":
                 self.command("systemctl", "disable", "--quiet", name)
+
+    def gateway(self):
+        """The tunnels of a site's gateway, and the rules that keep packets from other ways."""
+        before = len(self.changes.diff)
+        gateways.apply(self.module, self.changes, None, {})
+        self.removed += [entry["before_header"] for entry in self.changes.diff[before:]]
 
     def device(self):
         for device in DEVICES:

@@ -75,7 +75,7 @@ options:
         agent with its datapath, by the specification that is on the host. What other hosts, peers and the rest of the
         record have a part in is left out, since a run may not have come to them yet.
       - V(step) proves, where encryption or native routing is being turned on or off, that the host reaches every other
-        of these sites the new way, as the agent on it runs now.
+        of these sites the new way, as the agent on it runs now; of encryption by gateways only these prove it.
     type: str
     choices: [mesh, host, step]
     default: mesh
@@ -143,11 +143,13 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     packets,
     resolver,
     standing,
+    strongswan,
     units,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec, openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 from ansible_collections.isthmus.mesh.plugins.module_utils.wireguard import UNIT as WIREGUARD_UNIT
 
@@ -196,6 +198,7 @@ class Verifier:
         if self.module.params["scope"] == "step":
             self.look("encryption", self.check_changing)
             self.look("routing", self.check_native_way)
+            self.look("gateways", self.check_gateway_way)
             return
         self.look("clock", self.check_clock)
         self.look("units", self.check_units)
@@ -216,6 +219,8 @@ class Verifier:
             self.look("encryption", self.check_encrypted)
         if status is not None and self.spec.get("native"):
             self.look("routing", self.check_native)
+        if self.spec.get("ipsec"):
+            self.look("gateways", self.check_gateways)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -254,6 +259,11 @@ class Verifier:
             names.append("isthmus-etcd.service")
         if self.spec.get("wireguard") and os.path.exists(units.Units.path(WIREGUARD_UNIT)):
             names.append(WIREGUARD_UNIT)
+        gateways = self.spec.get("ipsec") or {"far": {}}
+        if gateways.get("connections"):
+            names.append(strongswan.UNIT)
+        if ipsec.guard(gateways) is not None:
+            names.append(strongswan.GUARD_UNIT)
         for name, found in units.Systemd(self.module).show(names).items():
             state = found.get("ActiveState")
             self.check(
@@ -788,6 +798,58 @@ class Verifier:
             return str(exc)
         return ""
 
+    def check_gateways(self):
+        """A gateway has its tunnels, and on every host nothing goes beside them."""
+        own = self.spec["ipsec"]
+        self.check_tunnels(own.get("connections", []))
+        for site, entry in sorted(own["far"].items()):
+            self.check(
+                "gateways",
+                entry["stage"] == Stage.DEMANDS.word,
+                f"packets to site {site} do not all go through the gateways yet: it is being turned on or off "
+                f"({entry['stage']}); {SITE}",
+            )
+        wanted = ipsec.guard(own)
+        self.check(
+            "gateways",
+            wanted is None or strongswan.guard_in_kernel(self.module) == strongswan.guard_rules(wanted),
+            f"the rules that keep packets from other ways than the gateways' (`nft list table ip {ipsec.GUARD}`) are "
+            f"not what the inventory gives; {SITE}",
+        )
+
+    def check_gateway_way(self):
+        """A gateway's tunnels to the sites with which they are being turned on, as it is configured now."""
+        with open(NODE, encoding="utf-8") as file:
+            own = json.load(file).get("ipsec") or {"far": {}}
+        changing = {site for site, entry in own["far"].items() if entry["stage"] in CHANGING}
+        self.check_tunnels([one for one in own.get("connections", []) if one["site"] in changing])
+
+    def check_tunnels(self, connections):
+        """They are there, and packets of full size pass to the other gateway, where that is one of ours."""
+        missing = strongswan.missing(self.module, connections) if connections else {}
+        for one in connections:
+            why = missing.get(one["site"])
+            name = f"the tunnel to the gateway of site {one['site']} ({one['remote']})"
+            if not self.check(
+                "gateways",
+                why is None,
+                f"{name} is not there: {why}. UDP {' and '.join(str(port) for port in IPSEC_PORTS)} must be open "
+                f"between the two gateways both ways; see `journalctl -u {strongswan.UNIT}` on both",
+            ):
+                continue
+            if one["ours"] and any(ipaddress.ip_address(one["remote"]) in network for network in networks_of(one)):
+                words = self.reach_gateway(one["local"], one["remote"])
+                self.check(
+                    "gateways", not words, f"{name} is there, and the other gateway does not answer in it: {words}"
+                )
+
+    def reach_gateway(self, source, target):
+        try:
+            packets.echo(source, target, packets.path_mtu(source, target), self.timeout / 3)
+        except (packets.NoAnswer, OSError) as exc:
+            return str(exc)
+        return ""
+
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
@@ -812,6 +874,11 @@ class Verifier:
         except packets.NoAnswer as exc:
             results.append(f"TCP over the overlay: {exc}")
         return results
+
+
+def networks_of(connection):
+    """What lies behind the other gateway."""
+    return [ipaddress.ip_network(text) for text in connection["remote_networks"]]
 
 
 def read(path):

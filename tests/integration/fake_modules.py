@@ -18,12 +18,12 @@ HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "archive before break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
     "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only paths platforms python "
-    "record registrars replacing run scope seen services signed snapshot spec state timeout token trust version "
-    "wait"
+    "record registrars replacing run scope secrets seen services signed snapshot spec state timeout token trust "
+    "version wait"
 )
 
 
-TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed")
+TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed", "secrets")
 """Options that are written down with a call."""
 
 

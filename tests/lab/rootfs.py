@@ -37,6 +37,11 @@ PACKAGES = (
     "dnsmasq-base",  # names for machines
     "wireguard-go",
     "wireguard-tools",
+    # What a site's gateway has (`encryption: ipsec-gateway`).
+    "charon-systemd",
+    "strongswan-swanctl",
+    "libcharon-extra-plugins",  # ESP in user space
+    "libstrongswan-standard-plugins",
     "curl",
     "procps",
     "libelf1",  # libbpf needs it
@@ -58,6 +63,7 @@ PACKAGES = (
 # Units of the image that a machine in a lab does not need, or that the operator would not have running.
 DISABLED_UNITS = (
     "etcd.service",
+    "strongswan.service",
     "systemd-resolved.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",

@@ -22,6 +22,8 @@ from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .encryption import Pair
 from .encryption import pair as sorted_pair
 from .encryption import pairs as pairs_of
+from .ipsec import GATEWAY, Ipsec
+from .ipsec import read as read_ipsec
 from .routing import NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
 from .vpc import Vpcs
@@ -165,13 +167,16 @@ class Service:
 
 @dataclass(frozen=True)
 class Encryption:
-    """`none` or `wireguard`: of all pairs of sites, and of those `pairs` that differ."""
+    """`none`, `wireguard` or `ipsec-gateway`: of all pairs of sites, and of those `pairs` that differ."""
 
     default: str = "none"
     pairs: Mapping[Pair, str] = field(default_factory=dict)
 
     def of(self, pair: Pair) -> str:
-        return self.pairs.get(pair, self.default)
+        if pair in self.pairs:
+            return self.pairs[pair]
+        # The hosts of a site reach each other without its gateway.
+        return "none" if self.default == GATEWAY and pair[0] == pair[1] else self.default
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,7 @@ class Model:
     encryption: Encryption = Encryption()
     vpcs: Vpcs = field(default_factory=Vpcs)
     routing: Routing = field(default_factory=Routing)
+    ipsec: Ipsec = field(default_factory=Ipsec)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def digest(self) -> str:
@@ -212,6 +218,8 @@ class Model:
             del content["vpcs"]
         if self.routing == Routing():
             del content["routing"]
+        if self.ipsec == Ipsec():
+            del content["ipsec"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -296,6 +304,8 @@ class _Reader:
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
         encryption, routing = self.sites(top, clusters, read_hosts)
+        known = {*read_hosts, *self.broken_hosts}
+        ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"])
         self.ranges(clusters, read_hosts, reserved)
@@ -303,9 +313,9 @@ class _Reader:
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
             named = {**readable, "name": str(top["name"])}
-            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, routing, vpcs)
+            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec)
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs)
+        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec)
 
     def model(
         self,
@@ -317,6 +327,7 @@ class _Reader:
         encryption: Encryption,
         routing: Routing,
         vpcs: Vpcs,
+        ipsec: Ipsec,
     ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
         sites = {cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()}
@@ -334,6 +345,7 @@ class _Reader:
             encryption=encryption,
             vpcs=vpcs,
             routing=routing,
+            ipsec=ipsec,
             warnings=tuple(sorted(self.warnings)),
         )
 
@@ -843,8 +855,8 @@ class _Reader:
         if encrypted:
             self.problem(
                 where,
-                f"{_listed(encrypted)} would be native and encrypted by WireGuard",
-                "WireGuard has the tunnel inside it so far",
+                f"{_listed(encrypted)} would be native and encrypted",
+                "WireGuard, and what goes from gateway to gateway, has the tunnel inside it so far",
                 "set `routing: tunnel` or `encryption: none` for these pairs in site_pairs",
             )
         here = {name: host for name, host in sorted(hosts.items()) if host.site in native and not host.absent}

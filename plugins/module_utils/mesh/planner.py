@@ -17,7 +17,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Optional
 
-from . import encryption, jsontext, matrix, routing, spec, versions, vpc
+from . import encryption, ipsec, jsontext, matrix, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Pair, Stage
@@ -39,6 +39,9 @@ from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
 
+_STAGED = ("encryption", "routing", "ipsec")
+"""Keys of the roster that have stages of pairs of sites."""
+
 Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
 """Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through."""
 
@@ -54,6 +57,7 @@ class Step:
     record: Mapping[str, Any]
     stages: Mapping[Pair, Stage]
     native: Mapping[Pair, Stage]
+    ipsec: Mapping[Pair, Stage]
     waits: tuple[str, ...]
     proven: bool
 
@@ -69,7 +73,8 @@ class Plan:
     record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
     it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
     sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
-    follows; `native` are those of native routing. `vpcs` is what VPCs get (vpc.py)."""
+    follows; `native` are those of native routing, `ipsec` those of the gateways' tunnels. `vpcs` is what VPCs
+    get (vpc.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -88,6 +93,7 @@ class Plan:
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    ipsec: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
 
@@ -245,8 +251,9 @@ class _Planner:
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
         native = self.native_ways(present)
-        vpcs = self.vpcs(present, ways, native)
-        roster = self.roster(documents, _first(ways), _first(native), vpcs)
+        gateways = self.ipsec_ways(present)
+        vpcs = self.vpcs(present, ways, native, gateways)
+        roster = self.roster(documents, _first(ways), _first(native), _first(gateways), vpcs)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -254,8 +261,8 @@ class _Planner:
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
-        stages, native_stages = (
-            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
+        stages, native_stages, ipsec_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native, gateways)
         )
         return Plan(
             specs=specs,
@@ -273,10 +280,21 @@ class _Planner:
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
-            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages)),
-            steps=tuple(self.steps(following, present, ways, native)),
+            sites=tuple(
+                matrix.rows(
+                    present,
+                    self.model.overlay_port,
+                    self.model.overlay_mtu,
+                    stages,
+                    native_stages,
+                    ipsec_stages,
+                    self.model.ipsec,
+                )
+            ),
+            steps=tuple(self.steps(following, present, ways, native, gateways)),
             stages=stages,
             native=native_stages,
+            ipsec=ipsec_stages,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
         )
@@ -286,19 +304,17 @@ class _Planner:
     def vpcs(
         self,
         present: Mapping[str, Mapping[str, Any]],
-        ways: Ways,
-        native: Ways,
+        *ways: Ways,
     ) -> vpc.Planned:
         old = (self.record.roster or {}).get("vpcs")
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
-        both = (ways, native)
-        running = [{pair: now for pair, (now, _stages) in each.items() if now is not None} for each in both]
+        running = [{pair: now for pair, (now, _stages) in each.items() if now is not None} for each in ways]
         # To what is lost nothing stays open.
         states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, *running)]
-        for number in range(max((len(stages) for each in both for _now, stages in each.values()), default=1)):
+        for number in range(max((len(stages) for each in ways for _now, stages in each.values()), default=1)):
             these = [
-                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
+                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in ways
             ]
             states.append(self.vpc_state(present, *these))
         found = vpc.planned(self.model.vpcs, self.model.name, old, self.prune, states)
@@ -312,13 +328,9 @@ class _Planner:
         hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
         return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
-    def vpc_state(
-        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], native: Mapping[Pair, Stage]
-    ) -> vpc.State:
+    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], *stages: Mapping[Pair, Stage]) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
-        return vpc.State(
-            documents, lambda host: _Spec(self.model, documents, host, homes[host], stages, native).build()
-        )
+        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], *stages).build())
 
     # Encryption and native routing
 
@@ -339,6 +351,22 @@ class _Planner:
         wanted = self.model.routing
         return self.ways_of(present, "routing", None if wanted == Routing() else wanted.stage)
 
+    def ipsec_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
+        """The same of the tunnels between gateways."""
+        wanted = self.model.ipsec
+        found = self.ways_of(present, "ipsec", wanted.stage if wanted.pairs else None)
+        for both, (now, _stages) in found.items():
+            for site, other in (both, both[::-1]):
+                if now and site not in wanted.sites and site in self.model.sites:
+                    self.problem(
+                        f"isthmus_estate.sites.{site}.ipsec",
+                        f"it is missing, and the tunnel between the gateways of {site} and {other} is there",
+                        "gateways and hosts are led back in steps, which need what they were made from",
+                        "put it back, and take it out after a run of site without encryption: ipsec-gateway for the "
+                        "pair",
+                    )
+        return found
+
     def ways_of(
         self, present: Mapping[str, Mapping[str, Any]], key: str, wanted: Callable[[Pair], Stage] | None
     ) -> Ways:
@@ -354,16 +382,14 @@ class _Planner:
             found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
         return found
 
-    def steps(
-        self, record: Record, present: Mapping[str, Mapping[str, Any]], ways: Ways, native: Ways
-    ) -> Iterator[Step]:
-        """Those after the first, which `record` has. Where a pair changes in both respects, both take each step
-        together: what is sent natively in clear is sent so only while the other side takes it."""
-        both = (ways, native)
-        last = [_first(each) for each in both]
-        for number in range(1, max((len(stages) for each in both for _now, stages in each.values()), default=0)):
+    def steps(self, record: Record, present: Mapping[str, Mapping[str, Any]], *ways: Ways) -> Iterator[Step]:
+        """Those after the first, which `record` has. Where a pair changes in several respects, all take each step
+        together: what is sent natively in clear is sent so only while the other side takes it, and from WireGuard to
+        gateways, or back, packets are encrypted by the one or the other at each step."""
+        last = [_first(each) for each in ways]
+        for number in range(1, max((len(stages) for each in ways for _now, stages in each.values()), default=0)):
             these = [
-                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
+                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in ways
             ]
             changing = [
                 {pair: stage for pair, stage in here.items() if stage is not before[pair]}
@@ -371,7 +397,7 @@ class _Planner:
             ]
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            for key, stages in zip(("encryption", "routing"), these):
+            for key, stages in zip(_STAGED, these):
                 roster.pop(key, None)
                 roster.update(_filled(**{key: encryption.to_document(stages)}))
             record = Record(roster, record.clusters)
@@ -380,7 +406,8 @@ class _Planner:
                 record=record.to_documents(),
                 stages=changing[0],
                 native=changing[1],
-                waits=tuple(_hosts_of(present, {**changing[0], **changing[1]})),
+                ipsec=changing[2],
+                waits=tuple(_hosts_of(present, {pair for each in changing for pair in each})),
                 proven=any(
                     stage > before[pair] for each, before in zip(changing, last) for pair, stage in each.items()
                 ),
@@ -389,9 +416,9 @@ class _Planner:
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites = {*_sites_of(present), *self.model.sites}
-        stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
+        stages = [encryption.from_document(roster.get(key), sites) for key in _STAGED]
         return {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages, native).build()
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], *stages).build()
             for host in self.model.hosts.values()
             if not host.absent
         }
@@ -523,7 +550,9 @@ class _Planner:
             key: replace(service, clusters=tuple(name for name in service.clusters if name not in dropped))
             for key, service in model.services.items()
         }
-        return replace(model, clusters=clusters, hosts=hosts, services=services)
+        return replace(
+            model, clusters=clusters, hosts=hosts, services=services, ipsec=model.ipsec.without(self.forgotten)
+        )
 
     def forgotten_of(self, cluster: str) -> dict[str, dict[str, str]]:
         """The entries of the cluster's document."""
@@ -1268,6 +1297,7 @@ class _Planner:
         documents: Mapping[str, Mapping[str, Any]],
         stages: Mapping[Pair, Stage],
         native: Mapping[Pair, Stage],
+        gateways: Mapping[Pair, Stage],
         vpcs: vpc.Planned,
     ) -> dict[str, Any]:
         old = self.record.roster
@@ -1305,6 +1335,7 @@ class _Planner:
             **_filled(
                 encryption=encryption.to_document(stages),
                 routing=encryption.to_document(native),
+                ipsec=encryption.to_document(gateways),
                 vpcs=vpcs.document,
             ),
             "hash": self.digest,
@@ -1351,6 +1382,7 @@ class _Spec:
         own: Mapping[str, Any],
         stages: Mapping[Pair, Stage],
         native: Mapping[Pair, Stage],
+        gateways: Mapping[Pair, Stage],
     ) -> None:
         self.model = model
         self.present = present
@@ -1360,6 +1392,8 @@ class _Spec:
         self.native_stages = native
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
+        site = self.host["site"]
+        self.ipsec = ipsec.section(model.ipsec, name, site, self.mine(gateways), self.sites(), PKI)
 
     def build(self) -> dict[str, Any]:
         own = self.own
@@ -1405,12 +1439,17 @@ class _Spec:
             "pki": {
                 "ca": {"cluster": own["name"], "host": own["ca_host"], "here": own["ca_host"] == self.name},
                 "certificates": list(self.certificates()),
-                "trust": [own["name"], *(self.peers() if self.member else ())],
+                "trust": list(dict.fromkeys(self.trust())),
             },
-            **_filled(wireguard=self.wireguard(), native=self.native()),
+            **_filled(wireguard=self.wireguard(), native=self.native(), ipsec=self.ipsec),
         }
         document["hash"] = spec.spec_hash(document)
         return document
+
+    def trust(self) -> Iterator[str]:
+        yield self.own["name"]
+        yield from self.peers() if self.member else ()
+        yield from ipsec.trusted_by(self.ipsec)
 
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
@@ -1536,6 +1575,10 @@ class _Spec:
 
     def certificates(self) -> Iterator[dict[str, Any]]:
         yield self.certificate("agent", f"isthmus-agent-{self.name}")
+        identity = ipsec.certificate_of(self.ipsec)
+        if identity is not None:
+            entry = self.certificate("ipsec", identity)
+            yield {**entry, "sans_dns": [identity], "usages": ["server", "client"]}
         if not self.member:
             return
         addresses = list(dict.fromkeys([self.host["underlay4"], self.host["advertise4"], "127.0.0.1"]))
@@ -1667,7 +1710,7 @@ def _lines(record: Record) -> dict[str, str]:
             if entry["state"] != "absent":
                 found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
         sites = _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
-        for key, words in (("encryption", encryption.WORDS), ("routing", routing.WORDS)):
+        for key, words in zip(_STAGED, (encryption.WORDS, routing.WORDS, ipsec.WORDS)):
             for (one, other), stage in encryption.from_document(roster.get(key), sites).items():
                 if stage is not Stage.PLAIN:
                     name = f"within site {one}" if one == other else f"between sites {one} and {other}"

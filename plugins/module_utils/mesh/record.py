@@ -266,7 +266,7 @@ def _check(where: str, name: str, document: Any) -> int:
             _there(entry, "clusters")
             entry.texts("clusters")
             entry.text("state", None)
-        for key in ("encryption", "routing"):
+        for key in ("encryption", "routing", "ipsec"):
             if key not in fields.value:
                 continue
             stages = fields.object(key)
