@@ -121,6 +121,23 @@ static __always_inline bool is_underlay_reply(const struct isthmus_addr *src, co
 	return source && (source->flags & ISTHMUS_IPCACHE_NODE) && addr_is_zero(&source->tunnel);
 }
 
+/*
+ * Whether the node at @tunnel takes nothing through the tunnel. Routes lead to it
+ * natively; this is what keeps a packet from leaving by the tunnel all the same.
+ */
+static __always_inline bool is_only_native(const struct isthmus_addr *tunnel)
+{
+	const struct isthmus_peer_value *peer;
+	const struct isthmus_native *here;
+	__u32 index = 0;
+
+	here = bpf_map_lookup_elem(&native, &index);
+	if (!here || !here->ifindex)
+		return false;
+	peer = bpf_map_lookup_elem(&peers, tunnel);
+	return peer && peer->flags & ISTHMUS_PEER_NATIVE;
+}
+
 /* The device of the way without us, 0 if there is none. */
 static __always_inline __u32 underlay_device(struct __sk_buff *skb, const struct packet *packet)
 {
@@ -150,13 +167,14 @@ static __always_inline bool goes_through_wireguard(struct __sk_buff *skb, const 
 	__u32 index = 0;
 
 	device = bpf_map_lookup_elem(&wireguard, &index);
-	if (!device || !device->ifindex || !addr_is_v4(tunnel))
+	if (!device || !addr_is_v4(tunnel))
 		return false;
 	fib.ifindex = skb->ifindex;
 	fib.dport = device->port;
 	fib.ipv4_dst = tunnel->a[3];
 	/* A positive answer is about the neighbour, which WireGuard has none of. */
-	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 && fib.ifindex == device->ifindex;
+	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 &&
+	       (fib.ifindex == device->ifindex || fib.ifindex == device->second);
 }
 
 SEC("tc")
@@ -187,6 +205,9 @@ int overlay_egress(struct __sk_buff *skb)
 		if (device)
 			return bpf_redirect_neigh(device, NULL, 0, 0);
 	}
+
+	if (is_only_native(&entry->tunnel))
+		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 
 	flags = 0;
 	if (entry->flags & ISTHMUS_IPCACHE_ENCRYPTED) {
@@ -287,6 +308,12 @@ static __always_inline void count_identity(const struct __sk_buff *skb, const st
 	}
 }
 
+static __always_inline bool is_decrypted(__u32 mark)
+{
+	return (mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED ||
+	       (mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED_SECOND;
+}
+
 SEC("tc")
 int overlay_ingress(struct __sk_buff *skb)
 {
@@ -302,7 +329,7 @@ int overlay_ingress(struct __sk_buff *skb)
 	peer = bpf_map_lookup_elem(&peers, &outer);
 	if (!peer)
 		return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
-	if ((skb->mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED)
+	if (is_decrypted(skb->mark))
 		skb->mark = 0;
 	else if (peer->flags & ISTHMUS_PEER_ENCRYPTED)
 		return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
@@ -363,7 +390,7 @@ int wireguard_ingress(struct __sk_buff *skb)
 	if (ip.daddr != device->underlay4 &&
 	    (ip.daddr != device->advertised4 || !translate(skb, &ip, &udp, device->underlay4)))
 		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
-	skb->mark = ISTHMUS_MARK_DECRYPTED;
+	skb->mark = skb->ifindex == device->second ? ISTHMUS_MARK_DECRYPTED_SECOND : ISTHMUS_MARK_DECRYPTED;
 	return TC_ACT_OK;
 }
 

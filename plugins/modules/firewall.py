@@ -58,9 +58,9 @@ def main():
     changes = Changes(module)
     interface = links.of_address(module, spec["node"]["underlay4"])
     wanted = openings.rules(spec, module.params["record"])
-    inner = spec["overlay"]["port"] if spec.get("wireguard") else None
     native = spec["node"]["range4"], openings.native_sources(spec, module.params["record"])
-    active = firewall.open_for(module, changes, wanted, interface, inner, native)
+    inner, tunnels = spec["overlay"]["port"], openings.devices(spec)
+    active = firewall.open_for(module, changes, wanted, interface, inner, tunnels, native)
     module.exit_json(**changes.result(active=active))
 
 

@@ -53,6 +53,12 @@ options:
     type: list
     elements: str
     default: []
+  rotate:
+    description:
+      - Whether every host that encrypts gets another key of WireGuard, as the playbook
+        C(isthmus.mesh.rotate_wireguard_keys) asks.
+    type: bool
+    default: false
   clean:
     description: Forgotten hosts that hold nothing of the mesh any more, and are joined anew.
     type: list
@@ -60,6 +66,12 @@ options:
     default: []
   lists:
     description: Lists of revoked certificates in PEM for the record, by cluster, as M(isthmus.mesh.pki_revoke) gave.
+    type: dict
+    default: {}
+  exposed:
+    description:
+      - Where the etcd of clusters with C(control_plane=in_cluster) is reached, by cluster, as
+        M(isthmus.mesh.kubernetes_install) found it.
     type: dict
     default: {}
   version:
@@ -165,14 +177,17 @@ matrix:
   elements: str
 routes:
   description:
-    - What routers need so that packets go natively. On those of each C(site) the range of a C(host), C(to), leads to
-      its address, C(via); C(from) are the sites whose packets come to these ranges.
+    - What routers need so that packets go natively. On those of each C(site) the prefix C(to) leads to the address of a
+      host there, C(via). Where that is null it leads to another site, over the next hop that the addresses C(like) of
+      hosts there have. C(why) says what for.
   returned: success
   type: list
   elements: dict
-  sample: [{"site": "dc", "host": "dc-1", "to": "10.101.0.0/28", "via": "198.51.100.11", "from": ["dc", "hall"]}]
+  sample:
+    - {site: dc, to: 10.101.0.0/28, via: 198.51.100.11, like: [], why: "workloads of dc-1, for packets from hall"}
+    - {site: dc, to: 10.102.0.0/27, via: null, like: [198.51.100.21], why: workloads of hosts of hall}
 routers:
-  description: RV(routes) in words, a line for each site.
+  description: RV(routes) in words, a line each.
   returned: success
   type: list
   elements: str
@@ -208,12 +223,18 @@ vpc:
       elements: str
 steps:
   description:
-    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off, each with its own
-      C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether they must have
-      proven that they reach each other the new way (C(proven)).
+    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off or keys are replaced,
+      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether
+      they must have proven that they reach each other the new way (C(proven)).
   returned: success
   type: list
   elements: dict
+in_cluster:
+  description:
+    - What is to be installed into each cluster with C(control_plane=in_cluster), for
+      M(isthmus.mesh.kubernetes_install), and in C(entry) the inventory host that stands for it.
+  returned: success
+  type: dict
 serial:
   description: O(serial), as a list.
   returned: success

@@ -69,15 +69,15 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     resolver,
     strongswan,
     units,
-    wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import BOOT
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
-DEVICES = ("isthmus0", wireguard.DEVICE)
+DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733", "734", "735")
+TABLES = ("730", "731", "732", "733", "734", "735", "736")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -94,7 +94,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
-    wireguard.UNIT,
+    *units.WIREGUARD,
     strongswan.GUARD_UNIT,
     os.path.basename(BOOT),
     "isthmusd.service",
@@ -269,8 +269,11 @@ class Teardown:
         code, out, _err = self.module.run_command(["tc", "qdisc", "show"])
         for device in re.findall(r"^qdisc clsact \S+ dev (\S+) ", out, re.MULTILINE) if code == 0 else ():
             for side in ("ingress", "egress"):
-                if f" underlay_{side} " in self.command("tc", "filter", "show", "dev", device, side, "pref", PROTOCOL):
-                    self.gone(f"program underlay_{side} on {device}")
+                shown = self.command("tc", "filter", "show", "dev", device, side, "pref", PROTOCOL)
+                name = f"underlay_{side}"
+                # The kernel keeps 15 characters of a name; libbpf puts the program's number behind it.
+                if re.search(rf"\b{name[:15]}", shown):
+                    self.gone(f"program {name} on {device}")
                     if not self.module.check_mode:
                         self.command("tc", "filter", "del", "dev", device, side, "pref", PROTOCOL)
 

@@ -99,7 +99,7 @@ def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Pat
         play("verify")
         for host in hosts:
             assert stages(estate, host) == set()
-            left = "nft list table ip isthmus-ipsec || ls /etc/swanctl/*/isthmus* || ip route show table 735 | grep ."
+            left = "nft list table ip isthmus-ipsec || ls /etc/swanctl/*/isthmus* || ip route show table 736 | grep ."
             assert estate.lab.exec(host, ["sh", "-c", left], check=False).returncode != 0, host
     finally:
         play("site", seconds=1800)

@@ -37,9 +37,9 @@ def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) ->
 
         def led() -> bool:
             # A table without a route is none, which `ip` takes for an error.
-            route = both.a.run("sh", "-c", "ip route show table 735 proto 73 2>&1; true")
+            route = both.a.run("sh", "-c", "ip route show table 736 proto 73 2>&1; true")
             rules = both.a.run("ip", "rule")
-            return f"{FAR} via {gateway} dev eth0" in route and "mtu 1400" in route and "735:" in rules
+            return f"{FAR} via {gateway} dev eth0" in route and "mtu 1400" in route and "736:" in rules
 
         def mtu() -> bool:
             return "mtu 1350" in both.a.run("ip", "route", "get", "10.102.0.2")
@@ -48,14 +48,14 @@ def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) ->
         wait_for(led, "the route to the gateway", 30)
         wait_for(mtu, "a smaller MTU to the other site's hosts", 30)
         assert both.dial() != []
-        both.a.run("ip", "route", "del", FAR, "table", "735")
+        both.a.run("ip", "route", "del", FAR, "table", "736")
         wait_for(led, "the route is back", 30)
-        both.a.run("ip", "rule", "del", "priority", "735")
+        both.a.run("ip", "rule", "del", "priority", "736")
         wait_for(led, "the rule is back", 30)
         assert_no_program(both)
         behind_gateway(both.a, None)
         wait_for(lambda: not led(), "the route is gone", 30)
-        assert "735:" not in both.a.run("ip", "rule")
+        assert "736:" not in both.a.run("ip", "rule")
 
 
 def assert_no_program(both: Pair) -> None:

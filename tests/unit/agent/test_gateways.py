@@ -34,14 +34,14 @@ def computed(stage: str, underlay: int = 1500, **section: Any) -> Desired:
 @pytest.mark.parametrize(("stage", "leads"), [("accepts", False), ("sends", True), ("demands", True)])
 def test_from_the_second_step_on_the_other_sites_networks_are_behind_the_gateway(stage: str, leads: bool) -> None:
     datapath = computed(stage).datapath
-    way = Route(NETWORK, mtu=1400, table=735, toward=ip_address(VIA))
-    assert ({route for route in datapath.routes if route.table == 735} == {way}) is leads
-    assert Rule(ip_network("0.0.0.0/0"), 735, 735) in datapath.rules
+    way = Route(NETWORK, mtu=1400, table=736, toward=ip_address(VIA))
+    assert ({route for route in datapath.routes if route.table == 736} == {way}) is leads
+    assert Rule(ip_network("0.0.0.0/0"), 736, 736) in datapath.rules
 
 
 def test_on_the_gateway_itself_strongswan_leads_and_not_the_agent() -> None:
     datapath = computed("demands", via=None).datapath
-    assert not [route for route in datapath.routes if route.table == 735]
+    assert not [route for route in datapath.routes if route.table == 736]
     assert {rule.table for rule in datapath.rules} == {730}
 
 

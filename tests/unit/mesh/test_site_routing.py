@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from isthmus_mesh import matrix, openings
 from isthmus_mesh.encryption import Stage, pairs
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Plan
+from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.routing import Routing
 from isthmus_mesh.spec import NodeSpec
-from unit.mesh.estates import estate, hosts, model, planned
+from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
 
 ON = {"routing": "native"}
 SITES = {"cloud": "cloud", "onprem": "onprem"}
@@ -178,16 +178,23 @@ def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_rou
     assert (between["routing"], between["mtu"], between["routing_steps"]) == ("native", 1500, [])
     assert [one["port"] for one in between["open"] if one["protocol"] == "IP"] == [None]
     assert not [one for one in between["open"] if one["port"] == 8472]
-    assert [(one["site"], one["to"], one["via"], one["from"]) for one in found.routes][:2] == [
-        ("cloud", "10.102.0.0/28", "198.18.2.1", ["cloud", "onprem"]),
-        ("onprem", "10.101.0.0/28", "198.18.1.1", ["cloud"]),
+    assert found.routes[0] == {
+        "site": "cloud",
+        "to": "10.102.0.0/28",
+        "via": "198.18.2.1",
+        "like": [],
+        "why": "workloads of c1, for packets from onprem",
+    }
+    far = "198.18.1.1, 198.18.1.2, 198.18.1.3 (workloads of hosts of onprem)"
+    assert matrix.route_lines(found.routes) == [
+        "routers of cloud: 10.102.0.0/28 via 198.18.2.1 (workloads of c1, for packets from onprem)",
+        f"routers of cloud: 10.101.0.0/27 over the way to {far}",
+        f"routers of cloud: 10.101.0.32/28 over the way to {far}",
+        "routers of onprem: 10.101.0.0/28 via 198.18.1.1 (workloads of o1, for packets from cloud)",
+        "routers of onprem: 10.101.0.16/28 via 198.18.1.2 (workloads of o2, for packets from cloud)",
+        "routers of onprem: 10.101.0.32/28 via 198.18.1.3 (workloads of o3, for packets from cloud)",
+        "routers of onprem: 10.102.0.0/28 over the way to 198.18.2.1 (workloads of hosts of cloud)",
     ]
-    first, second = matrix.route_lines(found.routes)
-    assert first == (
-        "routers of cloud: 10.102.0.0/28 via 198.18.2.1 (c1). Hosts on one subnet set these routes to each other "
-        "themselves. Routers of onprem lead these ranges to cloud."
-    )
-    assert "10.101.0.16/28 via 198.18.1.2 (o2)" in second
     (told,) = [line for line in matrix.lines(found.sites) if line.startswith("cloud and onprem")]
     assert told.startswith(
         "cloud and onprem: path native, encryption none, MTU 1500 inside where the underlay has 1500. Open: IP on "
@@ -195,14 +202,35 @@ def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_rou
     )
 
 
+def test_routers_of_hybrid_sites_need_something_only_where_a_site_has_several_hosts() -> None:
+    found = changed(routing="hybrid")
+    others = "for packets from hosts of onprem on other subnets"
+    assert matrix.route_lines(found.routes) == [
+        f"routers of onprem: 10.101.0.0/28 via 198.18.1.1 (workloads of o1, {others})",
+        f"routers of onprem: 10.101.0.16/28 via 198.18.1.2 (workloads of o2, {others})",
+        f"routers of onprem: 10.101.0.32/28 via 198.18.1.3 (workloads of o3, {others})",
+    ]
+
+
+def test_of_many_routes_of_a_site_the_first_are_told() -> None:
+    many = [
+        {"site": "a", "to": f"10.0.{number}.0/24", "via": f"192.0.2.{number}", "like": [], "why": "w"}
+        for number in range(103)
+    ]
+    told = matrix.route_lines(many)
+    assert (len(told), told[-1]) == (101, "routers of a: and 3 more, in `routes` of isthmus.mesh.plan")
+    assert told[0] == "routers of a: 10.0.0.0/24 via 192.0.2.0 (w)"
+
+
 def test_while_it_is_turned_on_the_tunnel_stays_open_and_the_smaller_mtu_counts() -> None:
     found = changed(planned(model()), **ON)
     (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
     assert (row["mtu"], row["routing_steps"]) == (1450, ["accepts", "sends", "demands"])
     assert {one["port"] for one in row["open"]} >= {None, 8472}
-    told = matrix.changes(found.sites)
+    told = matrix.changes(found.sites, found.keys)
     assert any(one.startswith("native routing of cloud and onprem is turned on, in steps of one run") for one in told)
-    back = matrix.changes(changed(after(found, 2)).sites)
+    again = changed(after(found, 2))
+    back = matrix.changes(again.sites, again.keys)
     assert any("packets go through the tunnel and are 50 bytes smaller" in one and "refused" in one for one in back)
 
 
@@ -232,3 +260,25 @@ def test_hybrid_is_native_inside_every_site_and_nowhere_else() -> None:
     routing = Routing("hybrid")
     assert {routing.stage(pair) for pair in pairs(sites) if pair[0] == pair[1]} == {Stage.DEMANDS}
     assert {routing.stage(pair) for pair in product(sites, sites) if pair[0] < pair[1]} == {Stage.PLAIN}
+
+
+def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
+    """Each of the two takes its own steps beside the other, and the last of one stands while the other goes on."""
+    pairs_said = [{"sites": ["onprem", "onprem"], "encryption": "none"}]
+    before = changed(encryption="wireguard", site_pairs=pairs_said)
+    wanted = model({**estate(), "encryption": "wireguard", "site_pairs": [{**pairs_said[0], "routing": "native"}]})
+    record = merge([dict(before.record)])
+    found = plan(wanted, record, NOW, VERSION, "alice", rotate=True)
+    specs = [found.specs, *(step.specs for step in found.steps)]
+    assert [one["o1"]["native"]["stages"] for one in specs] == [
+        {"onprem": "accepts"},
+        {"onprem": "sends"},
+        {"onprem": "demands"},
+    ]
+    ports = [(one["o1"]["wireguard"]["port"], one["o1"]["wireguard"].get("second", {}).get("port")) for one in specs]
+    assert ports == [(51871, 51872), (51872, 51871), (51872, None)]
+    assert [step.proven for step in found.steps] == [True, True]
+    assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 2
+    lines = matrix.changes(found.sites, found.keys)
+    assert lines[0].startswith("the keys of WireGuard are replaced")
+    assert lines[1].startswith("native routing within onprem is turned on")

@@ -113,7 +113,11 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_our_program_goes_from_a_device_of_the_underlay() -> None:
     host = Host()
-    host.filters = "filter protocol all pref 73 bpf chain 0 handle 0x1 underlay_ingress direct-action id 9 \n"
+    host.filters = (
+        "filter protocol all pref 73 bpf chain 0 \n"
+        "filter protocol all pref 73 bpf chain 0 handle 0x1 underlay_ingres:[9] direct-action not_in_hw id 9 "
+        "name underlay_ingres tag 4a05cbb3fc4e1b1c jited \n"
+    )
     step = teardown.Teardown(host)
     step.filters()
     assert host.ran == ["tc filter del dev eth0 ingress pref 73"]
@@ -247,7 +251,7 @@ def test_only_units_of_ours_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
     """Every text in the modules that ends like a unit's name and begins like one of ours."""
     root = Path(teardown.__file__).parents[1]
-    files = [*root.glob("modules/*.py"), *root.glob("module_utils/*.py")]
+    files = [*root.glob("modules/*.py"), *root.glob("module_utils/**/*.py")]
     texts = {
         node.value
         for path in files
