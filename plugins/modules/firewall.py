@@ -25,6 +25,10 @@ options:
       - The estate record that M(isthmus.mesh.plan) returns.
     type: dict
     required: true
+  bgp:
+    description:
+      - What M(isthmus.mesh.bgp) is told (O(isthmus.mesh.bgp#module:own)); its routers are let in too.
+    type: dict
 """
 
 EXAMPLES = r"""
@@ -46,18 +50,24 @@ active:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import firewall, links
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, openings
 
 
 def main():
     module = AnsibleModule(
-        argument_spec={"spec": {"type": "dict", "required": True}, "record": {"type": "dict", "required": True}},
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "record": {"type": "dict", "required": True},
+            "bgp": {"type": "dict"},
+        },
         supports_check_mode=True,
     )
     spec = module.params["spec"]
     changes = Changes(module)
     interface = links.of_address(module, spec["node"]["underlay4"])
     wanted = openings.rules(spec, module.params["record"])
+    if module.params["bgp"]:
+        wanted += bgp.openings(module.params["bgp"])
     inner = spec["overlay"]["port"] if spec.get("wireguard") else None
     native = spec["node"]["range4"], openings.native_sources(spec, module.params["record"])
     active = firewall.open_for(module, changes, wanted, interface, inner, native)

@@ -201,6 +201,31 @@ vpc:
       description: A line for each of them.
       type: list
       elements: str
+bgp:
+  description:
+    - What hosts of sites with C(bgp) are told (C(hosts), for M(isthmus.mesh.bgp), by name), and those that are left as
+      they are (C(kept)), as only the record has the C(bgp) of their site.
+    - What somebody sets on each of the routers, as C(routers) and in words (C(lines)). A router has C(address),
+      C(as_number), C(bfd), C(site), its C(neighbours) with what each C(announces), and the ranges of which it C(sends)
+      them what it knows. Passwords are in neither.
+  returned: success
+  type: dict
+  contains:
+    hosts:
+      description: What each host is told.
+      type: dict
+    kept:
+      description: Hosts that are left as they are.
+      type: list
+      elements: str
+    routers:
+      description: One for each router.
+      type: list
+      elements: dict
+    lines:
+      description: A line for each of them.
+      type: list
+      elements: str
 steps:
   description:
     - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off, each with its own

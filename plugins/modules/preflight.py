@@ -61,6 +61,11 @@ options:
     type: str
     choices: [unmanaged, managed]
     default: unmanaged
+  bgp:
+    description:
+      - What M(isthmus.mesh.bgp) will be told (O(isthmus.mesh.bgp#module:own)), so that it is known before whether that
+        can be done.
+    type: dict
   install:
     description:
       - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
@@ -126,6 +131,10 @@ kubernetes:
     host: kube-1
     addresses: [198.18.4.11]
     credential: true
+bgp:
+  description: Whether FRR on the host is configured by M(isthmus.mesh.bgp).
+  returned: success
+  type: bool
 problems:
   description: Every problem found; the module fails when there is one.
   returned: always
@@ -174,6 +183,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     estate,
     etcd_unit,
     firewall,
+    frr,
     links,
     listener,
     packages,
@@ -587,6 +597,7 @@ def main():
             "max_clock_skew": {"type": "int", "default": 120},
             "firewall": {"type": "str", "choices": ["unmanaged", "managed"], "default": "unmanaged"},
             "install": {"type": "bool", "default": False},
+            "bgp": {"type": "dict"},
         },
         supports_check_mode=True,
     )
@@ -616,6 +627,7 @@ def main():
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
+    problems += frr.problems(module, module.params["bgp"]) if module.params["bgp"] else []
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)
@@ -658,6 +670,7 @@ def main():
         ],
         "fsync": syncs,
         "kubernetes": kubernetes_facts(module, spec),
+        "bgp": frr.ours(),
     }
     for words in doubts:
         module.warn(f"{spec['host']}: {words}")

@@ -62,9 +62,9 @@ isthmus_estate: "{{ estate_base | combine(estate_north, estate_south, recursive=
 
 **Absence is never removal.** What was applied and is not in the inventory any more is reported as an orphan and left
 running: hosts, workloads, services, etcd members, whole clusters, the `kubernetes` of a cluster, a range of its pods,
-the `vpc` of a site, a peering. It goes by `state: absent` (`isthmus_state: absent` for a host), or by its name: `-e
-isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until then it keeps its ranges,
-addresses and ids: what is new and collides with them is refused.
+the `vpc` or `bgp` of a site, a peering. It goes by `state: absent` (`isthmus_state: absent` for a host), or by its
+name: `-e isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until then it keeps its
+ranges, addresses and ids: what is new and collides with them is refused.
 
 **What never changes.** Ids, dealt ranges and addresses, the CA's place and the estate's name stay as they were first
 applied; a change of one is refused. Addresses that were released are not dealt again for 30 days, unless an inventory
@@ -90,6 +90,12 @@ TABLES = (
         "What is set there is marked with `<estate>-<site>`, and nothing else is touched. Credentials are never here.",
     ),
     ("`isthmus_estate.sites.<name>.vpc.gateways[]`", schema.VPC_GATEWAY, "A gateway of the VPC that others made."),
+    (
+        "`isthmus_estate.sites.<name>.bgp`",
+        schema.BGP,
+        "Passwords are not here but in `isthmus_bgp_passwords` of the hosts.",
+    ),
+    ("`isthmus_estate.sites.<name>.bgp.routers[]`", schema.BGP_ROUTER, "A router of the site."),
     ("`isthmus_estate.site_pairs[]`", schema.SITE_PAIR, "What differs for two sites."),
     ("`isthmus_estate.clusters.<name>`", schema.CLUSTER, "A cluster has its own etcd, CA and ranges."),
     (

@@ -20,6 +20,8 @@ from typing import Any, Optional
 from . import encryption, jsontext, matrix, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
+from .bgp import Planned as Speaking
+from .bgp import planned as plan_bgp
 from .encryption import Pair, Stage
 from .model import Cluster, Encryption, Host, Model, ModelError, Workload
 from .record import (
@@ -69,7 +71,8 @@ class Plan:
     record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
     it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
     sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
-    follows; `native` are those of native routing. `vpcs` is what VPCs get (vpc.py)."""
+    follows; `native` are those of native routing. `vpcs` is what VPCs get (vpc.py), `bgp` what hosts and routers do
+    (bgp.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -90,6 +93,7 @@ class Plan:
     native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
+    bgp: Speaking = field(default_factory=Speaking)
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,8 @@ class _Planner:
         ways = self.ways(present)
         native = self.native_ways(present)
         vpcs = self.vpcs(present, ways, native)
-        roster = self.roster(documents, _first(ways), _first(native), vpcs)
+        speaking = self.speaking(present)
+        roster = self.roster(documents, _first(ways), _first(native), vpcs, speaking)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -279,7 +284,18 @@ class _Planner:
             native=native_stages,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
+            bgp=speaking,
         )
+
+    # BGP
+
+    def speaking(self, present: Mapping[str, Mapping[str, Any]]) -> Speaking:
+        old = (self.record.roster or {}).get("bgp", ())
+        taken = [text for doc in present.values() for text in (*doc["workload_ranges"], *_pod_ranges(doc))]
+        found = plan_bgp(self.model.bgp, self.model.hosts, present, taken, old, self.prune)
+        self.orphans += found.orphans
+        self.removed += found.removed
+        return found
 
     # VPCs
 
@@ -411,6 +427,7 @@ class _Planner:
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
         roster = self.record.roster or {"services": {}}
         candidates |= vpc.names(roster.get("vpcs"))
+        candidates |= {f"bgp/{site}" for site in roster.get("bgp", ())}
         candidates |= {f"service/{key}" for key, entry in roster["services"].items() if entry["state"] != "absent"}
         found = set()
         for given in prune:
@@ -606,6 +623,8 @@ class _Planner:
             return rest in self.model.services
         if kind in ("vpc", "peering"):
             return self.model.vpcs.has(name)
+        if kind == "bgp":
+            return rest in self.model.bgp
         first, _slash, second = rest.partition("/")
         cluster = self.model.clusters.get(first)
         outer = None if cluster is None else cluster.kubernetes
@@ -1269,6 +1288,7 @@ class _Planner:
         stages: Mapping[Pair, Stage],
         native: Mapping[Pair, Stage],
         vpcs: vpc.Planned,
+        speaking: Speaking,
     ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
@@ -1306,6 +1326,7 @@ class _Planner:
                 encryption=encryption.to_document(stages),
                 routing=encryption.to_document(native),
                 vpcs=vpcs.document,
+                bgp=list(speaking.sites),
             ),
             "hash": self.digest,
         }
@@ -1673,6 +1694,7 @@ def _lines(record: Record) -> dict[str, str]:
                     name = f"within site {one}" if one == other else f"between sites {one} and {other}"
                     found[f"{key} {name}"] = words[stage]
         found.update(vpc.recorded(roster.get("vpcs")))
+        found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
     return found
 
 
