@@ -17,9 +17,9 @@ PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "archive before bgp break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
-    "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths platforms python "
-    "record registrars replacing run scope seen services signed snapshot spec state timeout token trust version "
-    "wait"
+    "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths "
+    "platforms python record registrars replacing run scope seen services signed snapshot spec state timeout token "
+    "trust version wait"
 )
 
 
