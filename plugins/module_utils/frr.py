@@ -256,6 +256,10 @@ def absent(module: AnsibleModule, changes: Changes) -> list[str]:
         return []
     before = saved()
     found = ["FRR's configuration of the mesh"]
+    # FRR that is stopped says nothing, and routers keep the range for two minutes more, as for one that restarts.
+    number = re.search(r"^router bgp (\d+)$", text_of(CONF) or "", re.MULTILINE)
+    if number and not module.check_mode:
+        module.run_command([VTYSH, "-c", "configure terminal", "-c", f"no router bgp {number.group(1)}"])
     conf = before["conf"] if before["conf"] is not None else PACKAGED_CONF
     changes.file(CONF, conf, mode=0o640, owner="frr", shown=shown(text_of(CONF), conf))
     changes.file(DAEMONS, daemons_text(text_of(DAEMONS) or "", before["daemons"]), mode=0o640, owner="frr")

@@ -37,6 +37,8 @@ PACKAGES = (
     "dnsmasq-base",  # names for machines
     "wireguard-go",
     "wireguard-tools",
+    "frr",  # BGP; off until a site has it
+    "frr-pythontools",
     "curl",
     "procps",
     "libelf1",  # libbpf needs it
@@ -58,6 +60,7 @@ PACKAGES = (
 # Units of the image that a machine in a lab does not need, or that the operator would not have running.
 DISABLED_UNITS = (
     "etcd.service",
+    "frr.service",
     "systemd-resolved.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
