@@ -121,6 +121,23 @@ static __always_inline bool is_underlay_reply(const struct isthmus_addr *src, co
 	return source && (source->flags & ISTHMUS_IPCACHE_NODE) && addr_is_zero(&source->tunnel);
 }
 
+/*
+ * Whether the node at @tunnel takes nothing through the tunnel. Routes lead to it
+ * natively; this is what keeps a packet from leaving by the tunnel all the same.
+ */
+static __always_inline bool is_only_native(const struct isthmus_addr *tunnel)
+{
+	const struct isthmus_peer_value *peer;
+	const struct isthmus_native *here;
+	__u32 index = 0;
+
+	here = bpf_map_lookup_elem(&native, &index);
+	if (!here || !here->ifindex)
+		return false;
+	peer = bpf_map_lookup_elem(&peers, tunnel);
+	return peer && peer->flags & ISTHMUS_PEER_NATIVE;
+}
+
 /* The device of the way without us, 0 if there is none. */
 static __always_inline __u32 underlay_device(struct __sk_buff *skb, const struct packet *packet)
 {
@@ -187,6 +204,9 @@ int overlay_egress(struct __sk_buff *skb)
 		if (device)
 			return bpf_redirect_neigh(device, NULL, 0, 0);
 	}
+
+	if (is_only_native(&entry->tunnel))
+		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 
 	flags = 0;
 	if (entry->flags & ISTHMUS_IPCACHE_ENCRYPTED) {

@@ -165,14 +165,17 @@ matrix:
   elements: str
 routes:
   description:
-    - What routers need so that packets go natively. On those of each C(site) the range of a C(host), C(to), leads to
-      its address, C(via); C(from) are the sites whose packets come to these ranges.
+    - What routers need so that packets go natively. On those of each C(site) the prefix C(to) leads to the address of a
+      host there, C(via). Where that is null it leads to another site, over the next hop that the addresses C(like) of
+      hosts there have. C(why) says what for.
   returned: success
   type: list
   elements: dict
-  sample: [{"site": "dc", "host": "dc-1", "to": "10.101.0.0/28", "via": "198.51.100.11", "from": ["dc", "hall"]}]
+  sample:
+    - {site: dc, to: 10.101.0.0/28, via: 198.51.100.11, like: [], why: "workloads of dc-1, for packets from hall"}
+    - {site: dc, to: 10.102.0.0/27, via: null, like: [198.51.100.21], why: workloads of hosts of hall}
 routers:
-  description: RV(routes) in words, a line for each site.
+  description: RV(routes) in words, a line each.
   returned: success
   type: list
   elements: str

@@ -262,8 +262,11 @@ class Teardown:
         code, out, _err = self.module.run_command(["tc", "qdisc", "show"])
         for device in re.findall(r"^qdisc clsact \S+ dev (\S+) ", out, re.MULTILINE) if code == 0 else ():
             for side in ("ingress", "egress"):
-                if f" underlay_{side} " in self.command("tc", "filter", "show", "dev", device, side, "pref", PROTOCOL):
-                    self.gone(f"program underlay_{side} on {device}")
+                shown = self.command("tc", "filter", "show", "dev", device, side, "pref", PROTOCOL)
+                name = f"underlay_{side}"
+                # The kernel keeps 15 characters of a name; libbpf puts the program's number behind it.
+                if re.search(rf"\b{name[:15]}", shown):
+                    self.gone(f"program {name} on {device}")
                     if not self.module.check_mode:
                         self.command("tc", "filter", "del", "dev", device, side, "pref", PROTOCOL)
 

@@ -199,6 +199,22 @@ def test_nothing_leaves_natively_for_where_the_tunnel_leads(both: Both) -> None:
     assert both.a.drops()["wrong_way"] > before
 
 
+def test_nothing_leaves_through_the_tunnel_for_where_only_native_is_agreed(both: Both) -> None:
+    """Whoever leads it there."""
+    before = both.a.drops()["wrong_way"]
+    there = both.a.call(_sent, "isthmus0")
+    for table in ("main", str(netlink.ROUTE_TABLE)):
+        _ip(both.a, "route", "replace", "10.102.0.2/32", "dev", "isthmus0", "src", both.a.mesh, "table", table)
+    try:
+        with pytest.raises(InsideError, match="timed out"):
+            both.dial(0.5)
+        assert both.a.drops()["wrong_way"] > before
+        assert both.a.call(_sent, "isthmus0") == there
+    finally:
+        for table in ("main", str(netlink.ROUTE_TABLE)):
+            _ip(both.a, "route", "del", "10.102.0.2/32", "table", table)
+
+
 def test_nobody_sends_in_another_nodes_name(both: Both) -> None:
     before = both.a.drops()["not_local_source"]
     both.a.process().do(

@@ -222,7 +222,7 @@ def test_packets_go_natively_at_the_full_mtu_with_the_identity_of_their_source(b
         assert ask(host.daemon.socket, "/v1/audit")["problems"] == []
     status = beside.b.daemon.status()
     (far,) = [one for one in status["nodes"] if one["name"] == "onprem-1"]
-    assert far["routing"] == {"way": "native", "stage": "demands"}
+    assert far["routing"] == {"way": "native", "stage": "demands", "mtu": 1500}
     assert re.search(r"onprem/onprem-1 .* native", text.status(status))
     wait_for(lambda: beside.a.daemon.probe("cloud-1") == "up", "probes go natively too")
 

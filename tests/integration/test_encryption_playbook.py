@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Encryption of a running estate is turned on and off by `site`: in steps, each over all hosts before the next. The
-playbook and its plan are real, modules on hosts are `fake_modules.py`."""
+"""Encryption and native routing of a running estate are turned on and off by `site`: in steps, each over all hosts
+before the next. The playbook and its plan are real, modules on hosts are `fake_modules.py`."""
 
 from __future__ import annotations
 
@@ -135,3 +135,23 @@ def test_check_mode_predicts_the_first_step(running: Site) -> None:
     assert run.status == 0, run.output
     assert written(running) == [HOSTS]
     assert (stages(running), proofs(running)) == (dict.fromkeys(HOSTS, "plain"), [])
+
+
+def test_native_routing_goes_the_same_way_and_the_run_shows_what_routers_need(running: Site) -> None:
+    running.estate = {"routing": "native"}
+    on = turned(running)
+    assert on.status == 0, on.output
+    assert written(running) == [HOSTS] * 3
+    assert proofs(running) == sorted([*HOSTS, *HOSTS])
+    specs = {host: json.loads((running.place / "hosts" / host / "node.json").read_text()) for host in HOSTS}
+    assert {tuple(spec["native"]["stages"].items()) for spec in specs.values()} == {
+        (("a", "demands"), ("b", "demands")),
+    }
+    here = {host: (spec["node"]["range4"], spec["node"]["underlay4"]) for host, spec in specs.items()}
+    (network, address), far = here["b1"], here["a1"][1]
+    assert f"routers of b: {network} via {address} (workloads of b1, for packets from a)" in said(on)
+    assert f"routers of a: {network} over the way to {address} (workloads of hosts of b)" in said(on)
+    assert f"over the way to {far}, {here['a2'][1]} (workloads of hosts of a)" in said(on)
+    again = turned(running)
+    assert (again.status, again.changed) == (0, {}), again.output
+    assert "routers of" not in said(again), "nothing was changed"

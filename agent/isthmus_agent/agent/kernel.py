@@ -252,14 +252,17 @@ class HostKernel:
         if made is not None and made.native == wanted and made.routes is datapath.routes:
             return ()
         ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
-        # Without it the programs cannot ask which way leads to a node.
-        netlink.settings.set_ipv4(self._ifindex, netlink.settings.FORWARDING)
-        if wanted.changing:
-            # Its program has checked the sources; what comes by the underlay has a mark that tells the way back.
-            netlink.settings.set_ipv4(self._ifindex, netlink.settings.RP_FILTER, netlink.settings.LOOSE)
+        try:
+            # Without it the programs cannot ask which way leads to a node.
+            netlink.settings.set_ipv4(self._ifindex, netlink.settings.FORWARDING)
+            if wanted.changing:
+                # Its program has checked the sources; what comes by the underlay has a mark that tells the way back.
+                netlink.settings.set_ipv4(self._ifindex, netlink.settings.RP_FILTER, netlink.settings.LOOSE)
+        except netlink.NetworkError as error:
+            problems += error.problems
         for index in sorted({way.oif for way in ways.values()}):
             try:
-                if wanted.changing:
+                if wanted.changing and netlink.settings.is_strict(index):
                     netlink.settings.set_ipv4(index, netlink.settings.SRC_VALID_MARK)
                 self._bpf.attach_underlay([index], self._ifindex, wanted.underlay)
             except (netlink.NetworkError, BpfError) as error:

@@ -407,7 +407,7 @@ class BpfDatapath:
                     found = self._program_info(fd).name.decode()
                 finally:
                     os.close(fd)
-                if name.startswith(found):
+                if found and name.startswith(found):  # the kernel keeps 15 characters of a name
                     return True
         return False
 

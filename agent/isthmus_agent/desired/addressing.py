@@ -9,7 +9,7 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
@@ -141,6 +141,24 @@ def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple
             continue
         found.append(node)
     return tuple(found), tuple(refused)
+
+
+def only_encrypted(
+    nodes: tuple[Remote, ...], demanded: frozenset[Address]
+) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
+    """No node is native of which an address is reached through WireGuard or not at all (`demanded`), as another node
+    claims it too; and those that were, in words."""
+    found = []
+    told = []
+    for node in nodes:
+        both = demanded.intersection((*node.underlay, node.endpoint)) if node.takes_native else frozenset()
+        if both:
+            told.append(
+                f"node {node.cluster}/{node.name} is not reached natively: another node has its address {min(both)}, "
+                "and packets to that are to be encrypted"
+            )
+        found.append(replace(node, native=Stage.PLAIN) if both else node)
+    return (tuple(found), tuple(told)) if told else (nodes, ())
 
 
 def own_addresses(spec: NodeSpec) -> frozenset[Address]:

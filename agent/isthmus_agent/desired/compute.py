@@ -99,6 +99,9 @@ def desired(
     encrypted = memory.of(
         "encryption", (spec, nodes, facts.public_key), lambda: encryption(spec, nodes, facts.public_key)
     )
+    nodes, clear = memory.of(
+        "natively", (nodes, encrypted), lambda: addressing.only_encrypted(nodes, encrypted.demanded)
+    )
     placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
     found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
     mtu = addressing.path_mtu(facts.underlay_mtu, 0, spec.overlay.mtu)
@@ -148,7 +151,7 @@ def desired(
             lambda: {(node.cluster, node.name): node.mesh for node in nodes if node.mesh is not None},
         ),
         dead=found.dead,
-        refused=(*refused, *pods.problems),
+        refused=(*refused, *clear, *pods.problems),
         pods=pods,
         encrypted=encrypted.nodes,
         stages=encrypted.stages,

@@ -24,6 +24,15 @@ _SETLINK = 19
 _AF_SPEC, _INET_CONF = 26, 1
 
 
+def is_strict(index: int) -> bool:
+    """Whether the kernel lets in by this device only what it would answer by it (rp_filter)."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for name in ("all", socket.if_indextoname(index)):
+            found.append(int(Path("/proc/sys/net/ipv4/conf", name, _NAMES[RP_FILTER]).read_text(encoding="ascii")))
+    return max(found, default=0) == 1
+
+
 def set_ipv4(index: int, setting: int, value: int = 1) -> None:
     """NetworkError when the kernel refuses. Nothing is done when it is so already: the kernel tells everybody of a
     device whose settings were written, and who listens would write them again."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, collapse_addresses
+from itertools import groupby
 from typing import Any
 
 from .encryption import CHANGING, STAGES, Pair, Stage, pairs
@@ -14,6 +16,7 @@ from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 UNDERLAY_MTU = 1500
 
 _MOST_LINES = 100
+_MOST_NAMES = 3
 
 Ways = Mapping[Pair, Sequence[Any]]
 """`Plan.stages`, `Plan.native`."""
@@ -62,42 +65,47 @@ def _words(now: Stage | None, following: Sequence[Stage]) -> list[str]:
 
 
 def routes(documents: Documents, native_ways: Ways) -> Iterator[dict[str, Any]]:
-    """What routers need so that packets go natively: on those of each `site` the range of each of its hosts, `to`,
-    leads to the host's address, `via`; `from` are the sites from which packets to these ranges come."""
-    senders: dict[str, set[str]] = {}
-    for (one, other), stages in native_ways.items():
-        if any(stage is not None and stage is not Stage.PLAIN for stage in stages[1:]):
-            senders.setdefault(one, set()).add(other)
-            senders.setdefault(other, set()).add(one)
+    """What the routers of each `site` need so that packets go natively: the prefix `to` leads to a host's address,
+    `via`, or, where that is None, to another site: over the next hop that the addresses `like` of hosts there have.
+    `why` is in words."""
+    hosts: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for document in documents.values():
         for host, entry in document["hosts"].items():
-            if entry["site"] in senders:
-                yield {
-                    "site": entry["site"],
-                    "host": host,
-                    "to": entry["range4"],
-                    "via": entry["underlay4"],
-                    "from": sorted(senders[entry["site"]]),
-                }
+            hosts.setdefault(entry["site"], []).append((host, entry))
+    native: dict[str, set[str]] = {}
+    for (one, other), stages in native_ways.items():
+        if any(stage is not None and stage is not Stage.PLAIN for stage in stages[1:]):
+            native.setdefault(one, set()).add(other)
+            native.setdefault(other, set()).add(one)
+    for site in sorted(native.keys() & hosts.keys()):
+        far = sorted((native[site] - {site}) & hosts.keys())
+        senders = [*far, *([f"hosts of {site} on other subnets"] if site in native[site] and hosts[site][1:] else [])]
+        for host, entry in hosts[site] if senders else ():
+            why = f"workloads of {host}, for packets from {_listed(senders)}"
+            yield {"site": site, "to": entry["range4"], "via": entry["underlay4"], "like": [], "why": why}
+        for other in far:
+            like = [entry["underlay4"] for _host, entry in hosts[other]]
+            ranges = (IPv4Network(entry["range4"]) for _host, entry in hosts[other])
+            for network in collapse_addresses(ranges):
+                why = f"workloads of hosts of {other}"
+                yield {"site": site, "to": str(network), "via": None, "like": like, "why": why}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def route_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each site, and what the others' routers need of it."""
-    sites: dict[str, list[Mapping[str, Any]]] = {}
-    for route in found:
-        sites.setdefault(route["site"], []).append(route)
+    """A line for each route, the first hundred of each site."""
     told = []
-    for site, those in sorted(sites.items()):
-        each = "; ".join(f"{one['to']} via {one['via']} ({one['host']})" for one in those[:_MOST_LINES])
+    for site, these in groupby(found, key=lambda route: route["site"]):
+        those = list(these)
+        for route in those[:_MOST_LINES]:
+            hop = f"via {route['via']}" if route["via"] else f"over the way to {_listed(route['like'])}"
+            told.append(f"routers of {site}: {route['to']} {hop} ({route['why']})")
         if len(those) > _MOST_LINES:
-            each += f"; and {len(those) - _MOST_LINES} more"
-        far = [other for other in those[0]["from"] if other != site]
-        words = f"routers of {site}: {each}."
-        if site in those[0]["from"]:
-            words += " Hosts on one subnet set these routes to each other themselves."
-        if far:
-            words += f" Routers of {', '.join(far)} lead these ranges to {site}."
-        told.append(words)
+            told.append(f"routers of {site}: and {len(those) - _MOST_LINES} more, in `routes` of isthmus.mesh.plan")
     return told
 
 
@@ -182,8 +190,10 @@ def _change(
     stages = [STAGES[word] for word in following]
     begun = f", which was begun before ({now})" if now in CHANGING else ""
     steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
+    one, other = row["sites"]
+    where = name((one, other)) if one == other else f"of {name((one, other))}"
     told = (
-        f"{what} of {name(row['sites'])} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"{what} {where} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
         f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
     )
     if shrinks:

@@ -136,6 +136,31 @@ def test_what_is_to_be_encrypted_is_never_sent_natively(encryption: str, native:
     assert not found.peers[CLOUD].is_native or sends
 
 
+@pytest.mark.parametrize("stage", ["accepts", "demands"])
+def test_an_address_from_which_encryption_is_demanded_is_never_native(stage: str) -> None:
+    """Also when a node of a native site claims it too."""
+    found = mesh.documents({}, sizes={"onprem": 2, "cloud": 1})
+    rival = mesh.node(
+        "onprem",
+        2,
+        wireguard_public_key=CLOUD_KEY,
+        annotations={"isthmus.io/site": "hall"},
+        addresses=(
+            wire.NodeAddress("InternalIP", str(CLOUD)),
+            wire.NodeAddress("CiliumInternalIP", "10.101.0.17"),
+        ),
+    )
+    found[keys.node_key("onprem", rival.name)] = rival.to_json().encode()
+    own = spec(stage, wireguard={**WIREGUARD, "plain_sites": ["cloud", "edge", "onprem"]})
+    wanted = desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
+    assert not any(one.toward for one in wanted.datapath.routes)
+    assert not any(one.is_native for one in wanted.datapath.ipcache.values())
+    assert not any(one.is_native for one in wanted.datapath.peers.values())
+    assert wanted.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted
+    (told,) = [words for words in wanted.refused if "natively" in words]
+    assert told.startswith(f"node cloud/cloud-1 is not reached natively: another node has its address {CLOUD}, and ")
+
+
 def test_a_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(SpecError, match=r"native.stages.cloud.*is not one of plain, accepts, sends, demands"):
         spec("half")

@@ -178,21 +178,48 @@ def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_rou
     assert (between["routing"], between["mtu"], between["routing_steps"]) == ("native", 1500, [])
     assert [one["port"] for one in between["open"] if one["protocol"] == "IP"] == [None]
     assert not [one for one in between["open"] if one["port"] == 8472]
-    assert [(one["site"], one["to"], one["via"], one["from"]) for one in found.routes][:2] == [
-        ("cloud", "10.102.0.0/28", "198.18.2.1", ["cloud", "onprem"]),
-        ("onprem", "10.101.0.0/28", "198.18.1.1", ["cloud"]),
+    assert found.routes[0] == {
+        "site": "cloud",
+        "to": "10.102.0.0/28",
+        "via": "198.18.2.1",
+        "like": [],
+        "why": "workloads of c1, for packets from onprem",
+    }
+    far = "198.18.1.1, 198.18.1.2, 198.18.1.3 (workloads of hosts of onprem)"
+    assert matrix.route_lines(found.routes) == [
+        "routers of cloud: 10.102.0.0/28 via 198.18.2.1 (workloads of c1, for packets from onprem)",
+        f"routers of cloud: 10.101.0.0/27 over the way to {far}",
+        f"routers of cloud: 10.101.0.32/28 over the way to {far}",
+        "routers of onprem: 10.101.0.0/28 via 198.18.1.1 (workloads of o1, for packets from cloud)",
+        "routers of onprem: 10.101.0.16/28 via 198.18.1.2 (workloads of o2, for packets from cloud)",
+        "routers of onprem: 10.101.0.32/28 via 198.18.1.3 (workloads of o3, for packets from cloud)",
+        "routers of onprem: 10.102.0.0/28 over the way to 198.18.2.1 (workloads of hosts of cloud)",
     ]
-    first, second = matrix.route_lines(found.routes)
-    assert first == (
-        "routers of cloud: 10.102.0.0/28 via 198.18.2.1 (c1). Hosts on one subnet set these routes to each other "
-        "themselves. Routers of onprem lead these ranges to cloud."
-    )
-    assert "10.101.0.16/28 via 198.18.1.2 (o2)" in second
     (told,) = [line for line in matrix.lines(found.sites) if line.startswith("cloud and onprem")]
     assert told.startswith(
         "cloud and onprem: path native, encryption none, MTU 1500 inside where the underlay has 1500. Open: IP on "
         "those ranges, at every host of cloud and onprem from the ranges of workloads of both; TCP 2379"
     )
+
+
+def test_routers_of_hybrid_sites_need_something_only_where_a_site_has_several_hosts() -> None:
+    found = changed(routing="hybrid")
+    others = "for packets from hosts of onprem on other subnets"
+    assert matrix.route_lines(found.routes) == [
+        f"routers of onprem: 10.101.0.0/28 via 198.18.1.1 (workloads of o1, {others})",
+        f"routers of onprem: 10.101.0.16/28 via 198.18.1.2 (workloads of o2, {others})",
+        f"routers of onprem: 10.101.0.32/28 via 198.18.1.3 (workloads of o3, {others})",
+    ]
+
+
+def test_of_many_routes_of_a_site_the_first_are_told() -> None:
+    many = [
+        {"site": "a", "to": f"10.0.{number}.0/24", "via": f"192.0.2.{number}", "like": [], "why": "w"}
+        for number in range(103)
+    ]
+    told = matrix.route_lines(many)
+    assert (len(told), told[-1]) == (101, "routers of a: and 3 more, in `routes` of isthmus.mesh.plan")
+    assert told[0] == "routers of a: 10.0.0.0/24 via 192.0.2.0 (w)"
 
 
 def test_while_it_is_turned_on_the_tunnel_stays_open_and_the_smaller_mtu_counts() -> None:

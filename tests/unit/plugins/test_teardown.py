@@ -113,7 +113,11 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_our_program_goes_from_a_device_of_the_underlay() -> None:
     host = Host()
-    host.filters = "filter protocol all pref 73 bpf chain 0 handle 0x1 underlay_ingress direct-action id 9 \n"
+    host.filters = (
+        "filter protocol all pref 73 bpf chain 0 \n"
+        "filter protocol all pref 73 bpf chain 0 handle 0x1 underlay_ingres:[9] direct-action not_in_hw id 9 "
+        "name underlay_ingres tag 4a05cbb3fc4e1b1c jited \n"
+    )
     step = teardown.Teardown(host)
     step.filters()
     assert host.ran == ["tc filter del dev eth0 ingress pref 73"]
