@@ -74,9 +74,10 @@ def why_not() -> str:
 
 
 class Machine:
-    """`name` is its host name; `place` a directory of its own, not on an overlay."""
+    """`name` is its host name; `place` a directory of its own, not on an overlay. It has a network of its own, or
+    `namespace`, a named one."""
 
-    def __init__(self, name: str, place: Path) -> None:
+    def __init__(self, name: str, place: Path, namespace: str | None = None) -> None:
         self.name, self.place = name, place
         for part in ("upper", "work", "root"):
             (place / part).mkdir(parents=True)
@@ -87,8 +88,9 @@ class Machine:
             repository=ROOT,
             name=name,
         )
-        spaces = ("--mount", "--net", "--uts", "--pid", "--fork", "--kill-child")
-        self.holder = subprocess.Popen(["unshare", *spaces, "sh", "-ec", script], stdin=subprocess.DEVNULL)
+        enter, net = ([], ["--net"]) if namespace is None else (["nsenter", f"--net=/run/netns/{namespace}"], [])
+        spaces = ("--mount", "--uts", "--pid", "--fork", "--kill-child", *net)
+        self.holder = subprocess.Popen([*enter, "unshare", *spaces, "sh", "-ec", script], stdin=subprocess.DEVNULL)
         self.pid = 0
         self.until(lambda: self.started(), f"{name} is up", 10)
         self.run("ip", "link", "set", "lo", "up")
@@ -102,6 +104,7 @@ class Machine:
         return bool(self.pid) and Path(f"/proc/{self.pid}/root/run/ready").exists()
 
     def end(self) -> None:
+        self.run("systemctl", "stop", "frr.service", check=False)  # it takes its routes along
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid or self.holder.pid, signal.SIGKILL)
         self.holder.wait(20)
