@@ -110,7 +110,6 @@ class ActionModule(ActionBase):
             },
             bgp={
                 "hosts": {name: dict(own) for name, own in found.bgp.hosts.items()},
-                "kept": list(found.bgp.kept),
                 "routers": [dict(router) for router in found.bgp.routers],
                 "lines": bgp.lines(found.bgp.routers),
             },

@@ -27,7 +27,7 @@ options:
     required: true
   bgp:
     description:
-      - What M(isthmus.mesh.bgp) is told (O(isthmus.mesh.bgp#module:own)); its routers are let in too.
+      - What the plan has of the host in C(bgp.hosts); its routers are let in too. With C(kept) they are those of FRR.
     type: dict
 """
 
@@ -48,7 +48,7 @@ active:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import firewall, links
+from ansible_collections.isthmus.mesh.plugins.module_utils import firewall, frr, links
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, openings
 
@@ -67,7 +67,8 @@ def main():
     interface = links.of_address(module, spec["node"]["underlay4"])
     wanted = openings.rules(spec, module.params["record"])
     if module.params["bgp"]:
-        wanted += bgp.openings(module.params["bgp"])
+        kept = module.params["bgp"].get("kept")
+        wanted += bgp.openings(bgp.of_conf(frr.text_of(frr.CONF) or "") if kept else module.params["bgp"])
     inner = spec["overlay"]["port"] if spec.get("wireguard") else None
     native = spec["node"]["range4"], openings.native_sources(spec, module.params["record"])
     active = firewall.open_for(module, changes, wanted, interface, inner, native)

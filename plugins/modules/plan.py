@@ -206,8 +206,8 @@ vpc:
       elements: str
 bgp:
   description:
-    - What hosts of sites with C(bgp) are told (C(hosts), for M(isthmus.mesh.bgp), by name), and those that are left as
-      they are (C(kept)), as only the record has the C(bgp) of their site.
+    - What hosts of sites with C(bgp) are told (C(hosts), for M(isthmus.mesh.bgp), by name). Those of which only the
+      record has the C(bgp) of their site have C(kept) there, and are left as they are.
     - What somebody sets on each of the routers, as C(routers) and in words (C(lines)). A router has C(address),
       C(as_number), C(bfd), C(site), its C(neighbours) with what each C(announces), and the ranges of which it C(sends)
       them what it knows. Passwords are in neither.
@@ -217,10 +217,6 @@ bgp:
     hosts:
       description: What each host is told.
       type: dict
-    kept:
-      description: Hosts that are left as they are.
-      type: list
-      elements: str
     routers:
       description: One for each router.
       type: list

@@ -63,8 +63,7 @@ options:
     default: unmanaged
   bgp:
     description:
-      - What M(isthmus.mesh.bgp) will be told (O(isthmus.mesh.bgp#module:own)), so that it is known before whether that
-        can be done.
+      - What the plan has of the host in C(bgp.hosts), so that it is known before whether that can be done.
     type: dict
   install:
     description:
@@ -627,7 +626,8 @@ def main():
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
-    problems += frr.problems(module, module.params["bgp"]) if module.params["bgp"] else []
+    own = module.params["bgp"]
+    problems += frr.problems(module, own) if own and not own.get("kept") else []
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)

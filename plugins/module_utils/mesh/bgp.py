@@ -7,6 +7,7 @@ reaches its kernel: its way to the ranges of others is the agent's, and what rou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses
@@ -49,12 +50,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Planned:
-    """`hosts` by name: what `isthmus.mesh.bgp` gets. `kept` are hosts of sites that only the record has: theirs stays
-    as it is. `routers` is what to set on each router: `site`, `address`, `as_number`, `bfd`, its `neighbours` (`host`,
-    `address`, `as_number`, `announces`), and what it `sends` them. `sites` is the roster's."""
+    """`hosts` by name: what `isthmus.mesh.bgp` gets; {"kept": True} on hosts of sites of which only the record knows
+    that they speak BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`,
+    `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`), and what it `sends` them. `sites`
+    is the roster's."""
 
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    kept: tuple[str, ...] = ()
     routers: tuple[Mapping[str, Any], ...] = ()
     sites: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
@@ -163,12 +164,11 @@ def planned(
     present = {site for site, found in sites.items() if not found.absent}
     orphaned = {site for site in old if site not in sites and f"bgp/{site}" not in prune}
     found: dict[str, dict[str, Any]] = {}
-    kept: list[str] = []
     routers: dict[tuple[str, IPv4Address, int, bool], list[dict[str, Any]]] = {}
     for document in documents.values():
         for name, entry in sorted(document["hosts"].items()):
             if entry["site"] in orphaned:
-                kept.append(name)
+                found[name] = {"kept": True}
             if name not in hosts or hosts[name].absent or entry["site"] not in present:
                 continue
             own = speaker(sites[entry["site"]], hosts[name].bgp)
@@ -190,7 +190,6 @@ def planned(
     sends = collapsed(taken)
     return Planned(
         hosts=found,
-        kept=tuple(sorted(kept)),
         routers=tuple(
             {
                 "site": site,
@@ -230,7 +229,7 @@ def lines(routers: Iterable[Mapping[str, Any]]) -> list[str]:
     return told
 
 
-# A host. `own` is an element of `Planned.hosts`, `spec` the host's node spec, both as JSON.
+# A host. `own`, where it is not kept, is an element of `Planned.hosts`, `spec` the host's node spec, both as JSON.
 
 
 def collapsed(networks: Iterable[str]) -> list[str]:
@@ -289,6 +288,17 @@ def frr_conf(own: Mapping[str, Any], spec: Mapping[str, Any], passwords: Mapping
         for number, network in enumerate(taken, 1)
     ]
     return "\n".join([*text, "!", ""])
+
+
+def of_conf(conf: str) -> dict[str, Any]:
+    """What a frr.conf that we made has been made of, as far as `openings` needs it."""
+    with_bfd = re.findall(r"^ neighbor (\S+) bfd$", conf, re.MULTILINE)
+    return {
+        "routers": [
+            {"address": address, "bfd": address in with_bfd}
+            for address in re.findall(r"^ neighbor (\S+) remote-as ", conf, re.MULTILINE)
+        ]
+    }
 
 
 def is_ours(conf: str) -> bool:

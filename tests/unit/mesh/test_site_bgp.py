@@ -104,10 +104,12 @@ def test_bgp_without_native_and_a_host_whose_site_has_none_are_refused() -> None
 def test_it_goes_by_state_absent_or_by_its_name_and_stays_when_it_is_left_out() -> None:
     first = changed(onprem=BGP)
     left_out = changed(first)
-    assert (left_out.orphans, left_out.bgp.kept, left_out.bgp.hosts) == (("bgp/onprem",), ("o1", "o2", "o3"), {})
+    assert (left_out.orphans, left_out.bgp.routers) == (("bgp/onprem",), ())
+    assert left_out.bgp.hosts == dict.fromkeys(("o1", "o2", "o3"), left_out.bgp.hosts["o1"])
+    assert left_out.bgp.hosts["o1"] == {"kept": True}
     assert left_out.record["roster"]["bgp"] == ["onprem"]
     for gone in (changed(first, prune=("bgp/onprem",)), changed(first, onprem={"state": "absent"})):
-        assert (gone.removed, gone.orphans, gone.bgp.kept, gone.bgp.hosts) == (("bgp/onprem",), (), (), {})
+        assert (gone.removed, gone.orphans, gone.bgp.hosts) == (("bgp/onprem",), (), {})
         assert "bgp" not in gone.record["roster"]
         (cut,) = gone.cuts
         assert "those of site onprem announce their ranges no more" in cut
@@ -141,6 +143,10 @@ def test_only_the_hosts_range_leaves_and_only_the_meshs_ranges_enter() -> None:
     assert bgp.is_ours(conf.replace(bgp.MARK, "!")), "FRR saves no comments"
     assert bgp.daemons(found.bgp.hosts["o1"]) == ("bgpd",)
     assert bgp.openings(found.bgp.hosts["o1"]) == [("tcp", 179, "198.18.1.254")]
+    assert bgp.openings(bgp.of_conf(conf)) == bgp.openings(found.bgp.hosts["o1"])
+    watched = {"as_number": 1, "routers": [{**ROUTER, "bfd": True}]}
+    assert bgp.openings(watched) == [("tcp", 179, "198.18.1.254"), ("udp", 3784, "198.18.1.254")]
+    assert bgp.openings(bgp.of_conf(bgp.frr_conf(watched, found.specs["o1"], {}))) == bgp.openings(watched)
 
 
 @pytest.mark.parametrize(
