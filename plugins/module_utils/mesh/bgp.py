@@ -52,7 +52,8 @@ class Settings:
 class Planned:
     """`hosts` by name: what `isthmus.mesh.bgp` gets; {"kept": True} on hosts of sites of which only the record knows
     that they speak BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`,
-    `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`), and what it `sends` them. `sites`
+    `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`), and what it `sends` them.
+    `sites`
     is the roster's."""
 
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
