@@ -53,8 +53,7 @@ class Planned:
     """`hosts` by name: what `isthmus.mesh.bgp` gets; {"kept": True} on hosts of sites of which only the record knows
     that they speak BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`,
     `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`), and what it `sends` them.
-    `sites`
-    is the roster's."""
+    `sites` is the roster's."""
 
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routers: tuple[Mapping[str, Any], ...] = ()
