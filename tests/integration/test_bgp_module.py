@@ -127,7 +127,10 @@ def test_from_nothing_to_a_session_that_changes_keep_and_back(pair: tuple[Machin
 
     # What a restart reads is what runs: nothing was only in the daemons.
     host.run("systemctl", "restart", "frr.service")
-    host.until(lambda: ups(host), "the session is there after a restart")
+    known = ["10.101.0.0/27" in router.routes()]
+    assert not ups(host), "the session is gone, and the router keeps the range meanwhile"
+    host.until(lambda: known.append("10.101.0.0/27" in router.routes()) or ups(host), "the session is back")
+    assert all(known)
     assert host.calls() == ["restart"]
     assert not told(host, spec=spec)["changed"]
 
