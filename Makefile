@@ -20,8 +20,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Tools of the gates start each other by name (ansible-lint, molecule).
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup env lock bpf bundle wheelhouse collection kubernetes lab-up lab-down lab-exec lab-map site plan verify molecule demo \
-	check lint pytest test test-full bench bench-kubernetes clean
+.PHONY: help setup env lock bpf bundle wheelhouse image collection kubernetes lab-up lab-down lab-exec lab-map site plan verify molecule demo \
+	check lint pytest test test-full bench bench-kubernetes bench-paths clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ bundle: setup ## make the agent bundle for hosts (PYTHON=3.11 ARCH=x86_64, also 
 
 wheelhouse: setup ## fetch the agent's third-party wheels into the cache (PYTHON=, ARCH=)
 	@$(BIN)/python scripts/bundle.py wheelhouse --python $(PYTHON) --arch $(ARCH)
+
+image: bundle ## make the container image for Kubernetes clusters, build/isthmus-<version>.oci.tar (as root)
+	@$(BIN)/python scripts/image.py
 
 collection: bundle ## build the collection's artifact and install it in build/collections
 	@$(BIN)/python scripts/bundle.py collection
@@ -86,16 +89,20 @@ lint: bundle ## every gate
 pytest: bpf ## run tests (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest $(ARGS)
 
-test: lint collection kubernetes ## every gate and every test that fits into every run (CI runs this)
+test: lint collection kubernetes image ## every gate and every test that fits into every run (CI runs this)
 	@sh scripts/test.sh
 
 test-full: export ISTHMUS_FULL := 1
-test-full: lint collection kubernetes ## what is too long for every run as well; writes the result to docs/test-full.md
+test-full: lint collection kubernetes image ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
 
 bench: collection lab-up ## measure the estate on the lab, each figure beside a baseline; gates nothing
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
 	@$(BIN)/python tests/bench/bench.py
+
+bench-paths: collection lab-up ## measure tunnel, native and WireGuard beside the bare network and the same by hand; gates nothing
+	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
+	@$(BIN)/python tests/bench/paths.py
 
 bench-kubernetes: bpf ## measure a registrar with 10,000 pods in a real API server (PODS=1000 for fewer); gates nothing
 	@$(BIN)/python tests/bench/kubernetes_scale.py

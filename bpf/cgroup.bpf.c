@@ -139,7 +139,7 @@ connect_service(struct bpf_sock_addr *ctx, const struct isthmus_addr *dst, struc
 	if (key.proto) {
 		hash = key.proto == EPROTO_TCP ? bpf_get_prandom_u32() :
 						 hash_cookie(bpf_get_socket_cookie(ctx));
-		result = service_select(&key, hash, choice);
+		result = service_select(ctx, &key, hash, choice);
 		if (result != SERVICE_NONE && is_untranslated(ctx))
 			result = SERVICE_NONE;
 	}
@@ -294,7 +294,7 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 		return PASS;
 	reply.cookie = bpf_get_socket_cookie(ctx);
 
-	result = service_select(&key, hash_cookie(reply.cookie), &choice);
+	result = service_select(ctx, &key, hash_cookie(reply.cookie), &choice);
 	if (result != SERVICE_NONE && is_untranslated(ctx))
 		result = SERVICE_NONE;
 	switch (result) {

@@ -167,13 +167,14 @@ static __always_inline bool goes_through_wireguard(struct __sk_buff *skb, const 
 	__u32 index = 0;
 
 	device = bpf_map_lookup_elem(&wireguard, &index);
-	if (!device || !device->ifindex || !addr_is_v4(tunnel))
+	if (!device || !addr_is_v4(tunnel))
 		return false;
 	fib.ifindex = skb->ifindex;
 	fib.dport = device->port;
 	fib.ipv4_dst = tunnel->a[3];
 	/* A positive answer is about the neighbour, which WireGuard has none of. */
-	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 && fib.ifindex == device->ifindex;
+	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) >= 0 &&
+	       (fib.ifindex == device->ifindex || fib.ifindex == device->second);
 }
 
 SEC("tc")
@@ -307,6 +308,12 @@ static __always_inline void count_identity(const struct __sk_buff *skb, const st
 	}
 }
 
+static __always_inline bool is_decrypted(__u32 mark)
+{
+	return (mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED ||
+	       (mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED_SECOND;
+}
+
 SEC("tc")
 int overlay_ingress(struct __sk_buff *skb)
 {
@@ -322,7 +329,7 @@ int overlay_ingress(struct __sk_buff *skb)
 	peer = bpf_map_lookup_elem(&peers, &outer);
 	if (!peer)
 		return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
-	if ((skb->mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_DECRYPTED)
+	if (is_decrypted(skb->mark))
 		skb->mark = 0;
 	else if (peer->flags & ISTHMUS_PEER_ENCRYPTED)
 		return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
@@ -383,7 +390,7 @@ int wireguard_ingress(struct __sk_buff *skb)
 	if (ip.daddr != device->underlay4 &&
 	    (ip.daddr != device->advertised4 || !translate(skb, &ip, &udp, device->underlay4)))
 		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
-	skb->mark = ISTHMUS_MARK_DECRYPTED;
+	skb->mark = skb->ifindex == device->second ? ISTHMUS_MARK_DECRYPTED_SECOND : ISTHMUS_MARK_DECRYPTED;
 	return TC_ACT_OK;
 }
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isthmus_mesh import jsontext, keys
-from isthmus_mesh.documents import DocumentError, ServiceDefinition
+from isthmus_mesh import jsontext, keys, openings
+from isthmus_mesh.documents import DocumentError, NodeAllocation, ServiceDefinition
 from isthmus_mesh.record import newer_schema
 
 from .kvstore import Compare, Delete, KeyValue, Put, SyncEtcd
@@ -98,17 +98,20 @@ def delete_reports(
     """Delete what agents said of hosts that the cluster's ``document``, as it is in etcd, does not have.
 
     An orphan is in the record, so its reports stay. `EstateError` when the record changes meanwhile: agents report
-    after the record has their host.
+    after the record has their host. The nodes of a cluster whose control plane is in it are those that its registrar
+    has dealt a range, after which their agents report.
     """
     known = {name for name, entry in document["hosts"].items() if entry["state"] != "absent"}
     record = keys.estate_cluster_key(document["name"])
     found = client.get(record)
-    changes = [
-        Change(kv.key, kv.value.decode(errors="replace"), "")
+    reports = [
+        (kv.key[len(prefix) :].split("/")[0], kv)
         for prefix in (keys.NODE_REPORTS_PREFIX, keys.WORKLOADS_PREFIX, keys.ALIVE_PREFIX)
         for kv in client.range(prefix).kvs
-        if kv.key[len(prefix) :].split("/")[0] not in known
     ]
+    if openings.is_in_cluster(document):
+        known |= dealt_nodes(client).keys()
+    changes = [Change(kv.key, kv.value.decode(errors="replace"), "") for node, kv in reports if node not in known]
     words = superseded(record, found, document)
     if words:
         raise EstateError(words)
@@ -118,6 +121,20 @@ def delete_reports(
         if not client.txn([*fence, unchanged], batch, []).succeeded:
             raise EstateError(_CHANGED.format(key=record))
     return changes
+
+
+def dealt_nodes(client: SyncEtcd) -> dict[str, str]:
+    """Nodes of a cluster whose control plane is in it, with their addresses in the mesh: those that Kubernetes has."""
+    found = {}
+    for kv in client.range(keys.ALLOC_NODES_PREFIX).kvs:
+        name = keys.parse_alloc_node_key(kv.key)
+        try:
+            allocation = NodeAllocation.from_json(kv.value)
+        except DocumentError:
+            continue  # the registrar deals it anew
+        if name is not None and allocation.released is None:
+            found[name] = allocation.mesh4
+    return found
 
 
 def write_services(

@@ -625,6 +625,7 @@ def _until(step: Callable[[], T | None], timeout: float) -> T | None:
 # --- access rights
 
 AGENT_USER = "isthmus-agent-"
+AGENTS_USER = "isthmus-agents"
 REMOTE_USER = "remote-"
 READER_ROLE = "isthmus-reader"
 
@@ -637,10 +638,11 @@ class Access:
     users: Mapping[str, frozenset[str]]
 
 
-def wanted_access(cluster: str, nodes: Iterable[str], peers: Iterable[str]) -> Access:
+def wanted_access(cluster: str, nodes: Iterable[str], peers: Iterable[str], in_cluster: bool = False) -> Access:
     """Who may do what in the etcd of ``cluster`` (docs/architecture.md, "etcd").
 
-    ``remote`` has the permissions of Cilium's role of that name (pkg/kvstore/etcdinit/init.go).
+    ``in_cluster``: all agents are one user, which reports for every node. ``remote`` has the permissions of Cilium's
+    role of that name (pkg/kvstore/etcdinit/init.go).
     """
     read, write = _all("read"), _all("readwrite")
     agents = wanted_for_nodes(nodes)
@@ -670,6 +672,9 @@ def wanted_access(cluster: str, nodes: Iterable[str], peers: Iterable[str]) -> A
         "isthmus-registrar": frozenset({READER_ROLE, "isthmus-registrar"}),
         "remote": frozenset({"remote"}),
     }
+    if in_cluster:
+        roles[AGENTS_USER] = write(keys.NODE_REPORTS_PREFIX, keys.ALIVE_PREFIX)
+        users[AGENTS_USER] = frozenset({READER_ROLE, AGENTS_USER})
     for peer in peers:
         name = REMOTE_USER + peer
         roles[name] = read(*(keys.cache_prefix(kind, peer) for kind in keys.KINDS))

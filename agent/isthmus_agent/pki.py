@@ -130,6 +130,11 @@ def public_der(key: bytes, where: str) -> bytes:
     return _public_bytes(load_key(key, where).public_key())
 
 
+def request_public_der(csr: str) -> bytes:
+    """The public key of a signing request, as `public_der`. ValueError when it cannot be read."""
+    return _public_bytes(x509.load_pem_x509_csr(csr.encode()).public_key())
+
+
 def new_authority(cluster: str, now: datetime.datetime, key_pem: bytes | None = None) -> tuple[bytes, bytes]:
     """Make a cluster's CA: (private key PEM, certificate PEM). Ten years, may sign end entities only.
 
@@ -365,6 +370,16 @@ def renewal_reason(
     if ca is not None and not _issued_by(found, load_certificates(ca.encode(), "the pinned CA")[0]):
         return f"it is not signed by the CA of {spec.ca_cluster}"
     return _differs(spec, found) or _ends(found, now)
+
+
+def resigning_reason(certificate: str, ca: str, cn: str, now: datetime.datetime) -> str | None:
+    """Why a certificate that was signed for somebody else's key is not to be given again; ``None`` when it is good."""
+    found = load_certificates(certificate.encode(), "it")[0]
+    if not _issued_by(found, load_certificates(ca.encode(), "the CA")[0]):
+        return "it is not signed by this CA"
+    if _common_name(found.subject) != cn:
+        return f"its name is {_common_name(found.subject)!r}, {cn!r} is wanted"
+    return _ends(found, now)
 
 
 def describe(pem: bytes) -> dict[str, Any]:

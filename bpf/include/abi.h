@@ -54,9 +54,13 @@ _Static_assert(sizeof(struct isthmus_peer_value) == 20, "peer value");
 #define ISTHMUS_PEER_ENCRYPTED	(1 << 0)	/* its packets come through WireGuard or are dropped */
 #define ISTHMUS_PEER_NATIVE	(1 << 1)	/* its packets come by the underlay without a tunnel or are dropped */
 
-/* The WireGuard device, in the one element of the map `wireguard`; all zero: there is none. */
+/*
+ * The WireGuard devices, in the one element of the map `wireguard`; all zero: there
+ * is none. A second one is there while the host's key is replaced.
+ */
 struct isthmus_wireguard {
 	__u32 ifindex;
+	__u32 second;
 	__be16 port;			/* of the overlay, UDP: nothing else may come through the device */
 	__u16 pad;
 	__be32 underlay4;		/* this host's address */
@@ -73,12 +77,14 @@ struct isthmus_native {
 };
 
 /*
- * What the WireGuard device's program writes as a packet's mark. It survives the
- * decapsulation and tells the overlay's program how the packet came; that program
- * clears it. Only the lowest byte counts: Calico and kube-proxy use higher bits.
+ * What the WireGuard devices' program writes as a packet's mark, one of two by the
+ * device. It survives the decapsulation and tells the overlay's program how the
+ * packet came; that program clears it. Only the lowest byte counts: Calico and
+ * kube-proxy use higher bits.
  */
 #define ISTHMUS_MARK_MASK	0xff
 #define ISTHMUS_MARK_DECRYPTED	0x49
+#define ISTHMUS_MARK_DECRYPTED_SECOND	0x4a
 #define ISTHMUS_MARK_NATIVE	0x4e	/* came by the underlay without a tunnel: for the kernel's check of sources */
 
 /* An address of this host: which identity its packets carry. */
@@ -105,7 +111,7 @@ struct isthmus_svc_value {
 	__u32 svc_id;
 	__u32 slot_base;
 	__u32 slot_count;		/* 0: no backend, the call fails with EHOSTUNREACH */
-	__u32 flags;
+	__u32 affinity;			/* seconds for which a client that comes again gets the backend it had; 0: none */
 };
 
 struct isthmus_backend_value {
@@ -139,6 +145,19 @@ struct isthmus_sock_value {
 struct isthmus_sock_backend {
 	__u32 svc_id;
 	__u32 backend_id;
+};
+
+/* Session affinity: which backend of a service a client had last. */
+struct isthmus_affinity_key {
+	__u64 client;			/* cookie of the network namespace, or a workload's address and the top bit */
+	__u32 svc_id;
+	__u32 pad;
+};
+
+struct isthmus_affinity_value {
+	__u64 used;			/* ns since boot */
+	__u32 backend_id;
+	__u32 pad;
 };
 
 /* Unconnected datagram sockets: what a reply's source must be turned into. */

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.h"
+#include "workload.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -49,6 +50,16 @@ struct {
 	__type(value, __u32);
 } meta SEC(".maps");
 
+/* LRU because a client that is forgotten only has its backend chosen anew. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct isthmus_affinity_key);
+	__type(value, struct isthmus_affinity_value);
+} affinity SEC(".maps");
+
+#define NSEC_PER_SEC	1000000000ULL
+
 enum service_result {
 	SERVICE_NONE,		/* not a service address */
 	SERVICE_FOUND,
@@ -76,6 +87,54 @@ static __always_inline __u32 hash_cookie(__u64 cookie)
 }
 
 /*
+ * Who is one client: a workload, for those of a host share its network
+ * namespace, else all of a namespace, which is a pod or the host.
+ */
+static __always_inline __u64 client_of(struct bpf_sock_addr *ctx)
+{
+	const struct isthmus_workload_value *workload = workload_of_current();
+
+	if (workload && !addr_is_zero(&workload->addr4))
+		return 1ULL << 63 | workload->addr4.a[3];
+	return bpf_get_netns_cookie(ctx);
+}
+
+/* Whether a backend gets new flows of a service: its slots are in ascending order. */
+static __always_inline bool serves(const struct isthmus_svc_value *service, __u32 backend_id)
+{
+	__u32 low = 0, high = service->slot_count, slot, *found;
+	int step;
+
+	/* One more than the bits of the number of all slots. */
+	for (step = 0; step < 21 && low < high; step++) {
+		__u32 middle = low + (high - low) / 2;
+
+		slot = service->slot_base + middle;
+		found = bpf_map_lookup_elem(&slots, &slot);
+		if (!found)
+			return false;
+		if (*found == backend_id)
+			return true;
+		if (*found < backend_id)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return false;
+}
+
+/* @backend_id becomes the one that the client had, while that serves and not too much time went by. */
+static __always_inline void keep_backend(const struct isthmus_svc_value *service,
+					 const struct isthmus_affinity_key *client, __u32 *backend_id)
+{
+	const struct isthmus_affinity_value *had = bpf_map_lookup_elem(&affinity, client);
+
+	if (had && bpf_ktime_get_boot_ns() - had->used < service->affinity * NSEC_PER_SEC &&
+	    serves(service, had->backend_id))
+		*backend_id = had->backend_id;
+}
+
+/*
  * @hash: a random number for TCP; the same number for all datagrams of one
  * socket, so that they reach one backend.
  *
@@ -84,10 +143,13 @@ static __always_inline __u32 hash_cookie(__u64 cookie)
  * backend looks again and sees the new one.
  */
 static __always_inline enum service_result
-service_select(const struct isthmus_svc_key *key, __u32 hash, struct service_choice *choice)
+service_select(struct bpf_sock_addr *ctx, const struct isthmus_svc_key *key, __u32 hash,
+	       struct service_choice *choice)
 {
 	const struct isthmus_backend_value *backend;
 	const struct isthmus_svc_value *service;
+	struct isthmus_affinity_value now = {};
+	struct isthmus_affinity_key client = {};
 	__u32 slot, *backend_id;
 	int attempt;
 
@@ -102,12 +164,22 @@ service_select(const struct isthmus_svc_key *key, __u32 hash, struct service_cho
 		if (!backend_id)
 			continue;
 		choice->backend_id = *backend_id;
+		if (service->affinity) {
+			client.client = client_of(ctx);
+			client.svc_id = service->svc_id;
+			keep_backend(service, &client, &choice->backend_id);
+		}
 		backend = bpf_map_lookup_elem(&backends, &choice->backend_id);
 		if (!backend)
 			continue;
 		choice->addr = backend->addr;
 		choice->port = backend->port;
 		choice->svc_id = service->svc_id;
+		if (service->affinity) {
+			now.used = bpf_ktime_get_boot_ns();
+			now.backend_id = choice->backend_id;
+			bpf_map_update_elem(&affinity, &client, &now, BPF_ANY);
+		}
 		return SERVICE_FOUND;
 	}
 	return SERVICE_NO_BACKEND;

@@ -7,6 +7,7 @@ the whole inventory, never from the hosts of the play, and adds the clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,6 +17,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan imp
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
     Forget,
+    Plan,
     plan,
     refuse_foreign_services,
     refuse_other_version,
@@ -40,8 +42,10 @@ class ActionModule(ActionBase):
                 "records": {"type": "list", "elements": "dict", "default": []},
                 "prune": {"type": "list", "elements": "str", "default": []},
                 "forget": {"type": "list", "elements": "str", "default": []},
+                "rotate": {"type": "bool", "default": False},
                 "clean": {"type": "list", "elements": "str", "default": []},
                 "lists": {"type": "dict", "default": {}},
+                "exposed": {"type": "dict", "default": {}},
                 "version": {"type": "str"},
                 "serial": {"type": "raw"},
                 "by": {"type": "str"},
@@ -68,6 +72,8 @@ class ActionModule(ActionBase):
                     [str(name) for name in options["clean"]],
                     plain(options["lists"], "lists"),
                 ),
+                options["rotate"],
+                plain(options["exposed"], "exposed"),
             )
             refuse_foreign_services(
                 found.services,
@@ -102,7 +108,7 @@ class ActionModule(ActionBase):
             matrix=matrix.lines(found.sites),
             routes=[dict(route) for route in found.routes],
             routers=matrix.route_lines(found.routes),
-            turned=matrix.changes(found.sites),
+            turned=matrix.changes(found.sites, found.keys),
             vpc={
                 "networks": [dict(call) for call in found.vpcs.calls],
                 "peerings": [dict(call) for call in found.vpcs.peerings],
@@ -122,9 +128,10 @@ class ActionModule(ActionBase):
                 }
                 for step in found.steps
             ],
+            in_cluster={name: dict(entry) for name, entry in found.in_cluster.items()},
             serial=serial,
             clusters={"new": new, "answering": answering},
-            batches=split(found.specs, hosts, new, answering, serial).words(),
+            batches=split(found.specs, hosts, new, answering, serial).words() + _inside(found, hosts),
             warnings=list(found.warnings),
             diff={
                 "before_header": "estate record",
@@ -134,6 +141,12 @@ class ActionModule(ActionBase):
             },
         )
         return result
+
+
+def _inside(found: Plan, hosts: Sequence[str]) -> list[str]:
+    """A line when clusters have their turn whose control plane is in them."""
+    clusters = sorted(name for name, entry in found.in_cluster.items() if entry["entry"] in hosts)
+    return [f"after the hosts, each in itself: {', '.join(clusters)}"] if clusters else []
 
 
 def _read(hostvars: Any, record: Record) -> Model:

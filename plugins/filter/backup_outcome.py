@@ -50,7 +50,12 @@ def backup_outcome(results):
         added = [one for one in result["authority"] if "path" in one]
         files = [*kept["files"], *(name for one in added for name in one["files"])]
         line = f"Cluster {cluster}: {kept['path']} ({', '.join(files)}), up to revision {kept['revision']} of its etcd."
-        if not added:
+        if kept["ca_host"] == "":
+            line += (
+                " Its authority is a Secret of the cluster (isthmus-system/isthmus-ca) and NOT in it: back that up "
+                "with the cluster's Secrets."
+            )
+        elif not added:
             host = kept["ca_host"] or "unknown to the estate record in its etcd"
             why = "".join(f": {_words(one)}" for one in result["authority"])
             problems.append(

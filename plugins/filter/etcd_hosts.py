@@ -34,6 +34,10 @@ options:
     description: Whether to give one host of each cluster, the first, instead of all but the first.
     type: bool
     default: true
+  pods:
+    description: Whether to give only hosts that stand for pods, of clusters with C(control_plane=in_cluster).
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -52,14 +56,16 @@ _value:
 from collections.abc import Mapping
 
 
-def etcd_hosts(estate, known, without=(), first=True):
+def etcd_hosts(estate, known, without=(), first=True, pods=False):
     """Cluster and host, in the inventory's order."""
     texts = [without] if isinstance(without, str) else without
     left_out = {name.strip() for text in texts for name in text.split(",")}
     clusters = estate.get("clusters") if isinstance(estate, Mapping) else None
     found = []
     for name, cluster in clusters.items() if isinstance(clusters, Mapping) else ():
-        etcd = cluster.get("etcd") if isinstance(cluster, Mapping) else None
+        if not isinstance(cluster, Mapping) or (pods and cluster.get("control_plane") != "in_cluster"):
+            continue
+        etcd = cluster.get("etcd")
         hosts = etcd.get("hosts") if isinstance(etcd, Mapping) else None
         present = [host for host in hosts if host in known] if isinstance(hosts, list) and name not in left_out else []
         found += [{"cluster": name, "host": host} for host in (present[:1] if first else present[1:])]

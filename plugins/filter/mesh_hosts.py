@@ -23,6 +23,13 @@ options:
     type: list
     elements: str
     default: []
+  records:
+    description:
+      - Copies of the estate record, as M(isthmus.mesh.estate_record) gives them, of which those of clusters with
+        C(control_plane=in_cluster) have the nodes too.
+    type: list
+    elements: dict
+    default: []
 """
 
 EXAMPLES = r"""
@@ -39,12 +46,17 @@ _value:
 """
 
 
-def mesh_hosts(specs, silent=()):
-    """In the order of the names."""
-    return [
+def mesh_hosts(specs, silent=(), records=()):
+    """In the order of the names, hosts of the inventory first."""
+    hosts = [
         {"name": name, "cluster": spec["cluster"]["name"], "mesh4": spec["node"]["mesh4"]}
         for name, spec in sorted(specs.items())
         if name not in silent
+    ]
+    return hosts + [
+        {"name": name, "cluster": copy["cluster"], "mesh4": mesh4}
+        for copy in records
+        for name, mesh4 in sorted(copy.get("nodes", {}).items())
     ]
 
 

@@ -48,8 +48,8 @@ _value:
   type: dict
 """
 
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Stage, from_document, pair
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_PORT
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Stage, from_document, keys_of, pair
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.openings import wireguard_ports
 
 FROM_EACH_CLUSTER = 3
 
@@ -85,6 +85,7 @@ class _Questions:
         places = {entry["site"] for _document, entry in self.places.values()}
         self.stages = from_document(record["roster"].get("encryption"), places)
         self.native = from_document(record["roster"].get("routing"), places)
+        self.tunnels = [("udp", port) for port in wireguard_ports([keys_of(record["roster"].get("encryption"))])]
         self.sites = {}
         for name in self.asked:
             self.sites.setdefault(self.places[name][1]["site"], []).append(name)
@@ -120,7 +121,7 @@ class _Questions:
         """While encryption is turned on or off both ports are needed; the overlay's not where all is native."""
         stage, native = (stages.get(pair(site, other), Stage.PLAIN) for stages in (self.stages, self.native))
         overlay = [] if Stage.DEMANDS in (stage, native) else [("udp", self.overlay)]
-        return overlay + ([] if stage is Stage.PLAIN else [("udp", WIREGUARD_PORT)])
+        return overlay + ([] if stage is Stage.PLAIN else self.tunnels)
 
     def target(self, here, name, protocol, port, answers, enough=False):
         document, entry = self.places[name]

@@ -40,6 +40,9 @@ _value:
   description:
     - C(together) and C(one_by_one), patterns of hosts, the latter in the order of the batches, and C(serial), how many
       of them are in each; C(proving), a pattern of the hosts that have to prove something before the step.
+    - C(in_cluster), hosts that stand for clusters whose control plane is in them, and C(readers), hosts that read the
+      etcd of such a cluster; C(formed), whether the authority of one is new in this run, so that all hosts are readers
+      of the record, which has it.
     - A play without hosts would be one of all hosts, so a pattern that no host matches is given instead of none.
   type: dict
 """
@@ -52,7 +55,7 @@ _NOBODY = ["!all"]
 def run_batches(members, step=0):
     """The patterns; see above."""
     looked_at = [variables for variables in members if "__plan_result" in variables]
-    found = Batches([], [])
+    found, inside, readers, formed = Batches([], []), [], [], False
     proving = []
     if looked_at and not any(_is(one, "__preflight_installed", "failed") for one in looked_at):
         plan = looked_at[0]["__plan_result"]
@@ -63,14 +66,29 @@ def run_batches(members, step=0):
             str(one["inventory_hostname"]) for one in looked_at if not _is(one, "__preflight_result", "unreachable")
         ]
         found = split(plan["specs"], hosts, plan["clusters"]["new"], plan["clusters"]["answering"], plan["serial"])
-    if step:  # no cluster is formed any more
-        found = Batches([], [batch for batch in [found.together, *found.batches] if batch])
+        if step:  # no cluster is formed any more
+            found = Batches([], [batch for batch in [found.together, *found.batches] if batch])
+        else:
+            inside = sorted(entry["entry"] for entry in plan["in_cluster"].values() if entry["entry"] in hosts)
+        if inside:
+            formed = _formed(looked_at, plan["record"])
+            specs = plan["specs"]
+            readers = sorted(name for name in hosts if name in specs and (formed or specs[name].get("member")))
     return {
         "together": found.together or _NOBODY,
         "one_by_one": [name for batch in found.batches for name in batch] or _NOBODY,
         "serial": [len(batch) for batch in found.batches],
         "proving": proving or _NOBODY,
+        "in_cluster": inside or _NOBODY,
+        "readers": readers or _NOBODY,
+        "formed": formed,
     }
+
+
+def _formed(members, record):
+    """Whether a cluster whose control plane is in it got its authority in this run."""
+    clusters = {one["isthmus_cluster"] for one in members if one.get("__site_formed")}
+    return any(not record[f"clusters/{cluster}"].get("ca_certificate") for cluster in clusters)
 
 
 def _begins(members, plan, step):

@@ -164,7 +164,7 @@ def _owed(hosts):
 
 
 def _steps(hosts):
-    """A line when encryption or native routing is turned on or off and the run could not take all of its steps."""
+    """A line when encryption, its keys or native routing are changed and the run could not take all of the steps."""
     steps = next((one["__plan_result"]["steps"] for one in hosts.values() if "__plan_result" in one), [])
 
     def without(names, group):

@@ -7,6 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import spec, versions
 
@@ -50,6 +51,22 @@ def endpoints_from_record(record: Mapping[str, Any], cluster: str) -> list[str]:
     port = etcd["client_port"]
     others = [f"https://{hosts[name]['underlay4']}:{port}" for name in etcd["members"] if name in hosts]
     return [f"https://127.0.0.1:{port}", *others]
+
+
+def etcd_settings() -> dict[str, str]:
+    """Settings of the member on this host, or of the pod that this is; none where there is no member."""
+    found = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+    return found or {key: value for key, value in os.environ.items() if key.startswith("ETCD_")}
+
+
+def in_pod() -> bool:
+    """Whether this is a pod of etcd, which has its settings from its environment."""
+    return read_bytes(etcd_unit.ENVIRONMENT) is None and bool(etcd_settings())
+
+
+def has_etcd_data() -> bool:
+    """Whether a member's data is here."""
+    return os.path.isdir(os.path.join(etcd_settings().get("ETCD_DATA_DIR", etcd_unit.DATA), "member"))
 
 
 def operator_files(cluster: str) -> tuple[str, str, str]:

@@ -50,6 +50,37 @@ UMask=0077
 _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"
 
 
+TUNING: Mapping[str, str] = {
+    "ETCD_AUTO_COMPACTION_MODE": "periodic",
+    "ETCD_AUTO_COMPACTION_RETENTION": "1h",
+    # Twice etcd's defaults: machines that do other work too must not lose their leader at every peak.
+    "ETCD_HEARTBEAT_INTERVAL": "200",
+    "ETCD_ELECTION_TIMEOUT": "2000",
+    "ETCD_SNAPSHOT_COUNT": "10000",
+    "ETCD_LOGGER": "zap",
+    "ETCD_LOG_OUTPUTS": "stderr",
+}
+"""Settings that are the same for every member of every cluster."""
+
+
+def security(cluster: str, peer_cn: str, revocation: bool = True) -> dict[str, str]:
+    """Who a member lets in, and as whom; the files are in `PKI`."""
+    trusted, revoked = f"{PKI}/trust/{cluster}.crt", f"{PKI}/{REVOKED}"
+    return {
+        "ETCD_CERT_FILE": f"{PKI}/etcd-server.crt",
+        "ETCD_KEY_FILE": f"{PKI}/etcd-server.key",
+        # Only this cluster's own authority: etcd knows users by certificate name, so whoever signs here can be root.
+        "ETCD_TRUSTED_CA_FILE": trusted,
+        "ETCD_CLIENT_CERT_AUTH": "true",
+        "ETCD_PEER_CERT_FILE": f"{PKI}/etcd-peer.crt",
+        "ETCD_PEER_KEY_FILE": f"{PKI}/etcd-peer.key",
+        "ETCD_PEER_TRUSTED_CA_FILE": trusted,
+        "ETCD_PEER_CLIENT_CERT_AUTH": "true",
+        "ETCD_PEER_CERT_ALLOWED_CN": peer_cn,
+        **({"ETCD_CLIENT_CRL_FILE": revoked, "ETCD_PEER_CRL_FILE": revoked} if revocation else {}),
+    }
+
+
 def environment(spec: Mapping[str, Any], revocation: bool = True) -> str:
     """`/etc/isthmus/etcd.env` from a node spec. What only a first start needs is not in it (see `first_start`).
 
@@ -66,29 +97,10 @@ def environment(spec: Mapping[str, Any], revocation: bool = True) -> str:
         "ETCD_LISTEN_PEER_URLS": f"https://0.0.0.0:{urlsplit(member['peer_url']).port}",
         "ETCD_ADVERTISE_CLIENT_URLS": member["client_url"],
         "ETCD_INITIAL_ADVERTISE_PEER_URLS": member["peer_url"],
-        "ETCD_CERT_FILE": f"{PKI}/etcd-server.crt",
-        "ETCD_KEY_FILE": f"{PKI}/etcd-server.key",
-        # Only this cluster's own authority: etcd knows users by certificate name, so whoever signs here can be root.
-        "ETCD_TRUSTED_CA_FILE": f"{PKI}/trust/{cluster}.crt",
-        "ETCD_CLIENT_CERT_AUTH": "true",
-        "ETCD_PEER_CERT_FILE": f"{PKI}/etcd-peer.crt",
-        "ETCD_PEER_KEY_FILE": f"{PKI}/etcd-peer.key",
-        "ETCD_PEER_TRUSTED_CA_FILE": f"{PKI}/trust/{cluster}.crt",
-        "ETCD_PEER_CLIENT_CERT_AUTH": "true",
-        "ETCD_PEER_CERT_ALLOWED_CN": peer_cn,
-        **(
-            {"ETCD_CLIENT_CRL_FILE": f"{PKI}/{REVOKED}", "ETCD_PEER_CRL_FILE": f"{PKI}/{REVOKED}"} if revocation else {}
-        ),
+        **security(cluster, peer_cn, revocation),
         "ETCD_ENABLE_GRPC_GATEWAY": "false",
         "ETCD_QUOTA_BACKEND_BYTES": str(member["quota_bytes"]),
-        "ETCD_AUTO_COMPACTION_MODE": "periodic",
-        "ETCD_AUTO_COMPACTION_RETENTION": "1h",
-        # Twice etcd's defaults: machines that do other work too must not lose their leader at every peak.
-        "ETCD_HEARTBEAT_INTERVAL": "200",
-        "ETCD_ELECTION_TIMEOUT": "2000",
-        "ETCD_SNAPSHOT_COUNT": "10000",
-        "ETCD_LOGGER": "zap",
-        "ETCD_LOG_OUTPUTS": "stderr",
+        **TUNING,
     }
     return _HEADER + "".join(f"{name}={value}\n" for name, value in values.items())
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import atomic_write, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 DEVICE = "isthmus0"
-WIREGUARD = "isthmus-wg0"
 UFW_CONF = "/etc/ufw/ufw.conf"
 STATE = "/var/lib/isthmus/firewalld.json"
 """Which of firewalld's rules are ours: `[zone, rule]` each. It has no place for a comment, as ufw has."""
 
+_DEVICES = (DEVICE, *WIREGUARD_DEVICES)
 _COMMENT = "isthmus.mesh"
 _TRUSTED = "trusted"
 
@@ -180,14 +181,15 @@ def open_for(
     changes: Changes,
     rules: Iterable[Rule],
     interface: str,
-    inner: int | None = None,
+    inner: int,
+    tunnels: Iterable[str],
     native: tuple[str, Iterable[str]] = ("", ()),
 ) -> list[str]:
     """Let in what `rules` and the mesh's own devices need, by the firewalls that are active; returns their names.
 
     Rules of ours that are not wanted any more go. What comes over the devices was checked by the mesh's programs.
-    `inner` is the UDP port of the overlay's packets inside WireGuard, None where there is none. `native` are the host's
-    range and the ranges from which packets come to it without a tunnel.
+    `inner` is the UDP port of the overlay's packets inside WireGuard, whose devices are `tunnels`. `native` are the
+    host's range and the ranges from which packets come to it without a tunnel.
     """
     wanted = list(rules)
     to, sources = native[0], list(native[1])
@@ -195,7 +197,7 @@ def open_for(
     if _ufw_enabled() and "Status: active" in (_run(module, "ufw", "status") or ""):
         active.append("ufw")
         texts = [f"allow from {source} to any port {port} proto {protocol}" for protocol, port, source in wanted]
-        through = [f"allow in on {WIREGUARD} to any port {inner} proto udp"] if inner else []
+        through = [f"allow in on {tunnel} to any port {inner} proto udp" for tunnel in tunnels]
         texts += [f"allow from {source} to {to}" for source in sources]
         _ufw_rules(module, changes, [f"allow in on {DEVICE}", *through, *texts])
     if (_run(module, "firewall-cmd", "--state") or "").strip() == "running":
@@ -212,8 +214,7 @@ def open_for(
             (zone, f'rule family="ipv4" source address="{source}" destination address="{to}" accept')
             for source in sources
         ]
-        devices = [DEVICE, WIREGUARD] if inner else [DEVICE]
-        _firewalld_rules(module, changes, [*((_TRUSTED, device) for device in devices), *entries])
+        _firewalld_rules(module, changes, [*((_TRUSTED, device) for device in (DEVICE, *tunnels)), *entries])
     return active
 
 
@@ -290,13 +291,13 @@ def _firewalld_present(module: AnsibleModule, zones: list[str], mode: tuple[str,
     for zone in zones:
         for line in (_run(module, "firewall-cmd", *mode, f"--zone={zone}", "--list-rich-rules") or "").splitlines():
             yield zone, line.strip()
-        for device in (DEVICE, WIREGUARD):
+        for device in _DEVICES:
             if _run(module, "firewall-cmd", *mode, f"--zone={zone}", f"--query-interface={device}") is not None:
                 yield zone, device
 
 
 def _option(verb: str, rule: str) -> str:
-    return f"--{verb}-interface={rule}" if rule in (DEVICE, WIREGUARD) else f"--{verb}-rich-rule={rule}"
+    return f"--{verb}-interface={rule}" if rule in _DEVICES else f"--{verb}-rich-rule={rule}"
 
 
 def _note_firewalld(entries: list[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 # Names that the planner gives; whatever else somebody put there is theirs.
-_OURS = re.compile(r"(agent|etcd-server|etcd-peer|root|operator|registrar|kubernetes|wireguard|peer-.+)\.(key|crt|ca)")
+_OURS = re.compile(
+    r"(agent|etcd-server|etcd-peer|root|operator|registrar|kubernetes|wireguard|wireguard-1|peer-.+)\.(key|crt|ca)"
+)
 
 
 def member_remains() -> list[str]:
@@ -49,8 +52,7 @@ def remove_unlisted(changes: Changes, spec: Mapping[str, Any], directory: str) -
     wanted = {entry["name"] for entry in pki["certificates"]}
     if (spec.get("registrar") or {}).get("kubernetes"):
         wanted.add("kubernetes")
-    if spec.get("wireguard"):
-        wanted.add("wireguard")
+    wanted |= {os.path.splitext(os.path.basename(tunnel["key"]))[0] for tunnel in openings.tunnels(spec)}
     for name in _files(directory):
         match = _OURS.fullmatch(name)
         if match is not None and match.group(1) not in wanted:

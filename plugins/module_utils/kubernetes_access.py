@@ -53,15 +53,19 @@ def host_of(user: str) -> str:
     return host if first == "isthmus" and colon else ""
 
 
-def cluster_role(own: Mapping[str, str]) -> dict[str, Any]:
-    rules = [
+def rules() -> list[dict[str, Any]]:
+    """`RULES` as RBAC has them."""
+    return [
         {"apiGroups": [group], "resources": list(resources), "verbs": list(verbs)} for group, resources, verbs in RULES
     ]
+
+
+def cluster_role(own: Mapping[str, str]) -> dict[str, Any]:
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "ClusterRole",
         "metadata": {"name": NAME, "labels": dict(own)},
-        "rules": rules,
+        "rules": rules(),
     }
 
 

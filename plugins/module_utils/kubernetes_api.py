@@ -55,6 +55,10 @@ class Forbidden(ApiError):
     """The API does not let its caller do it."""
 
 
+class NotThere(ApiError):
+    """There is no such object, or what it belongs to."""
+
+
 def connect(module: AnsibleModule) -> Api:
     """The API that the module's options, else the environment (that of `kubernetes.core` and of AWX), lead to.
 
@@ -128,6 +132,10 @@ class Api:
             if not more:
                 return found
 
+    def text(self, path: str, **query: str) -> str:
+        """What is at `path` and no JSON: a log."""
+        return str(self._raw("get", path, query_params=list(query.items())).decode("utf-8", "replace"))
+
     def create(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return self._ask("post", path, body=body, field_manager=FIELD_MANAGER) or {}
 
@@ -150,8 +158,8 @@ class Api:
         )
 
     def delete(self, path: str) -> None:
-        """There is nothing at `path`."""
-        self._ask("delete", path)
+        """There is nothing at `path`, soon: its finalizers come first, and what it owns goes after it."""
+        self._ask("delete", path, propagation_policy="Background")
 
     def allowed(self, verb: str, group: str, resource: str, name: str = "") -> bool:
         """Whether the caller may do that; `resource` may have a subresource behind a slash."""
@@ -183,6 +191,15 @@ class Api:
         return str(pem).strip() + "\n"
 
     def _ask(self, method: str, path: str, body: Any = None, **more: Any) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(self._raw(method, path, body, **more))
+        except NotThere:
+            if method not in ("get", "delete"):
+                raise
+            return None
+        return found
+
+    def _raw(self, method: str, path: str, body: Any = None, **more: Any) -> bytes:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -190,8 +207,6 @@ class Api:
         try:
             answer = self._client.request(method, path, body=body, serialize=False, _request_timeout=SECONDS, **more)
         except ApiException as exc:
-            if exc.status == 404 and method in ("get", "delete"):
-                return None
             raise self._refusal(exc) from exc
         except (HTTPError, OSError, ValueError) as exc:
             reason = getattr(exc, "reason", None) or exc
@@ -199,8 +214,8 @@ class Api:
                 f"{self.server} does not answer: {_one_line(reason)}. Next: make the API server reachable from this "
                 f"host, or {REMEDY}"
             ) from exc
-        found: dict[str, Any] = json.loads(answer.data)
-        return found
+        content: bytes = answer.data
+        return content
 
     def _refusal(self, exc: Any) -> ApiError:
         told = _one_line(exc.reason)
@@ -215,7 +230,8 @@ class Api:
             )
         if not exc.status or exc.status >= 500:
             return Silent(f"{self.server} cannot serve now ({exc.status or 'no HTTP'}, {told}). Next: run again later")
-        return ApiError(f"{self.server}: {told} ({exc.status}). Next: put that right and run again")
+        kind = NotThere if exc.status == 404 else ApiError
+        return kind(f"{self.server}: {told} ({exc.status}). Next: put that right and run again")
 
 
 def node_addresses(node: Mapping[str, Any]) -> list[str]:

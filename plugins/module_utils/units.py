@@ -8,6 +8,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES, WIREGUARD_UNITS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 UNIT_DIRECTORY = "/etc/systemd/system"
 CONFIG_VARIABLE = "ISTHMUS_CONFIG"
+WIREGUARD = dict(zip(WIREGUARD_UNITS, WIREGUARD_DEVICES))
+"""Units of wireguard-go, with the device that each makes."""
 
 # What every unit of ours gives up. Capabilities, paths and address families are named unit by unit.
 _SANDBOX = """\
@@ -220,8 +224,8 @@ ExecStart=/bin/systemctl --no-block reload isthmus-dns.service
     )
 
 
-def wireguard_unit(config: str) -> str:
-    """`isthmus-wireguard.service`: WireGuard where the kernel has none. The agent gives its device key and peers, so
+def wireguard_unit(config: str, device: str) -> str:
+    """A unit of `WIREGUARD`: WireGuard where the kernel has none. The agent gives its device key and peers, so
     this process is started with nothing; what is to be encrypted is dropped while it is away.
 
     Its control socket lies where `wg` looks for it, beside those of other devices.
@@ -230,7 +234,7 @@ def wireguard_unit(config: str) -> str:
         _HEADER
         + f"""\
 [Unit]
-Description=Isthmus mesh WireGuard in user space
+Description=Isthmus mesh WireGuard in user space, {device}
 Documentation=https://github.com/isthmus-mesh/isthmus
 Wants=network-online.target
 After=network-online.target
@@ -239,7 +243,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-ExecStart=/usr/bin/wireguard-go -f isthmus-wg0
+ExecStart=/usr/bin/wireguard-go -f {device}
 Environment={CONFIG_VARIABLE}={config}
 Restart=always
 RestartSec=200ms

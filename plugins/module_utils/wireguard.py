@@ -12,9 +12,6 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes,
 if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
-DEVICE = "isthmus-wg0"
-UNIT = "isthmus-wireguard.service"
-KEY = "wireguard.key"
 TOOL = "/usr/bin/wg"
 USER_SPACE = "/usr/bin/wireguard-go"
 _TRIAL = "isthmus-trial"

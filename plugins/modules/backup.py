@@ -118,7 +118,7 @@ import os
 import pathlib
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -129,7 +129,7 @@ LEDGER = "issued.json"
 def etcd(module, into):
     """Snapshot and record of the member on this host; what the manifest says of them."""
     cluster = module.params["cluster"]
-    settings = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+    settings = estate.etcd_settings()
     if etcd_unit.cluster_of(settings) != cluster:
         module.fail_json(msg=f"this host carries no etcd of cluster {cluster}; run isthmus.mesh.site")
     backup = bundle_module(module, "isthmus_agent.backup")

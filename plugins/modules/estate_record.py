@@ -152,6 +152,12 @@ record:
       type: dict
       sample:
         shop/canary: module
+    nodes:
+      description: Of a cluster with C(control_plane=in_cluster), its nodes with their addresses in the mesh.
+      returned: when it was read from an etcd
+      type: dict
+      sample:
+        worker-1: 10.106.0.1
 """
 
 import copy
@@ -175,11 +181,11 @@ def read(module):
     cluster = module.params["cluster"]
     wanted = module.params["lock"] and module.params["run"] is not None and not module.check_mode
     locked = False
-    documents, services = {}, {}
+    documents, services, nodes = {}, {}, {}
     endpoints = endpoints_to_ask(module)
     if endpoints:
-        documents, services, locked = read_etcd(module, endpoints, wanted)
-    if wanted and not locked:
+        documents, services, nodes, locked = read_etcd(module, endpoints, wanted)
+    if wanted and not locked and not estate.in_pod():
         try:
             run_lock.take_file(run_lock.document(module.params["run"], run_lock.LOOKING), module.params["break_lock"])
         except run_lock.HeldError as exc:
@@ -191,7 +197,7 @@ def read(module):
             name: found["owner"] for name, found in services.items() if isinstance(found, dict) and found.get("owner")
         }
         foreign = {name: owner for name, owner in owners.items() if owner != OWNER}
-        found = {"cluster": cluster, "documents": documents, "foreign_services": foreign}
+        found = {"cluster": cluster, "documents": documents, "foreign_services": foreign, "nodes": nodes}
     else:
         try:
             documents = estate.read_json(estate.ESTATE)
@@ -252,19 +258,20 @@ def own_endpoints(module):
     if node is not None:
         return node["etcd"]["endpoints"] if node["cluster"]["name"] == cluster else []
     # A run that ended early wrote the record, but not yet the host's specification.
-    settings = etcd_unit.settings((read_bytes(etcd_unit.ENVIRONMENT) or b"").decode(errors="replace"))
+    # In a pod there is no specification.
+    settings = estate.etcd_settings()
     return [etcd_unit.local_url(settings)] if etcd_unit.cluster_of(settings) == cluster else []
 
 
 def read_etcd(module, endpoints, lock):
-    """The record's documents and the services' definitions, empty, with a warning, when they cannot be read; and
-    whether the lock is held, which is taken before."""
+    """The record's documents, the services' definitions and, in a pod, the cluster's nodes, empty, with a warning, when
+    they cannot be read; and whether the lock is held, which is taken before."""
     # The bundle may be of an older version, which this run is about to replace: only the client is used.
     kvstore = bundle_module(module, "isthmus_agent.kvstore", required=False)
     cluster = module.params["cluster"]
     if kvstore is None:
         module.warn("the agent bundle has no etcd client; the copy of the estate record on the host is read")
-        return {}, {}, False
+        return {}, {}, {}, False
     locked = False
     try:
         with kvstore.SyncEtcd(endpoints, *estate.operator_files(cluster), timeout=3.0) as client:
@@ -276,10 +283,11 @@ def read_etcd(module, endpoints, lock):
                     f"{remedy(kvstore, exc)}, then run the playbook again"
                 )
             found = [json_documents(module, prefix, client.range(prefix).kvs) for prefix in (PREFIX, SERVICES)]
-            return (*found, locked)
+            nodes = bundle_module(module, "isthmus_agent.estate_admin").dealt_nodes(client) if estate.in_pod() else {}
+            return (*found, nodes, locked)
     except (kvstore.EtcdError, OSError) as exc:
         module.warn(f"the etcd of cluster {cluster} does not answer ({exc}); the copy on the host is read")
-        return {}, {}, locked
+        return {}, {}, {}, locked
 
 
 def json_documents(module, prefix, entries):
@@ -320,7 +328,7 @@ def present(module, changes):
     # Of a cluster that has just formed, only its own hosts have the authority yet.
     own = {"clusters/" + cluster: record["clusters/" + cluster]}
     answer = {"cluster": cluster, "documents": record, "own": own}
-    bare = not os.path.isdir(os.path.join(etcd_unit.DATA, "member")) or not estate.has_operator(cluster)
+    bare = not estate.has_etcd_data() or not estate.has_operator(cluster)
     if bare and not module.check_mode:
         module.warn(
             f"this host carries no etcd of cluster {cluster} yet; the estate record reaches that cluster when "

@@ -60,11 +60,10 @@ changes:
 """
 
 import inspect
-import os
 import platform
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
@@ -94,7 +93,8 @@ def ensure(module, admin, estate_admin, spec):
                 module.warn(f"cluster {cluster}: no user was deleted from its etcd: {newer}")
                 absent = None
                 break
-        wanted = admin.wanted_access(cluster, nodes, peers)
+        in_cluster = record["clusters/" + cluster].get("control_plane") == "in_cluster"
+        wanted = admin.wanted_access(cluster, nodes, peers, **({"in_cluster": True} if in_cluster else {}))
         return admin.ensure_access(client, wanted, apply=apply, enable=True, absent=absent)
 
 
@@ -120,7 +120,7 @@ def main():
     changes = Changes(module)
     what = f"rights in the etcd of cluster {spec['cluster']['name']}"
     admin = bundle_module(module, "isthmus_agent.etcd_admin")
-    predicted = module.check_mode and not os.path.isdir(os.path.join(etcd_unit.DATA, "member"))
+    predicted = module.check_mode and not estate.has_etcd_data()
     if admin is None or predicted:
         changes.note(what, "", "users and roles made")
         module.exit_json(**changes.result(stale=[], changes=[]))

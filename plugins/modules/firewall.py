@@ -69,9 +69,9 @@ def main():
     if module.params["bgp"]:
         kept = module.params["bgp"].get("kept")
         wanted += bgp.openings(bgp.of_conf(frr.text_of(frr.CONF) or "") if kept else module.params["bgp"])
-    inner = spec["overlay"]["port"] if spec.get("wireguard") else None
     native = spec["node"]["range4"], openings.native_sources(spec, module.params["record"])
-    active = firewall.open_for(module, changes, wanted, interface, inner, native)
+    inner, tunnels = spec["overlay"]["port"], openings.devices(spec)
+    active = firewall.open_for(module, changes, wanted, interface, inner, tunnels, native)
     module.exit_json(**changes.result(active=active))
 
 

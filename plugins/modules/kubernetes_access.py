@@ -128,6 +128,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_access as access
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_api as kubernetes
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from ansible_collections.isthmus.mesh.plugins.module_utils.kubernetes_apply import apply
 
 POLL = 0.2  # seconds between looks at a request that is to be signed
 
@@ -155,30 +156,6 @@ def user_of(host, csr):
             "Nothing was signed. Next: look at what happened on that host"
         )
     return user
-
-
-def apply(api, changes, path, wanted, own):
-    """One object is as wanted. Server-side apply says itself what it would change."""
-    kind, name = wanted["kind"], wanted["metadata"]["name"]
-    found = api.get(f"{path}/{name}")
-    if found is not None and access.shown(found) == access.shown(wanted):
-        return
-    if found is not None:
-        whose = access.stranger(found, own)
-        if whose:
-            raise kubernetes.ApiError(
-                f"{api.server} has a {kind} {name} that is {whose}. It was left alone. Next: delete it there if "
-                "nothing needs it, or correct isthmus_kubeconfig if this is another cluster"
-            )
-        after = api.apply(f"{path}/{name}", wanted, dry_run=True)
-        if access.shown(after) == access.shown(found):
-            return
-    else:
-        after = wanted
-    before, then = (json.dumps(value, indent=1, sort_keys=True) for value in (access.shown(found), access.shown(after)))
-    changes.note(f"{kind} {name} of {api.server}", before if found is not None else "", then)
-    if not changes.module.check_mode:
-        api.apply(f"{path}/{name}", wanted)
 
 
 def sign(api, own, host, csr, seconds):
@@ -234,15 +211,14 @@ def present(module, changes, own):
     api = kubernetes.connect(module)
     wrong = kubernetes.wrong_cluster(api.server, api.items("/api/v1/nodes"), record, module.params["seen"])
     ca = api.authority()
-    role = f"{access.RBAC}/clusterroles"
     bindings = f"{access.RBAC}/clusterrolebindings"
     binding = api.get(f"{bindings}/{access.NAME}")
     # One of ours says where we are better than addresses do, of which a node may have many.
     if wrong and (binding is None or access.stranger(binding, own)):
         raise kubernetes.ApiError(wrong)
-    apply(api, changes, role, access.cluster_role(own), own)
+    apply(api, changes, access.cluster_role(own), own)
     users = access.users_after(binding, record["etcd"]["members"], known)
-    apply(api, changes, bindings, access.cluster_role_binding(own, users), own)
+    apply(api, changes, access.cluster_role_binding(own, users), own)
     certificates = {}
     for one in registrars:
         reason = one["reason"]

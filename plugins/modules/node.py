@@ -100,6 +100,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, standing, units, wireguard
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.generations import Generations, described
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import SECONDS, SPEC, WAITING
 
 AGENT = "isthmusd.service"
@@ -118,7 +119,7 @@ PARTS = {
     DNSMASQ: ((DNS,), ""),
     resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
     bundle.CURRENT: ((AGENT, REGISTRAR), ""),
-    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, wireguard.UNIT)},
+    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, *units.WIREGUARD)},
     **{units.Units.path(name): ((), "") for name in (BPFFS, DNS_RELOAD)},
 }
 
@@ -162,13 +163,17 @@ def main():
     )
     dns_config = units.config_digest(units.dns_unit(""), dnsmasq)
     has_registrar = spec.get("registrar") is not None
-    in_user_space = spec.get("wireguard") is not None and not wireguard.in_kernel(module)
-    wireguard_config = units.config_digest(units.wireguard_unit(""))
+    devices = openings.devices(spec)
+    in_user_space = bool(devices) and not wireguard.in_kernel(module)
+    tunnels = {
+        unit: units.config_digest(units.wireguard_unit("", device)) if in_user_space and device in devices else None
+        for unit, device in units.WIREGUARD.items()
+    }
     unit_files = {
         BPFFS: units.bpffs_unit(),
         AGENT: units.agent_unit(agent_config, has_pods),
         REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
-        wireguard.UNIT: units.wireguard_unit(wireguard_config) if in_user_space else None,
+        **{unit: config and units.wireguard_unit(config, units.WIREGUARD[unit]) for unit, config in tunnels.items()},
         DNS: units.dns_unit(dns_config),
         DNS_PATH: units.dns_reload_path_unit(),
         DNS_RELOAD: units.dns_reload_unit(),
@@ -192,17 +197,17 @@ def main():
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
     changes.file(DNSMASQ, dnsmasq)
     runner.write(unit_files)
-    names = (
-        [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else []) + ([wireguard.UNIT] if in_user_space else [])
-    )
+    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
+    names += [unit for unit, config in tunnels.items() if config is not None]
     runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names])
 
     runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)
     if has_registrar:
         runner.running(REGISTRAR, registrar_config, SPEC)
-    if in_user_space:
-        runner.running(wireguard.UNIT, wireguard_config)
+    for unit, config in tunnels.items():
+        if config is not None:
+            runner.running(unit, config)
     runner.running(AGENT, agent_config, SPEC)
     if not module.check_mode:
         wait(module, runner, names, generations, number)

@@ -110,6 +110,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former, wireguard
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.key_pairs import ensure_key
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 
@@ -255,8 +256,8 @@ def run(module, pki, revocation):
         if ensure_list(changes, revocation, directory, own, pinned.get(own), module.params["lists"].get(own)):
             group(own)
 
-    if spec.get("wireguard") is not None:
-        wireguard.ensure_key(changes, os.path.join(directory, wireguard.KEY))
+    for tunnel in openings.tunnels(spec):
+        wireguard.ensure_key(changes, os.path.join(directory, os.path.basename(tunnel["key"])))
 
     good = {}
     for entry in wanted["certificates"]:

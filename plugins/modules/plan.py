@@ -53,6 +53,12 @@ options:
     type: list
     elements: str
     default: []
+  rotate:
+    description:
+      - Whether every host that encrypts gets another key of WireGuard, as the playbook
+        C(isthmus.mesh.rotate_wireguard_keys) asks.
+    type: bool
+    default: false
   clean:
     description: Forgotten hosts that hold nothing of the mesh any more, and are joined anew.
     type: list
@@ -60,6 +66,12 @@ options:
     default: []
   lists:
     description: Lists of revoked certificates in PEM for the record, by cluster, as M(isthmus.mesh.pki_revoke) gave.
+    type: dict
+    default: {}
+  exposed:
+    description:
+      - Where the etcd of clusters with C(control_plane=in_cluster) is reached, by cluster, as
+        M(isthmus.mesh.kubernetes_install) found it.
     type: dict
     default: {}
   version:
@@ -227,12 +239,18 @@ bgp:
       elements: str
 steps:
   description:
-    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off, each with its own
-      C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether they must have
-      proven that they reach each other the new way (C(proven)).
+    - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off or keys are replaced,
+      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether
+      they must have proven that they reach each other the new way (C(proven)).
   returned: success
   type: list
   elements: dict
+in_cluster:
+  description:
+    - What is to be installed into each cluster with C(control_plane=in_cluster), for
+      M(isthmus.mesh.kubernetes_install), and in C(entry) the inventory host that stands for it.
+  returned: success
+  type: dict
 serial:
   description: O(serial), as a list.
   returned: success

@@ -373,8 +373,10 @@ def port_problems(spec, found):
                 "devices). Two overlays cannot share it: free it, or set another isthmus_estate.overlay.port, which "
                 "is one for the whole estate, before its first run."
             )
-    if spec.get("wireguard") and not os.path.exists(f"/sys/class/net/{wireguard.DEVICE}"):
-        number = spec["wireguard"]["port"]
+    for device, tunnel in zip(openings.devices(spec), openings.tunnels(spec)):
+        if os.path.exists(f"/sys/class/net/{device}"):
+            continue
+        number = tunnel["port"]
         for _one, holder in foreign(ports.bound("udp", number), ()):
             problems.append(
                 f"UDP port {number}, WireGuard's, is used by {holder}: by another WireGuard (`wg show`; Cilium has its "
@@ -461,7 +463,8 @@ def place(spec):
 def ways(spec):
     """With which sites packets are encrypted, or that is being changed: which ports others need."""
     section = spec.get("wireguard") or {}
-    return section.get("port"), sorted(section.get("plain_sites", ())), sorted(section.get("changing", ()))
+    listening = sorted(tunnel["port"] for tunnel in openings.tunnels(spec))
+    return listening, sorted(section.get("plain_sites", ())), sorted(section.get("changing", ()))
 
 
 def estate_problems(spec, installed):

@@ -69,15 +69,15 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     frr,
     resolver,
     units,
-    wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import BOOT
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations import UNIT as ROLLBACK
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
-DEVICES = ("isthmus0", wireguard.DEVICE)
+DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733", "734")
+TABLES = ("730", "731", "732", "733", "734", "735")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -94,7 +94,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
-    wireguard.UNIT,
+    *units.WIREGUARD,
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,

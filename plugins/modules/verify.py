@@ -79,8 +79,8 @@ options:
       - V(host) looks at units, the own member of etcd, its list of revoked certificates as O(record) has it, and the
         agent with its datapath, by the specification that is on the host. What other hosts, peers and the rest of the
         record have a part in is left out, since a run may not have come to them yet.
-      - V(step) proves, where encryption or native routing is being turned on or off, that the host reaches every other
-        of these sites the new way, as the agent on it runs now.
+      - V(step) proves, where encryption or native routing is being turned on or off or keys are replaced, that the host
+        reaches every other of these sites the new way, as the agent on it runs now.
     type: str
     choices: [mesh, host, step]
     default: mesh
@@ -155,7 +155,6 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_byt
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
-from ansible_collections.isthmus.mesh.plugins.module_utils.wireguard import UNIT as WIREGUARD_UNIT
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
 NODE = "/etc/isthmus/node.json"
@@ -262,8 +261,7 @@ class Verifier:
             names.append("isthmus-registrar.service")
         if self.spec.get("member"):
             names.append("isthmus-etcd.service")
-        if self.spec.get("wireguard") and os.path.exists(units.Units.path(WIREGUARD_UNIT)):
-            names.append(WIREGUARD_UNIT)
+        names += [name for name in units.WIREGUARD if os.path.exists(units.Units.path(name))]
         for name, found in units.Systemd(self.module).show(names).items():
             state = found.get("ActiveState")
             self.check(
@@ -591,7 +589,9 @@ class Verifier:
     def check_encrypted(self):
         """After packets to all hosts: each that is to be encrypted has a session, and none is on its way."""
         nodes, wireguard = self.ask_encryption()
-        words = f"WireGuard is not there; see `systemctl status {WIREGUARD_UNIT}`"
+        wanted = openings.devices(self.spec)
+        programs = " ".join(unit for unit, device in units.WIREGUARD.items() if device in wanted)
+        words = f"WireGuard is not there; see `systemctl status {programs}`"
         self.check("encryption", wireguard and wireguard["implementation"], words)
         reached = {(host["cluster"], host["name"]) for host in self.hosts}
         for key, site in sorted(self.sites().items()):
@@ -610,30 +610,33 @@ class Verifier:
             )
 
     def check_changing(self):
-        """A session with each host of the sites with which encryption is being turned on."""
+        """A session with each host of the sites with which encryption is being turned on; while keys are replaced, with
+        each host that packets to are encrypted, by both devices."""
         with open(NODE, encoding="utf-8") as file:
             installed = json.load(file)
+        devices = openings.devices(installed)
+        stages = (Stage.ACCEPTS, Stage.SENDS) if len(devices) == 1 else tuple(Stage)[1:]
         expected = {
-            key: site
-            for key, site in sorted(self.sites().items())
-            if openings.encrypts(installed, site) in (Stage.ACCEPTS, Stage.SENDS)
+            key: site for key, site in sorted(self.sites().items()) if openings.encrypts(installed, site) in stages
         }
         nodes, _wireguard = self.ask_encryption()
-        device = bundle_module(self.module, "isthmus_agent.netlink.wireguard")
+        wireguard = bundle_module(self.module, "isthmus_agent.netlink.wireguard")
         endpoints = [nodes[key]["endpoint"] for key in expected if nodes.get(key, {}).get("endpoint")]
-        device.greet(installed["node"]["underlay4"], endpoints, installed["overlay"]["port"])
+        for device in devices:
+            wireguard.greet(installed["node"]["underlay4"], endpoints, installed["overlay"]["port"], device)
         time.sleep(PAUSE / 4)  # for answers
         nodes, _wireguard = self.ask_encryption()
-        port = installed.get("wireguard", {}).get("port")
         for (cluster, name), site in expected.items():
-            found = nodes.get((cluster, name), {}).get("encryption") or {"reason": "its node is not published yet"}
-            age = found.get("handshake_age")
-            why = found["reason"] or f"WireGuard has no answer of it; is UDP {port} open both ways?"
-            self.check(
-                "encryption",
-                not found["reason"] and age is not None and age < SESSION,
-                f"{name} of cluster {cluster} (site {site}) is not reached through WireGuard: {why}",
-            )
+            found = nodes.get((cluster, name), {}).get("encryption") or {}
+            for number, tunnel in enumerate(openings.tunnels(installed)):
+                one = (found.get("second") if number else found) or {"reason": "its node is not published yet"}
+                age = one.get("handshake_age")
+                why = one["reason"] or f"WireGuard has no answer of it; is UDP {tunnel['port']} open both ways?"
+                self.check(
+                    "encryption",
+                    not one["reason"] and age is not None and age < SESSION,
+                    f"{name} of cluster {cluster} (site {site}) is not reached through WireGuard: {why}",
+                )
 
     def check_kubernetes(self):
         """The registrar follows the API server, and everything there has its place in the mesh."""

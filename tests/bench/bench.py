@@ -7,11 +7,12 @@ Run by `make bench`, on a lab with the estate on it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ class Bench(Story):
         self.rows.append((what, f"{figure:.4g} {unit}", f"{baseline:.4g} {unit} ({of})", f"{figure / baseline:.2f}"))
         self.say(f"{what}: {self.rows[-1][1]}; baseline {self.rows[-1][2]}; ratio {self.rows[-1][3]}")
 
+    @contextlib.contextmanager
+    def serving(self, host: str, unit: str, program: str, port: int, connections: int) -> Iterator[None]:
+        """A program of this page listens on a port of the host until it had so many connections."""
+        run = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "/usr/bin/python3", "-c", program]
+        self.lab.exec(host, [*run, str(port), str(connections)])
+        try:
+            listening = ["ss", "-Htln", f"sport = :{port}"]
+            self.until(f"{unit} listens", lambda: bool(self.lab.exec(host, listening).stdout), 10)
+            yield
+        finally:
+            self.lab.exec(host, ["systemctl", "stop", f"{unit}.service"], check=False)
+
+    def prepared(self) -> contextlib.AbstractContextManager[None]:
+        """What the steps need beside the estate."""
+        return contextlib.nullcontext()
+
+    def table(self) -> None:
+        print(f"\n{'FIGURE':38}  {'MEASURED':14}  {'BASELINE':40}  RATIO")
+        for what, figure, baseline, ratio in self.rows:
+            print(f"{what:38}  {figure:14}  {baseline:40}  {ratio}")
+
     def python(self, host: str, program: str, *words: str) -> Any:
         """What a program prints as JSON that runs as the workload `client` of the host."""
         run = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", "--slice=client.slice"]
@@ -94,15 +116,9 @@ class Bench(Story):
     def bulk(self) -> None:
         host = self.lab.hosts["cloud-1"]
         mesh = next(w["address"] for w in self.ask("cloud-1", "status")["workloads"] if w["name"] == "web")
-        sink = ["systemd-run", "--quiet", "--collect", "--unit=bench-sink", "/usr/bin/python3", "-c", SINK]
-        self.lab.exec("cloud-1", [*sink, str(PORT), str(2 * ROUNDS)])
-        try:
-            listening = ["ss", "-Htln", f"sport = :{PORT}"]
-            self.until("the sink listens", lambda: bool(self.lab.exec("cloud-1", listening).stdout), 10)
-            targets = json.dumps({"mesh": mesh, "underlay": str(host.address)})
+        targets = json.dumps({"mesh": mesh, "underlay": str(host.address)})
+        with self.serving("cloud-1", "bench-sink", SINK, PORT, 2 * ROUNDS):
             found = self.python(EDGE, SEND, targets, str(PORT), str(MEGABYTES), str(ROUNDS))
-        finally:
-            self.lab.exec("cloud-1", ["systemctl", "stop", "bench-sink.service"], check=False)
         self.row("bulk over the overlay", found["mesh"], found["underlay"], "Mbit/s", "over the underlay")
 
     def backend_stops(self) -> None:
@@ -143,24 +159,23 @@ class Bench(Story):
         rss = [float(self.lab.exec(EDGE, ["sh", "-c", words]).stdout) / 1024 for words in (memory, bare)]
         self.row("agent, resident memory", rss[0], rss[1], "MiB", "an empty Python process")
 
-    STEPS = ("connect", "bulk", "backend_stops", "site_cut", "site", "agent")
+    STEPS: tuple[str, ...] = ("connect", "bulk", "backend_stops", "site_cut", "site", "agent")
 
 
-def main() -> int:
-    bench = Bench(Lab())
+def measure(bench: Bench) -> int:
+    """Every step of a bench, then its table; the process's exit status."""
     try:
         bench.everywhere(bench.backends, (EDGE, ONPREM_CLIENT))
     except LabError as error:
         print(f"bench: {error}; next: make lab-up site", file=sys.stderr)
         return 1
-    steps: list[Callable[[], None]] = [getattr(bench, name) for name in Bench.STEPS]
-    for step in steps:
-        step()
-    print(f"\n{'FIGURE':38}  {'MEASURED':14}  {'BASELINE':40}  RATIO")
-    for what, figure, baseline, ratio in bench.rows:
-        print(f"{what:38}  {figure:14}  {baseline:40}  {ratio}")
+    with bench.prepared():
+        steps: list[Callable[[], None]] = [getattr(bench, name) for name in bench.STEPS]
+        for step in steps:
+            step()
+    bench.table()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(Bench(Lab())))

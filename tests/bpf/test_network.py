@@ -172,6 +172,19 @@ def test_a_foreign_route_in_the_way_is_named_and_the_rest_is_done(call: Call) ->
     assert "blackhole 10.102.0.0/28" in call(_ip, "route", "show")
 
 
+def test_a_route_that_yields_stands_beside_a_foreign_one(call: Call) -> None:
+    prefix = ip_network("10.244.1.0/24")
+    wanted = replace(WANTED, routes=WANTED.routes | {Route(prefix, ip_address("10.101.0.1"), 1450, metric=730)})
+    call(netlink.ensure_overlay)
+    call(_ip, "link", "set", "lo", "up")
+    call(_ip, "route", "add", str(prefix), "dev", "lo")
+    call(netlink.apply_network, wanted)
+    assert call(netlink.audit_network, wanted) == []
+    assert "dev lo" in call(_ip, "route", "get", "10.244.1.9")
+    call(_ip, "route", "delete", str(prefix), "dev", "lo")
+    assert "dev isthmus0" in call(_ip, "route", "get", "10.244.1.9")
+
+
 def test_damage_is_named_and_repaired(call: Call) -> None:
     call(netlink.ensure_overlay)
     call(netlink.apply_network, WANTED)

@@ -10,6 +10,8 @@ from ipaddress import ip_address
 import pytest
 from bpf.topology import TCP, UDP, VIP, VIP_EMPTY, InsideError, Node, backend, wait_for, with_service
 from isthmus_agent import netlink
+from isthmus_agent.bpf import abi
+from isthmus_agent.bpf.maps import Map
 from isthmus_agent.desired.datapath import Frontend, Service
 
 Nodes = tuple[Node, Node]
@@ -222,6 +224,67 @@ for _ in range(40):
 """
     )
     assert {tuple(each) for each in per_socket} == {("one",), ("two",)}
+
+
+def test_with_session_affinity_a_client_stays_at_its_backend(nodes: Nodes) -> None:
+    """A workload and its host are two clients. One whose backend serves no more, or that was away for too long, gets
+    another."""
+    left, right = nodes
+    ports = [*range(8080, 8093)]
+    server = right.process("web")
+    for port in ports:
+        server.do(f"serve_tcp('{port}', '{right.workload}', {port}); serve_udp('{port}', '{right.workload}', {port})")
+
+    def apply(tcp: list[int], seconds: int) -> None:
+        there = with_service(left.datapath, 80, TCP, *(backend(right, port, TCP) for port in tcp))
+        left.apply(there)
+        there = with_service(there, 80, TCP, *(backend(right, port, TCP) for port in tcp), session_affinity=seconds)
+        left.apply(
+            with_service(there, 53, UDP, *(backend(right, port, UDP) for port in ports), session_affinity=seconds)
+        )
+        assert left.bpf.audit(left.datapath) == []
+
+    def reached(count: int = 20) -> set[str]:
+        dial = f"line(socket.create_connection(('{VIP}', 80), 5)).split()[0]"
+        return set(client.do(f"result = [{dial} for _ in range({count})]"))
+
+    apply(ports, 10_800)
+    stays = {}
+    for cgroup in ("host", "web"):
+        client = left.process(cgroup)
+        (stays[cgroup],) = reached()
+        names = client.do(
+            f"""
+result = []
+for _ in range(20):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(5)
+    s.sendto(b'x', ('{VIP}', 53))
+    result.append(s.recvfrom(100)[0].decode().split()[0])
+"""
+        )
+        assert len(set(names)) == 1
+    # Others come and go: it stays. Its own goes: it stays at another one, also when its own is back.
+    (had,) = reached()
+    apply([port for port in ports if str(port) == had or port % 3 == 0], 10_800)
+    assert reached() == {had}
+    apply([port for port in ports if str(port) != had], 10_800)
+    (other,) = reached()
+    apply(ports, 10_800)
+    assert reached() == {other} != {had}
+
+    table = Map.pinned(left.bpf.lib, left.bpf.pin_dir / "affinity")
+    entry = abi.LAYOUTS["isthmus_affinity_value"].struct
+    found = set()
+    for _ in range(40):
+        for key, value in table.items().items():
+            used, number, _ = entry.unpack(value)
+            table.put(key, entry.pack(max(0, used - 10_801 * 10**9), number, 0))
+        found |= reached(1)
+    assert len(found) > 1, "it was away for too long each time"
+    table.close()
+    apply(ports, 0)
+    assert len(reached(60)) > 1
 
 
 def test_a_restart_with_pins_keeps_connections_and_names(served: Nodes) -> None:

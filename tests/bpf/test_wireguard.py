@@ -18,12 +18,13 @@ import pytest
 from bpf.topology import Inside, InsideError, Node, two_nodes, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, Route, Rule, WireGuard, WireGuardPeer
-from isthmus_agent.desired.encryption import BACK_RULE_PRIORITY, BACK_TABLE, CLOSED, DECRYPTED, RULE_PRIORITY, TABLE
+from isthmus_agent.desired.encryption import BACK, CLOSED, RULE_PRIORITY, TABLE
 from isthmus_agent.netlink import settings as device_settings
 from isthmus_agent.netlink import wireguard
 
 MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
-RULES = ((RULE_PRIORITY, TABLE), (BACK_RULE_PRIORITY, BACK_TABLE))
+FIRST, _SECOND = BACK.values()
+RULES = ((RULE_PRIORITY, TABLE), (FIRST.table, FIRST.table))
 _numbers = itertools.count(1)
 
 
@@ -43,7 +44,7 @@ class Side:
         if self.process is None and not _kernel_has_wireguard(self.node):
             self.process = self.node.call(_wireguard_go, self.device)
         device = wait_for(lambda: self._device(), f"{self.device} is there")
-        self.node.call(self.node.bpf.attach_wireguard, device.index, 8472, self.wanted)
+        self.node.call(self.node.bpf.attach_wireguard, (device.index, 0), 8472, self.wanted)
         wait_for(self._configure, f"{self.device} takes its settings")
         self.apply(self.node.datapath, device.index)
 
@@ -62,10 +63,10 @@ class Side:
             return False  # wireguard-go has made the device and not yet its control socket
         return True
 
-    def apply(self, datapath: Datapath, index: int | None) -> None:
+    def apply(self, datapath: Datapath, index: int) -> None:
         self.node.datapath = datapath
         self.node.bpf.apply(datapath)
-        self.node.call(netlink.apply_network, datapath, wireguard=index)
+        self.node.call(netlink.apply_network, datapath, wireguard={self.device: index})
 
     def received(self) -> int:
         """Bytes that came through WireGuard."""
@@ -104,16 +105,16 @@ def _encrypted(datapath: Datapath, own: Node, other: Node, wanted: WireGuard) ->
         peers={address: replace(peer, is_encrypted=True) for address, peer in datapath.peers.items()},
         routes=frozenset(replace(route, mtu=MTU) if route.mtu else route for route in datapath.routes)
         | {
-            Route(way, ip_address(own.underlay), table=TABLE, wireguard=True),
+            Route(way, ip_address(own.underlay), table=TABLE, wireguard=wanted.device),
             Route(way, table=TABLE, unreachable=True, metric=CLOSED),
-            Route(way, table=BACK_TABLE, wireguard=True),
+            Route(way, table=FIRST.table, wireguard=wanted.device),
         },
         rules=datapath.rules
         | {
             Rule(ip_network("0.0.0.0/0"), TABLE, RULE_PRIORITY, destination_port=8472),
-            Rule(ip_network("0.0.0.0/0"), BACK_TABLE, BACK_RULE_PRIORITY, mark=DECRYPTED),
+            Rule(ip_network("0.0.0.0/0"), FIRST.table, FIRST.table, mark=FIRST.mark),
         },
-        wireguard=wanted,
+        wireguard=(wanted,),
     )
 
 
@@ -131,9 +132,10 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
                 far = ip_address(other.underlay)
                 peer = WireGuardPeer(far, frozenset({far}))
                 here = IPv4Address(own.underlay)
-                wanted = WireGuard(str(tmp_path / own.name), 51871, 1420, here, here, {publics[other.name]: peer})
                 # One socket a name: wireguard-go's control sockets are files.
-                side = Side(own, f"wg{own.name}{next(_numbers)}-{os.getpid()}", wanted)
+                name = f"wg{own.name}{next(_numbers)}-{os.getpid()}"
+                wanted = WireGuard(name, str(tmp_path / own.name), 51871, 1420, here, here, {publics[other.name]: peer})
+                side = Side(own, name, wanted)
                 made.append(side)
                 own.datapath = _encrypted(own.datapath, own, other, wanted)
                 side.make()
@@ -179,9 +181,9 @@ def test_packets_go_through_wireguard_both_ways_and_nothing_is_dropped(sides: tu
     for side in sides:
         assert not any(side.node.drops().values())
         index = side.node.call(wireguard.find_index, side.device)
-        assert side.node.call(netlink.audit_network, side.node.datapath, wireguard=index) == []
+        assert side.node.call(netlink.audit_network, side.node.datapath, wireguard={side.device: index}) == []
         assert side.node.call(wireguard.audit, side.wanted, side.device) == []
-        assert side.node.call(side.node.bpf.audit_wireguard, index, 8472, side.wanted) == []
+        assert side.node.call(side.node.bpf.audit_wireguard, (index, 0), 8472, side.wanted) == []
 
 
 @pytest.mark.parametrize("gone", ["rules", "route", "device", "forwarding"])
@@ -261,7 +263,7 @@ def test_a_host_behind_a_nat_gets_what_is_sent_to_its_other_address(sides: tuple
         ipcache={key: replace(one, tunnel=one.tunnel and ADVERTISED) for key, one in datapath.ipcache.items()},
         peers={address: replace(one, endpoint=ADVERTISED) for address, one in datapath.peers.items()},
         routes=datapath.routes
-        | {Route(ip_network(f"{ADVERTISED}/32"), ip_address(left.node.underlay), table=TABLE, wireguard=True)},
+        | {Route(ip_network(f"{ADVERTISED}/32"), ip_address(left.node.underlay), table=TABLE, wireguard=left.device)},
     )
     left.make()
     if checksum:  # one that a sender may add: the kernel must find it right

@@ -230,12 +230,36 @@ def backend(node: Node, port: int, protocol: int, address: str | None = None) ->
     return Backend(IPv4Address(address or node.workload), port, protocol, node.cluster_id, IPv4Address(node.underlay))
 
 
-def with_service(datapath: Datapath, port: int, protocol: int, *backends: Backend) -> Datapath:
+def with_service(
+    datapath: Datapath, port: int, protocol: int, *backends: Backend, session_affinity: int = 0
+) -> Datapath:
     """The same with other backends for the service port."""
     services = dict(datapath.services)
     frontend = Frontend(ip_address(VIP), port, protocol)
-    services[frontend] = Service(services[frontend].name, backends)
+    services[frontend] = Service(services[frontend].name, backends, session_affinity=session_affinity)
     return replace(datapath, services=services)
+
+
+@contextlib.contextmanager
+def capture(node: Node, file: Path) -> Iterator[None]:
+    """Every packet on the node's `eth0`, both ways and whole, into `file`."""
+    tcpdump = ["tcpdump", "-ni", "eth0", "-U", "--immediate-mode", "-s", "0", "-w", str(file)]
+    process = subprocess.Popen(
+        ["nsenter", f"--net=/proc/self/fd/{node.netns}", *tcpdump],
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=(node.netns,),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "listening on" in line:
+            break
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stderr.close()
 
 
 def _wire(left: Node, right: Node, mtu: int) -> None:

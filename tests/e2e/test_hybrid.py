@@ -8,19 +8,37 @@ by sentence, then what a demo has no room for. What is long is in `test_hybrid_l
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
+import demo_pods
 import pytest
 from demo import EDGE
 from demo_hybrid import CLIENT, NAMESPACE, SERVICE_URL, HybridStory
 from estate_tools import Estate
 from hybrid_tools import NODE_IS_DOWN, Hybrid, joined, machine_service_in_pods_and_at_a_node_port, tell
 from isthmus_lab import Lab
-from kubernetes_lab import EVERY_CLUSTER, HYBRID, Kubernetes
+from kubernetes_lab import EVERY_CLUSTER, HYBRID, Kubernetes, PodCustomer
 from playbook import play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+# Answers whatever a redirect leads to it, as the address to which it was on its way.
+SIDECAR = """
+import json, http.server, socket, struct
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        told = self.connection.getsockopt(socket.SOL_IP, 80, 16)  # SO_ORIGINAL_DST
+        port, address = struct.unpack_from("!2xH4s", told)
+        answer = {"cluster": "sidecar", "host": f"{socket.inet_ntoa(address)}:{port}", "peer": self.client_address[0]}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+http.server.ThreadingHTTPServer(("127.0.0.1", 15001), Handler).serve_forever()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +83,58 @@ def test_no_key_of_pods_comes_or_goes_with_the_api_server(hybrid: Hybrid) -> Non
     began = time.monotonic()
     while time.monotonic() - began < 5:
         assert differing() == []
+
+
+def test_with_session_affinity_a_pod_stays_at_its_backend(hybrid: Hybrid) -> None:
+    """Whoever that is: a pod or a machine."""
+    where = ("service", "web", f"--namespace={NAMESPACE}")
+
+    def answered() -> set[str]:
+        return set(hybrid.client.requests(f"http://{hybrid.service_address}/", 60)["answers"])
+
+    def session(kind: str) -> None:
+        hybrid.kube.kubectl("patch", *where, "--patch", json.dumps({"spec": {"sessionAffinity": kind}}))
+
+    with hybrid.undone(lambda: session("None")):
+        session("ClientIP")
+        hybrid.until("one backend answers the pod", lambda: len(answered()) == 1)
+        assert answered() == answered()
+    hybrid.until("all answer it", lambda: answered() == hybrid.servers)
+
+
+def test_a_sidecar_sees_the_address_that_its_pod_dials(hybrid: Hybrid) -> None:
+    """The redirect of a service mesh in the pod: without the annotation it sees the backend that was chosen."""
+    node, pod, unit = hybrid.nodes[0], "beside", "sidecar"
+    where = f"--namespace={NAMESPACE}"
+    customer = PodCustomer(hybrid.kube, pod, NAMESPACE)
+
+    def dialled() -> set[str]:
+        result = customer.requests(f"http://{hybrid.service_address}/", 20)
+        assert not result["failed"], result
+        return {who.removeprefix("sidecar/") for who in result["answers"]}
+
+    def left_alone() -> int:
+        return int(hybrid.ask(node, "status")["kubernetes"]["untranslated"])
+
+    def gone() -> None:
+        hybrid.lab.exec(node, ["systemctl", "stop", unit], check=False)
+        hybrid.kube.kubectl("delete", "pod", pod, where, "--ignore-not-found", "--now")
+
+    with hybrid.undone(gone):
+        hybrid.kube.apply(demo_pods.client(pod, node))
+        hybrid.until("the customer runs", lambda: hybrid.ready(pod), 120)
+        of_pod = f"nsenter --net=$ns ip -br -4 address | grep -qF ' {hybrid.pod_address(pod)}/'"
+        found = hybrid.lab.exec(node, ["sh", "-c", f"for ns in /run/netns/*; do {of_pod} && echo $ns; done; true"])
+        inside = ["nsenter", f"--net={found.stdout.strip()}"]
+        redirect = ["iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15001"]
+        hybrid.lab.popen(node, [*inside, "python3", "-c", SIDECAR], unit=unit)
+        hybrid.lab.exec(node, [*inside, *redirect])
+        assert left_alone() == 0
+        hybrid.until("it listens", lambda: not customer.requests("http://192.0.2.1/", 1)["failed"])
+        assert all(each.endswith(":8080") for each in dialled())
+        hybrid.kube.kubectl("annotate", "pod", pod, where, "isthmus.io/socket-translation=false")
+        hybrid.until("the pod is left alone", lambda: left_alone() == 1)
+        assert dialled() == {f"{hybrid.service_address}:80"}
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def as_new(estate: Estate) -> Iterator[Estate]:
     try:
         yield estate
     finally:
-        estate.lab.exec(NEW, ["sh", "-c", f"[ -e {NODE} ] && rm {NODE}.away || mv {NODE}.away {NODE}"])
+        estate.lab.exec(NEW, ["sh", "-c", f"[ -e {NODE} ] && rm -f {NODE}.away || mv {NODE}.away {NODE}"])
         estate.converged()
 
 

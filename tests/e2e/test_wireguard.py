@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Encryption of two pairs of sites of the running estate: on, things that restart meanwhile, off. What is on the wire
-is looked at in the router's namespace, through which everything between machines goes."""
+"""Encryption of two pairs of sites of the running estate: on, things that restart meanwhile, new keys, off. What is on
+the wire is looked at in the router's namespace, through which everything between machines goes."""
 
 from __future__ import annotations
 
@@ -125,13 +125,22 @@ def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path:
         assert NAME in seen, "this is how a request in clear looks"
         assert len([words for words in clear if words in seen]) > 2, "and these are addresses"
 
+        with capture(tmp_path / "rotation.pcap", PAIRS[0]), estate.unnoticed(estate.edge, estate.onprem):
+            play("rotate_wireguard_keys", "-e", "isthmus_serial=100%", inventory=wanted, seconds=1800)
+        assert packets(tmp_path / "rotation.pcap", "udp port 8472") == 0
+        assert packets(tmp_path / "rotation.pcap", "udp port 51872") > 100
+        for host in estate.lab.hosts:
+            left = "ip link show isthmus-wg0 || test -e /etc/isthmus/pki/wireguard.key"
+            assert estate.lab.exec(host, ["sh", "-c", left], check=False).returncode != 0, host
+        assert {states(estate, ONPREM_CLIENT)[host] for host in ("cloud-1", "cloud-2", "edge-1")} == {"encrypted"}
+
         with estate.unnoticed(estate.edge, estate.onprem):
             play("site", "-e", "isthmus_serial=100%", seconds=1800)
         whole.pop_all()
         play("verify")
         assert set(states(estate, ONPREM_CLIENT).values()) == {"plain"}
         for host in estate.lab.hosts:
-            left = "ip link show isthmus-wg0 || test -e /etc/isthmus/pki/wireguard.key"
+            left = "ip -br link | grep isthmus-wg || ls /etc/isthmus/pki | grep wireguard"
             assert estate.lab.exec(host, ["sh", "-c", left], check=False).returncode != 0, host
         assert wire.leaks() == []
     estate.converged()

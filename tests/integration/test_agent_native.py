@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpf.topology import CLONE_NEWNET, Inside, InsideError, Node, bare_nodes, wait_for
+from bpf.topology import CLONE_NEWNET, Inside, InsideError, Node, bare_nodes, capture, wait_for
 from integration.test_agent_kernel import CLIENT, Daemon, make_daemon
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import AgentSilent, ask
@@ -175,30 +175,6 @@ def routed(tmp_path: Path) -> Iterator[Routed]:
             os.close(netns)
 
 
-@contextlib.contextmanager
-def capture(host: Host, file: Path) -> Iterator[None]:
-    """Every packet on the node's device, both ways, into `file`."""
-    process = subprocess.Popen(
-        [
-            "nsenter",
-            f"--net=/proc/self/fd/{host.node.netns}",
-            *("tcpdump", "-ni", "eth0", "-U", "--immediate-mode", "-w", str(file)),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=(host.node.netns,),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "listening on" in line:
-            break
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(10)
-
-
 def seen(file: Path, *expression: str) -> int:
     """How many packets of a capture match."""
     shown = subprocess.run(["tcpdump", "-nr", str(file), *expression], check=True, capture_output=True, text=True)
@@ -210,7 +186,7 @@ TUNNEL, FROM_A, FROM_B = ("udp port 8472",), ("src net 10.101.0.0/16",), ("src n
 
 def test_packets_go_natively_at_the_full_mtu_with_the_identity_of_their_source(beside: Pair, tmp_path: Path) -> None:
     file = tmp_path / "wire.pcap"
-    with capture(beside.a, file):
+    with capture(beside.a.node, file):
         assert beside.dial() == ["b", "10.101.0.2"]
         assert beside.ping(1500) is True
         assert "Message too long" in beside.ping(1501)
@@ -255,7 +231,7 @@ def test_a_stream_outlives_turning_it_on_and_off(beside: Pair, tmp_path: Path) -
                 assert beside.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.node.name} at {word}"
                 assert [each.dropped() for each in beside.hosts] == settled, f"{host.node.name} at {word}"
         file = tmp_path / f"{len(ways[0][0])}.pcap"
-        with capture(beside.a, file):
+        with capture(beside.a.node, file):
             assert alive()
         assert (seen(file, *ways[0]) > 0, seen(file, *ways[1])) == (True, 0)
     for host in beside.hosts:
@@ -268,7 +244,7 @@ def test_nothing_leaves_by_the_wrong_door_when_the_two_sides_differ(beside: Pair
     comes otherwise, and counts it."""
     beside.b.stage("plain")
     file = tmp_path / "wire.pcap"
-    with capture(beside.a, file):
+    with capture(beside.a.node, file):
         with pytest.raises(InsideError, match="timed out"):
             beside.dial(1)
         back = beside.b.node.process("web")
@@ -288,7 +264,7 @@ def test_nothing_leaves_by_the_wrong_door_when_the_two_sides_differ(beside: Pair
 def test_the_native_way_is_proven_before_it_is_used(beside: Pair, tmp_path: Path) -> None:
     """A packet with the mark goes natively while everything else is tunnelled."""
     file = tmp_path / "wire.pcap"
-    with capture(beside.a, file):
+    with capture(beside.a.node, file):
         assert beside.ping(1500, 0x4E) is True
         assert "Message too long" in beside.ping(1500)
     assert seen(file, "icmp and src net 10.101.0.0/16") == 1

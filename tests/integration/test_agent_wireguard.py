@@ -18,19 +18,21 @@ from typing import Any
 
 import agent_mesh as mesh
 import pytest
-from bpf.topology import Inside, Node, bare_nodes, wait_for
+from bpf.topology import Inside, Node, bare_nodes, capture, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import ask
 from isthmus_agent.netlink.wireguard import greet
 from isthmus_agent.state.lastgood import LastGood
-from isthmus_mesh import keys, wire
-from isthmus_mesh.spec import spec_hash
+from isthmus_mesh import keys, openings, wire
+from isthmus_mesh.encryption import Keys, Stage
+from isthmus_mesh.spec import WIREGUARD_DEVICES, WIREGUARD_KEYS, WIREGUARD_PORTS, spec_hash
 
 pytestmark = pytest.mark.root
 
 PORT = 51871
+FIRST = WIREGUARD_DEVICES[0]
 PATH_MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
 SECRET = b"isthmus-secret-payload"
 
@@ -55,7 +57,7 @@ class Host:
     private: str
     daemon: Daemon
     holder: subprocess.Popen[bytes]
-    wireguard: subprocess.Popen[bytes] | None = field(default=None)
+    programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # wireguard-go by device
 
     def inside(self, *words: str) -> list[str]:
         return ["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", f"--net=/proc/self/fd/{self.node.netns}", *words]
@@ -65,19 +67,18 @@ class Host:
             self.inside(*words), check=True, capture_output=True, text=True, pass_fds=(self.node.netns,)
         ).stdout
 
-    def start_wireguard(self) -> None:
-        self.wireguard = subprocess.Popen(
-            self.inside("wireguard-go", "-f", "isthmus-wg0"),
+    def start_wireguard(self, device: str = FIRST) -> None:
+        self.programs[device] = subprocess.Popen(
+            self.inside("wireguard-go", "-f", device),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(self.node.netns,),
         )
 
-    def kill_wireguard(self) -> None:
-        if self.wireguard is not None:
-            self.wireguard.kill()
-            self.wireguard.wait(10)
-            self.wireguard = None
+    def kill_wireguard(self, device: str = FIRST) -> None:
+        if device in self.programs:
+            self.programs[device].kill()
+            self.programs.pop(device).wait(10)
 
     def encryption(self) -> dict[str, Any]:
         """What status says of the other node."""
@@ -98,12 +99,35 @@ class Host:
             spec["wireguard"] = self.wireguard_spec(other, {other: word} if word != "demands" else {})
         spec["hash"] = spec_hash(spec)
         path.write_text(json.dumps(spec))
-        if word != "plain" and (self.wireguard is None or self.wireguard.poll() is not None):
+        if word != "plain" and (FIRST not in self.programs or self.programs[FIRST].poll() is not None):
             self.start_wireguard()
         self.daemon.stop()
         self.daemon.start()
         if word != "plain":
             wait_for(lambda: self.daemon.status()["wireguard"]["peers"] == 1, "the other node is a peer")
+
+    def use(self, keys: Keys, known: dict[str, bytes]) -> None:
+        """Other keys, as `site` brings them: a specification, wireguard-go where it is needed, and a restart; `known`
+        is what the agent knows then."""
+        path = self.directory / "node.json"
+        spec = json.loads(path.read_text())
+        other = {"onprem": "cloud", "cloud": "onprem"}[self.cluster]
+        first, *rest = (
+            {"key": str(self.directory / WIREGUARD_KEYS[number]), "port": WIREGUARD_PORTS[number]}
+            for number in ((keys.sends, 1 - keys.sends) if keys.has_both else (keys.number,))
+        )
+        spec["wireguard"] = {**self.wireguard_spec(other, {}), **first, **({"second": rest[0]} if rest else {})}
+        spec["hash"] = spec_hash(spec)
+        path.write_text(json.dumps(spec))
+        devices = openings.devices(spec)
+        for device in WIREGUARD_DEVICES:
+            if device in devices and device not in self.programs:
+                self.start_wireguard(device)
+            elif device not in devices:
+                self.kill_wireguard(device)
+        self.daemon.stop()  # it writes down what it knew
+        self.publish(known)
+        self.daemon.start()
 
     def wireguard_spec(self, other: str, changing: dict[str, str]) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -121,12 +145,13 @@ class Host:
 
     def close(self) -> None:
         self.daemon.stop(signal.SIGKILL)
-        self.kill_wireguard()
+        for device in WIREGUARD_DEVICES:
+            self.kill_wireguard(device)
         self.holder.kill()
         self.holder.wait(10)
 
 
-def node_document(number: int, cluster: str, public: str) -> wire.Node:
+def node_document(number: int, cluster: str, public: str, annotations: dict[str, str]) -> wire.Node:
     return mesh.node(
         cluster,
         1,
@@ -136,14 +161,18 @@ def node_document(number: int, cluster: str, public: str) -> wire.Node:
         ),
         wireguard_public_key=public,
         encryption_key=255 if public else 0,
+        annotations=annotations,
     )
 
 
-def documents(own: str, publics: dict[str, str]) -> dict[str, bytes]:
+def documents(own: str, publics: dict[str, str], by_port: dict[str, dict[int, str]] | None = None) -> dict[str, bytes]:
+    """Of both nodes, with the public key of each cluster's, or with several by port."""
     found = mesh.documents({"cloud": [1]}, own=own, sizes={"onprem": 1, "cloud": 1})
     for number, cluster in ((1, "onprem"), (2, "cloud")):
         cached = cluster != own
-        node = node_document(number, cluster, publics[cluster])
+        several = ",".join(f"{port}={public}" for port, public in (by_port or {}).get(cluster, {}).items())
+        annotations = {wire.WIREGUARD_KEYS: several} if several else {}
+        node = node_document(number, cluster, publics[cluster], annotations)
         found[keys.node_key(cluster, node.name, cached)] = node.to_json().encode()
         pair = wire.IPIdentityPair(f"10.10{number}.0.2", (number << 16) + 1, f"198.18.0.1{number}", key=255)
         found[keys.ip_key(pair.ip, cluster if cached else None)] = pair.to_json().encode()
@@ -246,23 +275,6 @@ def pair(tmp_path: Path, publish: tuple[bool, bool] = (True, True)) -> Iterator[
                 host.close()
 
 
-@contextlib.contextmanager
-def capture(host: Host, file: Path) -> Iterator[None]:
-    """Every packet on the veth pair between the nodes, whole, into `file`."""
-    words = host.inside("tcpdump", "-ni", "eth0", "-U", "--immediate-mode", "-s", "0", "-w", str(file))
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=(host.node.netns,))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "listening on" in line:
-            break
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
-        process.stderr.close()
-
-
 def udp_ports(file: Path) -> dict[str, int]:
     """How many packets of `file` have which UDP destination port."""
     text = subprocess.run(["tcpdump", "-nr", str(file), "udp"], check=True, capture_output=True, text=True).stdout
@@ -283,7 +295,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 def test_traffic_is_encrypted_also_at_full_size(both: Pair, tmp_path: Path) -> None:
     file = tmp_path / "wire.pcap"
-    with capture(both.a, file):
+    with capture(both.a.node, file):
         assert both.dial() == ["b", "10.101.0.2"]
         # TCP segments as large as the path takes, and the largest datagram that may not be fragmented.
         assert both.client.do(
@@ -313,10 +325,12 @@ def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
     status = both.a.daemon.status()
     assert status["wireguard"] == {
         "implementation": "wireguard-go",
+        "device": "isthmus-wg0",
         "public_key": public_of(both.a.private),
         "port": PORT,
-        "key_age": status["wireguard"]["key_age"],
         "peers": 1,
+        "key_age": status["wireguard"]["key_age"],
+        "second": None,
     }
     assert 0 <= status["wireguard"]["key_age"] < 600
     found = both.a.encryption()
@@ -362,7 +376,7 @@ def test_without_wireguard_go_nothing_goes_out_and_a_new_one_heals_both_ways(bot
     back = both.b.node.process("web")
     back.do(CLIENT + "\nresult = dial('10.101.0.2', 8080)")
     file = tmp_path / "wire.pcap"
-    with capture(both.a, file):
+    with capture(both.a.node, file):
         before = both.a.dropped()
         both.a.kill_wireguard()
         with pytest.raises(OSError, match=r"timed out|unreachable"):
@@ -389,7 +403,7 @@ def _answers(client: Inside, address: str) -> bool:
 def test_rules_that_somebody_removes_let_nothing_out_and_come_back(both: Pair, tmp_path: Path) -> None:
     file = tmp_path / "wire.pcap"
     both.dial()
-    with capture(both.a, file):
+    with capture(both.a.node, file):
         both.a.daemon.stop(signal.SIGKILL)  # nobody repairs
         assert both.dial() == ["b", "10.101.0.2"], "an agent that is away changes nothing"
         for number in ("732", "733"):
@@ -426,7 +440,7 @@ def test_a_peer_without_a_key_is_never_sent_to_in_clear(tmp_path: Path) -> None:
     """Node b has no key that a knows: a is closed towards it; b encrypts towards a."""
     file = tmp_path / "wire.pcap"
     with pair(tmp_path, publish=(True, False)) as both:
-        with capture(both.a, file):
+        with capture(both.a.node, file):
             with pytest.raises(OSError, match=r"timed out|unreachable"):
                 both.dial(1)
             wait_for(lambda: both.a.dropped() > 0, "the drop is counted")
@@ -470,10 +484,78 @@ def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None
                     if word != "plain":
                         assert host.encryption()["stage"] == word
             file = tmp_path / f"{shown}.pcap"
-            with capture(both.a, file):
+            with capture(both.a.node, file):
                 assert alive()
             assert set(udp_ports(file)) & {str(PORT), "8472"} == {shown}
             assert (SECRET in file.read_bytes()) is (shown == "8472")
+
+
+def test_a_stream_outlives_new_keys(tmp_path: Path) -> None:
+    """Host by host, stage by stage, and the kernel checks sources strictly. What a registrar publishes meanwhile is
+    known to a host at its next step, and to both before the next stage."""
+    with pair(tmp_path) as both:
+        hosts = (both.a, both.b)
+        publics: dict[str, dict[int, str]] = {}
+        for host in hosts:
+            host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+            private, public = new_key()
+            (host.directory / WIREGUARD_KEYS[1]).write_text(private + "\n")
+            publics[host.cluster] = {PORT: public_of(host.private), WIREGUARD_PORTS[1]: public}
+        published = {host.cluster: (PORT,) for host in hosts}
+
+        def take(host: Host, wanted: Keys) -> None:
+            known = {who: {port: publics[who][port] for port in ports} for who, ports in published.items()}
+            first = {who: next(iter(found.values())) for who, found in known.items()}
+            host.use(wanted, documents(host.cluster, first, known))
+
+        both.client.do(
+            "held = socket.create_connection(('10.102.0.2', 8080), 3); lines = held.makefile(); lines.readline()\n"
+            "held.settimeout(20); result = 1"
+        )
+
+        def alive() -> bool:
+            return bool(both.client.do(f"held.sendall({SECRET!r} * 2000 + b'?'); result = int(lines.readline()) > 0"))
+
+        file = tmp_path / "wire.pcap"
+        with capture(both.a.node, file):
+            for keys_wanted in (Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)):
+                for host in hosts:
+                    take(host, keys_wanted)
+                    published[host.cluster] = WIREGUARD_PORTS if keys_wanted.has_both else WIREGUARD_PORTS[1:]
+                    settled = [each.dropped() for each in hosts]
+                    assert alive(), f"{host.cluster} at {keys_wanted}"
+                    assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {keys_wanted}"
+                    assert [each.dropped() for each in hosts] == settled, f"{host.cluster} at {keys_wanted}"
+                for host in hosts:
+                    take(host, keys_wanted)
+                    if keys_wanted.has_both:
+                        wait_for(
+                            lambda host=host: host.daemon.status()["wireguard"]["second"]["peers"] == 1,
+                            "the other node is a peer of the second device",
+                        )
+                        other = both.b if host is both.a else both.a
+                        far = ip_address(other.node.underlay)
+                        for device in WIREGUARD_DEVICES:
+                            host.node.call(greet, ip_address(host.node.underlay), [far], 8472, device)
+                        wait_for(
+                            lambda host=host: has_both_sessions(host), f"{host.cluster} at {keys_wanted}: sessions", 10
+                        )
+                assert alive()
+        assert set(udp_ports(file)) == {str(port) for port in WIREGUARD_PORTS}, "no VXLAN header in clear"
+        assert SECRET not in file.read_bytes()
+        last = tmp_path / "last.pcap"
+        with capture(both.a.node, last):
+            assert alive()
+        assert set(udp_ports(last)) == {str(WIREGUARD_PORTS[1])}
+        for host in hosts:
+            assert host.run("wg", "show", "interfaces").split() == [WIREGUARD_DEVICES[1]]
+            assert host.daemon.status()["wireguard"]["port"] == WIREGUARD_PORTS[1]
+            assert ask(host.daemon.socket, "/v1/audit")["problems"] == []
+
+
+def has_both_sessions(host: Host) -> bool:
+    found = host.encryption()
+    return found["handshake_age"] is not None and found["second"]["handshake_age"] is not None
 
 
 def test_a_session_is_made_before_anything_is_sent_through_it(tmp_path: Path) -> None:

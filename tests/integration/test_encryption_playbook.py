@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from integration.test_batches_playbook import Site, said
+from isthmus_mesh import openings
 from playbook import Run
 
 CLUSTERS = {"a": (["a1"], ["a2"]), "b": (["b1"], [])}
@@ -135,6 +136,22 @@ def test_check_mode_predicts_the_first_step(running: Site) -> None:
     assert run.status == 0, run.output
     assert written(running) == [HOSTS]
     assert (stages(running), proofs(running)) == (dict.fromkeys(HOSTS, "plain"), [])
+
+
+def test_keys_are_replaced_in_one_run_of_its_playbook(tmp_path: Path) -> None:
+    encrypted = Site(tmp_path, CLUSTERS)
+    encrypted.estate = ON
+    first = encrypted.run()
+    assert first.status == 0, first.output
+    assert (proofs(encrypted), stages(encrypted)) == ([], dict.fromkeys(HOSTS, "demands"))
+    run = encrypted.run("-e", "isthmus_serial=100%", name="rotate_wireguard_keys")
+    assert (run.status, encrypted.locks) == (0, []), run.output
+    assert written(encrypted) == [HOSTS] * 3
+    assert proofs(encrypted) == sorted([*HOSTS, *HOSTS])
+    specs = [json.loads((encrypted.place / "hosts" / host / "node.json").read_text()) for host in HOSTS]
+    assert [openings.tunnels(spec) for spec in specs] == [[spec["wireguard"]] for spec in specs]
+    assert {spec["wireguard"]["port"] for spec in specs} == {51872}
+    assert json.loads((encrypted.place / "record").read_text())["roster"]["encryption"]["keys"] == {"number": 1}
 
 
 def test_native_routing_goes_the_same_way_and_the_run_shows_what_routers_need(running: Site) -> None:

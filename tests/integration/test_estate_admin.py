@@ -13,7 +13,7 @@ from integration.etcd_fixture import EtcdServer
 from isthmus_agent import estate_admin, etcd_admin, facts
 from isthmus_agent.kvstore import KeyValue, SyncEtcd
 from isthmus_mesh import keys
-from isthmus_mesh.documents import ServiceDefinition
+from isthmus_mesh.documents import NodeAllocation, ServiceDefinition
 
 
 @pytest.fixture
@@ -213,6 +213,26 @@ def test_reports_of_hosts_that_the_record_does_not_have_go(server: EtcdServer, o
     found = {key for kind in ("nodes", "alive", "workloads") for key in server.dump(f"isthmus/v1/{kind}/")}
     assert found == kept
     assert estate_admin.delete_reports(operator, document, apply=True) == []
+
+
+def test_reports_of_nodes_that_the_registrar_dealt_stay(server: EtcdServer, operator: SyncEtcd) -> None:
+    """The record of a cluster whose control plane is in it has no hosts."""
+    document = {"name": "managed", "revision": 2, "control_plane": "in_cluster", "hosts": {}}
+
+    def dealt(number: int, released: str | None = None) -> str:
+        network = f"10.106.0.{16 * number}"
+        return NodeAllocation(f"{network}/28", f"{network[:-1]}1", f"192.0.2.{number}", "then", released).to_json()
+
+    server.etcdctl("put", "isthmus/v1/alloc/nodes/n1", dealt(0))
+    server.etcdctl("put", "isthmus/v1/alloc/nodes/n2", dealt(0, "2026-01-02T03:04:05Z"))
+    server.etcdctl("put", "isthmus/v1/alloc/nodes/n3", "{damaged")
+    kept, gone = reports("n1", workloads=0), reports("n2", "n3", "n4", workloads=0)
+    for key in kept | gone:
+        operator.put(key, "{}")
+    estate_admin.write_documents(operator, {"clusters/managed": document}, apply=True)
+    assert {change.key for change in estate_admin.delete_reports(operator, document, apply=True)} == gone
+    assert {key for kind in ("nodes", "alive") for key in server.dump(f"isthmus/v1/{kind}/")} == kept
+    assert estate_admin.dealt_nodes(operator) == {"n1": "10.106.0.1"}
 
 
 def test_reports_of_a_host_that_another_run_adds_stay(

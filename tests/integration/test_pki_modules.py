@@ -512,7 +512,7 @@ def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(estate: 
 
 
 def test_a_host_that_encrypts_has_a_key_of_wireguard_which_stays_and_goes_with_the_plan(estate: Estate) -> None:
-    wanted = {**spec("onprem-1", "onprem"), "wireguard": {"key": "/etc/isthmus/pki/wireguard.key"}}
+    wanted = {**spec("onprem-1", "onprem"), "wireguard": {"key": "/etc/isthmus/pki/wireguard.key", "port": 51871}}
     path = estate.pki("onprem-1") / "wireguard.key"
     predicted = estate.role(wanted, check=True)
     assert not path.exists()

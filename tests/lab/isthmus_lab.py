@@ -218,6 +218,10 @@ class Lab:
             began = time.monotonic()
             self.make_ground(machines)
             wanted = [host for host in machines if not self.running(host)]
+            # Those that an `up` has started that was interrupted may still be booting.
+            for host in machines:
+                if host not in wanted:
+                    self.wait_until_up(host)
             if not wanted:
                 self.say(f"up: {len(machines)} machines were running already")
                 return
@@ -364,15 +368,21 @@ class Lab:
 
     def start(self, host: Host) -> None:
         """Start the machine's supervisor in the background."""
-        log = (self.directory(host) / "console.log").open("ab")
+        self.in_background(self.directory(host) / "console.log", "supervise", host.name)
+
+    def in_background(self, log: Path, *words: str, group: str = "") -> None:
+        """`lab` with these words, about this lab, in a session of its own, and in the cgroup `group` from its
+        beginning; what it says goes to the end of `log`."""
+        output = log.open("ab")
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve().with_name("lab_cli.py")), "supervise", host.name],
+            [sys.executable, str(Path(__file__).resolve().with_name("lab_cli.py")), *words],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
             cwd="/",
             env={**os.environ, "ISTHMUS_LAB_STATE": str(self.state), "ISTHMUS_LAB_INVENTORY": str(self.inventory)},
+            preexec_fn=(lambda: enter_cgroups(group)) if group else None,
         )
 
     def stop(self, host: Host) -> None:

@@ -22,12 +22,14 @@ from typing import Any
 import kubernetes_images
 import kubernetes_machine
 import kubernetes_parts
-from isthmus_lab import NSPAWN_OPTIONS, ROOT, Customer, Lab
+from isthmus_lab import NSPAWN_OPTIONS, ROOT, ROUTER, Customer, Lab
+from kubernetes_balancer import Balancer
 from lab_inventory import Host, KubernetesCluster
-from lab_system import LabError, hierarchies, run, wait_for
+from lab_system import LabError, hierarchies, ip, remove_cgroups, run, wait_for
 
 HYBRID = ROOT / "inventories" / "lab_hybrid"
 EVERY_CLUSTER = ROOT / "inventories" / "lab_hybrid_two"
+IN_CLUSTER = ROOT / "inventories" / "lab_in_cluster"
 READY_SECONDS = 120
 NEEDED_MEMORY = 4 << 30
 CERTIFICATE_DAYS = 3650
@@ -91,6 +93,8 @@ class Kubernetes:
             if wanted:
                 self.lab.boot_all(wanted)
             self.settle()
+            if self.cluster.in_cluster:
+                self.play_cloud()
             version = kubernetes_parts.kubernetes_version()
             self.lab.say(
                 f"{self.name}: Kubernetes {version}, {len(self.cluster.nodes)} nodes Ready after "
@@ -185,6 +189,30 @@ class Kubernetes:
             *("rollout", "status", "deployment/coredns", "--namespace=kube-system", f"--timeout={READY_SECONDS}s")
         )
 
+    @property
+    def cloud_group(self) -> str:
+        """Cgroup of the process that plays a cloud's part."""
+        return f"cloud-{self.name}"
+
+    def play_cloud(self) -> None:
+        """Volumes, and addresses for Services of the type LoadBalancer."""
+        self.apply(kubernetes_machine.volumes(self.cluster))
+        self.lab.kill_group(self.cloud_group)
+        self.lab.in_background(self.directory / "cloud.log", "cloud", self.name, group=self.cloud_group)
+
+    def balance(self) -> None:
+        """Play the cloud's part, until it is ended."""
+        server = f"{self.cluster.control_plane.address}:{kubernetes_machine.API_PORT}"
+        site = self.lab.sites[self.cluster.control_plane.site].network
+
+        def lead(address: str, node: str) -> None:
+            if node:
+                ip("route", "replace", f"{address}/32", "via", node, namespace=ROUTER)
+            else:
+                ip("route", "delete", f"{address}/32", namespace=ROUTER, check=False)
+
+        Balancer(server, self.directory / "pki", site, lead).serve()
+
     def api_ready(self) -> bool:
         return self.kubectl("get", "--raw=/readyz", check=False).stdout == "ok"
 
@@ -217,6 +245,8 @@ class Kubernetes:
             self.lab.say(f"{self.name}: there is no such cluster in the lab now")
             return
         with self.lab.locked():
+            self.lab.kill_group(self.cloud_group)
+            remove_cgroups(self.cloud_group)
             for host in self.hosts:
                 self.lab.stop(host)
                 if self.lab.directory(host).exists():

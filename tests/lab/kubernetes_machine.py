@@ -73,6 +73,9 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: kube-apiserver-kubelet-client}]
 """
 
+VOLUMES = "var/lib/lab-volumes"  # a directory for each volume of a node
+STORAGE_CLASS = "lab"
+
 COREDNS = """\
 apiVersion: v1
 kind: ServiceAccount
@@ -227,11 +230,44 @@ def files(cluster: KubernetesCluster, host: Host, pki: Mapping[str, str], proxy_
     for name, node in cluster.nodes.items():
         if node == host:
             found |= worker(cluster, name, pki, proxy_mode)
+            if cluster.in_cluster:
+                found[f"{VOLUMES}/1/.made"] = ("", 0o644)
     for path in [path for path in found if path.startswith("etc/systemd/system/")]:
         name = path.rsplit("/", 1)[1]
         found[f"etc/systemd/system/multi-user.target.wants/{name}"] = (f"->/etc/systemd/system/{name}", 0)
     found["etc/profile.d/kubernetes.sh"] = (f"export PATH=$PATH:{PROGRAMS}\n", 0o644)
     return found
+
+
+def volumes(cluster: KubernetesCluster) -> str:
+    """A class of storage, and a volume on every node, as JSON: there is no provisioner."""
+    storage: list[dict[str, object]] = [
+        {
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "StorageClass",
+            "metadata": {"name": STORAGE_CLASS},
+            "provisioner": "kubernetes.io/no-provisioner",
+            "volumeBindingMode": "WaitForFirstConsumer",
+        }
+    ]
+    for name in cluster.nodes:
+        term = {"key": "kubernetes.io/hostname", "operator": "In", "values": [name]}
+        storage.append(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"lab-{name}"},
+                "spec": {
+                    "capacity": {"storage": "1Gi"},
+                    "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": STORAGE_CLASS,
+                    "persistentVolumeReclaimPolicy": "Retain",
+                    "local": {"path": f"/{VOLUMES}/1"},
+                    "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [term]}]}},
+                },
+            }
+        )
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": storage})
 
 
 def routes(cluster: KubernetesCluster, host: Host) -> Files:
@@ -369,6 +405,7 @@ def worker(cluster: KubernetesCluster, name: str, pki: Mapping[str, str], proxy_
     return {
         **{f"etc/systemd/system/{name}.service": (text, 0o644) for name, text in units.items()},
         "usr/local/sbin/prepare-node": (PREPARE, 0o755),
+        "usr/local/bin/ctr": (f"->{PROGRAMS}/ctr", 0),  # where a node's package has it
         "etc/containerd/config.toml": (CONTAINERD, 0o644),
         "etc/cni/net.d/10-pods.conflist": (json.dumps(network, indent=2), 0o644),
         f"{DIRECTORY}/ca.crt": (pki["ca.crt"], 0o644),

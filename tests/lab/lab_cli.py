@@ -56,6 +56,8 @@ def arguments() -> argparse.ArgumentParser:
     kubectl.add_argument("argv", nargs=argparse.REMAINDER, metavar="[ARG...]")
     supervise = commands.add_parser("supervise", help="(the lab itself) run one machine")
     supervise.add_argument("host")
+    cloud = commands.add_parser("cloud", help="(the lab itself) play a cloud's part for a cluster")
+    cloud.add_argument("cluster")
     return parser
 
 
@@ -160,6 +162,11 @@ def do_supervise(lab: Lab, options: argparse.Namespace) -> int:
     return lab.supervise(lab.host(options.host))
 
 
+def do_cloud(lab: Lab, options: argparse.Namespace) -> int:
+    Kubernetes(lab, options.cluster).balance()
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Lab, argparse.Namespace], int]] = {
     "check": do_check,
     "up": do_up,
@@ -172,6 +179,7 @@ COMMANDS: dict[str, Callable[[Lab, argparse.Namespace], int]] = {
     "kube": do_kube,
     "kubectl": do_kubectl,
     "supervise": do_supervise,
+    "cloud": do_cloud,
 }
 
 

@@ -69,6 +69,7 @@ class KubernetesCluster:
     nodes: dict[str, Host]
     pod_range: ipaddress.IPv4Network
     service_range: ipaddress.IPv4Network
+    in_cluster: bool  # the mesh's control plane runs inside; a cloud's part is played for it
 
     @property
     def dns(self) -> ipaddress.IPv4Address:
@@ -170,15 +171,16 @@ def read_inventory(directory: Path) -> Inventory:
     """The machines of a YAML inventory directory.
 
     A host needs `isthmus_underlay` (or a literal `ansible_host`) and a site: `isthmus_site`, else that of
-    its cluster, else the cluster's name. A site's network is the /24 of its hosts.
+    its cluster, else the cluster's name. A site's network is the /24 of its hosts. Machines of a cluster whose nodes
+    are no hosts of the mesh name it by `lab_cluster`; the host that stands for its API there is no machine.
     """
     variables = read_variables(directory)
     hosts: dict[str, Host] = {}
     sites: dict[str, Site] = {}
     for name, known in variables.items():
-        cluster = str(known.get("isthmus_cluster", ""))
-        if not cluster:
-            continue  # localhost and the like
+        cluster = str(known.get("isthmus_cluster") or known.get("lab_cluster") or "")
+        if not cluster or "ansible_connection" in known:
+            continue  # it stands for something that is no machine
         entry = cluster_entry(known, cluster)
         site = str(known.get("isthmus_site") or entry.get("site") or cluster)
         literal = known.get("isthmus_underlay") or known.get("ansible_host")
@@ -204,7 +206,8 @@ def kubernetes_cluster(
 ) -> KubernetesCluster:
     """The control plane is the host at the address of `api_server`; a node is a host unless its variables deny it."""
     members = [host for host in hosts.values() if host.cluster == name]
-    section = cluster_entry(variables[members[0].name], name)["kubernetes"]
+    entry = cluster_entry(variables[members[0].name], name)
+    section = entry["kubernetes"]
     server = urllib.parse.urlsplit(section["api_server"]).hostname
     found = [host for host in members if str(host.address) == server]
     if len(found) != 1:
@@ -215,4 +218,5 @@ def kubernetes_cluster(
         if node is not False:
             nodes[str(node)] = host
     pods, services = (ipaddress.IPv4Network(text) for text in (section["pod_ranges"][0], section["service_range"]))
-    return KubernetesCluster(name, tuple(members), found[0], nodes, pods, services)
+    inside = entry.get("control_plane") == "in_cluster"
+    return KubernetesCluster(name, tuple(members), found[0], nodes, pods, services, inside)

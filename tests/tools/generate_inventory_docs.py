@@ -74,7 +74,7 @@ pins them.
 is refused. That is about 4,000 hosts with one workload each.
 
 **Not yet.** What a later version will do is part of the schema already and refused by name: `routing: auto`,
-`encryption: ipsec-gateway`, `control_plane: in_cluster`, `inbound: false`, a part of the clusters as `peers`,
+`encryption: ipsec-gateway`, `inbound: false`, a part of the clusters as `peers`,
 a part of the services as `export`, IPv6 ranges and addresses. So are changes that a running estate cannot make: of
 `domain` and `overlay.port`, and of the ports, the addresses and the one site of a cluster's etcd members once that etcd
 has run.
@@ -104,6 +104,11 @@ TABLES = (
         "Its ranges are Kubernetes' and the CNI's own: they are read and kept apart from all others, never dealt from.",
     ),
     ("`isthmus_estate.clusters.<name>.etcd`", schema.ETCD, "The members form one at a time."),
+    (
+        "`isthmus_estate.clusters.<name>.expose`",
+        schema.EXPOSE,
+        "Of a cluster whose control plane is in it: how other clusters' registrars dial its etcd.",
+    ),
     (
         "`isthmus_estate.clusters.<name>.etcd.source`",
         schema.ETCD_SOURCE,

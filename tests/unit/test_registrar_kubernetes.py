@@ -358,6 +358,25 @@ def test_annotations(annotations: dict[str, str], means: tuple[bool, str] | None
         assert (value(found, WEB)["shared"], value(found, VIP)["affinity"]) == means
 
 
+SESSIONS = {
+    "none": ({"sessionAffinity": "None"}, None),
+    "by default": ({"sessionAffinity": "ClientIP"}, 10_800),
+    "said": ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 5}}}, 5),
+    "beyond what is allowed": (
+        {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 90_000}}},
+        10_800,
+    ),
+    "not asked for": ({"sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 5}}}, None),
+}
+
+
+@pytest.mark.parametrize(("spec", "seconds"), SESSIONS.values(), ids=SESSIONS)
+def test_session_affinity(spec: dict[str, Any], seconds: int | None) -> None:
+    content = objects()
+    content[SERVICES][0]["spec"] |= spec
+    assert value(run(content), VIP).get("session_affinity") == seconds
+
+
 ENDPOINTS = {
     "ready": ([{"ready": True}, {"ready": False}], [0]),
     "unknown is ready": ([{}, {"ready": None}], [0, 1]),

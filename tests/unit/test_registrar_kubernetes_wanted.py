@@ -120,6 +120,15 @@ def kube() -> Kubernetes:
     return Kubernetes()
 
 
+def test_the_meshs_own_control_plane_is_left_alone(kube: Kubernetes) -> None:
+    ours = {**OWN, ownership.COMPONENT: "etcd"}
+    for name, labels in (("isthmus-etcd", ours), ("old", OWN)):
+        made = service(name, "10.96.0.9")
+        made["metadata"]["labels"] = labels
+        kube.put(SERVICES, made)
+    assert kube.settle(mesh()) == [("delete", SERVICES, "old")]
+
+
 def test_exact_service_and_slices(kube: Kubernetes) -> None:
     done = kube.settle(mesh(DB, machines=("10.104.3.2",), there=remote("10.102.1.2", hostnames={"10.102.1.2": "db-0"})))
     made = kube.objects[SERVICES, SHOP_DB]

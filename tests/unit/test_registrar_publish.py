@@ -514,6 +514,16 @@ def test_a_key_that_the_host_reports_is_published_with_its_node_and_addresses() 
     assert again.keys == found.keys
 
 
+def test_a_second_key_travels_beside_ciliums_field() -> None:
+    second = "AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI="
+    by_port = {"51872": second, "51871": PUBLIC_KEY, "51873": "no key"}
+    nodes = dict([node_report(0, wireguard_public_key=PUBLIC_KEY, wireguard_keys=by_port)])
+    node = wire.Node.from_json(run(nodes=nodes).keys[keys.node_key("onprem", "h0")])
+    assert node.wireguard_public_key == PUBLIC_KEY
+    assert node.annotations[wire.WIREGUARD_KEYS] == f"51871={PUBLIC_KEY},51872={second}"
+    assert wire.public_keys(node, 51871) == {51871: PUBLIC_KEY, 51872: second}
+
+
 @pytest.mark.parametrize("public", ["AAAA", "no key", "A" * 43 + "="])
 def test_what_is_no_key_is_named_and_not_published(public: str) -> None:
     nodes = dict([node_report(0, wireguard_public_key=public), node_report(1)])

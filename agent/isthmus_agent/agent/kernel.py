@@ -43,19 +43,19 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """WireGuard at one moment. `implementation` is empty when there is no device; `peers` by public key."""
+    """A WireGuard device at one moment; `peers` by public key."""
 
-    implementation: str = ""
-    peers: Mapping[str, PeerState] = field(default_factory=dict)
+    implementation: str
+    peers: Mapping[str, PeerState]
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Counters and fill levels at one moment."""
+    """Counters and fill levels at one moment; `tunnels` are the WireGuard devices that are there, by name."""
 
     counters: Counters
     capacity: dict[str, Capacity] = field(default_factory=dict)
-    tunnel: Tunnel = Tunnel()
+    tunnels: Mapping[str, Tunnel] = field(default_factory=dict)
 
 
 class Kernel(Protocol):
@@ -116,8 +116,8 @@ class HostKernel:
         self._network_steps = 0
         self._keep_source: KeepSource | None = None
         self._made: Datapath | None = None  # what the network was made, when nothing was refused
-        self._wireguard: int | None = None  # index of the device that the programs know
-        self._fresh_wireguard = False  # it has no sessions yet
+        self._wireguard: dict[str, int] | None = None  # indexes of the devices that the programs know, None: not known
+        self._fresh_wireguard: set[str] = set()  # those without sessions yet
         self._ways: dict[Address, Way] = {}  # of the underlay, to where routes lead natively
         self._underlay: frozenset[int] | None = None  # devices with programs for that; None: not known
 
@@ -161,8 +161,6 @@ class HostKernel:
         self._overlay = (datapath.overlay_port, datapath.overlay_mtu)
         self._bpf.attach_overlay(self._ifindex)
         self._made = self._wireguard = self._underlay = None
-        if datapath.wireguard is None:
-            self._remove_wireguard()
         network = self._apply_network(datapath)
         self._bpf.attach_cgroup()
         return Applied((*(f"map {name}" for name in maps.maps), *network.changes), (*maps.problems, *network.problems))
@@ -290,79 +288,101 @@ class HostKernel:
         """Tell peers that WireGuard is new here, when the way to them is there."""
         from isthmus_agent.netlink import wireguard
 
-        if self._fresh_wireguard and datapath.wireguard is not None:
-            wanted = datapath.wireguard
-            endpoints = [peer.endpoint for peer in wanted.peers.values()]
-            wireguard.greet(wanted.underlay, endpoints, datapath.overlay_port)
-        self._fresh_wireguard = False
+        for wanted in datapath.wireguard:
+            if wanted.device in self._fresh_wireguard:
+                endpoints = [peer.endpoint for peer in wanted.peers.values()]
+                wireguard.greet(wanted.underlay, endpoints, datapath.overlay_port, wanted.device)
+        self._fresh_wireguard.clear()
 
     def _apply_wireguard(self, datapath: Datapath) -> Applied:
-        """Device, program and peers; the routes come after. Until all is there what is to be encrypted is dropped."""
+        """Devices, program and peers; the routes come after. Until all is there what is to be encrypted is dropped."""
         from isthmus_agent.netlink import NetworkError, settings, wireguard
 
-        wanted = datapath.wireguard
-        if self._made is not None and self._made.wireguard == wanted:
+        if self._made is not None and self._made.wireguard == datapath.wireguard:
             return Applied()
-        if wanted is None:
-            return Applied(self._remove_wireguard() if self._wireguard is not None else ())
-        try:
-            # Without it the programs cannot ask which way a packet will take.
-            settings.set_ipv4(self._ifindex, settings.FORWARDING)
-            device = wireguard.ensure_device(wanted.mtu)
-            if device.index != self._wireguard:
-                self._made = self._wireguard = None
-                self._bpf.attach_wireguard(device.index, datapath.overlay_port, wanted)
-                self._wireguard = device.index
-            configured = wireguard.configure(wanted)
-            self._fresh_wireguard = configured.fresh
-            return Applied(configured.changes)
-        except NetworkError as error:
+        changes: list[str] = []
+        problems: list[str] = []
+        wanted = {each.device: each for each in datapath.wireguard}
+        there: dict[str, int] = {}
+        starts = self._wireguard is None
+        for name, each in wanted.items():
+            try:
+                # Without it the programs cannot ask which way a packet will take.
+                settings.set_ipv4(self._ifindex, settings.FORWARDING)
+                there[name] = wireguard.ensure_device(each.mtu, name).index
+            except NetworkError as error:
+                problems += error.problems
+                index = wireguard.find_index(name)
+                if index is not None and (self._wireguard or {}).get(name) == index:
+                    there[name] = index
+        self._attach_wireguard(datapath, there)
+        for name in there:
+            try:
+                configured = wireguard.configure(wanted[name], name)
+            except NetworkError as error:
+                changes += error.changes
+                problems += error.problems
+            else:
+                changes += configured.changes
+                if configured.fresh:
+                    self._fresh_wireguard.add(name)
+        if starts:
+            # Later, one that is not wanted is made for the agent that comes after this one.
+            for name in wireguard.DEVICES:
+                if name not in wanted:
+                    changes += wireguard.remove_device(name)
+        if problems:
             self._made = None
-            if wireguard.find_index() is None:
-                self._wireguard = None
-                self._bpf.forget_wireguard()
-            return Applied(error.changes, tuple(error.problems))
+        return Applied(tuple(changes), tuple(problems))
 
-    def _remove_wireguard(self) -> tuple[str, ...]:
+    def _attach_wireguard(self, datapath: Datapath, there: dict[str, int]) -> None:
+        """Tell the programs which devices there are."""
         from isthmus_agent.netlink import wireguard
 
-        self._made = self._wireguard = None
-        self._bpf.forget_wireguard()
-        return tuple(wireguard.remove_device())
+        if there == self._wireguard:
+            return
+        self._made = None
+        if there:
+            devices = [there.get(name, 0) for name in wireguard.DEVICES]
+            self._bpf.attach_wireguard(devices, datapath.overlay_port, datapath.wireguard[0])
+        else:
+            self._bpf.forget_wireguard()
+        self._wireguard = there
 
     def audit(self, datapath: Datapath) -> list[str]:
         from isthmus_agent import netlink
 
-        device = netlink.wireguard.find_index() if datapath.wireguard is not None else None
+        indexes = {each.device: netlink.wireguard.find_index(each.device) for each in datapath.wireguard}
+        there = {name: index for name, index in indexes.items() if index is not None}
         found = self._bpf.audit(datapath)
         ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
-        found += netlink.audit_network(datapath, step=self._network_step, wireguard=device, ways=ways)
-        if datapath.wireguard is not None:
-            found += netlink.wireguard.audit(datapath.wireguard)
-            if device is not None:
-                found += self._bpf.audit_wireguard(device, datapath.overlay_port, datapath.wireguard)
+        found += netlink.audit_network(datapath, step=self._network_step, wireguard=there, ways=ways)
+        for each in datapath.wireguard:
+            found += netlink.wireguard.audit(each, each.device)
+        if there:
+            devices = [there.get(name, 0) for name in netlink.wireguard.DEVICES]
+            found += self._bpf.audit_wireguard(devices, datapath.overlay_port, datapath.wireguard[0])
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
             if datapath.native is not None:
-                devices = {way.oif for way in ways.values()}
+                by = sorted({way.oif for way in ways.values()})
                 found += problems
-                found += self._bpf.audit_underlay(sorted(devices), index, datapath.native.underlay)
+                found += self._bpf.audit_underlay(by, index, datapath.native.underlay)
         return found
 
     def read(self) -> Reading:
-        return Reading(self._bpf.counters(), self._bpf.capacity(), self._read_tunnel())
+        tunnels = {name: tunnel for name in self._wireguard or () if (tunnel := self._read_tunnel(name)) is not None}
+        return Reading(self._bpf.counters(), self._bpf.capacity(), tunnels)
 
-    def _read_tunnel(self) -> Tunnel:
+    def _read_tunnel(self, name: str) -> Tunnel | None:
         from isthmus_agent.netlink import NetworkError, wireguard
 
-        if self._wireguard is None:
-            return Tunnel()
         try:
-            device = wireguard.find_device()
-            return Tunnel(device.implementation, wireguard.peer_states()) if device is not None else Tunnel()
+            device = wireguard.find_device(name)
+            return Tunnel(device.implementation, wireguard.peer_states(name)) if device is not None else None
         except NetworkError:
-            return Tunnel()  # apply() tells why
+            return None  # apply() tells why
 
     def destroy(self, backends: Collection[Backend]) -> int:
         from isthmus_agent import netlink

@@ -48,7 +48,7 @@ from isthmus_agent.kvstore.client import EtcdClient
 from isthmus_agent.kvstore.tasks import end, wait_set, within
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.namespaces import PLACES
-from isthmus_agent.netlink.wireguard import DEVICE
+from isthmus_agent.netlink.wireguard import DEVICES
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
 from isthmus_agent.state.model import MeshState
@@ -214,7 +214,7 @@ class Agent:
         }
         native = self.spec.native is not None
         if native or self.spec.wireguard is not None:
-            jobs["network"] = NetworkWatch(DEVICE, self.spec.node.underlay4, self._note_network, native).run
+            jobs["network"] = NetworkWatch(DEVICES, self.spec.node.underlay4, self._note_network, native).run
         if self.spec.wireguard is not None:
             jobs["wireguard-key"] = self._follow_key
         if (watchdog := sdnotify.watchdog_interval()) is not None:
@@ -293,19 +293,23 @@ class Agent:
                 self.reporter.wake()
 
     async def _read_key(self) -> bool:
-        """The public key that others need; whether it is another than before."""
+        """The public keys that others need; whether they are others than before."""
         if self.spec.wireguard is None:
             return False
-        try:
-            public_key = await self.kernel_call(self.kernel.public_key, self.spec.wireguard.key)
-        except NetworkError as error:
-            # What was reported stands: nobody may take a moment's failure for a host without a key.
-            self._key_problems = tuple(error.problems)
+        found: dict[int, str] = {}
+        problems: list[str] = []
+        for tunnel in self.spec.wireguard.tunnels:
+            try:
+                found[tunnel.port] = await self.kernel_call(self.kernel.public_key, tunnel.key)
+            except NetworkError as error:
+                # What was reported stands: nobody may take a moment's failure for a host without a key.
+                problems += error.problems
+                if tunnel.port in self.facts.public_keys:
+                    found[tunnel.port] = self.facts.public_keys[tunnel.port]
+        self._key_problems = tuple(problems)
+        if found == self.facts.public_keys:
             return False
-        self._key_problems = ()
-        if public_key == self.facts.public_key:
-            return False
-        self.facts = replace(self.facts, public_key=public_key)
+        self.facts = replace(self.facts, public_keys=found)
         return True
 
     async def _follow_key(self) -> None:

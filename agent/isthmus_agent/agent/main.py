@@ -7,15 +7,19 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from isthmus_mesh.spec import REMEDY, NodeSpec, SpecError, spec_hash
+from isthmus_mesh.spec import REMEDY, ClusterDocument, NodeSpec, SpecError, is_cluster_document, spec_hash
 
 from isthmus_agent.agent import memory, metrics, status
+from isthmus_agent.agent.enrolment import NODE, Enrolment
 from isthmus_agent.agent.http import LocalServer, Response
 from isthmus_agent.agent.kernel import HostKernel, Kernel
 from isthmus_agent.agent.log import configure, fields
@@ -77,8 +81,11 @@ def metrics_server(agent: Agent) -> LocalServer:
     return LocalServer({"GET /metrics": get_metrics})
 
 
-async def serve(agent: Agent, listen: tuple[str, int] | None) -> None:
-    """Run the agent and its local servers until SIGTERM or SIGINT; the datapath stays as it is."""
+async def serve(
+    agent: Agent, listen: tuple[str, int] | None, outdated: Callable[[], Awaitable[None]] | None = None
+) -> bool:
+    """Run the agent and its local servers until SIGTERM or SIGINT; the datapath stays as it is. `outdated` returns when
+    the agent's spec is another: then it ends too, and the answer is True."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -92,16 +99,19 @@ async def serve(agent: Agent, listen: tuple[str, int] | None) -> None:
             # Without metrics the mesh still works, and status says what is wrong.
             logger.error("metrics cannot be served", extra=fields(listen=f"{listen[0]}:{listen[1]}", error=str(error)))
     run = asyncio.create_task(agent.run(), name="agent")
-    waiting = asyncio.create_task(stop.wait(), name="stop")
+    ends: list[asyncio.Future[Any]] = [asyncio.create_task(stop.wait(), name="stop")]
+    if outdated is not None:
+        ends.append(asyncio.ensure_future(outdated()))
     try:
-        await asyncio.wait({run, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if run.done():
-            run.result()
+        done, _ = await asyncio.wait({run, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return not stop.is_set()
     finally:
         logger.info("stopping; the datapath stays as it is")
-        for task in (run, waiting):
+        for task in (run, *ends):
             task.cancel()
-        await asyncio.gather(run, waiting, return_exceptions=True)
+        await asyncio.gather(run, *ends, return_exceptions=True)
         await scrape.close()
         await api.close()
         agent.paths.socket.unlink(missing_ok=True)
@@ -118,6 +128,27 @@ async def start(
     await serve(agent, listen)
 
 
+async def start_in_cluster(
+    document: ClusterDocument,
+    name: str,
+    kernel: Kernel,
+    cgroup_root: Path,
+    paths: Paths,
+    listen: tuple[str, int] | None,
+) -> bool:
+    """Wait for what the registrar dealt to the node `name`, then serve. True: begin anew, that has changed."""
+    etcd = document.etcd
+    client = EtcdClient(etcd.endpoints, etcd.ca, etcd.cert, etcd.key)
+    enrolment = Enrolment(document, name, client, paths.state)
+    if enrolment.node is None:
+        await enrolment.run()
+    assert enrolment.node is not None
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    spec = document.of_node(enrolment.node)
+    agent = Agent(spec, kernel, client, cgroup_root, paths, boot_id=boot_id, version=installed_version())
+    return await serve(agent, listen, enrolment.run)
+
+
 def _listen(text: str) -> tuple[str, int] | None:
     if text == "none":
         return None
@@ -130,7 +161,9 @@ def _listen(text: str) -> tuple[str, int] | None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM, 78 when the configuration cannot be used, 1 for anything else."""
     parser = argparse.ArgumentParser(prog="isthmusd", description="The Isthmus agent of this host.")
-    parser.add_argument("--config", type=Path, default=Path("/etc/isthmus/node.json"), help="the host's node spec")
+    parser.add_argument(
+        "--config", type=Path, default=Path("/etc/isthmus/node.json"), help="the host's spec, or its cluster's"
+    )
     parser.add_argument("--state-dir", type=Path, default=Paths().state)
     parser.add_argument("--run-dir", type=Path, default=Paths().run)
     parser.add_argument("--pin-dir", type=Path, default=PIN_DIR)
@@ -142,8 +175,12 @@ def main(arguments: list[str] | None = None) -> int:
     memory.few_arenas()
     try:
         text = options.config.read_bytes()
-        # Of what is really in the file: somebody may have changed it by hand.
-        spec = replace(NodeSpec.from_json(text), hash=spec_hash(json.loads(text)))
+        document = ClusterDocument(text) if is_cluster_document(text) else None
+        if document is None:
+            # Of what is really in the file: somebody may have changed it by hand.
+            spec = replace(NodeSpec.from_json(text), hash=spec_hash(json.loads(text)))
+        elif not os.environ.get(NODE):
+            raise SpecError(f"it is a cluster's document, and {NODE} does not say on which node this is")
         kernel = HostKernel(options.pin_dir, options.cgroup_root)
         cgroup_root = kernel.cgroup_root
     except (OSError, SpecError, BpfError) as error:
@@ -151,7 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
         logger.error("cannot start", extra=fields(config=str(options.config), error=words))
         return EXIT_CONFIG
     paths = Paths(options.state_dir, options.run_dir)
-    asyncio.run(start(spec, kernel, cgroup_root, paths, options.metrics))
+    if document is None:
+        asyncio.run(start(spec, kernel, cgroup_root, paths, options.metrics))
+    elif asyncio.run(start_in_cluster(document, os.environ[NODE], kernel, cgroup_root, paths, options.metrics)):
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program again
     return 0
 
 

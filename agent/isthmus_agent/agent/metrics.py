@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from isthmus_mesh.spec import TunnelSpec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 
-from isthmus_agent.agent.kernel import Reading, Tunnel
+from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
 from isthmus_agent.agent.status import certificates_of, encryption_of, key_age, proof_age, read_kernel
 
@@ -54,9 +55,7 @@ class _Snapshot:
         yield self._nodes()
         if agent.spec.wireguard is not None:
             yield self._encryption()
-            made = key_age(agent.spec.wireguard.key)
-            if made is not None:
-                yield _gauge("isthmus_wireguard_key_age_seconds", "Since this host's key of WireGuard was made.", made)
+            yield self._keys(agent.spec.wireguard.tunnels)
         yield from self._kernel()
 
     def _certificates(self) -> Metric:
@@ -92,15 +91,27 @@ class _Snapshot:
             "Nodes that are reached through WireGuard only, by state: encrypted, idle, closed.",
             labels=["state"],
         )
-        tunnel = self._reading.tunnel if self._reading is not None else Tunnel()
+        tunnels = self._reading.tunnels if self._reading is not None else {}
         counts = dict.fromkeys(("encrypted", "idle", "closed"), 0)
         now = time.time()
         for node in self._agent.decoder.state().nodes.values():
-            state = encryption_of(self._agent, node, tunnel, now)["state"]
+            state = encryption_of(self._agent, node, tunnels, now)["state"]
             if state in counts:
                 counts[state] += 1
         for state, count in counts.items():
             family.add_metric([state], count)
+        return family
+
+    def _keys(self, tunnels: Iterable[TunnelSpec]) -> Metric:
+        family = GaugeMetricFamily(
+            "isthmus_wireguard_key_age_seconds",
+            "Since a key of WireGuard of this host was made, by the UDP port that it is used on.",
+            labels=["port"],
+        )
+        for tunnel in tunnels:
+            age = key_age(tunnel.key)
+            if age is not None:
+                family.add_metric([str(tunnel.port)], age)
         return family
 
     def _kernel(self) -> Iterator[Metric]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Says when something that WireGuard between nodes or native routing hangs on has changed in the kernel: WireGuard's
-device, the routing rules, the host's underlay address, the settings of devices; for native routing also every device,
+devices, the routing rules, the host's underlay address, the settings of devices; for native routing also every device,
 routes that others make, those of ours that somebody takes away, and filters (rtnetlink(7))."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.netlink import ROUTE_PROTOCOL, messages
@@ -25,8 +25,10 @@ _PROTOCOL = 5  # place of the protocol in struct rtmsg
 class NetworkWatch:
     """Calls `changed` in the event loop; also when events were lost."""
 
-    def __init__(self, device: str, underlay: Address, changed: Callable[[], None], native: bool = False) -> None:
-        self._device = device.encode() + b"\0"
+    def __init__(
+        self, devices: Iterable[str], underlay: Address, changed: Callable[[], None], native: bool = False
+    ) -> None:
+        self._devices = [device.encode() + b"\0" for device in devices]
         self._underlay = underlay.packed
         self._changed = changed
         self._native = native
@@ -51,7 +53,7 @@ class NetworkWatch:
 
     def _matters(self, kind: int, payload: bytes) -> bool:
         if kind in (_NEWLINK, _DELLINK):
-            return self._native or self._device in payload
+            return self._native or any(device in payload for device in self._devices)
         if kind == _NEWROUTE:
             return payload[_PROTOCOL] != ROUTE_PROTOCOL
         if kind in (_NEWADDR, _DELADDR):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.wire import Node
+from isthmus_mesh.spec import WIREGUARD_PORT, TunnelSpec
+from isthmus_mesh.wire import Node, public_keys
 
 from isthmus_agent.agent import certificates
 from isthmus_agent.agent.checks import listeners, misplaced
@@ -27,6 +29,8 @@ from isthmus_agent.state.model import MeshState
 FILTERED_RECENTLY = 300.0  # seconds that a warning of dropped packets stands
 PODS_TO_ASK = 3  # of another node: one that ends just now must not be the only one
 HANDSHAKE_LIMIT = 180.0  # seconds; WireGuard drops a session that is older (REJECT_AFTER_TIME)
+Tunnels = Mapping[str, Tunnel]
+"""`Reading.tunnels`."""
 SILENT_AFTER = 30.0  # seconds; the registrar writes a peer's status every 10
 
 
@@ -141,16 +145,22 @@ def _backend_here(agent: Agent, state: MeshState, key: CheckKey, checks: dict[Ch
     return {"ready": ready, "reason": reason, "listens_elsewhere": sorted(elsewhere)}
 
 
-def _wireguard(agent: Agent, tunnel: Tunnel) -> dict[str, Any] | None:
-    """None where nothing is encrypted."""
+def _wireguard(agent: Agent, tunnels: Tunnels) -> dict[str, Any] | None:
+    """None where nothing is encrypted. `second` is there while keys are replaced: what comes through it is taken."""
     wanted = agent.spec.wireguard
     if wanted is None:
         return None
+    first, *others = (_tunnel(agent, each, tunnels.get(each.device)) for each in wanted.tunnels)
+    return {**first, "second": others[0] if others else None}
+
+
+def _tunnel(agent: Agent, wanted: TunnelSpec, tunnel: Tunnel | None) -> dict[str, Any]:
     return {
-        "implementation": tunnel.implementation or None,
-        "public_key": agent.facts.public_key or None,
+        "implementation": tunnel.implementation if tunnel is not None else None,
+        "device": wanted.device,
+        "public_key": agent.facts.public_keys.get(wanted.port),
         "port": wanted.port,
-        "peers": len(tunnel.peers),
+        "peers": len(tunnel.peers) if tunnel is not None else 0,
         "key_age": key_age(wanted.key),
     }
 
@@ -163,26 +173,28 @@ def key_age(path: str) -> float | None:
         return None
 
 
-def encryption_of(agent: Agent, node: Node, tunnel: Tunnel, now: float) -> dict[str, Any]:
+def encryption_of(agent: Agent, node: Node, tunnels: Tunnels, now: float) -> dict[str, Any]:
     """How packets to a node go; `now` is wall clock. `state` is plain, encrypted (a session is there), idle (there will
     be one when something is sent) or closed (nothing goes out, for `reason`). `stage` is the word of `Stage`; `reason`
-    with another state than closed: why WireGuard cannot be used."""
+    with another state than closed: why WireGuard cannot be used. `second`: the same of the second device, None while
+    there is none."""
     key = node.cluster, node.name
-    why = agent.desired.encrypted.get(key) if agent.desired is not None else None
-    if agent.desired is None or why is None:
-        return {"state": "plain", "stage": Stage.PLAIN.word, "reason": None, "handshake_age": None}
+    if agent.desired is None or agent.spec.wireguard is None or key not in agent.desired.encrypted:
+        return {"state": "plain", "stage": Stage.PLAIN.word, "reason": None, "handshake_age": None, "second": None}
     stage = agent.desired.stages[key]
-    in_clear = stage is Stage.ACCEPTS or (stage is Stage.SENDS and why)
-    peer = tunnel.peers.get(node.wireguard_public_key)
-    if not why and peer is None:
-        why = "WireGuard is not there" if not tunnel.implementation else "WireGuard does not have its key yet"
-    age = None if peer is None or not peer.handshake else _age(float(peer.handshake), now)
-    state = "closed" if why else "encrypted" if age is not None and age < HANDSHAKE_LIMIT else "idle"
+    refused = (agent.desired.encrypted, agent.desired.second)
+    first, *others = (
+        _session(node, each, why.get(key, ""), tunnels.get(each.device), now)
+        for each, why in zip(agent.spec.wireguard.tunnels, refused)
+    )
+    in_clear = stage is Stage.ACCEPTS or (stage is Stage.SENDS and first["reason"] is not None)
+    age = first["handshake_age"]
+    state = "closed" if first["reason"] else "encrypted" if age is not None and age < HANDSHAKE_LIMIT else "idle"
     return {
         "state": "plain" if in_clear else state,
         "stage": stage.word,
-        "reason": why or None,
-        "handshake_age": age,
+        **first,
+        "second": others[0] if others else None,
     }
 
 
@@ -195,7 +207,18 @@ def routing_of(agent: Agent, node: Node) -> dict[str, Any]:
     return {"way": "native" if stage >= Stage.SENDS else "tunnel", "stage": stage.word, "mtu": mtu}
 
 
-def _nodes(agent: Agent, state: MeshState, tunnel: Tunnel) -> list[dict[str, Any]]:
+def _session(node: Node, wanted: TunnelSpec, why: str, tunnel: Tunnel | None, now: float) -> dict[str, Any]:
+    """With a node through one device."""
+    peer = None
+    if tunnel is not None:
+        peer = tunnel.peers.get(public_keys(node, WIREGUARD_PORT).get(wanted.port, ""))
+    if not why and peer is None:
+        why = "WireGuard is not there" if tunnel is None else "WireGuard does not have its key yet"
+    age = None if peer is None or not peer.handshake else _age(float(peer.handshake), now)
+    return {"reason": why or None, "handshake_age": age}
+
+
+def _nodes(agent: Agent, state: MeshState, tunnels: Tunnels) -> list[dict[str, Any]]:
     now = time.monotonic()
     found = []
     for (cluster, name), node in sorted(state.nodes.items()):
@@ -217,7 +240,7 @@ def _nodes(agent: Agent, state: MeshState, tunnel: Tunnel) -> list[dict[str, Any
                 "probe": verdict,
                 "answer_age": _age(probe.last_answer, now) if probe is not None else None,
                 "rtt_ms": round(probe.rtt * 1000, 2) if probe is not None and probe.rtt is not None else None,
-                "encryption": encryption_of(agent, node, tunnel, time.time()),
+                "encryption": encryption_of(agent, node, tunnels, time.time()),
                 "routing": routing_of(agent, node),
             }
         )
@@ -334,7 +357,7 @@ async def status(agent: Agent) -> dict[str, Any]:
     now = time.time()
     state = agent.decoder.state()
     reading = await read_kernel(agent)
-    tunnel = reading.tunnel if reading is not None else Tunnel()
+    tunnels: Tunnels = reading.tunnels if reading is not None else {}
     workloads = _workloads(agent, state)
     progress = agent.progress
     if progress.applied is None:
@@ -392,8 +415,8 @@ async def status(agent: Agent) -> dict[str, Any]:
         "restarted_jobs": progress.restarts,
         "kubernetes": _kubernetes(agent),
         "workloads": workloads,
-        "wireguard": _wireguard(agent, tunnel),
-        "nodes": _nodes(agent, state, tunnel),
+        "wireguard": _wireguard(agent, tunnels),
+        "nodes": _nodes(agent, state, tunnels),
         "warnings": warnings(agent, workloads, reading),
     }
 
@@ -425,6 +448,7 @@ async def services(agent: Agent) -> dict[str, Any]:
                 "address": str(view.address) if view.address is not None else None,
                 "global": view.is_global,
                 "affinity": view.affinity,
+                "session_affinity": view.session_affinity,
                 "ports": [{"name": n, "port": p, "protocol": protocol} for n, p, protocol in view.ports],
                 "backends": [_backend(placed, view, reading) for placed in view.backends],
             }

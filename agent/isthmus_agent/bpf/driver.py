@@ -369,11 +369,13 @@ class BpfDatapath:
         """Puts the overlay programs on the device (clsact), replacing an earlier agent's in one step each."""
         self._attach_tc(OVERLAY_PROGRAMS, ifindex)
 
-    def attach_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> None:
-        """Puts the program on the WireGuard device, whose packets are for the overlay's UDP `port`, and lets the
-        overlay's programs send through it: until then they drop what is to be encrypted."""
-        self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
-        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(ifindex, port, wanted))
+    def attach_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> None:
+        """Puts the program on the WireGuard devices, whose packets are for the overlay's UDP `port`, and lets the
+        overlay's programs send through them: until then they drop what is to be encrypted. `devices` are the
+        interface indexes of the first one and the second one, 0 for none."""
+        for ifindex in filter(None, devices):
+            self._attach_tc(WIREGUARD_PROGRAMS, ifindex)
+        self._maps["wireguard"].put(abi.U32.pack(0), _wireguard_value(devices, port, wanted))
 
     def forget_wireguard(self) -> None:
         """There is no WireGuard device: what is to be encrypted is dropped."""
@@ -418,11 +420,12 @@ class BpfDatapath:
             problems.append(f"native: it holds other values than those of interface {overlay} and {underlay}")
         return problems
 
-    def audit_wireguard(self, ifindex: int, port: int, wanted: WireGuard) -> list[str]:
-        """What of the WireGuard device's program is missing, in words."""
-        problems = self._audit_tc(WIREGUARD_PROGRAMS, ifindex)
-        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(ifindex, port, wanted):
-            problems.append(f"wireguard: it holds other values than those of interface {ifindex}")
+    def audit_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> list[str]:
+        """What of the WireGuard devices' program is missing, in words; arguments as of attach_wireguard()."""
+        there = [each for each in devices if each]
+        problems = [words for each in there for words in self._audit_tc(WIREGUARD_PROGRAMS, each)]
+        if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(devices, port, wanted):
+            problems.append(f"wireguard: it holds other values than those of interfaces {', '.join(map(str, there))}")
         return problems
 
     def _attach_tc(self, programs: Mapping[str, int], ifindex: int) -> None:
@@ -743,20 +746,21 @@ class BpfDatapath:
         for frontend, service in datapath.services.items():
             key = _svc_key(frontend)
             wanted.add(key)
-            backends = [ids[(each.address, each.port, each.protocol)] for each in service.backends]
+            # In ascending order: so the programs find one among many.
+            backends = sorted(ids[(each.address, each.port, each.protocol)] for each in service.backends)
             old = real.get(key)
             if old is None:
                 number = numbers[frontend]
                 added += 1
             else:
-                number, base, count, flags = abi.SVC_VALUE.unpack(old)
-                if flags == 0 and sorted(self._read_slots(base, count)) == sorted(backends):
+                number, base, count, affinity = abi.SVC_VALUE.unpack(old)
+                if affinity == service.session_affinity and sorted(self._read_slots(base, count)) == backends:
                     continue
                 if count:
                     free.append(base)
                 changed += 1
             base = self._write_slots(backends)
-            put[key] = abi.SVC_VALUE.pack(number, base, len(backends), 0)
+            put[key] = abi.SVC_VALUE.pack(number, base, len(backends), service.session_affinity)
             table.put(key, put[key])
         delete = {key for key in real if key not in wanted}
         for key in delete:
@@ -818,7 +822,9 @@ class BpfDatapath:
             if value is None:
                 problems.append(f"{words} is missing")
                 continue
-            _, base, count, _ = abi.SVC_VALUE.unpack(value)
+            _, base, count, affinity = abi.SVC_VALUE.unpack(value)
+            if affinity != service.session_affinity:
+                problems.append(f"{words} has a session affinity of {affinity} s, wanted: {service.session_affinity} s")
             slots = [by_id.get(number) for number in self._read_slots(base, count)]
             have = sorted(_backend_words(key) if key else "an unknown id" for key in slots)
             want = sorted(_backend_words((each.address, each.port, each.protocol)) for each in service.backends)
@@ -876,11 +882,11 @@ class BpfDatapath:
         used: set[int] = set()
         for raw, value in self._maps["svc"].items().items():
             address, port, protocol, _ = abi.SVC_KEY.unpack(raw)
-            _, base, count, _ = abi.SVC_VALUE.unpack(value)
+            _, base, count, affinity = abi.SVC_VALUE.unpack(value)
             ids = [number for number in self._read_slots(base, count) if number in backends]
             used.update(ids)
             found[Frontend(abi.unpack_address(address), abi.unpack_port(port), protocol)] = Service(
-                "", tuple(backends[number] for number in ids)
+                "", tuple(backends[number] for number in ids), session_affinity=affinity
             )
         left = tuple(backend for number, backend in backends.items() if number not in used)
         return {**found, NO_FRONTEND: Service("", (), left)} if left else found
@@ -947,8 +953,8 @@ def _peer_value(peer: Peer) -> bytes:
     return abi.PEER_VALUE.pack(abi.pack_address(peer.endpoint), peer.cluster_id, flags)
 
 
-def _wireguard_value(ifindex: int, port: int, wanted: WireGuard) -> bytes:
-    return abi.WIREGUARD.pack(ifindex, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
+def _wireguard_value(devices: Collection[int], port: int, wanted: WireGuard) -> bytes:
+    return abi.WIREGUARD.pack(*devices, abi.pack_port(port), 0, wanted.underlay.packed, wanted.advertised.packed)
 
 
 def _workload_value(address: Address) -> bytes:

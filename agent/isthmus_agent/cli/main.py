@@ -135,7 +135,9 @@ def _remove_datapath() -> list[str]:
     from isthmus_agent.bpf.driver import BpfDatapath
 
     # The network first: while it goes, the hooks must not choose backends that cannot be reached.
-    removed = [*netlink.remove_network(), *netlink.wireguard.remove_device()]
+    removed = netlink.remove_network()
+    for name in netlink.wireguard.DEVICES:
+        removed += netlink.wireguard.remove_device(name)
     bpf = BpfDatapath(libbpf=bundled_libbpf())
     removed += [f"programs on interface {index}" for index in bpf.detach_underlay(netlink.other_devices())]
     return [*removed, *bpf.remove_all()]

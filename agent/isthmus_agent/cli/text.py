@@ -52,11 +52,9 @@ def status(document: dict[str, Any]) -> str:
         alone = f", {kubernetes['untranslated']} without socket translation" if kubernetes["untranslated"] else ""
         lines.append(f"pods       {kubernetes['pods']} of node {kubernetes['node']}, in {ranges}{alone}")
     if (wireguard := document["wireguard"]) is not None:
-        peers_of = f"{wireguard['peers']} peer{'' if wireguard['peers'] == 1 else 's'}"
-        lines.append(
-            f"wireguard  {wireguard['implementation'] or 'not there'}, UDP {wireguard['port']}, "
-            f"public key {wireguard['public_key'] or 'none'} made {_ago(wireguard['key_age'])}, {peers_of}"
-        )
+        lines.append(f"wireguard  {_tunnel(wireguard)}")
+        if wireguard["second"] is not None:
+            lines.append(f"           {_tunnel(wireguard['second'])}, taken too while keys are replaced")
     if datapath["drops"]:
         drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
         lines.append(f"drops      {drops}")
@@ -106,6 +104,14 @@ def _routing(node: dict[str, Any]) -> str:
     return f"{found['way']} ({found['stage']})" if found["stage"] in CHANGING else str(found["way"])
 
 
+def _tunnel(tunnel: dict[str, Any]) -> str:
+    peers = f"{tunnel['peers']} peer{'' if tunnel['peers'] == 1 else 's'}"
+    return (
+        f"{tunnel['implementation'] or 'not there'}, UDP {tunnel['port']}, public key {tunnel['public_key'] or 'none'} "
+        f"made {_ago(tunnel['key_age'])}, {peers}"
+    )
+
+
 def _encryption(node: dict[str, Any]) -> str:
     if node["probe"] == "this host":
         return "-"
@@ -127,9 +133,11 @@ def services(document: dict[str, Any]) -> str:
     rows = []
     for service in document["services"]:
         ports = ",".join(f"{port['port']}/{port['protocol']}" for port in service["ports"]) or "-"
-        scope = ("global" if service["global"] else "local") + (
-            f", {service['affinity']}" if service["affinity"] != "none" else ""
-        )
+        scope = "global" if service["global"] else "local"
+        if service["affinity"] != "none":
+            scope += f", {service['affinity']}"
+        if service["session_affinity"]:
+            scope += f", clients stay {age(service['session_affinity'])}"
         name = f"{service['namespace']}/{service['name']}"
         first = [name, service["address"] or "none yet", ports, scope]
         backends = [

@@ -9,13 +9,13 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, NodeSpec
-from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node
+from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PORT, NodeSpec
+from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
 
 from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Native, Network, Peer, Route, Rule
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
@@ -30,6 +30,8 @@ NATIVE_RULE_PRIORITY = 729
 NATIVE = 0x4E
 """Mark of what came without a tunnel (ISTHMUS_MARK_NATIVE)."""
 MAIN = 254
+YIELDING = 730
+"""Metric of a route that stands back for the one of somebody else to the same range."""
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -50,7 +52,7 @@ class Remote:
     mtu: int  # of its underlay, 0 when it does not say
     is_machine: bool  # it says that it is no Kubernetes node
     stage: Stage = Stage.PLAIN  # of encryption
-    public_key: str = ""
+    public_keys: Mapping[int, str] = field(default_factory=dict, hash=False)  # of WireGuard, by UDP port
     native: Stage = Stage.PLAIN  # of native routing; PLAIN: the tunnel
 
     @property
@@ -87,7 +89,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE) == "",
         stage=_stage(spec, node),
-        public_key=node.wireguard_public_key,
+        public_keys=public_keys(node, WIREGUARD_PORT),
         native=_native_stage(spec, node),
     )
 
@@ -325,9 +327,10 @@ def routes(
     every cluster are unreachable where nothing longer matches, so that neither an untranslated service address nor an
     address nobody has goes out on the underlay. On a Kubernetes node the way to pods of other nodes of its cluster is
     the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
-    the source is the pod's, unless that node belongs to the same Kubernetes cluster. `loose`: of `loose_ranges`.
-    To a node that is sent to natively all these lead as the underlay does. Table 734 has that way for nodes that may
-    send natively and are not sent to so yet.
+    the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
+    that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
+    `loose_ranges`. To a node that is sent to natively all these lead as the underlay does. Table 734 has that way for
+    nodes that may send natively and are not sent to so yet.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
@@ -341,8 +344,9 @@ def routes(
             if address is not None and not any(address in cidr for cidr in node.cidrs):
                 targets.add(IPv4Network(address))
         for target in targets:
-            if not (is_node and ours and is_pod_range(spec, target)):
-                found.add(Route(target, source, mtu, MAIN, toward=toward))
+            pods_of_ours = ours and is_pod_range(spec, target)
+            if not (is_node and pods_of_ours):
+                found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0, toward=toward))
             found.add(Route(target, source, mtu, TABLE, toward=toward))
             if node.takes_native and not node.sends_native:
                 found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, toward=node.endpoint))
@@ -352,8 +356,9 @@ def routes(
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
     narrowest = min((_mtu(spec, node, underlay_mtu) for node in nodes), default=0)
     for wide in loose:
-        if not (is_node and is_pod_range(spec, wide)):
-            found.add(Route(wide, source, narrowest, MAIN))
+        pods_of_ours = is_pod_range(spec, wide)
+        if not (is_node and pods_of_ours):
+            found.add(Route(wide, source, narrowest, MAIN, metric=YIELDING if pods_of_ours else 0))
         found.add(Route(wide, source, narrowest, TABLE))
     for blocked in {*spec.service_ranges4, *spec.mesh_ranges4} - set(loose):
         found.add(Route(blocked, unreachable=True))

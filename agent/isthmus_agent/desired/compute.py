@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What only the host knows. `cgroups`: cgroup ids of the workloads that run now. `public_key`: of WireGuard, empty
-    where there is none. `namespaces`: cookies of pods' network namespaces, of the pods that are left alone."""
+    """What only the host knows. `cgroups`: cgroup ids of the workloads that run now. `public_keys`: of WireGuard, by
+    UDP port. `namespaces`: cookies of pods' network namespaces, of the pods that are left alone."""
 
     underlay_mtu: int = 1500
     cgroups: Mapping[WorkloadKey, tuple[int, ...]] = field(default_factory=dict)
     boot_id: str = ""
-    public_key: str = ""
+    public_keys: Mapping[int, str] = field(default_factory=dict)
     namespaces: Mapping[PodAddress, int] = field(default_factory=dict)
 
 
@@ -45,7 +45,8 @@ class Desired:
     `names`: DNS name -> address. `holders`: nodes that hold backends. `mesh`: every node's mesh address.
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
     `pods`: those of this Kubernetes node.
-    `encrypted`: nodes that are peers of WireGuard or are to be, with why one is none, else "". `stages`: their stages.
+    `encrypted`: nodes that are peers of WireGuard or are to be, with why one is none, else ""; `second` the same of the
+    second device, while there is one. `stages`: their stages.
     `native`: nodes that packets go to without a tunnel, or are to, with the stage of that. `mtus`: of the path to each
     node, in bytes.
     """
@@ -59,6 +60,7 @@ class Desired:
     refused: tuple[str, ...]
     pods: Pods
     encrypted: Mapping[NodeKey, str] = field(default_factory=dict)
+    second: Mapping[NodeKey, str] = field(default_factory=dict)
     stages: Mapping[NodeKey, Stage] = field(default_factory=dict)
     native: Mapping[NodeKey, Stage] = field(default_factory=dict)
     mtus: Mapping[NodeKey, int] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def desired(
     loose = memory.of("loose", (spec, nodes, state.ips), lambda: addressing.loose_ranges(spec, state, nodes))
     local = memory.of("local", (spec, state.ips, pods), lambda: addressing.local_identities(spec, state, pods))
     encrypted = memory.of(
-        "encryption", (spec, nodes, facts.public_key), lambda: encryption(spec, nodes, facts.public_key)
+        "encryption", (spec, nodes, facts.public_keys), lambda: encryption(spec, nodes, facts.public_keys)
     )
     nodes, clear = memory.of(
         "natively", (nodes, encrypted), lambda: addressing.only_encrypted(nodes, encrypted.demanded)
@@ -154,6 +156,7 @@ def desired(
         refused=(*refused, *clear, *pods.problems),
         pods=pods,
         encrypted=encrypted.nodes,
+        second=encrypted.second,
         stages=encrypted.stages,
         native={(node.cluster, node.name): node.native for node in nodes if node.native > Stage.PLAIN},
         mtus=memory.of(
@@ -162,12 +165,15 @@ def desired(
     )
 
 
-def _wireguard(spec: NodeSpec, found: Encryption, underlay_mtu: int) -> WireGuard | None:
+def _wireguard(spec: NodeSpec, found: Encryption, underlay_mtu: int) -> tuple[WireGuard, ...]:
     if spec.wireguard is None:
-        return None
+        return ()
     mtu = underlay_mtu - WIREGUARD_OVERHEAD
-    node, wanted = spec.node, spec.wireguard
-    return WireGuard(wanted.key, wanted.port, mtu, node.underlay4, node.advertise4, found.peers)
+    node = spec.node
+    return tuple(
+        WireGuard(each.device, each.key, each.port, mtu, node.underlay4, node.advertise4, found.peers[each.port])
+        for each in spec.wireguard.tunnels
+    )
 
 
 def _names(views: tuple[ServiceView, ...], domain: str) -> dict[str, Address]:

@@ -36,11 +36,13 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`backends` get new flows; `draining` keep their map entry and established flows, get no new ones."""
+    """`backends` get new flows; `draining` keep their map entry and established flows, get no new ones.
+    `session_affinity`: for so many seconds after its last flow a client gets the same backend again; 0: any."""
 
     name: str  # "<namespace>/<name>", for words and metrics only
     backends: tuple[Backend, ...]
     draining: tuple[Backend, ...] = ()
+    session_affinity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,9 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Over the overlay device, that of WireGuard (`wireguard`), the way that the underlay has to a node's address
-    (`toward`), or none: `unreachable`, or `throw` (the next rule decides). `mtu` in bytes (0: none); `table` 254 is
-    main; of two routes with one prefix the one with the lower `metric` counts."""
+    """Over the overlay device, one of WireGuard (its name is `wireguard`), the way that the underlay has to a node's
+    address (`toward`), or none: `unreachable`, or `throw` (the next rule decides). `mtu` in bytes (0: none); `table`
+    254 is main; of two routes with one prefix the one with the lower `metric` counts."""
 
     prefix: Network
     source: Address | None = None
@@ -82,7 +84,7 @@ class Route:
     table: int = 254
     unreachable: bool = False
     throw: bool = False
-    wireguard: bool = False
+    wireguard: str = ""
     metric: int = 0
     toward: Address | None = None
 
@@ -113,9 +115,10 @@ class WireGuardPeer:
 
 @dataclass(frozen=True, slots=True)
 class WireGuard:
-    """The WireGuard device: `key` is the path of the private key, `port` is UDP, `mtu` is the device's in bytes;
-    `peers` by public key. Others send to `advertised`, which is this host's `underlay` unless a NAT is on the way."""
+    """A WireGuard device: `key` is the path of the private key, `port` is UDP, `mtu` is the device's in bytes; `peers`
+    by public key. Others send to `advertised`, which is this host's `underlay` unless a NAT is on the way."""
 
+    device: str
     key: str
     port: int
     mtu: int
@@ -163,6 +166,6 @@ class Datapath:
     routes: frozenset[Route] = frozenset()
     rules: frozenset[Rule] = frozenset()
     keep_source: KeepSource | None = None  # None: no table of ours in netfilter
-    wireguard: WireGuard | None = None
+    wireguard: tuple[WireGuard, ...] = ()  # the one that is sent through is the first
     native: Native | None = None
     clusters: dict[int, str] = field(default_factory=dict)  # cluster id -> name, for words only

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from isthmus_mesh import keys
 from isthmus_mesh.documents import HealthCheck, NodeReport, WorkloadReport
-from isthmus_mesh.spec import NodeSpec, WorkloadSpec
+from isthmus_mesh.spec import WIREGUARD_PORT, NodeSpec, WorkloadSpec
 
 from isthmus_agent.desired.compute import HostFacts, WorkloadKey
 from isthmus_agent.state.model import MeshState, ServiceName
@@ -38,7 +38,12 @@ def node_report(spec: NodeSpec, facts: HostFacts) -> NodeReport:
         labels=node.labels,
         mtu=facts.underlay_mtu,
         boot_id=facts.boot_id,
-        wireguard_public_key=facts.public_key,
+        wireguard_public_key=facts.public_keys.get(spec.wireguard.tunnel.port, "") if spec.wireguard else "",
+        wireguard_keys=(
+            {}
+            if facts.public_keys.keys() <= {WIREGUARD_PORT}
+            else {str(port): key for port, key in facts.public_keys.items()}
+        ),
     )
 
 

@@ -46,6 +46,7 @@ class ServiceView:
     name: str
     address: Address | None  # None: no address dealt yet
     affinity: str
+    session_affinity: int  # seconds, 0: none
     is_global: bool
     ports: tuple[tuple[str, int, str], ...]  # name, port, protocol
     backends: tuple[Placed, ...]
@@ -124,6 +125,7 @@ class _Local:
     backends: Mapping[str, Mapping[str, L4Addr]]
     is_global: bool
     affinity: str
+    session_affinity: int
 
 
 def _local_services(
@@ -151,10 +153,9 @@ def _local_services(
             address = fronts[0][0] if fronts else address
         elif address is not None:
             fronts = tuple((address, name, port) for name, port in _ports_of(remote.get(service, ())))
+        affinity, session_affinity = definition.affinity if definition is not None else "none", 0
         if of_kubernetes and vip is not None:
-            affinity = vip.affinity
-        else:
-            affinity = definition.affinity if definition is not None else "none"
+            affinity, session_affinity = vip.affinity, vip.session_affinity
         yield _Local(
             namespace=service[0],
             name=service[1],
@@ -165,6 +166,7 @@ def _local_services(
             if definition is None
             else definition.is_global or of_kubernetes,
             affinity=affinity,
+            session_affinity=session_affinity,
         )
 
 
@@ -248,6 +250,7 @@ def services(
                 f"{local.namespace}/{local.name}",
                 tuple(b.backend for b in use),
                 tuple(b.backend for b in rest),
+                local.session_affinity,
             )
             used.update(b.backend for b in use)
             everyone.update((b.backend, b) for b in (*here, *there))
@@ -264,6 +267,7 @@ def services(
                 name=local.name,
                 address=local.address,
                 affinity=local.affinity,
+                session_affinity=local.session_affinity,
                 is_global=local.is_global,
                 ports=tuple((name, port.port, port.protocol) for _, name, port in local.fronts),
                 backends=tuple(everyone.values()),

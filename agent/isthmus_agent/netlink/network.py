@@ -23,7 +23,7 @@ from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Ru
 from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 from isthmus_agent.netlink.nftables import apply_keep_source, audit_keep_source, remove_keep_source
 from isthmus_agent.netlink.routes import ADD, DELETE, REPLACE, Found, RouteSocket, Way, explain
-from isthmus_agent.netlink.wireguard import DEVICE as WIREGUARD
+from isthmus_agent.netlink.wireguard import DEVICES
 
 OVERLAY = "isthmus0"
 ROUTE_PROTOCOL = 73
@@ -63,7 +63,7 @@ def overlay_index(name: str = OVERLAY) -> int | None:
 
 def other_devices(name: str = OVERLAY) -> list[int]:
     """Interface indexes of all devices that are not ours."""
-    return [index for index, other in socket.if_nameindex() if other not in (name, WIREGUARD, "lo")]
+    return [index for index, other in socket.if_nameindex() if other not in (name, *DEVICES, "lo")]
 
 
 def ensure_overlay(name: str = OVERLAY, port: int = 8472, mtu: int = 1450) -> int:
@@ -175,7 +175,7 @@ def _route_words(route: Route) -> str:
     if route.table != _TABLE_MAIN:
         words.append(f"table {route.table}")
     if route.wireguard:
-        words.append("over WireGuard")
+        words.append(f"over {route.wireguard}")
     if route.toward is not None:
         words.append(f"as {route.toward}")
     if route.source is not None:
@@ -196,11 +196,11 @@ _RouteKey = tuple[Network, int, int]  # prefix, table, metric
 
 @dataclass(frozen=True, slots=True)
 class _Devices:
-    """Interface indexes that routes lead to, and the ways of the underlay; `wireguard` None: there is none, and no
-    route over it can be made, as towards an address that `ways` does not have."""
+    """Interface indexes that routes lead to, those of WireGuard's devices by name, and the ways of the underlay: no
+    route is made over a device that is not there, or towards an address that `ways` does not have."""
 
     overlay: int
-    wireguard: int | None = None
+    wireguard: Mapping[str, int] = field(default_factory=dict)
     ways: Mapping[Address, Way] = field(default_factory=dict)
 
     def of(self, route: Route) -> Way:
@@ -208,12 +208,12 @@ class _Devices:
             return Way()
         if route.toward is not None:
             return self.ways[route.toward]
-        return Way((self.wireguard or 0) if route.wireguard else self.overlay)
+        return Way(self.wireguard[route.wireguard] if route.wireguard else self.overlay)
 
     def has(self, route: Route) -> bool:
         if route.toward is not None:
             return route.toward in self.ways
-        return not route.wireguard or self.wireguard is not None
+        return not route.wireguard or route.wireguard in self.wireguard
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +241,10 @@ class _Difference:
 
 def _read(ipr: Any, routes: RouteSocket, devices: _Devices) -> _Real:
     found = {}
+    names = {index: name for name, index in devices.wireguard.items()}
     for each in routes.dump():
-        if each.way.oif and each.way.oif == devices.wireguard:
-            each = Found(replace(each.route, wireguard=True), each.way)
+        if each.way.oif in names:
+            each = Found(replace(each.route, wireguard=names[each.way.oif]), each.way)
         found[_key(each.route)] = each
     return _Real(set(_addresses(ipr, devices.overlay)), found, _rules(ipr))
 
@@ -320,14 +321,14 @@ def apply_network(
     name: str = OVERLAY,
     step: Callable[[], None] = lambda: None,
     made: Datapath | None = None,
-    wireguard: int | None = None,
+    wireguard: Mapping[str, int] | None = None,
     ways: Mapping[Address, Way] | None = None,
 ) -> NetworkResult:
     """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: additions first.
 
     `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same devices:
     only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
-    audit_network() to find. `wireguard` is the index of that device; without it routes over it are left out, as are
+    audit_network() to find. `wireguard` are indexes of such devices by name; routes over others are left out, as are
     those towards addresses that `ways`, of underlay_ways(), does not have.
     NetworkError after everything that could be done was done."""
     changes: list[str] = []
@@ -338,7 +339,7 @@ def apply_network(
             raise OverlayMissing(f"the overlay device {name} is missing: ensure_overlay() comes first")
         up = _is_up(ipr, index)
         # A device that went down lost its routes.
-        devices = _Devices(index, wireguard, ways or {})
+        devices = _Devices(index, wireguard or {}, ways or {})
         real = _as_made(made, devices) if made is not None and up else _read(ipr, routes, devices)
         difference = _difference(real, datapath, devices, up)
 
@@ -455,11 +456,11 @@ def audit_network(
     datapath: Datapath,
     name: str = OVERLAY,
     step: Callable[[], None] = lambda: None,
-    wireguard: int | None = None,
+    wireguard: Mapping[str, int] | None = None,
     ways: Mapping[Address, Way] | None = None,
 ) -> list[str]:
     """What differs from what is wanted, in words. Changes nothing. `step` is called whenever a part is read.
-    `wireguard` is the index of that device, `ways` are of underlay_ways()."""
+    `wireguard` are the indexes of such devices by name, `ways` are of underlay_ways()."""
     with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL, step) as routes:
         index = _index(ipr, name)
         if index is None:
@@ -468,7 +469,7 @@ def audit_network(
         problems = [f"{name} {words}" for words in _link_differences(link, datapath.overlay_port)]
         if link.get_attr("IFLA_MTU") != datapath.overlay_mtu:
             problems.append(f"{name} has MTU {link.get_attr('IFLA_MTU')}, wanted: {datapath.overlay_mtu}")
-        devices = _Devices(index, wireguard, ways or {})
+        devices = _Devices(index, wireguard or {}, ways or {})
         difference = _difference(_read(ipr, routes, devices), datapath, devices, bool(link["flags"] & _IFF_UP))
     if not difference.up:
         problems.append(f"{name} is down")

@@ -18,6 +18,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
+from isthmus_mesh.spec import WIREGUARD_DEVICES, WIREGUARD_UNITS
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -25,8 +26,9 @@ from isthmus_agent.desired.datapath import Address, WireGuard
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.settings import SRC_VALID_MARK, set_ipv4
 
-DEVICE = "isthmus-wg0"
-UNIT = "isthmus-wireguard.service"
+DEVICES = WIREGUARD_DEVICES
+DEVICE = DEVICES[0]
+UNITS = dict(zip(DEVICES, WIREGUARD_UNITS))
 
 KERNEL, USER_SPACE = "kernel", "wireguard-go"
 _KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
@@ -99,8 +101,9 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
                 if error.code != errno.EOPNOTSUPP:
                     raise NetworkError(f"cannot make the WireGuard device {name}: {error}") from error
                 raise NetworkError(
-                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNIT}, which stands "
-                    f"in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl status {UNIT}"
+                    f"the WireGuard device {name} is missing: this kernel has no WireGuard, and {UNITS.get(name)}, "
+                    "which stands in for it, has made none. Traffic to encrypted nodes is dropped. Next: systemctl "
+                    f"status {UNITS.get(name)}"
                 ) from error
             link = _link(ipr, name)
             if link is None:

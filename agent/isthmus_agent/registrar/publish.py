@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -29,6 +28,7 @@ from isthmus_mesh.wire import (
     SITE,
     UNDERLAY_MTU,
     WIREGUARD_KEY_INDEX,
+    WIREGUARD_KEYS,
     ClusterConfig,
     ClusterService,
     IPIdentityPair,
@@ -41,13 +41,9 @@ from isthmus_mesh.wire import (
     public_key_problem,
 )
 
+from .dealing import BY_KUBERNETES, BY_PEERS, Allocation, Dealer, parse_time
 from .kubernetes.catalog import Catalog, Changes, Rendered
 from .kubernetes.objects import SERVICES, PodFacts
-
-QUARANTINE = timedelta(days=30)
-"""How long a released number or address is not given to another owner."""
-BY_KUBERNETES, BY_PEERS = "kubernetes", "peers"
-"""Who asks for a service's address, in its allocation: a Service of Kubernetes, or peers alone; else a definition."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,7 +56,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The publishing cluster. `pod_ranges4` and `cluster_ips4` are those of its Kubernetes cluster, if it is one."""
+    """The publishing cluster. `pod_ranges4` and `cluster_ips4` are those of its Kubernetes cluster, if it is one.
+
+    `in_cluster`: its agents share one certificate, so that a report proves nothing about who wrote it."""
 
     name: str
     id: int
@@ -68,6 +66,7 @@ class Own:
     service_range4: IPv4Network
     pod_ranges4: tuple[IPv4Network, ...] = ()
     cluster_ips4: IPv4Network | None = None
+    in_cluster: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,8 @@ class Inputs:
     `previous`: what is published and allocated now, by key (see `owned_prefixes`). `now` is RFC 3339 in UTC.
     `draining`: hosts that the record lacks and whose node and addresses stay published all the same (see `leaving`).
     `kubernetes` is None where the cluster is no Kubernetes cluster. `unwritable`: definitions ("<ns>/<name>") that are
-    to be Services of it and cannot become so for now.
+    to be Services of it and cannot become so for now. `dealt`: keys of the ranges of nodes, where the registrar deals
+    these (`nodes`).
     """
 
     record: Mapping[str, Any]
@@ -99,6 +99,7 @@ class Inputs:
     kubernetes: Catalog | None = None
     peers: PeerServices = PeerServices()
     unwritable: frozenset[str] = frozenset()
+    dealt: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def owned_prefixes(cluster: str) -> tuple[str, ...]:
     An identity is there before the address that uses it, an address before the service that names it.
     """
     return (
+        keys.ALLOC_NODES_PREFIX,
         keys.ALLOC_IDENTITIES_PREFIX,
         keys.VIPS_PREFIX,
         keys.UNTRANSLATED_PREFIX,
@@ -227,6 +229,7 @@ class _Offer:
     selector: Mapping[str, str]
     shared: bool
     affinity: str
+    session_affinity: int
     ours: bool = False
 
 
@@ -281,7 +284,7 @@ class Publisher:
         definitions = self._definitions_found = self._definitions()
         offers = {service: offer for service in self._offered() if (offer := self._offer(service)) is not None}
         vips = self._vips.settle(self._wanted_vips(definitions, offers))
-        wanted: dict[str, str] = {}
+        wanted: dict[str, str] = dict(self.inputs.dealt)
         wanted.update(self._allocations())
         for service in sorted({*map(_pair, self._vips.owners()), *offers}):
             wanted[keys.vip_key(*service)] = self._vip("/".join(service), offers.get(service))
@@ -309,7 +312,8 @@ class Publisher:
 
     def _nodes(self) -> dict[str, str]:
         for key in self.inputs.nodes:
-            if keys.parse_node_report_key(key) not in self.hosts:
+            name = keys.parse_node_report_key(key)
+            if name not in self.hosts and keys.alloc_node_key(str(name)) not in self.inputs.dealt:
                 self.problem(key, "the estate record of this cluster has no such host")
         found = {}
         for name, host in self.hosts.items():
@@ -337,19 +341,22 @@ class Publisher:
             "range4": (report.range4, host["range4"]),
             "mesh4": (report.mesh4, host["mesh4"]),
         }
-        for field, (claimed, recorded) in claims.items():
+        for what, (claimed, recorded) in claims.items():
             if claimed != recorded:
-                self.problem(key, f"{field} {claimed!r} is not {recorded!r}, which the estate record gives this host")
+                self.problem(key, f"{what} {claimed!r} is not {recorded!r}, which the estate record gives this host")
                 return None
         known = {host["advertise4"], host["underlay4"], host["mesh4"]}
         for _, address in report.addresses:
             if address not in known:
                 self.problem(key, f"address {address} is not the host's in the estate record; it is not published")
-        public_key = report.wireguard_public_key
+        public_key = "" if self.own.in_cluster else report.wireguard_public_key
         if public_key and (wrong := public_key_problem(public_key)):
             self.problem(key, f"the WireGuard public key {public_key!r} {wrong}; it is not published")
             public_key = ""
+        others = {port: text for port, text in report.wireguard_keys.items() if not public_key_problem(text)}
         annotations = {UNDERLAY_MTU: str(report.mtu)} if report.mtu else {}
+        if public_key and others:
+            annotations[WIREGUARD_KEYS] = ",".join(f"{port}={text}" for port, text in sorted(others.items()))
         if self.own.pod_ranges4:
             annotations[KUBERNETES_NODE] = host.get("kubernetes_node") or ""
         site: str = host.get("site", "")
@@ -599,10 +606,10 @@ class Publisher:
 
     # --- allocations
 
-    def _dealt_numbers(self) -> _Dealer:
+    def _dealt_numbers(self) -> Dealer:
         """The identity numbers that were dealt, tombstones included."""
         first, last = identity_range(self.own.id, self.own.max_clusters)
-        taken: dict[int, _Allocation] = {}
+        taken: dict[int, Allocation] = {}
         for key, value in self.inputs.previous.items():
             number = keys.parse_alloc_identity_key(key)
             if number is not None:
@@ -611,9 +618,9 @@ class Publisher:
         for key, value in self.inputs.previous.items():
             parsed = keys.parse_identity_key(key)
             if parsed is not None and parsed[0] is None and parsed[1] not in taken:
-                taken[parsed[1]] = _Allocation(value, self.inputs.now, None)
+                taken[parsed[1]] = Allocation(value, self.inputs.now, None)
         pool = range(first + 1, last + 1)
-        return _Dealer(
+        return Dealer(
             taken, pool, keys.ALLOC_IDENTITIES_PREFIX, "identity number", self.inputs.now, self.problem, len(pool)
         )
 
@@ -638,10 +645,10 @@ class Publisher:
                 found.add(self._numbers.taken[number].owner)
         return found
 
-    def _dealt_vips(self) -> _Dealer:
+    def _dealt_vips(self) -> Dealer:
         """The addresses of our own range that services have or had. A service's key is its owner's."""
         network = self.own.service_range4
-        taken: dict[int, _Allocation] = {}
+        taken: dict[int, Allocation] = {}
         for key, value in self.inputs.previous.items():
             service = keys.parse_vip_key(key)
             if service is None:
@@ -660,12 +667,12 @@ class Publisher:
             if address not in network:
                 self.problem(key, f"{address} is not in this cluster's service range {network}")
                 continue
-            owner = _Allocation("/".join(service), "", released, "" if by == BY_KUBERNETES else by)
+            owner = Allocation("/".join(service), "", released, "" if by == BY_KUBERNETES else by)
             if taken.setdefault(int(address), owner) is not owner:
                 self.problem(key, f"{address} belongs to {taken[int(address)].owner} already; a new one is made")
         pool = range(int(network.network_address) + 1, int(network.broadcast_address))
         # What peers alone ask for is theirs to invent: it must not use up what our own services need.
-        return _Dealer(taken, pool, keys.VIPS_PREFIX, "service address", self.inputs.now, self.problem, len(pool) // 2)
+        return Dealer(taken, pool, keys.VIPS_PREFIX, "service address", self.inputs.now, self.problem, len(pool) // 2)
 
     def _wanted_vip(self, service: str, entry: _Definition | None, offer: _Offer | None) -> str | None:
         """For whom `service` needs an address of ours (see `BY_PEERS`); None: for nobody."""
@@ -706,21 +713,23 @@ class Publisher:
         """The document of a service's address."""
         number, entry = self._vips.number(service), self._vips.of(service)
         ours = None if number is None else str(IPv4Address(number))
-        document: dict[str, str | None] = {"ipv4": ours, "ipv6": None}
+        document: dict[str, str | int | None] = {"ipv4": ours, "ipv6": None}
         if offer is not None:
             document["ipv4"] = offer.address or (ours if entry is not None and entry.released is None else None)
             document |= {"released": None, "by": BY_KUBERNETES, "affinity": offer.affinity, "kept": ours}
+            if offer.session_affinity:
+                document["session_affinity"] = offer.session_affinity
         elif entry is not None:
             document["released"] = entry.released
             if entry.by:
                 document["by"] = entry.by
         return json.dumps(document)
 
-    def _allocation(self, key: str, value: str) -> _Allocation:
-        found = _allocation(value)
+    def _allocation(self, key: str, value: str) -> Allocation:
+        found = _identity_allocation(value)
         if found is None:
             self.problem(key, "is no allocation of an identity; its number is not dealt")
-            return _Allocation("", "", None)
+            return Allocation("", "", None)
         return found
 
     # --- services
@@ -803,6 +812,7 @@ class Publisher:
             facts.selector if definition is None else definition.backend_labels or {},
             facts.shared,
             facts.affinity,
+            facts.session_affinity,
             ours,
         )
 
@@ -828,6 +838,7 @@ class Publisher:
             before.selector,
             before.shared,
             "local" if vip.get("affinity") == "local" else "remote" if vip.get("affinity") == "remote" else "none",
+            session_affinity if isinstance(session_affinity := vip.get("session_affinity"), int) else 0,
         )
 
     def _service(
@@ -949,124 +960,13 @@ class Publisher:
             found[value[0]] = value[1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Allocation:
-    owner: str
-    created: str
-    released: str | None
-    by: str = ""
-
-
 @functools.lru_cache(maxsize=131_072)
-def _allocation(value: str) -> _Allocation | None:
+def _identity_allocation(value: str) -> Allocation | None:
     """An identity's allocation, None when it is none. Jobs leave thousands of released ones behind."""
     try:
         document = Fields(jsontext.loads(value, DocumentError), DocumentError)
-        return _Allocation(document.text("labels", None), document.text("created"), document.optional_text("released"))
+        return Allocation(document.text("labels", None), document.text("created"), document.optional_text("released"))
     except DocumentError:
-        return None
-
-
-class _Dealer:
-    """Deals the numbers of `pool`, each owner the same as before if it had one. `taken`: all that were ever dealt.
-
-    Fresh numbers come first; one that was released more than `QUARANTINE` ago is dealt anew only when no fresh one is
-    left. Of what peers alone ask for (`BY_PEERS`) there are `most` at a time, released ones included.
-    """
-
-    def __init__(
-        self,
-        taken: dict[int, _Allocation],
-        pool: range,
-        prefix: str,
-        what: str,
-        now: str,
-        problem: Callable[[str, str], None],
-        most: int,
-    ) -> None:
-        self.taken = taken
-        self.now = now
-        self._prefix = prefix
-        self._what = what
-        self._problem = problem
-        self._most = most
-        self._fresh = iter(pool)
-        self._of_owner = {entry.owner: number for number, entry in sorted(taken.items(), reverse=True)}
-        self._of_peers = sum(entry.by == BY_PEERS for entry in taken.values())
-
-    def owners(self) -> Iterable[str]:
-        return self._of_owner.keys()
-
-    def number(self, owner: str) -> int | None:
-        """That of `owner`, released or not."""
-        return self._of_owner.get(owner)
-
-    def of(self, owner: str) -> _Allocation | None:
-        number = self._of_owner.get(owner)
-        return None if number is None else self.taken[number]
-
-    def settle(self, wanted: Mapping[str, str]) -> dict[str, int]:
-        """Give every wanted owner (with who asks for it) its number; mark the others released."""
-        for number, entry in list(self.taken.items()):
-            if (entry.owner not in wanted or self._of_owner[entry.owner] != number) and entry.released is None:
-                self._set(number, replace(entry, released=self.now))
-        dealt = {}
-        over = []
-        for owner, by in sorted(wanted.items()):
-            if by == BY_PEERS and owner not in self._of_owner and self._of_peers >= self._most:
-                over.append(owner)
-            elif (found := self.deal(owner, by)) is not None:
-                dealt[owner] = found
-        if over:
-            self._problem(
-                self._prefix + over[0],
-                f"{len(over)} services that only peers offer have no {self._what}: such services have all of "
-                f"the {self._most} that are for them",
-            )
-        return dealt
-
-    def deal(self, owner: str, by: str = "") -> int | None:
-        """The number of `owner`; None, and a problem, when there is none left."""
-        number = self._of_owner.get(owner)
-        if number is not None:
-            entry = self.taken[number]
-            if entry.released is not None or entry.by != by:
-                self._set(number, replace(entry, released=None, by=by))
-            return number
-        if by == BY_PEERS and self._of_peers >= self._most:
-            return None
-        free = next((candidate for candidate in self._fresh if candidate not in self.taken), None)
-        if free is None:
-            free = self._expired()
-        if free is None:
-            self._problem(self._prefix + owner, f"no {self._what} is left in this cluster's range")
-            return None
-        self._set(free, _Allocation(owner, self.now, None, by))
-        return free
-
-    def release(self, owner: str) -> None:
-        """Mark the number of `owner` released."""
-        number = self._of_owner.get(owner)
-        if number is not None and self.taken[number].released is None:
-            self._set(number, replace(self.taken[number], released=self.now))
-
-    def _set(self, number: int, entry: _Allocation) -> None:
-        before = self.taken.get(number)
-        if before is not None:
-            self._of_peers -= before.by == BY_PEERS
-            if before.owner != entry.owner and self._of_owner.get(before.owner) == number:
-                del self._of_owner[before.owner]
-        self._of_peers += entry.by == BY_PEERS
-        self.taken[number] = entry
-        self._of_owner.setdefault(entry.owner, number)
-
-    def _expired(self) -> int | None:
-        now = _time(self.now)
-        for number, entry in sorted(self.taken.items()):
-            if entry.released is not None and now is not None:
-                released = _time(entry.released)
-                if released is not None and now - released > QUARANTINE:
-                    return number
         return None
 
 
@@ -1137,12 +1037,5 @@ def _number(address: str) -> int:
 
 def seconds_between(earlier: str, later: str) -> float:
     """Seconds from one RFC 3339 time in UTC to another; 0 when one of them is none."""
-    times = _time(earlier), _time(later)
+    times = parse_time(earlier), parse_time(later)
     return 0.0 if times[0] is None or times[1] is None else (times[1] - times[0]).total_seconds()
-
-
-def _time(text: str) -> datetime | None:
-    try:
-        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
-    except ValueError:
-        return None

@@ -21,7 +21,7 @@ from isthmus_mesh import jsontext, keys
 from isthmus_mesh.documents import DocumentError, PeerStatus
 from isthmus_mesh.identity import LabelFilter
 from isthmus_mesh.record import RecordError, merge
-from isthmus_mesh.spec import NodeSpec, PeerSpec
+from isthmus_mesh.spec import MeshSpec, PeerSpec
 from isthmus_mesh.wire import ClusterConfig
 
 from isthmus_agent.agent.log import fields
@@ -47,6 +47,7 @@ from .kubernetes.wanted import Mesh
 from .leader import Election, NotLeader, Term, Writer
 from .memory import Known, Memory
 from .mirror import Mirror, read_mirrored
+from .nodes import Dealt, deal_nodes
 from .offered import Offered, Remote
 from .publish import (
     Change,
@@ -109,7 +110,7 @@ class Registrar:
 
     def __init__(
         self,
-        spec: NodeSpec,
+        spec: MeshSpec,
         *,
         holder: str | None = None,
         estate_file: Path = ESTATE_FILE,
@@ -129,6 +130,7 @@ class Registrar:
             spec.cluster.service_range4,
             () if kubernetes is None else kubernetes.pod_ranges4,
             None if kubernetes is None else kubernetes.service_range4,
+            spec.in_cluster,
         )
         endpoints = list(spec.etcd.endpoints)
         if spec.member is not None and spec.member.client_url in endpoints:
@@ -181,6 +183,7 @@ class Registrar:
         # Every mirror asks each second, and a record of 50 clusters is large: parsed once per change.
         self._underlays_of: frozenset[tuple[str, int]] | None = None
         self._underlays_found: Mapping[str, str] = {}
+        self._own_underlays: Mapping[str, str] = {}  # of nodes that are not in the record
         self._record_of: tuple[object, ...] = ()
         self._record_found: tuple[Mapping[str, Any] | None, str] = (None, "")
         self._peers = tuple(peer.name for peer in self.registrar.peers)
@@ -355,6 +358,9 @@ class Registrar:
         published: Mapping[str, Any] | None = None  # the record that was published last
         drained: frozenset[str] = frozenset()  # hosts that it kept beside those of the record
         publisher: Publisher | None = None
+        base: Mapping[str, Any] | None = None  # the record of which `nodes` was made
+        nodes: Dealt | None = None
+        full: Mapping[str, Any] = {}
         pending = Changes()  # of Kubernetes' objects
         offered: PeerServices | None = None
         unwritable: frozenset[str] = frozenset()
@@ -385,6 +391,11 @@ class Registrar:
             if actual is None or now - audited >= AUDIT_INTERVAL:
                 actual, audited, dirty = await self._read_actual(), now, True
                 previous = overlay(previous, self._remembered(), actual, recalled)
+            if self.spec.in_cluster and self.kubernetes is not None:
+                if nodes is None or dirty or pending.all or record is not base:
+                    base, nodes = record, self._deal_nodes(record, previous)
+                    full = {**record, "hosts": nodes.hosts}
+                record = full
             draining = self._draining(record, previous)
             changes: list[Change] = []
             # Who waited looks each second: what it waited for may be the clock.
@@ -398,9 +409,10 @@ class Registrar:
                 or self._unwritable() != unwritable
             ):
                 offered, unwritable = self._peer_services(), self._unwritable()
-                publisher = Publisher(self.own, self._inputs(record, previous, draining, offered))
+                given = self._inputs(record, previous, draining, offered)
+                publisher = Publisher(self.own, given if nodes is None else replace(given, dealt=nodes.keys))
                 found = publisher.run()
-                self._tell(found.problems)
+                self._tell((*found.problems, *(() if nodes is None else nodes.problems)))
                 changes = difference(found.keys, actual, owned_prefixes(self.own.name))
                 unreported = self._unreported(found)
                 waiting = waiting or unreported
@@ -416,7 +428,7 @@ class Registrar:
                 pending = Changes()
             elif pending and publisher is not None and publisher.follows:
                 followed = publisher.follow(pending, self._wall())
-                self._tell(tuple(publisher.problems))
+                self._tell((*publisher.problems, *(() if nodes is None else nodes.problems)))
                 changes = [change for change in followed if actual.get(change.key) != change.value]
                 apply_changes(changes, previous)
                 pending = Changes()
@@ -522,6 +534,16 @@ class Registrar:
                 logger.info("forgetting an absent cluster", extra=fields(peer=cluster, keys=len(found)))
                 await writer.apply([Change(one, None) for one in found])
             self._forgotten[cluster] = kv.value
+
+    def _deal_nodes(self, record: Mapping[str, Any], previous: Mapping[str, str]) -> Dealt:
+        """The nodes of a cluster whose control plane is in it, as hosts."""
+        assert self.kubernetes is not None
+        cluster_ips = () if self.own.cluster_ips4 is None else (self.own.cluster_ips4,)
+        ranges = (*self.spec.mesh_ranges4, *self.spec.service_ranges4, *self.own.pod_ranges4, *cluster_ips)
+        found = deal_nodes(record, self.kubernetes.catalog, previous, self._wall(), ranges)
+        self._own_underlays = {host["underlay4"]: self.own.name for host in found.hosts.values()}
+        self._underlays_of = None
+        return found
 
     def _epoch(self) -> int:
         return sum(store.epoch for store in self.stores)
@@ -744,11 +766,11 @@ class Registrar:
             return None
 
     def _underlays(self) -> Mapping[str, str]:
-        """Underlay addresses that the record gives to hosts -> their cluster."""
+        """Underlay addresses of hosts of the record, and of own nodes -> their cluster."""
         seen = frozenset((key, kv.mod_revision) for key, kv in self.estate.items.items())
         if seen == self._underlays_of:
             return self._underlays_found
-        found: dict[str, str] = {}
+        found: dict[str, str] = dict(self._own_underlays)
         for key, kv in self.estate.items.items():
             cluster = keys.parse_estate_cluster_key(key)
             if cluster is None:

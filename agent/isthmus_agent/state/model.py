@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from isthmus_mesh import jsontext
-from isthmus_mesh.documents import DocumentError, KubernetesStatus, PeerStatus, ServiceDefinition
+from isthmus_mesh.documents import SESSION_AFFINITY_MOST, DocumentError, KubernetesStatus, PeerStatus, ServiceDefinition
 from isthmus_mesh.wire import ClusterConfig, ClusterService, IPIdentityPair, Node
 
 NodeKey = tuple[str, str]  # (cluster, node)
@@ -21,13 +21,15 @@ ServiceName = tuple[str, str]  # (namespace, name)
 @dataclass(frozen=True, slots=True)
 class Vip:
     """A service's address in this cluster (`isthmus/v1/alloc/vips/<ns>/<name>`); None: of that family none,
-    or released. `by`: `kubernetes` for the address of a Service of this cluster's Kubernetes, whose `affinity` counts
-    then; `peers` for a service that no definition is here of; else empty."""
+    or released. `by`: `kubernetes` for the address of a Service of this cluster's Kubernetes, whose `affinity` and
+    `session_affinity` (seconds, 0: none) count then; `peers` for a service that no definition is here of; else
+    empty."""
 
     ipv4: IPv4Address | None
     ipv6: IPv6Address | None
     by: str = ""
     affinity: str = "none"
+    session_affinity: int = 0
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Vip:
@@ -42,6 +44,7 @@ class Vip:
                 IPv6Address(found6) if found6 is not None else None,
                 fields.text("by"),
                 fields.text("affinity", "none"),
+                fields.integer("session_affinity", SESSION_AFFINITY_MOST),
             )
         except ValueError as exc:
             raise DocumentError("ipv4 or ipv6 is not an address") from exc

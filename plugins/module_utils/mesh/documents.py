@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import jsontext
@@ -18,6 +18,8 @@ from .jsontext import UINT16, UINT64, Fields
 from .schema import LABEL
 
 PROTOCOLS = ("TCP", "UDP")
+SESSION_AFFINITY_MOST = 86_400
+"""Seconds for which a client may keep its backend: Kubernetes' bound (core/v1 ClientIPConfig)."""
 AFFINITIES = ("none", "local", "remote")
 HEALTH_TYPES = ("tcp", "http", "exec")
 
@@ -193,7 +195,8 @@ class NodeReport:
     """What an agent says of its machine (`isthmus/v1/nodes/<node>`).
 
     `addresses` are (type, ip) with the types of a Cilium node; ranges are CIDR text; `mtu` is bytes
-    of the overlay; `wireguard_public_key` is base64, empty where nothing is encrypted.
+    of the overlay; `wireguard_public_key` is base64, empty where nothing is encrypted; `wireguard_keys` are all of its
+    public keys by UDP port as text, where they are others than that one on Cilium's port.
     """
 
     name: str
@@ -207,6 +210,7 @@ class NodeReport:
     mtu: int = 0
     boot_id: str = ""
     wireguard_public_key: str = ""
+    wireguard_keys: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return jsontext.dumps(
@@ -222,6 +226,7 @@ class NodeReport:
                 "mtu": self.mtu,
                 "boot_id": self.boot_id,
                 "wireguard_public_key": self.wireguard_public_key,
+                **({"wireguard_keys": jsontext.sorted_mapping(self.wireguard_keys)} if self.wireguard_keys else {}),
             }
         )
 
@@ -242,6 +247,7 @@ class NodeReport:
             mtu=fields.integer("mtu", UINT16),
             boot_id=fields.text("boot_id"),
             wireguard_public_key=fields.text("wireguard_public_key"),
+            wireguard_keys=fields.text_mapping("wireguard_keys"),
         )
 
 
@@ -315,6 +321,33 @@ class Alive:
     def from_json(cls, text: str | bytes) -> Alive:
         fields = _object(text)
         return cls(_filled(fields, "node"), fields.text("version"), fields.text("boot_id"), fields.text("since"))
+
+
+@dataclass(frozen=True)
+class NodeAllocation:
+    """What a node has of the mesh in a cluster whose control plane is in it (`isthmus/v1/alloc/nodes/<node>`).
+
+    `range4` and `mesh4` as a host of the record has them, `underlay4` its InternalIP. `released`: since when Kubernetes
+    does not have the node; None: it has it.
+    """
+
+    range4: str
+    mesh4: str
+    underlay4: str
+    created: str
+    released: str | None = None
+
+    def to_json(self) -> str:
+        return jsontext.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> NodeAllocation:
+        fields = _object(text)
+        network, mesh = fields.network4("range4"), fields.address4("mesh4")
+        if mesh not in network:
+            fields.fail("mesh4", "is not in range4")
+        underlay = fields.address4("underlay4")
+        return cls(str(network), str(mesh), str(underlay), fields.text("created"), fields.optional_text("released"))
 
 
 @dataclass(frozen=True)

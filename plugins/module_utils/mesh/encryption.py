@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Encryption of pairs of sites, and how a pair comes from one state to another without losing a packet. Pure."""
+"""Encryption of pairs of sites and its keys, and how both come from one state to another without losing a packet.
+Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -62,15 +64,59 @@ def way(now: Stage | None, wanted: Stage) -> list[Stage]:
     return [Stage(number) for number in range(now if begun else now + step, wanted + step, step)]
 
 
-def to_document(stages: Mapping[Pair, Stage]) -> dict[str, Any] | None:
-    """The roster's `encryption`: the stage that most pairs have (`all`) and, by "one other", those of the rest. None
-    when nothing is encrypted."""
+@dataclass(frozen=True)
+class Keys:
+    """Which keys every host has, one for the whole estate. A key is number 0 or 1, with a file, a device and a port of
+    its own. `stage` is PLAIN but while the key `number` is replaced by the other one: at ACCEPTS hosts have both and
+    send with the old one, at SENDS they have both and send with the new one. Hosts at neighbouring stages understand
+    each other."""
+
+    number: int = 0
+    stage: Stage = Stage.PLAIN
+
+    @property
+    def sends(self) -> int:
+        """The number of the key that packets are sent with."""
+        return 1 - self.number if self.stage is Stage.SENDS else self.number
+
+    @property
+    def has_both(self) -> bool:
+        return self.stage is not Stage.PLAIN
+
+
+def key_words(keys: Keys) -> str:
+    """For people; a port follows from a key's number (spec.WIREGUARD_PORTS)."""
+    if not keys.has_both:
+        return f"number {keys.number}"
+    return f"number {keys.number} is replaced by number {1 - keys.number}; packets go with number {keys.sends}"
+
+
+def rotation(now: Keys, wanted: bool) -> list[Keys]:
+    """The stages from here to other keys; as `way`, one that was begun is completed first, `wanted` or not."""
+    if now.stage is Stage.PLAIN and not wanted:
+        return [now]
+    ahead = [Keys(now.number, Stage.ACCEPTS), Keys(now.number, Stage.SENDS), Keys(1 - now.number)]
+    return ahead[ahead.index(now) :] if now in ahead else ahead
+
+
+def to_document(stages: Mapping[Pair, Stage], keys: Keys = Keys()) -> dict[str, Any] | None:
+    """The roster's `encryption`: the stage that most pairs have (`all`), by "one other" those of the rest (`pairs`),
+    and the `keys`, unless the first alone is there. None when nothing is encrypted."""
     if not any(stages.values()):
         return None
     counted = Counter(stages.values())
     most = min(counted, key=lambda stage: (-counted[stage], stage))
     rest = {" ".join(one): stage.word for one, stage in sorted(stages.items()) if stage is not most}
-    return {"all": most.word, "pairs": rest}
+    document: dict[str, Any] = {"all": most.word, "pairs": rest}
+    if keys != Keys():
+        document["keys"] = {"number": keys.number, **({"stage": keys.stage.word} if keys.has_both else {})}
+    return document
+
+
+def keys_of(document: Mapping[str, Any] | None) -> Keys:
+    """Of the roster's `encryption`."""
+    found = (document or {}).get("keys", {})
+    return Keys(found.get("number", 0), STAGES[found.get("stage", Stage.PLAIN.word)])
 
 
 def from_document(document: Mapping[str, Any] | None, sites: Iterable[str]) -> dict[Pair, Stage]:

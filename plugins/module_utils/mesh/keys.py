@@ -30,6 +30,7 @@ WORKLOADS_PREFIX = "isthmus/v1/workloads/"
 ALIVE_PREFIX = "isthmus/v1/alive/"
 ALLOC_PREFIX = "isthmus/v1/alloc/"
 ALLOC_IDENTITIES_PREFIX = "isthmus/v1/alloc/identities/"
+ALLOC_NODES_PREFIX = "isthmus/v1/alloc/nodes/"
 VIPS_PREFIX = "isthmus/v1/alloc/vips/"
 LOCAL_SERVICES_PREFIX = "isthmus/v1/alloc/services/"
 PEERS_PREFIX = "isthmus/v1/alloc/peers/"
@@ -207,6 +208,15 @@ def alloc_identity_key(n: int) -> str:
 def parse_alloc_identity_key(key: str) -> int | None:
     found = _rest(key, ALLOC_IDENTITIES_PREFIX, 1)
     return _decimal(found[0]) if found else None
+
+
+def alloc_node_key(node: str) -> str:
+    return f"{ALLOC_NODES_PREFIX}{node}"
+
+
+def parse_alloc_node_key(key: str) -> str | None:
+    found = _rest(key, ALLOC_NODES_PREFIX, 1)
+    return found[0] if found else None
 
 
 def vip_key(ns: str, name: str) -> str:

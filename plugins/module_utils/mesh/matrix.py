@@ -8,8 +8,8 @@ from ipaddress import IPv4Network, collapse_addresses
 from itertools import groupby
 from typing import Any
 
-from .encryption import CHANGING, STAGES, Pair, Stage, pairs
-from .openings import Documents, between
+from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
+from .openings import Documents, between, is_in_cluster, wireguard_ports
 from .routing import NATIVE, TUNNEL
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
@@ -29,13 +29,21 @@ def inner_mtu(stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MT
 
 
 def rows(
-    documents: Documents, overlay_port: int, overlay_mtu: int | None, ways: Ways, native_ways: Ways
+    documents: Documents,
+    overlay_port: int,
+    overlay_mtu: int | None,
+    ways: Ways,
+    native_ways: Ways,
+    keys: Sequence[Keys],
 ) -> Iterator[dict[str, Any]]:
-    """A row for each two sites that have hosts, and for each site that has several."""
+    """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
+    Kubernetes knows, there may be."""
     sizes: dict[str, int] = {}
     for document in documents.values():
         for entry in document["hosts"].values():
             sizes[entry["site"]] = sizes.get(entry["site"], 0) + 1
+        if is_in_cluster(document):
+            sizes[document["site"]] = sizes.get(document["site"], 0) + 2
     for one in pairs(sizes):
         if one[0] == one[1] and sizes[one[0]] == 1:
             continue
@@ -55,7 +63,7 @@ def rows(
             "mtu": UNDERLAY_MTU if min(native) >= Stage.SENDS else inner_mtu(max(stages), overlay_mtu),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
-                for each in between(documents, one, overlay_port, stages, native)
+                for each in between(documents, one, overlay_port, stages, native, keys)
             ],
         }
 
@@ -163,9 +171,27 @@ _NATIVE_OFF = {
 }
 
 
-def changes(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run does to pairs whose encryption or native routing is turned on or off, a line each."""
-    told = []
+def _rotation(keys: Sequence[Keys]) -> str:
+    """What a run does to the keys of WireGuard; `keys` as `Plan.keys`."""
+    now, *following = keys
+    (new,), (old,) = wireguard_ports([following[-1]]), wireguard_ports([Keys(now.number)])
+    steps = {
+        Stage.ACCEPTS: f"every host gets a second key, device and port (UDP {new}) beside the first (UDP {old}), and "
+        "takes packets by both",
+        Stage.SENDS: "when each host has proven that it reaches the others by the new key, packets go with it",
+        Stage.PLAIN: f"the old key, its device and its port (UDP {old}) go",
+    }
+    begun = f", which was begun before ({now.stage.word})" if now.has_both else ""
+    told = "; ".join(f"({number}) {steps[each.stage]}" for number, each in enumerate(following, 1))
+    return (
+        f"the keys of WireGuard are replaced on all hosts that encrypt{begun}, in steps of one run, of which each "
+        f"begins when all of them have done the one before: {told}. Connections stay; both ports must be open meanwhile"
+    )
+
+
+def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[str]:
+    """What a run does to pairs whose encryption or native routing is turned on or off, and to keys, a line each."""
+    told = [_rotation(keys)] if keys[0] != keys[-1] else []
     for row in found:
         if row["steps"]:
             on = row["encryption"] == "wireguard"

@@ -80,7 +80,32 @@ class Kubernetes:
 
 
 @dataclass(frozen=True)
+class Expose:
+    """How peers reach an etcd that runs in Kubernetes; see `schema.EXPOSE`."""
+
+    type: str
+    provider: str
+    scope: str
+    source_ranges: tuple[IPv4Network, ...]
+    annotations: Mapping[str, str]
+    node_port: int | None
+    hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class InCluster:
+    """A control plane of pods. `replicas` are etcd's; `storage_class` None: the cluster's default."""
+
+    replicas: int
+    storage_class: str | None
+    storage: str
+    expose: Expose
+
+
+@dataclass(frozen=True)
 class Cluster:
+    """`in_cluster` is None where etcd and registrar run on hosts."""
+
     name: str
     id: int
     site: str
@@ -90,6 +115,7 @@ class Cluster:
     etcd: Etcd
     ca_host: str | None
     kubernetes: Kubernetes | None = None
+    in_cluster: InCluster | None = None
     absent: bool = False
 
     @property
@@ -180,7 +206,10 @@ class Encryption:
 
 @dataclass(frozen=True)
 class Model:
-    """Everything is sorted by name: the order of the inventory does not show."""
+    """Everything is sorted by name: the order of the inventory does not show.
+
+    `entries`: inventory hosts that stand for a cluster whose control plane is in it, by cluster: no part of the mesh.
+    """
 
     name: str
     domain: str
@@ -196,13 +225,19 @@ class Model:
     vpcs: Vpcs = field(default_factory=Vpcs)
     routing: Routing = field(default_factory=Routing)
     bgp: Mapping[str, Bgp] = field(default_factory=dict)
+    entries: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def digest(self) -> str:
-        """sha256 in hex of all that the model says; warnings do not count."""
-        content = {key: value for key, value in asdict(self).items() if key != "warnings"}
+        """sha256 in hex of all that the model says; warnings and the ways to APIs do not count."""
+        content = {key: value for key, value in asdict(self).items() if key not in ("warnings", "entries")}
         # An estate without Kubernetes has the digest that it had before there was such a thing.
-        for part, key in (("clusters", "kubernetes"), ("hosts", "kubernetes_node"), ("hosts", "bgp")):
+        for part, key in (
+            ("clusters", "kubernetes"),
+            ("clusters", "in_cluster"),
+            ("hosts", "kubernetes_node"),
+            ("hosts", "bgp"),
+        ):
             for entry in content[part].values():
                 if entry[key] is None:
                     del entry[key]
@@ -270,6 +305,7 @@ class _Reader:
         self.conflicts: list[Conflict] = []
         self.warnings: list[str] = []
         self.broken_hosts: set[str] = set()  # in the mesh, but not readable: no use to complain twice
+        self.entries: dict[str, str] = {}
 
     def problem(self, where: str, what: str, why: str, following: str) -> None:
         self.problems.append(Problem(where, what, why, following))
@@ -343,6 +379,7 @@ class _Reader:
             vpcs=vpcs,
             routing=routing,
             bgp=speaking,
+            entries={name: self.entries[name] for name in sorted(self.entries)},
             warnings=tuple(sorted(self.warnings)),
         )
 
@@ -377,10 +414,12 @@ class _Reader:
                 ids[number] = name
             self.cluster_peers(where, name, entry, top["clusters"])
             etcd = self.etcd(where, entry)
-            kubernetes = self.kubernetes(where, entry["kubernetes"])
+            kubernetes = self.kubernetes(where, entry["kubernetes"], entry["control_plane"])
+            in_cluster = self.in_cluster(where, entry)
             needed = (number, entry["workload_ranges"], entry["service_range"], entry["node_prefix"], entry["site"])
             if etcd is None or any(
-                value is INVALID for value in (*needed, entry["ca_host"], entry["state"], kubernetes)
+                value is INVALID
+                for value in (*needed, entry["ca_host"], entry["state"], entry["control_plane"], kubernetes, in_cluster)
             ):
                 continue
             prefix = entry["node_prefix"]
@@ -402,15 +441,97 @@ class _Reader:
                 etcd=etcd,
                 ca_host=entry["ca_host"],
                 kubernetes=kubernetes,
+                in_cluster=in_cluster,
                 absent=entry["state"] == "absent",
             )
         return found
 
-    def kubernetes(self, where: str, given: Any) -> Any:
+    def in_cluster(self, where: str, entry: dict[str, Any]) -> Any:
+        """InCluster, None, or INVALID after adding a problem."""
+        given, etcd, before = entry["expose"], entry["etcd"], len(self.problems)
+        own = ("replicas", "storage_class", "storage")
+        if entry["control_plane"] == "hosts":
+            stray = [f"etcd.{key}" for key in own if etcd not in (None, INVALID) and etcd[key] is not None]
+            for key in [*stray, *(["expose"] if given is not None else [])]:
+                self.problem(
+                    f"{where}.{key}",
+                    "it goes with control_plane: in_cluster only",
+                    "it is about an etcd in pods",
+                    "remove it, or set control_plane: in_cluster",
+                )
+            return INVALID if len(self.problems) > before else None
+        if INVALID in (entry["control_plane"], given, etcd):
+            return INVALID
+        etcd = etcd or {key: schema.ETCD.keys[key].default for key in schema.ETCD.keys}
+        if entry["kubernetes"] is None:
+            self.problem(
+                f"{where}.kubernetes",
+                "it is missing",
+                "with control_plane: in_cluster the cluster is the Kubernetes cluster that carries it",
+                "add kubernetes: {pod_ranges: [...], service_range: ...}, or set control_plane: hosts",
+            )
+        on_hosts = ("source", "client_port", "peer_port")
+        strange = [f"etcd.{key}" for key in on_hosts if etcd[key] != schema.ETCD.keys[key].default]
+        for key in [*strange, *(["ca_host"] if entry["ca_host"] is not None else [])]:
+            self.problem(
+                f"{where}.{key}",
+                "it goes with control_plane: hosts only",
+                "etcd and the certificate authority are pods and Secrets of the cluster",
+                "remove it, or set control_plane: hosts",
+            )
+        if INVALID not in (etcd["hosts"], entry["state"]) and len(etcd["hosts"]) != 1 and entry["state"] != "absent":
+            self.problem(
+                f"{where}.etcd.hosts",
+                f"it names {len(etcd['hosts'])} hosts",
+                "with control_plane: in_cluster one host of the inventory stands for the pods of etcd",
+                "name the one host of the inventory that has isthmus_cluster: " + where.rpartition(".")[2],
+            )
+        expose = self.expose(f"{where}.expose", given or {k: key.default for k, key in schema.EXPOSE.keys.items()})
+        if len(self.problems) > before or any(etcd[key] is INVALID for key in own):
+            return INVALID
+        return InCluster(etcd["replicas"] or 3, etcd["storage_class"], etcd["storage"] or "8Gi", expose)
+
+    def expose(self, where: str, given: dict[str, Any]) -> Any:
+        if any(value is INVALID for value in given.values()):
+            return INVALID
+        kind = given["type"]
+        balanced = ("source_ranges", "annotations") if kind != "load_balancer" else ()
+        alone = () if kind == "node_port" else ("node_port",)
+        for key in (*balanced, *alone, *(("hosts",) if kind == "load_balancer" else ())):
+            if given[key]:
+                self.problem(f"{where}.{key}", f"it does not go with type: {kind}", "it would be ignored", "remove it")
+        if given["scope"] == "external":
+            if kind == "load_balancer" and not given["source_ranges"]:
+                self.problem(
+                    f"{where}.source_ranges",
+                    "it is missing",
+                    "with scope: external everybody could dial the etcd",
+                    "list the ranges that peers dial from, or set scope: internal",
+                )
+            self.warnings.append(f"{where}.scope: the etcd gets a public address; one of `internal` does not")
+        return Expose(
+            type=kind,
+            provider=given["provider"],
+            scope=given["scope"],
+            source_ranges=tuple(given["source_ranges"]),
+            annotations=given["annotations"],
+            node_port=given["node_port"],
+            hosts=tuple(given["hosts"]),
+        )
+
+    def kubernetes(self, where: str, given: Any, control_plane: Any) -> Any:
         """Kubernetes, None, or INVALID after adding a problem."""
         if given is None or given is INVALID or any(value is INVALID for value in given.values()):
             return INVALID if given is not None else None
-        url = given["api_server"].rstrip("/")
+        if given["api_server"] is None and control_plane == "hosts":
+            self.problem(
+                f"{where}.kubernetes.api_server",
+                "it is missing",
+                "the registrar on the etcd hosts watches Kubernetes there",
+                "add the URL of the API server as these hosts reach it",
+            )
+            return INVALID
+        url = (given["api_server"] or schema.IN_CLUSTER_API).rstrip("/")
         try:
             urlsplit(url).port  # noqa: B018
         except ValueError as exc:
@@ -456,7 +577,8 @@ class _Reader:
                     "with control_plane: hosts the cluster's state lives in etcd on its own hosts",
                     "name 1, 3 or 5 hosts of this cluster",
                 )
-            return Etcd((), 2379, 2380, {"type": "package"}, 2 * 1024**3)
+            ports = given or {key: schema.ETCD.keys[key].default for key in ("client_port", "peer_port", "quota_bytes")}
+            return Etcd((), ports["client_port"], ports["peer_port"], {"type": "package"}, ports["quota_bytes"])
         hosts = tuple(given["hosts"])
         for host in sorted({host for host in hosts if hosts.count(host) > 1}):
             self.problem(where_hosts, f"{host} is there twice", "a host carries one member", "remove one of them")
@@ -513,6 +635,7 @@ class _Reader:
     ) -> dict[str, Host]:
         found: dict[str, Host] = {}
         declared = set(top["clusters"]) if top["clusters"] is not INVALID else set()
+        in_cluster = {name for name in declared if top["clusters"][name]["control_plane"] == "in_cluster"}
         unknown: dict[str, list[str]] = {}
         for name in sorted(hosts):
             for variable in sorted(hosts[name]):
@@ -539,6 +662,14 @@ class _Reader:
                     "keep one",
                 )
                 self.broken_hosts.add(name)
+                continue
+            if isinstance(variables["isthmus_cluster"], str) and variables["isthmus_cluster"] in in_cluster:
+                self.entry(
+                    where,
+                    name,
+                    variables,
+                    [one for one in clusters.values() if one.name == variables["isthmus_cluster"]],
+                )
                 continue
             before = len(self.problems)
             schema.HOST_NAME.read(name, where, self.problems)
@@ -583,6 +714,27 @@ class _Reader:
         self.unique_nodes(found)
         self.pins(found)
         return found
+
+    def entry(self, where: str, name: str, variables: Mapping[str, Any], clusters: list[Cluster]) -> None:
+        """A host that stands for the etcd of a cluster whose control plane is in it. `clusters`: that one, if it could
+        be read."""
+        cluster = variables["isthmus_cluster"]
+        for variable in sorted(set(variables) & set(schema.HOST.keys) - {"isthmus_cluster"}):
+            self.problem(
+                f"{where}.{variable}",
+                f"the host stands for cluster {cluster}, whose control plane is in it, and is no machine of the mesh",
+                "it would be ignored",
+                "remove it",
+            )
+        self.entries[cluster] = name
+        if clusters and clusters[0].etcd.hosts and name not in clusters[0].etcd.hosts:
+            self.problem(
+                f"{where}.isthmus_cluster",
+                f"the nodes of cluster {cluster} are in the mesh without the inventory, and host "
+                f"{clusters[0].etcd.hosts[0]} stands for its etcd",
+                "it would be no part of anything",
+                "remove it from the inventory, or name it in etcd.hosts of the cluster instead",
+            )
 
     def kubernetes_node(self, where: str, name: str, given: Any, cluster: Cluster | None) -> str | None:
         if given is INVALID or cluster is None:

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import spec
-from .encryption import Pair, Stage
+from .encryption import Keys, Pair, Stage
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Clusters' documents by cluster."""
@@ -53,16 +53,23 @@ TABLE = (
         "native packets ([routing.md](routing.md))",
     ),
     Row(
-        f"UDP {spec.WIREGUARD_PORT}",
+        f"UDP {spec.WIREGUARD_PORTS[0]} or {spec.WIREGUARD_PORTS[1]}, both while keys are replaced",
         "hosts of sites that encrypt",
         "hosts of the sites they encrypt with",
         "WireGuard with the overlay inside ([encryption.md](encryption.md))",
     ),
     Row(
         "TCP 2379 (`etcd.client_port`)",
-        "hosts of the same cluster; etcd hosts of every peering cluster",
+        "hosts of the same cluster; etcd hosts of every peering cluster, nodes of those with `control_plane: "
+        "in_cluster`",
         "the cluster's etcd hosts",
         "agents read their own cluster; registrars mirror peers, read-only",
+    ),
+    Row(
+        "TCP 2379, or as `expose` says",
+        "etcd hosts of every peering cluster; nodes of those with `control_plane: in_cluster`",
+        "what exposes the etcd of a cluster with `control_plane: in_cluster`",
+        "registrars mirror peers, read-only ([kubernetes-managed.md](kubernetes-managed.md))",
     ),
     Row(
         "TCP 2380 (`etcd.peer_port`)",
@@ -109,11 +116,29 @@ def native(own: Mapping[str, Any], site: str) -> Stage:
     return spec.native_of(own["native"]).stage(site)
 
 
+def wireguard_ports(keys: Iterable[Keys]) -> list[int]:
+    """UDP ports of WireGuard of hosts that have these keys, one after the other."""
+    numbers = {number for each in keys for number in ((0, 1) if each.has_both else (each.number,))}
+    return [spec.WIREGUARD_PORTS[number] for number in sorted(numbers)]
+
+
+def tunnels(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of a host, by its spec as JSON: `key` and `port` of each."""
+    first = own.get("wireguard")
+    if not first:
+        return []
+    return [first, first["second"]] if first.get("second") else [first]
+
+
+def devices(own: Mapping[str, Any]) -> list[str]:
+    """Names of the WireGuard devices of a host, by its spec as JSON."""
+    return [spec.WIREGUARD_DEVICES[spec.WIREGUARD_PORTS.index(tunnel["port"])] for tunnel in tunnels(own)]
+
+
 def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Protocols and ports on which a host, by its spec as JSON, listens for others."""
     found = [("udp", own["overlay"]["port"])]
-    if own.get("wireguard"):
-        found.append(("udp", own["wireguard"]["port"]))
+    found += [("udp", tunnel["port"]) for tunnel in tunnels(own)]
     member = own.get("member")
     if member:
         found += [("tcp", urlsplit(member[url]).port or 0) for url in ("client_url", "peer_url")]
@@ -129,9 +154,8 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
     plain = [entry for entry in everybody if not (outside and _hidden(own, entry["site"]))]
     wanted = [("udp", own["overlay"]["port"], plain)]
-    if own.get("wireguard"):
-        encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
-        wanted.append(("udp", own["wireguard"]["port"], encrypted))
+    encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
+    wanted += [("udp", tunnel["port"], encrypted) for tunnel in tunnels(own)]
     if own.get("member"):
         etcd = cluster["etcd"]
         readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
@@ -172,9 +196,15 @@ def _sources(entry: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
 
 
 def between(
-    documents: Documents, pair: Pair, overlay_port: int, stages: Iterable[Stage], native: Iterable[Stage]
+    documents: Documents,
+    pair: Pair,
+    overlay_port: int,
+    stages: Iterable[Stage],
+    native: Iterable[Stage],
+    keys: Iterable[Keys],
 ) -> list[Opening]:
-    """What two sites need of each other while the pair is at these stages of encryption and of native routing."""
+    """What two sites need of each other while the pair is at these stages of encryption, with these keys, and of native
+    routing."""
     at, native_at = set(stages), set(native)
     both = sorted(set(pair))
     found = []
@@ -184,7 +214,7 @@ def between(
     if at - {Stage.DEMANDS} and native_at - {Stage.DEMANDS}:
         found.append(Opening("UDP", overlay_port, *everywhere))
     if at - {Stage.PLAIN}:
-        found.append(Opening("UDP", spec.WIREGUARD_PORT, *everywhere))
+        found += [Opening("UDP", port, *everywhere) for port in wireguard_ports(keys)]
     for here in both:
         there = pair[1] if pair[0] == here else pair[0]
         for name, document in sorted(documents.items()):
@@ -199,7 +229,26 @@ def between(
             others = [host for host in etcd["members"] if document["hosts"][host]["site"] == there]
             if others and (here != there or len(members) > 1):
                 found.append(Opening("TCP", etcd["peer_port"], ", ".join(others), to))
+        found += _exposed(documents, here, there)
     return found
+
+
+def is_in_cluster(document: Mapping[str, Any]) -> bool:
+    """Whether a cluster's control plane is in it, so that only Kubernetes knows its nodes."""
+    return document.get("control_plane") == "in_cluster"
+
+
+def _exposed(documents: Documents, here: str, there: str) -> Iterator[Opening]:
+    """Of clusters at a site whose control plane is in them: where registrars of another site dial their etcd."""
+    for name, document in sorted(documents.items()):
+        if not is_in_cluster(document) or document["site"] != here:
+            continue
+        readers = _readers(documents, name, there, [])
+        urls = [urlsplit(url) for url in document.get("exposed", {"endpoints": ()})["endpoints"]]
+        port = next((url.port for url in urls if url.port), document["etcd"]["client_port"])
+        places = ", ".join(url.hostname or "" for url in urls) or "an address that is not known yet"
+        if readers:
+            yield Opening("TCP", port, ", ".join(readers), f"{places} (etcd of {name})")
 
 
 def _readers(documents: Documents, cluster: str, site: str, members: list[str]) -> list[str]:
@@ -211,4 +260,6 @@ def _readers(documents: Documents, cluster: str, site: str, members: list[str]) 
     for name, document in sorted(documents.items()):
         if name != cluster and any(entry["site"] == site for entry in _members(document)):
             found.append(f"etcd hosts of {name}")
+        if name != cluster and is_in_cluster(document) and document["site"] == site:
+            found.append(f"nodes of {name}")
     return found

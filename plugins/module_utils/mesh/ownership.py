@@ -8,6 +8,8 @@ from collections.abc import Mapping
 MANAGED_BY, ESTATE, CLUSTER = "app.kubernetes.io/managed-by", "isthmus.io/estate", "isthmus.io/cluster"
 MANAGER = "isthmus"
 """Value of `MANAGED_BY`, and the field manager of what we write."""
+COMPONENT = "isthmus.io/component"
+"""Label of what the mesh itself runs in a cluster: `site` makes it, and registrars leave it alone."""
 
 
 def labels(estate: str, cluster: str) -> dict[str, str]:

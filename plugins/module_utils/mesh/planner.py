@@ -10,20 +10,20 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Optional
 
-from . import encryption, jsontext, matrix, routing, spec, versions, vpc
+from . import encryption, jsontext, matrix, openings, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .bgp import Planned as Speaking
 from .bgp import planned as plan_bgp
-from .encryption import Pair, Stage
-from .model import Cluster, Encryption, Host, Model, ModelError, Workload
+from .encryption import Keys, Pair, Stage
+from .model import Cluster, Encryption, Host, InCluster, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
     LARGEST_DOCUMENT,
@@ -47,10 +47,10 @@ Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
 
 @dataclass(frozen=True)
 class Step:
-    """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off in
-    stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs that change.
-    `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that they reach each
-    other the new way."""
+    """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off, or keys
+    are replaced, in stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs
+    that change. `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that
+    they reach each other the new way."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -67,12 +67,13 @@ class Plan:
     takes them; `cuts` says of each removed one what it takes away. `forgotten` are hosts that take no
     part, by name: `cluster`, `at`, `by`. `revocations` are the authorities that revoke what forgotten hosts
     and removed etcd hosts have: `cluster`, `ca_host`, `hosts`, of which the `departed` were removed, common
-    `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `before` and `after` are the
-    record in a form for people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of
-    it. `steps` are those that follow `specs` and `record`. `stages` are those of encryption of each pair of
-    sites where something is or was encrypted: what the record has (None: no traffic yet), and each that
-    follows; `native` are those of native routing. `vpcs` is what VPCs get (vpc.py), `bgp` what hosts and routers do
-    (bgp.py)."""
+    `names`. `kubernetes_left` are clusters whose Kubernetes the record loses. `in_cluster` is what is installed
+    into each cluster whose control plane is in it, by cluster. `before` and `after` are the record in a form for
+    people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of it. `steps` are those that
+    follow `specs` and `record`. `stages` are those of encryption of each pair of sites where something is or was
+    encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
+    routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp` what hosts and routers
+    do (bgp.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -84,6 +85,7 @@ class Plan:
     forgotten: Mapping[str, Mapping[str, str]]
     revocations: tuple[Mapping[str, Any], ...]
     kubernetes_left: tuple[str, ...]
+    in_cluster: Mapping[str, Mapping[str, Any]]
     warnings: tuple[str, ...]
     before: str
     after: str
@@ -91,9 +93,25 @@ class Plan:
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    keys: tuple[Keys, ...] = (Keys(), Keys())
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
     bgp: Speaking = field(default_factory=Speaking)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Stages of encryption and of native routing of each pair of sites, and the keys of WireGuard."""
+
+    encryption: Mapping[Pair, Stage]
+    native: Mapping[Pair, Stage]
+    keys: Keys
+
+    def documents(self) -> dict[str, Any]:
+        """As the roster has them."""
+        return _filled(
+            encryption=encryption.to_document(self.encryption, self.keys), routing=encryption.to_document(self.native)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,14 +132,18 @@ def plan(
     by: str = "",
     prune: Iterable[str] = (),
     forget: Forget = Forget(),
+    rotate: bool = False,
+    exposed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
-    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them.
+    `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
+    host gets another key of WireGuard. `exposed`: of clusters whose control plane is in them, where their etcd was
+    found to be reachable now (`record`).
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -207,11 +229,15 @@ class _Planner:
         by: str,
         prune: Iterable[str],
         forget: Forget,
+        rotate: bool,
+        exposed: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.record = record
+        self.exposed = exposed
         self.now = now
         self.version = version
         self.by = by
+        self.rotate = rotate
         self.problems: list[Problem] = []
         self.warnings = [*model.warnings, *record.warnings]
         self.removed: list[str] = []
@@ -249,9 +275,15 @@ class _Planner:
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
         native = self.native_ways(present)
-        vpcs = self.vpcs(present, ways, native)
+        stages, native_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
+        )
+        self.check_in_cluster(present, ways, native)
+        key_ways = self.key_ways(stages)
+        states = _states(ways, native, key_ways[1:])
+        vpcs = self.vpcs(present, _State(_running(ways), _running(native), key_ways[0]), states)
         speaking = self.speaking(present)
-        roster = self.roster(documents, _first(ways), _first(native), vpcs, speaking)
+        roster = self.roster(documents, states[0], vpcs, speaking)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -259,9 +291,6 @@ class _Planner:
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
         before, after = _summary(self.record), _summary(following)
-        stages, native_stages = (
-            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
-        )
         return Plan(
             specs=specs,
             record=following.to_documents(),
@@ -273,15 +302,25 @@ class _Planner:
             forgotten=forgotten,
             revocations=tuple(self.revocations(documents, forgotten)),
             kubernetes_left=tuple(
-                name for name, doc in self.known.items() if "kubernetes" in doc and "kubernetes" not in documents[name]
+                name
+                for name, doc in self.known.items()
+                if "kubernetes" in doc and "kubernetes" not in documents[name] and not openings.is_in_cluster(doc)
             ),
+            in_cluster={
+                name: _in_cluster(self.model, present, cluster, cluster.in_cluster)
+                for name, cluster in self.model.clusters.items()
+                if cluster.in_cluster is not None and name in present
+            },
             warnings=tuple(sorted(set(self.warnings))),
             before=before,
             after=after,
-            sites=tuple(matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages)),
-            steps=tuple(self.steps(following, present, ways, native)),
+            sites=tuple(
+                matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages, key_ways)
+            ),
+            steps=tuple(self.steps(following, present, states)),
             stages=stages,
             native=native_stages,
+            keys=key_ways,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
             bgp=speaking,
@@ -297,26 +336,75 @@ class _Planner:
         self.removed += found.removed
         return found
 
-    # VPCs
+    # Clusters whose control plane is in them
 
-    def vpcs(
+    def check_in_cluster(
         self,
         present: Mapping[str, Mapping[str, Any]],
         ways: Ways,
         native: Ways,
+    ) -> None:
+        """What hosts of the inventory have and nodes that only Kubernetes knows cannot."""
+        for name, document in present.items():
+            if openings.is_in_cluster(document):
+                self.check_encryption_of(name, document["site"], ways)
+                self.check_native_of(name, document["site"], native)
+                self.tell_of_vpcs(name, document["site"])
+
+    def check_native_of(self, name: str, site: str, ways: Ways) -> None:
+        native = _begun(site, ways)
+        if native:
+            self.problem(
+                f"isthmus_estate.clusters.{name}.site",
+                f"traffic of site {site} goes natively ({', '.join(matrix.name(pair) for pair in native)}), and the "
+                "cluster's control plane is in it",
+                "its nodes, which Kubernetes alone knows, take packets of the mesh through the tunnel only",
+                "name each of these pairs under isthmus_estate.site_pairs with routing: tunnel, or give the cluster a "
+                "site of its own",
+            )
+
+    def check_encryption_of(self, name: str, site: str, ways: Ways) -> None:
+        encrypted = _begun(site, ways)
+        if not encrypted:
+            return
+        pairs = ", ".join(matrix.name(pair) for pair in encrypted)
+        wanted = any(self.model.encryption.of(pair) == "wireguard" for pair in encrypted)
+        self.problem(
+            f"isthmus_estate.clusters.{name}.site",
+            f"traffic of site {site} is encrypted ({pairs}), and the cluster's control plane is in it",
+            "its nodes have no keys of WireGuard so far, and hosts that encrypt send them nothing in clear",
+            "name each of these pairs under isthmus_estate.site_pairs with encryption: none, or give the cluster a "
+            "site of its own and name that one's pairs"
+            if wanted
+            else "run isthmus.mesh.site without the cluster until encryption is turned off, or give it a site of its "
+            "own",
+        )
+
+    def tell_of_vpcs(self, name: str, site: str) -> None:
+        sites = [one.site for one in self.model.vpcs.sites.values() if not one.absent]
+        if site in sites:
+            held = f"what the VPC of site {site} lets in for these nodes and routes to them, and "
+        elif any(vpc.FIREWALL in one.manage for one in self.model.vpcs.sites.values() if not one.absent):
+            held = ""
+        else:
+            return
+        self.warnings.append(
+            f"cluster {name}: Kubernetes knows its nodes, the inventory does not, so VPCs (isthmus_estate.sites.*.vpc) "
+            f"open no port for them. Next: see yourself to {held}that hosts with a VPC let in what docs/ports.md says "
+            "from these nodes"
+        )
+
+    # VPCs
+
+    def vpcs(
+        self, present: Mapping[str, Mapping[str, Any]], running: _State, following: Iterable[_State]
     ) -> vpc.Planned:
         old = (self.record.roster or {}).get("vpcs")
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
-        both = (ways, native)
-        running = [{pair: now for pair, (now, _stages) in each.items() if now is not None} for each in both]
         # To what is lost nothing stays open.
-        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, *running)]
-        for number in range(max((len(stages) for each in both for _now, stages in each.values()), default=1)):
-            these = [
-                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
-            ]
-            states.append(self.vpc_state(present, *these))
+        states = [self.vpc_state({name: self.without_lost(doc) for name, doc in self.known.items()}, running)]
+        states += [self.vpc_state(present, state) for state in following]
         found = vpc.planned(self.model.vpcs, self.model.name, old, self.prune, states)
         self.orphans += found.orphans
         self.removed += found.removed
@@ -328,13 +416,9 @@ class _Planner:
         hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
         return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
-    def vpc_state(
-        self, documents: Mapping[str, Mapping[str, Any]], stages: Mapping[Pair, Stage], native: Mapping[Pair, Stage]
-    ) -> vpc.State:
+    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], state: _State) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
-        return vpc.State(
-            documents, lambda host: _Spec(self.model, documents, host, homes[host], stages, native).build()
-        )
+        return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], state).build())
 
     # Encryption and native routing
 
@@ -370,44 +454,59 @@ class _Planner:
             found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
         return found
 
+    def key_ways(self, stages: Mapping[Pair, tuple[Stage | None, ...]]) -> tuple[Keys, ...]:
+        """Which keys the record has, and those that this run goes through from there. They stay as they are while
+        encryption of a pair is turned on or off."""
+        now = encryption.keys_of((self.record.roster or {}).get("encryption"))
+        if not any(each[-1] for each in stages.values()):
+            if self.rotate:
+                self.problem(
+                    "isthmus.mesh.rotate_wireguard_keys",
+                    "no pair of sites of the inventory is encrypted by WireGuard",
+                    "there are no keys to be replaced",
+                    "say `encryption: wireguard` in the inventory first, if that is meant",
+                )
+            return now, now
+        changing = any(now_of not in (None, following[-1]) for now_of, *following in stages.values())
+        if changing or all(now_of in (None, Stage.PLAIN) for now_of, *_following in stages.values()):
+            if self.rotate or (changing and now.has_both):
+                self.warnings.append(
+                    "the keys of WireGuard are not replaced by this run, which turns encryption on or off. Next: run "
+                    "isthmus.mesh.rotate_wireguard_keys when that is done"
+                )
+            return now, now
+        return now, *encryption.rotation(now, self.rotate)
+
     def steps(
-        self, record: Record, present: Mapping[str, Mapping[str, Any]], ways: Ways, native: Ways
+        self, record: Record, present: Mapping[str, Mapping[str, Any]], states: Sequence[_State]
     ) -> Iterator[Step]:
         """Those after the first, which `record` has. Where a pair changes in both respects, both take each step
         together: what is sent natively in clear is sent so only while the other side takes it."""
-        both = (ways, native)
-        last = [_first(each) for each in both]
-        for number in range(1, max((len(stages) for each in both for _now, stages in each.values()), default=0)):
-            these = [
-                {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in each.items()} for each in both
-            ]
-            changing = [
-                {pair: stage for pair, stage in here.items() if stage is not before[pair]}
-                for here, before in zip(these, last)
-            ]
+        for last, state in zip(states, states[1:]):
+            stages, native = _changed(last.encryption, state.encryption), _changed(last.native, state.native)
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            for key, stages in zip(("encryption", "routing"), these):
+            for key in ("encryption", "routing"):
                 roster.pop(key, None)
-                roster.update(_filled(**{key: encryption.to_document(stages)}))
+            roster.update(state.documents())
             record = Record(roster, record.clusters)
+            replaced = [pair for pair, stage in state.encryption.items() if stage] if state.keys != last.keys else []
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
-                stages=changing[0],
-                native=changing[1],
-                waits=tuple(_hosts_of(present, {**changing[0], **changing[1]})),
-                proven=any(
-                    stage > before[pair] for each, before in zip(changing, last) for pair, stage in each.items()
-                ),
+                stages=stages,
+                native=native,
+                waits=tuple(_hosts_of(present, {*stages, *native, *replaced})),
+                proven=bool(replaced)
+                or any(stage > last.encryption[pair] for pair, stage in stages.items())
+                or any(stage > last.native[pair] for pair, stage in native.items()),
             )
-            last = these
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites = {*_sites_of(present), *self.model.sites}
-        stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
+        state = _state_of(roster, sites)
         return {
-            host.name: _Spec(self.model, present, host.name, present[host.cluster], stages, native).build()
+            host.name: _Spec(self.model, present, host.name, present[host.cluster], state).build()
             for host in self.model.hosts.values()
             if not host.absent
         }
@@ -502,6 +601,12 @@ class _Planner:
             for host in doc["hosts"]:
                 if f"host/{host}" in lost or f"cluster/{name}" in lost:
                     self.forgotten[host] = {"cluster": name, "at": format_time(self.now), "by": self.by}
+            if f"cluster/{name}" in lost and openings.is_in_cluster(doc):
+                self.warnings.append(
+                    f"cluster {name}: other clusters' etcd refuses what its registrars hold, as the user remote-{name} "
+                    "is deleted there; the certificates are not revoked. Next: give no other cluster that name within "
+                    "a year"
+                )
 
     def without_forgotten(self, model: Model, lost: set[str]) -> Model:
         """The model as if the inventory lacked what is forgotten, and clusters that cannot begin without it."""
@@ -509,6 +614,7 @@ class _Planner:
         def cannot_begin(cluster: Cluster) -> bool:
             return f"cluster/{cluster.name}" in lost or (
                 cluster.name not in self.known
+                and cluster.in_cluster is None
                 and (cluster.ca_host in self.forgotten or not set(cluster.etcd.hosts) - set(self.forgotten))
             )
 
@@ -579,6 +685,13 @@ class _Planner:
         for name, document in documents.items():
             departed = document.get("departed", [])
             if document["state"] == "absent" or document["ca_certificate"] is None or not (forgotten or departed):
+                continue
+            if openings.is_in_cluster(document):
+                self.warnings.append(
+                    f"cluster {name}: its authority is in the cluster and revokes nothing so far: certificates that it "
+                    f"gave to {', '.join(sorted({*forgotten, *departed}))} are good until they end. Next: replace "
+                    "what they read, or remove the cluster and join it anew"
+                )
                 continue
             yield {
                 "cluster": name,
@@ -813,6 +926,15 @@ class _Planner:
                         f"use {text} or a range around it; if Kubernetes was made anew with another one, take "
                         f"`kubernetes` out of the inventory with isthmus_prune=kubernetes/{cluster.name} first",
                     )
+        places = [doc.get("control_plane", "hosts"), "hosts" if cluster.in_cluster is None else "in_cluster"]
+        if places[0] != places[1]:
+            self.change_not_yet(
+                f"{where}.control_plane",
+                places[0],
+                places[1],
+                "its etcd and its authority's key would have to move",
+                f"put {places[0]} back; to move it, remove the cluster and add it anew",
+            )
         if cluster.ca_host is not None and cluster.ca_host != doc["ca_host"]:
             self.problem(
                 f"{where}.ca_host",
@@ -872,6 +994,12 @@ class _Planner:
         if f"cluster/{name}" in self.prune or (cluster is not None and cluster.absent):
             if running is not None:
                 self.removed.append(f"cluster/{name}")
+                if openings.is_in_cluster(running) and cluster is None:
+                    self.warnings.append(
+                        f"cluster {name}: its control plane is in it, and goes on there although nobody in the mesh "
+                        "knows it any more. Next: put it back into the inventory with state: absent and run "
+                        "isthmus.mesh.site, which takes everything of the mesh out of it"
+                    )
                 tombstone = {"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}
                 return self.stamped({**tombstone, **_filled(forgotten=self.forgotten_of(name))}, old)
             return self.kept(name, old)
@@ -888,6 +1016,8 @@ class _Planner:
             return self.kept(name, old)
         if running is not None:
             self.check_fixed(cluster, running)
+        if cluster.in_cluster is not None:
+            return self.stamped(self.in_cluster(cluster, cluster.in_cluster, running, old), old)
         hosts, released = self.hosts(cluster, running)
         members = self.members(cluster, running, hosts)
         if running is not None:
@@ -911,40 +1041,83 @@ class _Planner:
                 "nobody could sign certificates any more",
                 "keep the host, or remove the whole cluster",
             )
-        token = f"isthmus-{self.model.name}-{name}"
+        document = self.document(cluster, running, old)
+        document["ca_host"] = ca_host
+        document["etcd"] = {**document["etcd"], "initial": initial, "members": members}
+        document["hosts"] = {host: hosts[host] for host in sorted(hosts)}
+        document["released"] = released
+        return self.stamped(document, old)
+
+    def document(
+        self, cluster: Cluster, running: Mapping[str, Any] | None, old: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """A cluster's document, without what hosts of the inventory make of it."""
+        token = f"isthmus-{self.model.name}-{cluster.name}"
         if running is not None:
             token = running["etcd"]["token"]
         elif old is not None:
             token += f"-{old['revision']}"  # a new etcd under an old name must not be taken for the old one
-        document = {
+        return {
             "schema": SCHEMA,
-            "name": name,
+            "name": cluster.name,
             "id": cluster.id,
             "state": "present",
             "site": cluster.site,
             "workload_ranges": [str(network) for network in cluster.workload_ranges],
             "service_range": str(cluster.service_range),
             "node_prefix": cluster.node_prefix,
-            "ca_host": ca_host,
+            "ca_host": "",
             "ca_certificate": running.get("ca_certificate") if running is not None else None,
             "etcd": {
-                "initial": initial,
+                "initial": "",
                 "token": token,
-                "members": members,
+                "members": [],
                 "client_port": cluster.etcd.client_port,
                 "peer_port": cluster.etcd.peer_port,
                 "source": dict(cluster.etcd.source),
                 "quota_bytes": cluster.etcd.quota_bytes,
             },
-            "hosts": {host: hosts[host] for host in sorted(hosts)},
-            "released": released,
+            "hosts": {},
+            "released": [],
             **_filled(
-                forgotten=self.forgotten_of(name),
-                crl=self.lists.get(name) or (running.get("crl") if running is not None else None),
+                forgotten=self.forgotten_of(cluster.name),
+                crl=self.lists.get(cluster.name) or (running.get("crl") if running is not None else None),
                 kubernetes=self.kubernetes(cluster, running),
             ),
         }
-        return self.stamped(document, old)
+
+    def in_cluster(
+        self,
+        cluster: Cluster,
+        wanted: InCluster,
+        running: Mapping[str, Any] | None,
+        old: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The document of a cluster whose control plane is in it: its nodes are its registrar's to know."""
+        where, before = f"isthmus_estate.clusters.{cluster.name}", (running or {}).get("etcd", {}).get("replicas")
+        if before not in (None, wanted.replicas):
+            self.change_not_yet(
+                f"{where}.etcd.replicas",
+                before,
+                wanted.replicas,
+                "members of a running etcd come and go one by one",
+                f"put {before} back",
+            )
+        document = self.document(cluster, running, old)
+        document["control_plane"] = "in_cluster"
+        document["etcd"]["replicas"] = wanted.replicas
+        exposed = self.exposed.get(cluster.name) or (running or {}).get("exposed")
+        for text in () if exposed is None else exposed["addresses"]:
+            for other in self.model.clusters.values():
+                for network in other.ranges:
+                    if IPv4Address(text) in network:
+                        self.problem(
+                            f"{where}.expose",
+                            f"its etcd got the address {text}, which lies in {network} of cluster {other.name}",
+                            "what is known of the cluster makes the mesh, so its etcd must be reached without it",
+                            "have it exposed at an address of the underlay",
+                        )
+        return {**document, **_filled(exposed=exposed)}
 
     def keeps_kubernetes(self, cluster: Cluster) -> bool:
         """Whether the inventory lacks a Kubernetes cluster that the record has, and that is not to go."""
@@ -1283,12 +1456,7 @@ class _Planner:
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
     def roster(
-        self,
-        documents: Mapping[str, Mapping[str, Any]],
-        stages: Mapping[Pair, Stage],
-        native: Mapping[Pair, Stage],
-        vpcs: vpc.Planned,
-        speaking: Speaking,
+        self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned, speaking: Speaking
     ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
@@ -1322,12 +1490,8 @@ class _Planner:
             "version": self.version,
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
-            **_filled(
-                encryption=encryption.to_document(stages),
-                routing=encryption.to_document(native),
-                vpcs=vpcs.document,
-                bgp=list(speaking.sites),
-            ),
+            **state.documents(),
+            **_filled(vpcs=vpcs.document, bgp=list(speaking.sites)),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1361,6 +1525,11 @@ class _Planner:
         return found
 
 
+def _begun(site: str, ways: Ways) -> list[Pair]:
+    """Pairs of a site for which something else than PLAIN is, or is being turned on or off."""
+    return [pair for pair, (now, stages) in ways.items() if site in pair and any((now, *stages))]
+
+
 class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
@@ -1370,63 +1539,38 @@ class _Spec:
         present: Mapping[str, Any],
         name: str,
         own: Mapping[str, Any],
-        stages: Mapping[Pair, Stage],
-        native: Mapping[Pair, Stage],
+        state: _State,
     ) -> None:
         self.model = model
         self.present = present
         self.name = name
         self.own = own
-        self.stages = stages
-        self.native_stages = native
+        self.state = state
+        self.shared = _Shared(model, present, own)
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
 
     def build(self) -> dict[str, Any]:
-        own = self.own
+        own, shared = self.own, self.shared.build(self.host.get("kubernetes_node") is not None)
         document: dict[str, Any] = {
-            "schema": spec.SCHEMA,
-            "estate": self.model.name,
+            "schema": shared["schema"],
+            "estate": shared["estate"],
             "host": self.name,
-            "cluster": {
-                "name": own["name"],
-                "id": own["id"],
-                "max_clusters": self.model.max_clusters,
-                "site": own["site"],
-                "workload_ranges4": list(own["workload_ranges"]),
-                "service_range4": own["service_range"],
-                **_filled(kubernetes=self.kubernetes()),
-            },
+            "cluster": shared["cluster"],
             "node": {
                 "name": self.name,
                 **{key: self.host[key] for key in ("underlay4", "advertise4", "range4", "mesh4", "labels")},
                 **_filled(kubernetes_node=self.host.get("kubernetes_node")),
             },
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
-            "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
-            "dns": {"domain": self.model.domain},
-            "service_ranges4": [
-                text
-                for _name, doc in sorted(self.present.items())
-                for text in (doc["service_range"], *self.foreign_cluster_ips(doc))
-            ],
-            "mesh_ranges4": [
-                text
-                for name, doc in sorted(self.present.items())
-                for text in (*doc["workload_ranges"], *(_pod_ranges(doc) if name != own["name"] else ()))
-            ],
-            "etcd": {
-                "endpoints": self.endpoints(),
-                "ca": _trust(own["name"]),
-                "cert": f"{PKI}/agent.crt",
-                "key": f"{PKI}/agent.key",
-            },
+            **{key: shared[key] for key in ("overlay", "dns", "service_ranges4", "mesh_ranges4")},
+            "etcd": _etcd_clients(own, self.endpoints()),
             "member": self.etcd_member() if self.member else None,
-            "registrar": self.registrar() if self.member else None,
+            "registrar": self.shared.registrar(self.api()) if self.member else None,
             "pki": {
                 "ca": {"cluster": own["name"], "host": own["ca_host"], "here": own["ca_host"] == self.name},
                 "certificates": list(self.certificates()),
-                "trust": [own["name"], *(self.peers() if self.member else ())],
+                "trust": [own["name"], *(self.shared.peers() if self.member else ())],
             },
             **_filled(wireguard=self.wireguard(), native=self.native()),
         }
@@ -1435,13 +1579,13 @@ class _Spec:
 
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
-        mine = self.mine(self.stages)
+        mine = self.mine(self.state.encryption)
         if not any(mine.get(site) for site in _sites_of(self.present)):
             return None
         changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
         return {
-            "key": f"{PKI}/wireguard.key",
-            "port": spec.WIREGUARD_PORT,
+            **_tunnel(self.state.keys.sends),
+            **_filled(second=_tunnel(1 - self.state.keys.sends) if self.state.keys.has_both else None),
             "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
             "sites": self.sites(),
             **_filled(changing=changing),
@@ -1449,7 +1593,7 @@ class _Spec:
 
     def native(self) -> dict[str, Any] | None:
         """None where the tunnel leads from the host to all others."""
-        mine = self.mine(self.native_stages)
+        mine = self.mine(self.state.native)
         if not any(mine.get(site) for site in _sites_of(self.present)):
             return None
         return {"sites": self.sites(), "stages": {site: stage.word for site, stage in sorted(mine.items()) if stage}}
@@ -1467,19 +1611,12 @@ class _Spec:
     def sites(self) -> dict[str, str]:
         return {name: doc["site"] for name, doc in sorted(self.present.items())}
 
-    def kubernetes(self) -> dict[str, Any] | None:
+    def api(self) -> dict[str, str] | None:
+        """How the registrar reaches its Kubernetes."""
         if "kubernetes" not in self.own:
             return None
-        (cluster_ips,) = _cluster_ips(self.own)
-        found = {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
-        if "identity_labels" in self.own["kubernetes"]:
-            found["identity_labels"] = self.own["kubernetes"]["identity_labels"]
-        return found
-
-    def foreign_cluster_ips(self, doc: Mapping[str, Any]) -> list[str]:
-        """ClusterIPs that only the mesh makes reachable on this host; on a cluster's own nodes kube-proxy does."""
-        node = doc["name"] == self.own["name"] and self.host.get("kubernetes_node") is not None
-        return [] if node else _cluster_ips(doc)
+        files = {key: f"{PKI}/kubernetes.{end}" for key, end in (("ca", "ca"), ("cert", "crt"), ("key", "key"))}
+        return {"server": self.own["kubernetes"]["api_server"], **files}
 
     def workload(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         namespace, _slash, name = key.partition("/")
@@ -1491,9 +1628,6 @@ class _Spec:
             "address4": entry["address4"],
             "cgroup": dict(entry["cgroup"]),
         }
-
-    def peers(self) -> list[str]:
-        return [name for name in sorted(self.present) if name != self.own["name"]]
 
     def endpoints(self) -> list[str]:
         """Of the own cluster: its own member first, then those of its own site."""
@@ -1527,34 +1661,6 @@ class _Spec:
             "quota_bytes": etcd["quota_bytes"],
         }
 
-    def registrar(self) -> dict[str, Any]:
-        peers = []
-        for name in self.peers():
-            doc = self.present[name]
-            members, port = doc["etcd"]["members"], doc["etcd"]["client_port"]
-            peers.append(
-                {
-                    "name": name,
-                    "id": doc["id"],
-                    "workload_ranges4": [*doc["workload_ranges"], *_pod_ranges(doc)],
-                    "service_range4": doc["service_range"],
-                    "endpoints": [f"https://{doc['hosts'][member]['advertise4']}:{port}" for member in members],
-                    "ca": _trust(name),
-                    "cert": f"{PKI}/peer-{name}.crt",
-                    "key": f"{PKI}/peer-{name}.key",
-                }
-            )
-        api = None
-        if "kubernetes" in self.own:
-            files = {key: f"{PKI}/kubernetes.{end}" for key, end in (("ca", "ca"), ("cert", "crt"), ("key", "key"))}
-            api = {"server": self.own["kubernetes"]["api_server"], **files}
-        return {
-            "cert": f"{PKI}/registrar.crt",
-            "key": f"{PKI}/registrar.key",
-            "peers": peers,
-            **_filled(kubernetes=api),
-        }
-
     def certificates(self) -> Iterator[dict[str, Any]]:
         yield self.certificate("agent", f"isthmus-agent-{self.name}")
         if not self.member:
@@ -1577,7 +1683,7 @@ class _Spec:
             ("registrar", "isthmus-registrar"),
         ):
             yield self.certificate(name, cn)
-        for peer in self.peers():
+        for peer in self.shared.peers():
             yield {
                 **self.certificate(f"peer-{peer}", f"remote-{self.own['name']}"),
                 "ca_cluster": peer,
@@ -1597,14 +1703,180 @@ class _Spec:
         }
 
 
+class _Shared:
+    """What the specs of all hosts of one cluster have in common."""
+
+    def __init__(self, model: Model, present: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        self.model = model
+        self.present = present
+        self.own = own
+
+    def build(self, on_node: bool) -> dict[str, Any]:
+        """`on_node`: for a node of the Kubernetes cluster that the cluster is."""
+        own = self.own
+        return {
+            "schema": spec.SCHEMA,
+            "estate": self.model.name,
+            "cluster": {
+                "name": own["name"],
+                "id": own["id"],
+                "max_clusters": self.model.max_clusters,
+                "site": own["site"],
+                "workload_ranges4": list(own["workload_ranges"]),
+                "service_range4": own["service_range"],
+                **_filled(kubernetes=self.kubernetes()),
+            },
+            "overlay": {"port": self.model.overlay_port, "mtu": self.model.overlay_mtu},
+            "dns": {"domain": self.model.domain},
+            # ClusterIPs that only the mesh makes reachable; on a cluster's own nodes kube-proxy does.
+            "service_ranges4": [
+                text
+                for name, doc in sorted(self.present.items())
+                for text in (doc["service_range"], *(() if on_node and name == own["name"] else _cluster_ips(doc)))
+            ],
+            "mesh_ranges4": [
+                text
+                for name, doc in sorted(self.present.items())
+                for text in (*doc["workload_ranges"], *(_pod_ranges(doc) if name != own["name"] else ()))
+            ],
+        }
+
+    def kubernetes(self) -> dict[str, Any] | None:
+        if "kubernetes" not in self.own:
+            return None
+        (cluster_ips,) = _cluster_ips(self.own)
+        found = {"pod_ranges4": _pod_ranges(self.own), "service_range4": cluster_ips}
+        if "identity_labels" in self.own["kubernetes"]:
+            found["identity_labels"] = self.own["kubernetes"]["identity_labels"]
+        return found
+
+    def peers(self) -> list[str]:
+        """Those whose etcd is somewhere already."""
+        return [name for name, doc in sorted(self.present.items()) if name != self.own["name"] and _peer_urls(doc)]
+
+    def registrar(self, api: Mapping[str, str] | None) -> dict[str, Any]:
+        peers = []
+        for name in self.peers():
+            doc = self.present[name]
+            peers.append(
+                {
+                    "name": name,
+                    "id": doc["id"],
+                    "workload_ranges4": [*doc["workload_ranges"], *_pod_ranges(doc)],
+                    "service_range4": doc["service_range"],
+                    "endpoints": _peer_urls(doc),
+                    "ca": _trust(name),
+                    "cert": f"{PKI}/peer-{name}.crt",
+                    "key": f"{PKI}/peer-{name}.key",
+                }
+            )
+        return {
+            "cert": f"{PKI}/registrar.crt",
+            "key": f"{PKI}/registrar.key",
+            "peers": peers,
+            **_filled(kubernetes=api),
+        }
+
+
+def _in_cluster(model: Model, present: Mapping[str, Any], cluster: Cluster, wanted: InCluster) -> dict[str, Any]:
+    """What is installed into a cluster whose control plane is in it. `document` is its cluster document
+    (docs/architecture.md), `trust` are the certificates of authorities by cluster, as far as there are some."""
+    own = present[cluster.name]
+    shared = _Shared(model, present, own)
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"
+    document = {
+        "kind": spec.CLUSTER_KIND,
+        **shared.build(on_node=True),
+        "etcd": _etcd_clients(own, [f"https://{own['exposed']['cluster_ip']}:{own['etcd']['client_port']}"])
+        if "exposed" in own
+        else None,
+        "registrar": shared.registrar(
+            {
+                "server": own["kubernetes"]["api_server"],
+                "ca": f"{account}/ca.crt",
+                "token": f"{account}/token",
+            }
+        ),
+    }
+    document["hash"] = spec.spec_hash(document)
+    expose = wanted.expose
+    return {
+        "estate": model.name,
+        "cluster": cluster.name,
+        "entry": model.entries.get(cluster.name),
+        "etcd": {
+            "replicas": wanted.replicas,
+            "storage_class": wanted.storage_class,
+            "storage": wanted.storage,
+            "quota_bytes": own["etcd"]["quota_bytes"],
+            "token": own["etcd"]["token"],
+        },
+        "expose": {
+            "type": expose.type,
+            "provider": expose.provider,
+            "scope": expose.scope,
+            "source_ranges": [str(network) for network in expose.source_ranges],
+            "annotations": dict(expose.annotations),
+            "node_port": expose.node_port,
+            "hosts": list(expose.hosts),
+        },
+        "document": document,
+        "trust": {
+            name: doc["ca_certificate"]
+            for name, doc in sorted(present.items())
+            if doc["ca_certificate"] is not None and (name == cluster.name or name in shared.peers())
+        },
+    }
+
+
+def _etcd_clients(own: Mapping[str, Any], endpoints: list[str]) -> dict[str, Any]:
+    """How agents reach their etcd."""
+    return {
+        "endpoints": endpoints,
+        "ca": _trust(own["name"]),
+        "cert": f"{PKI}/agent.crt",
+        "key": f"{PKI}/agent.key",
+    }
+
+
+def _peer_urls(document: Mapping[str, Any]) -> list[str]:
+    """Where other clusters dial its etcd; nowhere while one that is in its cluster was not exposed yet."""
+    if openings.is_in_cluster(document):
+        return list(document.get("exposed", {"endpoints": ()})["endpoints"])
+    port = document["etcd"]["client_port"]
+    return [f"https://{document['hosts'][member]['advertise4']}:{port}" for member in document["etcd"]["members"]]
+
+
 def _filled(**entries: Any) -> dict[str, Any]:
     """Those that say anything: a document without them stays as it was written before there were such."""
     return {name: value for name, value in entries.items() if value}
 
 
-def _first(ways: Ways) -> dict[Pair, Stage]:
-    """Where each pair is after the first step."""
-    return {pair: stages[0] for pair, (_now, stages) in ways.items()}
+def _running(ways: Ways) -> dict[Pair, Stage]:
+    """Where each pair is that has traffic."""
+    return {pair: now for pair, (now, _stages) in ways.items() if now is not None}
+
+
+def _changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair, Stage]:
+    return {pair: stage for pair, stage in now.items() if stage is not last[pair]}
+
+
+def _states(ways: Ways, native: Ways, keys: Sequence[Keys]) -> list[_State]:
+    """What is so after each step. What has come to its end before the others stands."""
+
+    def after(number: int, found: Ways) -> dict[Pair, Stage]:
+        return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
+
+    lengths = [len(stages) for found in (ways, native) for _now, stages in found.values()]
+    return [
+        _State(after(number, ways), after(number, native), keys[min(number, len(keys) - 1)])
+        for number in range(max([*lengths, len(keys)]))
+    ]
+
+
+def _state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> _State:
+    stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
+    return _State(stages, native, encryption.keys_of(roster.get("encryption")))
 
 
 def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -1615,6 +1887,10 @@ def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
 def _hosts_of(documents: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]) -> list[str]:
     sites = {site for pair in pairs for site in pair}
     return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
+
+
+def _tunnel(number: int) -> dict[str, Any]:
+    return {"key": f"{PKI}/{spec.WIREGUARD_KEYS[number]}", "port": spec.WIREGUARD_PORTS[number]}
 
 
 def _pod_ranges(document: Mapping[str, Any]) -> list[str]:
@@ -1653,12 +1929,17 @@ def _lines(record: Record) -> dict[str, str]:
         source = etcd["source"]["type"]
         found[f"cluster {name}"] = (
             f"id {doc['id']}, site {doc['site']}, workloads {', '.join(doc['workload_ranges'])}, "
-            f"services {doc['service_range']}, CA on {doc['ca_host']}"
+            f"services {doc['service_range']}, CA " + (f"on {doc['ca_host']}" if doc["ca_host"] else "in the cluster")
         )
         found[f"etcd of cluster {name}"] = (
             f"members {', '.join(etcd['members'])}, ports {etcd['client_port']} and {etcd['peer_port']}, "
             f"from {source}, quota {etcd['quota_bytes']} bytes"
         )
+        if openings.is_in_cluster(doc):
+            found[f"etcd of cluster {name}"] = (
+                f"{etcd['replicas']} members in the cluster, for peers at "
+                f"{', '.join(_peer_urls(doc)) or 'an address that is not known yet'}, quota {etcd['quota_bytes']} bytes"
+            )
         if "kubernetes" in doc:
             outer = doc["kubernetes"]
             found[f"Kubernetes of cluster {name}"] = (
@@ -1693,6 +1974,9 @@ def _lines(record: Record) -> dict[str, str]:
                 if stage is not Stage.PLAIN:
                     name = f"within site {one}" if one == other else f"between sites {one} and {other}"
                     found[f"{key} {name}"] = words[stage]
+        keys = encryption.keys_of(roster.get("encryption"))
+        if keys != Keys():
+            found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
         found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
     return found

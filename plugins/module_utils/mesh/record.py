@@ -39,11 +39,15 @@ joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). `ku
 cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`. `departed` are
 removed hosts, of any cluster, that carried an etcd member and whose certificates this cluster's CA has
 still to revoke. A document may lack all four; `identity_labels` lacks where Cilium's default filter alone counts.
-`ca_certificate` is a public PEM, added by `site` once the CA
-exists, without a new revision; the planner keeps it. While the authority is being replaced it holds two
-certificates, the one that signs first, and each change of them is a new revision. Otherwise `revision`
-rises by one with each change of a document. The roster's `version` is that of the isthmus.mesh that was
-applied last; records of before it lack it.
+A cluster whose control plane is in it has `"control_plane": "in_cluster"`, no hosts (its nodes are dealt with by
+its registrar), no members but `"replicas"` under `etcd`,
+an empty `ca_host`, and once its etcd was exposed `"exposed": {"endpoints": ["https://198.18.6.200:2379"],
+"cluster_ip": "10.98.0.7", "addresses": ["198.18.6.200"], "names": [], "nodes": []}`: where peers and where
+its own pods dial it, what else its certificate names, nodes that were chosen for it. `ca_certificate` is a
+public PEM, added by `site` once the CA exists, without a new revision; the planner keeps it. While the
+authority is being replaced it holds two certificates, the one that signs first, and each change of them is
+a new revision. Otherwise `revision` rises by one with each change of a document. The roster's `version` is
+that of the isthmus.mesh that was applied last; records of before it lack it.
 
 A cluster's document is authoritative in its own etcd; what others hold is a copy.
 """
@@ -60,7 +64,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
-from .encryption import STAGES
+from .encryption import CHANGING, STAGES
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -275,6 +279,11 @@ def _check(where: str, name: str, document: Any) -> int:
             for stage in (stages.text("all", None), *stages.text_mapping("pairs").values()):
                 if stage not in STAGES:
                     fields.fail(key, f"has a stage that is not one of {', '.join(STAGES)}")
+            if key == "encryption" and "keys" in stages.value:
+                keys = stages.object("keys")
+                keys.integer("number", 1, default=None)
+                if keys.optional_text("stage") not in (None, *CHANGING):
+                    keys.fail("stage", f"is not one of {', '.join(CHANGING)}")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
         fields.texts("bgp")
@@ -320,6 +329,14 @@ def _check(where: str, name: str, document: Any) -> int:
     etcd.integer("quota_bytes", UINT64, default=None, minimum=1)
     etcd.object("source").text("type", None)
     etcd.text_mapping("source")
+    if fields.value.get("control_plane") == "in_cluster":
+        etcd.integer("replicas", 7, default=None, minimum=1)
+    if "exposed" in fields.value:
+        exposed = fields.object("exposed")
+        _there(exposed, "endpoints", "addresses", "names")
+        for name in ("endpoints", "addresses", "names"):
+            exposed.texts(name)
+        exposed.address4("cluster_ip")
     for released in fields.objects("released"):
         released.network4("address")
         parse_time(released.text("at", None), released.path("at"))

@@ -598,6 +598,8 @@ _CGROUP_PATH = Text(
     "it names the workload's cgroup",
     4096,
 )
+IN_CLUSTER_API = "https://kubernetes.default.svc"
+"""The API server as pods reach it."""
 _API_SERVER = Text(
     r"https://([A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?/?",
     "an https URL of a host and a port, such as https://192.0.2.7:6443",
@@ -612,7 +614,10 @@ _IDENTITY_LABEL = LabelPattern(
 _KUBERNETES_NODE = Text(
     _SUBDOMAIN, "a name of a Kubernetes node (RFC 1123 labels joined by '.')", "Kubernetes accepts no other", 253
 )
+_STORAGE_CLASS = Text(_SUBDOMAIN, "a name of a StorageClass (RFC 1123 labels joined by '.')", "volumes are asked of it")
+_QUANTITY = Text("[1-9][0-9]{0,5}(Mi|Gi|Ti)", "an amount such as 8Gi", "Kubernetes gives a volume of that size", 9)
 _ARCHIVE_URL = Text(r"https?://[!-~]+", "an http or https URL", "the archive is fetched from it", 2048)
+_ANNOTATION = Text(r"[ -~]*", "a text of printable ASCII characters", "it is an annotation's value", 4096)
 _FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archive is read from it", 4096)
 _SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
 _WORKLOAD_REF = Text(rf"{_SUBDOMAIN}/{_LABEL}", "'<host>/<workload>'", "a backend is one workload of one host", 130)
@@ -747,9 +752,15 @@ ETCD = Table(
     {
         "hosts": Key(
             Listing(HOST_NAME),
-            "Hosts of this cluster that carry its etcd members: 1 to 7, an odd number.",
+            "Hosts of this cluster that carry its etcd members: 1 to 7, an odd number. With `in_cluster` the one host "
+            "of the inventory that stands for the pods of etcd.",
             (),
         ),
+        "replicas": Key(Choice((1, 3, 5)), "With `in_cluster`: pods that carry its etcd members.", None, "3"),
+        "storage_class": Key(
+            _STORAGE_CLASS, "With `in_cluster`: StorageClass of the members' volumes.", None, "the cluster's default"
+        ),
+        "storage": Key(_QUANTITY, "With `in_cluster`: size of each member's volume.", None, "8Gi"),
         "client_port": Key(_PORT, "TCP port for clients.", 2379),
         "peer_port": Key(_PORT, "TCP port among members.", 2380),
         "source": Key(ETCD_SOURCE, "Where etcd comes from.", None, "`{type: package}`"),
@@ -761,13 +772,52 @@ ETCD = Table(
     },
 )
 
+EXPOSE = Table(
+    "expose section",
+    {
+        "type": Key(
+            Choice(("load_balancer", "node_port", "host")),
+            "`load_balancer`: a Service of that type. `node_port`: a port of nodes. `host`: the members' own nodes.",
+            "load_balancer",
+        ),
+        "provider": Key(
+            Choice(("aws", "google", "azure", "metallb", "none")),
+            "Whose annotations a load balancer gets, besides those of `annotations`.",
+            "none",
+        ),
+        "scope": Key(
+            Choice(("internal", "external")),
+            "`internal`: an address of the private network. `external`: a public one, with `source_ranges`.",
+            "internal",
+        ),
+        "source_ranges": Key(
+            Listing(Range(8, 32, "only peers are to reach the etcd")), "Who may dial a load balancer.", ()
+        ),
+        "annotations": Key(
+            Mapped(Text(r"[!-~]+", "an annotation's name", "Kubernetes accepts no other"), _ANNOTATION, "annotations"),
+            "Further annotations of the Service.",
+            {},
+        ),
+        "node_port": Key(
+            Integer(1, 65535, _PORT_WHY), "Port on the nodes, with `node_port`.", None, "one that Kubernetes gives"
+        ),
+        "hosts": Key(
+            Listing(_KUBERNETES_NODE),
+            "Names of the nodes that peers dial, with `node_port`, or that the members run on, with `host`.",
+            (),
+            "chosen once",
+        ),
+    },
+)
+
 KUBERNETES = Table(
     "kubernetes section",
     {
         "api_server": Key(
             _API_SERVER,
-            "URL of the API server as the cluster's etcd hosts reach it, where the registrar runs.",
-            REQUIRED,
+            "URL of the API server as the cluster's etcd hosts reach it, where the registrar runs; needed on `hosts`.",
+            None,
+            f"with `in_cluster` {IN_CLUSTER_API}",
         ),
         "pod_ranges": Key(
             Listing(Range(8, 28), 1),
@@ -806,8 +856,9 @@ CLUSTER = Table(
         ),
         "site": Key(LABEL, "Site of its hosts.", None, "the cluster's name"),
         "control_plane": Key(
-            Choice(("hosts",), {"in_cluster": "etcd runs on hosts of the inventory so far"}),
-            "Where etcd and registrar run.",
+            Choice(("hosts", "in_cluster")),
+            "Where etcd and registrar run: on `hosts` of the inventory, or in the Kubernetes cluster that it is, whose "
+            "nodes Ansible does not enter.",
             "hosts",
         ),
         "workload_ranges": Key(
@@ -827,6 +878,7 @@ CLUSTER = Table(
             KUBERNETES, "The Kubernetes cluster that this cluster is.", None, "none: a cluster of machines"
         ),
         "etcd": Key(ETCD, "The cluster's etcd.", None, "no members"),
+        "expose": Key(EXPOSE, "With `in_cluster`: how peers reach its etcd.", None, "`{type: load_balancer}`"),
         "ca_host": Key(HOST_NAME, "Host that keeps the cluster's CA.", None, "the first of `etcd.hosts`"),
         "peers": Key(
             AllOr(Listing(CLUSTER_NAME)),
@@ -1061,6 +1113,7 @@ PLAY_VARIABLES = {
     "isthmus_backup_dir": "Directory on the controller where `backup` keeps what it makes.",
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
     "isthmus_restore": "Cluster that `restore` restores.",
+    "isthmus_rotate_wireguard_keys": "`true`: `site` and `plan` do what `rotate_wireguard_keys` does (encryption.md).",
     "isthmus_replace_authority": "Cluster whose certificate authority `replace_authority` replaces.",
     "isthmus_restore_from": "Time of the backup to restore (the name of its directory); by default the newest.",
     "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",
@@ -1076,6 +1129,12 @@ PLAY_VARIABLES = {
     "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "
     "the environment there says (K8S_AUTH_*, KUBECONFIG), or ~/.kube/config.",
     "isthmus_kubeconfig_context": "Of a host or group: context in that kubeconfig; else its current one.",
+    "isthmus_image": "With `control_plane: in_cluster`: registry, name and tag of the image that pods use.",
+    "isthmus_image_archive": "The archive of `make image` on the controller, which is pushed there; else it is there.",
+    "isthmus_image_username": "User of that registry; else what `skopeo login` left.",
+    "isthmus_image_password": "Their password or token, from a vault.",
+    "isthmus_image_ca_certificates": "Directory with the authority (ca.crt) of a registry that is not publicly known.",
+    "isthmus_image_import": "Hosts of the inventory that import the archive into containerd; nothing is pushed then.",
     "isthmus_bundles": "List of further directories on the controller with bundles of the agent.",
     "isthmus_bundle_python": "Interpreter of the agent on the host, instead of the newest that a bundle fits.",
 }

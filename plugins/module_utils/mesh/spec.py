@@ -8,7 +8,7 @@ are named by path. `NodeSpec.from_dict` raises `SpecError` that names the field.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -24,8 +24,17 @@ OVERLAY_OVERHEAD = 50
 """Bytes of VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14."""
 WIREGUARD_OVERHEAD = 80
 """Bytes: outer IP up to 40, UDP 8, header 16, tag 16. What Cilium counts, so both ends agree."""
+CLUSTER_KIND = "cluster"
+"""`kind` of a document that all pods of a cluster share; a host's spec has none."""
+
 WIREGUARD_PORT = 51871
 """UDP port of WireGuard between nodes: Cilium's, which its nodes cannot change."""
+WIREGUARD_PORTS = (WIREGUARD_PORT, WIREGUARD_PORT + 1)
+"""By a key's number (encryption.Keys)."""
+WIREGUARD_DEVICES = ("isthmus-wg0", "isthmus-wg1")
+WIREGUARD_UNITS = ("isthmus-wireguard.service", "isthmus-wireguard-1.service")
+"""Of wireguard-go, where the kernel has no WireGuard."""
+WIREGUARD_KEYS = ("wireguard.key", "wireguard-1.key")
 
 CGROUP_KINDS = ("unit", "slice", "path")
 
@@ -114,18 +123,35 @@ class OverlaySpec:
 
 
 @dataclass(frozen=True)
-class WireGuardSpec:
-    """Overlay packets to and from other nodes go through WireGuard (`port` is UDP), except those of `plain_sites`.
-
-    `key` is the path of the host's private key. `sites` is the site of a cluster's nodes, for those that publish none
-    of their own; a node whose site is not known is in no plain site. `changing` are those of the other sites with which
-    encryption is being turned on or off."""
+class TunnelSpec:
+    """A WireGuard device: `key` is the path of the host's private key, `port` is UDP and tells the device's name."""
 
     key: str
     port: int
+
+    @property
+    def device(self) -> str:
+        return WIREGUARD_DEVICES[WIREGUARD_PORTS.index(self.port)]
+
+
+@dataclass(frozen=True)
+class WireGuardSpec:
+    """Overlay packets to and from other nodes go through WireGuard, except those of `plain_sites`: by `tunnel`; what
+    comes through the `second` one, which is there while keys are replaced, is taken as well.
+
+    `sites` is the site of a cluster's nodes, for those that publish none of their own; a node whose site is not known
+    is in no plain site. `changing` are those of the other sites with which encryption is being turned on or off."""
+
+    tunnel: TunnelSpec
+    second: TunnelSpec | None
     plain_sites: frozenset[str]
     sites: Mapping[str, str]
     changing: Mapping[str, Stage] = field(default_factory=dict)
+
+    @property
+    def tunnels(self) -> tuple[TunnelSpec, ...]:
+        """The one that is sent through is the first."""
+        return (self.tunnel,) if self.second is None else (self.tunnel, self.second)
 
     def stage(self, site: str | None) -> Stage:
         """Of this host with the nodes of a site; None: it is not known."""
@@ -193,12 +219,14 @@ class PeerSpec:
 
 @dataclass(frozen=True)
 class KubernetesApiSpec:
-    """How the registrar reaches the API server of its cluster: a URL and paths of PEM files."""
+    """How the registrar reaches the API server of its cluster: a URL and paths of PEM files, or with `token` the path
+    of a service account's token, in the cluster itself."""
 
     server: str
     ca: str
-    cert: str
-    key: str
+    cert: str = ""
+    key: str = ""
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -246,13 +274,15 @@ class PkiSpec:
 
 
 @dataclass(frozen=True)
-class NodeSpec:
+class MeshSpec:
+    """What a host, or a pod of the control plane (`host` is its name), knows of the mesh and of its cluster.
+
+    `in_cluster`: the control plane runs in the Kubernetes cluster, whose nodes are in the mesh without the record."""
+
     estate: str
     host: str
     hash: str
     cluster: ClusterSpec
-    node: HostSpec
-    workloads: tuple[WorkloadSpec, ...]
     overlay: OverlaySpec
     dns_domain: str
     service_ranges4: tuple[IPv4Network, ...]
@@ -260,7 +290,15 @@ class NodeSpec:
     etcd: EtcdSpec
     member: MemberSpec | None
     registrar: RegistrarSpec | None
-    pki: PkiSpec
+    in_cluster: bool
+
+
+@dataclass(frozen=True)
+class NodeSpec(MeshSpec):
+    node: HostSpec
+    workloads: tuple[WorkloadSpec, ...]
+    pki: PkiSpec | None
+    """None on a node whose keys are its cluster's to make: Ansible does not enter it."""
     wireguard: WireGuardSpec | None = None
     """None: nothing is encrypted, and the host has no key."""
     native: NativeSpec | None = None
@@ -273,27 +311,13 @@ class NodeSpec:
         The hash is not checked: `spec_hash` tells whether the content is still what was planned.
         """
         top = Fields(document, SpecError)
-        schema = top.integer("schema", UINT16, default=None)
-        if schema != SCHEMA:
-            other, writer = ("newer", "a newer") if schema > SCHEMA else ("older", "an older")
-            raise SpecError(
-                f"schema {schema} is {other} than {SCHEMA}, the one that this version reads: {writer} isthmus.mesh "
-                "wrote it"
-            )
         return cls(
-            estate=top.text("estate", None),
+            **_mesh(top),
             host=top.text("host", None),
-            hash=top.text("hash", None),
-            cluster=_cluster(top.object("cluster")),
             node=_host(top.object("node")),
             workloads=tuple(_workload(entry) for entry in top.objects("workloads")),
-            overlay=_overlay(top.object("overlay")),
-            dns_domain=top.object("dns").text("domain", None),
-            service_ranges4=top.networks4("service_ranges4"),
-            mesh_ranges4=top.networks4("mesh_ranges4"),
-            etcd=_etcd(top.object("etcd")),
             member=None if top.value.get("member") is None else _member(top.object("member")),
-            registrar=None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
+            in_cluster=False,
             pki=_pki(top.object("pki")),
             wireguard=None if top.value.get("wireguard") is None else _wireguard(top.object("wireguard")),
             native=None if top.value.get("native") is None else _native(top.object("native")),
@@ -302,6 +326,67 @@ class NodeSpec:
     @classmethod
     def from_json(cls, text: str | bytes) -> NodeSpec:
         return cls.from_dict(jsontext.loads(text, SpecError))
+
+
+class ClusterDocument:
+    """What all pods of a cluster share whose control plane is in it: a spec without what is one host's.
+
+    SpecError when it is malformed or of another schema."""
+
+    def __init__(self, text: str | bytes) -> None:
+        document = jsontext.loads(text, SpecError)
+        self._shared = _mesh(Fields(document, SpecError))
+        self._shared["hash"] = spec_hash(document)  # of what is really there
+        self.estate: str = self._shared["estate"]
+        self.cluster: ClusterSpec = self._shared["cluster"]
+        self.etcd: EtcdSpec = self._shared["etcd"]
+
+    def of_pod(self, name: str) -> MeshSpec:
+        """The spec of a pod of the control plane."""
+        return MeshSpec(**self._shared, host=name, member=None, in_cluster=True)
+
+    def of_node(self, node: HostSpec) -> NodeSpec:
+        """The spec of the agent on a node; its hash counts what is the node's too."""
+        content = {"document": self._shared["hash"], "node": _text_of(node)}
+        return NodeSpec(
+            **{**self._shared, "registrar": None, "hash": spec_hash(content)},
+            host=node.name,
+            member=None,
+            in_cluster=True,
+            node=node,
+            workloads=(),
+            pki=None,
+        )
+
+
+def is_cluster_document(text: str | bytes) -> bool:
+    """Whether it is a cluster's document and not a host's spec. SpecError when it is no JSON object."""
+    return Fields(jsontext.loads(text, SpecError), SpecError).value.get("kind") == CLUSTER_KIND
+
+
+def _mesh(top: Fields) -> dict[str, Any]:
+    """Fields of `MeshSpec` that do not depend on who reads them."""
+    schema = top.integer("schema", UINT16, default=None)
+    if schema != SCHEMA:
+        other, writer = ("newer", "a newer") if schema > SCHEMA else ("older", "an older")
+        raise SpecError(
+            f"schema {schema} is {other} than {SCHEMA}, the one that this version reads: {writer} isthmus.mesh wrote it"
+        )
+    return {
+        "estate": top.text("estate", None),
+        "hash": top.text("hash", None),
+        "cluster": _cluster(top.object("cluster")),
+        "overlay": _overlay(top.object("overlay")),
+        "dns_domain": top.object("dns").text("domain", None),
+        "service_ranges4": top.networks4("service_ranges4"),
+        "mesh_ranges4": top.networks4("mesh_ranges4"),
+        "etcd": _etcd(top.object("etcd")),
+        "registrar": None if top.value.get("registrar") is None else _registrar(top.object("registrar")),
+    }
+
+
+def _text_of(node: HostSpec) -> dict[str, str]:
+    return {key: str(getattr(node, key)) for key in ("name", "underlay4", "advertise4", "range4", "mesh4")}
 
 
 def _cluster(fields: Fields) -> ClusterSpec:
@@ -363,16 +448,12 @@ def wireguard_of(document: Any) -> WireGuardSpec:
 
 
 def _wireguard(fields: Fields) -> WireGuardSpec:
-    changing = fields.text_mapping("changing")
-    for site, word in changing.items():
-        if word not in CHANGING:
-            fields.fail(f"changing.{site}", f"is not one of {', '.join(CHANGING)}")
     return WireGuardSpec(
-        key=fields.text("key", None),
-        port=fields.integer("port", UINT16, default=None, minimum=1),
+        tunnel=_tunnel(fields),
+        second=None if fields.value.get("second") is None else _tunnel(fields.object("second")),
         plain_sites=frozenset(fields.texts("plain_sites")),
         sites=fields.text_mapping("sites"),
-        changing={site: STAGES[word] for site, word in changing.items()},
+        changing=_stages(fields, "changing", CHANGING),
     )
 
 
@@ -382,11 +463,23 @@ def native_of(document: Any) -> NativeSpec:
 
 
 def _native(fields: Fields) -> NativeSpec:
-    stages = fields.text_mapping("stages")
-    for site, word in stages.items():
-        if word not in STAGES:
-            fields.fail(f"stages.{site}", f"is not one of {', '.join(STAGES)}")
-    return NativeSpec(fields.text_mapping("sites"), {site: STAGES[word] for site, word in stages.items()})
+    return NativeSpec(sites=fields.text_mapping("sites"), stages=_stages(fields, "stages", STAGES))
+
+
+def _stages(fields: Fields, name: str, words: Collection[str]) -> dict[str, Stage]:
+    """The stage of each site, one of `words`."""
+    found = fields.text_mapping(name)
+    for site, word in found.items():
+        if word not in words:
+            fields.fail(f"{name}.{site}", f"is not one of {', '.join(words)}")
+    return {site: STAGES[word] for site, word in found.items()}
+
+
+def _tunnel(fields: Fields) -> TunnelSpec:
+    port = fields.integer("port", UINT16, default=None, minimum=1)
+    if port not in WIREGUARD_PORTS:
+        fields.fail("port", f"is not one of {', '.join(map(str, WIREGUARD_PORTS))}")
+    return TunnelSpec(fields.text("key", None), port)
 
 
 def _etcd(fields: Fields) -> EtcdSpec:
@@ -431,7 +524,10 @@ def _registrar(fields: Fields) -> RegistrarSpec:
 
 
 def _api(fields: Fields) -> KubernetesApiSpec:
-    return KubernetesApiSpec(*(fields.text(name, None) for name in ("server", "ca", "cert", "key")))
+    proof = {name: fields.text(name) for name in ("cert", "key", "token")}
+    if not (proof["token"] or (proof["cert"] and proof["key"])):
+        fields.fail("cert", "is missing")
+    return KubernetesApiSpec(fields.text("server", None), fields.text("ca", None), **proof)
 
 
 def _pki(fields: Fields) -> PkiSpec:

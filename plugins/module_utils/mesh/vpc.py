@@ -287,10 +287,13 @@ def _at(
 
 
 def _ranges(documents: Mapping[str, Mapping[str, Any]], sites: Iterable[str]) -> Iterator[str]:
-    """What is at some sites: of a cluster with all of its hosts there its ranges, else those hosts'."""
+    """What is at some sites: of a cluster with all of its hosts there its ranges, else those hosts'. Nodes that only
+    Kubernetes knows are at their cluster's site."""
     wanted = set(sites)
     for _cluster, document in sorted(documents.items()):
-        if document["hosts"] and {entry["site"] for entry in document["hosts"].values()} <= wanted:
+        in_cluster = openings.is_in_cluster(document)
+        at = {document["site"]} if in_cluster else {entry["site"] for entry in document["hosts"].values()}
+        if at and at <= wanted:
             yield from document["workload_ranges"]
             yield from document.get("kubernetes", {"pod_ranges": ()})["pod_ranges"]
         else:

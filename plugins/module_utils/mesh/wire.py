@@ -28,6 +28,7 @@ SLICE_MODES = ("", "services-and-endpointslices", "endpointslices-only")
 UNDERLAY_MTU = "isthmus.io/underlay-mtu"  # bytes
 KUBERNETES_NODE = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster: which node it is, empty when it is none
 SITE = "isthmus.io/site"  # where it is not that of the node's cluster
+WIREGUARD_KEYS = "isthmus.io/wireguard-keys"  # "port=key,port=key", where they are not the one that Cilium looks for
 
 
 class WireError(ValueError):
@@ -385,6 +386,18 @@ def labels_from_string(text: str) -> dict[str, str]:
 
 WIREGUARD_KEY_INDEX = 255
 """`EncryptionKey` of a node and `Key` of an address whose packets are encrypted by WireGuard (Cilium pkg/wireguard)."""
+
+
+def public_keys(node: Node, port: int) -> dict[int, str]:
+    """A node's public keys of WireGuard by UDP port, not checked; `port` is that of the key in Cilium's own field."""
+    found = {port: node.wireguard_public_key} if node.wireguard_public_key else {}
+    if WIREGUARD_KEYS in node.annotations:
+        found = {}
+        for entry in node.annotations[WIREGUARD_KEYS].split(",")[:2]:
+            number, _equals, key = entry.partition("=")
+            if number.isascii() and number.isdigit() and len(number) <= 5:
+                found[int(number)] = key
+    return found
 
 
 def public_key_problem(text: str) -> str:

@@ -397,11 +397,13 @@ def test_a_service_of_our_kubernetes_has_its_own_address_ports_and_affinity():
     )
     items[keys.service_key("onprem", "shop", "web")] = own.to_json().encode()
     items[keys.vip_key("shop", "web")] = (
-        b'{"ipv4":"10.96.0.10","ipv6":null,"released":null,"by":"kubernetes","affinity":"local","kept":"10.111.0.1"}'
+        b'{"ipv4":"10.96.0.10","ipv6":null,"released":null,"by":"kubernetes","affinity":"local","session_affinity":60,'
+        b'"kept":"10.111.0.1"}'
     )
     found = compute(items)
     assert list(found.datapath.services) == [Frontend(addr("10.96.0.10"), 8000, 6)]
-    assert [view.affinity for view in found.views] == ["local"]
+    assert [(view.affinity, view.session_affinity) for view in found.views] == [("local", 60)]
+    assert [service.session_affinity for service in found.datapath.services.values()] == [60]
     assert [str(b.address) for b in found.datapath.services[Frontend(addr("10.96.0.10"), 8000, 6)].backends] == [
         "10.101.0.2"
     ]

@@ -12,7 +12,7 @@ import pytest
 from isthmus_agent.desired.addressing import remotes
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
 from isthmus_agent.desired.datapath import Route, WireGuardPeer
-from isthmus_agent.desired.encryption import BACK_TABLE, CLOSED, DECRYPTED, TABLE, encryption
+from isthmus_agent.desired.encryption import BACK, CLOSED, TABLE, encryption
 from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.desired.reports import node_report
 from isthmus_agent.state.model import MeshState
@@ -33,6 +33,7 @@ WIREGUARD = {
     "sites": {"onprem": "onprem", "cloud": "cloud", "edge": "edge"},
 }
 SPEC = mesh.spec(wireguard=WIREGUARD)
+FIRST, SECOND = BACK.values()
 CLOUD, EDGE = ip_address("198.18.2.11"), ip_address("198.18.3.11")
 
 
@@ -50,18 +51,18 @@ def state(**nodes: wire.Node) -> MeshState:
 
 
 def computed(found: MeshState, spec: Any = SPEC) -> Desired:
-    return desired(spec, found, Reachability({}, frozenset()), HostFacts(public_key=OWN_KEY))
+    return desired(spec, found, Reachability({}, frozenset()), HostFacts(public_keys={51871: OWN_KEY}))
 
 
 def reasons(**nodes: wire.Node) -> dict[str, str]:
     """Why each node that is to be encrypted is no peer."""
     nodes_there, _ = remotes(SPEC, state(**nodes))
-    return {name: why for (_, name), why in encryption(SPEC, nodes_there, OWN_KEY).nodes.items()}
+    return {name: why for (_, name), why in encryption(SPEC, nodes_there, {51871: OWN_KEY}).nodes.items()}
 
 
 def test_nothing_is_encrypted_without_a_wireguard_of_the_spec() -> None:
     found = computed(state(), mesh.spec())
-    assert (found.datapath.wireguard, found.encrypted) == (None, {})
+    assert (found.datapath.wireguard, found.encrypted) == ((), {})
     assert not [route for route in found.datapath.routes if route.table == TABLE]
     assert not any(entry.is_encrypted for entry in found.datapath.ipcache.values())
     assert {rule.table for rule in found.datapath.rules} == {730}
@@ -69,19 +70,19 @@ def test_nothing_is_encrypted_without_a_wireguard_of_the_spec() -> None:
 
 def test_nodes_of_other_sites_are_peers_with_exactly_their_underlay_addresses() -> None:
     found = computed(state())
-    assert found.datapath.wireguard is not None
-    assert found.datapath.wireguard.peers == {
+    (tunnel,) = found.datapath.wireguard
+    assert tunnel.peers == {
         key(1): WireGuardPeer(CLOUD, frozenset({CLOUD})),
         key(2): WireGuardPeer(EDGE, frozenset({EDGE})),
     }
-    assert (found.datapath.wireguard.port, found.datapath.wireguard.mtu) == (51871, 1420)
+    assert (tunnel.port, tunnel.mtu) == (51871, 1420)
     assert found.encrypted == {("cloud", "cloud-1"): "", ("edge", "edge-1"): ""}
     own, way = ip_address("198.18.1.11"), ip_network("198.18.2.11/32")
-    assert Route(way, own, table=TABLE, wireguard=True) in found.datapath.routes
+    assert Route(way, own, table=TABLE, wireguard="isthmus-wg0") in found.datapath.routes
     assert Route(way, table=TABLE, unreachable=True, metric=CLOSED) in found.datapath.routes
-    assert Route(way, table=BACK_TABLE, wireguard=True) in found.datapath.routes
+    assert Route(way, table=FIRST.table, wireguard="isthmus-wg0") in found.datapath.routes
     rules = {(rule.table, rule.destination_port, rule.mark) for rule in found.datapath.rules}
-    assert rules == {(730, 0, 0), (TABLE, 8472, 0), (BACK_TABLE, 0, DECRYPTED)}
+    assert rules == {(730, 0, 0), (TABLE, 8472, 0), (FIRST.table, 0, FIRST.mark)}
     for network, closed in (("10.102.0.2/32", True), ("10.102.0.0/28", True), ("10.101.0.18/32", False)):
         assert found.datapath.ipcache[ip_network(network)].is_encrypted is closed, network
     assert found.datapath.peers[CLOUD].is_encrypted
@@ -138,8 +139,8 @@ def test_a_node_without_a_usable_key_is_closed_and_named() -> None:
     ):
         found = computed(state(cloud_1=mesh.node("cloud", 1, wireguard_public_key=public)))
         assert found.encrypted["cloud", "cloud-1"] == why
-        assert found.datapath.wireguard is not None
-        assert set(found.datapath.wireguard.peers) == {key(2)}
+        (tunnel,) = found.datapath.wireguard
+        assert set(tunnel.peers) == {key(2)}
         assert found.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted
         ways = [route for route in found.datapath.routes if route.table == TABLE and CLOUD in route.prefix]
         assert ways == [Route(ip_network("198.18.2.11/32"), table=TABLE, unreachable=True, metric=CLOSED)]
@@ -179,26 +180,26 @@ def test_an_address_is_one_peers_and_closed_for_all() -> None:
     """Own cluster's counts, as everywhere. The other one is closed, not reached at the wrong place."""
     assert reasons(onprem_2=in_cloud_1s_place())["cloud-1"] == "its address 198.18.2.11 is that of onprem/onprem-2 too"
     found = computed(state(onprem_2=in_cloud_1s_place()))
-    assert found.datapath.wireguard is not None
-    assert found.datapath.wireguard.peers[key(3)].addresses == {CLOUD}
-    assert key(1) not in found.datapath.wireguard.peers
+    (tunnel,) = found.datapath.wireguard
+    assert tunnel.peers[key(3)].addresses == {CLOUD}
+    assert key(1) not in tunnel.peers
 
 
 def test_the_report_has_the_public_key() -> None:
-    assert node_report(SPEC, HostFacts(public_key=OWN_KEY)).wireguard_public_key == OWN_KEY
+    assert node_report(SPEC, HostFacts(public_keys={51871: OWN_KEY})).wireguard_public_key == OWN_KEY
 
 
 @pytest.mark.parametrize(("word", "sends"), [("accepts", False), ("sends", True)])
 def test_while_it_is_turned_on_or_off_both_ways_are_taken(word: str, sends: bool) -> None:
     """At each stage the host is a peer of WireGuard, and the MTU is already or still the smaller one."""
     found = computed(state(), mesh.spec(wireguard={**WIREGUARD, "changing": {"cloud": word}}))
-    assert found.datapath.wireguard is not None
-    assert set(found.datapath.wireguard.peers) == {key(1), key(2)}
+    (tunnel,) = found.datapath.wireguard
+    assert set(tunnel.peers) == {key(1), key(2)}
     assert found.stages == {("cloud", "cloud-1"): STAGES[word], ("edge", "edge-1"): Stage.DEMANDS}
     own, way = ip_address("198.18.1.11"), ip_network("198.18.2.11/32")
-    assert (Route(way, own, table=TABLE, wireguard=True) in found.datapath.routes) is sends
+    assert (Route(way, own, table=TABLE, wireguard="isthmus-wg0") in found.datapath.routes) is sends
     assert (Route(way, table=TABLE, unreachable=True, metric=CLOSED) in found.datapath.routes) is sends
-    assert Route(way, table=BACK_TABLE, wireguard=True) in found.datapath.routes
+    assert Route(way, table=FIRST.table, wireguard="isthmus-wg0") in found.datapath.routes
     assert found.datapath.ipcache[ip_network("10.102.0.2/32")].is_encrypted is sends
     assert not found.datapath.peers[CLOUD].is_encrypted
     assert found.datapath.peers[EDGE].is_encrypted
@@ -227,3 +228,78 @@ def test_an_address_from_which_encryption_is_demanded_is_never_sent_to_in_clear(
 def test_a_spec_with_an_unknown_stage_is_refused() -> None:
     with pytest.raises(SpecError, match=r"changing.cloud is not one of accepts, sends"):
         mesh.spec(wireguard={**WIREGUARD, "changing": {"cloud": "demands"}})
+
+
+def two_keys(name: str, number: int, **annotations: str) -> wire.Node:
+    """A node that publishes key `number` for the first port and `number` + 10 for the second."""
+    several = f"51871={key(number)},51872={key(number + 10)}"
+    annotations = {wire.WIREGUARD_KEYS: several, **annotations}
+    return mesh.node(name, 1, wireguard_public_key=key(number), annotations=annotations)
+
+
+SECOND_KEY = {"key": "/etc/isthmus/pki/wireguard-1.key", "port": 51872}
+BOTH = mesh.spec(wireguard={**WIREGUARD, "second": SECOND_KEY})
+
+
+def test_while_keys_are_replaced_packets_go_by_one_device_and_are_taken_by_both() -> None:
+    found = computed(state(cloud_1=two_keys("cloud", 1)), BOTH)
+    first, second = found.datapath.wireguard
+    assert [(each.device, each.port) for each in (first, second)] == [("isthmus-wg0", 51871), ("isthmus-wg1", 51872)]
+    assert set(first.peers) == {key(1), key(2)}
+    assert second.peers == {key(11): WireGuardPeer(CLOUD, frozenset({CLOUD}))}
+    ways = {
+        (route.table, route.wireguard) for route in found.datapath.routes if CLOUD in route.prefix and route.table > 731
+    }
+    assert ways == {(TABLE, "isthmus-wg0"), (TABLE, ""), (FIRST.table, "isthmus-wg0"), (SECOND.table, "isthmus-wg1")}
+    marks = {(rule.table, rule.mark) for rule in found.datapath.rules if rule.mark}
+    assert marks == {(FIRST.table, FIRST.mark), (SECOND.table, SECOND.mark)}
+    assert set(found.encrypted.values()) == {""}, "one that has not its second key yet is not cut off"
+    assert found.second == {("cloud", "cloud-1"): "", ("edge", "edge-1"): "it publishes no WireGuard key"}
+
+
+def test_the_other_device_is_sent_through_when_the_specification_says_so() -> None:
+    swapped = mesh.spec(wireguard={**WIREGUARD, **SECOND_KEY, "second": {"key": WIREGUARD["key"], "port": 51871}})
+    found = computed(state(cloud_1=two_keys("cloud", 1), edge_1=two_keys("edge", 2)), swapped)
+    first, second = found.datapath.wireguard
+    assert (first.device, set(first.peers)) == ("isthmus-wg1", {key(11), key(12)})
+    assert (second.device, set(second.peers)) == ("isthmus-wg0", {key(1), key(2)})
+    sent = {route.wireguard for route in found.datapath.routes if route.table == TABLE and not route.unreachable}
+    assert sent == {"isthmus-wg1"}
+
+
+def test_a_second_key_of_another_node_is_neithers_either() -> None:
+    stolen = mesh.node("edge", 1, wireguard_public_key=key(11))
+    found = computed(state(cloud_1=two_keys("cloud", 1), edge_1=stolen), BOTH)
+    assert found.second["cloud", "cloud-1"] == "its WireGuard key is that of edge/edge-1 too"
+    assert found.encrypted["edge", "edge-1"] == "its WireGuard key is that of cloud/cloud-1 too"
+    assert found.encrypted["cloud", "cloud-1"] == ""
+
+
+def test_the_report_has_all_keys_by_port_where_one_is_not_on_ciliums() -> None:
+    both = {51871: key(5), 51872: key(6)}
+    report = node_report(BOTH, HostFacts(public_keys=both))
+    assert (report.wireguard_public_key, report.wireguard_keys) == (key(5), {"51871": key(5), "51872": key(6)})
+    after = node_report(mesh.spec(wireguard={**WIREGUARD, **SECOND_KEY}), HostFacts(public_keys={51872: key(6)}))
+    assert (after.wireguard_public_key, after.wireguard_keys) == (key(6), {"51872": key(6)})
+    assert node_report(SPEC, HostFacts(public_keys={51871: key(5)})).wireguard_keys == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (None, {51871: key(1)}),
+        (f"51872={key(2)}", {51872: key(2)}),
+        (f"51871={key(1)},51872={key(2)},51873={key(3)}", {51871: key(1), 51872: key(2)}),
+        (f"x={key(2)},51872", {51872: ""}),
+        ("", {}),
+    ],
+)
+def test_a_nodes_keys_by_port_are_read_without_trust(said: str | None, found: dict[int, str]) -> None:
+    annotations = {} if said is None else {wire.WIREGUARD_KEYS: said}
+    node = mesh.node("cloud", 1, wireguard_public_key=key(1), annotations=annotations)
+    assert wire.public_keys(node, 51871) == found
+
+
+def test_a_spec_with_another_port_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"port is not one of 51871, 51872"):
+        mesh.spec(wireguard={**WIREGUARD, "port": 51820})

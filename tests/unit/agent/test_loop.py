@@ -7,7 +7,7 @@ import asyncio
 import struct
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -352,7 +352,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> tuple[HostKernel, list[str]]:
     monkeypatch.setattr(kernel_module, "BpfDatapath", FakeBpf)
     monkeypatch.setattr(netlink, "ensure_overlay", lambda port, mtu: said.append(f"device {mtu}") or 7)
     monkeypatch.setattr(netlink, "apply_network", network)
-    monkeypatch.setattr(netlink.wireguard, "remove_device", list)
+    monkeypatch.setattr(netlink.wireguard, "remove_device", lambda _: [])
     return HostKernel(), said
 
 
@@ -555,30 +555,32 @@ def test_a_key_that_cannot_be_read_is_told_and_the_host_is_not_reported_without_
     kernel.public_key = public_key  # type: ignore[attr-defined]
     agent = an_encrypting_agent(tmp_path, kernel)
 
-    async def read() -> list[tuple[bool, str, tuple[str, ...]]]:
-        return [(await agent._read_key(), agent.facts.public_key, agent._key_problems) for _ in range(4)]
+    async def read() -> list[tuple[bool, Mapping[int, str], tuple[str, ...]]]:
+        return [(await agent._read_key(), agent.facts.public_keys, agent._key_problems) for _ in range(4)]
 
-    key = "A" * 43 + "="
+    known = {51871: "A" * 43 + "="}
     assert asyncio.run(read()) == [
-        (False, "", ("no key",)),
-        (True, key, ()),
-        (False, key, ("gone",)),
-        (False, key, ()),
+        (False, {}, ("no key",)),
+        (True, known, ()),
+        (False, known, ("gone",)),
+        (False, known, ()),
     ]
 
 
 def test_only_what_wireguard_hangs_on_is_a_change(monkeypatch):
     """Messages as the kernel sends them: header, then the body with the attributes."""
     told: list[str] = []
-    watch = NetworkWatch("isthmus-wg0", ip_address("198.18.1.11"), lambda: told.append("changed"))
+    watch = NetworkWatch(["isthmus-wg0", "isthmus-wg1"], ip_address("198.18.1.11"), lambda: told.append("changed"))
 
     def message(kind: int, body: bytes) -> bytes:
         return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
 
     ours, others = b"\0" * 16 + b"isthmus-wg0\0", b"\0" * 16 + b"veth12\0\0\0\0\0\0"
+    second = ours.replace(b"wg0", b"wg1")
     cases = [
         (16, ours, True),
         (17, ours, True),
+        (17, second, True),
         (16, others, False),
         (20, ip_address("198.18.1.11").packed, True),
         (21, ip_address("198.18.1.12").packed, False),

@@ -278,12 +278,14 @@ def test_services_and_peers_in_words():
         "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
         "global": True,
         "affinity": "local",
+        "session_affinity": 0,
         "backends": [backend],
     }
     lines = text.services({"services": [service]}).splitlines()
     assert lines[1].split() == [
         *("shop/web", "none", "yet", "80/TCP", "global,", "local", "cloud/?", "10.102.0.2:8080", "unreachable", "3")
     ]
+    assert "global, local, clients stay 3h0m" in text.services({"services": [{**service, "session_affinity": 10800}]})
     empty = text.services({"services": [{**service, "backends": []}]})
     assert "no backend" in empty
     peer = {

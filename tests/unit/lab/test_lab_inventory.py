@@ -81,6 +81,17 @@ def test_the_lab_sees_the_machines_of_each_inventory() -> None:
     assert not any(one.overlaps(other) for one in ranges for other in ranges if one is not other)
 
 
+def test_machines_of_a_cluster_that_nobody_enters_are_none_of_the_mesh() -> None:
+    lab = read_inventory(INVENTORIES / "lab_in_cluster")
+    managed = lab.kubernetes["managed"]
+    assert managed.in_cluster
+    assert [host.name for host in managed.hosts] == [*managed.nodes] == ["managed-1", "managed-2"]
+    assert "managed-api" not in lab.hosts
+    assert not read_inventory(INVENTORIES / "lab_hybrid").kubernetes["kube"].in_cluster
+    names = {one["metadata"]["name"] for one in json.loads(kubernetes_machine.volumes(managed))["items"]}
+    assert names == {"lab", "lab-managed-1", "lab-managed-2"}
+
+
 def test_nodes_and_their_names_are_as_the_inventory_says(tmp_path: Path) -> None:
     (tmp_path / "k.yml").write_text(KUBE)
     cluster = read_inventory(tmp_path).kubernetes["k"]

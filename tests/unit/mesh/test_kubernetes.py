@@ -229,7 +229,7 @@ def test_a_cluster_that_goes_takes_its_kubernetes_along() -> None:
         ),
         (lambda _e, h: h["k2"].update(isthmus_kubernetes_node="k1"), "'k1' is also the node that host k1 is"),
         (lambda _e, h: h["k2"].update(isthmus_kubernetes_node="K_2"), "is not a name of a Kubernetes node"),
-        (lambda e, _h: e["clusters"]["kube"].update(control_plane="in_cluster"), "in_cluster is not yet supported"),
+        (lambda e, _h: outer(e).pop("api_server"), "kubernetes.api_server: it is missing"),
     ],
 )
 def test_what_the_inventory_must_not_say(edit: Edit, words: str | tuple[str, ...]) -> None:

@@ -440,12 +440,6 @@ MESSAGES: list[tuple[str, Edit, str]] = [
     ),
     # Not yet
     (
-        "in_cluster",
-        _cluster("cloud", control_plane="in_cluster"),
-        f"{C}.cloud.control_plane: in_cluster is not yet supported. Why: etcd runs on hosts of the inventory so far. "
-        "Next: use hosts until a later version does it.",
-    ),
-    (
         "inbound: false",
         _estate(sites={"onprem": {}, "cloud": {"inbound": False}}),
         "isthmus_estate.sites.cloud.inbound: false is not yet supported. Why: a registrar connects to its peers' etcd "

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isthmus_mesh import matrix, openings
-from isthmus_mesh.encryption import STAGES, Stage, from_document, pairs, to_document, way
+from isthmus_mesh.encryption import STAGES, Keys, Stage, from_document, keys_of, pairs, rotation, to_document, way
+from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from isthmus_mesh.spec import NodeSpec
@@ -21,16 +22,23 @@ from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
 ON = {"encryption": "wireguard"}
 
 
-def changed(previous: Plan | None = None, prune: tuple[str, ...] = (), more: Any = None, **keys: Any) -> Plan:
+def changed(
+    previous: Plan | None = None, prune: tuple[str, ...] = (), more: Any = None, rotate: bool = False, **keys: Any
+) -> Plan:
     """The plan of an inventory with other keys of the estate, `more` hosts, after `previous`."""
     the_hosts = {**hosts(), **(more or {})}
-    return planned(model({**estate(), **keys}, the_hosts), previous, prune=prune)
+    record = Record() if previous is None else merge([dict(previous.record)])
+    return plan(model({**estate(), **keys}, the_hosts), record, NOW, VERSION, "alice", prune=prune, rotate=rotate)
 
 
 def after(found: Plan, number: int) -> Plan:
     """As the record stands when a step was begun: 0 is the plan's own."""
     record = found.record if number == 0 else found.steps[number - 1].record
     return Plan(**{**found.__dict__, "record": record})
+
+
+def told_of(found: Plan) -> list[str]:
+    return matrix.changes(found.sites, found.keys)
 
 
 def wireguard(found: Plan) -> dict[str, Any]:
@@ -147,9 +155,105 @@ def test_the_roster_is_small_however_many_pairs_there_are() -> None:
     assert to_document(dict.fromkeys(pairs(sites), Stage.PLAIN)) is None
 
 
+# --- keys are replaced
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "following"),
+    [
+        (Keys(), False, [Keys()]),
+        (Keys(1), False, [Keys(1)]),
+        (Keys(), True, [Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)]),
+        (Keys(1), True, [Keys(1, Stage.ACCEPTS), Keys(1, Stage.SENDS), Keys(0)]),
+        (Keys(0, Stage.ACCEPTS), False, [Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)]),
+        (Keys(1, Stage.SENDS), True, [Keys(1, Stage.SENDS), Keys(0)]),
+    ],
+)
+def test_keys_go_from_stage_to_stage_and_are_completed(now: Keys, wanted: bool, following: list[Keys]) -> None:
+    assert rotation(now, wanted) == following
+    document = to_document({("a", "b"): Stage.DEMANDS}, now)
+    assert keys_of(document) == now
+
+
+def tunnels(section: dict[str, Any]) -> list[tuple[str, int]]:
+    """Name of the key and port; the one that is sent through is the first."""
+    return [(one["key"].rpartition("/")[2], one["port"]) for one in openings.tunnels({"wireguard": section})]
+
+
+def test_keys_are_replaced_in_three_steps_of_all_hosts_that_encrypt() -> None:
+    running = changed(**ON)
+    found = changed(running, rotate=True, **ON)
+    first, second, everybody = ("wireguard.key", 51871), ("wireguard-1.key", 51872), ("c1", "o1", "o2", "o3")
+    specs = [found.specs, *(step.specs for step in found.steps)]
+    for host in everybody:
+        sections = [one[host]["wireguard"] for one in specs]
+        assert [tunnels(one) for one in sections] == [[first, second], [second, first], [second]]
+        rest = [{key: one[key] for key in ("plain_sites", "sites")} for one in sections]
+        assert rest == [rest[0]] * 3
+        assert not any("changing" in one for one in sections)
+        for one in specs:
+            NodeSpec.from_dict(one[host])
+    assert [(step.waits, step.proven, step.stages) for step in found.steps] == [
+        (("c1", "o1", "o2", "o3"), True, {})
+    ] * 2
+    records = [found.record, *(step.record for step in found.steps)]
+    assert [record["roster"]["encryption"].get("keys") for record in records] == [
+        {"number": 0, "stage": "accepts"},
+        {"number": 0, "stage": "sends"},
+        {"number": 1},
+    ]
+    rotated = after(found, 2)
+    assert changed(rotated, **ON).specs == found.steps[1].specs
+    assert changed(rotated, **ON).steps == ()
+    back = changed(rotated, rotate=True, **ON)
+    assert tunnels(back.steps[1].specs["c1"]["wireguard"]) == [first]
+    assert "keys" not in back.steps[1].record["roster"]["encryption"]
+
+
+def test_keys_that_are_being_replaced_are_completed_by_the_next_run() -> None:
+    found = changed(changed(**ON), rotate=True, **ON)
+    for number in (0, 1):
+        again = changed(after(found, number), **ON)
+        assert again.record == after(found, number).record
+        assert again.steps[-1].record["roster"]["encryption"] == found.steps[-1].record["roster"]["encryption"]
+
+
+def test_both_ports_are_open_while_keys_are_replaced_and_the_plan_says_so() -> None:
+    running = changed(**ON)
+    found = changed(running, rotate=True, **ON)
+    ports = [one["port"] for one in found.sites[0]["open"] if one["protocol"] == "UDP"]
+    assert ports == [51871, 51872]
+    (told,) = told_of(found)
+    assert told.startswith("the keys of WireGuard are replaced on all hosts that encrypt, in steps of one run")
+    assert "(1) every host gets a second key, device and port (UDP 51872) beside the first (UDP 51871)" in told
+    assert "(3) the old key, its device and its port (UDP 51871) go" in told
+    (told,) = told_of(changed(after(found, 1), **ON))
+    assert "which was begun before (sends)" in told
+    assert "(2) the old key" in told
+    rotated = changed(after(found, 2), **ON)
+    assert [one["port"] for one in rotated.sites[0]["open"] if one["protocol"] == "UDP"] == [51872]
+    assert told_of(rotated) == []
+    assert "keys of WireGuard: new, number 0 is replaced by number 1; packets go with number 0" in found.changes
+
+
+def test_keys_are_not_replaced_while_encryption_is_turned_on_or_off_or_is_off() -> None:
+    for found in (changed(planned(model()), rotate=True, **ON), changed(rotate=True, **ON)):
+        assert found.keys == (Keys(), Keys())
+        assert any("the keys of WireGuard are not replaced by this run" in words for words in found.warnings)
+    with pytest.raises(ModelError, match="no pair of sites of the inventory is encrypted"):
+        changed(rotate=True)
+
+
 @pytest.mark.parametrize(
     "encryption",
-    [{"all": "soon", "pairs": {}}, {"all": "demands"}, {"all": "demands", "pairs": {"a b": "x"}}, []],
+    [
+        {"all": "soon", "pairs": {}},
+        {"all": "demands"},
+        {"all": "demands", "pairs": {"a b": "x"}},
+        {"all": "demands", "pairs": {}, "keys": {"number": 2}},
+        {"all": "demands", "pairs": {}, "keys": {"number": 1, "stage": "plain"}},
+        [],
+    ],
 )
 def test_a_record_with_a_stage_that_is_none_is_refused(encryption: Any) -> None:
     documents = copy.deepcopy(dict(planned(model()).record))
@@ -208,6 +312,8 @@ def test_no_two_hosts_ever_misunderstand_each_other(data: st.DataObject) -> None
     for _ in range(data.draw(st.integers(1, 4))):
         wanted_model = three_sites(data.draw(CONFIGURATIONS))
         found = plan(wanted_model, merge([dict(record)]), NOW, VERSION)
+        if data.draw(st.booleans()) and any(stages[-1] for stages in found.stages.values()):
+            found = plan(wanted_model, merge([dict(record)]), NOW, VERSION, rotate=True)
         steps = [(found.record, found.specs, ()), *((step.record, step.specs, step.waits) for step in found.steps)]
         done = dict.fromkeys(specs, -1)
         for number, (record_of_step, wanted, waits) in enumerate(steps):
@@ -220,8 +326,11 @@ def test_no_two_hosts_ever_misunderstand_each_other(data: st.DataObject) -> None
                 for one, other in permutations(specs, 2):
                     sends, takes = stage_of(specs, one, other), stage_of(specs, other, one)
                     assert understood(sends, takes), (one, other, sends, takes)
+                    if sends >= Stage.SENDS:
+                        (_name, port), *_rest = tunnels(specs[one]["wireguard"])
+                        assert port in [there for _name, there in tunnels(specs[other]["wireguard"])], (one, other)
         else:
-            if all(number == len(steps) - 1 for number in done.values()):
+            if all(number == len(steps) - 1 for number in done.values()) and not found.keys[-1].has_both:
                 again = plan(wanted_model, merge([dict(record)]), NOW, VERSION)
                 assert (again.steps, again.specs, again.record) == ((), specs, record)
 
@@ -251,17 +360,17 @@ def test_the_plan_says_what_turning_on_and_off_does() -> None:
     on = changed(planned(model()), **ON)
     assert {(one["protocol"], one["port"]) for one in on.sites[0]["open"]} >= {("UDP", 8472), ("UDP", 51871)}
     assert on.sites[0]["steps"] == ["accepts", "sends", "demands"]
-    told = matrix.changes(on.sites)
+    told = told_of(on)
     assert len(told) == 2
     assert told[0].startswith("encryption of cloud and onprem is turned on, in steps of one run, of which each begins")
     assert all(f"({number}) " in told[0] for number in (1, 2, 3))
     assert "larger than the new MTU" in told[0]
-    begun = matrix.changes(changed(after(on, 0), **ON).sites)
+    begun = told_of(changed(after(on, 0), **ON))
     assert "turned on, which was begun before (accepts)" in begun[0]
-    off = matrix.changes(changed(after(on, 2)).sites)
+    off = told_of(changed(after(on, 2)))
     assert "is turned off" in off[0]
     assert "MTU" not in off[0]
-    assert matrix.changes(planned(model()).sites) == []
+    assert told_of(planned(model())) == []
 
 
 def test_the_changes_of_the_record_name_the_pairs() -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from isthmus_mesh import matrix, openings
 from isthmus_mesh.encryption import Stage, pairs
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Plan
+from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.routing import Routing
 from isthmus_mesh.spec import NodeSpec
-from unit.mesh.estates import estate, hosts, model, planned
+from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
 
 ON = {"routing": "native"}
 SITES = {"cloud": "cloud", "onprem": "onprem"}
@@ -227,9 +227,10 @@ def test_while_it_is_turned_on_the_tunnel_stays_open_and_the_smaller_mtu_counts(
     (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
     assert (row["mtu"], row["routing_steps"]) == (1450, ["accepts", "sends", "demands"])
     assert {one["port"] for one in row["open"]} >= {None, 8472}
-    told = matrix.changes(found.sites)
+    told = matrix.changes(found.sites, found.keys)
     assert any(one.startswith("native routing of cloud and onprem is turned on, in steps of one run") for one in told)
-    back = matrix.changes(changed(after(found, 2)).sites)
+    again = changed(after(found, 2))
+    back = matrix.changes(again.sites, again.keys)
     assert any("packets go through the tunnel and are 50 bytes smaller" in one and "refused" in one for one in back)
 
 
@@ -259,3 +260,25 @@ def test_hybrid_is_native_inside_every_site_and_nowhere_else() -> None:
     routing = Routing("hybrid")
     assert {routing.stage(pair) for pair in pairs(sites) if pair[0] == pair[1]} == {Stage.DEMANDS}
     assert {routing.stage(pair) for pair in product(sites, sites) if pair[0] < pair[1]} == {Stage.PLAIN}
+
+
+def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
+    """Each of the two takes its own steps beside the other, and the last of one stands while the other goes on."""
+    pairs_said = [{"sites": ["onprem", "onprem"], "encryption": "none"}]
+    before = changed(encryption="wireguard", site_pairs=pairs_said)
+    wanted = model({**estate(), "encryption": "wireguard", "site_pairs": [{**pairs_said[0], "routing": "native"}]})
+    record = merge([dict(before.record)])
+    found = plan(wanted, record, NOW, VERSION, "alice", rotate=True)
+    specs = [found.specs, *(step.specs for step in found.steps)]
+    assert [one["o1"]["native"]["stages"] for one in specs] == [
+        {"onprem": "accepts"},
+        {"onprem": "sends"},
+        {"onprem": "demands"},
+    ]
+    ports = [(one["o1"]["wireguard"]["port"], one["o1"]["wireguard"].get("second", {}).get("port")) for one in specs]
+    assert ports == [(51871, 51872), (51872, 51871), (51872, None)]
+    assert [step.proven for step in found.steps] == [True, True]
+    assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 2
+    lines = matrix.changes(found.sites, found.keys)
+    assert lines[0].startswith("the keys of WireGuard are replaced")
+    assert lines[1].startswith("native routing within onprem is turned on")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from isthmus_mesh import vpc
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Forget, Plan
+from isthmus_mesh.planner import Forget, Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
-from unit.mesh.estates import estate, hosts, model, planned
+from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory
 
 AWS = {"provider": "aws", "network": "vpc-1", "region": "eu-central-1", "manage": ["routes", "firewall"]}
@@ -145,6 +145,16 @@ def test_ports_stay_open_while_encryption_is_turned_on() -> None:
     (call,) = changed(changed(cloud=firewall), cloud=firewall, encryption="wireguard").vpcs.calls
     assert [rule["port"] for rule in call["rules"]] == [2379, 51871]
     assert [rule["port"] for rule in call["meanwhile"]["rules"]] == [2379, 8472, 51871]
+
+
+def test_both_ports_of_wireguard_are_open_while_keys_are_replaced() -> None:
+    firewall = {**AWS, "manage": ["firewall"]}
+    before = changed(cloud=firewall, encryption="wireguard")
+    the_estate = {**estate(), "sites": {"onprem": {}, "cloud": {"vpc": firewall}}, "encryption": "wireguard"}
+    record = merge([dict(before.record)])
+    (call,) = plan(model(the_estate), record, NOW, VERSION, "alice", rotate=True).vpcs.calls
+    assert [rule["port"] for rule in call["rules"]] == [2379, 51872]
+    assert [rule["port"] for rule in call["meanwhile"]["rules"]] == [2379, 51871, 51872]
 
 
 def test_native_packets_are_let_in_by_the_ranges_they_come_from() -> None:

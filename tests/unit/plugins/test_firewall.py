@@ -94,12 +94,12 @@ def opened(
     host: Host,
     *wanted: firewall.Rule,
     check: bool = False,
-    inner: int | None = None,
+    tunnels: tuple[str, ...] = (),
     native: tuple[str, tuple[str, ...]] = ("", ()),
 ) -> files.Changes:
     host.check_mode = check
     changes = files.Changes(host)
-    firewall.open_for(host, changes, wanted, "eth0", inner, native)
+    firewall.open_for(host, changes, wanted, "eth0", 8472, tunnels, native)
     return changes
 
 
@@ -141,17 +141,17 @@ def test_native_packets_are_let_in_from_the_ranges_of_their_hosts(host: Host) ->
 
 
 def test_what_comes_out_of_wireguard_is_let_in_while_there_is_one(host: Host) -> None:
-    assert opened(host, inner=8472).changed
+    assert opened(host, tunnels=("isthmus-wg0",)).changed
     rule = "ufw allow in on isthmus-wg0 to any port 8472 proto udp comment 'isthmus.mesh'"
     assert rule in host.ufw
-    assert not opened(host, inner=8472).changed
+    assert not opened(host, tunnels=("isthmus-wg0",)).changed
     opened(host)
     assert rule not in host.ufw
     host.firewalld = {"permanent": {}, "runtime": {}}
-    opened(host, inner=8472)
+    opened(host, tunnels=("isthmus-wg0",))
     for zones in host.firewalld.values():
         assert zones["trusted"] == ["isthmus0", "isthmus-wg0"]
-    assert not opened(host, inner=8472).changed
+    assert not opened(host, tunnels=("isthmus-wg0",)).changed
     opened(host)
     assert host.firewalld["runtime"]["trusted"] == ["isthmus0"]
 

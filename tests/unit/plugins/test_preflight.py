@@ -555,7 +555,7 @@ def test_wireguards_port_is_needed_until_it_is_ours(host: Host) -> None:
     host.monkeypatch.setattr(preflight.ports, "bound", lambda _protocol, port: held if port == 51871 else [])
     told = host.problem(spec=ENCRYPTING)
     assert told.startswith("UDP port 51871, WireGuard's, is used by the kernel on 0.0.0.0: by another WireGuard")
-    host.monkeypatch.setattr(wireguard, "DEVICE", "lo")
+    host.monkeypatch.setattr(preflight.openings, "devices", lambda _spec: ["lo"])
     host.run(spec=ENCRYPTING)
 
 

@@ -251,7 +251,7 @@ def test_only_units_of_ours_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
     """Every text in the modules that ends like a unit's name and begins like one of ours."""
     root = Path(teardown.__file__).parents[1]
-    files = [*root.glob("modules/*.py"), *root.glob("module_utils/*.py")]
+    files = [*root.glob("modules/*.py"), *root.glob("module_utils/**/*.py")]
     texts = {
         node.value
         for path in files

@@ -23,7 +23,7 @@ FILES = {
     "isthmus-dns-reload.path": units.dns_reload_path_unit(),
     "isthmus-dns-reload.service": units.dns_reload_unit(),
     "isthmus-bpffs.service": units.bpffs_unit(),
-    "isthmus-wireguard.service": units.wireguard_unit("0123"),
+    "isthmus-wireguard.service": units.wireguard_unit("0123", "isthmus-wg0"),
     "isthmus-resolved.service": units.resolved_unit("10.0.0.1", "clusterset.local"),
 }
 

@@ -110,7 +110,7 @@ def test_a_pair_on_its_way_is_not_encrypted_yet(on_the_way: Host) -> None:
 
 def test_before_a_step_each_host_is_greeted_and_must_have_answered(on_the_way: Host) -> None:
     assert on_the_way.changing() == []
-    assert on_the_way.greeted == [("198.18.2.1", ["198.18.1.1", "198.18.1.2", "198.18.1.3"], 8472)]
+    assert on_the_way.greeted == [("198.18.2.1", ["198.18.1.1", "198.18.1.2", "198.18.1.3"], 8472, "isthmus-wg0")]
     on_the_way.said["o1"] = {**GOOD, "state": "plain", "handshake_age": None}
     on_the_way.said["o2"] = {**GOOD, "state": "plain", "handshake_age": None, "reason": "it publishes no WireGuard key"}
     on_the_way.said["o3"] = {}
@@ -123,4 +123,4 @@ def test_before_a_step_each_host_is_greeted_and_must_have_answered(on_the_way: H
 
 def test_a_host_whose_pairs_do_not_change_has_nothing_to_prove(host: Host) -> None:
     assert host.changing() == []
-    assert host.greeted == [("198.18.2.1", [], 8472)]
+    assert host.greeted == [("198.18.2.1", [], 8472, "isthmus-wg0")]

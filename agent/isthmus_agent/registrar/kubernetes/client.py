@@ -16,6 +16,8 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -93,7 +95,7 @@ class Event:
 
 
 class Api:
-    """One API server, asked as the holder of a client certificate. Close it at the end."""
+    """One API server, asked as the holder of a client certificate or of a token. Close it at the end."""
 
     def __init__(self, spec: KubernetesApiSpec) -> None:
         self.server = spec.server.rstrip("/")
@@ -183,13 +185,19 @@ class Api:
         return self._request("GET", PATHS[kind], query, timeout)
 
     def _request(
-        self, method: str, path: str, query: dict[str, str], timeout: aiohttp.ClientTimeout, **more: Any
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        timeout: aiohttp.ClientTimeout,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        **more: Any,
     ) -> Any:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
             # Bodies are large and the server is near: compressing them costs both more than it saves.
-            headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "isthmus-registrar"}
-            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+            usual = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "isthmus-registrar"}
+            self._session = aiohttp.ClientSession(connector=connector, headers=usual)
         return self._session.request(
             method,
             self.server + path,
@@ -197,18 +205,24 @@ class Api:
             timeout=timeout,
             ssl=self._tls(),
             allow_redirects=False,
+            headers={**headers, **self._proof()},
             **more,
         )
 
     def _tls(self) -> ssl.SSLContext:
         """A context of the present certificate files: connections of another context are not used again."""
-        files = (self._spec.ca, self._spec.cert, self._spec.key)
+        files = tuple(filter(None, (self._spec.ca, self._spec.cert, self._spec.key)))
         stamp = tuple((found.st_ino, found.st_mtime_ns, found.st_size) for found in map(os.stat, files))
         if self._context is None or stamp != self._stamp:
             context = ssl.create_default_context(cafile=self._spec.ca)
-            context.load_cert_chain(self._spec.cert, self._spec.key)
+            if not self._spec.token:
+                context.load_cert_chain(self._spec.cert, self._spec.key)
             self._context, self._stamp = context, stamp
         return self._context
+
+    def _proof(self) -> dict[str, str]:
+        """Headers that say who asks, where no client certificate does. The kubelet renews the token's file."""
+        return {"Authorization": f"Bearer {Path(self._spec.token).read_text().strip()}"} if self._spec.token else {}
 
     async def _check(self, response: aiohttp.ClientResponse, verb: str, kind: str) -> None:
         if 200 <= response.status < 300:
@@ -224,7 +238,8 @@ class Api:
         if response.status == 403 and (verb in ("list", "watch") or f" cannot {verb} resource " in reason):
             raise Forbidden(self.server, verb, kind)
         if response.status == 401:
-            reason = "it does not accept the client certificate: it has ended, or is of another cluster's authority"
+            proof = "service account's token" if self._spec.token else "client certificate"
+            reason = f"it does not accept the {proof}: it has ended, or is of another cluster's authority"
         words = reason or f"HTTP status {response.status}"
         error = {409: Conflict, 410: Gone}.get(response.status, ApiError)
         raise error(self.server, f"{verb} {kind}", words, response.status)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any, Union
 
+from isthmus_mesh.documents import SESSION_AFFINITY_MOST
 from isthmus_mesh.jsontext import UINT16
-from isthmus_mesh.ownership import stranger
+from isthmus_mesh.ownership import COMPONENT, stranger
 from isthmus_mesh.wire import PROTOCOLS, L4Addr, NamedPort
 
 NODES, NAMESPACES, PODS, SERVICES, SLICES = "nodes", "namespaces", "pods", "services", "endpointslices"
@@ -28,6 +29,8 @@ SHARED = ("service.cilium.io/shared", "io.cilium/shared-service")
 AFFINITY = ("service.cilium.io/affinity", "io.cilium/service-affinity")
 SYNC = ("service.cilium.io/global-sync-endpoint-slices",)
 """Annotations of Cilium (pkg/annotation/k8s.go); the first that is there counts."""
+SESSION_DEFAULT = 10_800
+"""Seconds of `sessionAffinity: ClientIP` where none are said (core/v1 ClientIPConfig)."""
 TRANSLATION = "isthmus.io/socket-translation"
 """Annotation of a pod, or of a namespace for its pods that do not say: `false` leaves their sockets alone."""
 
@@ -78,7 +81,8 @@ class PodFacts:
 class ServiceFacts:
     """A service that is annotated global. `address` is its ClusterIP, None when it is `headless` or of IPv6 only.
 
-    `synced`: it is to have EndpointSlices of what the rest of the mesh has of it.
+    `synced`: it is to have EndpointSlices of what the rest of the mesh has of it. `session_affinity`: for so many
+    seconds a client keeps its backend; 0: not at all.
     """
 
     address: str | None
@@ -89,6 +93,7 @@ class ServiceFacts:
     selector: Mapping[str, str]
     headless: bool
     synced: bool
+    session_affinity: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,8 @@ def written(kind: str, value: Any, own: Mapping[str, str]) -> Written | None:
     labels = _mapping(metadata, "labels")
     if stranger(labels, own) or (kind == SLICES and labels.get(SLICE_MANAGED_BY) != SLICE_MANAGER):
         return None
+    if labels.get(COMPONENT):
+        return None  # of the mesh's own control plane in this cluster
     found: dict[str, Any] = {"labels": dict(labels), "annotations": dict(_mapping(metadata, "annotations"))}
     if kind == SERVICES:
         spec = _object(value, "spec")
@@ -236,7 +243,15 @@ def _service(value: Any) -> ServiceFacts | None:
         selector=_mapping(spec, "selector"),
         headless=headless,
         synced=_true(annotations, SYNC, headless),
+        session_affinity=_session_affinity(spec),
     )
+
+
+def _session_affinity(spec: Mapping[str, Any]) -> int:
+    if _text(spec, "sessionAffinity") != "ClientIP":
+        return 0
+    found = _object(_object(spec, "sessionAffinityConfig"), "clientIP").get("timeoutSeconds")
+    return found if isinstance(found, int) and 0 < found <= SESSION_AFFINITY_MOST else SESSION_DEFAULT
 
 
 def _slice(value: Any) -> SliceFacts | None:

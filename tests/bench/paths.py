@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Throughput and round trip of each way between two sites, beside the same hosts without the mesh. Gates nothing.
+
+Tunnel, WireGuard and native routing are turned on in turn by `site`; in each, the bare network, a VXLAN device and a
+wireguard-go made by hand between the same two hosts are measured in the same rounds. All machines share this machine's
+cores, so the ratios mean something, and the figures only here. Run by `make bench-paths`, on a lab with the estate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lab"), str(ROOT / "tests" / "e2e")]
+
+from bench import MEGABYTES, PORT, ROUNDS, SEND, SINK, Bench, measure  # noqa: E402
+from demo import ONPREM_CLIENT  # noqa: E402
+from installation import variant  # noqa: E402
+from isthmus_lab import ROUTER, Lab  # noqa: E402
+from playbook import play  # noqa: E402
+
+FROM, TO = ONPREM_CLIENT, "cloud-1"
+TURNS = 400  # a round, of one byte each way
+ECHO_PORT = PORT + 1
+VXLAN, WIREGUARD = ("bench-vx", "10.199.0"), ("bench-wg", "10.198.0")  # device by hand, and its /24
+
+ECHO = """
+import socket, sys
+server = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+for _ in range(int(sys.argv[2])):
+    connection, _ = server.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := connection.recv(1):
+        connection.sendall(data)
+    connection.close()
+"""
+
+# Median microseconds of a byte there and back over one connection, a round for each address in turn.
+TURN = """
+import json, socket, statistics, sys, time
+targets, port, turns, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+found = {name: [] for name in targets}
+for _ in range(rounds):
+    for name, address in targets.items():
+        connection = socket.create_connection((address, port), 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(turns):
+            began = time.perf_counter()
+            connection.sendall(b"x")
+            connection.recv(1)
+            found[name].append(time.perf_counter() - began)
+        connection.close()
+print(json.dumps({name: statistics.median(times) * 1e6 for name, times in found.items()}))
+"""
+
+
+def change(key: str, value: str) -> Callable[[dict[str, Any], Any], None]:
+    """The inventory with another word for the pair of sites that is measured."""
+
+    def edit(estate: dict[str, Any], _: Any) -> None:
+        for pair in estate["site_pairs"]:
+            if set(pair["sites"]) == {"cloud", "onprem"}:
+                pair[key] = value
+
+    return edit
+
+
+class Paths(Bench):
+    """Each step leaves the estate as the inventory has it."""
+
+    def measure(self, what: str, baseline: str, of: str) -> None:
+        """Rows of the mesh's way beside `baseline`, one of those made by hand."""
+        mesh = next(w["address"] for w in self.ask(TO, "status")["workloads"] if w["name"] == "web")
+        targets = {
+            "mesh": mesh,
+            "bare": str(self.lab.hosts[TO].address),
+            "vxlan": f"{VXLAN[1]}.2",
+            "wireguard": f"{WIREGUARD[1]}.2",
+        }
+        words = json.dumps(targets)
+        with self.serving(TO, "bench-sink", SINK, PORT, len(targets) * ROUNDS):
+            bulk = self.python(FROM, SEND, words, str(PORT), str(MEGABYTES // 4), str(ROUNDS))
+        with self.serving(TO, "bench-echo", ECHO, ECHO_PORT, len(targets) * ROUNDS):
+            turns = self.python(FROM, TURN, words, str(ECHO_PORT), str(TURNS), str(ROUNDS))
+        self.row(f"{what}, bulk", bulk["mesh"], bulk[baseline], "Mbit/s", of)
+        self.row(f"{what}, there and back", turns["mesh"], turns[baseline], "us", of)
+        if baseline != "bare":
+            self.row(f"{what}, bulk", bulk["mesh"], bulk["bare"], "Mbit/s", "the bare network")
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """A VXLAN device and a WireGuard one on both hosts, without the mesh."""
+        ends = ((FROM, TO, 1), (TO, FROM, 2))
+        try:
+            for host, other, number in ends:
+                device, network = VXLAN
+                remote = self.lab.hosts[other].address
+                self.ip(
+                    host,
+                    "link",
+                    "add",
+                    device,
+                    "type",
+                    "vxlan",
+                    "id",
+                    "4242",
+                    "remote",
+                    str(remote),
+                    "dstport",
+                    "14789",
+                )
+                self.ip(host, "address", "add", f"{network}.{number}/24", "dev", device)
+                self.ip(host, "link", "set", device, "mtu", "1450", "up")
+                device, network = WIREGUARD
+                self.lab.exec(host, ["wireguard-go", device])
+                self.lab.exec(host, ["sh", "-c", f"umask 077; wg genkey > /run/{device}.key"])
+                self.lab.exec(host, ["wg", "set", device, "listen-port", "15000", "private-key", f"/run/{device}.key"])
+                self.ip(host, "address", "add", f"{network}.{number}/24", "dev", device)
+                self.ip(host, "link", "set", device, "mtu", "1420", "up")
+            for host, other, number in ends:
+                device, network = WIREGUARD
+                key = self.lab.exec(other, ["sh", "-c", f"wg pubkey < /run/{device}.key"]).stdout.strip()
+                endpoint = ["endpoint", f"{self.lab.hosts[other].address}:15000"]
+                allowed = ["allowed-ips", f"{network}.{3 - number}/32"]
+                self.lab.exec(host, ["wg", "set", device, "peer", key, *endpoint, *allowed])
+            yield
+        finally:
+            for host, _, _ in ends:
+                for device, _ in (VXLAN, WIREGUARD):
+                    self.lab.exec(host, ["ip", "link", "delete", device], check=False)
+                self.lab.exec(host, ["rm", "-f", f"/run/{WIREGUARD[0]}.key"])
+
+    def ip(self, host: str, *words: str) -> None:
+        self.lab.exec(host, ["ip", *words])
+
+    @contextlib.contextmanager
+    def estate_with(self, key: str, value: str) -> Iterator[None]:
+        with tempfile.TemporaryDirectory() as directory:
+            wanted = variant(Path(directory) / "wanted", change(key, value))
+            self.say(f"site turns {key}: {value} on between onprem and cloud")
+            with self.undone(lambda: play("site", seconds=1800)):
+                play("site", inventory=wanted, seconds=1800)
+                yield
+
+    @contextlib.contextmanager
+    def router_knows(self) -> Iterator[None]:
+        """The router leads the hosts' ranges to them, as `plan` prints it."""
+        ip = ["nsenter", f"--net=/run/netns/{ROUTER}", "ip", "route"]
+        nodes = [
+            json.loads(self.lab.exec(host, ["cat", "/etc/isthmus/node.json"]).stdout)["node"]
+            for host in self.lab.hosts
+            if host.startswith(("onprem", "cloud"))
+        ]
+        try:
+            for node in nodes:
+                subprocess.run([*ip, "replace", node["range4"], "via", node["underlay4"]], check=True)
+            yield
+        finally:
+            for node in nodes:
+                subprocess.run([*ip, "delete", node["range4"]], check=False, stderr=subprocess.DEVNULL)
+
+    def tunnel(self) -> None:
+        self.measure("tunnel", "vxlan", "plain VXLAN")
+
+    def wireguard(self) -> None:
+        with self.estate_with("encryption", "wireguard"):
+            self.measure("WireGuard", "wireguard", "plain wireguard-go")
+
+    def native(self) -> None:
+        with self.router_knows(), self.estate_with("routing", "native"):
+            self.measure("native", "bare", "the bare network")
+
+    STEPS = ("tunnel", "native", "wireguard")
+
+
+if __name__ == "__main__":
+    sys.exit(measure(Paths(Lab())))

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The mesh is put into a real kube-apiserver with the real controllers of Kubernetes, rolled out, and taken out again.
+
+There is no scheduler and no kubelet: the test says of the pods that the controllers make how they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import in_cluster
+from installations import installation, node
+from integration.kubernetes_fixture import ApiServer, Refused, program
+from integration.module_runner import ModuleFailed, collection, run_module
+from integration.test_kubernetes_access import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMESPACE = "/api/v1/namespaces/isthmus-system"
+APPS = "/apis/apps/v1/namespaces/isthmus-system"
+OUT = {"estate": "lab", "cluster": "managed"}
+CONTROLLERS = (
+    *("daemonset", "deployment", "replicaset", "statefulset", "job", "namespace", "garbage-collector"),
+    "persistentvolumeclaim-protection",
+)
+
+
+class Managed(Cluster):
+    """A cluster of two nodes whose control plane is to be inside. Pods run as soon as they are made."""
+
+    def __init__(self, api: ApiServer, place: Path) -> None:
+        super().__init__(api, place)
+        self.end, self.still = threading.Event(), threading.Event()
+        self.told: list[str] = []  # what programs of pods said
+
+    def install(self, phase: str = "run", check: bool = False, install: Any = None, **more: Any) -> dict[str, Any]:
+        given = {"install": install or self.wanted(), "phase": phase, "kubeconfig": str(self.kubeconfig), "timeout": 60}
+        return run_module("kubernetes_install", {**given, **more}, check=check, bundle=False)
+
+    def wanted(self, **change: Any) -> dict[str, Any]:
+        made = installation()
+        made["etcd"]["replicas"] = 1
+        return {**made, **change}
+
+    def pods(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.api.request("GET", f"{NAMESPACE}/pods")["items"]
+        return found
+
+    def run_pod(self, pod: dict[str, Any]) -> None:
+        """What a kubelet would say of a pod that runs; one that is to end ends."""
+        name = pod["metadata"]["name"]
+        if pod["metadata"].get("deletionTimestamp"):
+            self.api.delete("pods", "isthmus-system", name)
+            return
+        if pod["spec"]["serviceAccountName"] == "isthmus-pki":
+            self.run_pki(pod)
+            return
+        conditions = [{"type": one, "status": "True"} for one in ("Ready", "ContainersReady", "PodScheduled")]
+        status = {"phase": "Running", "conditions": conditions, "observedGeneration": pod["metadata"]["generation"]}
+        self.api.status("pods", "isthmus-system", name, status)
+
+    def run_pki(self, pod: dict[str, Any]) -> None:
+        """The Job's pod for real: its program as its service account, with what is mounted there."""
+        place = self.place / pod["metadata"]["name"]
+        place.mkdir(exist_ok=True)
+        asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": []}}
+        account = f"{NAMESPACE}/serviceaccounts/isthmus-pki/token"
+        (place / "token").write_text(self.api.request("POST", account, asked)["status"]["token"])
+        (place / "ca.crt").write_bytes(self.api.ca.crt.read_bytes())
+        (place / "namespace").write_text("isthmus-system")
+        (container,) = pod["spec"]["containers"]
+        (volume,) = pod["spec"]["volumes"]
+        for name, text in self.there(f"{NAMESPACE}/configmaps/{volume['configMap']['name']}")["data"].items():
+            (place / name).write_text(text)
+        assert container["command"][1:] == ["--wanted", f"{container['volumeMounts'][0]['mountPath']}/wanted.json"]
+        program = [sys.executable, "-m", "isthmus_agent.pki_job", f"--wanted={place}/wanted.json"]
+        program += [f"--account={place}", f"--server=127.0.0.1:{self.api.port}"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "agent")}
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        self.told.append(done.stdout + done.stderr)
+        code = done.returncode
+        ended = {"exitCode": code, "reason": "Completed" if code == 0 else "Error", "containerID": ""}
+        state = {"name": "pki", "ready": False, "image": "", "imageID": "", "restartCount": 0}
+        status = {
+            "phase": "Succeeded" if code == 0 else "Failed",
+            "containerStatuses": [{**state, "state": {"terminated": ended}}],
+        }
+        self.api.status("pods", "isthmus-system", pod["metadata"]["name"], status)
+
+    def give_address(self) -> None:
+        """What a provider's controller does with a Service of the type LoadBalancer."""
+        there = self.there(f"{NAMESPACE}/services/isthmus-etcd-mesh")
+        if there is None or there["spec"]["type"] != "LoadBalancer" or there["status"]["loadBalancer"]:
+            return
+        status = {"loadBalancer": {"ingress": [{"ip": "198.18.4.200"}]}}
+        self.api.status("services", "isthmus-system", "isthmus-etcd-mesh", status)
+
+    def work(self) -> None:
+        while not self.end.wait(0.1):
+            with contextlib.suppress(Refused):  # it went meanwhile
+                for pod in self.pods() if not self.still.is_set() else ():
+                    phase = (pod.get("status") or {}).get("phase")
+                    if phase == "Pending" or pod["metadata"].get("deletionTimestamp"):
+                        self.run_pod(pod)
+                if not self.still.is_set():
+                    self.give_address()
+
+    @contextlib.contextmanager
+    def without_others(self) -> Iterator[None]:
+        """No kubelet and no provider does anything."""
+        self.still.set()
+        try:
+            yield
+        finally:
+            self.still.clear()
+
+    def versions(self) -> dict[str, str]:
+        """resourceVersion by kind and name of what the mesh has there."""
+        found = {}
+        for path in (
+            *(f"{NAMESPACE}/{kind}" for kind in ("services", "configmaps", "serviceaccounts", "resourcequotas")),
+            *(f"{APPS}/{kind}" for kind in ("statefulsets", "daemonsets", "deployments")),
+            "/apis/rbac.authorization.k8s.io/v1/clusterroles",
+        ):
+            query = "?labelSelector=app.kubernetes.io/managed-by=isthmus"
+            for one in self.api.request("GET", path + query)["items"]:
+                found[f"{path}/{one['metadata']['name']}"] = one["metadata"]["resourceVersion"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
+    place = tmp_path_factory.mktemp("managed")
+    with ApiServer(place / "api") as api:
+        cluster = Managed(api, place)
+        for number in (1, 2):
+            api.status("nodes", "", f"k{number}", node("", f"198.18.4.1{number}")["status"])
+            # As kubelet and node controller have it.
+            change = {"metadata": {"labels": {"kubernetes.io/os": "linux"}}, "spec": {"taints": None}}
+            api.patch("nodes", "", f"k{number}", change)
+        command = [str(program().with_name("kube-controller-manager")), f"--kubeconfig={cluster.kubeconfig}"]
+        command += ["--leader-elect=false", "--secure-port=0", "--concurrent-gc-syncs=2"]
+        command.append("--controllers=" + ",".join(f"{name}-controller" for name in CONTROLLERS))
+        with (place / "manager.log").open("ab") as log:
+            manager = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        others = threading.Thread(target=cluster.work, daemon=True)
+        others.start()
+        try:
+            yield cluster
+        finally:
+            cluster.end.set()
+            others.join(30)
+            manager.kill()
+            manager.wait(30)
+
+
+@pytest.fixture
+def managed(server: Managed) -> Iterator[Managed]:
+    """The cluster without the mesh, before and after."""
+    yield server
+    server.install(state="absent", install=OUT)
+
+
+def test_from_nothing_to_rolled_out_and_a_second_run_changes_nothing(managed: Managed) -> None:
+    predicted = managed.install("expose", check=True)
+    assert predicted["changed"]
+    assert predicted["exposed"] == {}
+    assert managed.there(NAMESPACE) is None
+
+    with managed.without_others():
+        with pytest.raises(ModuleFailed, match="got no address within 1 s") as failed:
+            managed.install("expose", timeout=1)
+        assert "expose.type of the cluster to node_port or host" in failed.value.msg
+    exposed = managed.install("expose")
+    assert not exposed["changed"]
+    assert exposed["exposed"]["endpoints"] == ["https://198.18.4.200:2379"]
+    assert (
+        exposed["exposed"]["cluster_ip"]
+        == managed.there(f"{NAMESPACE}/services/isthmus-etcd-client")["spec"]["clusterIP"]
+    )
+    assert managed.there(f"{APPS}/statefulsets/isthmus-etcd") is None
+
+    assert managed.install("etcd")["changed"]
+    assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is None
+    assert managed.install("run")["changed"]
+    names = sorted(pod["metadata"]["name"].rpartition("-")[0][:17] for pod in managed.pods())
+    assert names == ["isthmus-agent", "isthmus-agent", "isthmus-etcd", "isthmus-registrar", "isthmus-registrar"]
+
+    before = managed.versions()
+    assert len(before) > 10
+    for phase, check in (("etcd", False), ("run", True), ("run", False)):
+        again = managed.install(phase, check)
+        assert (again["changed"], again["diff"], again["removed"]) == (False, [], [])
+    assert managed.versions() == before
+
+
+def test_keys_are_made_inside_by_who_may_write_these_secrets_only(managed: Managed) -> None:
+    managed.install("expose")
+    names = in_cluster.server_names(1)
+    labels = in_cluster.labels(managed.wanted(), "pki")
+    wanted = {"schema": 1, "cluster": "managed", "dns": names, "ip": ["127.0.0.1"], "labels": labels}
+    wanted |= {"peers": {}, "certificates": {}, "requests": [], "known_ca": None}
+    assert managed.install("pki", True, wanted=wanted)["issued"] == {}
+    first = managed.install("pki", wanted=wanted)
+    assert "BEGIN CERTIFICATE" in first["issued"]["ca"], managed.told
+    secrets = managed.api.request("GET", f"{NAMESPACE}/secrets")["items"]
+    assert {one["metadata"]["name"] for one in secrets} == {*in_cluster.SECRETS}
+    keys = [value for one in secrets for name, value in one["data"].items() if name.endswith(".key")]
+    assert len(keys) >= 7
+    shown = json.dumps(first)
+    assert "PRIVATE KEY" not in shown
+    assert not [key for key in keys if key in shown]
+    again = managed.install("pki", wanted=wanted)
+    assert (again["changed"], again["issued"]) == (False, first["issued"])
+    # Whatever etcd's pod mounts is there.
+    (etcd,) = (one["data"] for one in secrets if one["metadata"]["name"] == "isthmus-etcd-tls")
+    assert {"etcd-server.key", "etcd-server.crt", "etcd-peer.key", "etcd-peer.crt", "revoked.crl"} <= etcd.keys()
+
+    with pytest.raises(ModuleFailed, match="made no certificates: it failed") as failed:
+        managed.install("pki", wanted={**wanted, "schema": 99}, timeout=120)
+    assert "exit" in failed.value.msg or "ended with 1" in failed.value.msg
+    assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
+
+
+def test_the_role_goes_through_its_phases_and_a_second_run_changes_nothing(managed: Managed, tmp_path: Path) -> None:
+    common = {
+        "in_cluster_install": {key: value for key, value in managed.wanted().items() if key != "image"},
+        "in_cluster_image": "isthmus:1.0.0",
+        "in_cluster_kubeconfig": str(managed.kubeconfig),
+        "in_cluster_timeout": 60,
+    }
+    tasks = [
+        {
+            "ansible.builtin.include_role": {"name": "isthmus.mesh.in_cluster"},
+            "vars": {**common, "in_cluster_phase": one},
+        }
+        for one in ("image", "expose", "etcd", "run")
+    ]
+    wanted = "https://198.18.4.200:2379"
+    tasks.insert(2, {"ansible.builtin.assert": {"that": f"__in_cluster_result.exposed.endpoints == ['{wanted}']"}})
+    play = [{"hosts": "localhost", "gather_facts": False, "connection": "local", "tasks": tasks}]
+    (tmp_path / "play.yml").write_text(json.dumps(play))
+
+    def run() -> str:
+        with collection() as environment:
+            place = {"ANSIBLE_COLLECTIONS_PATH": environment["PYTHONPATH"].split(os.pathsep)[0], "ANSIBLE_NOCOLOR": "1"}
+            done = subprocess.run(
+                [
+                    str(Path(sys.executable).with_name("ansible-playbook")),
+                    "-i",
+                    "localhost,",
+                    str(tmp_path / "play.yml"),
+                ],
+                env={**environment, **place, "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=900,
+            )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "changed=3 " in run()
+    assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is not None
+    assert "changed=0 " in run()
+
+
+def test_drift_is_put_right_and_what_others_added_stays(managed: Managed) -> None:
+    managed.install("expose")
+    place = f"{NAMESPACE}/services/isthmus-etcd-mesh"
+    managed.api.patch(
+        "services",
+        "isthmus-system",
+        "isthmus-etcd-mesh",
+        {"metadata": {"annotations": {"theirs": "1"}, "labels": {"isthmus.io/component": "other"}}},
+    )
+    assert managed.install("expose", check=True)["changed"]
+    assert managed.there(place)["metadata"]["labels"]["isthmus.io/component"] == "other"
+    result = managed.install("expose")
+    assert result["changed"]
+    assert '"isthmus.io/component": "other"' in result["diff"][0]["before"]
+    metadata = managed.there(place)["metadata"]
+    assert metadata["labels"]["isthmus.io/component"] == "etcd"
+    assert metadata["annotations"]["theirs"] == "1"
+    assert not managed.install("expose")["changed"]
+
+
+def test_only_what_is_ours_is_pruned(managed: Managed) -> None:
+    managed.install("expose")
+    own = managed.there(NAMESPACE)["metadata"]["labels"]
+    own.pop("kubernetes.io/metadata.name")
+    other = {**own, "isthmus.io/cluster": "other"}
+    written = {key: value for key, value in own.items() if key != "isthmus.io/component"}
+    for name, labels in (
+        ("left", own),
+        ("theirs", {"app.kubernetes.io/managed-by": "somebody"}),
+        ("another", other),
+        ("pki", {**own, "isthmus.io/component": "pki"}),
+    ):
+        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": labels}}
+        managed.api.request("POST", f"{NAMESPACE}/configmaps", body)
+    ports = {"ports": [{"port": 80}]}
+    managed.api.create(
+        "services",
+        {"metadata": {"name": "by-registrar", "namespace": "isthmus-system", "labels": written}, "spec": ports},
+    )
+    result = managed.install("run")
+    assert result["removed"] == ["configmap/isthmus-system/left"]
+    for name in ("theirs", "another", "pki"):
+        assert managed.there(f"{NAMESPACE}/configmaps/{name}") is not None
+    assert managed.there(f"{NAMESPACE}/services/by-registrar") is not None
+
+
+def test_an_object_of_somebody_else_is_refused_and_left(managed: Managed) -> None:
+    role = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": "isthmus-registrar"},
+    }
+    path = "/apis/rbac.authorization.k8s.io/v1/clusterroles"
+    managed.api.request("POST", path, role)
+    try:
+        with pytest.raises(ModuleFailed, match="ClusterRole isthmus-registrar that is somebody else's"):
+            managed.install("expose", timeout=1)
+        assert managed.there(f"{path}/isthmus-registrar")["metadata"].get("labels") is None
+    finally:
+        managed.api.request("DELETE", f"{path}/isthmus-registrar")
+
+
+def test_a_roll_out_that_gets_stuck_says_which_pod_and_why(managed: Managed) -> None:
+    managed.install("run")
+    broken = managed.wanted(image="isthmus:broken")
+    with managed.without_others():
+        told = managed.install("etcd", install=broken, patience=1)
+        assert told["unfinished"] == "StatefulSet isthmus-system/isthmus-etcd: 0 of 1 pods are ready"
+        pause = threading.Event()
+        while True:
+            there = {pod["metadata"]["name"]: pod for pod in managed.pods()}
+            etcd = there.get("isthmus-etcd-0") or {"metadata": {}}
+            if etcd["metadata"].get("deletionTimestamp"):
+                managed.run_pod(etcd)
+            elif etcd.get("spec", {}).get("containers", [{}])[0].get("image") == "isthmus:broken":
+                break
+            pause.wait(0.2)
+        waiting = {"reason": "ErrImagePull", "message": "isthmus:broken: not found"}
+        container = {"name": "etcd", "ready": False, "image": "", "imageID": "", "restartCount": 0}
+        status = {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]}
+        managed.api.status("pods", "isthmus-system", "isthmus-etcd-0", status)
+        with pytest.raises(ModuleFailed, match="pod isthmus-etcd-0, container etcd: ErrImagePull") as failed:
+            managed.install("run", install=broken, timeout=2)
+        assert "kubectl -n isthmus-system get pods -l isthmus.io/component=etcd" in failed.value.msg
+    # The others were not touched: what etcd cannot do they would not either.
+    agent = managed.there(f"{APPS}/daemonsets/isthmus-agent")
+    assert agent["spec"]["template"]["spec"]["containers"][0]["image"] == "isthmus:1.0.0"
+
+
+def test_an_etcd_keeps_its_size(managed: Managed) -> None:
+    managed.install("etcd")
+    larger = copy.deepcopy(managed.wanted())
+    larger["etcd"]["replicas"] = 3
+    with pytest.raises(ModuleFailed, match="has 1 members and is to have 3"):
+        managed.install("etcd", install=larger)
+
+
+def test_addresses_of_nodes_are_read_back(managed: Managed) -> None:
+    wanted = managed.wanted(expose=installation(type="node_port")["expose"])
+    result = managed.install("expose", install=wanted)
+    port = managed.there(f"{NAMESPACE}/services/isthmus-etcd-mesh")["spec"]["ports"][0]["nodePort"]
+    assert result["exposed"]["endpoints"] == [f"https://198.18.4.11:{port}"]
+    assert result["exposed"]["nodes"] == ["k1"]
+    assert not managed.install("expose", install=wanted)["changed"]
+
+
+def test_nothing_is_left_when_it_is_taken_out(managed: Managed) -> None:
+    before = managed.versions()
+    absent = {"install": OUT, "state": "absent"}
+    managed.install("run")
+    secret = {"name": "isthmus-ca", "labels": managed.there(NAMESPACE)["metadata"]["labels"]}
+    secret["labels"].pop("kubernetes.io/metadata.name")
+    body = {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": {"ca.key": "the key itself"}}
+    managed.api.request("POST", f"{NAMESPACE}/secrets", body)
+    labels = {key: value for key, value in secret["labels"].items() if key != "isthmus.io/component"}
+    labels["endpointslice.kubernetes.io/managed-by"] = "isthmus-registrar"
+    slice_ = {"metadata": {"name": "by-registrar", "namespace": "default", "labels": labels}}
+    managed.api.create("endpointslices", {**slice_, "addressType": "IPv4", "endpoints": []})
+
+    predicted = managed.install(check=True, **absent)
+    assert predicted["changed"]
+    assert managed.there(f"{APPS}/daemonsets/isthmus-agent") is not None
+    result = managed.install(**absent)
+    assert "secret/isthmus-system/isthmus-ca" in result["removed"]
+    assert "the key itself" not in json.dumps([predicted, result])
+    assert managed.there(NAMESPACE) is None
+    assert managed.there("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/by-registrar") is None
+    assert managed.versions() == before == {}
+    assert not managed.install(**absent)["changed"]
