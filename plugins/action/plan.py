@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec, matrix, vpc
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, ipsec, matrix, vpc
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
@@ -115,6 +115,11 @@ class ActionModule(ActionBase):
                 "networks": [dict(call) for call in found.vpcs.calls],
                 "peerings": [dict(call) for call in found.vpcs.peerings],
                 "lines": vpc.lines(found.vpcs.calls, found.vpcs.peerings),
+            },
+            bgp={
+                "hosts": {name: dict(own) for name, own in found.bgp.hosts.items()},
+                "routers": [dict(router) for router in found.bgp.routers],
+                "lines": bgp.lines(found.bgp.routers),
             },
             steps=[
                 {

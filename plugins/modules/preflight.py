@@ -61,6 +61,10 @@ options:
     type: str
     choices: [unmanaged, managed]
     default: unmanaged
+  bgp:
+    description:
+      - What the plan has of the host in C(bgp.hosts), so that it is known before whether that can be done.
+    type: dict
   install:
     description:
       - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
@@ -130,6 +134,10 @@ kubernetes:
     host: kube-1
     addresses: [198.18.4.11]
     credential: true
+bgp:
+  description: Whether FRR on the host is configured by M(isthmus.mesh.bgp).
+  returned: success
+  type: bool
 problems:
   description: Every problem found; the module fails when there is one.
   returned: always
@@ -178,6 +186,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     estate,
     etcd_unit,
     firewall,
+    frr,
     gateways,
     links,
     listener,
@@ -605,6 +614,7 @@ def main():
             "max_clock_skew": {"type": "int", "default": 120},
             "firewall": {"type": "str", "choices": ["unmanaged", "managed"], "default": "unmanaged"},
             "install": {"type": "bool", "default": False},
+            "bgp": {"type": "dict"},
         },
         supports_check_mode=True,
     )
@@ -634,6 +644,8 @@ def main():
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
+    own = module.params["bgp"]
+    problems += frr.problems(module, own) if own and not own.get("kept") else []
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)
@@ -677,6 +689,7 @@ def main():
         "fsync": syncs,
         "ipsec": gateways.left(),
         "kubernetes": kubernetes_facts(module, spec),
+        "bgp": frr.ours(),
     }
     for words in doubts:
         module.warn(f"{spec['host']}: {words}")

@@ -13,7 +13,8 @@ description:
   - Stops and removes the mesh's units, restores the host's name resolution, and removes the overlay device, routes,
     routing rules, pinned BPF programs and maps, files and users that the collection made, on etcd hosts also the data
     of etcd.
-  - Takes the rules that M(isthmus.mesh.firewall) added out of the host's firewall.
+  - Takes the rules that M(isthmus.mesh.firewall) added out of the host's firewall, and gives FRR back as it was before
+    M(isthmus.mesh.bgp); where it came with the mesh it is off.
   - Needs neither the bundle nor a running agent, so it also clears away what an interrupted run left.
   - Distribution packages stay installed. A directory of ours that is a mount point, or a link of the operator's to
     another place, is emptied and stays.
@@ -65,6 +66,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     bundle,
     etcd_unit,
     firewall,
+    frr,
     gateways,
     resolver,
     strongswan,
@@ -155,6 +157,7 @@ class Teardown:
         self.device()
         self.filters()
         self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
+        self.removed += frr.absent(self.module, self.changes)
         self.pins()
         if os.path.islink(etcd_unit.DATA):  # with the link alone the data would stay behind
             self.tree(etcd_unit.DATA)

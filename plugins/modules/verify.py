@@ -54,6 +54,11 @@ options:
         description: Its mesh address.
         type: str
         required: true
+  bgp:
+    description:
+      - What the plan has of the host in C(bgp.hosts). There must be a session with each router, which must have been
+        sent the host's range. What no router sends is told only.
+    type: dict
   controller_time:
     description:
       - The controller's time, in UTC as C(YYYY-MM-DDTHH:MM:SSZ), to compare the host's clock with.
@@ -141,6 +146,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     clock,
     etcd_trouble,
     etcd_unit,
+    frr,
     packets,
     resolver,
     standing,
@@ -148,7 +154,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     units,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec, openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, ipsec, openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
@@ -160,6 +166,7 @@ TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answe
 RESOLVED = "systemd-resolved.service"
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
 SESSION = 180  # seconds after which a session of WireGuard is over
+SESSION_SECONDS = 7  # within which FRR tries to connect, so that it is seen why it cannot
 FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
 SITE = "run the playbook isthmus.mesh.site"
@@ -199,6 +206,8 @@ class Verifier:
             self.look("encryption", self.check_changing)
             self.look("routing", self.check_native_way)
             self.look("gateways", self.check_gateway_way)
+            if self.problems:  # a session may be why; one of several routers that is away is no reason to wait
+                self.look("bgp", self.check_bgp)
             return
         self.look("clock", self.check_clock)
         self.look("units", self.check_units)
@@ -221,6 +230,7 @@ class Verifier:
             self.look("routing", self.check_native)
         if self.spec.get("ipsec"):
             self.look("gateways", self.check_gateways)
+        self.look("bgp", self.check_bgp)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -854,6 +864,34 @@ class Verifier:
             return str(exc)
         return ""
 
+    def check_bgp(self):
+        """A session with each router, which was told this host's range. What no router sends is told only: one may send
+        its servers a default route, which is not taken."""
+        own = self.module.params["bgp"]
+        if not own or own.get("kept"):
+            return
+        lacking = frr.await_sessions(self.module, own, SESSION_SECONDS)
+        announced = self.spec["node"]["range4"]
+        received = []
+        for address in (router["address"] for router in own["routers"]):
+            if not self.check(
+                "bgp",
+                address not in lacking,
+                f"there is no session with router {address}: {lacking.get(address)}; `bgp` of the plan has what to set "
+                f"there, `vtysh -c 'show bgp neighbors {address}'` what FRR knows",
+            ):
+                continue
+            sent = frr.routes(self.module, address, "advertised-routes")
+            self.check("bgp", announced in sent, f"router {address} is not sent {announced}, but {sent}; {SITE}")
+            received += frr.routes(self.module, address, "routes")
+        wanted = openings.native_sources(self.spec, self.record)
+        unknown = bgp.uncovered(wanted, received)
+        if unknown and len(lacking) < len(own["routers"]):
+            self.warnings.append(
+                f"no router sends {self.spec['host']} a route to {', '.join(unknown[:5])}"
+                f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}: it may have none, or keep it to itself"
+            )
+
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
@@ -913,6 +951,7 @@ def main():
                     "mesh4": {"type": "str", "required": True},
                 },
             },
+            "bgp": {"type": "dict"},
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
             "timeout": {"type": "int", "default": 3},

@@ -21,7 +21,7 @@ from playbook import Run, recaps
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
 FAKED = (
-    *("bundle", "estate_record", "etcd_access", "etcd_member", "node"),
+    *("bgp", "bundle", "estate_record", "etcd_access", "etcd_member", "node"),
     *("ipsec", "pki_request", "pki_revoke", "preflight", "verify"),
 )
 CLUSTERS = {"a": (["a1", "a2", "a3"], []), "b": (["b1"], ["b2"]), "c": (["c1"], [])}

@@ -42,6 +42,8 @@ PACKAGES = (
     "strongswan-swanctl",
     "libcharon-extra-plugins",  # ESP in user space
     "libstrongswan-standard-plugins",
+    "frr",  # BGP; off until a site has it
+    "frr-pythontools",
     "curl",
     "procps",
     "libelf1",  # libbpf needs it
@@ -64,6 +66,7 @@ PACKAGES = (
 DISABLED_UNITS = (
     "etcd.service",
     "strongswan.service",
+    "frr.service",
     "systemd-resolved.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",

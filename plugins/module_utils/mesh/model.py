@@ -18,6 +18,9 @@ from urllib.parse import urlsplit
 
 from . import jsontext, schema, versions
 from .addressing import CLUSTER_IPS, HOST, PODS, RESERVED, SERVICES, WORKLOADS, Claim, overlaps, shared
+from .bgp import Settings as Bgp
+from .bgp import check as check_bgp
+from .bgp import settings as read_bgp
 from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .encryption import Pair
 from .encryption import pair as sorted_pair
@@ -164,6 +167,7 @@ class Host:
     workloads: tuple[Workload, ...]
     kubernetes_node: str | None = None
     absent: bool = False
+    bgp: Bgp | None = None
 
     @property
     def addresses(self) -> dict[IPv4Address, str]:
@@ -226,6 +230,7 @@ class Model:
     vpcs: Vpcs = field(default_factory=Vpcs)
     routing: Routing = field(default_factory=Routing)
     ipsec: Ipsec = field(default_factory=Ipsec)
+    bgp: Mapping[str, Bgp] = field(default_factory=dict)
     entries: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -233,7 +238,12 @@ class Model:
         """sha256 in hex of all that the model says; warnings and the ways to APIs do not count."""
         content = {key: value for key, value in asdict(self).items() if key not in ("warnings", "entries")}
         # An estate without Kubernetes has the digest that it had before there was such a thing.
-        for part, key in (("clusters", "kubernetes"), ("clusters", "in_cluster"), ("hosts", "kubernetes_node")):
+        for part, key in (
+            ("clusters", "kubernetes"),
+            ("clusters", "in_cluster"),
+            ("hosts", "kubernetes_node"),
+            ("hosts", "bgp"),
+        ):
             for entry in content[part].values():
                 if entry[key] is None:
                     del entry[key]
@@ -250,6 +260,8 @@ class Model:
             del content["routing"]
         if self.ipsec == Ipsec():
             del content["ipsec"]
+        if not self.bgp:
+            del content["bgp"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -334,7 +346,7 @@ class _Reader:
         clusters = self.clusters(top)
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
-        encryption, routing = self.sites(top, clusters, read_hosts)
+        encryption, routing, speaking = self.sites(top, clusters, read_hosts)
         known = {*read_hosts, *self.broken_hosts}
         ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
@@ -344,9 +356,11 @@ class _Reader:
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
             named = {**readable, "name": str(top["name"])}
-            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec)
+            draft = self.model(
+                named, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec, speaking
+            )
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec)
+        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec, speaking)
 
     def model(
         self,
@@ -359,6 +373,7 @@ class _Reader:
         routing: Routing,
         vpcs: Vpcs,
         ipsec: Ipsec,
+        speaking: Mapping[str, Bgp],
     ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
         sites = {cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()}
@@ -377,6 +392,7 @@ class _Reader:
             vpcs=vpcs,
             routing=routing,
             ipsec=ipsec,
+            bgp=speaking,
             entries={name: self.entries[name] for name in sorted(self.entries)},
             warnings=tuple(sorted(self.warnings)),
         )
@@ -700,6 +716,7 @@ class _Reader:
                 workloads=workloads,
                 kubernetes_node=node,
                 absent=entry["isthmus_state"] == "absent" or clusters[cluster].absent,
+                bgp=read_bgp(entry["isthmus_bgp"]),
             )
         for variable, places in sorted(unknown.items()):
             more = f" and {len(places) - 1} more" if len(places) > 1 else ""
@@ -918,11 +935,12 @@ class _Reader:
 
     def sites(
         self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]
-    ) -> tuple[Encryption, Routing]:
-        """Sites and pairs of them are what the estate has; answers how packets between them are encrypted and go."""
+    ) -> tuple[Encryption, Routing, dict[str, Bgp]]:
+        """Sites and pairs of them are what the estate has; answers how packets between them are encrypted and go, and
+        which sites speak BGP."""
         declared = top["sites"]
         if declared is INVALID:
-            return Encryption(), Routing()
+            return Encryption(), Routing(), {}
         named = [(f"isthmus_estate.clusters.{cluster.name}.site", cluster.site) for cluster in clusters.values()]
         named += [(f"host {host.name}.isthmus_site", host.site) for host in hosts.values()]
         known = set(declared) if declared is not None else {site for _where, site in named}
@@ -972,9 +990,16 @@ class _Reader:
         }
         routing = Routing(top["routing"], own, {both: ways[both] for both in sorted(ways)})
         said = [top["routing"], top["encryption"], *own.values(), *ways.values(), *pairs.values()]
+        given = {site: read_bgp(entry["bgp"]) for site, entry in sorted((declared or {}).items()) if entry["bgp"]}
+        speaking = {site: found for site, found in given.items() if found is not None}
         if not any(value is INVALID for value in said):
-            self.native(routing, encryption, {site for _where, site in named} | known, hosts)
-        return encryption, routing
+            everywhere = {site for _where, site in named} | known
+            self.native(routing, encryption, everywhere, hosts)
+            if len(speaking) == len(given):
+                native = {site for pair in pairs_of(everywhere) if routing.of(pair) == NATIVE for site in pair}
+                claims = [claim for cluster in clusters.values() for claim in cluster.claims]
+                check_bgp(speaking, native, hosts.values(), claims, self.problem)
+        return encryption, routing, speaking
 
     def native(self, routing: Routing, encryption: Encryption, sites: set[str], hosts: Mapping[str, Host]) -> None:
         """Pairs of sites that cannot be native as they are said to be."""

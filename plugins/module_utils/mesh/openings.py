@@ -89,6 +89,12 @@ TABLE = (
         "its API server",
         "registrars watch Kubernetes; `site` lets them in",
     ),
+    Row(
+        "TCP 179, with BFD also UDP 3784",
+        "hosts and routers of sites with `bgp`",
+        "each other",
+        "hosts announce their ranges ([bgp.md](bgp.md)); hosts connect, so that TCP need not be open on them",
+    ),
     Row("TCP 22", "the controller", "every host", "Ansible"),
 )
 

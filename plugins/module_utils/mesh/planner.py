@@ -20,6 +20,8 @@ from typing import Any, Optional
 from . import encryption, ipsec, jsontext, matrix, openings, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
+from .bgp import Planned as Speaking
+from .bgp import planned as plan_bgp
 from .encryption import Keys, Pair, Stage
 from .model import Cluster, Encryption, Host, InCluster, Model, ModelError, Workload
 from .record import (
@@ -71,7 +73,8 @@ class Plan:
     people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of it. `steps` are those that
     follow `specs` and `record`. `stages` are those of encryption of each pair of sites where something is or was
     encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
-    routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py)."""
+    routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp`
+    what hosts and routers do (bgp.py)."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -95,6 +98,7 @@ class Plan:
     keys: tuple[Keys, ...] = (Keys(), Keys())
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
+    bgp: Speaking = field(default_factory=Speaking)
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,8 @@ class _Planner:
         key_ways = self.key_ways(stages)
         states = _states(each, key_ways[1:])
         vpcs = self.vpcs(present, _State(*map(_running, each), keys=key_ways[0]), states)
-        roster = self.roster(documents, states[0], vpcs)
+        speaking = self.speaking(present)
+        roster = self.roster(documents, states[0], vpcs, speaking)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -338,7 +343,18 @@ class _Planner:
             keys=key_ways,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
+            bgp=speaking,
         )
+
+    # BGP
+
+    def speaking(self, present: Mapping[str, Mapping[str, Any]]) -> Speaking:
+        old = (self.record.roster or {}).get("bgp", ())
+        taken = [text for doc in present.values() for text in (*doc["workload_ranges"], *_pod_ranges(doc))]
+        found = plan_bgp(self.model.bgp, self.model.hosts, present, taken, old, self.prune)
+        self.orphans += found.orphans
+        self.removed += found.removed
+        return found
 
     # Clusters whose control plane is in them
 
@@ -562,6 +578,7 @@ class _Planner:
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
         roster = self.record.roster or {"services": {}}
         candidates |= vpc.names(roster.get("vpcs"))
+        candidates |= {f"bgp/{site}" for site in roster.get("bgp", ())}
         candidates |= {f"service/{key}" for key, entry in roster["services"].items() if entry["state"] != "absent"}
         found = set()
         for given in prune:
@@ -773,6 +790,8 @@ class _Planner:
             return rest in self.model.services
         if kind in ("vpc", "peering"):
             return self.model.vpcs.has(name)
+        if kind == "bgp":
+            return rest in self.model.bgp
         first, _slash, second = rest.partition("/")
         cluster = self.model.clusters.get(first)
         outer = None if cluster is None else cluster.kubernetes
@@ -1490,7 +1509,9 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned) -> dict[str, Any]:
+    def roster(
+        self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned, speaking: Speaking
+    ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1524,7 +1545,7 @@ class _Planner:
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
             **state.documents(),
-            **_filled(vpcs=vpcs.document),
+            **_filled(vpcs=vpcs.document, bgp=list(speaking.sites)),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -2024,6 +2045,7 @@ def _lines(record: Record) -> dict[str, str]:
         if keys != Keys():
             found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
+        found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
     return found
 
 

@@ -139,6 +139,23 @@ class Integer(Kind):
         return f"number {self.low}..{self.high}"
 
 
+class AsNumber(Integer):
+    """The number of an autonomous system, as a whole number (not `65000.1`)."""
+
+    _reserved: ClassVar[dict[int, str]] = {23456: "RFC 6793", 65535: "RFC 7300"}
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        found = super().read(value, where, problems)
+        if found is not INVALID and found in self._reserved:
+            what = f"{found} is reserved ({self._reserved[found]})"
+            problems.append(Problem(where, what, "it is no AS's", "use one of your own, or of 64512..65534"))
+            return INVALID
+        return found
+
+    def json_schema(self) -> dict[str, Any]:
+        return {**super().json_schema(), "not": {"enum": sorted(self._reserved)}}
+
+
 @dataclass(frozen=True)
 class Number(Kind):
     low: float
@@ -691,6 +708,26 @@ IPSEC = Table(
     },
 )
 
+_AS_NUMBER = AsNumber(1, 4294967294, "AS numbers have 32 bits (RFC 6793)")
+
+BGP_ROUTER = Table(
+    "router",
+    {
+        "address": Key(Address(), "Its address on the hosts' subnet.", REQUIRED),
+        "as_number": Key(_AS_NUMBER, "Its AS number; that of the hosts for iBGP.", REQUIRED),
+        "bfd": Key(Flag(), "Whether each side notices by BFD within a second that the other is gone.", False),
+    },
+)
+
+_BGP = {
+    "as_number": Key(_AS_NUMBER, "AS number of the hosts.", None, "none; each host needs one"),
+    "routers": Key(Listing(BGP_ROUTER), "Routers to which hosts announce their ranges.", ()),
+}
+
+BGP = Table("bgp section", {**_BGP, "state": Key(_STATE, "`absent` takes it off the hosts.", "present")})
+
+HOST_BGP = Table("bgp section of a host", _BGP)
+
 SITE = Table(
     "site",
     {
@@ -714,6 +751,7 @@ SITE = Table(
         "vpc": Key(
             VPC, "The VPC that its hosts are in, as far as the provider's API is to be used. See [vpc.md](vpc.md)."
         ),
+        "bgp": Key(BGP, "Its hosts announce their ranges to routers, by FRR. See [bgp.md](bgp.md)."),
     },
 )
 
@@ -1102,6 +1140,9 @@ HOST = Table(
             None,
             "in a cluster with `kubernetes` the host's inventory name",
         ),
+        "isthmus_bgp": Key(
+            HOST_BGP, "What differs for the host from the `bgp` of its site, such as the router of its rack."
+        ),
         "isthmus_labels": Key(Labels(), "Labels of the node.", {}),
         "isthmus_workloads": Key(Listing(WORKLOAD), "Processes with an address and identity of their own.", ()),
         "isthmus_state": Key(_STATE, _STATE_DOC, "present"),
@@ -1137,6 +1178,7 @@ PLAY_VARIABLES = {
     "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
     "isthmus_ipsec_secrets": "Pre-shared keys of pairs of sites, {cloud onprem: KEY}, in the order of the alphabet; "
     "in a vault.",
+    "isthmus_bgp_passwords": "Of a host or group: by address of a router, the password of the session; for the vault.",
     "isthmus_api_host": "Of a host or group: where the API of its Kubernetes cluster is asked from; else localhost.",
     "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "
     "the environment there says (K8S_AUTH_*, KUBECONFIG), or ~/.kube/config.",
