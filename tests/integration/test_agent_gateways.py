@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from bpf.topology import bare_nodes, wait_for
 from integration.test_agent_native import SITES, Host, Pair, pair
+from isthmus_agent.desired.addressing import IPSEC_RULE_PRIORITY, IPSEC_TABLE
 from isthmus_mesh.spec import spec_hash
 
 # For the full run until it has passed.
@@ -35,11 +36,18 @@ def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) ->
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
         gateway = str(both.b.node.underlay)
 
-        def led() -> bool:
+        def there() -> tuple[str, bool]:
             # A table without a route is none, which `ip` takes for an error.
-            route = both.a.run("sh", "-c", "ip route show table 736 proto 73 2>&1; true")
-            rules = both.a.run("ip", "rule")
-            return f"{FAR} via {gateway} dev eth0" in route and "mtu 1400" in route and "736:" in rules
+            route = both.a.run("sh", "-c", f"ip route show table {IPSEC_TABLE} proto 73 2>&1; true")
+            return route, f"{IPSEC_RULE_PRIORITY}:" in both.a.run("ip", "rule")
+
+        def led() -> bool:
+            route, rule = there()
+            return f"{FAR} via {gateway} dev eth0" in route and "mtu 1400" in route and rule
+
+        def gone() -> bool:
+            route, rule = there()
+            return FAR not in route and not rule
 
         def mtu() -> bool:
             return "mtu 1350" in both.a.run("ip", "route", "get", "10.102.0.2")
@@ -48,14 +56,13 @@ def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) ->
         wait_for(led, "the route to the gateway", 30)
         wait_for(mtu, "a smaller MTU to the other site's hosts", 30)
         assert both.dial() != []
-        both.a.run("ip", "route", "del", FAR, "table", "736")
+        both.a.run("ip", "route", "del", FAR, "table", str(IPSEC_TABLE))
         wait_for(led, "the route is back", 30)
-        both.a.run("ip", "rule", "del", "priority", "736")
+        both.a.run("ip", "rule", "del", "priority", str(IPSEC_RULE_PRIORITY))
         wait_for(led, "the rule is back", 30)
         assert_no_program(both)
         behind_gateway(both.a, None)
-        wait_for(lambda: not led(), "the route is gone", 30)
-        assert "736:" not in both.a.run("ip", "rule")
+        wait_for(gone, "route and rule are gone", 30)
 
 
 def assert_no_program(both: Pair) -> None:
