@@ -248,6 +248,13 @@ def _private(path: str, content: str) -> None:
         file.write(content)
 
 
+def restart(module: AnsibleModule) -> None:
+    """FRR stops and starts, or starts."""
+    # Its unit may start three times within three minutes, and would stay off then.
+    module.run_command(["systemctl", "reset-failed", UNIT])
+    units.Systemd(module).run("restart", UNIT)
+
+
 def absent(module: AnsibleModule, changes: Changes) -> list[str]:
     """FRR is as it was before us; what was changed, in words."""
     if not ours():
@@ -272,7 +279,10 @@ def absent(module: AnsibleModule, changes: Changes) -> list[str]:
     elif not module.check_mode:
         if not before["enabled"]:
             systemd.run("disable", "--quiet", UNIT)
-        systemd.run("restart" if before["active"] else "stop", UNIT)
+        if before["active"]:
+            restart(module)
+        else:
+            systemd.run("stop", UNIT)
     if os.path.exists(SAVED) and not module.check_mode:
         os.unlink(SAVED)
     return found

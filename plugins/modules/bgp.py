@@ -191,7 +191,7 @@ class Speaker:
         self.file(conf)
         self.changes.note(f"unit {frr.UNIT}", "active" if active else "inactive", "restarted" if active else "active")
         if not self.module.check_mode:
-            self.systemd.run("restart", frr.UNIT)
+            frr.restart(self.module)
 
     def reload(self, conf):
         words = frr.reload(self.module, conf)
@@ -210,7 +210,7 @@ class Speaker:
         if restarted:
             self.changes.file(frr.DAEMONS, daemons, mode=0o640, owner="frr")
             self.changes.file(frr.CONF, before, mode=0o640, owner="frr", secret=True)
-            self.systemd.run("restart", frr.UNIT)
+            frr.restart(self.module)
         else:
             frr.reload(self.module, before)
         end = time.monotonic() + self.module.params["timeout"]

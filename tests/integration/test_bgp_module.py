@@ -144,11 +144,11 @@ def test_from_nothing_to_a_session_that_changes_keep_and_back(pair: tuple[Machin
 
 def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tuple[Machine, Machine]) -> None:
     host, router = pair
-    assert "the router has another AS number than 65009" in failure(host, own(as_number=65009))
     assert "there is no session with any router" in failure(host, {**OWN, "as_number": 65102})
     assert "expects another AS number of this host than 65102" in failure(
         host, {**OWN, "as_number": 65102, "routers": [{**OWN["routers"][0], "bfd": True}]}
     )
+    assert "the router has another AS number than 65009" in failure(host, own(as_number=65009))
     assert told(host)["lacking"] == {}
     up, conf = ups(host), host.read("/etc/frr/frr.conf")
 

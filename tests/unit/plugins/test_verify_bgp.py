@@ -115,7 +115,7 @@ def host_module(check: bool = False) -> Any:
             | {"enabled": False, "active": True},
             "log syslog\n",
             "bgpd=no\nospfd=no\nbfdd=yes\n",
-            ["disable --quiet frr.service", "restart frr.service"],
+            ["disable --quiet frr.service", "reset-failed frr.service", "restart frr.service"],
         ),
     ],
     ids=["came with us", "was there"],
