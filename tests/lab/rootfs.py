@@ -38,6 +38,13 @@ PACKAGES = (
     "dnsmasq-base",  # names for machines
     "wireguard-go",
     "wireguard-tools",
+    # What a site's gateway has (`encryption: ipsec-gateway`).
+    "charon-systemd",
+    "strongswan-swanctl",
+    "libcharon-extra-plugins",  # ESP in user space
+    "libstrongswan-standard-plugins",
+    "frr",  # BGP; off until a site has it
+    "frr-pythontools",
     "curl",
     "procps",
     "libelf1",  # libbpf needs it
@@ -60,6 +67,8 @@ PACKAGES = (
 DISABLED_UNITS = (
     "etcd.service",
     "firewalld.service",
+    "strongswan.service",
+    "frr.service",
     "systemd-resolved.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
