@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Tools of the gates start each other by name (ansible-lint, molecule).
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup env lock bpf bundle wheelhouse image collection kubernetes lab-up lab-down lab-exec lab-map site plan verify molecule demo \
+.PHONY: help setup env lock bpf bundle wheelhouse image collection kubernetes rootfs lab-up lab-down lab-exec lab-map site plan verify molecule demo \
 	check lint pytest test test-full bench bench-kubernetes bench-paths clean
 
 help: ## this list
@@ -49,6 +49,9 @@ collection: bundle ## build the collection's artifact and install it in build/co
 
 kubernetes: setup ## build the programs of the lab's Kubernetes clusters (minutes, once; in the user's cache)
 	@$(BIN)/python tests/lab/kubernetes_parts.py
+
+rootfs: setup ## make the root file system of the lab's machines (minutes, once; in the user's cache)
+	@$(BIN)/python tests/lab/rootfs.py
 
 lab-up: setup ## boot the lab: six systemd machines in three sites
 	@$(LAB_TOOL) up
@@ -89,11 +92,11 @@ lint: bundle ## every gate
 pytest: bpf ## run tests (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest $(ARGS)
 
-test: lint collection kubernetes image ## every gate and every test that fits into every run (CI runs this)
+test: lint collection kubernetes image rootfs ## every gate and every test that fits into every run (CI runs this)
 	@sh scripts/test.sh
 
 test-full: export ISTHMUS_FULL := 1
-test-full: lint collection kubernetes image ## what is too long for every run as well; writes the result to docs/test-full.md
+test-full: lint collection kubernetes image rootfs ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
 
 bench: collection lab-up ## measure the estate on the lab, each figure beside a baseline; gates nothing

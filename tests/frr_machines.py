@@ -70,7 +70,7 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "not root: namespaces and mounts need it"
     if not (rootfs.rootfs_path() / "usr/lib/frr/bgpd").exists():
-        return f"no FRR: there is no {rootfs.rootfs_path()}; `make lab-up` makes it"
+        return f"no FRR: there is no {rootfs.rootfs_path()}; `make rootfs` makes it"
     return ""
 
 
