@@ -10,7 +10,7 @@ from typing import Any
 
 from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
 from .openings import Documents, between, is_in_cluster, wireguard_ports
-from .routing import NATIVE, TUNNEL
+from .routing import AUTO, NATIVE, TUNNEL
 from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
 
 UNDERLAY_MTU = 1500
@@ -35,9 +35,10 @@ def rows(
     ways: Ways,
     native_ways: Ways,
     keys: Sequence[Keys],
+    chosen: Mapping[Pair, tuple[bool, str]],
 ) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
-    Kubernetes knows, there may be."""
+    Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words."""
     sizes: dict[str, int] = {}
     for document in documents.values():
         for entry in document["hosts"].values():
@@ -51,9 +52,11 @@ def rows(
         stages = [stage for stage in (now, *following) if stage is not None]
         native_now, *native_following = native_ways.get(one, (None, Stage.PLAIN))
         native = [stage for stage in (native_now, *native_following) if stage is not None]
+        tried, words = chosen.get(one, (False, None))
         yield {
             "sites": list(one),
-            "routing": NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
+            "routing": AUTO if tried else NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
+            "auto": words,
             "routing_now": None if native_now is None else native_now.word,
             "routing_steps": _words(native_now, native_following),
             "encryption": "wireguard" if following[-1] is Stage.DEMANDS else "none",
@@ -128,8 +131,10 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         changing = f" (now being turned {'on' if row['encryption'] == 'wireguard' else 'off'})" if row["steps"] else ""
         native = row["routing"] == NATIVE
         path = "native" if native else "tunnel (VXLAN)"
-        if row["routing_steps"]:
+        if row["routing_steps"] and row["routing"] != AUTO:
             path += f" (now being turned {'on' if native else 'off'})"
+        if row["auto"]:
+            path += f" (auto: {row['auto']})"
         opened = "; ".join(_opened(one) for one in row["open"])
         told.append(
             f"{name(row['sites'])}: path {path}, encryption {row['encryption']}{changing}, MTU {row['mtu']} "
@@ -171,6 +176,16 @@ _NATIVE_OFF = {
 }
 
 
+def _trial(row: Mapping[str, Any]) -> str:
+    """What a run does to a pair that is to try whether packets go natively."""
+    begun = f", which was begun before ({row['routing_now']})" if row["routing_now"] in CHANGING else ""
+    return (
+        f"native routing {_of(row)} is tried (auto){begun}, in steps of one run: (1) {_NATIVE_ON[Stage.ACCEPTS]}; "
+        f"(2) {_NATIVE_ON[Stage.SENDS]}; (3) {_NATIVE_ON[Stage.DEMANDS]}. When one does not reach another, packets "
+        "stay in the tunnel, and the run says why. Connections stay"
+    )
+
+
 def _rotation(keys: Sequence[Keys]) -> str:
     """What a run does to the keys of WireGuard; `keys` as `Plan.keys`."""
     now, *following = keys
@@ -196,12 +211,19 @@ def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[st
         if row["steps"]:
             on = row["encryption"] == "wireguard"
             told.append(_change("encryption", row, on, row["now"], row["steps"], _ON if on else _OFF, shrinks=on))
-        if row["routing_steps"]:
+        if row["routing"] == AUTO:
+            told.append(_trial(row))
+        elif row["routing_steps"]:
             on = row["routing"] == NATIVE
             words = _NATIVE_ON if on else _NATIVE_OFF
             now, steps = row["routing_now"], row["routing_steps"]
             told.append(_change("native routing", row, on, now, steps, words, shrinks=not on))
     return told
+
+
+def _of(row: Mapping[str, Any]) -> str:
+    one, other = row["sites"]
+    return name((one, other)) if one == other else f"of {name((one, other))}"
 
 
 def _change(
@@ -216,10 +238,8 @@ def _change(
     stages = [STAGES[word] for word in following]
     begun = f", which was begun before ({now})" if now in CHANGING else ""
     steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
-    one, other = row["sites"]
-    where = name((one, other)) if one == other else f"of {name((one, other))}"
     told = (
-        f"{what} {where} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"{what} {_of(row)} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
         f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
     )
     if shrinks:

@@ -17,7 +17,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Optional
 
-from . import encryption, jsontext, matrix, openings, routing, spec, versions, vpc
+from . import auto, encryption, jsontext, matrix, openings, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .encryption import Keys, Pair, Stage
@@ -34,7 +34,7 @@ from .record import (
     parse_time,
 )
 from .removals import cuts
-from .routing import Routing
+from .routing import AUTO, Routing
 from .schema import Problem, nearest
 
 PKI = "/etc/isthmus/pki"
@@ -70,7 +70,9 @@ class Plan:
     people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of it. `steps` are those that
     follow `specs` and `record`. `stages` are those of encryption of each pair of sites where something is or was
     encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
-    routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py)."""
+    routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py). `trials` are those of pairs with
+    `routing: auto` (auto.py) by the number of the proof: `sites`, and `hosts` with their sites; `told` is what the
+    proofs of this run have decided, in words."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -93,20 +95,26 @@ class Plan:
     keys: tuple[Keys, ...] = (Keys(), Keys())
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
+    trials: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _State:
-    """Stages of encryption and of native routing of each pair of sites, and the keys of WireGuard."""
+    """Stages of encryption and of native routing of each pair of sites, and the keys of WireGuard. `failed`: pairs with
+    `routing: auto` that are in the tunnel, as native failed between two hosts."""
 
     encryption: Mapping[Pair, Stage]
     native: Mapping[Pair, Stage]
     keys: Keys
+    failed: Mapping[Pair, tuple[str, ...]] = field(default_factory=dict)
 
     def documents(self) -> dict[str, Any]:
         """As the roster has them."""
         return _filled(
-            encryption=encryption.to_document(self.encryption, self.keys), routing=encryption.to_document(self.native)
+            encryption=encryption.to_document(self.encryption, self.keys),
+            routing=encryption.to_document(self.native),
+            auto={" ".join(pair): list(hosts) for pair, hosts in sorted(self.failed.items())},
         )
 
 
@@ -130,16 +138,20 @@ def plan(
     forget: Forget = Forget(),
     rotate: bool = False,
     exposed: Mapping[str, Mapping[str, Any]] | None = None,
+    try_native: bool = False,
+    proofs: auto.Proofs = (),
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
     `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
     host gets another key of WireGuard. `exposed`: of clusters whose control plane is in them, where their etcd was
-    found to be reachable now (`record`).
+    found to be reachable now (`record`). `try_native`: pairs with `routing: auto` that came back to the tunnel are
+    tried again. `proofs` are those of the run so far: a run plans again after each, from all that its first plan was
+    made from and with its `now`, so that what it has done is planned as it was.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}, try_native, proofs).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -227,9 +239,15 @@ class _Planner:
         forget: Forget,
         rotate: bool,
         exposed: Mapping[str, Mapping[str, Any]],
+        try_native: bool,
+        proofs: auto.Proofs,
     ) -> None:
         self.record = record
         self.exposed = exposed
+        self.try_native = try_native
+        self.proofs = proofs
+        self.courses: dict[Pair, auto.Course] = {}
+        self.barred: dict[Pair, str] = {}
         self.now = now
         self.version = version
         self.by = by
@@ -276,8 +294,9 @@ class _Planner:
         )
         self.check_in_cluster(present, ways, native)
         key_ways = self.key_ways(stages)
-        states = _states(ways, native, key_ways[1:])
-        vpcs = self.vpcs(present, _State(_running(ways), _running(native), key_ways[0]), states)
+        states = [self.with_failed(state) for state in _states(ways, native, key_ways[1:])]
+        running = _State(_running(ways), _running(native), key_ways[0])
+        vpcs = self.vpcs(present, running, [*self.possible(states[0]), *states])
         roster = self.roster(documents, states[0], vpcs)
         self.check_sizes(documents, roster)
         if self.problems:
@@ -310,7 +329,15 @@ class _Planner:
             before=before,
             after=after,
             sites=tuple(
-                matrix.rows(present, self.model.overlay_port, self.model.overlay_mtu, stages, native_stages, key_ways)
+                matrix.rows(
+                    present,
+                    self.model.overlay_port,
+                    self.model.overlay_mtu,
+                    stages,
+                    native_stages,
+                    key_ways,
+                    self.chosen(),
+                )
             ),
             steps=tuple(self.steps(following, present, states)),
             stages=stages,
@@ -318,6 +345,8 @@ class _Planner:
             keys=key_ways,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
+            trials=tuple(tuple(self.trials(present, number)) for number in range(auto.LAST + 1)),
+            told=tuple(auto.told(self.courses, matrix.name)),
         )
 
     # Clusters whose control plane is in them
@@ -421,7 +450,56 @@ class _Planner:
     def native_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
         """The same of native routing."""
         wanted = self.model.routing
-        return self.ways_of(present, "routing", None if wanted == Routing() else wanted.stage)
+        found = self.ways_of(present, "routing", None if wanted == Routing() else wanted.stage)
+        sites = auto.barred(present)
+        for pair, (now, _stages) in found.items():
+            if wanted.of(pair) != AUTO:
+                continue
+            barred = [sites[site] for site in pair if site in sites]
+            if self.model.encryption.of(pair) != "none":
+                barred = ["it is encrypted, and has the tunnel inside that"]
+            if barred:
+                self.barred[pair] = barred[0]
+            else:
+                self.courses[pair] = self.course(present, pair, now)
+        return {**found, **{pair: (one.now, list(one.stages)) for pair, one in self.courses.items()}}
+
+    # Pairs that find out their way
+
+    def course(self, present: Mapping[str, Mapping[str, Any]], pair: Pair, now: Stage | None) -> auto.Course:
+        hosts = auto.hosts_of(present, pair)
+        if not auto.provable(hosts.values(), pair):
+            return auto.resting(now)
+        failed = (self.record.roster or {}).get("auto", {}).get(" ".join(pair), ())
+        changed = hosts != auto.hosts_of(self.known, pair)
+        return auto.course(now, () if self.try_native else failed, changed, self.proofs, pair)
+
+    def trials(self, present: Mapping[str, Mapping[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        """Before the first step hosts that join have no part."""
+        for pair, one in self.courses.items():
+            if number in one.proofs:
+                hosts = auto.hosts_of(present, pair)
+                here = hosts.keys() & auto.hosts_of(self.known, pair).keys() if number == 0 else hosts.keys()
+                yield {"sites": list(pair), "hosts": {name: hosts[name][0] for name in sorted(here)}}
+
+    def chosen(self) -> dict[Pair, tuple[bool, str]]:
+        """For the matrix: of each pair with `routing: auto` whether it is to be tried, and what is so, in words."""
+        return {
+            **{pair: (False, f"tunnel, as {why}") for pair, why in self.barred.items()},
+            **{pair: (one.tried, auto.words(one)) for pair, one in self.courses.items()},
+        }
+
+    def with_failed(self, state: _State) -> _State:
+        failed = {
+            pair: one.failed for pair, one in self.courses.items() if one.failed and state.native[pair] is Stage.PLAIN
+        }
+        return replace(state, failed=failed)
+
+    def possible(self, first: _State) -> list[_State]:
+        """Where the first step may have to lead on to, for what must be open before it: a host joins a pair that is
+        native, and may not reach it so."""
+        joined = {pair: Stage.ACCEPTS for pair, one in self.courses.items() if one.joined}
+        return [replace(first, native={**first.native, **joined})] if joined else []
 
     def ways_of(
         self, present: Mapping[str, Mapping[str, Any]], key: str, wanted: Callable[[Pair], Stage] | None
@@ -470,7 +548,7 @@ class _Planner:
             stages, native = _changed(last.encryption, state.encryption), _changed(last.native, state.native)
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            for key in ("encryption", "routing"):
+            for key in ("encryption", "routing", "auto"):
                 roster.pop(key, None)
             roster.update(state.documents())
             record = Record(roster, record.clusters)
@@ -1953,6 +2031,8 @@ def _lines(record: Record) -> dict[str, str]:
                 if stage is not Stage.PLAIN:
                     name = f"within site {one}" if one == other else f"between sites {one} and {other}"
                     found[f"{key} {name}"] = words[stage]
+        for name, (one, other) in roster.get("auto", {}).items():
+            found[f"native routing of {matrix.name(name.split(' '))}"] = f"not chosen, {one} did not reach {other} so"
         keys = encryption.keys_of(roster.get("encryption"))
         if keys != Keys():
             found["keys of WireGuard"] = encryption.key_words(keys)
