@@ -2029,15 +2029,18 @@ def _lines(record: Record) -> dict[str, str]:
         for key, words in (("encryption", encryption.WORDS), ("routing", routing.WORDS)):
             for (one, other), stage in encryption.from_document(roster.get(key), sites).items():
                 if stage is not Stage.PLAIN:
-                    name = f"within site {one}" if one == other else f"between sites {one} and {other}"
-                    found[f"{key} {name}"] = words[stage]
-        for name, (one, other) in roster.get("auto", {}).items():
-            found[f"native routing of {matrix.name(name.split(' '))}"] = f"not chosen, {one} did not reach {other} so"
+                    found[f"{key} {_where(one, other)}"] = words[stage]
+        for name, (host, far) in roster.get("auto", {}).items():
+            found[f"native routing {_where(*name.split(' '))}"] = f"not chosen, {host} did not reach {far} so"
         keys = encryption.keys_of(roster.get("encryption"))
         if keys != Keys():
             found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
     return found
+
+
+def _where(one: str, other: str) -> str:
+    return f"within site {one}" if one == other else f"between sites {one} and {other}"
 
 
 def _summary(record: Record) -> str:

@@ -131,7 +131,7 @@ def test_a_run_that_was_interrupted_completes_the_step_before_the_next() -> None
     assert len(given_up.steps) == 2
 
 
-def _understood(sender: tuple[Stage, Stage], receiver: tuple[Stage, Stage]) -> bool:
+def understood(sender: tuple[Stage, Stage], receiver: tuple[Stage, Stage]) -> bool:
     """Whether what a host at stages of (encryption, native routing) sends, another takes, as the agent does it."""
     native_in_clear = sender[1] >= Stage.SENDS and sender[0] <= Stage.ACCEPTS
     if native_in_clear:
@@ -164,8 +164,8 @@ def test_no_run_and_no_interruption_cuts_neighbouring_steps_off(runs: list[tuple
         records = [found.record, *(step.record for step in found.steps)][: stop + 1]
         for record in records:
             now = at(record)
-            assert _understood(before, now), (before, now)
-            assert _understood(now, before), (now, before)
+            assert understood(before, now), (before, now)
+            assert understood(now, before), (now, before)
             before = now
         found = after(found, len(records) - 1)
 
