@@ -48,11 +48,13 @@ install_packages() {
     rm -f "$log"
     restore
     trap - EXIT INT TERM
-    case " $1 " in
-        *" etcd-server "*)
-            # Nor at the next boot.
-            if command -v systemctl > /dev/null; then systemctl disable --quiet etcd.service; fi ;;
-    esac
+    # Nor at the next boot.
+    for each in etcd-server:etcd.service charon-systemd:strongswan.service; do
+        case " $1 " in
+            *" ${each%:*} "*)
+                if command -v systemctl > /dev/null; then systemctl disable --quiet "${each#*:}"; fi ;;
+        esac
+    done
 }
 
 missing=$(missing_packages)

@@ -43,7 +43,7 @@ sys.path.insert(0, _PLACE.name)
 # makes the fewest estates.
 E2E_ORDER = (
     *("test_site", "test_awx", "test_verify", "test_host_security", "test_story", "test_lab"),
-    *("test_wireguard", "test_native"),
+    *("test_wireguard", "test_ipsec", "test_native", "test_bgp"),
     *("test_failures", "test_safety", "test_preflight", "test_generations", "test_batches", "test_versions"),
     *("test_members", "test_backup", "test_losses", "test_restore", "test_forget", "test_boundaries", "test_chaos"),
     *("test_hybrid", "test_hybrid_long", "test_in_cluster", "test_teardown"),

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import matrix, vpc
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, ipsec, matrix, vpc
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.auto import Verdict
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Pair, pair
@@ -73,8 +73,9 @@ class ActionModule(ActionBase):
             record = merge(records)
             # Before the inventory is looked at: it may be written for the version that is wanted.
             refuse_other_version(record, version, options["version"] or None)
+            model = _read(variables["hostvars"], record)
             found = plan(
-                _read(variables["hostvars"], record),
+                model,
                 record,
                 parse_time(basis["now"]),
                 version,
@@ -123,11 +124,17 @@ class ActionModule(ActionBase):
             matrix=matrix.lines(found.sites),
             routes=[dict(route) for route in found.routes],
             routers=matrix.route_lines(found.routes),
+            gateways=ipsec.other_sides(model.ipsec),
             turned=matrix.changes(found.sites, found.keys),
             vpc={
                 "networks": [dict(call) for call in found.vpcs.calls],
                 "peerings": [dict(call) for call in found.vpcs.peerings],
                 "lines": vpc.lines(found.vpcs.calls, found.vpcs.peerings),
+            },
+            bgp={
+                "hosts": {name: dict(own) for name, own in found.bgp.hosts.items()},
+                "routers": [dict(router) for router in found.bgp.routers],
+                "lines": bgp.lines(found.bgp.routers),
             },
             steps=[
                 {

@@ -57,7 +57,7 @@ FROM_EACH_CLUSTER = 3
 def peer_probes(members, record, run):
     """The overlay's port, or WireGuard's where the two sites encrypt, from one host of every site at least; etcd's
     client port from the cluster's hosts and from up to `FROM_EACH_CLUSTER` of a peering cluster's etcd hosts; its peer
-    port from the other members."""
+    port from the other members. Nothing between sites whose gateways have a tunnel, or are to have one."""
     heard, joining = {}, set()
     for variables in members:
         name = variables["inventory_hostname"]
@@ -86,6 +86,7 @@ class _Questions:
         self.stages = from_document(record["roster"].get("encryption"), places)
         self.native = from_document(record["roster"].get("routing"), places)
         self.tunnels = [("udp", port) for port in wireguard_ports([keys_of(record["roster"].get("encryption"))])]
+        self.gateways = from_document(record["roster"].get("ipsec"), places)
         self.sites = {}
         for name in self.asked:
             self.sites.setdefault(self.places[name][1]["site"], []).append(name)
@@ -97,6 +98,8 @@ class _Questions:
         for number, name in enumerate(self.asked):
             if name == host or not {name, host} & self.joining:
                 continue
+            if self.gateways.get(pair(here["site"], self.places[name][1]["site"]), Stage.PLAIN) is not Stage.PLAIN:
+                continue  # by the tunnel, which is not there yet
             document = self.places[name][0]
             etcd = document["etcd"]
             turn = _turn(self.sites[here["site"]], name, number) == host

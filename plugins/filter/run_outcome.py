@@ -69,7 +69,9 @@ _STEPS = (
     *("__pki_requested", "__pki_installed"),
     *("__etcd_result", "__etcd_former", "__etcd_rights"),
     *("__kubernetes_credential", "__kubernetes_access", "__kubernetes_installed"),
+    "__bgp_result",
     "__agent_result",
+    "__ipsec_result",
 )
 # Those that run on the host itself.
 _OWN_STEPS = tuple(step for step in _STEPS if step != "__kubernetes_access")

@@ -25,6 +25,10 @@ options:
       - The estate record that M(isthmus.mesh.plan) returns.
     type: dict
     required: true
+  bgp:
+    description:
+      - What the plan has of the host in C(bgp.hosts); its routers are let in too. With C(kept) they are those of FRR.
+    type: dict
 """
 
 EXAMPLES = r"""
@@ -44,20 +48,27 @@ active:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import firewall, links
+from ansible_collections.isthmus.mesh.plugins.module_utils import firewall, frr, links
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, openings
 
 
 def main():
     module = AnsibleModule(
-        argument_spec={"spec": {"type": "dict", "required": True}, "record": {"type": "dict", "required": True}},
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "record": {"type": "dict", "required": True},
+            "bgp": {"type": "dict"},
+        },
         supports_check_mode=True,
     )
     spec = module.params["spec"]
     changes = Changes(module)
     interface = links.of_address(module, spec["node"]["underlay4"])
     wanted = openings.rules(spec, module.params["record"])
+    if module.params["bgp"]:
+        kept = module.params["bgp"].get("kept")
+        wanted += bgp.openings(bgp.of_conf(frr.text_of(frr.CONF) or "") if kept else module.params["bgp"])
     native = spec["node"]["range4"], openings.native_sources(spec, module.params["record"])
     inner, tunnels = spec["overlay"]["port"], openings.devices(spec)
     active = firewall.open_for(module, changes, wanted, interface, inner, tunnels, native)

@@ -210,6 +210,11 @@ routers:
   returned: success
   type: list
   elements: str
+gateways:
+  description: For each gateway of a site that is not ours, what its engineer sets for the tunnel, a line each.
+  returned: success
+  type: list
+  elements: str
 turned:
   description: What happens to pairs of sites whose encryption or native routing is turned on or off, a line each.
   returned: success
@@ -229,6 +234,27 @@ vpc:
       elements: dict
     peerings:
       description: One for each peering.
+      type: list
+      elements: dict
+    lines:
+      description: A line for each of them.
+      type: list
+      elements: str
+bgp:
+  description:
+    - What hosts of sites with C(bgp) are told (C(hosts), for M(isthmus.mesh.bgp), by name). Those of which only the
+      record has the C(bgp) of their site have C(kept) there, and are left as they are.
+    - What somebody sets on each of the routers, as C(routers) and in words (C(lines)). A router has C(address),
+      C(as_number), C(bfd), C(site), its C(neighbours) with what each C(announces), and the ranges of which it C(sends)
+      them what it knows. Passwords are in neither.
+  returned: success
+  type: dict
+  contains:
+    hosts:
+      description: What each host is told.
+      type: dict
+    routers:
+      description: One for each router.
       type: list
       elements: dict
     lines:

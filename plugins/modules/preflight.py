@@ -61,6 +61,10 @@ options:
     type: str
     choices: [unmanaged, managed]
     default: unmanaged
+  bgp:
+    description:
+      - What the plan has of the host in C(bgp.hosts), so that it is known before whether that can be done.
+    type: dict
   install:
     description:
       - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
@@ -106,6 +110,10 @@ firewalls:
         udp/8472: ufw allow 8472/udp
       words: "ufw is active (`ufw status`). It was left alone. Unless it lets in the mesh's hosts already, this opens
         what the mesh needs: `ufw allow 8472/udp`; `ufw allow in on isthmus0`."
+ipsec:
+  description: Whether the host had a part in tunnels between gateways of sites, or has something left of it.
+  returned: success
+  type: bool
 fsync:
   description:
     - How long durable writes take on the file system that will hold etcd's data, in milliseconds. V(none) where no
@@ -126,6 +134,10 @@ kubernetes:
     host: kube-1
     addresses: [198.18.4.11]
     credential: true
+bgp:
+  description: Whether FRR on the host is configured by M(isthmus.mesh.bgp).
+  returned: success
+  type: bool
 problems:
   description: Every problem found; the module fails when there is one.
   returned: always
@@ -174,16 +186,20 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     estate,
     etcd_unit,
     firewall,
+    frr,
+    gateways,
     links,
     listener,
     packages,
     ports,
     resolver,
     storage,
+    strongswan,
     wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 
 DEVICE = "isthmus0"
 PROTOCOL = "73"  # of the routes that the agent makes
@@ -374,6 +390,14 @@ def port_problems(spec, found):
                 "own on this port) or another program. Two cannot share it, and it is one for all hosts: free it, or "
                 "leave the sites of this host without encryption."
             )
+    if (spec.get("ipsec") or {}).get("connections"):
+        for number in IPSEC_PORTS:
+            for _one, holder in foreign(ports.bound("udp", number), (strongswan.UNIT,)):
+                problems.append(
+                    f"UDP port {number}, that of IPsec, is used by {holder}: strongSwan of the unit {strongswan.UNIT} "
+                    "must have it. Two cannot share it: free it (an older strongSwan is `strongswan-starter.service`), "
+                    "or name another host of the site as its gateway."
+                )
     # The name server listens on one of the two, by how the host resolves names.
     wanted = [
         (protocol, 53, address, "isthmus-dns.service", "the name server's", MOVE)
@@ -590,6 +614,7 @@ def main():
             "max_clock_skew": {"type": "int", "default": 120},
             "firewall": {"type": "str", "choices": ["unmanaged", "managed"], "default": "unmanaged"},
             "install": {"type": "bool", "default": False},
+            "bgp": {"type": "dict"},
         },
         supports_check_mode=True,
     )
@@ -619,6 +644,8 @@ def main():
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
+    own = module.params["bgp"]
+    problems += frr.problems(module, own) if own and not own.get("kept") else []
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
     present = bundle.interpreters(module.params["python"])
     chosen = bundle.choose(arch, present, platforms)
@@ -660,7 +687,9 @@ def main():
             for one in walls
         ],
         "fsync": syncs,
+        "ipsec": gateways.left(),
         "kubernetes": kubernetes_facts(module, spec),
+        "bgp": frr.ours(),
     }
     for words in doubts:
         module.warn(f"{spec['host']}: {words}")

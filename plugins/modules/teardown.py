@@ -13,7 +13,8 @@ description:
   - Stops and removes the mesh's units, restores the host's name resolution, and removes the overlay device, routes,
     routing rules, pinned BPF programs and maps, files and users that the collection made, on etcd hosts also the data
     of etcd.
-  - Takes the rules that M(isthmus.mesh.firewall) added out of the host's firewall.
+  - Takes the rules that M(isthmus.mesh.firewall) added out of the host's firewall, and gives FRR back as it was before
+    M(isthmus.mesh.bgp); where it came with the mesh it is off.
   - Needs neither the bundle nor a running agent, so it also clears away what an interrupted run left.
   - Distribution packages stay installed. A directory of ours that is a mount point, or a link of the operator's to
     another place, is emptied and stays.
@@ -65,7 +66,10 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     bundle,
     etcd_unit,
     firewall,
+    frr,
+    gateways,
     resolver,
+    strongswan,
     units,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
@@ -75,7 +79,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIRE
 
 DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733", "734", "735")
+TABLES = ("730", "731", "732", "733", "734", "735", "736")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -93,6 +97,7 @@ UNITS = (
     "isthmus-registrar.service",
     "isthmus-resolved.service",
     *units.WIREGUARD,
+    strongswan.GUARD_UNIT,
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,
@@ -148,9 +153,11 @@ class Teardown:
         self.resolver()
         self.units()
         self.distribution_unit()
+        self.gateway()
         self.device()
         self.filters()
         self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
+        self.removed += frr.absent(self.module, self.changes)
         self.pins()
         if os.path.islink(etcd_unit.DATA):  # with the link alone the data would stay behind
             self.tree(etcd_unit.DATA)
@@ -229,6 +236,12 @@ class Teardown:
             found = self.systemd.show([name])[name]
             if found.get("UnitFileState") == "enabled":
                 self.command("systemctl", "disable", "--quiet", name)
+
+    def gateway(self):
+        """The tunnels of a site's gateway, and the rules that keep packets from other ways."""
+        before = len(self.changes.diff)
+        gateways.apply(self.module, self.changes, None, {})
+        self.removed += [entry["before_header"] for entry in self.changes.diff[before:]]
 
     def device(self):
         for device in DEVICES:

@@ -54,6 +54,11 @@ options:
         description: Its mesh address.
         type: str
         required: true
+  bgp:
+    description:
+      - What the plan has of the host in C(bgp.hosts). There must be a session with each router, which must have been
+        sent the host's range. What no router sends is told only.
+    type: dict
   controller_time:
     description:
       - The controller's time, in UTC as C(YYYY-MM-DDTHH:MM:SSZ), to compare the host's clock with.
@@ -75,7 +80,8 @@ options:
         agent with its datapath, by the specification that is on the host. What other hosts, peers and the rest of the
         record have a part in is left out, since a run may not have come to them yet.
       - V(step) proves, where encryption or native routing is being turned on or off or keys are replaced, that the host
-        reaches every other of these sites the new way, as the agent on it runs now.
+        reaches every other of these sites the new way, as the agent on it runs now. Tunnels between gateways are proven
+        on the gateways.
     type: str
     choices: [mesh, host, step]
     default: mesh
@@ -140,14 +146,17 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     clock,
     etcd_trouble,
     etcd_unit,
+    frr,
     packets,
     resolver,
     standing,
+    strongswan,
     units,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, ipsec, openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import bundle_module
 
 SOCKET = pathlib.Path("/run/isthmus/agent.sock")
@@ -157,6 +166,7 @@ TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answe
 RESOLVED = "systemd-resolved.service"
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
 SESSION = 180  # seconds after which a session of WireGuard is over
+SESSION_SECONDS = 7  # within which FRR tries to connect, so that it is seen why it cannot
 FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
 SITE = "run the playbook isthmus.mesh.site"
@@ -195,6 +205,9 @@ class Verifier:
         if self.module.params["scope"] == "step":
             self.look("encryption", self.check_changing)
             self.look("routing", self.check_native_way)
+            self.look("gateways", self.check_gateway_way)
+            if self.problems:  # a session may be why; one of several routers that is away is no reason to wait
+                self.look("bgp", self.check_bgp)
             return
         self.look("clock", self.check_clock)
         self.look("units", self.check_units)
@@ -215,6 +228,9 @@ class Verifier:
             self.look("encryption", self.check_encrypted)
         if status is not None and self.spec.get("native"):
             self.look("routing", self.check_native)
+        if self.spec.get("ipsec"):
+            self.look("gateways", self.check_gateways)
+        self.look("bgp", self.check_bgp)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -252,6 +268,11 @@ class Verifier:
         if self.spec.get("member"):
             names.append("isthmus-etcd.service")
         names += [name for name in units.WIREGUARD if os.path.exists(units.Units.path(name))]
+        gateways = self.spec.get("ipsec") or {"far": {}}
+        if gateways.get("connections"):
+            names.append(strongswan.UNIT)
+        if ipsec.guard(gateways) is not None:
+            names.append(strongswan.GUARD_UNIT)
         for name, found in units.Systemd(self.module).show(names).items():
             state = found.get("ActiveState")
             self.check(
@@ -791,6 +812,86 @@ class Verifier:
             return str(exc)
         return ""
 
+    def check_gateways(self):
+        """A gateway has its tunnels, and on every host nothing goes beside them."""
+        own = self.spec["ipsec"]
+        self.check_tunnels(own.get("connections", []))
+        for site, entry in sorted(own["far"].items()):
+            self.check(
+                "gateways",
+                entry["stage"] == Stage.DEMANDS.word,
+                f"packets to site {site} do not all go through the gateways yet: it is being turned on or off "
+                f"({entry['stage']}); {SITE}",
+            )
+        wanted = ipsec.guard(own)
+        self.check(
+            "gateways",
+            wanted is None or strongswan.guard_in_kernel(self.module) == strongswan.guard_rules(wanted),
+            f"the rules that keep packets from other ways than the gateways' (`nft list table ip {ipsec.GUARD}`) are "
+            f"not what the inventory gives; {SITE}",
+        )
+
+    def check_gateway_way(self):
+        """A gateway's tunnels to the sites with which they are being turned on, as it is configured now."""
+        with open(NODE, encoding="utf-8") as file:
+            own = json.load(file).get("ipsec") or {"far": {}}
+        changing = {site for site, entry in own["far"].items() if entry["stage"] in CHANGING}
+        self.check_tunnels([one for one in own.get("connections", []) if one["site"] in changing])
+
+    def check_tunnels(self, connections):
+        """They are there, and packets of full size pass to the other gateway, where that is one of ours."""
+        missing = strongswan.missing(self.module, connections) if connections else {}
+        for one in connections:
+            why = missing.get(one["site"])
+            name = f"the tunnel to the gateway of site {one['site']} ({one['remote']})"
+            if not self.check(
+                "gateways",
+                why is None,
+                f"{name} is not there: {why}. UDP {' and '.join(str(port) for port in IPSEC_PORTS)} must be open "
+                f"between the two gateways both ways; see `journalctl -u {strongswan.UNIT}` on both",
+            ):
+                continue
+            if one["ours"] and any(ipaddress.ip_address(one["remote"]) in network for network in networks_of(one)):
+                words = self.reach_gateway(one["local"], one["remote"])
+                self.check(
+                    "gateways", not words, f"{name} is there, and the other gateway does not answer in it: {words}"
+                )
+
+    def reach_gateway(self, source, target):
+        try:
+            packets.echo(source, target, packets.path_mtu(source, target), self.timeout / 3)
+        except (packets.NoAnswer, OSError) as exc:
+            return str(exc)
+        return ""
+
+    def check_bgp(self):
+        """A session with each router, which was told this host's range. What no router sends is told only: one may send
+        its servers a default route, which is not taken."""
+        own = self.module.params["bgp"]
+        if not own or own.get("kept"):
+            return
+        lacking = frr.await_sessions(self.module, own, SESSION_SECONDS)
+        announced = self.spec["node"]["range4"]
+        received = []
+        for address in (router["address"] for router in own["routers"]):
+            if not self.check(
+                "bgp",
+                address not in lacking,
+                f"there is no session with router {address}: {lacking.get(address)}; `bgp` of the plan has what to set "
+                f"there, `vtysh -c 'show bgp neighbors {address}'` what FRR knows",
+            ):
+                continue
+            sent = frr.routes(self.module, address, "advertised-routes")
+            self.check("bgp", announced in sent, f"router {address} is not sent {announced}, but {sent}; {SITE}")
+            received += frr.routes(self.module, address, "routes")
+        wanted = openings.native_sources(self.spec, self.record)
+        unknown = bgp.uncovered(wanted, received)
+        if unknown and len(lacking) < len(own["routers"]):
+            self.warnings.append(
+                f"no router sends {self.spec['host']} a route to {', '.join(unknown[:5])}"
+                f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}: it may have none, or keep it to itself"
+            )
+
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
@@ -815,6 +916,11 @@ class Verifier:
         except packets.NoAnswer as exc:
             results.append(f"TCP over the overlay: {exc}")
         return results
+
+
+def networks_of(connection):
+    """What lies behind the other gateway."""
+    return [ipaddress.ip_network(text) for text in connection["remote_networks"]]
 
 
 def read(path):
@@ -845,6 +951,7 @@ def main():
                     "mesh4": {"type": "str", "required": True},
                 },
             },
+            "bgp": {"type": "dict"},
             "controller_time": {"type": "str"},
             "max_clock_skew": {"type": "int", "default": 120},
             "timeout": {"type": "int", "default": 3},

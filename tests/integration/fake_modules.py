@@ -16,14 +16,14 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive before break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
-    "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only paths platforms python "
-    "record registrars replacing run scope seen services signed snapshot spec state timeout token trust version "
-    "wait"
+    "archive before bgp break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
+    "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths "
+    "platforms python record registrars replacing run scope secrets seen services signed snapshot spec state timeout "
+    "token trust version wait"
 )
 
 
-TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed")
+TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed", "secrets")
 """Options that are written down with a call."""
 
 
@@ -61,6 +61,17 @@ def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
     return {"changed": changed, "standing": {"services": ["shop/web"]}}
 
 
+def bgp(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
+    path = PLACE / "hosts" / HOST / "frr"
+    before = path.read_text() if path.exists() else None
+    after = None if given["state"] == "absent" else json.dumps([given["own"], given["passwords"]])
+    if not module.check_mode and after is not None:
+        path.write_text(after)
+    elif not module.check_mode:
+        path.unlink(missing_ok=True)
+    return {"changed": before != after}
+
+
 def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
     """What the modules of a Kubernetes cluster answer; `away` is a file while its API is."""
     path = PLACE / "hosts" / HOST / "kubernetes.crt"
@@ -68,6 +79,7 @@ def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
         here = "kubernetes" in given["spec"]["cluster"]
         return {
             "packages": [],
+            "bgp": (PLACE / "hosts" / HOST / "frr").exists(),
             "kubernetes": {"host": HOST, "addresses": [], "credential": path.exists()} if here else None,
         }
     if NAME == "kubernetes_credential" and given["signed"]:
@@ -116,6 +128,8 @@ def main() -> None:
         answers[NAME] = estate_record(module, given)
     elif NAME.startswith("kubernetes") or (NAME == "preflight" and not answers[NAME]["packages"]):
         answers[NAME] = kubernetes(given)
+    elif NAME == "bgp":
+        answers[NAME] = bgp(module, given)
     elif NAME == "node":
         answers[NAME] = node(module, given)
     module.exit_json(**{"changed": False, **answers.get(NAME, {})})

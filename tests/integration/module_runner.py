@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,18 @@ def run_module(
     bundle: bool = True,
     places: Mapping[str, str] | None = None,
     packages: Path = ROOT / "agent",
+    inside: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The result of module ``name``. ``bundle=False``: a host without our agent; ``packages``: where they are else.
-    ``places``: constants of ``module_utils`` (``estate.NODE``) that are elsewhere on the test's host.
+    ``places``: constants of ``module_utils`` (``estate.NODE``) that are elsewhere on the test's host. ``inside``: a
+    command that runs another in the namespaces that are the test's host.
 
     Raises `ModuleFailed` when it fails and AssertionError with its stderr when it ends in any other way.
     """
     with collection(bundle, packages) as environment:
         request = {"ANSIBLE_MODULE_ARGS": {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}}
         done = subprocess.run(
-            [sys.executable, "-c", _START, name, json.dumps(dict(places or {})), json.dumps(bundle)],
+            [*inside, sys.executable, "-c", _START, name, json.dumps(dict(places or {})), json.dumps(bundle)],
             input=json.dumps(request),
             capture_output=True,
             text=True,

@@ -37,6 +37,13 @@ PACKAGES = (
     "dnsmasq-base",  # names for machines
     "wireguard-go",
     "wireguard-tools",
+    # What a site's gateway has (`encryption: ipsec-gateway`).
+    "charon-systemd",
+    "strongswan-swanctl",
+    "libcharon-extra-plugins",  # ESP in user space
+    "libstrongswan-standard-plugins",
+    "frr",  # BGP; off until a site has it
+    "frr-pythontools",
     "curl",
     "procps",
     "libelf1",  # libbpf needs it
@@ -58,6 +65,8 @@ PACKAGES = (
 # Units of the image that a machine in a lab does not need, or that the operator would not have running.
 DISABLED_UNITS = (
     "etcd.service",
+    "strongswan.service",
+    "frr.service",
     "systemd-resolved.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",

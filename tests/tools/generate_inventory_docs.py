@@ -62,9 +62,9 @@ isthmus_estate: "{{ estate_base | combine(estate_north, estate_south, recursive=
 
 **Absence is never removal.** What was applied and is not in the inventory any more is reported as an orphan and left
 running: hosts, workloads, services, etcd members, whole clusters, the `kubernetes` of a cluster, a range of its pods,
-the `vpc` of a site, a peering. It goes by `state: absent` (`isthmus_state: absent` for a host), or by its name: `-e
-isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until then it keeps its ranges,
-addresses and ids: what is new and collides with them is refused.
+the `vpc` or `bgp` of a site, a peering. It goes by `state: absent` (`isthmus_state: absent` for a host), or by its
+name: `-e isthmus_prune=host/n9,service/shop/old`. The names are those that the plan lists. Until then it keeps its
+ranges, addresses and ids: what is new and collides with them is refused.
 
 **What never changes.** Ids, dealt ranges and addresses, the CA's place and the estate's name stay as they were first
 applied; a change of one is refused. Addresses that were released are not dealt again for 30 days, unless an inventory
@@ -74,7 +74,7 @@ pins them.
 is refused. That is about 4,000 hosts with one workload each.
 
 **Not yet.** What a later version will do is part of the schema already and refused by name:
-`encryption: ipsec-gateway`, `inbound: false`, a part of the clusters as `peers`,
+a second of `ipsec.gateways`, `inbound: false`, a part of the clusters as `peers`,
 a part of the services as `export`, IPv6 ranges and addresses. So are changes that a running estate cannot make: of
 `domain` and `overlay.port`, and of the ports, the addresses and the one site of a cluster's etcd members once that etcd
 has run.
@@ -90,6 +90,19 @@ TABLES = (
         "What is set there is marked with `<estate>-<site>`, and nothing else is touched. Credentials are never here.",
     ),
     ("`isthmus_estate.sites.<name>.vpc.gateways[]`", schema.VPC_GATEWAY, "A gateway of the VPC that others made."),
+    (
+        "`isthmus_estate.sites.<name>.ipsec`",
+        schema.IPSEC,
+        "Either `gateways` or `peer`. Pre-shared keys are not here but in `isthmus_ipsec_secrets`.",
+    ),
+    ("`isthmus_estate.sites.<name>.ipsec.gateways[]`", schema.IPSEC_GATEWAY, "A host of the site."),
+    ("`isthmus_estate.sites.<name>.ipsec.peer`", schema.IPSEC_PEER, "What is to be set there, the plan prints."),
+    (
+        "`isthmus_estate.sites.<name>.bgp`",
+        schema.BGP,
+        "Passwords are not here but in `isthmus_bgp_passwords` of the hosts.",
+    ),
+    ("`isthmus_estate.sites.<name>.bgp.routers[]`", schema.BGP_ROUTER, "A router of the site."),
     ("`isthmus_estate.site_pairs[]`", schema.SITE_PAIR, "What differs for two sites."),
     ("`isthmus_estate.clusters.<name>`", schema.CLUSTER, "A cluster has its own etcd, CA and ranges."),
     (

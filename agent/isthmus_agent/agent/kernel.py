@@ -239,17 +239,17 @@ class HostKernel:
         return Applied((*tunnel.changes, *result.changes), before)
 
     def _apply_native(self, datapath: Datapath) -> tuple[str, ...]:
-        """Programs on the devices that packets will go by, before the routes that lead there; answers problems. By a
-        device that cannot have them nothing goes."""
+        """The ways of the underlay, and programs on the devices that native packets will go by, before the routes that
+        lead there; answers problems. By a device that cannot have them nothing goes."""
         from isthmus_agent import netlink
 
         wanted, made = datapath.native, self._made
-        if wanted is None:
-            self._ways = {}
-            return ()
         if made is not None and made.native == wanted and made.routes is datapath.routes:
             return ()
         ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        if wanted is None:
+            self._use_ways(ways)
+            return tuple(problems)
         try:
             # Without it the programs cannot ask which way leads to a node.
             netlink.settings.set_ipv4(self._ifindex, netlink.settings.FORWARDING)
@@ -266,10 +266,13 @@ class HostKernel:
             except (netlink.NetworkError, BpfError) as error:
                 problems.append(str(error))
                 ways = {target: way for target, way in ways.items() if way.oif != index}
+        self._use_ways(ways)
+        return tuple(problems)
+
+    def _use_ways(self, ways: dict[Address, Way]) -> None:
         if ways != self._ways:
             self._made = None  # the kernel has the routes as they were
             self._ways = ways
-        return tuple(problems)
 
     def _leave_underlay(self, datapath: Datapath) -> None:
         """After the routes: programs, also an earlier agent's, go from devices by which nothing goes natively now."""
@@ -277,7 +280,7 @@ class HostKernel:
 
         if datapath.native is None and self._underlay == frozenset():
             return
-        wanted = frozenset(way.oif for way in self._ways.values())
+        wanted = frozenset(way.oif for way in self._ways.values()) if datapath.native is not None else frozenset()
         if datapath.native is None:
             self._bpf.forget_underlay()
         elsewhere = netlink.other_devices() if self._underlay is None else self._underlay
@@ -365,9 +368,9 @@ class HostKernel:
         index = netlink.overlay_index()
         if index is not None:
             found += self._bpf.audit_attachments(index)
+            found += problems
             if datapath.native is not None:
                 by = sorted({way.oif for way in ways.values()})
-                found += problems
                 found += self._bpf.audit_underlay(by, index, datapath.native.underlay)
         return found
 

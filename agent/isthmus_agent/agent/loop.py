@@ -213,8 +213,9 @@ class Agent:
             "last-good": self._keep_last_good,
         }
         native = self.spec.native is not None
-        if native or self.spec.wireguard is not None:
-            jobs["network"] = NetworkWatch(DEVICES, self.spec.node.underlay4, self._note_network, native).run
+        ways = native or self.spec.ipsec is not None
+        if ways or self.spec.wireguard is not None:
+            jobs["network"] = NetworkWatch(DEVICES, self.spec.node.underlay4, self._note_network, ways).run
         if self.spec.wireguard is not None:
             jobs["wireguard-key"] = self._follow_key
         if (watchdog := sdnotify.watchdog_interval()) is not None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Says when something that WireGuard between nodes or native routing hangs on has changed in the kernel: WireGuard's
-devices, the routing rules, the host's underlay address, the settings of devices; for native routing also every device,
-routes that others make, those of ours that somebody takes away, and filters (rtnetlink(7))."""
+devices, the routing rules, the host's underlay address, the settings of devices; for native routing, and for routes to
+a site's gateway, also every device, routes that others make, those of ours that somebody takes away, and filters
+(rtnetlink(7))."""
 
 from __future__ import annotations
 

@@ -14,7 +14,16 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, 
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, WIREGUARD_PORT, NodeSpec
+from isthmus_mesh.spec import (
+    OVERLAY_OVERHEAD,
+    WIREGUARD_OVERHEAD,
+    WIREGUARD_PORT,
+    IpsecSpec,
+    NativeSpec,
+    NodeSpec,
+    WireGuardSpec,
+    through_gateways,
+)
 from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
 
 from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Native, Network, Peer, Route, Rule
@@ -27,6 +36,8 @@ PODS_TABLE = 731
 PODS_RULE_PRIORITY = 731
 NATIVE_TABLE = 734
 NATIVE_RULE_PRIORITY = 729
+IPSEC_TABLE = 736
+IPSEC_RULE_PRIORITY = 736
 NATIVE = 0x4E
 """Mark of what came without a tunnel (ISTHMUS_MARK_NATIVE)."""
 MAIN = 254
@@ -54,6 +65,7 @@ class Remote:
     stage: Stage = Stage.PLAIN  # of encryption
     public_keys: Mapping[int, str] = field(default_factory=dict, hash=False)  # of WireGuard, by UDP port
     native: Stage = Stage.PLAIN  # of native routing; PLAIN: the tunnel
+    gateways: Stage = Stage.PLAIN  # of the tunnel between the gateways of the two sites
 
     @property
     def takes_native(self) -> bool:
@@ -88,22 +100,18 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         ingress=IPv4Address(node.ipv4_ingress_ip) if node.ipv4_ingress_ip else None,
         mtu=int(said) if said.isascii() and said.isdigit() and len(said) <= 5 else 0,
         is_machine=node.annotations.get(KUBERNETES_NODE) == "",
-        stage=_stage(spec, node),
+        stage=_stage(spec.wireguard, node),
         public_keys=public_keys(node, WIREGUARD_PORT),
-        native=_native_stage(spec, node),
+        native=_stage(spec.native, node),
+        gateways=_stage(spec.ipsec, node),
     )
 
 
-def _stage(spec: NodeSpec, node: Node) -> Stage:
-    if spec.wireguard is None:
+def _stage(said: WireGuardSpec | NativeSpec | IpsecSpec | None, node: Node) -> Stage:
+    """Of this host with the site of a node."""
+    if said is None:
         return Stage.PLAIN
-    return spec.wireguard.stage(node.annotations.get(SITE) or spec.wireguard.sites.get(node.cluster))
-
-
-def _native_stage(spec: NodeSpec, node: Node) -> Stage:
-    if spec.native is None:
-        return Stage.PLAIN
-    return spec.native.stage(node.annotations.get(SITE) or spec.native.sites.get(node.cluster))
+    return said.stage(node.annotations.get(SITE) or said.sites.get(node.cluster))
 
 
 def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
@@ -269,9 +277,18 @@ def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()
     }
 
 
-def path_mtu(own_underlay: int, other_underlay: int, configured: int | None, encrypted: bool = False) -> int:
-    """MTU in bytes of a route over the overlay; `other_underlay` 0 when the other node does not say."""
+def path_mtu(
+    own_underlay: int,
+    other_underlay: int,
+    configured: int | None,
+    encrypted: bool = False,
+    gateways: bool = False,
+) -> int:
+    """MTU in bytes of a route over the overlay; `other_underlay` 0 when the other node does not say. `gateways`: it
+    goes through those of the two sites."""
     underlay = min(own_underlay, other_underlay) if other_underlay else own_underlay
+    if gateways:
+        underlay = through_gateways(underlay)
     inner = max(576, underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
     return min(inner, configured) if configured is not None else inner
 
@@ -280,7 +297,7 @@ def _mtu(spec: NodeSpec, node: Remote, own_underlay: int) -> int:
     """Of the path to a node, as packets are sent to it."""
     if node.sends_native:
         return _native_mtu(node, own_underlay)
-    return path_mtu(own_underlay, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN)
+    return path_mtu(own_underlay, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN, node.gateways > Stage.PLAIN)
 
 
 def mtus(spec: NodeSpec, nodes: Iterable[Remote], own_underlay: int) -> dict[tuple[str, str], int]:
@@ -330,7 +347,8 @@ def routes(
     the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
     that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
     `loose_ranges`. To a node that is sent to natively all these lead as the underlay does. Table 734 has that way for
-    nodes that may send natively and are not sent to so yet.
+    nodes that may send natively and are not sent to so yet. Table 736 leads what is behind gateways of other sites to
+    the own site's.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
@@ -364,6 +382,11 @@ def routes(
         found.add(Route(blocked, unreachable=True))
     found.update(Route(each, table=TABLE, throw=True) for each in pods)
     found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
+    if spec.ipsec is not None and spec.ipsec.via is not None:
+        mtu = max(576, through_gateways(underlay_mtu))
+        for site, stage in spec.ipsec.stages.items():
+            for network in spec.ipsec.networks[site] if stage >= Stage.SENDS else ():
+                found.add(Route(network, mtu=mtu, table=IPSEC_TABLE, toward=spec.ipsec.via))
     return frozenset(found)
 
 
@@ -376,6 +399,8 @@ def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
         Rule(spec.node.range4, TABLE, RULE_PRIORITY),
         *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
     }
+    if spec.ipsec is not None and spec.ipsec.via is not None:
+        found.add(Rule(IPv4Network("0.0.0.0/0"), IPSEC_TABLE, IPSEC_RULE_PRIORITY))
     if spec.native is not None and spec.native.changing:
         found.add(Rule(IPv4Network("0.0.0.0/0"), NATIVE_TABLE, NATIVE_RULE_PRIORITY, mark=NATIVE))
     return frozenset(found)

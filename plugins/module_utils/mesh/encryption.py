@@ -32,6 +32,8 @@ class Stage(IntEnum):
         return self.name.lower()
 
 
+STAGED = ("encryption", "routing", "ipsec")
+"""Keys of the roster that have stages of pairs of sites."""
 STAGES = {stage.word: stage for stage in Stage}
 CHANGING = (Stage.ACCEPTS.word, Stage.SENDS.word)
 """Words of the stages at which a pair is on its way."""

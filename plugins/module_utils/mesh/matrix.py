@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Network, collapse_addresses
 from itertools import groupby
 from typing import Any
 
 from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
-from .openings import Documents, between, is_in_cluster, wireguard_ports
+from .ipsec import GATEWAY, Ipsec
+from .openings import Documents, Opening, between, is_in_cluster, wireguard_ports
 from .routing import AUTO, NATIVE, TUNNEL
-from .spec import OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD
+from .spec import IPSEC_OVERHEAD, IPSEC_PORTS, OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, through_gateways
 
 UNDERLAY_MTU = 1500
 
@@ -22,8 +24,11 @@ Ways = Mapping[Pair, Sequence[Any]]
 """`Plan.stages`, `Plan.native`."""
 
 
-def inner_mtu(stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MTU) -> int:
-    """MTU in bytes of the overlay's routes, at a stage of encryption."""
+def inner_mtu(
+    stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MTU, gateways: Stage = Stage.PLAIN
+) -> int:
+    """MTU in bytes of the overlay's routes, at a stage of encryption and one of a tunnel between gateways."""
+    underlay = underlay if gateways is Stage.PLAIN else through_gateways(underlay)
     inner = underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
     return inner if overlay_mtu is None else min(inner, overlay_mtu)
 
@@ -34,7 +39,9 @@ def rows(
     overlay_mtu: int | None,
     ways: Ways,
     native_ways: Ways,
+    ipsec_ways: Ways,
     keys: Sequence[Keys],
+    ipsec: Ipsec,
     chosen: Mapping[Pair, tuple[bool, str]],
 ) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
@@ -53,22 +60,53 @@ def rows(
         native_now, *native_following = native_ways.get(one, (None, Stage.PLAIN))
         native = [stage for stage in (native_now, *native_following) if stage is not None]
         tried, words = chosen.get(one, (False, None))
+        ipsec_now, *ipsec_following = ipsec_ways.get(one, (None, Stage.PLAIN))
+        gateways = [stage for stage in (ipsec_now, *ipsec_following) if stage is not None]
+        encrypted = "wireguard" if following[-1] is Stage.DEMANDS else "none"
         yield {
             "sites": list(one),
             "routing": AUTO if tried else NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
             "auto": words,
             "routing_now": None if native_now is None else native_now.word,
             "routing_steps": _words(native_now, native_following),
-            "encryption": "wireguard" if following[-1] is Stage.DEMANDS else "none",
+            "encryption": GATEWAY if ipsec_following[-1] is Stage.DEMANDS else encrypted,
             "now": None if now is None else now.word,
             "steps": _words(now, following),
+            "ipsec_now": None if ipsec_now is None else ipsec_now.word,
+            "ipsec_steps": _words(ipsec_now, ipsec_following),
             # The smallest on the way.
-            "mtu": UNDERLAY_MTU if min(native) >= Stage.SENDS else inner_mtu(max(stages), overlay_mtu),
+            "mtu": UNDERLAY_MTU
+            if min(native) >= Stage.SENDS
+            else inner_mtu(max(stages), overlay_mtu, gateways=max(gateways)),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
-                for each in between(documents, one, overlay_port, stages, native, keys)
+                for each in (
+                    *(_of_gateways(one, ipsec) if max(gateways) is not Stage.PLAIN else ()),
+                    *_carried(between(documents, one, overlay_port, stages, native, keys), min(gateways)),
+                )
             ],
         }
+
+
+def _of_gateways(pair: Pair, ipsec: Ipsec) -> Iterator[Opening]:
+    """What the two gateways need of each other."""
+    places = {}
+    for site in pair:
+        side = ipsec.sites.get(site)
+        if side is not None:
+            far = side.gateway or side.peer
+            name = side.gateway.host if side.gateway else f"the gateway of {site}"
+            places[site] = f"{name} ({far.address})" if far else name
+    for site, other in (pair, pair[::-1]):
+        if site in places and other in places:
+            yield from (Opening("UDP", port, places[other], places[site]) for port in IPSEC_PORTS)
+
+
+def _carried(found: Sequence[Opening], stage: Stage) -> Iterator[Opening]:
+    """`stage`, the least of the pair's, tells whether others than hosts and gateways see what is carried."""
+    for each in found:
+        inside = " (inside the gateways' tunnel)" if stage is Stage.DEMANDS else ""
+        yield replace(each, senders=each.senders + inside)
 
 
 def _words(now: Stage | None, following: Sequence[Stage]) -> list[str]:
@@ -128,7 +166,8 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each row, the first hundred of them."""
     told = []
     for row in found[:_MOST_LINES]:
-        changing = f" (now being turned {'on' if row['encryption'] == 'wireguard' else 'off'})" if row["steps"] else ""
+        on = row["encryption"] != "none"
+        changing = f" (now being turned {'on' if on else 'off'})" if row["steps"] or row["ipsec_steps"] else ""
         native = row["routing"] == NATIVE
         path = "native" if native else "tunnel (VXLAN)"
         if row["routing_steps"] and row["routing"] != AUTO:
@@ -167,6 +206,19 @@ _NATIVE_ON = {
     Stage.ACCEPTS: "every host of the two takes native packets too; packets still go through the tunnel",
     Stage.SENDS: "when each host has proven by packets of the full size that it reaches the others natively, all go so",
     Stage.DEMANDS: "nothing is taken through the tunnel any more",
+}
+_IPSEC_ON = {
+    Stage.ACCEPTS: "the two gateways get strongSwan and make a tunnel; packets of other hosts go as before, and are "
+    f"{IPSEC_OVERHEAD} bytes smaller from then on",
+    Stage.SENDS: "when the gateways have proven that packets of the full size pass the tunnel, all hosts of the two "
+    "send to their gateway",
+    Stage.DEMANDS: "nothing leaves for the other site by another way any more",
+}
+_IPSEC_OFF = {
+    Stage.SENDS: "other ways than the gateways' are not closed any more",
+    Stage.ACCEPTS: "packets go in clear by the way that the network has, those between the gateways themselves through "
+    "the tunnel",
+    Stage.PLAIN: "the tunnel goes",
 }
 _NATIVE_OFF = {
     Stage.SENDS: "packets through the tunnel are taken again too",
@@ -211,6 +263,11 @@ def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[st
         if row["steps"]:
             on = row["encryption"] == "wireguard"
             told.append(_change("encryption", row, on, row["now"], row["steps"], _ON if on else _OFF, shrinks=on))
+        if row["ipsec_steps"]:
+            on = row["encryption"] == GATEWAY
+            words = _IPSEC_ON if on else _IPSEC_OFF
+            now, steps = row["ipsec_now"], row["ipsec_steps"]
+            told.append(_change("encryption by gateways", row, on, now, steps, words, shrinks=on))
         if row["routing"] == AUTO:
             told.append(_trial(row))
         elif row["routing_steps"]:

@@ -13,16 +13,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
+from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
 from . import jsontext, schema, versions
 from .addressing import CLUSTER_IPS, HOST, PODS, RESERVED, SERVICES, WORKLOADS, Claim, overlaps, shared
+from .bgp import Settings as Bgp
+from .bgp import check as check_bgp
+from .bgp import settings as read_bgp
 from .documents import HealthCheck, ServiceDefinition, ServicePort
 from .encryption import Pair
 from .encryption import pair as sorted_pair
 from .encryption import pairs as pairs_of
-from .routing import NATIVE, Routing
+from .ipsec import GATEWAY, Ipsec
+from .ipsec import read as read_ipsec
+from .routing import AUTO, NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
 from .vpc import Vpcs
 from .vpc import read as read_vpcs
@@ -162,6 +168,7 @@ class Host:
     workloads: tuple[Workload, ...]
     kubernetes_node: str | None = None
     absent: bool = False
+    bgp: Bgp | None = None
 
     @property
     def addresses(self) -> dict[IPv4Address, str]:
@@ -191,13 +198,16 @@ class Service:
 
 @dataclass(frozen=True)
 class Encryption:
-    """`none` or `wireguard`: of all pairs of sites, and of those `pairs` that differ."""
+    """`none`, `wireguard` or `ipsec-gateway`: of all pairs of sites, and of those `pairs` that differ."""
 
     default: str = "none"
     pairs: Mapping[Pair, str] = field(default_factory=dict)
 
     def of(self, pair: Pair) -> str:
-        return self.pairs.get(pair, self.default)
+        if pair in self.pairs:
+            return self.pairs[pair]
+        # The hosts of a site reach each other without its gateway.
+        return "none" if self.default == GATEWAY and pair[0] == pair[1] else self.default
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,8 @@ class Model:
     encryption: Encryption = Encryption()
     vpcs: Vpcs = field(default_factory=Vpcs)
     routing: Routing = field(default_factory=Routing)
+    ipsec: Ipsec = field(default_factory=Ipsec)
+    bgp: Mapping[str, Bgp] = field(default_factory=dict)
     entries: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -227,7 +239,12 @@ class Model:
         """sha256 in hex of all that the model says; warnings and the ways to APIs do not count."""
         content = {key: value for key, value in asdict(self).items() if key not in ("warnings", "entries")}
         # An estate without Kubernetes has the digest that it had before there was such a thing.
-        for part, key in (("clusters", "kubernetes"), ("clusters", "in_cluster"), ("hosts", "kubernetes_node")):
+        for part, key in (
+            ("clusters", "kubernetes"),
+            ("clusters", "in_cluster"),
+            ("hosts", "kubernetes_node"),
+            ("hosts", "bgp"),
+        ):
             for entry in content[part].values():
                 if entry[key] is None:
                     del entry[key]
@@ -242,6 +259,10 @@ class Model:
             del content["vpcs"]
         if self.routing == Routing():
             del content["routing"]
+        if self.ipsec == Ipsec():
+            del content["ipsec"]
+        if not self.bgp:
+            del content["bgp"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -326,7 +347,9 @@ class _Reader:
         clusters = self.clusters(top)
         read_hosts = self.hosts(top, clusters, hosts)
         self.cluster_hosts(clusters, read_hosts, hosts)
-        encryption, routing = self.sites(top, clusters, read_hosts)
+        encryption, routing, speaking = self.sites(top, clusters, read_hosts)
+        known = {*read_hosts, *self.broken_hosts}
+        ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"])
         self.ranges(clusters, read_hosts, reserved)
@@ -334,9 +357,11 @@ class _Reader:
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
             named = {**readable, "name": str(top["name"])}
-            draft = self.model(named, clusters, read_hosts, reserved, services, encryption, routing, vpcs)
+            draft = self.model(
+                named, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec, speaking
+            )
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs)
+        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec, speaking)
 
     def model(
         self,
@@ -348,6 +373,8 @@ class _Reader:
         encryption: Encryption,
         routing: Routing,
         vpcs: Vpcs,
+        ipsec: Ipsec,
+        speaking: Mapping[str, Bgp],
     ) -> Model:
         overlay = top["overlay"] or {"port": 8472, "mtu": None}
         sites = {cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()}
@@ -365,6 +392,8 @@ class _Reader:
             encryption=encryption,
             vpcs=vpcs,
             routing=routing,
+            ipsec=ipsec,
+            bgp=speaking,
             entries={name: self.entries[name] for name in sorted(self.entries)},
             warnings=tuple(sorted(self.warnings)),
         )
@@ -688,6 +717,7 @@ class _Reader:
                 workloads=workloads,
                 kubernetes_node=node,
                 absent=entry["isthmus_state"] == "absent" or clusters[cluster].absent,
+                bgp=read_bgp(entry["isthmus_bgp"]),
             )
         for variable, places in sorted(unknown.items()):
             more = f" and {len(places) - 1} more" if len(places) > 1 else ""
@@ -906,11 +936,12 @@ class _Reader:
 
     def sites(
         self, top: dict[str, Any], clusters: Mapping[str, Cluster], hosts: Mapping[str, Host]
-    ) -> tuple[Encryption, Routing]:
-        """Sites and pairs of them are what the estate has; answers how packets between them are encrypted and go."""
+    ) -> tuple[Encryption, Routing, dict[str, Bgp]]:
+        """Sites and pairs of them are what the estate has; answers how packets between them are encrypted and go, and
+        which sites speak BGP."""
         declared = top["sites"]
         if declared is INVALID:
-            return Encryption(), Routing()
+            return Encryption(), Routing(), {}
         named = [(f"isthmus_estate.clusters.{cluster.name}.site", cluster.site) for cluster in clusters.values()]
         named += [(f"host {host.name}.isthmus_site", host.site) for host in hosts.values()]
         known = set(declared) if declared is not None else {site for _where, site in named}
@@ -960,9 +991,16 @@ class _Reader:
         }
         routing = Routing(top["routing"], own, {both: ways[both] for both in sorted(ways)})
         said = [top["routing"], top["encryption"], *own.values(), *ways.values(), *pairs.values()]
+        given = {site: read_bgp(entry["bgp"]) for site, entry in sorted((declared or {}).items()) if entry["bgp"]}
+        speaking = {site: found for site, found in given.items() if found is not None}
         if not any(value is INVALID for value in said):
-            self.native(routing, encryption, {site for _where, site in named} | known, hosts)
-        return encryption, routing
+            everywhere = {site for _where, site in named} | known
+            self.native(routing, encryption, everywhere, hosts)
+            if len(speaking) == len(given):
+                native = [pair for pair in pairs_of(everywhere) if routing.of(pair) in (NATIVE, AUTO)]
+                claims = [claim for cluster in clusters.values() for claim in cluster.claims]
+                check_bgp(speaking, chain(*native), hosts.values(), claims, self.problem)
+        return encryption, routing, speaking
 
     def native(self, routing: Routing, encryption: Encryption, sites: set[str], hosts: Mapping[str, Host]) -> None:
         """Pairs of sites that cannot be native as they are said to be."""
@@ -990,8 +1028,8 @@ class _Reader:
         if encrypted:
             self.problem(
                 where,
-                f"{_listed(encrypted)} would be native and encrypted by WireGuard",
-                "WireGuard has the tunnel inside it so far",
+                f"{_listed(encrypted)} would be native and encrypted",
+                "WireGuard, and what goes from gateway to gateway, has the tunnel inside it so far",
                 "set `routing: tunnel` or `encryption: none` for these pairs in site_pairs",
             )
         here = {name: host for name, host in sorted(hosts.items()) if host.site in native and not host.absent}

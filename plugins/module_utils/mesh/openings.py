@@ -11,7 +11,7 @@ from ipaddress import IPv4Network, collapse_addresses
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import spec
+from . import ipsec, spec
 from .encryption import Keys, Pair, Stage
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -59,6 +59,12 @@ TABLE = (
         "WireGuard with the overlay inside ([encryption.md](encryption.md))",
     ),
     Row(
+        f"UDP {' and '.join(str(port) for port in spec.IPSEC_PORTS)}",
+        "gateways of sites with `encryption: ipsec-gateway`",
+        "the gateways of the other sites",
+        "IKE, and ESP in UDP with all else between the sites inside ([ipsec.md](ipsec.md))",
+    ),
+    Row(
         "TCP 2379 (`etcd.client_port`)",
         "hosts of the same cluster; etcd hosts of every peering cluster, nodes of those with `control_plane: "
         "in_cluster`",
@@ -82,6 +88,12 @@ TABLE = (
         "etcd hosts of a Kubernetes cluster; the controller, or `isthmus_api_host`",
         "its API server",
         "registrars watch Kubernetes; `site` lets them in",
+    ),
+    Row(
+        "TCP 179, with BFD also UDP 3784",
+        "hosts and routers of sites with `bgp`",
+        "each other",
+        "hosts announce their ranges ([bgp.md](bgp.md)); hosts connect, so that TCP need not be open on them",
     ),
     Row("TCP 22", "the controller", "every host", "Ansible"),
 )
@@ -155,12 +167,13 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
         readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
         readers += cluster["hosts"].values()
         wanted += [("tcp", etcd["client_port"], readers), ("tcp", etcd["peer_port"], list(_members(cluster)))]
-    return sorted(
+    found = {
         (protocol, port, source)
         for protocol, port, senders in wanted
         for source in set().union(*(_sources(entry, here) for entry in senders))
         if source not in (here["underlay4"], here["advertise4"])
-    )
+    }
+    return sorted(found.union(ipsec.senders(own)))
 
 
 def _hidden(own: Mapping[str, Any], site: str) -> bool:

@@ -17,9 +17,11 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Optional
 
-from . import auto, encryption, jsontext, matrix, openings, routing, spec, versions, vpc
+from . import auto, encryption, ipsec, jsontext, matrix, openings, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
+from .bgp import Planned as Speaking
+from .bgp import planned as plan_bgp
 from .encryption import Keys, Pair, Stage
 from .model import Cluster, Encryption, Host, InCluster, Model, ModelError, Workload
 from .record import (
@@ -54,6 +56,7 @@ class Step:
     record: Mapping[str, Any]
     stages: Mapping[Pair, Stage]
     native: Mapping[Pair, Stage]
+    ipsec: Mapping[Pair, Stage]
     waits: tuple[str, ...]
     proven: bool
 
@@ -70,9 +73,9 @@ class Plan:
     people. `sites` is the matrix of sites (matrix.py), `routes` what routers need of it. `steps` are those that
     follow `specs` and `record`. `stages` are those of encryption of each pair of sites where something is or was
     encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
-    routing, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py). `trials` are those of pairs with
-    `routing: auto` (auto.py) by the number of the proof: `sites`, and `hosts` with their sites; `told` is what the
-    proofs of this run have decided, in words."""
+    routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp`
+    what hosts and routers do (bgp.py). `trials` are those of pairs with `routing: auto` (auto.py) by the number of the
+    proof: `sites`, and `hosts` with their sites; `told` is what the proofs of this run have decided, in words."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -92,30 +95,36 @@ class Plan:
     steps: tuple[Step, ...] = ()
     stages: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     native: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
+    ipsec: Mapping[Pair, tuple[Stage | None, ...]] = field(default_factory=dict)
     keys: tuple[Keys, ...] = (Keys(), Keys())
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
+    bgp: Speaking = field(default_factory=Speaking)
     trials: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _State:
-    """Stages of encryption and of native routing of each pair of sites, and the keys of WireGuard. `failed`: pairs with
-    `routing: auto` that are in the tunnel, as native failed between two hosts."""
+    """Stages of encryption, of native routing and of the gateways' tunnels of each pair of sites, and the keys of
+    WireGuard. `failed`: pairs with `routing: auto` that are in the tunnel, as native failed between two hosts."""
 
     encryption: Mapping[Pair, Stage]
     native: Mapping[Pair, Stage]
+    gateways: Mapping[Pair, Stage]
     keys: Keys
     failed: Mapping[Pair, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def staged(self) -> tuple[Mapping[Pair, Stage], ...]:
+        """In the order of `encryption.STAGED`."""
+        return self.encryption, self.native, self.gateways
+
     def documents(self) -> dict[str, Any]:
         """As the roster has them."""
-        return _filled(
-            encryption=encryption.to_document(self.encryption, self.keys),
-            routing=encryption.to_document(self.native),
-            auto={" ".join(pair): list(hosts) for pair, hosts in sorted(self.failed.items())},
-        )
+        found = {key: encryption.to_document(stages) for key, stages in zip(encryption.STAGED, self.staged)}
+        found["encryption"] = encryption.to_document(self.encryption, self.keys)
+        return _filled(**found, auto={" ".join(pair): list(hosts) for pair, hosts in sorted(self.failed.items())})
 
 
 @dataclass(frozen=True)
@@ -289,15 +298,18 @@ class _Planner:
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
         ways = self.ways(present)
         native = self.native_ways(present)
-        stages, native_stages = (
-            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in (ways, native)
+        gateways = self.ipsec_ways(present)
+        each = (ways, native, gateways)
+        stages, native_stages, ipsec_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in each
         )
-        self.check_in_cluster(present, ways, native)
+        self.check_in_cluster(present, *each)
         key_ways = self.key_ways(stages)
-        states = [self.with_failed(state) for state in _states(ways, native, key_ways[1:])]
-        running = _State(_running(ways), _running(native), key_ways[0])
+        states = [self.with_failed(state) for state in _states(each, key_ways[1:])]
+        running = _State(*map(_running, each), keys=key_ways[0])
         vpcs = self.vpcs(present, running, [*self.possible(states[0]), *states])
-        roster = self.roster(documents, states[0], vpcs)
+        speaking = self.speaking(present)
+        roster = self.roster(documents, states[0], vpcs, speaking)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -335,19 +347,33 @@ class _Planner:
                     self.model.overlay_mtu,
                     stages,
                     native_stages,
+                    ipsec_stages,
                     key_ways,
+                    self.model.ipsec,
                     self.chosen(),
                 )
             ),
             steps=tuple(self.steps(following, present, states)),
             stages=stages,
             native=native_stages,
+            ipsec=ipsec_stages,
             keys=key_ways,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
+            bgp=speaking,
             trials=tuple(tuple(self.trials(present, number)) for number in range(auto.LAST + 1)),
             told=tuple(auto.told(self.courses, matrix.name)),
         )
+
+    # BGP
+
+    def speaking(self, present: Mapping[str, Mapping[str, Any]]) -> Speaking:
+        old = (self.record.roster or {}).get("bgp", ())
+        taken = [text for doc in present.values() for text in (*doc["workload_ranges"], *_pod_ranges(doc))]
+        found = plan_bgp(self.model.bgp, self.model.hosts, present, taken, old, self.prune)
+        self.orphans += found.orphans
+        self.removed += found.removed
+        return found
 
     # Clusters whose control plane is in them
 
@@ -356,12 +382,14 @@ class _Planner:
         present: Mapping[str, Mapping[str, Any]],
         ways: Ways,
         native: Ways,
+        gateways: Ways,
     ) -> None:
         """What hosts of the inventory have and nodes that only Kubernetes knows cannot."""
         for name, document in present.items():
             if openings.is_in_cluster(document):
                 self.check_encryption_of(name, document["site"], ways)
                 self.check_native_of(name, document["site"], native)
+                self.check_gateways_of(name, document["site"], gateways)
                 self.tell_of_vpcs(name, document["site"])
 
     def check_native_of(self, name: str, site: str, ways: Ways) -> None:
@@ -373,6 +401,19 @@ class _Planner:
                 "cluster's control plane is in it",
                 "its nodes, which Kubernetes alone knows, take packets of the mesh through the tunnel only",
                 "name each of these pairs under isthmus_estate.site_pairs with routing: tunnel, or give the cluster a "
+                "site of its own",
+            )
+
+    def check_gateways_of(self, name: str, site: str, ways: Ways) -> None:
+        led = _begun(site, ways)
+        if led:
+            self.problem(
+                f"isthmus_estate.clusters.{name}.site",
+                f"traffic of site {site} goes through gateways ({', '.join(matrix.name(pair) for pair in led)}), and "
+                "the cluster's control plane is in it",
+                "its nodes, which Kubernetes alone knows, are not led to a gateway so far, and nothing keeps their "
+                "packets from leaving in clear",
+                "name each of these pairs under isthmus_estate.site_pairs with encryption: none, or give the cluster a "
                 "site of its own",
             )
 
@@ -501,6 +542,22 @@ class _Planner:
         joined = {pair: Stage.ACCEPTS for pair, one in self.courses.items() if one.joined}
         return [replace(first, native={**first.native, **joined})] if joined else []
 
+    def ipsec_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
+        """The same of the tunnels between gateways."""
+        wanted = self.model.ipsec
+        found = self.ways_of(present, "ipsec", wanted.stage if wanted.pairs else None)
+        for both, (now, _stages) in found.items():
+            for site, other in (both, both[::-1]):
+                if now and site not in wanted.sites and site in self.model.sites:
+                    self.problem(
+                        f"isthmus_estate.sites.{site}.ipsec",
+                        f"it is missing, and the tunnel between the gateways of {site} and {other} is there",
+                        "gateways and hosts are led back in steps, which need what they were made from",
+                        "put it back, and take it out after a run of site without encryption: ipsec-gateway for the "
+                        "pair",
+                    )
+        return found
+
     def ways_of(
         self, present: Mapping[str, Mapping[str, Any]], key: str, wanted: Callable[[Pair], Stage] | None
     ) -> Ways:
@@ -542,13 +599,14 @@ class _Planner:
     def steps(
         self, record: Record, present: Mapping[str, Mapping[str, Any]], states: Sequence[_State]
     ) -> Iterator[Step]:
-        """Those after the first, which `record` has. Where a pair changes in both respects, both take each step
-        together: what is sent natively in clear is sent so only while the other side takes it."""
+        """Those after the first, which `record` has. Where a pair changes in several respects, all take each step
+        together: what is sent natively in clear is sent so only while the other side takes it, and from WireGuard to
+        gateways, or back, packets are encrypted by the one or the other at each step."""
         for last, state in zip(states, states[1:]):
-            stages, native = _changed(last.encryption, state.encryption), _changed(last.native, state.native)
+            changed = [_changed(before, now) for before, now in zip(last.staged, state.staged)]
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            for key in ("encryption", "routing", "auto"):
+            for key in (*encryption.STAGED, "auto"):
                 roster.pop(key, None)
             roster.update(state.documents())
             record = Record(roster, record.clusters)
@@ -556,12 +614,12 @@ class _Planner:
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
-                stages=stages,
-                native=native,
-                waits=tuple(_hosts_of(present, {*stages, *native, *replaced})),
+                stages=changed[0],
+                native=changed[1],
+                ipsec=changed[2],
+                waits=tuple(_hosts_of(present, {*replaced, *(pair for stages in changed for pair in stages)})),
                 proven=bool(replaced)
-                or any(stage > last.encryption[pair] for pair, stage in stages.items())
-                or any(stage > last.native[pair] for pair, stage in native.items()),
+                or any(stages[pair] > before[pair] for stages, before in zip(changed, last.staged) for pair in stages),
             )
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -588,6 +646,7 @@ class _Planner:
                 candidates |= {f"workload/{host}/{key}" for key in entry["workloads"]}
         roster = self.record.roster or {"services": {}}
         candidates |= vpc.names(roster.get("vpcs"))
+        candidates |= {f"bgp/{site}" for site in roster.get("bgp", ())}
         candidates |= {f"service/{key}" for key, entry in roster["services"].items() if entry["state"] != "absent"}
         found = set()
         for given in prune:
@@ -707,7 +766,9 @@ class _Planner:
             key: replace(service, clusters=tuple(name for name in service.clusters if name not in dropped))
             for key, service in model.services.items()
         }
-        return replace(model, clusters=clusters, hosts=hosts, services=services)
+        return replace(
+            model, clusters=clusters, hosts=hosts, services=services, ipsec=model.ipsec.without(self.forgotten)
+        )
 
     def forgotten_of(self, cluster: str) -> dict[str, dict[str, str]]:
         """The entries of the cluster's document."""
@@ -797,6 +858,8 @@ class _Planner:
             return rest in self.model.services
         if kind in ("vpc", "peering"):
             return self.model.vpcs.has(name)
+        if kind == "bgp":
+            return rest in self.model.bgp
         first, _slash, second = rest.partition("/")
         cluster = self.model.clusters.get(first)
         outer = None if cluster is None else cluster.kubernetes
@@ -1514,7 +1577,9 @@ class _Planner:
         applied = {"hash": self.digest, "when": format_time(self.now), "by": self.by}
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
-    def roster(self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned) -> dict[str, Any]:
+    def roster(
+        self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned, speaking: Speaking
+    ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
         services: dict[str, Any] = {}
@@ -1548,7 +1613,7 @@ class _Planner:
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
             **state.documents(),
-            **_filled(vpcs=vpcs.document),
+            **_filled(vpcs=vpcs.document, bgp=list(speaking.sites)),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1606,6 +1671,8 @@ class _Spec:
         self.shared = _Shared(model, present, own)
         self.host = own["hosts"][name]
         self.member = name in own["etcd"]["members"]
+        site = self.host["site"]
+        self.ipsec = ipsec.section(model.ipsec, name, site, self.mine(state.gateways), self.sites(), PKI)
 
     def build(self) -> dict[str, Any]:
         own, shared = self.own, self.shared.build(self.host.get("kubernetes_node") is not None)
@@ -1627,12 +1694,17 @@ class _Spec:
             "pki": {
                 "ca": {"cluster": own["name"], "host": own["ca_host"], "here": own["ca_host"] == self.name},
                 "certificates": list(self.certificates()),
-                "trust": [own["name"], *(self.shared.peers() if self.member else ())],
+                "trust": list(dict.fromkeys(self.trust())),
             },
-            **_filled(wireguard=self.wireguard(), native=self.native()),
+            **_filled(wireguard=self.wireguard(), native=self.native(), ipsec=self.ipsec),
         }
         document["hash"] = spec.spec_hash(document)
         return document
+
+    def trust(self) -> Iterator[str]:
+        yield self.own["name"]
+        yield from self.shared.peers() if self.member else ()
+        yield from ipsec.trusted_by(self.ipsec)
 
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
@@ -1720,6 +1792,10 @@ class _Spec:
 
     def certificates(self) -> Iterator[dict[str, Any]]:
         yield self.certificate("agent", f"isthmus-agent-{self.name}")
+        identity = ipsec.certificate_of(self.ipsec)
+        if identity is not None:
+            entry = self.certificate("ipsec", identity)
+            yield {**entry, "sans_dns": [identity], "usages": ["server", "client"]}
         if not self.member:
             return
         addresses = list(dict.fromkeys([self.host["underlay4"], self.host["advertise4"], "127.0.0.1"]))
@@ -1918,22 +1994,24 @@ def _changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair
     return {pair: stage for pair, stage in now.items() if stage is not last[pair]}
 
 
-def _states(ways: Ways, native: Ways, keys: Sequence[Keys]) -> list[_State]:
-    """What is so after each step. What has come to its end before the others stands."""
+def _states(ways: Iterable[Ways], keys: Sequence[Keys]) -> list[_State]:
+    """What is so after each step, `ways` in the order of `encryption.STAGED`. What has come to its end before the
+    others stands."""
+    each = list(ways)
 
     def after(number: int, found: Ways) -> dict[Pair, Stage]:
         return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
 
-    lengths = [len(stages) for found in (ways, native) for _now, stages in found.values()]
+    lengths = [len(stages) for found in each for _now, stages in found.values()]
     return [
-        _State(after(number, ways), after(number, native), keys[min(number, len(keys) - 1)])
+        _State(*(after(number, found) for found in each), keys=keys[min(number, len(keys) - 1)])
         for number in range(max([*lengths, len(keys)]))
     ]
 
 
 def _state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> _State:
-    stages, native = (encryption.from_document(roster.get(key), sites) for key in ("encryption", "routing"))
-    return _State(stages, native, encryption.keys_of(roster.get("encryption")))
+    staged = (encryption.from_document(roster.get(key), sites) for key in encryption.STAGED)
+    return _State(*staged, keys=encryption.keys_of(roster.get("encryption")))
 
 
 def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -2026,7 +2104,7 @@ def _lines(record: Record) -> dict[str, str]:
             if entry["state"] != "absent":
                 found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
         sites = _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
-        for key, words in (("encryption", encryption.WORDS), ("routing", routing.WORDS)):
+        for key, words in zip(encryption.STAGED, (encryption.WORDS, routing.WORDS, ipsec.WORDS)):
             for (one, other), stage in encryption.from_document(roster.get(key), sites).items():
                 if stage is not Stage.PLAIN:
                     found[f"{key} {_where(one, other)}"] = words[stage]
@@ -2036,6 +2114,7 @@ def _lines(record: Record) -> dict[str, str]:
         if keys != Keys():
             found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
+        found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
     return found
 
 

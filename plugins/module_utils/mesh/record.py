@@ -10,6 +10,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
      "clusters": {"onprem": {"id": 1, "state": "present"}},
      "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
      "vpcs": {"sites": {"cloud": {"provider": "aws", "network": "vpc-1", "region": "eu-central-1"}}, "peerings": []},
+     "bgp": ["cloud"],
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
 
 `clusters/<name>`::
@@ -67,7 +68,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
-from .encryption import CHANGING, STAGES
+from .encryption import CHANGING, STAGED, STAGES
 from .jsontext import UINT64, Fields
 
 SCHEMA = 1
@@ -274,7 +275,7 @@ def _check(where: str, name: str, document: Any) -> int:
             _there(entry, "clusters")
             entry.texts("clusters")
             entry.text("state", None)
-        for key in ("encryption", "routing"):
+        for key in STAGED:
             if key not in fields.value:
                 continue
             stages = fields.object(key)
@@ -292,6 +293,7 @@ def _check(where: str, name: str, document: Any) -> int:
                 fields.fail("auto", "is not two hosts for two sites")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
+        fields.texts("bgp")
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")

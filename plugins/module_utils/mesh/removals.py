@@ -32,6 +32,11 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
                 f"{name}: what the mesh has in the {what} goes before hosts are changed: packets that go by it end at "
                 "once. Undo: put it back into the inventory and run site."
             )
+        elif kind == "bgp":
+            yield (
+                f"{name}: when all hosts have been changed, those of site {rest} announce their ranges no more: native "
+                "packets that routers lead by it end then. Undo: put it back into the inventory and run site."
+            )
         elif rest in lost or (kind == "cluster" and after.clusters[rest].get("forgotten")):
             continue
         elif kind == "cluster":

@@ -139,6 +139,23 @@ class Integer(Kind):
         return f"number {self.low}..{self.high}"
 
 
+class AsNumber(Integer):
+    """The number of an autonomous system, as a whole number (not `65000.1`)."""
+
+    _reserved: ClassVar[dict[int, str]] = {23456: "RFC 6793", 65535: "RFC 7300"}
+
+    def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
+        found = super().read(value, where, problems)
+        if found is not INVALID and found in self._reserved:
+            what = f"{found} is reserved ({self._reserved[found]})"
+            problems.append(Problem(where, what, "it is no AS's", "use one of your own, or of 64512..65534"))
+            return INVALID
+        return found
+
+    def json_schema(self) -> dict[str, Any]:
+        return {**super().json_schema(), "not": {"enum": sorted(self._reserved)}}
+
+
 @dataclass(frozen=True)
 class Number(Kind):
     low: float
@@ -605,8 +622,11 @@ _FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archi
 _SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
 _WORKLOAD_REF = Text(rf"{_SUBDOMAIN}/{_LABEL}", "'<host>/<workload>'", "a backend is one workload of one host", 130)
 _ROUTING = Choice(("tunnel", "native", "hybrid", "auto"))
-_ENCRYPTION = Choice(
-    ("none", "wireguard"), {"ipsec-gateway": "packets are encrypted from host to host, by WireGuard, or not so far"}
+_ENCRYPTION = Choice(("none", "wireguard", "ipsec-gateway"))
+_IKE_IDENTITY = Text(
+    "[A-Za-z0-9]([-A-Za-z0-9._@]{0,251}[A-Za-z0-9])?",
+    "an identity of IKE (a domain name, a mail address or an IP address)",
+    "the two gateways name themselves by it",
 )
 
 _WORD = Text(r"[!-~]+", "a name without blanks", "the provider knows it by it", 255)
@@ -651,6 +671,61 @@ VPC = Table(
     },
 )
 
+IPSEC_GATEWAY = Table(
+    "gateway of a site",
+    {
+        "host": Key(HOST_NAME, "Host of the site that is its gateway.", REQUIRED),
+        "address": Key(
+            Address(),
+            "Address at which gateways of other sites reach it.",
+            None,
+            "the host's `isthmus_underlay`",
+        ),
+    },
+)
+
+IPSEC_PEER = Table(
+    "gateway that is not ours",
+    {
+        "address": Key(Address(), "Address at which our gateways reach it.", REQUIRED),
+        "id": Key(_IKE_IDENTITY, "Its identity in IKE.", None, "its address"),
+    },
+)
+
+IPSEC = Table(
+    "ipsec section",
+    {
+        "networks": Key(
+            Listing(Range(8, 32, "only what lies in it goes through the tunnel"), 1),
+            "Networks of the site that go through its gateway: those of its hosts' `isthmus_underlay`, and what else "
+            "is to be reached from the other site.",
+            REQUIRED,
+        ),
+        "gateways": Key(Listing(IPSEC_GATEWAY), "Hosts that are the site's gateways; so far one.", ()),
+        "peer": Key(IPSEC_PEER, "A gateway that is not ours: a cloud's, an appliance.", None, "a host of ours"),
+    },
+)
+
+_AS_NUMBER = AsNumber(1, 4294967294, "AS numbers have 32 bits (RFC 6793)")
+
+BGP_ROUTER = Table(
+    "router",
+    {
+        "address": Key(Address(), "Its address on the hosts' subnet.", REQUIRED),
+        "as_number": Key(_AS_NUMBER, "Its AS number; that of the hosts for iBGP.", REQUIRED),
+        "bfd": Key(Flag(), "Whether each side notices by BFD within a second that the other is gone.", False),
+    },
+)
+
+_BGP = {
+    "as_number": Key(_AS_NUMBER, "AS number of the hosts.", None, "none; each host needs one"),
+    "routers": Key(Listing(BGP_ROUTER), "Routers to which hosts announce their ranges.", ()),
+}
+
+BGP = Table("bgp section", {**_BGP, "state": Key(_STATE, "`absent` takes it off the hosts.", "present")})
+
+HOST_BGP = Table("bgp section of a host", _BGP)
+
 SITE = Table(
     "site",
     {
@@ -665,9 +740,16 @@ SITE = Table(
             None,
             "that of the estate",
         ),
+        "ipsec": Key(
+            IPSEC,
+            "The site's gateway, for pairs with `encryption: ipsec-gateway`. See [ipsec.md](ipsec.md).",
+            None,
+            "none",
+        ),
         "vpc": Key(
             VPC, "The VPC that its hosts are in, as far as the provider's API is to be used. See [vpc.md](vpc.md)."
         ),
+        "bgp": Key(BGP, "Its hosts announce their ranges to routers, by FRR. See [bgp.md](bgp.md)."),
     },
 )
 
@@ -686,6 +768,13 @@ SITE_PAIR = Table(
             "Whether packets of the mesh between them are encrypted.",
             None,
             "that of the estate",
+        ),
+        "ipsec_authentication": Key(
+            Choice(("certificate", "psk")),
+            "How their two gateways authenticate each other: `certificate` of the mesh's authorities, or `psk`, the "
+            "pre-shared key in `isthmus_ipsec_secrets`.",
+            None,
+            "`certificate`; `psk` with a gateway that is not ours",
         ),
         "vpc_peering": Key(
             Flag(), "Whether their VPCs are peered; `false` ends a peering that was made by it.", None, "not looked at"
@@ -991,8 +1080,9 @@ ESTATE = Table(
         ),
         "encryption": Key(
             _ENCRYPTION,
-            "How packets of the mesh between hosts are encrypted, where a pair of sites says nothing else. See "
-            "[encryption.md](encryption.md).",
+            "How packets of the mesh between hosts are encrypted, where a pair of sites says nothing else: by "
+            "`wireguard` from host to host ([encryption.md](encryption.md)), or between sites by their gateways, "
+            "`ipsec-gateway` ([ipsec.md](ipsec.md)).",
             "none",
         ),
         "site_pairs": Key(Listing(SITE_PAIR), "What differs for a pair of sites.", ()),
@@ -1049,6 +1139,9 @@ HOST = Table(
             None,
             "in a cluster with `kubernetes` the host's inventory name",
         ),
+        "isthmus_bgp": Key(
+            HOST_BGP, "What differs for the host from the `bgp` of its site, such as the router of its rack."
+        ),
         "isthmus_labels": Key(Labels(), "Labels of the node.", {}),
         "isthmus_workloads": Key(Listing(WORKLOAD), "Processes with an address and identity of their own.", ()),
         "isthmus_state": Key(_STATE, _STATE_DOC, "present"),
@@ -1083,6 +1176,9 @@ PLAY_VARIABLES = {
     "isthmus_growth": "What `address_plan` looks for room for: hosts=40,services=100,onprem.hosts=200 (addresses.md).",
     "isthmus_address_file": "File on the controller that gets what `address_plan` shows, as JSON if it is .json.",
     "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
+    "isthmus_ipsec_secrets": "Pre-shared keys of pairs of sites, {cloud onprem: KEY}, in the order of the alphabet; "
+    "in a vault.",
+    "isthmus_bgp_passwords": "Of a host or group: by address of a router, the password of the session; for the vault.",
     "isthmus_api_host": "Of a host or group: where the API of its Kubernetes cluster is asked from; else localhost.",
     "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "
     "the environment there says (K8S_AUTH_*, KUBECONFIG), or ~/.kube/config.",

@@ -24,6 +24,13 @@ OVERLAY_OVERHEAD = 50
 """Bytes of VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14."""
 WIREGUARD_OVERHEAD = 80
 """Bytes: outer IP up to 40, UDP 8, header 16, tag 16. What Cilium counts, so both ends agree."""
+IPSEC_OVERHEAD = 100
+"""Bytes that a tunnel between gateways needs at most: outer IP 20, UDP 8, ESP with IV, padding and ICV up to 37; with
+room for lines between the gateways that carry less than 1500."""
+IPSEC_MTU = 1400
+"""Bytes of a packet through the gateways, whatever the underlay carries: what kernel-libipsec's device takes."""
+IPSEC_PORTS = (500, 4500)
+"""UDP ports of IKE, and of IKE and ESP behind address translation, which is how ESP always goes here."""
 CLUSTER_KIND = "cluster"
 """`kind` of a document that all pods of a cluster share; a host's spec has none."""
 
@@ -180,6 +187,27 @@ class NativeSpec:
 
 
 @dataclass(frozen=True)
+class IpsecSpec:
+    """Packets to and from some sites go through gateways: `stages` by site, where it is so, or is being turned on or
+    off, `networks` what lies behind the gateways there. `via` is the own site's gateway, None on it and where it is not
+    ours. `sites` is the site of a cluster's nodes, for those that publish none of their own."""
+
+    sites: Mapping[str, str]
+    stages: Mapping[str, Stage]
+    networks: Mapping[str, tuple[IPv4Network, ...]]
+    via: IPv4Address | None = None
+
+    def stage(self, site: str | None) -> Stage:
+        """Of this host with the nodes of a site; None: it is not known."""
+        return self.stages.get(site or "", Stage.PLAIN)
+
+
+def through_gateways(underlay: int) -> int:
+    """MTU in bytes of the way through the gateways, of an underlay's."""
+    return min(underlay - IPSEC_OVERHEAD, IPSEC_MTU)
+
+
+@dataclass(frozen=True)
 class EtcdSpec:
     """How this host reaches an etcd: URLs and paths of PEM files."""
 
@@ -303,6 +331,8 @@ class NodeSpec(MeshSpec):
     """None: nothing is encrypted, and the host has no key."""
     native: NativeSpec | None = None
     """None: the tunnel leads to all nodes."""
+    ipsec: IpsecSpec | None = None
+    """None: no packets of this host go through gateways."""
 
     @classmethod
     def from_dict(cls, document: Any) -> NodeSpec:
@@ -321,6 +351,7 @@ class NodeSpec(MeshSpec):
             pki=_pki(top.object("pki")),
             wireguard=None if top.value.get("wireguard") is None else _wireguard(top.object("wireguard")),
             native=None if top.value.get("native") is None else _native(top.object("native")),
+            ipsec=None if top.value.get("ipsec") is None else _ipsec(top.object("ipsec")),
         )
 
     @classmethod
@@ -480,6 +511,24 @@ def _tunnel(fields: Fields) -> TunnelSpec:
     if port not in WIREGUARD_PORTS:
         fields.fail("port", f"is not one of {', '.join(map(str, WIREGUARD_PORTS))}")
     return TunnelSpec(fields.text("key", None), port)
+
+
+def ipsec_of(document: Any) -> IpsecSpec:
+    """The spec's `ipsec`. SpecError when it is malformed."""
+    return _ipsec(Fields(document, SpecError, "ipsec"))
+
+
+def _ipsec(fields: Fields) -> IpsecSpec:
+    far = fields.object("far")
+    stages, networks = {}, {}
+    for site in far.value:
+        entry = far.object(site)
+        word = entry.text("stage", None)
+        if word not in STAGES:
+            entry.fail("stage", f"is not one of {', '.join(STAGES)}")
+        stages[site], networks[site] = STAGES[word], entry.networks4("networks")
+    via = None if fields.value.get("via") is None else fields.address4("via")
+    return IpsecSpec(fields.text_mapping("sites"), stages, networks, via)
 
 
 def _etcd(fields: Fields) -> EtcdSpec:

@@ -137,6 +137,25 @@ def test_its_nodes_take_nothing_natively() -> None:
     assert "routing: tunnel" in words
 
 
+def test_its_nodes_are_not_led_to_gateways() -> None:
+    def through_gateways(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        pair = {"sites": ["cloud", "onprem"], "encryption": "ipsec-gateway"}
+        the_estate.update(site_pairs=[pair], sites={
+            "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "gateways": [{"host": "c1"}]}},
+            "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o1"}]}},
+            "managed": {},
+        })  # fmt: skip
+
+    def beside(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
+        through_gateways(the_estate, the_hosts)
+        the_estate["clusters"]["managed"]["site"] = "cloud"
+
+    words = refused(beside)
+    assert "traffic of site cloud goes through gateways (cloud and onprem)" in words
+    assert "encryption: none" in words
+    assert "ipsec" not in replanned(through_gateways).in_cluster["managed"]["document"]
+
+
 def test_it_does_not_join_where_encryption_is_only_being_turned_off() -> None:
     def without(the_estate: dict[str, Any], the_hosts: dict[str, Any]) -> None:
         wireguard(the_estate, the_hosts)

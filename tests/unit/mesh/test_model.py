@@ -446,12 +446,6 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "directly so far. Next: use true until a later version does it.",
     ),
     (
-        "auto routing",
-        _estate(routing="auto"),
-        "isthmus_estate.routing: auto is not yet supported. Why: which way the networks of two sites allow is not "
-        "tried so far. Next: use tunnel until a later version does it.",
-    ),
-    (
         "two sides that differ",
         _estate(sites={"onprem": {"routing": "native"}, "cloud": {}}),
         "isthmus_estate.routing: the sides of cloud and onprem differ: one is `native`, the other `tunnel`. Why: each "
@@ -461,8 +455,9 @@ MESSAGES: list[tuple[str, Edit, str]] = [
     (
         "native inside WireGuard",
         _estate(routing="hybrid", encryption="wireguard"),
-        "isthmus_estate.routing: cloud, onprem would be native and encrypted by WireGuard. Why: WireGuard has the "
-        "tunnel inside it so far. Next: set `routing: tunnel` or `encryption: none` for these pairs in site_pairs.",
+        "isthmus_estate.routing: cloud, onprem would be native and encrypted. Why: WireGuard, and what goes from "
+        "gateway to gateway, has the tunnel inside it so far. Next: set `routing: tunnel` or `encryption: none` for "
+        "these pairs in site_pairs.",
     ),
     (
         "partial peers",
@@ -490,16 +485,10 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "two sites; for the hosts of one among themselves, the same twice.",
     ),
     (
-        "encryption by gateways",
-        _estate(site_pairs=[{"sites": ["onprem", "cloud"], "encryption": "ipsec-gateway"}]),
-        "isthmus_estate.site_pairs[0].encryption: ipsec-gateway is not yet supported. Why: packets are encrypted from "
-        "host to host, by WireGuard, or not so far. Next: use none until a later version does it.",
-    ),
-    (
         "encryption of another kind",
         _estate(encryption="wiregard"),
-        "isthmus_estate.encryption: 'wiregard' is not one of none, wireguard. Why: nothing else is defined. Next: did "
-        "you mean 'wireguard'? Change it.",
+        "isthmus_estate.encryption: 'wiregard' is not one of none, wireguard, ipsec-gateway. Why: nothing else is "
+        "defined. Next: did you mean 'wireguard'? Change it.",
     ),
     (
         "a pair twice",

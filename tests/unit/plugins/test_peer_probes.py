@@ -136,3 +136,13 @@ def test_sites_that_encrypt_ask_for_wireguards_port() -> None:
             }
             assert {port for site, port in found if site == "a"} == wanted, stage
             assert {port for site, port in found if site == "b"} == {8472}
+
+
+def test_nothing_is_asked_across_a_tunnel_that_is_not_there_yet() -> None:
+    record = estate(cluster("a", 2, 1), cluster("b", 2, 1), cluster("c", 1, 1))
+    record["roster"]["ipsec"] = {"all": "plain", "pairs": {"a b": "demands"}}
+    names = hosts_of(record)
+    questions = asked(peer_probes(entered(names, names), record, names))
+    across = {(host[0], other[0]) for host, other, _protocol, _port in questions}
+    assert {("a", "b"), ("b", "a")}.isdisjoint(across)
+    assert {("a", "c"), ("c", "b"), ("a", "a")} <= across

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, listener, resolver, units
 from ansible_collections.isthmus.mesh.plugins.modules import teardown
+from isthmus_agent.desired import addressing, encryption
 
 
 class Host:
@@ -261,3 +262,10 @@ def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
     named = {text for text in texts if text.startswith("isthmus") and text.endswith((".service", ".timer", ".path"))}
     # The first is transient and in no file; of the last the format of generations has the whole path.
     assert named - {listener.UNIT} | {Path(teardown.BOOT).name} == set(teardown.UNITS)
+
+
+def test_every_routing_table_of_the_agent_is_emptied() -> None:
+    names = {name: value for module in (addressing, encryption) for name, value in vars(module).items()}
+    tables = {value for name, value in names.items() if name.endswith("TABLE")} | {encryption.TABLE, addressing.TABLE}
+    tables |= {back.table for back in encryption.BACK.values()}
+    assert set(teardown.TABLES) == {str(table) for table in tables}

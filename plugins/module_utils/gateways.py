@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""A host of a site whose packets go through gateways: strongSwan on the gateway, and on every host the rules that let
+nothing leave by another way."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from ansible_collections.isthmus.mesh.plugins.module_utils import links, packages, strongswan, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ansible.module_utils.basic import AnsibleModule
+
+PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n?", re.DOTALL)
+KINDS = ("x509", "x509ca", "private")
+SYSCTLS = "/proc/sys/net/ipv4"
+FORWARDING, ACCEPTS_REDIRECTS = "ip_forward", "conf/all/accept_redirects"
+
+
+class Gateway:
+    """strongSwan as the spec's `connections` have it; with none of them, as it was before."""
+
+    def __init__(
+        self,
+        module: AnsibleModule,
+        changes: Changes,
+        systemd: units.Systemd,
+        own: Mapping[str, Any],
+        secrets: Mapping[str, str],
+    ) -> None:
+        self.module = module
+        self.changes = changes
+        self.systemd = systemd
+        self.own = own
+        self.connections: Sequence[Mapping[str, Any]] = own.get("connections", [])
+        self.given = secrets
+        self.names = [ipsec.name_of(one) for one in self.connections]
+
+    def swanctl(self, *words: str, must: bool = True) -> str:
+        code, out, err = self.module.run_command([strongswan.SWANCTL, *words])
+        if code != 0 and must:
+            self.module.fail_json(
+                msg=f"`swanctl {' '.join(words)}` failed: {(err or out).strip()[-1500:]}. Tunnels that were there "
+                f"stay. Next: `journalctl -u {strongswan.UNIT}` on this host"
+            )
+        return str(out) if code == 0 else ""
+
+    def files(self) -> bool:
+        """Writes all of them; answers whether one is another than before."""
+        wanted: dict[tuple[str, str], bytes | None] = {}
+        counts = {}
+        for one in self.connections:
+            if "certificate" not in one:
+                continue
+            key = one["certificate"].replace(".crt", ".key")
+            wanted["x509", ipsec.CERTIFICATE_FILE] = read_bytes(one["certificate"])
+            wanted["private", ipsec.CERTIFICATE_FILE] = read_bytes(key)
+            cluster = ipsec.cluster_of(one)
+            authorities: list[bytes | None] = PEM.findall(read_bytes(one["ca"]) or b"") or [None]
+            counts[cluster] = len(authorities)
+            for name, content in zip(ipsec.authority_files(cluster, len(authorities)), authorities):
+                wanted["x509ca", name] = content
+        differs = False
+        for (kind, name), content in wanted.items():
+            path, secret = f"{strongswan.DIRECTORY}/{kind}/{name}", kind == "private"
+            if content is not None:
+                differs |= self.changes.file(path, content, mode=0o600 if secret else 0o644, secret=secret)
+            elif self.module.check_mode:
+                differs = True
+                self.changes.note(path, "", "made by the run")
+            else:
+                self.module.fail_json(
+                    msg=f"{path} has nothing to be made from: the certificate of this gateway, or the authority of the "
+                    "other one, is not there. Next: run isthmus.mesh.site without --tags, which makes them"
+                )
+        for kind in KINDS:
+            for path in ours(kind):
+                if (kind, os.path.basename(path)) not in wanted:
+                    differs |= self.changes.absent(path, secret=kind == "private")
+        conf = ipsec.swanctl_conf(self.connections, counts)
+        differs |= self.changes.file(strongswan.CONNECTIONS, conf)
+        secrets = self.secrets()
+        if secrets is None:
+            differs |= self.changes.absent(strongswan.SECRETS, secret=True)
+        else:
+            differs |= self.changes.file(strongswan.SECRETS, secrets, mode=0o600, secret=True)
+        return differs
+
+    def secrets(self) -> str | None:
+        try:
+            return ipsec.secrets_conf(self.connections, self.given)
+        except KeyError as exc:
+            return self.module.fail_json(  # type: ignore[no-any-return]
+                msg=f"isthmus_ipsec_secrets has no pre-shared key for {exc.args[0]!r}: the gateway could not prove who "
+                "it is. Nothing was changed of it. Next: add the key, in a vault, under this name"
+            )
+
+    def apply(self) -> None:
+        before = told()
+        self.secrets()
+        lacking = strongswan.packages(gateway=True)
+        for name in lacking:
+            self.changes.note(f"package {name}", "", "installed")
+        if not self.module.check_mode:
+            if lacking:
+                packages.install(self.module, lacking, "install strongSwan by hand")
+            if not os.path.exists(strongswan.TUN) and self.module.get_bin_path(
+                "modprobe", opt_dirs=["/usr/sbin", "/sbin"]
+            ):
+                self.module.run_command(["modprobe", "tun"])
+            if not os.path.exists(strongswan.TUN):
+                self.module.fail_json(
+                    msg=f"{strongswan.TUN} is not there, so strongSwan cannot make its device. Nothing was changed of "
+                    "the gateway. Next: load the module tun; in a container, let it have that device"
+                )
+        check_addresses(self.module, self.own["networks"])
+        forward(self.module, self.changes, self.systemd, self.own["local"])
+        settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf())
+        differs = self.files()
+        state = self.systemd.show([strongswan.UNIT])[strongswan.UNIT]
+        if state.get("UnitFileState") != "enabled" or state.get("ActiveState") != "active" or settings:
+            self.changes.note(
+                f"unit {strongswan.UNIT}",
+                f"{state.get('UnitFileState') or 'absent'}, {state.get('ActiveState')}",
+                "enabled, active",
+            )
+            if not self.module.check_mode:
+                self.systemd.run("enable", "--quiet", strongswan.UNIT)
+                self.systemd.run("restart", strongswan.UNIT)  # reads all that there is
+            return
+        missing = set(self.names) - strongswan.loaded(self.swanctl("--list-conns"))
+        if missing and not differs:
+            self.changes.note("strongSwan's connections", "", "\n".join(sorted(missing)))
+        if (missing or differs) and not self.module.check_mode:
+            self.load(before)
+        self.begin(strongswan.established(self.swanctl("--list-sas")))
+
+    def begin(self, there: Mapping[str, set[str]]) -> None:
+        """A tunnel that the other side refused is not asked for again by strongSwan."""
+        for one in self.connections:
+            name = ipsec.name_of(one)
+            if one["begins"] and "net" not in there.get(name, ()):
+                self.changes.note(f"tunnel {name}", "not there", "asked for")
+                if not self.module.check_mode:
+                    self.swanctl("--initiate", "--child", "net", "--ike", name, "--timeout", "5", must=False)
+
+    def load(self, before: Mapping[str, list[str]]) -> None:
+        """Connections that changed are made anew: a tunnel keeps the networks and the key that it was made with, and
+        one with a key that the other side does not have would end only when that is asked for again."""
+        self.swanctl("--load-creds", "--clear", "--noprompt")
+        self.swanctl("--load-conns")
+        now = told()
+        for name in sorted(before):
+            if before[name] != now.get(name):
+                self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
+
+    def remove(self) -> None:
+        """All of ours. strongSwan itself goes on, for whoever else uses it."""
+        before = told()
+        gone = [self.changes.absent(strongswan.CONNECTIONS), self.changes.absent(strongswan.SECRETS, secret=True)]
+        for kind in KINDS:
+            gone += [self.changes.absent(path, secret=kind == "private") for path in ours(kind)]
+        gone.append(self.changes.absent(strongswan.SETTINGS))
+        if any(gone) and not self.module.check_mode:
+            for name in sorted(before):
+                self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
+        as_before(self.module, self.changes, self.systemd)
+
+
+def left() -> bool:
+    """Whether there is anything here that `apply` made."""
+    places = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, units.Units.path(strongswan.GUARD_UNIT))
+    return any(os.path.lexists(path) for path in places)
+
+
+def ours(kind: str) -> list[str]:
+    """Files of a kind that are the mesh's."""
+    directory = f"{strongswan.DIRECTORY}/{kind}"
+    names = os.listdir(directory) if os.path.isdir(directory) else ()
+    return [f"{directory}/{name}" for name in sorted(names) if re.match(r"isthmus[-.].*pem$", name)]
+
+
+def told() -> dict[str, list[str]]:
+    """Connections of our fragments, name to what is said of them and of their keys."""
+    found: dict[str, list[str]] = {}
+    for path in (strongswan.CONNECTIONS, strongswan.SECRETS):
+        name = ""
+        for line in (read_bytes(path) or b"").decode(errors="replace").splitlines():
+            begins = re.match(r"  (?:ike-)?(\S+) \{$", line)
+            name = begins[1] if begins else name
+            if name:
+                found.setdefault(name, []).append(line)
+    return found
+
+
+def kernel_settings(module: AnsibleModule, local: str) -> dict[str, str]:
+    """Paths below /proc/sys/net/ipv4 and what a gateway needs there. What its own IKE is answered comes by another way
+    than the kernel would send to the other gateway, so the strict check of sources (rp_filter) is loose here. And while
+    a tunnel is not there hosts are not told of a better way, which they would take for minutes."""
+    device = f"conf/{links.of_address(module, local)}"
+    return {
+        FORWARDING: "1",
+        "conf/all/send_redirects": "0",
+        f"{device}/send_redirects": "0",
+        f"{device}/rp_filter": "2",
+    }
+
+
+def settings_now(names: Iterable[str]) -> dict[str, str]:
+    """ "" for one of a device that is not there."""
+    return {name: (read_bytes(f"{SYSCTLS}/{name}") or b"").decode().strip() for name in names}
+
+
+def forward(module: AnsibleModule, changes: Changes, systemd: units.Systemd, local: str) -> None:
+    wanted = kernel_settings(module, local)
+    now = settings_now([*wanted, ACCEPTS_REDIRECTS])
+    if not os.path.exists(strongswan.BEFORE):
+        unit = systemd.show([strongswan.UNIT])[strongswan.UNIT].get("UnitFileState", "")
+        text = json.dumps({"settings": now, "unit": unit}, indent=1, sort_keys=True)
+        changes.file(strongswan.BEFORE, text + "\n")
+    text = "".join(f"net/ipv4/{name} = {value}\n" for name, value in wanted.items())
+    changes.file(strongswan.SYSCTL, f"# Written by isthmus.mesh: this host is a gateway of its site.\n{text}")
+    write_settings(module, changes, now, wanted)
+
+
+def as_before(module: AnsibleModule, changes: Changes, systemd: units.Systemd) -> None:
+    """The kernel's settings, and whether strongSwan runs."""
+    before = json.loads(read_bytes(strongswan.BEFORE) or b'{"settings": {}, "unit": "enabled"}')
+    changes.absent(strongswan.SYSCTL)
+    # The first of them changes others: the kernel takes a host for one that takes redirects.
+    for name in sorted(before["settings"], key=lambda name: name != FORWARDING):
+        now = settings_now([name])
+        if now[name]:
+            write_settings(module, changes, now, {name: before["settings"][name]})
+    state = systemd.show([strongswan.UNIT])[strongswan.UNIT]
+    runs = state.get("UnitFileState") == "enabled" or state.get("ActiveState") == "active"
+    if runs and before["unit"] != "enabled":
+        changes.note(f"unit {strongswan.UNIT}", "enabled, active", "disabled, inactive")
+    if runs and not module.check_mode:
+        systemd.run(
+            *(("restart",) if before["unit"] == "enabled" else ("disable", "--now", "--quiet")), strongswan.UNIT
+        )
+    changes.absent(strongswan.BEFORE)
+
+
+def write_settings(module: AnsibleModule, changes: Changes, now: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    for name, value in wanted.items():
+        if now[name] == value:
+            continue
+        changes.note(f"net/ipv4/{name}", now[name], value)
+        if module.check_mode:
+            continue
+        try:
+            with open(f"{SYSCTLS}/{name}", "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError as exc:
+            module.fail_json(
+                msg=f"net/ipv4/{name} cannot be set to {value}: {exc}. Next: set it for this host from outside"
+            )
+
+
+def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
+    """strongSwan in user space refuses a tunnel for a network in which it has no address to send from."""
+    found = [
+        ipaddress.ip_address(one["local"])
+        for entry in links.listed(module, "address")
+        for one in entry.get("addr_info", ())
+        if one.get("family") == "inet"
+    ]
+    for text in networks:
+        if not any(address in ipaddress.ip_network(text) for address in found):
+            module.fail_json(
+                msg=f"This gateway has no address in {text}, a network of its site, and strongSwan's ESP in user space "
+                "makes no tunnel for such a one. Nothing was changed of the gateway. Next: give the host an address "
+                "there, or name one wider network in isthmus_estate.sites.SITE.ipsec.networks that holds both"
+            )
+
+
+def check_near(module: AnsibleModule, via: str) -> None:
+    """The rules know the gateway as the next hop, and nothing else could keep a router in between from another way."""
+    code, out, _err = module.run_command(["ip", "-json", "route", "get", via])
+    way = (json.loads(out) if code == 0 and out.strip() else [{"gateway": "no route"}])[0]
+    if "gateway" in way:
+        module.fail_json(
+            msg=f"The site's gateway {via} is not on a network of this host ({way['gateway']} is in between), so what "
+            "is to go to it could leave for the other site in clear. Nothing was changed. Next: name a gateway that "
+            "all hosts of the site have on their own network"
+        )
+
+
+def guard_unit() -> str:
+    """Before the network is up, so that nothing leaves in clear at boot."""
+    return f"""\
+# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
+[Unit]
+Description=Isthmus mesh: nothing between sites beside the gateways
+Documentation=https://github.com/isthmus-mesh/isthmus
+DefaultDependencies=no
+After=local-fs.target nftables.service
+Before=network-pre.target shutdown.target
+Wants=network-pre.target
+Conflicts=shutdown.target
+PartOf=nftables.service
+ReloadPropagatedFrom=nftables.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart={strongswan.NFT} -f {strongswan.GUARD}
+ExecReload={strongswan.NFT} -f {strongswan.GUARD}
+ExecStop=-{strongswan.NFT} delete table ip {ipsec.GUARD}
+
+[Install]
+WantedBy=sysinit.target
+"""
+
+
+def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None) -> None:
+    """The rules, in the file and in the kernel; None: there are none."""
+    path = units.Units.path(strongswan.GUARD_UNIT)
+    if text is None:
+        if os.path.exists(path) and not module.check_mode:
+            systemd.run("disable", "--now", "--quiet", strongswan.GUARD_UNIT)
+        if changes.absent(path) and not module.check_mode:
+            systemd.run("daemon-reload")
+        changes.absent(strongswan.GUARD)
+        return
+    lacking = strongswan.packages(gateway=False)
+    for name in lacking:
+        changes.note(f"package {name}", "", "installed")
+    if lacking and not module.check_mode:
+        packages.install(module, lacking, "install nftables by hand")
+    file = changes.file(strongswan.GUARD, text)
+    unit = changes.file(path, guard_unit())
+    if unit and not module.check_mode:
+        systemd.run("daemon-reload")
+    state = systemd.show([strongswan.GUARD_UNIT])[strongswan.GUARD_UNIT]
+    there = strongswan.guard_in_kernel(module)
+    if (
+        state.get("UnitFileState") != "enabled"
+        or state.get("ActiveState") != "active"
+        or file
+        or there != strongswan.guard_rules(text)
+    ):
+        changes.note(f"nft table ip {ipsec.GUARD}", "\n".join(there), "\n".join(strongswan.guard_rules(text)))
+        if not module.check_mode:
+            systemd.run("enable", "--quiet", strongswan.GUARD_UNIT)
+            systemd.run("restart" if state.get("ActiveState") != "active" else "reload", strongswan.GUARD_UNIT)
+
+
+def apply(
+    module: AnsibleModule, changes: Changes, section: Mapping[str, Any] | None, secrets: Mapping[str, str]
+) -> list[str]:
+    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels.
+
+    Fails the module with words when it cannot be so."""
+    own = section or {"far": {}}
+    systemd = units.Systemd(module)
+    text = ipsec.guard(own)
+    if own.get("via"):
+        check_near(module, own["via"])
+    gateway = Gateway(module, changes, systemd, own, secrets)
+    # What is closed is closed before a tunnel changes, and opened after it.
+    if text is not None:
+        guard(module, changes, systemd, text)
+    if own.get("local"):
+        gateway.apply()
+    elif os.path.exists(strongswan.CONNECTIONS) or os.path.exists(strongswan.BEFORE):
+        gateway.remove()
+    if text is None:
+        guard(module, changes, systemd, None)
+    return gateway.names

@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""IPsec between gateways of sites: what the inventory says of it, what hosts get of it, and what strongSwan is given.
+Pure.
+
+A tunnel carries everything between the networks of two sites: these are its traffic selectors, so that they stay what
+they are when hosts come and go, and so that nothing between the sites depends on being known to us to be encrypted. A
+running pair of sites comes to it, and back, in the stages of `encryption.Stage`: PLAIN is no tunnel; with ACCEPTS the
+gateways have it, and packets of other hosts go as before; with SENDS hosts send to the gateway; with DEMANDS nothing
+leaves for the other site by another way.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv4Network
+from typing import TYPE_CHECKING, Any
+
+from .encryption import Pair, Stage, pairs
+from .encryption import pair as sorted_pair
+from .schema import INVALID, not_yet, suggestion
+from .spec import IPSEC_MTU, IPSEC_PORTS
+
+if TYPE_CHECKING:
+    from .model import Cluster, Host
+
+GATEWAY = "ipsec-gateway"
+CERTIFICATE, PSK = "certificate", "psk"
+DEVICE = "ipsec0"
+"""The TUN device of kernel-libipsec."""
+MARK = 0x53
+"""Of packets of strongSwan's own sockets, which do not go through the tunnel. One byte, as all marks of the mesh."""
+
+IKE_PROPOSAL = "aes256gcm16-prfsha384-ecp384"
+ESP_PROPOSAL = "aes256gcm16-ecp384"
+DPD_DELAY = 2  # seconds
+REKEY = 4 * 3600  # seconds, of IKE
+REKEY_CHILD = 3600
+REAUTHENTICATION = 24 * 3600
+
+WORDS = {
+    Stage.PLAIN: "no tunnel between the gateways",
+    Stage.ACCEPTS: "the gateways have a tunnel; packets of other hosts go as before",
+    Stage.SENDS: "packets go through the gateways",
+    Stage.DEMANDS: "through the gateways, and nothing otherwise",
+}
+
+Complaint = Callable[[str, str, str, str], None]
+"""Takes a problem: where, what, why, what to do next."""
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A host that is its site's gateway: its `underlay` address, and the `address` at which other sites reach it."""
+
+    host: str
+    cluster: str
+    underlay: IPv4Address
+    address: IPv4Address
+
+    @property
+    def identity(self) -> str:
+        """In IKE, and in its certificate."""
+        return f"isthmus-ipsec-{self.host}"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A gateway that is not ours."""
+
+    address: IPv4Address
+    identity: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """A site: what is behind its gateway. Either `gateway` or `peer` is there. `lost`: the gateway was forgotten, so
+    nobody makes a tunnel with it, and what it led to stays closed."""
+
+    networks: tuple[IPv4Network, ...]
+    gateway: Gateway | None = None
+    peer: Peer | None = None
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Ipsec:
+    """`sites` that have gateways, and the `pairs` that go through them. `said` is how the gateways of a pair
+    authenticate each other, where the inventory says it."""
+
+    sites: Mapping[str, Side] = field(default_factory=dict)
+    pairs: tuple[Pair, ...] = ()
+    said: Mapping[Pair, str] = field(default_factory=dict)
+
+    def stage(self, pair: Pair) -> Stage:
+        """Where a pair is in the end."""
+        return Stage.DEMANDS if pair in self.pairs else Stage.PLAIN
+
+    def without(self, hosts: Iterable[str]) -> Ipsec:
+        """When these hosts were forgotten."""
+        gone = set(hosts)
+        sides = {
+            site: replace(side, lost=side.gateway is not None and side.gateway.host in gone)
+            for site, side in self.sites.items()
+        }
+        return replace(self, sites=sides)
+
+    def authentication(self, pair: Pair) -> str:
+        foreign = any(site in self.sites and self.sites[site].peer is not None for site in pair)
+        return self.said.get(pair) or (PSK if foreign else CERTIFICATE)
+
+
+# What the inventory says
+
+
+def read(
+    top: Mapping[str, Any],
+    clusters: Mapping[str, Cluster],
+    hosts: Mapping[str, Host],
+    encryption: Callable[[Pair], str],
+    problem: Complaint,
+    known: Iterable[str],
+) -> Ipsec:
+    """Of the estate as `schema.ESTATE` read it. `encryption` is that of each pair, `known` are the names of hosts of
+    the mesh, also of those that could not be read."""
+    declared = {} if top["sites"] in (None, INVALID) else top["sites"]
+    said: dict[Pair, str] = {}
+    for index, entry in enumerate(top["site_pairs"] if top["site_pairs"] is not INVALID else ()):
+        if entry["sites"] is INVALID or len(entry["sites"]) != 2:
+            continue
+        both = sorted_pair(*entry["sites"])
+        where = f"isthmus_estate.site_pairs[{index}]"
+        if entry["ipsec_authentication"] is not None:
+            said[both] = entry["ipsec_authentication"]
+        if both[0] == both[1] and entry["encryption"] == GATEWAY:
+            problem(
+                f"{where}.encryption",
+                f"{GATEWAY} is between two sites, and {both[0]} is one",
+                "packets among the hosts of a site do not pass its gateway",
+                "use wireguard or none for the hosts of one site among themselves",
+            )
+    named = {*declared, *(host.site for host in hosts.values()), *(one.site for one in clusters.values())}
+    through = [both for both in pairs(named) if both[0] != both[1] and encryption(both) == GATEWAY]
+    used = sorted({site for both in through for site in both})
+    sides: dict[str, Side] = {}
+    for site in sorted({*used, *(site for site, entry in declared.items() if entry["ipsec"] is not None)}):
+        side = _side(site, declared.get(site), clusters, hosts, problem, set(known), site in used)
+        if side is not None:
+            sides[site] = side
+    for both in through:
+        _check_pair(both, sides, said.get(both), problem)
+    for site in used:
+        if site in sides:
+            _check_hosts(site, sides[site], hosts, problem)
+            _check_networks(site, sides, clusters, problem)
+    return Ipsec(sides, tuple(through), {both: said[both] for both in sorted(said)})
+
+
+def _side(
+    site: str,
+    entry: Mapping[str, Any] | None,
+    clusters: Mapping[str, Cluster],
+    hosts: Mapping[str, Host],
+    problem: Complaint,
+    known: set[str],
+    used: bool,
+) -> Side | None:
+    where = f"isthmus_estate.sites.{site}.ipsec"
+    given = None if entry is None else entry["ipsec"]
+    if given is None:
+        problem(
+            where,
+            f"it is missing, and a pair of {site} has encryption: {GATEWAY}",
+            "packets between the two sites go from gateway to gateway",
+            "name the site's gateway and the networks behind it, or use encryption: wireguard",
+        )
+        return None
+    if given is INVALID or any(value is INVALID for value in given.values()):
+        return None
+    networks = tuple(sorted(given["networks"]))
+    if bool(given["gateways"]) == (given["peer"] is not None):
+        what = "it has both gateways and peer" if given["peer"] is not None else "it has neither gateways nor peer"
+        why = "a site's gateway is a host of the mesh, or a device that is not ours"
+        problem(where, what, why, "name the one that there is")
+        return None
+    if given["peer"] is not None:
+        peer = given["peer"]
+        if any(value is INVALID for value in peer.values()):
+            return None
+        return Side(networks, peer=Peer(peer["address"], peer["id"] or str(peer["address"])))
+    if len(given["gateways"]) > 1:
+        later = not_yet(f"{where}.gateways", "a second gateway", "one gateway carries a site so far", "one gateway")
+        problem(later.where, later.what, later.why, later.next)
+        return None
+    (one,) = given["gateways"]
+    if any(value is INVALID for value in one.values()):
+        return None
+    name, here = one["host"], f"{where}.gateways[0].host"
+    host = hosts.get(name)
+    why = "a gateway is a host of its own site"
+    if host is None:
+        if name not in known:
+            problem(here, f"{name!r} is not a host of the mesh", why, suggestion(name, hosts))
+    elif host.site != site:
+        problem(here, f"host {name} is at site {host.site}", why, f"name a host of {site}")
+    elif host.absent and used:
+        problem(here, f"host {name} is being removed", "the tunnel would go with it", "name another host first")
+    elif host.kubernetes_node is not None:
+        why = "kube-proxy and the CNI rewrite what such a host forwards"
+        problem(here, f"host {name} is a Kubernetes node", why, "name a host that is none")
+    else:
+        return Side(networks, Gateway(name, host.cluster, host.underlay, one["address"] or host.underlay))
+    return None
+
+
+def _check_pair(both: Pair, sides: Mapping[str, Side], said: str | None, problem: Complaint) -> None:
+    where = "isthmus_estate.site_pairs"
+    foreign = [site for site in both if site in sides and sides[site].peer is not None]
+    if len(foreign) == 2:
+        problem(
+            where,
+            f"neither {both[0]} nor {both[1]} has a gateway that is ours",
+            "a tunnel between two devices that are not ours is nothing that the mesh could set up",
+            "set encryption: none for the pair",
+        )
+    elif foreign and said == CERTIFICATE:
+        later = not_yet(
+            f"{where} ({' and '.join(both)})",
+            "authentication by certificate with a gateway that is not ours",
+            f"the authority of {foreign[0]} is not known",
+            "psk",
+        )
+        problem(later.where, later.what, later.why, later.next)
+
+
+def _check_hosts(site: str, side: Side, hosts: Mapping[str, Host], problem: Complaint) -> None:
+    here = [host for _name, host in sorted(hosts.items()) if host.site == site and not host.absent]
+    outside = [f"{host.name} ({host.underlay})" for host in here if not _within(host.underlay, side.networks)]
+    if outside:
+        problem(
+            f"isthmus_estate.sites.{site}.ipsec.networks",
+            f"{', '.join(outside[:5])} would be outside the tunnel",
+            "only what lies in these networks goes through it, and the rest would go in clear",
+            "add the network of the host's isthmus_underlay",
+        )
+    behind = [host.name for host in here if host.advertise != host.underlay]
+    if behind:
+        problem(
+            f"isthmus_estate.sites.{site}.ipsec",
+            f"{', '.join(behind[:5])} would be reached through gateways and have another isthmus_advertise than "
+            "isthmus_underlay",
+            "inside the tunnel hosts have their own addresses",
+            "remove isthmus_advertise; where others reach the gateway goes into ipsec.gateways[].address",
+        )
+
+
+def _check_networks(site: str, sides: Mapping[str, Side], clusters: Mapping[str, Cluster], problem: Complaint) -> None:
+    where = f"isthmus_estate.sites.{site}.ipsec.networks"
+    for network in sides[site].networks:
+        for other in sorted(sides):
+            for far in sides[other].networks if other > site else ():
+                if network.overlaps(far):
+                    problem(
+                        where,
+                        f"{network} and {far} of site {other} overlap",
+                        "a packet goes to one place",
+                        "choose networks that are apart; a longer prefix does not help",
+                    )
+        for cluster in clusters.values():
+            for claim in cluster.claims:
+                if claim.network.overlaps(network):
+                    problem(
+                        where,
+                        f"{network} and {claim.network} ({claim.where}) overlap",
+                        "packets of the mesh are carried between these networks, they have no place in them",
+                        "leave the mesh's ranges out: the tunnel carries its packets all the same",
+                    )
+
+
+def _within(address: IPv4Address, networks: Iterable[IPv4Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+# What hosts get
+
+
+def section(model: Ipsec, host: str, site: str, stages: Mapping[str, Stage], sites: Mapping[str, str], pki: str) -> Any:
+    """The spec's `ipsec` of a host of `site`, by the stage of that with each other site. None where the host has no
+    part. `sites` is the site of each cluster's nodes, `pki` the directory of certificates."""
+    side = model.sites.get(site)
+    far = {
+        other: {"stage": stage.word, "networks": [str(one) for one in model.sites[other].networks]}
+        for other, stage in sorted(stages.items())
+        if stage is not Stage.PLAIN and other in model.sites
+    }
+    if side is None or not far:
+        return None
+    found: dict[str, Any] = {"sites": dict(sites), "networks": [str(one) for one in side.networks], "far": far}
+    if side.gateway is not None and side.gateway.host == host:
+        found["local"] = str(side.gateway.underlay)
+        found["connections"] = list(_connections_of(model, side, side.gateway, site, far, pki))
+    elif side.gateway is not None:
+        found["via"] = str(side.gateway.underlay)
+    return found
+
+
+def _connections_of(
+    model: Ipsec, own: Side, gateway: Gateway, site: str, far: Iterable[str], pki: str
+) -> Iterator[dict[str, Any]]:
+    """Of a gateway with those of other sites. One end alone begins a tunnel: two would make two tunnels."""
+    for other in far:
+        both, side = sorted_pair(site, other), model.sites[other]
+        there = side.gateway or side.peer
+        if there is None or side.lost:
+            continue
+        certified = isinstance(there, Gateway) and model.authentication(both) == CERTIFICATE
+        found = {
+            "site": other,
+            "local": str(gateway.underlay),
+            "local_id": gateway.identity,
+            "remote": str(there.address),
+            "remote_id": there.identity,
+            "local_networks": [str(one) for one in own.networks],
+            "remote_networks": [str(one) for one in side.networks],
+            "authentication": CERTIFICATE if certified else PSK,
+            "begins": side.peer is not None or site == both[0],
+            "ours": side.peer is None,
+        }
+        if certified and isinstance(there, Gateway):
+            yield {**found, "certificate": f"{pki}/ipsec.crt", "ca": f"{pki}/trust/{there.cluster}.crt"}
+        else:
+            yield {**found, "secret": " ".join(both)}
+
+
+def certificate_of(own: Mapping[str, Any] | None) -> str | None:
+    """The identity for which a gateway, by its spec's `ipsec`, needs a certificate."""
+    certified = [one for one in _connections(own) if one["authentication"] == CERTIFICATE]
+    return str(certified[0]["local_id"]) if certified else None
+
+
+def trusted_by(own: Mapping[str, Any] | None) -> list[str]:
+    """Clusters whose authorities signed for the gateways on the other side."""
+    return sorted({cluster_of(one) for one in _connections(own) if "ca" in one})
+
+
+def cluster_of(connection: Mapping[str, Any]) -> str:
+    """Whose authority signed for the other gateway."""
+    return str(connection["ca"].rpartition("/")[2][: -len(".crt")])
+
+
+def _connections(own: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
+    found: Sequence[Mapping[str, Any]] = (own or {}).get("connections", ())
+    return found
+
+
+def senders(own: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """What a host, by its spec as JSON, lets in for IKE and ESP: protocol, port, source address."""
+    found = _connections(own.get("ipsec"))
+    return sorted(("udp", port, str(one["remote"])) for one in found for port in IPSEC_PORTS)
+
+
+# What strongSwan and netfilter get
+
+_HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"
+
+
+def name_of(connection: Mapping[str, Any]) -> str:
+    """Of a connection in strongSwan."""
+    return f"isthmus-{connection['site']}"
+
+
+def _block(name: str, lines: Iterable[str]) -> list[str]:
+    return [f"{name} {{", *(f"  {line}" for line in lines), "}"]
+
+
+CERTIFICATE_FILE = "isthmus.pem"
+"""In /etc/swanctl/x509; its key has the same name in private."""
+
+
+def authority_files(cluster: str, count: int = 1) -> list[str]:
+    """In /etc/swanctl/x509ca, a file for each certificate; two while an authority is being replaced."""
+    return [f"isthmus-{cluster}{f'.{number}' if number else ''}.pem" for number in range(count)]
+
+
+def swanctl_conf(connections: Sequence[Mapping[str, Any]], authorities: Mapping[str, int] | None = None) -> str:
+    """A fragment for /etc/swanctl/conf.d, without secrets. `authorities`: how many certificates each cluster's has, 1
+    where it does not say."""
+    lines = _block("connections", [line for one in connections for line in _of_connection(one, authorities or {})])
+    return _HEADER + "\n".join(lines) + "\n"
+
+
+def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int]) -> list[str]:
+    method = "auth = psk"
+    local, remote = [f"id = {one['local_id']}"], [f"id = {one['remote_id']}"]
+    if one["authentication"] == CERTIFICATE:
+        method, cluster = "auth = pubkey", cluster_of(one)
+        local.append(f"certs = {CERTIFICATE_FILE}")
+        remote.append(f"cacerts = {','.join(authority_files(cluster, authorities.get(cluster, 1)))}")
+    child = [
+        "mode = tunnel",
+        f"local_ts = {','.join(one['local_networks'])}",
+        f"remote_ts = {','.join(one['remote_networks'])}",
+        f"esp_proposals = {ESP_PROPOSAL}",
+        f"rekey_time = {REKEY_CHILD}s",
+        f"start_action = {'start' if one['begins'] else 'none'}",
+        f"dpd_action = {'restart' if one['begins'] else 'clear'}",
+        f"close_action = {'start' if one['begins'] else 'none'}",
+    ]
+    return _block(
+        name_of(one),
+        [
+            "version = 2",
+            f"local_addrs = {one['local']}",
+            f"remote_addrs = {one['remote']}",
+            f"proposals = {IKE_PROPOSAL}",
+            "encap = yes",
+            "mobike = no",
+            f"keyingtries = {0 if one['begins'] else 1}",
+            f"dpd_delay = {DPD_DELAY}s",
+            f"rekey_time = {REKEY}s",
+            *([f"reauth_time = {REAUTHENTICATION}s"] if one["ours"] and one["begins"] else []),
+            *_block("local", [method, *local]),
+            *_block("remote", [method, *remote]),
+            *_block("children", _block("net", child)),
+        ],
+    )
+
+
+def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> str | None:
+    """The fragment with pre-shared keys, None where there are none. KeyError with the name of one that is missing."""
+    wanted = [one for one in connections if one["authentication"] == PSK]
+    if not wanted:
+        return None
+    lines: list[str] = []
+    for one in wanted:
+        encoded = base64.b64encode(secrets[one["secret"]].encode()).decode("ascii")
+        entries = [f"id-1 = {one['local_id']}", f"id-2 = {one['remote_id']}", f"secret = 0s{encoded}"]
+        lines += _block(f"ike-{name_of(one)}", entries)
+    return _HEADER + "\n".join(_block("secrets", lines)) + "\n"
+
+
+def strongswan_conf() -> str:
+    """A fragment for /etc/strongswan.d: ESP in user space, whose device also leads to the other gateway's own address
+    (its sockets have a mark that keeps them out); a gateway that falls silent is noticed within 9 s."""
+    plugins = [
+        *_block("kernel-libipsec", ["load = yes", "allow_peer_ts = yes"]),
+        *_block("kernel-netlink", [f"fwmark = !{MARK:#x}"]),
+        *_block("socket-default", [f"fwmark = {MARK:#x}"]),
+    ]
+    settings = [
+        "make_before_break = yes",
+        "retransmit_timeout = 1",
+        "retransmit_base = 1.3",
+        "retransmit_tries = 3",
+        *_block("plugins", plugins),
+    ]
+    return _HEADER + "\n".join([*_block("charon", settings), *_block("charon-systemd", settings)]) + "\n"
+
+
+GUARD = "isthmus-ipsec"
+"""netfilter's table that lets nothing leave in clear."""
+
+
+def guard(own: Mapping[str, Any]) -> str | None:
+    """netfilter's rules of a host, by its spec's `ipsec`, as the program nft reads them; None where there are none.
+
+    On a gateway nothing between the networks goes but through the tunnel, neither out nor in; what carries the tunnel
+    is from the gateway to the gateway on IKE's ports. On the site's other hosts nothing goes to the other site's
+    networks but over the gateway, whatever routes there are."""
+    far = [
+        network
+        for entry in own["far"].values()
+        if entry["stage"] == Stage.DEMANDS.word
+        for network in entry["networks"]
+    ]
+    connections = _connections(own)
+    local = own.get("local")
+    if not far or not (local or own.get("via")):
+        return None
+    near_set, far_set = ", ".join(own["networks"]), ", ".join(far)
+    if local:
+        ports = ", ".join(str(port) for port in IPSEC_PORTS)
+        gateways = ", ".join(sorted({one["remote"] for one in connections}))
+        out = f"ip saddr {local} ip daddr {{ {gateways} }} udp sport {{ {ports} }} accept"
+        back = f"ip saddr {{ {gateways} }} ip daddr {local} udp dport {{ {ports} }} accept"
+        chains = [
+            *_block(
+                "chain leaves",
+                [
+                    "type filter hook postrouting priority 300; policy accept;",
+                    f'oifname "{DEVICE}" accept',
+                    *([out] if gateways else []),
+                    "ip saddr @near ip daddr @far counter drop",
+                ],
+            ),
+            *_block(
+                "chain comes",
+                [
+                    "type filter hook prerouting priority -300; policy accept;",
+                    f'iifname "{DEVICE}" accept',
+                    *([back] if gateways else []),
+                    "ip saddr @far ip daddr @near counter drop",
+                ],
+            ),
+        ]
+    else:
+        chains = _block(
+            "chain leaves",
+            [
+                "type filter hook postrouting priority 300; policy accept;",
+                f"ip daddr @far rt ip nexthop != {own['via']} counter drop",
+            ],
+        )
+    sets = [
+        *_block("set far", ["type ipv4_addr", "flags interval", "auto-merge", f"elements = {{ {far_set} }}"]),
+        *(
+            _block("set near", ["type ipv4_addr", "flags interval", "auto-merge", f"elements = {{ {near_set} }}"])
+            if local
+            else []
+        ),
+    ]
+    # One transaction: at no moment the table is not there.
+    lines = [f"table ip {GUARD}", f"delete table ip {GUARD}", *_block(f"table ip {GUARD}", [*sets, *chains])]
+    return _HEADER + "\n".join(lines) + "\n"
+
+
+# What somebody else sets
+
+
+def other_sides(model: Ipsec) -> list[str]:
+    """For each gateway that is not ours, what its engineer sets, in the words of the field."""
+    told = []
+    for both in model.pairs:
+        for site in both:
+            side, other = model.sites.get(site), model.sites.get(both[1] if both[0] == site else both[0])
+            if side is None or side.peer is None or other is None or other.gateway is None:
+                continue
+            gateway = other.gateway
+            told.append(
+                f"gateway of {site} ({side.peer.address}): IKEv2 with {gateway.address}, which begins; identity "
+                f"{side.peer.identity} here, {gateway.identity} (FQDN) there; pre-shared key (what "
+                f"isthmus_ipsec_secrets has for '{' '.join(both)}'). IKE: AES-256-GCM with 16 bytes ICV, PRF "
+                f"HMAC-SHA-384, Diffie-Hellman group 20 (ECP 384), lifetime more than {REKEY} s. ESP: tunnel mode, "
+                "AES-256-GCM with 16 bytes ICV, perfect forward secrecy with group 20, lifetime more than "
+                f"{REKEY_CHILD} s, NAT traversal (ESP in UDP) on. Open: UDP "
+                f"{' and '.join(str(port) for port in IPSEC_PORTS)} to and from {gateway.address}. Traffic selectors "
+                f"(one child): here {', '.join(str(one) for one in side.networks)}; there "
+                f"{', '.join(str(one) for one in other.networks)}. Routes to those networks lead into the tunnel, and "
+                f"packets between them go nowhere else. MTU {IPSEC_MTU} inside, TCP MSS {IPSEC_MTU - 40}. Dead peer "
+                "detection on"
+            )
+    return told

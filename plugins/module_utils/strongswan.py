@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""strongSwan on a gateway: where its files are, what it says of its tunnels, and why one is not there."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ansible.module_utils.basic import AnsibleModule
+
+UNIT = "strongswan.service"
+SWANCTL = "/usr/sbin/swanctl"
+SETTINGS = "/etc/strongswan.d/zz-isthmus.conf"
+"""Read after the packages' own files: the last value of a setting counts."""
+DIRECTORY = "/etc/swanctl"
+CONNECTIONS = f"{DIRECTORY}/conf.d/isthmus.conf"
+SECRETS = f"{DIRECTORY}/conf.d/isthmus-secrets.conf"
+SYSCTL = "/etc/sysctl.d/60-isthmus-ipsec.conf"
+GUARD = "/etc/isthmus/ipsec.nft"
+GUARD_UNIT = "isthmus-ipsec.service"
+BEFORE = "/var/lib/isthmus/ipsec-before.json"
+"""Settings of the kernel as they were before this host was a gateway."""
+TUN = "/dev/net/tun"
+
+_PACKAGES = {
+    SWANCTL: "strongswan-swanctl",
+    "/usr/sbin/charon-systemd": "charon-systemd",
+    "/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so": "libcharon-extra-plugins",
+    "/usr/lib/ipsec/plugins/libstrongswan-openssl.so": "libstrongswan-standard-plugins",
+}
+NFT = "/usr/sbin/nft"
+_GUARD_PACKAGES = {NFT: "nftables"}
+
+_REASONS = (
+    (r"NO_PROPOSAL_CHOSEN|NO_PROP\b|no acceptable proposal|no proposal chosen", "the two sides agree on no proposal"),
+    (
+        r"AUTHENTICATION_FAILED|AUTH_FAILED|MAC mismatched|no trusted .* public key found|constraint .* failed|"
+        r"no shared key found|no matching peer config",
+        "authentication failed: the pre-shared keys differ, or one side does not know the other's authority or name",
+    ),
+    (r"TS_UNACCEPTABLE|TS_UNACCEPT|no acceptable traffic selectors", "the two sides name other networks"),
+    (
+        r"giving up after \d+ retransmits|establishing IKE_SA failed, peer not responding|retransmit \d+ of request",
+        "the other gateway does not answer",
+    ),
+)
+
+
+def packages(gateway: bool) -> list[str]:
+    """Debian's names of what is missing on this host."""
+    wanted = {**(_PACKAGES if gateway else {}), **_GUARD_PACKAGES}
+    return [name for path, name in wanted.items() if not os.path.exists(path)]
+
+
+def established(text: str) -> dict[str, set[str]]:
+    """Of the answer to `swanctl --list-sas`: by connection the names of its children that are installed."""
+    found: dict[str, set[str]] = {}
+    here = None
+    for line in text.splitlines():
+        sa = re.match(r"(\S+): #\d+, ([A-Z]+)", line)
+        child = re.match(r"\s+(\S+): #\d+, reqid \d+, ([A-Z]+)", line)
+        if sa:
+            here = found.setdefault(sa[1], set()) if sa[2] == "ESTABLISHED" else None
+        elif child and here is not None and child[2] in ("INSTALLED", "REKEYING", "REKEYED"):
+            here.add(child[1])
+    return found
+
+
+def loaded(text: str) -> set[str]:
+    """Of the answer to `swanctl --list-conns`: names of the connections."""
+    return {line.partition(":")[0] for line in text.splitlines() if re.match(r"\S+: IKEv", line)}
+
+
+def why(journal: str) -> str:
+    """What strongSwan said last of a tunnel that is not there, in words; "" when it said nothing that is known."""
+    for line in reversed(journal.splitlines()):
+        for pattern, words in _REASONS:
+            if re.search(pattern, line):
+                return words
+    return ""
+
+
+def last_words(module: AnsibleModule, name: str) -> str:
+    """`why` of a connection."""
+    for only in ([f"IKE_SA_NAME={name}"], []):
+        code, out, _err = module.run_command(["journalctl", "-u", UNIT, "-n", "200", "--no-pager", "-o", "cat", *only])
+        if code == 0 and why(out):
+            return why(out)
+    return ""
+
+
+def guard_in_kernel(module: AnsibleModule) -> list[str]:
+    """Rules of the mesh's table that closes other ways than the gateways', in order."""
+    if not os.path.exists(NFT):
+        return []
+    code, out, _err = module.run_command([NFT, "-s", "-n", "list", "table", "ip", ipsec.GUARD])
+    return guard_rules(out) if code == 0 else []
+
+
+def guard_rules(text: str) -> list[str]:
+    """Lines of a table that accept or drop, as nft prints them."""
+    told = []
+    for line in text.splitlines():
+        words = line.strip()
+        if words.endswith((" accept", " drop")):
+            # Of one address nft makes no set.
+            told.append(re.sub(r"\{ ([^ ,]+) \}", r"\1", words))
+    return told
+
+
+def missing(module: AnsibleModule, connections: Iterable[Mapping[str, object]]) -> dict[str, str]:
+    """By site, why its tunnel is not there."""
+    code, out, err = (
+        module.run_command([SWANCTL, "--list-sas"]) if os.path.exists(SWANCTL) else (1, "", f"no {SWANCTL}")
+    )
+    if code != 0:
+        words = (err or out).strip().splitlines()
+        reason = f"strongSwan does not answer ({words[-1] if words else code}): `systemctl status {UNIT}`"
+        return {str(one["site"]): reason for one in connections}
+    there = established(out)
+    found = {}
+    for one in connections:
+        name = ipsec.name_of(one)
+        if "net" not in there.get(name, ()):
+            found[str(one["site"])] = last_words(module, name) or "strongSwan has not said why"
+    return found

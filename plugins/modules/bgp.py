@@ -1,0 +1,270 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: bgp
+short_description: Have FRR announce a host's range to routers
+version_added: 1.0.0
+description:
+  - Installs Debian's C(frr) and C(frr-pythontools) where they are missing, writes C(/etc/frr/frr.conf), turns on the
+    daemons that it needs in C(/etc/frr/daemons), and starts FRR.
+  - A configuration that differs is checked by C(vtysh) first, then made to run by its differences only, so that
+    sessions stay, and written when the sessions that were there are there again. Otherwise the former one runs on, and
+    the module fails. Only what the daemons themselves need (BFD for the first or no router any more) restarts FRR.
+  - Nothing that routers send reaches the kernel, and nothing but the host's range leaves.
+  - FRR that somebody else has configured is refused and left as it is.
+  - With O(state=absent) FRR is as it was before; where it came with the mesh it is stopped and stays installed.
+extends_documentation_fragment:
+  - isthmus.mesh.attributes.supported
+  - isthmus.mesh.spec
+author:
+  - Isthmus contributors (@isthmus-mesh)
+options:
+  own:
+    description:
+      - What the host is told, an element of C(bgp.hosts) that M(isthmus.mesh.plan) returns. Needed with
+        O(state=present).
+    type: dict
+    suboptions:
+      as_number:
+        description: AS number of the host.
+        type: int
+        required: true
+      routers:
+        description: Routers that it announces its range to.
+        type: list
+        elements: dict
+        required: true
+        suboptions:
+          address:
+            description: Address of the router.
+            type: str
+            required: true
+          as_number:
+            description: Its AS number.
+            type: int
+            required: true
+          bfd:
+            description: Whether BFD watches the session.
+            type: bool
+            default: false
+  passwords:
+    description: By address of a router, the password of the session (TCP MD5, RFC 2385).
+    type: dict
+    default: {}
+  state:
+    description: Whether the host announces its range.
+    type: str
+    choices: [present, absent]
+    default: present
+  timeout:
+    description: Seconds to wait for sessions after a change.
+    type: int
+    default: 30
+"""
+
+EXAMPLES = r"""
+- name: Routers know where the host's range is
+  isthmus.mesh.bgp:
+    spec: "{{ __plan_result.specs[inventory_hostname] }}"
+    own: "{{ __plan_result.bgp.hosts[inventory_hostname] }}"
+    passwords: "{{ isthmus_bgp_passwords | default({}) }}"
+"""
+
+RETURN = r"""
+lacking:
+  description: By address of a router, why there is no session with it, after a change.
+  returned: success
+  type: dict
+  sample: {"198.51.100.1": "the router has another AS number than 65000 (state Idle)"}
+"""
+
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.isthmus.mesh.plugins.module_utils import frr, packages, units
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp
+
+GUIDE = "`bgp` of the plan (isthmus.mesh.plan) has what to set on the router"
+
+
+class Speaker:
+    """FRR of this host on its way to what the plan says."""
+
+    def __init__(self, module, changes):
+        self.module = module
+        self.changes = changes
+        self.own = module.params["own"]
+        self.host = module.params["spec"]["host"]
+        self.systemd = units.Systemd(module)
+
+    def fail(self, words, **more):
+        self.module.fail_json(msg=f"On {self.host}: {words}", **more)
+
+    def run(self):
+        """Returns why routers have no session, by address, when something was changed."""
+        passwords = {str(key): str(value) for key, value in self.module.params["passwords"].items()}
+        wrong = list(bgp.bad_passwords(self.own, passwords))
+        if wrong:
+            self.fail(f"isthmus_bgp_passwords: {'; '.join(wrong)}. Nothing was changed. Next: correct it.")
+        refused = frr.problems(self.module, self.own)
+        if refused:
+            self.fail(" ".join(refused))
+        conf = bgp.frr_conf(self.own, self.module.params["spec"], passwords)
+        if self.install(conf):
+            return {}
+        before = frr.text_of(frr.CONF)
+        daemons = frr.text_of(frr.DAEMONS) or ""
+        state = self.systemd.show([frr.UNIT])[frr.UNIT]
+        active, enabled = state.get("ActiveState") == "active", state.get("UnitFileState") == "enabled"
+        known = frr.saved() if frr.ours() else {"daemons": frr.enabled_daemons(daemons)}
+        needed = bgp.daemons(self.own)
+        wanted = {**known["daemons"], **dict.fromkeys(needed, "yes")}
+        all_daemons = frr.daemons_text(daemons, wanted)
+        restarts = not active or all_daemons != daemons or not frr.alive(needed)
+        if before == conf and enabled and not restarts:
+            self.file(conf)  # mode and owner
+            return {}
+        words = frr.refused(self.module, conf)
+        if words:
+            self.fail(f"FRR does not understand its new configuration: {words}. Nothing was changed.")
+        if not frr.ours() and not self.module.check_mode:
+            frr.save(
+                {
+                    "came_with_us": False,
+                    "conf": before,
+                    "daemons": frr.enabled_daemons(daemons),
+                    "enabled": enabled,
+                    "active": active,
+                }
+            )
+        standing = self.established() if active else set()
+        if restarts:
+            self.restart(conf, all_daemons, active)
+        elif before != conf and not self.module.check_mode:
+            self.reload(conf)
+        lacking = {} if self.module.check_mode else self.wait(standing, restarts, before, daemons)
+        self.file(conf)
+        if not enabled:
+            self.changes.note(f"unit {frr.UNIT}", "disabled", "enabled")
+            if not self.module.check_mode:
+                self.systemd.run("enable", "--quiet", frr.UNIT)
+        if lacking and len(lacking) == len(self.own["routers"]):
+            self.fail(
+                f"there is no session with any router: {self.told(lacking)}. The range of this host is announced to "
+                f"nobody; how packets of the mesh go was not changed. Next: {GUIDE}; run again.",
+                lacking=lacking,
+            )
+        return lacking
+
+    def install(self, conf):
+        """The packages are there; whether that can only be predicted."""
+        missing = frr.missing(self.module)
+        if not missing:
+            return False
+        for name in missing:
+            self.changes.note(f"package {name}", "", "installed")
+        if self.module.check_mode:
+            self.changes.note(frr.CONF, "", frr.masked(conf))
+            return True
+        if frr.PACKAGES[0] in missing:
+            # What the package brings is how it was before us.
+            frr.save({"came_with_us": True, "conf": None, "daemons": dict.fromkeys(frr.OURS, "no")})
+        packages.install(self.module, missing, "install them by hand")
+        return False
+
+    def file(self, conf):
+        self.changes.file(frr.CONF, conf, mode=0o640, owner="frr", shown=frr.shown(frr.text_of(frr.CONF), conf))
+
+    def established(self):
+        found = frr.neighbours(self.module) or {}
+        return {address for address, one in found.items() if bgp.state(one) == bgp.ESTABLISHED}
+
+    def restart(self, conf, daemons, active):
+        """Starts FRR, or starts it again for the sake of its daemons."""
+        self.changes.file(frr.DAEMONS, daemons, mode=0o640, owner="frr")
+        self.file(conf)
+        self.changes.note(f"unit {frr.UNIT}", "active" if active else "inactive", "restarted" if active else "active")
+        if not self.module.check_mode:
+            frr.restart(self.module)
+
+    def reload(self, conf):
+        words = frr.reload(self.module, conf)
+        if words:
+            self.fail(
+                f"FRR did not take its new configuration: {words}. Next: see `journalctl -u {frr.UNIT}`; run again."
+            )
+
+    def wait(self, standing, restarted, before, daemons):
+        """Until there is a session with each router. Fails when one that was there is not any more: then what ran
+        before runs again."""
+        lacking = frr.await_sessions(self.module, self.own, self.module.params["timeout"])
+        lost = sorted(standing & set(lacking))
+        if not lost:
+            return lacking
+        if restarted:
+            self.changes.file(frr.DAEMONS, daemons, mode=0o640, owner="frr")
+            self.changes.file(frr.CONF, before, mode=0o640, owner="frr", secret=True)
+            frr.restart(self.module)
+        else:
+            frr.reload(self.module, before)
+        end = time.monotonic() + self.module.params["timeout"]
+        while not set(lost) <= self.established() and time.monotonic() < end:
+            time.sleep(frr.PAUSE)
+        back = "is there again" if set(lost) <= self.established() else "is not there again yet"
+        self.fail(
+            f"with the new configuration a session is lost: {self.told({one: lacking[one] for one in lost})}. FRR has "
+            f"its former configuration again, and the session {back}. Next: {GUIDE}; run again.",
+            lacking=lacking,
+        )
+
+    @staticmethod
+    def told(lacking):
+        return "; ".join(f"router {address}: {words}" for address, words in sorted(lacking.items()))
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "spec": {"type": "dict", "required": True},
+            "own": {
+                "type": "dict",
+                "options": {
+                    "as_number": {"type": "int", "required": True},
+                    "routers": {
+                        "type": "list",
+                        "elements": "dict",
+                        "required": True,
+                        "options": {
+                            "address": {"type": "str", "required": True},
+                            "as_number": {"type": "int", "required": True},
+                            "bfd": {"type": "bool", "default": False},
+                        },
+                    },
+                },
+            },
+            "passwords": {"type": "dict", "default": {}, "no_log": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "timeout": {"type": "int", "default": 30},
+        },
+        required_if=[("state", "present", ("own",))],
+        supports_check_mode=True,
+    )
+    changes = Changes(module)
+    if module.params["state"] == "absent":
+        frr.absent(module, changes)
+        module.exit_json(**changes.result(lacking={}))
+    speaker = Speaker(module, changes)
+    lacking = speaker.run()
+    if lacking:
+        module.warn(f"On {speaker.host} there is no session with {speaker.told(lacking)}. Next: {GUIDE}.")
+    module.exit_json(**changes.result(lacking=lacking))
+
+
+if __name__ == "__main__":
+    main()

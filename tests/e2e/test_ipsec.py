@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Two sites of the running estate by way of their gateways: on, a gateway whose strongSwan dies, off. What is on the
+wire is looked at where the router passes it from site to site."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo import ONPREM_CLIENT
+from e2e.test_native import AT_ONCE
+from e2e.test_wireguard import NAME, NETWORKS, capture, in_clear, packets
+from estate_tools import Estate
+from installation import variant
+from playbook import play
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
+
+GATEWAYS = {"onprem": "onprem-2", "cloud": "cloud-2"}
+FAR = "cloud-1"
+"""No gateway, as seen from `ONPREM_CLIENT`, which is none either."""
+AGAIN = 10  # seconds until packets pass after a gateway's strongSwan died (docs/ipsec.md)
+
+
+def gateways(estate: dict[str, Any], _: Any) -> None:
+    for site, host in GATEWAYS.items():
+        estate["sites"][site]["ipsec"] = {"networks": [NETWORKS[site]], "gateways": [{"host": host}]}
+    for pair in estate["site_pairs"]:
+        if set(pair["sites"]) == set(GATEWAYS):
+            pair["encryption"] = "ipsec-gateway"
+
+
+def stages(estate: Estate, host: str) -> set[str]:
+    spec = json.loads(estate.lab.exec(host, ["cat", "/etc/isthmus/node.json"]).stdout)
+    return {entry["stage"] for entry in spec.get("ipsec", {"far": {}})["far"].values()}
+
+
+def passes(estate: Estate) -> bool:
+    """A packet to the other site's host and its answer, between hosts that are no gateways."""
+    far = str(estate.lab.hosts[FAR].address)
+    return estate.lab.exec(ONPREM_CLIENT, ["ping", "-q", "-c", "1", "-W", "1", far], check=False).returncode == 0
+
+
+def reached(estate: Estate) -> bool:
+    """The other site's hosts answer the agent of one that is no gateway, and its backends are used."""
+    nodes = estate.ask(ONPREM_CLIENT, "status")["nodes"]
+    up = all(node["probe"] == "up" for node in nodes if node["name"].startswith("cloud"))
+    return up and estate.used(ONPREM_CLIENT) == estate.backends
+
+
+@contextlib.contextmanager
+def explained(estate: Estate) -> Iterator[None]:
+    """When it fails, what the gateways say of their tunnel, before that is taken away."""
+    try:
+        yield
+    except Exception:
+        for host in GATEWAYS.values():
+            look = (
+                "swanctl --list-sas; ip -s link show ipsec0; ip rule; ip route show table 220; "
+                "nft list table ip isthmus-ipsec; journalctl -u strongswan.service -n 60 --no-pager -o cat"
+            )
+            print(f"--- {host}\n{estate.lab.exec(host, ['sh', '-c', f'({look}) 2>&1'], check=False).stdout}")
+        raise
+
+
+def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Path) -> None:
+    for host in GATEWAYS.values():
+        assert estate.lab.exec(host, ["test", "-x", "/usr/sbin/charon-systemd"], check=False).returncode == 0, (
+            f"{host} has no strongSwan: this lab is from before its root file system had it; make it anew"
+        )
+    estate.converged()
+    wanted = variant(tmp_path / "wanted", gateways)
+    shown = " ".join(play("plan", inventory=wanted).output.split())
+    assert "encryption by gateways of cloud and onprem is turned on, in steps of one run" in shown
+    assert "UDP 4500 on onprem-2 (198.18.1.12) from cloud-2 (198.18.2.12)" in shown
+    hosts = [host for host in estate.lab.hosts if host.startswith(tuple(GATEWAYS))]
+    sites, passed_on = ("onprem", "cloud"), estate.lab.sites["cloud"].bridge
+
+    before = tmp_path / "before.pcap"
+    with capture(before, sites, passed_on), estate.unnoticed(estate.onprem):
+        pass
+    clear = in_clear(estate, tuple(hosts))
+    assert packets(before, "udp port 8472") > 100
+    assert {NAME} < {words for words in clear if words in before.read_bytes()}, "this is how it looks in clear"
+
+    with contextlib.ExitStack() as stack:
+        whole = stack.enter_context(contextlib.ExitStack())
+        whole.callback(lambda: play("site", *AT_ONCE, seconds=1800))
+        stack.enter_context(explained(estate))
+        with estate.unnoticed(estate.onprem):
+            play("site", *AT_ONCE, inventory=wanted, seconds=1800)
+        assert {host: stages(estate, host) for host in hosts} == {host: {"demands"} for host in hosts}
+        assert play("site", *AT_ONCE, inventory=wanted).changed == {}
+        play("verify", inventory=wanted)
+
+        file = tmp_path / "wire.pcap"
+        with capture(file, sites, passed_on):
+            with estate.unnoticed(estate.onprem):
+                pass
+            # Its tunnel ends with it: what is sent until it is back is lost, and nothing of it goes in clear.
+            began = time.monotonic()
+            estate.lab.exec(GATEWAYS["onprem"], ["systemctl", "kill", "--signal=KILL", "strongswan.service"])
+            assert not passes(estate), "the tunnel is there although its end was killed"
+            estate.timed("packets pass after a gateway's strongSwan died", lambda: passes(estate), AGAIN, began)
+            estate.until(f"{ONPREM_CLIENT} reaches the other site again", lambda: reached(estate))
+        assert packets(file, "udp port 8472") == 0, "a VXLAN header in clear"
+        assert packets(file, "udp port 4500") > 100
+        others = f"not (udp port 500 or udp port 4500) and not host {estate.lab.sites['cloud'].gateway}"
+        assert packets(file, others) == 0, "something beside the tunnel"
+        seen = file.read_bytes()
+        assert [words for words in clear if words in seen] == [], "addresses or a request in clear"
+
+        with estate.unnoticed(estate.onprem):
+            play("site", *AT_ONCE, seconds=1800)
+        whole.pop_all()
+        play("verify")
+        for host in hosts:
+            assert stages(estate, host) == set(), host
+            left = (
+                "nft list table ip isthmus-ipsec || ls /etc/swanctl/*/isthmus* || ip rule | grep 736: || "
+                "ip route show table 736 | grep . || systemctl is-active strongswan.service"
+            )
+            done = estate.lab.exec(host, ["sh", "-c", left], check=False)
+            assert done.returncode != 0, f"{host}: {done.stdout}"
+    estate.converged()

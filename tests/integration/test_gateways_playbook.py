@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tunnels between gateways of a running estate are turned on and off by `site`: in steps, each over all hosts before
+the next. The playbook and its plan are real, modules on hosts are `fake_modules.py`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.test_batches_playbook import Site, said
+from integration.test_encryption_playbook import CLUSTERS, HOSTS, proofs, turned, written
+
+SITES = {
+    "a": {"ipsec": {"networks": ["192.0.1.0/24"], "gateways": [{"host": "a1"}]}},
+    "b": {"ipsec": {"networks": ["192.0.2.0/24"], "gateways": [{"host": "b1"}]}},
+}
+ON = {"sites": SITES, "site_pairs": [{"sites": ["a", "b"], "encryption": "ipsec-gateway"}]}
+OFF = {"sites": SITES}
+
+
+@pytest.fixture(scope="module")
+def formed(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The clusters as the first run forms them, without encryption."""
+    made = Site(tmp_path_factory.mktemp("formed"), CLUSTERS)
+    run = made.run()
+    assert run.status == 0, run.output
+    return made
+
+
+@pytest.fixture
+def running(formed: Site, tmp_path: Path) -> Site:
+    made = Site(tmp_path, CLUSTERS)
+    for name in ("record", *(f"hosts/{host}/node.json" for host in HOSTS)):
+        shutil.copy(formed.place / name, made.place / name)
+    return made
+
+
+def stages(site: Site) -> dict[str, str]:
+    found = {}
+    for host in HOSTS:
+        section = json.loads((site.place / "hosts" / host / "node.json").read_text()).get("ipsec", {"far": {}})
+        (found[host],) = {entry["stage"] for entry in section["far"].values()} or {"plain"}
+    return found
+
+
+def recorded(site: Site) -> Any:
+    return (json.loads((site.place / "record").read_text())["roster"].get("ipsec") or {"pairs": {}})["pairs"]
+
+
+def made(site: Site) -> list[str]:
+    """The hosts on which the module ran."""
+    return [call["host"] for call in site.calls("ipsec")]
+
+
+def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running: Site) -> None:
+    running.estate = ON
+    told = said(running.run(name="plan"))
+    assert "encryption by gateways of a and b is turned on, in steps of one run" in told
+    assert "UDP 4500 on b1 (192.0.2.3) from a1 (192.0.1.1)" in told
+    assert recorded(running) == {}
+    on = turned(running, "-e", json.dumps({"isthmus_ipsec_secrets": {"a b": "a key"}}))
+    assert (on.status, running.locks) == (0, []), on.output
+    assert written(running) == [HOSTS] * 3
+    assert sorted(made(running)) == sorted(HOSTS * 3)
+    assert {call["secrets"]["a b"] for call in running.calls("ipsec")} == {"a key"}
+    assert proofs(running) == sorted([*HOSTS, *HOSTS])
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "demands"), {"a b": "demands"})
+    again = turned(running)
+    assert (again.status, again.changed) == (0, {}), again.output
+    assert sorted(made(running)) == HOSTS
+    running.estate = OFF
+    off = turned(running)
+    assert off.status == 0, off.output
+    assert written(running) == [HOSTS] * 3
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "plain"), {})
+
+
+def test_a_tunnel_that_is_not_there_leaves_packets_on_their_way(running: Site) -> None:
+    running.estate = ON
+    (running.place / "fail" / "verify a1 step").touch()
+    first = turned(running)
+    assert first.status == 2, first.output
+    assert "step 2 was not begun: a1 did not prove that they reach the others the new way" in said(first)
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "accepts"), {"a b": "accepts"})
+    assert running.locks == []
+
+
+@pytest.mark.slow
+def test_a_gateway_that_is_not_ours_is_in_the_plan(running: Site) -> None:
+    peer = {"networks": ["192.0.2.0/24"], "peer": {"address": "203.0.113.9"}}
+    running.estate = {**ON, "sites": {**SITES, "b": {"ipsec": peer}}}
+    told = said(running.run(name="plan"))
+    assert "gateway of b (203.0.113.9): IKEv2 with 192.0.1.1, which begins" in told
+
+
+def test_hosts_without_a_part_in_tunnels_are_not_asked(running: Site) -> None:
+    assert turned(running).status == 0
+    assert made(running) == []

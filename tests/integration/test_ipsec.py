@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Two sites with a gateway each, by real strongSwan with ESP in user space: namespaces are the gateways, a host of each
+site and the network between them, on which tcpdump sees what goes there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpf.topology import wait_for
+from integration.module_runner import ModuleFailed, run_module
+from isthmus_agent import pki
+from isthmus_mesh import ipsec
+from isthmus_mesh.planner import Plan
+from unit.mesh.estates import estate, hosts, model, planned
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(
+        not os.access("/usr/sbin/charon-systemd", os.X_OK), reason="no strongSwan: it is not installed on this machine"
+    ),
+]
+
+SITES = {
+    "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o1"}]}},
+    "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "gateways": [{"host": "c1"}]}},
+}
+PAIR = {"sites": ["onprem", "cloud"], "encryption": "ipsec-gateway"}
+PAYLOAD = "isthmus-secret-payload"
+ADDRESSES = {"o1": "198.18.1.1", "o2": "198.18.1.2", "c1": "198.18.2.1", "c2": "198.18.2.2"}
+ROUTER = {"198.18.1": "198.18.1.254", "198.18.2": "198.18.2.254"}
+SYSTEMCTL = Path(__file__).with_name("fake_gateway_systemctl.py")
+
+_ECHO = """
+import socket, struct, sys
+target, size, payload = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
+sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, do
+sock.settimeout(1)
+body = struct.pack("!BBHHH", 8, 0, 0, 7, 1) + payload.ljust(size - 28, b".")
+total = sum(struct.unpack(f"!{len(body) // 2}H", body))
+total = (total >> 16) + (total & 0xFFFF)
+body = body[:2] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + body[4:]
+try:
+    sock.sendto(body, (target, 0))
+    while True:
+        answer, (source, _) = sock.recvfrom(9000)
+        if source == target and answer[20] == 0 and payload in answer:
+            break
+except OSError as error:
+    sys.exit(f"{error}")
+"""
+
+
+@dataclass
+class Machine:
+    """Namespaces of a network, of mounts, and a `/etc` of its own."""
+
+    name: str
+    holder: subprocess.Popen[bytes]
+    place: Path
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    def words(self, *command: str) -> list[str]:
+        return ["nsenter", "-t", str(self.holder.pid), "-n", "-m", *command]
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
+        return subprocess.run(
+            self.words("env", f"PATH={path}", *command), check=check, capture_output=True, text=True, timeout=60
+        )
+
+    def echo(self, target: str, size: int = 84) -> str:
+        """Empty when it was answered."""
+        done = self.run(sys.executable, "-c", _ECHO, ADDRESSES[target], str(size), PAYLOAD, check=False)
+        return "" if done.returncode == 0 else done.stderr.strip() or "no answer"
+
+    def apply(self, spec: dict[str, Any], check: bool = False, **options: Any) -> dict[str, Any]:
+        self.spec = spec
+        path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
+        before = str(self.place / "ipsec-before.json")
+        return run_module(
+            "ipsec",
+            {"spec": spec, **options},
+            check=check,
+            places={"strongswan.BEFORE": before},
+            inside=self.words("env", f"PATH={path}"),
+        )
+
+    def tunnel(self) -> bool:
+        return "INSTALLED" in self.run("swanctl", "--list-sas", check=False).stdout
+
+    def close(self) -> None:
+        with contextlib.suppress(subprocess.SubprocessError):
+            self.run("systemctl", "stop", "strongswan.service", check=False)
+        self.holder.kill()
+        self.holder.wait(10)
+
+
+def machine(name: str, place: Path) -> Machine:
+    place.mkdir()
+    for part in ("upper", "work", "bin"):
+        (place / part).mkdir()
+    for tool in ("systemctl", "journalctl"):
+        script = place / "bin" / tool
+        script.write_text(f"#!{sys.executable}\n{SYSTEMCTL.read_text()}")
+        script.chmod(0o755)
+    shutil.copy(SYSTEMCTL, place / "bin")
+    mounts = (
+        f"mount -t overlay overlay -o lowerdir=/etc,upperdir={place}/upper,workdir={place}/work /etc && "
+        "mount -t tmpfs tmpfs /run && mkdir -p /etc/isthmus/pki/trust && echo ready && exec sleep 600"
+    )
+    holder = subprocess.Popen(
+        ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", mounts], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"ready\n"
+    found = Machine(name, holder, place)
+    found.run("ip", "link", "set", "lo", "up")
+    return found
+
+
+@dataclass
+class Net:
+    machines: dict[str, Machine]
+    router: Machine
+    tmp: Path
+
+    def __getitem__(self, name: str) -> Machine:
+        return self.machines[name]
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Path]:
+        """What goes between the sites: to and from the router, and not what hosts of a site send each other."""
+        file = self.tmp / f"{time.monotonic_ns()}.pcap"
+        options = ["-U", "--immediate-mode", "-n", "-s", "0", "-p", "-i", "br2", "-w", str(file)]
+        command = self.router.words("tcpdump", *options)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        try:
+            assert any("listening on" in line for line in process.stderr), "tcpdump does not capture"
+            yield file
+        finally:
+            process.terminate()
+            process.stderr.close()
+            process.wait(10)
+
+    def apply(self, found: Plan, step: int = 0, **options: Any) -> None:
+        specs = found.specs if step == 0 else found.steps[step - 1].specs
+        for name, one in self.machines.items():
+            if name in specs:
+                one.apply(dict(specs[name]), **options)
+
+    def lead(self, *names: str) -> None:
+        """What the agent does on hosts: the other site is behind the gateway."""
+        for name in names:
+            far = "198.18.2.0/24" if name.startswith("o") else "198.18.1.0/24"
+            via = str(self[name].spec["ipsec"]["via"])
+            self[name].run("ip", "route", "replace", far, "via", via, "mtu", "1400")
+
+
+def in_clear(file: Path) -> int:
+    """How many packets had a payload of ours that could be read."""
+    return file.read_bytes().count(PAYLOAD.encode())
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Net]:
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for name in ("router", *ADDRESSES):
+            made[name] = machine(name, tmp_path / name)
+            stack.callback(made[name].close)
+        router = made.pop("router")
+        for prefix, address in ROUTER.items():
+            bridge = f"br{prefix[-1]}"
+            router.run("ip", "link", "add", bridge, "type", "bridge")
+            router.run("ip", "addr", "add", f"{address}/24", "dev", bridge)
+            router.run("ip", "link", "set", bridge, "up")
+        router.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        for name, one in made.items():
+            prefix, address = ADDRESSES[name].rpartition(".")[0], ADDRESSES[name]
+            one.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", f"v{name}")
+            one.run("ip", "link", "set", f"v{name}", "netns", str(router.holder.pid))
+            router.run("ip", "link", "set", f"v{name}", "master", f"br{prefix[-1]}", "up")
+            one.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
+            one.run("ip", "link", "set", "eth0", "up")
+            one.run("ip", "route", "add", "default", "via", ROUTER[prefix])
+        for name in ("o1", "c1"):
+            settings = made[name].place / "upper" / "strongswan.d"
+            log = "charon-systemd {\n  filelog {\n    log {\n      path = /run/charon.log\n      default = 1\n"
+            made[name].run("mkdir", "-p", "/etc/strongswan.d")
+            made[name].run(
+                "sh", "-c", f"printf '{log}      flush_line = yes\n    }}\n  }}\n}}\n' > /etc/strongswan.d/t.conf"
+            )
+            assert settings.exists()
+        yield Net(made, router, tmp_path)
+
+
+def certificates(net: Net, found: Plan) -> None:
+    """Keys and certificates of the two gateways, each of its own cluster's authority, in their places."""
+    now = datetime.now(timezone.utc)
+    authorities = {}
+    for cluster in ("onprem", "cloud"):
+        key, certificate = pki.new_authority(cluster, now)
+        authorities[cluster] = pki.Authority(cluster, key, certificate, cluster, now)
+    for name in ("o1", "c1"):
+        (entry,) = [one for one in found.specs[name]["pki"]["certificates"] if one["name"] == "ipsec"]
+        place = net[name].place / "upper" / "isthmus" / "pki"
+        wanted = pki.CertificateSpec.from_dict(entry)
+        key = pki.new_key()
+        request = pki.new_request(key, wanted.cn, "a test's key")
+        (place / "ipsec.key").write_bytes(key)
+        (place / "ipsec.crt").write_text(authorities[wanted.ca_cluster].sign(wanted, request, now))
+        for cluster, authority in authorities.items():
+            (place / "trust" / f"{cluster}.crt").write_text(authority.pem)
+
+
+def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
+    the_hosts = {**hosts(), "c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}
+    keys = {"sites": sites or SITES, "site_pairs": [{**PAIR, **pair}]}
+    return planned(model({**estate(), **keys}, the_hosts), previous)
+
+
+def established(net: Net) -> bool:
+    return net["o1"].tunnel() and net["c1"].tunnel()
+
+
+def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside_it(net: Net) -> None:
+    bare = planned(model({**estate(), "sites": SITES}, {**hosts(), "c2": {
+        "isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}))  # fmt: skip
+    found = with_pair(bare)
+    certificates(net, found)
+    with net.capture() as before:
+        assert net["o2"].echo("c2") == ""
+    assert in_clear(before) == 2, "this is how it looks in clear"
+
+    net.apply(found)
+    wait_for(lambda: established(net), "the tunnel", 15)
+    assert net["o2"].echo("c2") == "", "as before"
+    assert net["o1"].echo("c1", 1400) == "", "packets of the full size between the gateways"
+    net.apply(found, 1)
+    net.lead("o2")
+    assert net["o2"].echo("c2", 1400) == "", "one side goes through the gateways, the other not yet"
+    net.lead("c2")
+    net.apply(found, 2)
+    with net.capture() as after:
+        for here, there in (("o2", "c2"), ("o2", "c1"), ("o1", "c2"), ("c1", "o1"), ("c2", "o2")):
+            assert net[here].echo(there, 1400) == "", (here, there)
+    assert in_clear(after) == 0
+
+    # Whatever routes there are: neither hosts nor gateways send beside the tunnel.
+    net["o2"].run("ip", "route", "del", "198.18.2.0/24")
+    net["c2"].run("ip", "route", "del", "198.18.1.0/24")
+    net["o1"].run("systemctl", "stop", "strongswan.service")
+    with net.capture() as closed:
+        for here, there in (("o2", "c2"), ("o1", "c2"), ("c2", "o2")):
+            assert net[here].echo(there) != "", (here, there)
+    assert in_clear(closed) == 0
+
+    net["o1"].run("systemctl", "start", "strongswan.service")
+    net.lead("o2", "c2")
+    wait_for(lambda: net["o2"].echo("c2") == "", "the tunnel is back by itself", 20)
+
+    with net.capture() as died:
+        began = time.monotonic()
+        net["o1"].run("sh", "-c", "kill -9 $(cat /run/fake-systemd/strongswan.service.pid)")
+        net["o1"].run("systemctl", "start", "strongswan.service")
+        wait_for(lambda: net["o2"].echo("c2") == "", "a tunnel whose end died is made anew", 20)
+    print(f"packets pass {time.monotonic() - began:.1f} s after strongSwan was killed")
+    assert in_clear(died) == 0
+
+    for one in net.machines.values():
+        if one.name in found.steps[1].specs:
+            spec = dict(found.steps[1].specs[one.name])
+            assert not one.apply(spec, check=True)["changed"], one.name
+            assert not one.apply(spec)["changed"], one.name
+    for one in net.machines.values():
+        one.apply({"ipsec": None})
+    assert net["o1"].run("cat", "/proc/sys/net/ipv4/ip_forward").stdout.strip() == "0"
+    for name in ("o1", "o2"):
+        assert net[name].run("nft", "list", "ruleset").stdout.strip() == ""
+        left = net[name].run(
+            "sh", "-c", "ls /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/*.nft", check=False
+        )
+        assert left.stdout.strip() == ""
+
+
+def test_pre_shared_keys_and_what_is_said_when_the_sides_differ(net: Net) -> None:
+    found = with_pair(ipsec_authentication="psk")
+    secret = {"cloud onprem": "one key"}
+    with pytest.raises(ModuleFailed, match="isthmus_ipsec_secrets has no pre-shared key for 'cloud onprem'"):
+        net["o1"].apply(dict(found.specs["o1"]))
+    predicted = net["o1"].apply(dict(found.specs["o1"]), check=True, secrets=secret)
+    assert predicted["changed"]
+    assert "one key" not in str(predicted)
+    net["c1"].apply(dict(found.specs["c1"]), secrets={"cloud onprem": "another key"})
+    assert not net["o1"].tunnel()
+    result = net["o1"].apply(dict(found.specs["o1"]), secrets=secret)
+    assert "one key" not in str(result)
+    mode = net["o1"].run("stat", "-c", "%a", "/etc/swanctl/conf.d/isthmus-secrets.conf").stdout.strip()
+    assert mode == "600"
+    assert said(net["c1"], "authentication failed"), "by the side that begins"
+
+    net["c1"].apply(dict(found.specs["c1"]), secrets=secret)
+    wait_for(lambda: established(net), "the tunnel, when the keys are the same", 20)
+    assert net["o1"].echo("c1", 1400) == ""
+
+    text = ipsec.swanctl_conf(found.specs["c1"]["ipsec"]["connections"])
+    for other, words in (
+        (text.replace("proposals = aes256gcm16-prfsha384-ecp384", "proposals = aes128-sha256-ecp256"), "no proposal"),
+        (text.replace("local_ts = 198.18.2.0/24", "local_ts = 198.18.7.0/24"), "name other networks"),
+    ):
+        assert other != text
+        net["c1"].run("sh", "-c", f"cat > /etc/swanctl/conf.d/isthmus.conf <<'E'\n{other}E\n: > /run/charon.log")
+        net["c1"].run("systemctl", "restart", "strongswan.service")
+        assert said(net["c1"], words), words
+    net["o1"].run("systemctl", "stop", "strongswan.service")
+    net["c1"].apply(dict(found.specs["c1"]), secrets=secret)
+    net["c1"].run("systemctl", "restart", "strongswan.service")
+    assert said(net["c1"], "does not answer")
+
+
+def said(one: Machine, words: str) -> bool:
+    """Why the machine's tunnel is not there, by what strongSwan wrote."""
+    from ansible_collections.isthmus.mesh.plugins.module_utils import strongswan
+
+    def found() -> bool:
+        return words in strongswan.why(one.run("journalctl").stdout)
+
+    return bool(wait_for(found, words, 20))
+
+
+def test_a_changed_pair_is_made_anew_and_others_stay(net: Net) -> None:
+    secret = {"cloud onprem": "one key"}
+    found = with_pair(ipsec_authentication="psk")
+    net.apply(found, secrets=secret)
+    wait_for(lambda: established(net), "the tunnel", 15)
+    sites = {**SITES, "cloud": {"ipsec": {**SITES["cloud"]["ipsec"], "networks": ["198.18.2.0/23"]}}}
+    wider = with_pair(sites=sites, ipsec_authentication="psk")
+    net.apply(wider, secrets=secret)
+    wait_for(lambda: "198.18.2.0/23" in net["o1"].run("swanctl", "--list-sas").stdout, "the new network", 20)
+    assert net["o1"].echo("c1") == ""
+    sas = net["o1"].run("swanctl", "--list-sas").stdout
+    net.apply(wider, secrets=secret)
+    unchanged = net["o1"].run("swanctl", "--list-sas").stdout
+    assert sas.split("#")[1].split(",")[0] == unchanged.split("#")[1].split(",")[0], "the same tunnel"
+
+
+def test_a_network_in_which_the_gateway_has_no_address_is_refused(net: Net) -> None:
+    sites = {**SITES, "cloud": {"ipsec": {**SITES["cloud"]["ipsec"], "networks": ["198.18.2.0/24", "203.0.113.0/24"]}}}
+    spec = dict(with_pair(sites=sites, ipsec_authentication="psk").specs["c1"])
+    with pytest.raises(ModuleFailed, match=r"no address in 203\.0\.113\.0/24, a network of its site"):
+        net["c1"].apply(spec, secrets={"cloud onprem": "one key"})
+
+
+def test_a_gateway_behind_a_router_of_the_site_is_refused(net: Net) -> None:
+    spec = dict(with_pair().specs["o2"])
+    spec["ipsec"] = {**spec["ipsec"], "via": "198.18.2.1"}
+    with pytest.raises(ModuleFailed, match=r"gateway 198\.18\.2\.1 is not on a network of this host"):
+        net["o2"].apply(spec)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""IPsec between gateways of sites in the inventory: what is refused, who gets what, in which steps, and what strongSwan
+and netfilter are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from isthmus_mesh import ipsec, matrix, openings
+from isthmus_mesh.encryption import Stage
+from isthmus_mesh.model import ModelError
+from isthmus_mesh.planner import Forget, Plan
+from isthmus_mesh.spec import NodeSpec, SpecError
+from unit.mesh.estates import estate, hosts, model, planned
+
+SITES = {
+    "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o1"}]}},
+    "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "gateways": [{"host": "c1"}]}},
+}
+ON = {"sites": SITES, "site_pairs": [{"sites": ["onprem", "cloud"], "encryption": "ipsec-gateway"}]}
+PEER = {
+    "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {"address": "203.0.113.9"}}}},
+    "site_pairs": ON["site_pairs"],
+}
+
+
+def changed(previous: Plan | None = None, more: Any = None, **keys: Any) -> Plan:
+    return planned(model({**estate(), **keys}, {**hosts(), **(more or {})}), previous)
+
+
+def after(found: Plan, number: int) -> Plan:
+    """As the record stands when a step was begun: 0 is the plan's own."""
+    record = found.record if number == 0 else found.steps[number - 1].record
+    return Plan(**{**found.__dict__, "record": record})
+
+
+def site(name: str, **section: Any) -> dict[str, Any]:
+    """ON with another `ipsec` of a site."""
+    return {**ON, "sites": {**SITES, name: {"ipsec": {**SITES[name]["ipsec"], **section}}}}
+
+
+SITES_WITH_ANOTHER = site("cloud", gateways=[{"host": "c1"}])
+
+REFUSED = {
+    "no gateway": ({**ON, "sites": {**SITES, "cloud": {}}}, "sites.cloud.ipsec: it is missing, and a pair of cloud"),
+    "not a host": (site("cloud", gateways=[{"host": "c2"}]), "'c2' is not a host of the mesh. Why: a gateway is"),
+    "of another site": (site("cloud", gateways=[{"host": "o1"}]), "host o1 is at site onprem"),
+    "a second gateway": (
+        site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}]),
+        "sites.onprem.ipsec.gateways: a second gateway is not yet supported",
+    ),
+    "ours and not ours": (site("cloud", peer={"address": "203.0.113.9"}), "it has both gateways and peer"),
+    "neither": (site("cloud", gateways=[]), "it has neither gateways nor peer"),
+    "host outside": (
+        site("onprem", networks=["198.18.1.2/31", "198.18.3.0/24"]),
+        "sites.onprem.ipsec.networks: o1 (198.18.1.1) would be outside the tunnel",
+    ),
+    "overlap": (
+        site("onprem", networks=["198.18.0.0/16"]),
+        "sites.cloud.ipsec.networks: 198.18.2.0/24 and 198.18.0.0/16 of site onprem overlap",
+    ),
+    "the mesh's own": (
+        site("onprem", networks=["198.18.1.0/24", "10.101.4.0/24"]),
+        "10.101.4.0/24 and 10.101.0.0/16 (isthmus_estate.clusters.onprem.workload_ranges) overlap",
+    ),
+    "inside a site": (
+        {**ON, "site_pairs": [{"sites": ["cloud", "cloud"], "encryption": "ipsec-gateway"}]},
+        "ipsec-gateway is between two sites, and cloud is one",
+    ),
+    "native": ({**ON, "routing": "native"}, "cloud and onprem would be native and encrypted"),
+    "certificate with another's": (
+        {**PEER, "site_pairs": [{**ON["site_pairs"][0], "ipsec_authentication": "certificate"}]},
+        "authentication by certificate with a gateway that is not ours is not yet supported",
+    ),
+    "two of others": (
+        {**PEER, "sites": dict.fromkeys(("cloud", "onprem"), PEER["sites"]["cloud"])},
+        "neither cloud nor onprem has a gateway that is ours",
+    ),
+    "identity": (
+        {**PEER, "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {
+            "address": "203.0.113.9", "id": "a } secrets {"}}}}},
+        "sites.cloud.ipsec.peer.id: 'a } secrets {' is not an identity of IKE",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_in_words(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        model({**estate(), **keys})
+    assert any(words in str(problem) for problem in caught.value.problems), caught.value
+
+
+def test_a_host_that_is_dialled_elsewhere_cannot_be_behind_a_gateway() -> None:
+    the_hosts = hosts()
+    the_hosts["o2"]["isthmus_advertise"] = "203.0.113.2"
+    with pytest.raises(ModelError, match="o2 would be reached through gateways and have another isthmus_advertise"):
+        model({**estate(), **ON}, the_hosts)
+
+
+def test_an_estate_without_gateways_is_as_it_was() -> None:
+    plain = planned(model())
+    assert not any("ipsec" in found for found in plain.specs.values())
+    assert "ipsec" not in plain.record["roster"]
+    assert plain.ipsec == {}
+    declared = changed(sites=SITES)
+    assert declared.specs == plain.specs, "a gateway that no pair uses does nothing"
+
+
+def test_hosts_get_the_gateway_and_gateways_a_connection_with_a_certificate() -> None:
+    found = changed(**ON)
+    assert found.steps == ()
+    host, gateway = found.specs["o2"], found.specs["o1"]
+    far = {"cloud": {"stage": "demands", "networks": ["198.18.2.0/24"]}}
+    sites = {"cloud": "cloud", "onprem": "onprem"}
+    assert host["ipsec"] == {"sites": sites, "networks": ["198.18.1.0/24"], "far": far, "via": "198.18.1.1"}
+    assert gateway["ipsec"]["connections"] == [
+        {
+            "site": "cloud",
+            "local": "198.18.1.1",
+            "local_id": "isthmus-ipsec-o1",
+            "remote": "198.18.2.1",
+            "remote_id": "isthmus-ipsec-c1",
+            "local_networks": ["198.18.1.0/24"],
+            "remote_networks": ["198.18.2.0/24"],
+            "authentication": "certificate",
+            "begins": False,
+            "ours": True,
+            "certificate": "/etc/isthmus/pki/ipsec.crt",
+            "ca": "/etc/isthmus/pki/trust/cloud.crt",
+        }
+    ]
+    assert "via" not in gateway["ipsec"]
+    assert found.specs["c1"]["ipsec"]["connections"][0]["begins"], "one end alone begins"
+    (certificate,) = [one for one in gateway["pki"]["certificates"] if one["name"] == "ipsec"]
+    assert (certificate["cn"], certificate["sans_dns"]) == ("isthmus-ipsec-o1", ["isthmus-ipsec-o1"])
+    assert "cloud" in gateway["pki"]["trust"]
+    assert not any(one["name"] == "ipsec" for one in host["pki"]["certificates"])
+    read = NodeSpec.from_dict(host).ipsec
+    assert read is not None
+    assert (str(read.via), read.stage("cloud"), read.stage("onprem")) == ("198.18.1.1", Stage.DEMANDS, Stage.PLAIN)
+    with pytest.raises(SpecError, match="stage"):
+        NodeSpec.from_dict({**host, "ipsec": {**host["ipsec"], "far": {"cloud": {"stage": "x", "networks": []}}}})
+
+
+def test_a_gateway_that_carries_no_etcd_trusts_the_other_sides_authority() -> None:
+    more = {"c7": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.7"}}
+    found = changed(more=more, **site("cloud", gateways=[{"host": "c7", "address": "203.0.113.7"}]))
+    assert found.specs["c7"]["pki"]["trust"] == ["cloud", "onprem"]
+    assert found.specs["c7"]["ipsec"]["connections"][0]["local"] == "198.18.2.7"
+    assert found.specs["o1"]["ipsec"]["connections"][0]["remote"] == "203.0.113.7"
+
+
+def test_a_running_pair_is_led_to_the_gateways_in_three_steps_and_back() -> None:
+    found = changed(planned(model()), **ON)
+    records = [found.record, *(step.record for step in found.steps)]
+    pairs = [record["roster"]["ipsec"]["pairs"]["cloud onprem"] for record in records]
+    assert pairs == ["accepts", "sends", "demands"]
+    assert found.steps[0].waits == ("c1", "o1", "o2", "o3")
+    assert [step.proven for step in found.steps] == [True, True]
+    assert found.specs["o2"]["ipsec"]["far"]["cloud"]["stage"] == "accepts"
+    (words,) = matrix.changes(found.sites, found.keys)
+    assert "encryption by gateways of cloud and onprem is turned on, in steps of one run" in words
+    back = changed(after(found, 2), sites=SITES)
+    stages = [record["roster"].get("ipsec") for record in (back.record, *(step.record for step in back.steps))]
+    assert [one and one["pairs"] for one in stages] == [{"cloud onprem": "sends"}, {"cloud onprem": "accepts"}, None]
+    assert back.specs["o1"]["ipsec"]["connections"] == found.specs["o1"]["ipsec"]["connections"]
+    assert "ipsec" not in back.steps[1].specs["o1"]
+
+
+def test_gateways_are_known_until_the_last_step_of_turning_off() -> None:
+    running = changed(**ON)
+    with pytest.raises(ModelError, match=r"sites.cloud.ipsec: it is missing, and the tunnel between the gateways"):
+        changed(running, sites={"onprem": SITES["onprem"], "cloud": {}})
+
+
+def test_from_wireguard_to_gateways_each_step_is_encrypted() -> None:
+    wireguard = {"sites": SITES, "site_pairs": [{"sites": ["onprem", "cloud"], "encryption": "wireguard"}]}
+    found = changed(changed(**wireguard), **ON)
+    stages = [found.specs["o1"], *(step.specs["o1"] for step in found.steps)]
+    told = [
+        (one.get("wireguard", {}).get("changing", {}).get("cloud", "plain"), one["ipsec"]["far"]["cloud"]["stage"])
+        for one in stages
+    ]
+    assert told == [("sends", "accepts"), ("accepts", "sends"), ("plain", "demands")]
+
+
+def test_the_matrix_has_the_smaller_mtu_and_the_gateways_ports() -> None:
+    (_inside, row) = sorted(changed(**ON).sites, key=lambda one: one["sites"] != ["onprem", "onprem"])
+    assert (row["encryption"], row["mtu"]) == ("ipsec-gateway", 1350)
+    opened = [(one["protocol"], one["port"], one["on"], one["from"]) for one in row["open"]]
+    assert ("UDP", 4500, "o1 (198.18.1.1)", "c1 (198.18.2.1)") in opened
+    assert ("UDP", 500, "c1 (198.18.2.1)", "o1 (198.18.1.1)") in opened
+    assert ("UDP", 8472, "every host of cloud and onprem", "each other (inside the gateways' tunnel)") in opened
+    found = changed(**ON)
+    assert ("udp", 4500, "198.18.2.1") in openings.rules(found.specs["o1"], found.record)
+    assert not any(port == 4500 for _protocol, port, _source in openings.rules(found.specs["o2"], found.record))
+
+
+def test_a_gateway_that_is_not_ours_is_told_to_its_engineer() -> None:
+    found = model({**estate(), **PEER}, {**hosts()})
+    (words,) = ipsec.other_sides(found.ipsec)
+    for part in (
+        "gateway of cloud (203.0.113.9): IKEv2 with 198.18.1.1",
+        "identity 203.0.113.9 here, isthmus-ipsec-o1 (FQDN) there",
+        "isthmus_ipsec_secrets has for 'cloud onprem'",
+        "group 20",
+        "here 198.18.2.0/24; there 198.18.1.0/24",
+    ):
+        assert part in words
+    specs = changed(**PEER).specs
+    (connection,) = specs["o1"]["ipsec"]["connections"]
+    assert (connection["authentication"], connection["secret"], connection["begins"]) == ("psk", "cloud onprem", True)
+    assert "via" not in specs["c1"]["ipsec"], "there the network leads to the gateway"
+    assert ipsec.guard(specs["c1"]["ipsec"]) is None
+    assert not any(one["name"] == "ipsec" for one in specs["o1"]["pki"]["certificates"])
+
+
+def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
+    connections = changed(**PEER).specs["o1"]["ipsec"]["connections"]
+    text = ipsec.swanctl_conf(connections)
+    for line in (
+        "  isthmus-cloud {",
+        "    proposals = aes256gcm16-prfsha384-ecp384",
+        "        local_ts = 198.18.1.0/24",
+        "        remote_ts = 198.18.2.0/24",
+        "        start_action = start",
+        "    keyingtries = 0",
+    ):
+        assert line in text.splitlines()
+    assert text.count("{") == text.count("}")
+    with pytest.raises(KeyError, match="cloud onprem"):
+        ipsec.secrets_conf(connections, {})
+    secrets = ipsec.secrets_conf(connections, {"cloud onprem": 'a "b" }\n'})
+    assert secrets is not None
+    assert "secret = 0sYSAiYiIgfQo=" in secrets, "whatever is in it"
+    certified = changed(**ON).specs["o1"]["ipsec"]["connections"]
+    assert ipsec.secrets_conf(certified, {}) is None
+    passive = ipsec.swanctl_conf(certified)
+    assert "cacerts = isthmus-cloud.pem\n" in passive
+    assert "cacerts = isthmus-cloud.pem,isthmus-cloud.1.pem\n" in ipsec.swanctl_conf(certified, {"cloud": 2})
+    assert "start_action = none" in passive
+
+
+def test_a_gateway_that_was_stolen_is_trusted_no_more_and_what_it_led_to_stays_closed() -> None:
+    more = {"c7": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.7"}}
+    keys = site("cloud", gateways=[{"host": "c7"}])
+    running = changed(more=more, **keys)
+    found = planned(model({**estate(), **keys}, {**hosts(), **more}), running, forget=Forget(["c7"]))
+    assert "c7" not in found.specs
+    gateway = found.specs["o1"]["ipsec"]
+    assert (gateway["local"], gateway["connections"]) == ("198.18.1.1", [])
+    assert "ip saddr @near ip daddr @far counter drop" in (ipsec.guard(gateway) or "")
+    assert "udp" not in (ipsec.guard(gateway) or "")
+    assert "198.18.2.7" in (ipsec.guard(found.specs["c1"]["ipsec"]) or ""), "nor by another way from its own site"
+    other = changed(found, **SITES_WITH_ANOTHER)
+    assert other.specs["o1"]["ipsec"]["connections"][0]["remote"] == "198.18.2.1"
+
+
+def test_only_with_the_last_step_something_is_closed() -> None:
+    found = changed(planned(model()), **ON)
+    steps = [found.specs, *(step.specs for step in found.steps)]
+    closed = [[ipsec.guard(specs[host]["ipsec"]) is not None for host in ("o1", "o2")] for specs in steps]
+    assert closed == [[False, False], [False, False], [True, True]]
+    gateway = ipsec.guard(steps[2]["o1"]["ipsec"]) or ""
+    assert 'oifname "ipsec0" accept' in gateway
+    assert "ip saddr @far ip daddr @near counter drop" in gateway
+    host = ipsec.guard(steps[2]["o2"]["ipsec"]) or ""
+    assert "ip daddr @far rt ip nexthop != 198.18.1.1 counter drop" in host

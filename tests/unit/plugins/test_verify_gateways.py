@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What `verify` says of tunnels between gateways and of the rules that close other ways, by what strongSwan and nft
+answer and by packets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets, strongswan
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
+from ansible_collections.isthmus.mesh.plugins.modules import verify
+from unit.mesh import estates
+from unit.mesh.test_ipsec import ON
+
+TUNNEL = "isthmus-cloud: #1, ESTABLISHED, IKEv2, 1_i 2_r*\n  net: #1, reqid 1, INSTALLED, TUNNEL-in-UDP\n"
+
+
+class Host:
+    """o1, the gateway of onprem. `answers` are those of commands, by their first two words; `refused` is why the other
+    gateway does not answer a packet, "" when it does."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
+        before = estates.planned(estates.model()) if running else None
+        self.plan = estates.planned(estates.model({**estates.estate(), **ON}), before)
+        self.spec = self.plan.specs["o1"]
+        self.answers = {
+            "/bin/sh --list-sas": TUNNEL,
+            "/usr/sbin/nft -s": ipsec.guard(self.spec["ipsec"]) or "",
+            "journalctl -u": "",
+        }
+        self.refused = ""
+        (place / "node.json").write_text(json.dumps(self.spec))
+        monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
+        monkeypatch.setattr(strongswan, "SWANCTL", "/bin/sh")
+        monkeypatch.setattr(packets, "path_mtu", lambda *_: 1400)
+        monkeypatch.setattr(packets, "echo", self.echo)
+
+    def echo(self, source: str, target: str, size: int, _timeout: float) -> None:
+        assert (source, target, size) == ("198.18.1.1", "198.18.2.1", 1400)
+        if self.refused:
+            raise packets.NoAnswer(self.refused)
+
+    def run_command(self, command: list[str]) -> tuple[int, str, str]:
+        return 0, self.answers[" ".join(command[:2])], ""
+
+    def problems(self, check: str) -> list[str]:
+        params = {"spec": self.spec, "record": self.plan.record, "services": [], "hosts": [], "timeout": 3}
+        found = verify.Verifier(SimpleNamespace(params=params, run_command=self.run_command))
+        getattr(found, check)()
+        return list(found.problems)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch, running=False)
+
+
+def test_a_tunnel_with_all_closed_beside_it_is_good(host: Host) -> None:
+    assert host.problems("check_gateways") == []
+
+
+def test_a_tunnel_that_is_not_there_is_named_with_strongswans_reason(host: Host) -> None:
+    host.answers["/bin/sh --list-sas"] = ""
+    host.answers["journalctl -u"] = "05[IKE] received AUTHENTICATION_FAILED notify error\n"
+    (found,) = host.problems("check_gateways")
+    assert found.startswith(
+        "gateways: the tunnel to the gateway of site cloud (198.18.2.1) is not there: authentication failed"
+    )
+    assert "UDP 500 and 4500 must be open" in found
+
+
+def test_a_tunnel_in_which_nobody_answers_is_named(host: Host) -> None:
+    host.refused = "no answer to 3 packets of 1400 bytes"
+    (found,) = host.problems("check_gateways")
+    assert "the other gateway does not answer in it: no answer to 3 packets of 1400 bytes" in found
+
+
+def test_rules_that_somebody_took_away_are_named(host: Host) -> None:
+    host.answers["/usr/sbin/nft -s"] = ""
+    (found,) = host.problems("check_gateways")
+    assert found.startswith("gateways: the rules that keep packets from other ways")
+
+
+def test_before_the_next_step_only_gateways_prove_their_tunnels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, monkeypatch, running=True)
+    assert host.problems("check_gateway_way") == []
+    host.answers["/bin/sh --list-sas"] = ""
+    (found,) = host.problems("check_gateway_way")
+    assert "strongSwan has not said why" in found
+    (tmp_path / "node.json").write_text(json.dumps(host.plan.specs["o2"]))
+    assert host.problems("check_gateway_way") == []
+    assert strongswan.UNIT in found
