@@ -141,7 +141,7 @@ class ActionModule(ActionBase):
                     "specs": dict(step.specs),
                     "record": dict(step.record),
                     "waits": list(step.waits),
-                    "proven": step.proven,
+                    "proven": list(step.proven),
                 }
                 for step in found.steps
             ],

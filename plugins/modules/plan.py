@@ -264,16 +264,16 @@ bgp:
 steps:
   description:
     - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off or keys are replaced,
-      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether
-      they must have proven that they reach each other the new way (C(proven)).
+      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and those that
+      must have proven that they reach the others the new way (C(proven)).
   returned: success
   type: list
   elements: dict
 trials:
   description:
     - What is proven in the run, a list for before its first step, one for after it, and so on. Each has dictionaries
-      with two C(sites) and all C(hosts) of the two, by name with the site, that have to prove that they reach each
-      other natively.
+      with two C(sites) and all C(hosts) of the two that have to prove that they reach each other natively, by name
+      with C(cluster), C(site) and C(mesh4).
   returned: success
   type: list
   elements: list

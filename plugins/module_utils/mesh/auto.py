@@ -65,7 +65,7 @@ class Course:
 
 def course(now: Stage | None, failed: Sequence[str], changed: bool, proofs: Proofs, pair: Pair) -> Course:
     """`failed` as the roster has it, empty when the pair is to be tried again; `changed`: it has other hosts than the
-    record knows."""
+    record knows. Where nobody knows, the pair stays, and is proven again before a step that others take."""
     part: list[int] = []
     verdict: Verdict | None = None
 
@@ -80,19 +80,20 @@ def course(now: Stage | None, failed: Sequence[str], changed: bool, proofs: Proo
             stage = Stage.SENDS
     elif stage is Stage.PLAIN and (changed or not failed):
         stage = Stage.ACCEPTS
-    stages = [stage]
+    stages, joined = [stage], stage is Stage.DEMANDS and changed
     for number in range(1, LAST + 1):
-        joined = number == 1 and stage is Stage.DEMANDS and changed
         if stage in RESTING and not joined:
             break
         found = proven(number)
         if found is None:
             break
         verdict = found
-        if found.works is None or (found.works and joined):
-            break
-        stage = Stage(stage + 1 if found.works else stage - 1)
+        if found.works is not None:
+            stage = Stage(min(stage + 1, Stage.DEMANDS) if found.works else stage - 1)
+            joined = False
         stages.append(stage)
+    while len(stages) > 1 and stages[-1] is stages[-2]:
+        stages.pop()
     between = () if stage is not Stage.PLAIN else failed if verdict is None else verdict.hosts
     return Course(now, tuple(stages), tuple(part), tuple(between), verdict)
 

@@ -46,8 +46,8 @@ PKI = "/etc/isthmus/pki"
 class Step:
     """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off, or keys
     are replaced, in stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs
-    that change. `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that
-    they reach each other the new way."""
+    that change. `waits` are hosts that must have the step before, by name; those `proven` must also have proven that
+    they reach the others the new way."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Step:
     native: Mapping[Pair, Stage]
     ipsec: Mapping[Pair, Stage]
     waits: tuple[str, ...]
-    proven: bool
+    proven: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Plan:
     encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
     routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp`
     what hosts and routers do (bgp.py). `trials` are those of pairs with `routing: auto` (auto.py) by the number of the
-    proof: `sites`, and `hosts` with their sites; `told` is what the proofs of this run have decided, in words."""
+    proof: `sites`, and `hosts` with `cluster`, `site` and `mesh4`; `told` is what the proofs of this run have decided,
+    in words."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -458,16 +459,16 @@ class _Planner:
                 roster.pop(key, None)
             roster.update(state.documents())
             record = Record(roster, record.clusters)
-            replaced = [pair for pair, stage in state.encryption.items() if stage] if state.keys != last.keys else []
+            replaced = {pair for pair, stage in state.encryption.items() if stage} if state.keys != last.keys else set()
+            up = {pair for now, before in zip(changing, last.staged) for pair in now if now[pair] > before[pair]}
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
                 stages=changing[0],
                 native=changing[1],
                 ipsec=changing[2],
-                waits=tuple(hosts_of(present, {*replaced, *(pair for stages in changing for pair in stages)})),
-                proven=bool(replaced)
-                or any(stages[pair] > before[pair] for stages, before in zip(changing, last.staged) for pair in stages),
+                waits=tuple(hosts_of(present, replaced.union(*changing))),
+                proven=tuple(hosts_of(present, replaced | up)),
             )
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

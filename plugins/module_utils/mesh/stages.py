@@ -172,10 +172,16 @@ class Stages:
     def trials_of(self, number: int) -> Iterator[dict[str, Any]]:
         """Hosts that join have no part before the first step."""
         for pair, one in self.courses.items():
-            if number in one.proofs:
-                hosts = auto.hosts_of(self.present, pair)
-                part = hosts.keys() & auto.hosts_of(self.known, pair).keys() if number == 0 else hosts.keys()
-                yield {"sites": list(pair), "hosts": {name: hosts[name][0] for name in sorted(part)}}
+            if number not in one.proofs:
+                continue
+            known = auto.hosts_of(self.known, pair)
+            hosts = {
+                name: {"cluster": cluster, "site": entry["site"], "mesh4": entry["mesh4"]}
+                for cluster, document in self.present.items()
+                for name, entry in document["hosts"].items()
+                if entry["site"] in pair and (number or name in known)
+            }
+            yield {"sites": list(pair), "hosts": {name: hosts[name] for name in sorted(hosts)}}
 
     def with_failed(self, state: State) -> State:
         failed = {

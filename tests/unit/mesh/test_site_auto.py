@@ -19,6 +19,8 @@ from unit.mesh.test_site_routing import after, changed, native, understood
 
 AUTO = {"routing": "auto"}
 BETWEEN, INSIDE = ("cloud", "onprem"), ("onprem", "onprem")
+C1 = {"cluster": "cloud", "site": "cloud", "mesh4": "10.102.0.1"}
+ONPREM = {f"o{n}": {"cluster": "onprem", "site": "onprem", "mesh4": f"10.101.0.{16 * n - 15}"} for n in (1, 2, 3)}
 WORKS = Verdict(True)
 FAILS = Verdict(False, ("c1", "o2"), "no answer to 3 packets of 1500 bytes")
 OPEN = Verdict(None, (), "o3 did not answer")
@@ -62,7 +64,9 @@ P, A, S, D = Stage
         (P, (), False, [None, WORKS, FAILS, FAILS], [A, S, A, P], (1, 2, 3)),
         (P, (), False, [None, WORKS, FAILS, WORKS], [A, S, A, S], (1, 2, 3)),
         (P, (), False, [None, FAILS], [A, P], (1,)),
-        (P, (), False, [None, OPEN], [A], (1,)),
+        (P, (), False, [None, OPEN], [A], (1, 2)),
+        (P, (), False, [None, OPEN, WORKS, WORKS], [A, A, S, D], (1, 2, 3)),
+        (P, (), False, [None, OPEN, OPEN, FAILS], [A, A, A, P], (1, 2, 3)),
         (P, ("c1", "o2"), False, [], [P], ()),
         (P, ("c1", "o2"), True, [None, WORKS], [A, S], (1, 2)),
         (A, (), False, [None, WORKS, WORKS], [A, S, D], (1, 2)),
@@ -75,10 +79,11 @@ P, A, S, D = Stage
         (D, (), False, [FAILS], [S], (0, 1)),
         (D, (), False, [FAILS, FAILS, FAILS], [S, A, P], (0, 1, 2)),
         (D, (), False, [FAILS, WORKS], [S, D], (0, 1)),
-        (D, (), False, [FAILS, FAILS, OPEN], [S, A], (0, 1, 2)),
+        (D, (), False, [FAILS, FAILS, OPEN], [S, A], (0, 1, 2, 3)),
         (D, (), True, [], [D], (0, 1)),
         (D, (), True, [WORKS, WORKS], [D], (0, 1)),
-        (D, (), True, [WORKS, OPEN], [D], (0, 1)),
+        (D, (), True, [WORKS, OPEN], [D], (0, 1, 2)),
+        (D, (), True, [WORKS, OPEN, FAILS, FAILS], [D, D, S, A], (0, 1, 2, 3)),
         (D, (), True, [WORKS, FAILS, FAILS, FAILS], [D, S, A, P], (0, 1, 2, 3)),
     ],
 )
@@ -103,8 +108,8 @@ def test_a_new_estate_begins_in_the_tunnel_and_is_proven_between_all_hosts() -> 
     found = site(None)
     assert stages(found) == [{"c1 onprem": "accepts", "o1 cloud": "accepts", "o1 onprem": "accepts"}]
     assert found.trials[1] == (
-        {"sites": ["cloud", "onprem"], "hosts": {"c1": "cloud", "o1": "onprem", "o2": "onprem", "o3": "onprem"}},
-        {"sites": ["onprem", "onprem"], "hosts": dict.fromkeys(("o1", "o2", "o3"), "onprem")},
+        {"sites": ["cloud", "onprem"], "hosts": {"c1": C1, **ONPREM}},
+        {"sites": ["onprem", "onprem"], "hosts": ONPREM},
     ), "within cloud there are no two hosts"
     assert (found.trials[0], found.trials[2], found.trials[3]) == ((), (), ())
     told = matrix.changes(found.sites, found.keys)
@@ -124,7 +129,7 @@ def test_each_pair_goes_its_own_way_and_nothing_more_is_changed_then() -> None:
     third = site(None, {}, {BETWEEN: WORKS, INSIDE: FAILS}, {BETWEEN: WORKS})
     assert [step.record for step in third.steps[:1]] == [step.record for step in second.steps]
     assert stages(third)[2] == {"c1 onprem": "demands", "o1 cloud": "demands"}
-    assert [step.proven for step in third.steps] == [True, True]
+    assert [bool(step.proven) for step in third.steps] == [True, True]
     assert third.steps[1].record["roster"]["auto"] == {"onprem onprem": ["c1", "o2"]}
     assert third.told == (
         "cloud and onprem: native (routing: auto), as every host has proven that it reaches the others so.",
@@ -173,8 +178,10 @@ def test_a_host_that_joins_a_native_pair_proves_it_before_anything_else_is_chang
     assert native(first.specs)["o1"]["cloud"] == "demands"
     before, after_step = first.trials[0][0], first.trials[1]
     assert "c2" not in before["hosts"], "it is not there yet"
-    assert {"sites": ["cloud", "cloud"], "hosts": {"c1": "cloud", "c2": "cloud"}} in after_step
-    assert [trial["hosts"].get("c2") for trial in after_step] == ["cloud", "cloud"]
+    assert [(trial["sites"], sorted(trial["hosts"])) for trial in after_step] == [
+        (["cloud", "cloud"], ["c1", "c2"]),
+        (["cloud", "onprem"], ["c1", "c2", "o1", "o2", "o3"]),
+    ]
     proven = site(chosen, {BETWEEN: WORKS}, {BETWEEN: WORKS, ("cloud", "cloud"): WORKS}, more=joins)
     assert native(proven.steps[0].specs)["c2"] == {"cloud": "sends", "onprem": "demands"}
     assert proven.steps[0].waits == ("c1", "c2")
@@ -216,7 +223,7 @@ def test_a_native_pair_that_fails_is_led_back_before_anything_else(chosen: Plan)
     assert stages(first) == [{"c1 onprem": "sends", "o1 cloud": "sends"}]
     last = site(chosen, {BETWEEN: FAILS}, {BETWEEN: FAILS}, {BETWEEN: FAILS})
     assert stages(last)[1:] == [{"c1 onprem": "accepts", "o1 cloud": "accepts"}, {}]
-    assert [step.proven for step in last.steps] == [False, False], "to go back needs no proof"
+    assert [bool(step.proven) for step in last.steps] == [False, False], "to go back needs no proof"
     assert site(to_the_end(last)).changes == ()
 
 

@@ -108,7 +108,7 @@ def test_a_new_estate_is_native_from_the_first_packet() -> None:
 
 def test_a_running_estate_goes_there_in_three_steps_and_back() -> None:
     found = changed(planned(model()), **ON)
-    assert [step.proven for step in found.steps] == [True, True]
+    assert [bool(step.proven) for step in found.steps] == [True, True]
     assert found.steps[0].waits == ("c1", "o1", "o2", "o3")
     records = [found.record, *(step.record for step in found.steps)]
     assert [record["roster"]["routing"]["all"] for record in records] == ["accepts", "sends", "demands"]
@@ -116,7 +116,7 @@ def test_a_running_estate_goes_there_in_three_steps_and_back() -> None:
     NodeSpec.from_dict(found.steps[0].specs["c1"])
     assert found.steps[1].specs == changed(after(found, 2), **ON).specs
     back = changed(after(found, 2))
-    assert [step.proven for step in back.steps] == [False, False]
+    assert [bool(step.proven) for step in back.steps] == [False, False]
     stages = [record["roster"].get("routing") for record in (back.record, *(step.record for step in back.steps))]
     assert stages == [{"all": "sends", "pairs": {}}, {"all": "accepts", "pairs": {}}, None]
     assert back.steps[1].specs == planned(model()).specs
@@ -277,7 +277,7 @@ def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
     ]
     ports = [(one["o1"]["wireguard"]["port"], one["o1"]["wireguard"].get("second", {}).get("port")) for one in specs]
     assert ports == [(51871, 51872), (51872, 51871), (51872, None)]
-    assert [step.proven for step in found.steps] == [True, True]
+    assert [bool(step.proven) for step in found.steps] == [True, True]
     assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 2
     lines = matrix.changes(found.sites, found.keys)
     assert lines[0].startswith("the keys of WireGuard are replaced")
