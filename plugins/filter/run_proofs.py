@@ -51,14 +51,14 @@ def run_proofs(members, step=0):
     plan = newest_plan(hosts.values())
     found = {}
     for trial in plan["trials"][step]:
-        verdict = _verdict(trial["hosts"], hosts, step)
+        verdict = _verdict(set(trial["sites"]), trial["hosts"], hosts, step)
         if verdict is not None:
             found[" ".join(trial["sites"])] = verdict
     before = [*plan["proofs"], *({} for _number in range(step))][:step]
     return [*before, found]
 
 
-def _verdict(part, hosts, step):
+def _verdict(sites, part, hosts, step):
     """None where nothing is to be said: before the first step, of hosts that are not in the run. A pair waits for a
     host that did not do the step before."""
     if step:
@@ -69,7 +69,6 @@ def _verdict(part, hosts, step):
         away = []
     answers = {name: hosts.get(name, {}).get("__site_proof" if step else "__site_still", {}) for name in part}
     mute = away or [name for name, answer in answers.items() if answer.get("unreached") is None]
-    sites = {one["site"] for one in part.values()}
     missed = [
         (name, one)
         for name in part

@@ -11,7 +11,7 @@ other hosts or somebody asks for another try: a run that has nothing new to try 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .encryption import Pair, Stage, way
@@ -20,6 +20,9 @@ from .openings import Documents, is_in_cluster
 LAST = 3
 """The number of a run's last step, and of the proof before it: from a new host that is not reached natively by all of
 the old ones, and so from DEMANDS, it is three steps back to PLAIN."""
+
+Places = Mapping[str, Mapping[str, Mapping[str, str]]]
+"""By site and by name, what of a host decides whether packets go natively, and whose host it is."""
 
 RESTING = (Stage.PLAIN, Stage.DEMANDS)
 
@@ -103,19 +106,18 @@ def resting(now: Stage | None) -> Course:
     return Course(now, tuple(way(now, Stage.DEMANDS if now is Stage.DEMANDS else Stage.PLAIN)))
 
 
-def hosts_of(documents: Documents, pair: Pair) -> dict[str, tuple[str, str, str, str]]:
-    """The hosts of a pair: by name the site, the addresses and the range, by which packets go natively or do not."""
-    return {
-        name: (entry["site"], entry["underlay4"], entry["advertise4"], entry["range4"])
-        for document in documents.values()
-        for name, entry in document["hosts"].items()
-        if entry["site"] in pair
-    }
+def places(documents: Documents) -> Places:
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    keys = ("site", "mesh4", "underlay4", "advertise4", "range4")
+    for cluster, document in documents.items():
+        for name, entry in document["hosts"].items():
+            found.setdefault(entry["site"], {})[name] = {"cluster": cluster, **{key: entry[key] for key in keys}}
+    return found
 
 
-def provable(hosts: Collection[tuple[str, ...]], pair: Pair) -> bool:
+def provable(here: Places, pair: Pair) -> bool:
     """Whether there are two hosts between which packets of the pair go."""
-    return len(hosts) > 1 and {site for site, *_rest in hosts} == set(pair)
+    return len(here.get(pair[0], ())) > 1 if pair[0] == pair[1] else all(site in here for site in pair)
 
 
 def barred(documents: Documents) -> dict[str, str]:

@@ -60,6 +60,7 @@ def rows(
         native_now, *native_following = native_ways.get(one, (None, Stage.PLAIN))
         native = [stage for stage in (native_now, *native_following) if stage is not None]
         tried, words = chosen.get(one, (False, None))
+        needed = [*native, Stage.PLAIN] if words else native  # the tunnel, to come back to
         ipsec_now, *ipsec_following = ipsec_ways.get(one, (None, Stage.PLAIN))
         gateways = [stage for stage in (ipsec_now, *ipsec_following) if stage is not None]
         encrypted = "wireguard" if following[-1] is Stage.DEMANDS else "none"
@@ -82,7 +83,7 @@ def rows(
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
                 for each in (
                     *(_of_gateways(one, ipsec) if max(gateways) is not Stage.PLAIN else ()),
-                    *_carried(between(documents, one, overlay_port, stages, native, keys), min(gateways)),
+                    *_carried(between(documents, one, overlay_port, stages, needed, keys), min(gateways)),
                 )
             ],
         }

@@ -66,6 +66,7 @@ class Stages:
         self.roster = roster
         self.known = known
         self.present = present
+        self.places, self.places_before = auto.places(present), auto.places(known)
         self.try_native = try_native
         self.proofs = proofs
         self.problems: list[Problem] = []
@@ -163,25 +164,23 @@ class Stages:
     # Pairs that find out how packets go between them
 
     def course(self, pair: Pair, now: Stage | None) -> auto.Course:
-        hosts = auto.hosts_of(self.present, pair)
-        if not auto.provable(hosts.values(), pair):
+        if not auto.provable(self.places, pair):
             return auto.resting(now)
         failed = () if self.try_native else self.roster.get("auto", {}).get(" ".join(pair), ())
-        return auto.course(now, failed, hosts != auto.hosts_of(self.known, pair), self.proofs, pair)
+        changed = any(self.places.get(site) != self.places_before.get(site) for site in pair)
+        return auto.course(now, failed, changed, self.proofs, pair)
 
     def trials_of(self, number: int) -> Iterator[dict[str, Any]]:
         """Hosts that join have no part before the first step."""
         for pair, one in self.courses.items():
-            if number not in one.proofs:
-                continue
-            known = auto.hosts_of(self.known, pair)
-            hosts = {
-                name: {"cluster": cluster, "site": entry["site"], "mesh4": entry["mesh4"]}
-                for cluster, document in self.present.items()
-                for name, entry in document["hosts"].items()
-                if entry["site"] in pair and (number or name in known)
-            }
-            yield {"sites": list(pair), "hosts": {name: hosts[name] for name in sorted(hosts)}}
+            if number in one.proofs:
+                hosts = {
+                    name: {key: host[key] for key in ("cluster", "site", "mesh4")}
+                    for site in pair
+                    for name, host in self.places[site].items()
+                    if number or name in self.places_before.get(site, ())
+                }
+                yield {"sites": list(pair), "hosts": {name: hosts[name] for name in sorted(hosts)}}
 
     def with_failed(self, state: State) -> State:
         failed = {

@@ -151,6 +151,7 @@ def test_the_matrix_says_what_was_chosen_and_what_comes(chosen: Plan) -> None:
         "cloud and onprem: path native (auto: native was proven, and each run of isthmus.mesh.site proves it again), "
         "encryption none, MTU 1500"
     )
+    assert "UDP 8472 on every host of cloud and onprem" in between, "it may have to come back to the tunnel"
     assert inside.startswith(
         "within onprem: path tunnel (VXLAN) (auto: c1 did not reach o2 natively; tried again when the two have other "
         "hosts, or by isthmus.mesh.site with -e isthmus_try_native=true), encryption none, MTU 1450"
