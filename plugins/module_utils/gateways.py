@@ -79,7 +79,8 @@ class Gateway:
             else:
                 self.module.fail_json(
                     msg=f"{path} has nothing to be made from: the certificate of this gateway, or the authority of the "
-                    "other one, is not there. Next: run isthmus.mesh.site without --tags, which makes them"
+                    "other one, is not there. Next: run isthmus.mesh.site without --tags, which makes them; once more "
+                    "after the first run of new clusters, which makes their authorities known"
                 )
         for kind in KINDS:
             for path in ours(kind):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,30 @@ except OSError as error:
 """
 
 
+_STREAM = """
+import select, socket, struct, sys, time
+sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+sock.setblocking(False)
+sent, answered = 0, set()
+def hear(until):
+    while (rest := until - time.monotonic()) > 0:
+        if select.select([sock], [], [], rest)[0]:
+            packet = sock.recv(9000)
+            kind, identifier, number = packet[20], *struct.unpack("!HH", packet[24:28])
+            if (kind, identifier) == (0, 9):
+                answered.add(number)
+print("begun", flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    body = struct.pack("!BBHHH", 8, 0, 0, 9, sent)
+    total = sum(struct.unpack("!4H", body))
+    sock.sendto(body[:2] + struct.pack("!H", ~total & 0xFFFF) + body[4:], (sys.argv[1], 0))
+    sent += 1
+    hear(time.monotonic() + 0.005)
+hear(time.monotonic() + 2)
+print(sent, sent - len(answered))
+"""
+
+
 @dataclass
 class Machine:
     """Namespaces of a network, of mounts, and a `/etc` of its own."""
@@ -84,6 +109,20 @@ class Machine:
         """Empty when it was answered."""
         done = self.run(sys.executable, "-c", _ECHO, ADDRESSES[target], str(size), PAYLOAD, check=False)
         return "" if done.returncode == 0 else done.stderr.strip() or "no answer"
+
+    @contextlib.contextmanager
+    def stream(self, target: str) -> Iterator[list[int]]:
+        """Up to 200 packets a second all the while; how many were sent, and how many of them had no answer."""
+        words = self.words(sys.executable, "-c", _STREAM, ADDRESSES[target])
+        counted: list[int] = []
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            try:
+                yield counted
+            finally:
+                out, _err = process.communicate("end\n", timeout=30)
+            counted += map(int, out.split())
 
     def apply(self, spec: dict[str, Any], check: bool = False, **options: Any) -> dict[str, Any]:
         self.spec = spec
@@ -169,6 +208,11 @@ class Net:
             self[name].run("ip", "route", "replace", far, "via", via, "mtu", "1400")
 
 
+def packets(file: Path, what: str) -> int:
+    done = subprocess.run(["tcpdump", "-n", "-r", str(file), what], capture_output=True, text=True, check=True)
+    return len(done.stdout.splitlines())
+
+
 def in_clear(file: Path) -> int:
     """How many packets had a payload of ours that could be read."""
     return file.read_bytes().count(PAYLOAD.encode())
@@ -207,13 +251,16 @@ def net(tmp_path: Path) -> Iterator[Net]:
         yield Net(made, router, tmp_path)
 
 
-def certificates(net: Net, found: Plan) -> None:
-    """Keys and certificates of the two gateways, each of its own cluster's authority, in their places."""
+def authority(cluster: str, now: datetime) -> pki.Authority:
+    key, certificate = pki.new_authority(cluster, now)
+    return pki.Authority(cluster, key, certificate, cluster, now)
+
+
+def certificates(net: Net, found: Plan, stranger: str = "") -> None:
+    """Keys and certificates of the two gateways, each of its own cluster's authority, in their places; that of
+    `stranger` is of an authority of the same name that the other one does not know."""
     now = datetime.now(timezone.utc)
-    authorities = {}
-    for cluster in ("onprem", "cloud"):
-        key, certificate = pki.new_authority(cluster, now)
-        authorities[cluster] = pki.Authority(cluster, key, certificate, cluster, now)
+    authorities = {cluster: authority(cluster, now) for cluster in ("onprem", "cloud")}
     for name in ("o1", "c1"):
         (entry,) = [one for one in found.specs[name]["pki"]["certificates"] if one["name"] == "ipsec"]
         place = net[name].place / "upper" / "isthmus" / "pki"
@@ -221,9 +268,10 @@ def certificates(net: Net, found: Plan) -> None:
         key = pki.new_key()
         request = pki.new_request(key, wanted.cn, "a test's key")
         (place / "ipsec.key").write_bytes(key)
-        (place / "ipsec.crt").write_text(authorities[wanted.ca_cluster].sign(wanted, request, now))
-        for cluster, authority in authorities.items():
-            (place / "trust" / f"{cluster}.crt").write_text(authority.pem)
+        signs = authority(wanted.ca_cluster, now) if name == stranger else authorities[wanted.ca_cluster]
+        (place / "ipsec.crt").write_text(signs.sign(wanted, request, now))
+        for cluster, known in authorities.items():
+            (place / "trust" / f"{cluster}.crt").write_text(known.pem)
 
 
 def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
@@ -339,6 +387,62 @@ def said(one: Machine, words: str) -> bool:
         return words in strongswan.why(one.run("journalctl").stdout)
 
     return bool(wait_for(found, words, 20))
+
+
+def test_new_keys_and_certificates_cost_no_packet(net: Net) -> None:
+    """What strongSwan does by itself every hour, every 4 hours and every day, and a certificate that is renewed."""
+    found = with_pair()
+    certificates(net, found)
+    net.apply(found)
+    wait_for(lambda: established(net), "the tunnel", 15)
+    net.lead("o2", "c2")
+    names = {"o1": "isthmus-cloud", "c1": "isthmus-onprem"}
+
+    def numbers(host: str) -> list[str]:
+        """Those of the connection and of its child, when there is one of each."""
+        return re.findall(r"^ *\S+: #(\d+), ", net[host].run("swanctl", "--list-sas").stdout, re.MULTILINE)
+
+    with net.capture() as wire, net["o2"].stream("c2") as counted:
+        for host, words, which in (
+            ("o1", ("--child", "net"), 1),
+            ("c1", ("--child", "net"), 1),
+            ("o1", ("--ike", names["o1"]), 0),
+            ("c1", ("--ike", names["c1"]), 0),
+            ("c1", ("--ike", names["c1"], "--reauth"), 0),
+        ):
+            before = numbers(host)
+            assert len(before) == 2, before
+            net[host].run("swanctl", "--rekey", *words)
+
+            def renewed(host: str = host, before: list[str] = before, which: int = which) -> bool:
+                now = numbers(host)
+                return len(now) == 2 and now[which] != before[which]
+
+            wait_for(renewed, f"{host}: {words}", 15)
+        certificates(net, found)
+        for host in names:
+            assert net[host].apply(net[host].spec)["changed"]
+        before = numbers("c1")
+        net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
+        wait_for(lambda: len(numbers("c1")) == 2 and numbers("c1")[0] != before[0], "with new certificates", 15)
+    sent, lost = counted
+    assert sent > 200
+    assert lost == 0, f"{lost} of {sent} packets"
+    assert packets(wire, "icmp") == 0, "in clear"
+
+
+def test_a_certificate_of_an_authority_that_is_not_known_gets_words(net: Net) -> None:
+    found = with_pair()
+    certificates(net, found, stranger="c1")
+    net.apply(found)
+    net.lead("o2", "c2")
+    assert said(net["c1"], "authentication failed")
+    assert not net["o1"].tunnel()
+    assert net["o2"].echo("c2") != "", "nothing passes beside a tunnel that is not there"
+    certificates(net, found)
+    net.apply(found)
+    wait_for(lambda: established(net), "the tunnel, when the certificate is the right one", 30)
+    assert net["o2"].echo("c2") == ""
 
 
 def test_a_changed_pair_is_made_anew_and_others_stay(net: Net) -> None:

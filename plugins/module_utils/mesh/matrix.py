@@ -55,14 +55,11 @@ def rows(
     for one in pairs(sizes):
         if one[0] == one[1] and sizes[one[0]] == 1:
             continue
-        now, *following = ways.get(one, (None, Stage.PLAIN))
-        stages = [stage for stage in (now, *following) if stage is not None]
-        native_now, *native_following = native_ways.get(one, (None, Stage.PLAIN))
-        native = [stage for stage in (native_now, *native_following) if stage is not None]
+        now, following, stages = _taken(ways, one)
+        native_now, native_following, native = _taken(native_ways, one)
+        ipsec_now, ipsec_following, gateways = _taken(ipsec_ways, one)
         tried, words = chosen.get(one, (False, None))
         needed = [*native, Stage.PLAIN] if words else native  # the tunnel, to come back to
-        ipsec_now, *ipsec_following = ipsec_ways.get(one, (None, Stage.PLAIN))
-        gateways = [stage for stage in (ipsec_now, *ipsec_following) if stage is not None]
         encrypted = "wireguard" if following[-1] is Stage.DEMANDS else "none"
         yield {
             "sites": list(one),
@@ -87,6 +84,12 @@ def rows(
                 )
             ],
         }
+
+
+def _taken(ways: Ways, pair: Pair) -> tuple[Stage | None, list[Stage], list[Stage]]:
+    """Where a pair is, what follows, and all stages at which it is meanwhile."""
+    now, *following = ways.get(pair, (None, Stage.PLAIN))
+    return now, following, [stage for stage in (now, *following) if stage is not None]
 
 
 def _of_gateways(pair: Pair, ipsec: Ipsec) -> Iterator[Opening]:
