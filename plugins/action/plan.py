@@ -7,13 +7,15 @@ the whole inventory, never from the hosts of the play, and adds the clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, ipsec, matrix, vpc
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.auto import Verdict
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Pair, pair
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
     Forget,
@@ -22,7 +24,13 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
     refuse_foreign_services,
     refuse_other_version,
 )
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import Record, RecordError, merge
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import (
+    Record,
+    RecordError,
+    format_time,
+    merge,
+    parse_time,
+)
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import SerialError, serial_of, split
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.inventory import InventoryError, collect, plain, refuse_slice
@@ -46,6 +54,9 @@ class ActionModule(ActionBase):
                 "clean": {"type": "list", "elements": "str", "default": []},
                 "lists": {"type": "dict", "default": {}},
                 "exposed": {"type": "dict", "default": {}},
+                "try_native": {"type": "bool", "default": False},
+                "basis": {"type": "dict"},
+                "proofs": {"type": "list", "elements": "dict", "default": []},
                 "version": {"type": "str"},
                 "serial": {"type": "raw"},
                 "by": {"type": "str"},
@@ -54,6 +65,8 @@ class ActionModule(ActionBase):
         variables = task_vars or {}
         try:
             refuse_slice(variables)
+            basis = plain(options["basis"] or _basis(options, variables), "basis")
+            options.update(basis)
             serial = serial_of(plain(options["serial"], "serial"))
             version = collection_version()
             records = plain(options["records"], "records")
@@ -64,9 +77,9 @@ class ActionModule(ActionBase):
             found = plan(
                 model,
                 record,
-                datetime.now(timezone.utc),
+                parse_time(basis["now"]),
                 version,
-                options["by"] or operator(variables),
+                options["by"],
                 [str(name) for name in options["prune"]],
                 Forget(
                     [str(name) for name in options["forget"]],
@@ -75,6 +88,8 @@ class ActionModule(ActionBase):
                 ),
                 options["rotate"],
                 plain(options["exposed"], "exposed"),
+                options["try_native"],
+                _proofs(plain(options["proofs"], "proofs")),
             )
             refuse_foreign_services(
                 found.services,
@@ -126,11 +141,15 @@ class ActionModule(ActionBase):
                     "specs": dict(step.specs),
                     "record": dict(step.record),
                     "waits": list(step.waits),
-                    "proven": step.proven,
+                    "proven": list(step.proven),
                 }
                 for step in found.steps
             ],
             in_cluster={name: dict(entry) for name, entry in found.in_cluster.items()},
+            trials=[[dict(trial) for trial in each] for each in found.trials],
+            told=list(found.told),
+            basis=basis,
+            proofs=plain(options["proofs"], "proofs"),
             serial=serial,
             clusters={"new": new, "answering": answering},
             batches=split(found.specs, hosts, new, answering, serial).words() + _inside(found, hosts),
@@ -143,6 +162,19 @@ class ActionModule(ActionBase):
             },
         )
         return result
+
+
+def _basis(options: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan is made from besides the inventory and proofs."""
+    given = {name: value for name, value in options.items() if name not in ("basis", "proofs")}
+    return {**given, "by": options["by"] or operator(variables), "now": format_time(datetime.now(timezone.utc))}
+
+
+def _proofs(given: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[Pair, Verdict]]:
+    return [
+        {pair(*name.split(" ")): Verdict(one["works"], tuple(one["hosts"]), one["why"]) for name, one in each.items()}
+        for each in given
+    ]
 
 
 def _inside(found: Plan, hosts: Sequence[str]) -> list[str]:

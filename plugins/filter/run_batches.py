@@ -15,7 +15,7 @@ description:
   - Cuts the hosts that were looked at and answered into batches, for C(hosts) and C(serial) of the plays of site.
   - Where nothing was planned, or a package could not be installed on a host, nothing is to be changed.
   - While encryption or native routing is turned on or off a plan has several steps. One begins when all hosts that it
-    waits for have done the one before, as members of the group C(__site_done_NUMBER), and, where it asks for that, have
+    waits for have done the one before, as members of the group C(__site_done_NUMBER), those that it asks for that have
     proven that they reach each other the new way (C(__site_proven_NUMBER)), and no host failed.
 options:
   _input:
@@ -39,7 +39,8 @@ RETURN = r"""
 _value:
   description:
     - C(together) and C(one_by_one), patterns of hosts, the latter in the order of the batches, and C(serial), how many
-      of them are in each; C(proving), a pattern of the hosts that have to prove something before the step.
+      of them are in each; C(proving), a pattern of the hosts that have to prove something before the step, and
+      C(replanned), of all hosts, where the step depends on it.
     - C(in_cluster), hosts that stand for clusters whose control plane is in them, and C(readers), hosts that read the
       etcd of such a cluster; C(formed), whether the authority of one is new in this run, so that all hosts are readers
       of the record, which has it.
@@ -47,7 +48,7 @@ _value:
   type: dict
 """
 
-from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import Batches, split
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import Batches, newest_plan, split
 
 _NOBODY = ["!all"]
 
@@ -56,11 +57,12 @@ def run_batches(members, step=0):
     """The patterns; see above."""
     looked_at = [variables for variables in members if "__plan_result" in variables]
     found, inside, readers, formed = Batches([], []), [], [], False
-    proving = []
+    proving, replanned = [], []
     if looked_at and not any(_is(one, "__preflight_installed", "failed") for one in looked_at):
-        plan = looked_at[0]["__plan_result"]
+        plan = newest_plan(looked_at)
         if step:
-            proving, begins = _begins(members, plan, step)
+            proving, trying, begins = _begins(members, plan, step)
+            replanned = [str(one["inventory_hostname"]) for one in looked_at] if trying else []
             looked_at = looked_at if begins else []
         hosts = [
             str(one["inventory_hostname"]) for one in looked_at if not _is(one, "__preflight_result", "unreachable")
@@ -79,6 +81,7 @@ def run_batches(members, step=0):
         "one_by_one": [name for batch in found.batches for name in batch] or _NOBODY,
         "serial": [len(batch) for batch in found.batches],
         "proving": proving or _NOBODY,
+        "replanned": replanned or _NOBODY,
         "in_cluster": inside or _NOBODY,
         "readers": readers or _NOBODY,
         "formed": formed,
@@ -92,20 +95,22 @@ def _formed(members, record):
 
 
 def _begins(members, plan, step):
-    """The hosts that have to prove something before a step, and whether it may begin."""
-    if len(plan["steps"]) < step:
-        return [], False
+    """The hosts that have to prove something before a step, whether the proof decides what the step is, and whether it
+    may begin."""
     groups = {str(one["inventory_hostname"]): one["group_names"] for one in members}
-    wanted = plan["steps"][step - 1]
-    waits = wanted["waits"]
+    if any("__site_failed" in names for names in groups.values()):
+        return [], False, False
 
-    def all_in(group):
-        return all(group in groups.get(name, ()) for name in waits)
+    def among(group, names):
+        return [name for name in names if group in groups.get(name, ())]
 
-    failed = any("__site_failed" in names for names in groups.values())
-    if failed or not all_in(f"__site_done_{step - 1}"):
-        return [], False
-    return (waits, all_in(f"__site_proven_{step}")) if wanted["proven"] else ([], True)
+    done = f"__site_done_{step - 1}"
+    tried = among(done, {name for trial in plan["trials"][step] for name in trial["hosts"]})
+    wanted = plan["steps"][step - 1] if len(plan["steps"]) >= step else None
+    ready = wanted is not None and len(among(done, wanted["waits"])) == len(wanted["waits"])
+    proving = wanted["proven"] if ready else []
+    begins = ready and len(among(f"__site_proven_{step}", proving)) == len(proving)
+    return sorted({*proving, *tried}), bool(tried), begins
 
 
 def _is(variables, name, word):

@@ -61,6 +61,8 @@ _value:
   type: dict
 """
 
+from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import newest_plan
+
 _READS = ("__plan_first", "__plan_others")
 _WRITES = ("__services_result", "__services_others")
 # What the steps of a host register, in their order.
@@ -153,8 +155,7 @@ def _locks(members, clusters):
 
 def _owed(hosts):
     """A line for each authority that has still to revoke what removed etcd hosts hold."""
-    plan = next((variables["__plan_result"] for variables in hosts.values() if "__plan_result" in variables), {})
-    for one in plan.get("revocations", []):
+    for one in (newest_plan(hosts.values()) or {}).get("revocations", []):
         if one["departed"]:
             answer = hosts.get(one["ca_host"], {}).get("__site_revoked", {"msg": "it is not in this run"})
             why = str(answer.get("msg") or "no answer").rstrip(". \n")
@@ -166,7 +167,7 @@ def _owed(hosts):
 
 def _steps(hosts):
     """A line when encryption, its keys or native routing are changed and the run could not take all of the steps."""
-    steps = next((one["__plan_result"]["steps"] for one in hosts.values() if "__plan_result" in one), [])
+    steps = (newest_plan(hosts.values()) or {"steps": []})["steps"]
 
     def without(names, group):
         return {name for name in names if group not in hosts.get(name, {}).get("group_names", ())}
@@ -174,7 +175,7 @@ def _steps(hosts):
     for number, step in enumerate(steps, 1):
         lacking = without(step["waits"], f"__site_done_{number - 1}")
         why = f"{_names(lacking)} did not do the one before" if lacking else ""
-        if not why and step["proven"] and (lacking := without(step["waits"], f"__site_proven_{number}")):
+        if not why and (lacking := without(step["proven"], f"__site_proven_{number}")):
             answers = (hosts[name].get("__site_proof", {}).get("msg") for name in sorted(lacking) if name in hosts)
             told = next((str(answer).strip().rstrip(".") for answer in answers if answer), "no answer")
             why = f"{_names(lacking)} did not prove that they reach the others the new way: {told}"

@@ -74,6 +74,23 @@ options:
         M(isthmus.mesh.kubernetes_install) found it.
     type: dict
     default: {}
+  try_native:
+    description: Whether pairs of sites with C(routing=auto) that came back to the tunnel are tried again.
+    type: bool
+    default: false
+  proofs:
+    description:
+      - The proofs of the run so far of which way packets can go between sites with C(routing=auto), as the filter
+        P(isthmus.mesh.run_proofs#filter) gives them; the first was made before anything was changed, each of the others
+        after one more step.
+    type: list
+    elements: dict
+    default: []
+  basis:
+    description:
+      - RV(basis) of the first plan of the run, of which this one is made too, but for O(proofs). It counts for all
+        other options.
+    type: dict
   version:
     description:
       - The version of this collection that is wanted. Another one is refused.
@@ -165,6 +182,8 @@ sites:
       C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the underlay has 1500, and the ports
       that must be C(open), each with C(protocol), C(port) (none where it is all of the protocol), and in words C(on)
       whom and C(from) whom.
+    - C(auto) says in words what a pair with C(routing=auto) does, and is null of others. While it has still to try
+      native packets its C(routing) is V(auto).
     - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
       or off, C(routing_now) and C(routing_steps) the same of native routing.
   returned: success
@@ -245,8 +264,30 @@ bgp:
 steps:
   description:
     - What follows RV(specs) and RV(record) while encryption or native routing is turned on or off or keys are replaced,
-      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and whether
-      they must have proven that they reach each other the new way (C(proven)).
+      each with its own C(specs) and C(record), the hosts that must have done the step before (C(waits)), and those that
+      must have proven that they reach the others the new way (C(proven)).
+  returned: success
+  type: list
+  elements: dict
+trials:
+  description:
+    - What is proven in the run, a list for before its first step, one for after it, and so on. Each has dictionaries
+      with two C(sites) and all C(hosts) of the two that have to prove that they reach each other natively, by name
+      with C(cluster), C(site) and C(mesh4).
+  returned: success
+  type: list
+  elements: list
+told:
+  description: What became of pairs of sites with C(routing=auto) by O(proofs), a line each.
+  returned: success
+  type: list
+  elements: str
+basis:
+  description: All that the plan was made of besides the inventory and O(proofs).
+  returned: success
+  type: dict
+proofs:
+  description: O(proofs).
   returned: success
   type: list
   elements: dict

@@ -38,6 +38,7 @@ options:
   hosts:
     description:
       - Hosts that packets must reach; those that the run could not reach are left out.
+      - With O(scope=step) those of sites with C(routing=auto) of which it is asked whether they are reached natively.
     type: list
     elements: dict
     required: true
@@ -115,6 +116,15 @@ problems:
   returned: always
   type: list
   elements: str
+unreached:
+  description:
+    - With O(scope=step) those of O(hosts) that are not reached natively, the first of each C(site), with C(cluster),
+      C(name), and C(why). They are no RV(problems). C(sure) is false where nothing is known, since the tunnel does not
+      lead there either.
+    - Null when it could not be found out.
+  returned: always
+  type: list
+  elements: dict
 warnings_of_agent:
   description: What the agent reports that is no contradiction to the inventory.
   returned: always
@@ -135,6 +145,7 @@ import contextlib
 import datetime
 import functools
 import ipaddress
+import itertools
 import json
 import os
 import pathlib
@@ -188,6 +199,7 @@ class Verifier:
         self.reached = {host["cluster"] for host in module.params["hosts"]}
         self.problems = []
         self.warnings = []
+        self.unreached = None
         self.proofs = collections.Counter()
 
     def check(self, kind, good, problem):
@@ -754,12 +766,14 @@ class Verifier:
 
     def check_native(self):
         """Each host that is to be reached natively is, and the way carries what the underlays on both sides do."""
+        source = self.spec["node"]["mesh4"]
         nodes = {(one["cluster"], one["name"]): one for one in self.ask()["nodes"]}
         reached = {(host["cluster"], host["name"]): host["mesh4"] for host in self.hosts}
-        for key, site in sorted(self.sites().items()):
+        sites = {key: site for key, site in sorted(self.sites().items()) if key in reached}
+        sites = {key: site for key, site in sites.items() if openings.native(self.spec, site) is not Stage.PLAIN}
+        silent = self.silent(source, {key: [reached[key]] for key in sites})
+        for key, site in sites.items():
             stage = openings.native(self.spec, site)
-            if stage is Stage.PLAIN or key not in reached:
-                continue
             name = f"{key[1]} of cluster {key[0]} (site {site})"
             found = nodes.get(key, {}).get("routing") or {"way": "not known", "stage": Stage.PLAIN.word, "mtu": 0}
             turned = f"it is being turned on or off ({stage.word})" if stage.word in CHANGING else "it should be"
@@ -769,7 +783,14 @@ class Verifier:
                 f"packets to {name} do not go natively as the inventory says: {turned}, and the way is {found['way']} "
                 f"({found['stage']}); {SITE}, and see `isthmus status` on both hosts",
             ):
-                carried = packets.path_mtu(self.spec["node"]["mesh4"], reached[key])
+                self.check(
+                    "routing",
+                    key not in silent,
+                    f"{name} is not reached natively: {silent.get(key)}. The network between the hosts must route the "
+                    "ranges of workloads (`routers` of the plan has the routes), and let packets between them through; "
+                    "where routing is auto, isthmus.mesh.site leads packets back into the tunnel",
+                )
+                carried = packets.path_mtu(source, reached[key])
                 self.check(
                     "routing",
                     carried >= found["mtu"],
@@ -778,7 +799,8 @@ class Verifier:
                 )
 
     def check_native_way(self):
-        """A packet of full size that goes natively, to each host of the sites with which that is being turned on."""
+        """A packet of full size that goes natively, to each host of the sites with which that is being turned on, or is
+        asked for."""
         with open(NODE, encoding="utf-8") as file:
             installed = json.load(file)
         source = installed["node"]["mesh4"]
@@ -787,15 +809,24 @@ class Verifier:
             for cluster, document in openings.documents_of(self.record).items()
             for name, entry in document["hosts"].items()
         }
+        tried = {(host["cluster"], host["name"]) for host in self.hosts}
         expected = {
             key: site
             for key, site in sorted(self.sites().items())
-            if openings.native(installed, site) in (Stage.ACCEPTS, Stage.SENDS)
+            if openings.native(installed, site) in (Stage.ACCEPTS, Stage.SENDS) or key in tried
         }
+        unreached = []
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-            asked = {key: pool.submit(self.reach_natively, source, places[key]) for key in expected}
+            asked = {
+                key: pool.submit(self.try_natively, openings.native(installed, site), source, places[key])
+                for key, site in expected.items()
+            }
             for (cluster, name), site in expected.items():
-                words = asked[cluster, name].result()
+                words, sure = asked[cluster, name].result()
+                if (cluster, name) in tried:
+                    found = {"cluster": cluster, "name": name, "site": site, "why": words, "sure": sure}
+                    unreached += [found] if words else []
+                    continue
                 self.check(
                     "routing",
                     not words,
@@ -803,6 +834,17 @@ class Verifier:
                     "the hosts must route the ranges of workloads (`routers` of the plan has the routes), and let "
                     "packets between them through",
                 )
+        # One of each site tells enough, and rather one that tells something.
+        unreached.sort(key=lambda one: (one["site"], not one["sure"]))
+        self.unreached = [next(of_site) for _site, of_site in itertools.groupby(unreached, lambda one: one["site"])]
+
+    def try_natively(self, stage, source, target):
+        """Why a host is not reached natively, empty when it is, and whether that is sure: while packets go through the
+        tunnel it is known that something else than the host or the line to it is why."""
+        if stage is Stage.PLAIN:
+            return "packets to it are not led natively yet", False
+        words = self.reach_natively(source, target)
+        return words, not words or stage is not Stage.ACCEPTS or not self.echoed(source, [target])
 
     def reach_natively(self, source, target):
         try:
@@ -962,16 +1004,18 @@ def main():
         supports_check_mode=True,
     )
     if bundle_module(module, "isthmus_agent") is None:
-        module.exit_json(changed=False, problems=[], warnings_of_agent=["no bundle yet, nothing to verify"], proofs={})
+        words = ["no bundle yet, nothing to verify"]
+        module.exit_json(changed=False, problems=[], unreached=None, warnings_of_agent=words, proofs={})
     deadline = time.monotonic() + module.params["wait"]
     while True:
         verifier = Verifier(module)
         verifier.run()
-        if not verifier.problems or time.monotonic() > deadline:
+        if not (verifier.problems or verifier.unreached) or time.monotonic() > deadline:
             break
         time.sleep(PAUSE)
     facts = {
         "problems": verifier.problems,
+        "unreached": verifier.unreached,
         "warnings_of_agent": verifier.warnings,
         "proofs": dict(verifier.proofs),
     }

@@ -6,11 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 DEFAULT = (1, "20%", "100%")
 _NAMES = 20
+
+
+def newest_plan(members: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of variables of hosts the plan that the run goes by: it plans again after each proof, and a host that fell silent
+    keeps an older one. None where nothing was planned."""
+    plans = [variables["__plan_result"] for variables in members if "__plan_result" in variables]
+    return max(plans, key=lambda plan: len(plan.get("proofs", ())), default=None)
 
 
 class SerialError(Exception):

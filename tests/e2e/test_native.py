@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Native routing of the running estate, inside a site and between two over a router with static routes: on, off, and a
-router that lacks a route. What is on the wire is looked at in the router's namespace."""
+"""Native routing of the running estate, inside a site and between two over a router with static routes: on, off, a
+router that lacks a route, and pairs of sites that find out by themselves. What is on the wire is looked at in the
+router's namespace."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +88,51 @@ def test_native_goes_on_and_off_and_nobody_notices(
             play("site", *AT_ONCE, seconds=1800)
         play("verify")
         assert set(ways(estate, ONPREM_CLIENT).values()) == {"tunnel"}
+    finally:
+        play("site", *AT_ONCE, seconds=1800)
+    estate.converged()
+
+
+def auto(estate: dict[str, Any], _: Any) -> None:
+    """Two pairs: with routes of the router, and without."""
+    for pair in estate["site_pairs"]:
+        if "cloud" in pair["sites"]:
+            pair["routing"] = "auto"
+
+
+def test_pairs_find_out_which_way_works_and_nobody_notices(
+    estate: Estate, tmp_path: Path, routes: list[tuple[str, str]]
+) -> None:
+    """The router has routes to the ranges of onprem and cloud, and none to that of edge."""
+    estate.converged()
+    wanted = variant(tmp_path / "wanted", auto)
+    shown = " ".join(play("plan", inventory=wanted).output.split())
+    assert "(auto: the next run of isthmus.mesh.site tries native)" in shown
+    for network, address in routes:
+        router("add", network, "via", address)
+    try:
+        with estate.unnoticed(estate.onprem):
+            run = play("site", *AT_ONCE, inventory=wanted, seconds=1800)
+        told = " ".join(run.output.split())
+        assert "cloud and onprem: native (routing: auto), as every host has proven" in told
+        assert re.search(r"cloud and edge: tunnel \(routing: auto\), as [\w-]+ does not reach [\w-]+ natively", told)
+        there = ways(estate, "cloud-1")
+        assert {there[host] for host in there if host.startswith("onprem")} == {"native"}
+        assert (there["edge-1"], ways(estate, "edge-1")["cloud-1"]) == ("tunnel", "tunnel")
+        assert play("site", inventory=wanted).changed == {}
+        play("verify", inventory=wanted)
+        # A router forgets a range: verify names its host, and the next run of site does without.
+        network, address = routes[0]
+        router("del", network)
+        assert "is not reached natively" in play("verify", inventory=wanted, check=False).output
+        told = " ".join(play("site", *AT_ONCE, inventory=wanted, seconds=1800).output.split())
+        assert "cloud and onprem: tunnel (routing: auto), as" in told
+        assert set(ways(estate, "cloud-1").values()) == {"tunnel"}
+        play("verify", inventory=wanted)
+        router("add", network, "via", address)
+        assert play("site", inventory=wanted).changed == {}, "nobody asked for another try"
+        play("site", *AT_ONCE, "-e", "isthmus_try_native=true", inventory=wanted, seconds=1800)
+        assert ways(estate, "onprem-1")["cloud-1"] == "native"
     finally:
         play("site", *AT_ONCE, seconds=1800)
     estate.converged()

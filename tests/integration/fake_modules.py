@@ -23,7 +23,10 @@ OPTIONS = (
 )
 
 
-TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed", "secrets")
+TOLD = (
+    *("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed", "secrets"),
+    "hosts",
+)
 """Options that are written down with a call."""
 
 
@@ -59,6 +62,18 @@ def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
     if changed and not module.check_mode:
         path.write_text(json.dumps(given["spec"]))
     return {"changed": changed, "standing": {"services": ["shop/web"]}}
+
+
+def unreached(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whom the host is asked for and does not reach natively: "FROM TO" in the file `cut`, "FROM TO unsure" when it
+    does not through the tunnel either. Sites are named as clusters."""
+    lines = (PLACE / "cut").read_text().splitlines() if (PLACE / "cut").exists() else []
+    cut = {to: rest for start, to, *rest in map(str.split, lines) if start == HOST}
+    return [
+        {"cluster": one["cluster"], "name": one["name"], "site": one["cluster"], "why": "no answer", "sure": not rest}
+        for one in given["hosts"] or ()
+        if (rest := cut.get(one["name"])) is not None
+    ]
 
 
 def bgp(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +130,7 @@ def main() -> None:
     if (PLACE / "fail" / f"{NAME} {HOST} {given['scope']}").exists():
         module.fail_json(msg=f"{HOST} has no way", problems=["no way"])
     answers: dict[str, Any] = {
-        "verify": {"problems": []},
+        "verify": {"problems": [], "unreached": unreached(given)},
         "preflight": {"packages": ["dnsmasq"] if (PLACE / "fail" / f"packages {HOST}").exists() else []},
         "bundle": {"digest": "0"},
         "pki_request": {"pending": [], "former_member": False},

@@ -73,7 +73,7 @@ pins them.
 **How large.** What is recorded of one cluster must fit into one value of etcd; a plan that comes to more than 1.25 MiB
 is refused. That is about 4,000 hosts with one workload each.
 
-**Not yet.** What a later version will do is part of the schema already and refused by name: `routing: auto`,
+**Not yet.** What a later version will do is part of the schema already and refused by name:
 a second of `ipsec.gateways`, `inbound: false`, a part of the clusters as `peers`,
 a part of the services as `export`, IPv6 ranges and addresses. So are changes that a running estate cannot make: of
 `domain` and `overlay.port`, and of the ports, the addresses and the one site of a cluster's etcd members once that etcd

@@ -93,7 +93,7 @@ def check(
             f"isthmus_estate.sites.{site}.bgp",
             f"packets to the hosts of {site} go through the tunnel from everywhere",
             "nobody would send what routers learn here",
-            f"set routing: native or hybrid for {site}, or bgp.state: absent",
+            f"set routing: native, hybrid or auto for {site}, or bgp.state: absent",
         )
     here = [host for host in hosts if not host.absent]
     addresses = {address: host.name for host in here for address in host.addresses}

@@ -12,7 +12,7 @@ from typing import Any
 from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
 from .ipsec import GATEWAY, Ipsec
 from .openings import Documents, Opening, between, is_in_cluster, wireguard_ports
-from .routing import NATIVE, TUNNEL
+from .routing import AUTO, NATIVE, TUNNEL
 from .spec import IPSEC_OVERHEAD, IPSEC_PORTS, OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, through_gateways
 
 UNDERLAY_MTU = 1500
@@ -42,9 +42,10 @@ def rows(
     ipsec_ways: Ways,
     keys: Sequence[Keys],
     ipsec: Ipsec,
+    chosen: Mapping[Pair, tuple[bool, str]],
 ) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
-    Kubernetes knows, there may be."""
+    Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words."""
     sizes: dict[str, int] = {}
     for document in documents.values():
         for entry in document["hosts"].values():
@@ -57,10 +58,13 @@ def rows(
         now, following, stages = _taken(ways, one)
         native_now, native_following, native = _taken(native_ways, one)
         ipsec_now, ipsec_following, gateways = _taken(ipsec_ways, one)
+        tried, words = chosen.get(one, (False, None))
+        needed = [*native, Stage.PLAIN] if words else native  # the tunnel, to come back to
         encrypted = "wireguard" if following[-1] is Stage.DEMANDS else "none"
         yield {
             "sites": list(one),
-            "routing": NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
+            "routing": AUTO if tried else NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
+            "auto": words,
             "routing_now": None if native_now is None else native_now.word,
             "routing_steps": _words(native_now, native_following),
             "encryption": GATEWAY if ipsec_following[-1] is Stage.DEMANDS else encrypted,
@@ -76,7 +80,7 @@ def rows(
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
                 for each in (
                     *(_of_gateways(one, ipsec) if max(gateways) is not Stage.PLAIN else ()),
-                    *_carried(between(documents, one, overlay_port, stages, native, keys), min(gateways)),
+                    *_carried(between(documents, one, overlay_port, stages, needed, keys), min(gateways)),
                 )
             ],
         }
@@ -170,8 +174,10 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         changing = f" (now being turned {'on' if on else 'off'})" if row["steps"] or row["ipsec_steps"] else ""
         native = row["routing"] == NATIVE
         path = "native" if native else "tunnel (VXLAN)"
-        if row["routing_steps"]:
+        if row["routing_steps"] and row["routing"] != AUTO:
             path += f" (now being turned {'on' if native else 'off'})"
+        if row["auto"]:
+            path += f" (auto: {row['auto']})"
         opened = "; ".join(_opened(one) for one in row["open"])
         told.append(
             f"{name(row['sites'])}: path {path}, encryption {row['encryption']}{changing}, MTU {row['mtu']} "
@@ -226,6 +232,16 @@ _NATIVE_OFF = {
 }
 
 
+def _trial(row: Mapping[str, Any]) -> str:
+    """What a run does to a pair that is to try whether packets go natively."""
+    begun = f", which was begun before ({row['routing_now']})" if row["routing_now"] in CHANGING else ""
+    return (
+        f"native routing {_of(row)} is tried (auto){begun}, in steps of one run: (1) {_NATIVE_ON[Stage.ACCEPTS]}; "
+        f"(2) {_NATIVE_ON[Stage.SENDS]}; (3) {_NATIVE_ON[Stage.DEMANDS]}. When one does not reach another, packets "
+        "stay in the tunnel, and the run says why. Connections stay"
+    )
+
+
 def _rotation(keys: Sequence[Keys]) -> str:
     """What a run does to the keys of WireGuard; `keys` as `Plan.keys`."""
     now, *following = keys
@@ -256,12 +272,19 @@ def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[st
             words = _IPSEC_ON if on else _IPSEC_OFF
             now, steps = row["ipsec_now"], row["ipsec_steps"]
             told.append(_change("encryption by gateways", row, on, now, steps, words, shrinks=on))
-        if row["routing_steps"]:
+        if row["routing"] == AUTO:
+            told.append(_trial(row))
+        elif row["routing_steps"]:
             on = row["routing"] == NATIVE
             words = _NATIVE_ON if on else _NATIVE_OFF
             now, steps = row["routing_now"], row["routing_steps"]
             told.append(_change("native routing", row, on, now, steps, words, shrinks=not on))
     return told
+
+
+def _of(row: Mapping[str, Any]) -> str:
+    one, other = row["sites"]
+    return name((one, other)) if one == other else f"of {name((one, other))}"
 
 
 def _change(
@@ -276,10 +299,8 @@ def _change(
     stages = [STAGES[word] for word in following]
     begun = f", which was begun before ({now})" if now in CHANGING else ""
     steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
-    one, other = row["sites"]
-    where = name((one, other)) if one == other else f"of {name((one, other))}"
     told = (
-        f"{what} {where} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
+        f"{what} {_of(row)} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
         f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
     )
     if shrinks:

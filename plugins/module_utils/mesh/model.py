@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
+from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ from .encryption import pair as sorted_pair
 from .encryption import pairs as pairs_of
 from .ipsec import GATEWAY, Ipsec
 from .ipsec import read as read_ipsec
-from .routing import NATIVE, Routing
+from .routing import AUTO, NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
 from .vpc import Vpcs
 from .vpc import read as read_vpcs
@@ -996,9 +997,9 @@ class _Reader:
             everywhere = {site for _where, site in named} | known
             self.native(routing, encryption, everywhere, hosts)
             if len(speaking) == len(given):
-                native = {site for pair in pairs_of(everywhere) if routing.of(pair) == NATIVE for site in pair}
+                native = [pair for pair in pairs_of(everywhere) if routing.of(pair) in (NATIVE, AUTO)]
                 claims = [claim for cluster in clusters.values() for claim in cluster.claims]
-                check_bgp(speaking, native, hosts.values(), claims, self.problem)
+                check_bgp(speaking, chain(*native), hosts.values(), claims, self.problem)
         return encryption, routing, speaking
 
     def native(self, routing: Routing, encryption: Encryption, sites: set[str], hosts: Mapping[str, Host]) -> None:

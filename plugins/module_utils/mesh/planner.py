@@ -10,20 +10,20 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, Optional
+from typing import Any
 
-from . import encryption, ipsec, jsontext, matrix, openings, routing, spec, versions, vpc
+from . import auto, encryption, ipsec, jsontext, matrix, openings, routing, spec, versions, vpc
 from .address_plan import Space
 from .addressing import free_addresses, free_subnets, host_capacity
 from .bgp import Planned as Speaking
 from .bgp import planned as plan_bgp
 from .encryption import Keys, Pair, Stage
-from .model import Cluster, Encryption, Host, InCluster, Model, ModelError, Workload
+from .model import Cluster, Host, InCluster, Model, ModelError, Workload
 from .record import (
     CLUSTERS,
     LARGEST_DOCUMENT,
@@ -36,21 +36,18 @@ from .record import (
     parse_time,
 )
 from .removals import cuts
-from .routing import Routing
 from .schema import Problem, nearest
+from .stages import Stages, State, Ways, begun, changed, hosts_of, sites_of, state_of
 
 PKI = "/etc/isthmus/pki"
-
-Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
-"""Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One of several that a plan takes, as encryption or native routing of a pair of sites is turned on or off, or keys
     are replaced, in stages: `record` and `specs` as in `Plan`; `stages` of encryption and `native` ones are the pairs
-    that change. `waits` are hosts that must have the step before, by name; `proven`: they must also have proven that
-    they reach each other the new way."""
+    that change. `waits` are hosts that must have the step before, by name; those `proven` must also have proven that
+    they reach the others the new way."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -58,7 +55,7 @@ class Step:
     native: Mapping[Pair, Stage]
     ipsec: Mapping[Pair, Stage]
     waits: tuple[str, ...]
-    proven: bool
+    proven: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,9 @@ class Plan:
     follow `specs` and `record`. `stages` are those of encryption of each pair of sites where something is or was
     encrypted: what the record has (None: no traffic yet), and each that follows; `native` are those of native
     routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp`
-    what hosts and routers do (bgp.py)."""
+    what hosts and routers do (bgp.py). `trials` are those of pairs with `routing: auto` (auto.py) by the number of the
+    proof: `sites`, and `hosts` with `cluster`, `site` and `mesh4`; `told` is what the proofs of this run have decided,
+    in words."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -99,27 +98,8 @@ class Plan:
     routes: tuple[Mapping[str, Any], ...] = ()
     vpcs: vpc.Planned = field(default_factory=vpc.Planned)
     bgp: Speaking = field(default_factory=Speaking)
-
-
-@dataclass(frozen=True)
-class _State:
-    """Stages of encryption, of native routing and of the gateways' tunnels of each pair of sites, and the keys of
-    WireGuard."""
-
-    encryption: Mapping[Pair, Stage]
-    native: Mapping[Pair, Stage]
-    gateways: Mapping[Pair, Stage]
-    keys: Keys
-
-    @property
-    def staged(self) -> tuple[Mapping[Pair, Stage], ...]:
-        """In the order of `encryption.STAGED`."""
-        return self.encryption, self.native, self.gateways
-
-    def documents(self) -> dict[str, Any]:
-        """As the roster has them."""
-        found = {key: encryption.to_document(stages) for key, stages in zip(encryption.STAGED, self.staged)}
-        return _filled(**{**found, "encryption": encryption.to_document(self.encryption, self.keys)})
+    trials: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,16 +122,20 @@ def plan(
     forget: Forget = Forget(),
     rotate: bool = False,
     exposed: Mapping[str, Mapping[str, Any]] | None = None,
+    try_native: bool = False,
+    proofs: auto.Proofs = (),
 ) -> Plan:
     """Plan the whole estate.
 
     `now` (aware) is only used for quarantines and time stamps, `version` is that of the collection,
     `by` is who runs it. Hosts that were forgotten are planned as if the inventory did not have them. `rotate`: every
     host gets another key of WireGuard. `exposed`: of clusters whose control plane is in them, where their etcd was
-    found to be reachable now (`record`).
+    found to be reachable now (`record`). `try_native`: pairs with `routing: auto` that came back to the tunnel are
+    tried again. `proofs` are those of the run so far: a run plans again after each, from all that its first plan was
+    made from and with its `now`, so that what it has done is planned as it was.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}).run()
+    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}, try_native, proofs).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -239,9 +223,13 @@ class _Planner:
         forget: Forget,
         rotate: bool,
         exposed: Mapping[str, Mapping[str, Any]],
+        try_native: bool,
+        proofs: auto.Proofs,
     ) -> None:
         self.record = record
         self.exposed = exposed
+        self.try_native = try_native
+        self.proofs = proofs
         self.now = now
         self.version = version
         self.by = by
@@ -281,19 +269,18 @@ class _Planner:
                 document = self.stamped(entries, old)
             documents[name] = self.settled(document, CLUSTERS + name, old)
         present = {name: doc for name, doc in documents.items() if doc["state"] != "absent"}
-        ways = self.ways(present)
-        native = self.native_ways(present)
-        gateways = self.ipsec_ways(present)
-        each = (ways, native, gateways)
-        stages, native_stages, ipsec_stages = (
-            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in each
+        staged = Stages(
+            self.model, self.record.roster or {}, self.known, present, self.rotate, self.try_native, self.proofs
         )
-        self.check_in_cluster(present, *each)
-        key_ways = self.key_ways(stages)
-        states = _states(each, key_ways[1:])
-        vpcs = self.vpcs(present, _State(*map(_running, each), keys=key_ways[0]), states)
+        self.problems += staged.problems
+        self.warnings += staged.warnings
+        stages, native_stages, ipsec_stages = (
+            {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in staged.ways
+        )
+        self.check_in_cluster(present, *staged.ways)
+        vpcs = self.vpcs(present, staged.running, [*staged.possible, *staged.states])
         speaking = self.speaking(present)
-        roster = self.roster(documents, states[0], vpcs, speaking)
+        roster = self.roster(documents, staged.states[0], vpcs, speaking)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -332,18 +319,21 @@ class _Planner:
                     stages,
                     native_stages,
                     ipsec_stages,
-                    key_ways,
+                    staged.keys,
                     self.model.ipsec,
+                    staged.chosen,
                 )
             ),
-            steps=tuple(self.steps(following, present, states)),
+            steps=tuple(self.steps(following, present, staged.states)),
             stages=stages,
             native=native_stages,
             ipsec=ipsec_stages,
-            keys=key_ways,
+            keys=staged.keys,
             routes=tuple(matrix.routes(present, native_stages)),
             vpcs=vpcs,
             bgp=speaking,
+            trials=staged.trials,
+            told=tuple(auto.told(staged.courses, matrix.name)),
         )
 
     # BGP
@@ -374,7 +364,7 @@ class _Planner:
                 self.tell_of_vpcs(name, document["site"])
 
     def check_native_of(self, name: str, site: str, ways: Ways) -> None:
-        native = _begun(site, ways)
+        native = begun(site, ways)
         if native:
             self.problem(
                 f"isthmus_estate.clusters.{name}.site",
@@ -386,7 +376,7 @@ class _Planner:
             )
 
     def check_gateways_of(self, name: str, site: str, ways: Ways) -> None:
-        led = _begun(site, ways)
+        led = begun(site, ways)
         if led:
             self.problem(
                 f"isthmus_estate.clusters.{name}.site",
@@ -399,7 +389,7 @@ class _Planner:
             )
 
     def check_encryption_of(self, name: str, site: str, ways: Ways) -> None:
-        encrypted = _begun(site, ways)
+        encrypted = begun(site, ways)
         if not encrypted:
             return
         pairs = ", ".join(matrix.name(pair) for pair in encrypted)
@@ -431,9 +421,7 @@ class _Planner:
 
     # VPCs
 
-    def vpcs(
-        self, present: Mapping[str, Mapping[str, Any]], running: _State, following: Iterable[_State]
-    ) -> vpc.Planned:
+    def vpcs(self, present: Mapping[str, Mapping[str, Any]], running: State, following: Iterable[State]) -> vpc.Planned:
         old = (self.record.roster or {}).get("vpcs")
         if old is None and self.model.vpcs == vpc.Vpcs():
             return vpc.Planned()
@@ -451,112 +439,41 @@ class _Planner:
         hosts = {host: entry for host, entry in document["hosts"].items() if host not in self.forgotten}
         return {**document, "hosts": hosts, "etcd": {**document["etcd"], "members": members}}
 
-    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], state: _State) -> vpc.State:
+    def vpc_state(self, documents: Mapping[str, Mapping[str, Any]], state: State) -> vpc.State:
         homes = {host: doc for doc in documents.values() for host in doc["hosts"]}
         return vpc.State(documents, lambda host: _Spec(self.model, documents, host, homes[host], state).build())
 
-    # Encryption and native routing
-
-    def ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
-        """The stage of encryption of each pair of sites in the record, None where no traffic is yet, and those it goes
-        through from there. Nothing where nothing is encrypted and nothing was."""
-        wanted = self.model.encryption
-        return self.ways_of(
-            present,
-            "encryption",
-            None
-            if wanted == Encryption()
-            else lambda pair: Stage.DEMANDS if wanted.of(pair) == "wireguard" else Stage.PLAIN,
-        )
-
-    def native_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
-        """The same of native routing."""
-        wanted = self.model.routing
-        return self.ways_of(present, "routing", None if wanted == Routing() else wanted.stage)
-
-    def ipsec_ways(self, present: Mapping[str, Mapping[str, Any]]) -> Ways:
-        """The same of the tunnels between gateways."""
-        wanted = self.model.ipsec
-        found = self.ways_of(present, "ipsec", wanted.stage if wanted.pairs else None)
-        for both, (now, _stages) in found.items():
-            for site, other in (both, both[::-1]):
-                if now and site not in wanted.sites and site in self.model.sites:
-                    self.problem(
-                        f"isthmus_estate.sites.{site}.ipsec",
-                        f"it is missing, and the tunnel between the gateways of {site} and {other} is there",
-                        "gateways and hosts are led back in steps, which need what they were made from",
-                        "put it back, and take it out after a run of site without encryption: ipsec-gateway for the "
-                        "pair",
-                    )
-        return found
-
-    def ways_of(
-        self, present: Mapping[str, Mapping[str, Any]], key: str, wanted: Callable[[Pair], Stage] | None
-    ) -> Ways:
-        """`key` of the roster has what is; `wanted` None: PLAIN everywhere."""
-        old = (self.record.roster or {}).get(key)
-        if old is None and wanted is None:
-            return {}
-        here = _sites_of(self.known)
-        known = encryption.from_document(old, here)
-        found = {}
-        for pair in encryption.pairs({*_sites_of(present), *self.model.sites}):
-            now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else None
-            found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
-        return found
-
-    def key_ways(self, stages: Mapping[Pair, tuple[Stage | None, ...]]) -> tuple[Keys, ...]:
-        """Which keys the record has, and those that this run goes through from there. They stay as they are while
-        encryption of a pair is turned on or off."""
-        now = encryption.keys_of((self.record.roster or {}).get("encryption"))
-        if not any(each[-1] for each in stages.values()):
-            if self.rotate:
-                self.problem(
-                    "isthmus.mesh.rotate_wireguard_keys",
-                    "no pair of sites of the inventory is encrypted by WireGuard",
-                    "there are no keys to be replaced",
-                    "say `encryption: wireguard` in the inventory first, if that is meant",
-                )
-            return now, now
-        changing = any(now_of not in (None, following[-1]) for now_of, *following in stages.values())
-        if changing or all(now_of in (None, Stage.PLAIN) for now_of, *_following in stages.values()):
-            if self.rotate or (changing and now.has_both):
-                self.warnings.append(
-                    "the keys of WireGuard are not replaced by this run, which turns encryption on or off. Next: run "
-                    "isthmus.mesh.rotate_wireguard_keys when that is done"
-                )
-            return now, now
-        return now, *encryption.rotation(now, self.rotate)
+    # Steps
 
     def steps(
-        self, record: Record, present: Mapping[str, Mapping[str, Any]], states: Sequence[_State]
+        self, record: Record, present: Mapping[str, Mapping[str, Any]], states: Sequence[State]
     ) -> Iterator[Step]:
         """Those after the first, which `record` has. Where a pair changes in several respects, all take each step
         together: what is sent natively in clear is sent so only while the other side takes it, and from WireGuard to
         gateways, or back, packets are encrypted by the one or the other at each step."""
         for last, state in zip(states, states[1:]):
-            changed = [_changed(before, now) for before, now in zip(last.staged, state.staged)]
+            changing = [changed(before, now) for before, now in zip(last.staged, state.staged)]
             old = record.roster or {}
             roster = {**old, "revision": old["revision"] + 1, "when": format_time(self.now), "by": self.by}
-            for key in encryption.STAGED:
+            for key in (*encryption.STAGED, "auto"):
                 roster.pop(key, None)
             roster.update(state.documents())
             record = Record(roster, record.clusters)
-            replaced = [pair for pair, stage in state.encryption.items() if stage] if state.keys != last.keys else []
+            replaced = {pair for pair, stage in state.encryption.items() if stage} if state.keys != last.keys else set()
+            up = {pair for now, before in zip(changing, last.staged) for pair in now if now[pair] > before[pair]}
             yield Step(
                 specs=self.specs(present, roster),
                 record=record.to_documents(),
-                stages=changed[0],
-                native=changed[1],
-                ipsec=changed[2],
-                waits=tuple(_hosts_of(present, {*replaced, *(pair for stages in changed for pair in stages)})),
-                proven=bool(replaced)
-                or any(stages[pair] > before[pair] for stages, before in zip(changed, last.staged) for pair in stages),
+                stages=changing[0],
+                native=changing[1],
+                ipsec=changing[2],
+                waits=tuple(hosts_of(present, replaced.union(*changing))),
+                proven=tuple(hosts_of(present, replaced | up)),
             )
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        sites = {*_sites_of(present), *self.model.sites}
-        state = _state_of(roster, sites)
+        sites = {*sites_of(present), *self.model.sites}
+        state = state_of(roster, sites)
         return {
             host.name: _Spec(self.model, present, host.name, present[host.cluster], state).build()
             for host in self.model.hosts.values()
@@ -1510,7 +1427,7 @@ class _Planner:
         return {**document, "revision": old["revision"] + 1, "last_applied": applied}
 
     def roster(
-        self, documents: Mapping[str, Mapping[str, Any]], state: _State, vpcs: vpc.Planned, speaking: Speaking
+        self, documents: Mapping[str, Mapping[str, Any]], state: State, vpcs: vpc.Planned, speaking: Speaking
     ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
@@ -1579,11 +1496,6 @@ class _Planner:
         return found
 
 
-def _begun(site: str, ways: Ways) -> list[Pair]:
-    """Pairs of a site for which something else than PLAIN is, or is being turned on or off."""
-    return [pair for pair, (now, stages) in ways.items() if site in pair and any((now, *stages))]
-
-
 class _Spec:
     """The spec of one host, out of the next record: so that it knows orphans too."""
 
@@ -1593,7 +1505,7 @@ class _Spec:
         present: Mapping[str, Any],
         name: str,
         own: Mapping[str, Any],
-        state: _State,
+        state: State,
     ) -> None:
         self.model = model
         self.present = present
@@ -1641,7 +1553,7 @@ class _Spec:
     def wireguard(self) -> dict[str, Any] | None:
         """None where the host has no other to encrypt with."""
         mine = self.mine(self.state.encryption)
-        if not any(mine.get(site) for site in _sites_of(self.present)):
+        if not any(mine.get(site) for site in sites_of(self.present)):
             return None
         changing = {site: stage.word for site, stage in sorted(mine.items()) if stage.word in encryption.CHANGING}
         return {
@@ -1655,7 +1567,7 @@ class _Spec:
     def native(self) -> dict[str, Any] | None:
         """None where the tunnel leads from the host to all others."""
         mine = self.mine(self.state.native)
-        if not any(mine.get(site) for site in _sites_of(self.present)):
+        if not any(mine.get(site) for site in sites_of(self.present)):
             return None
         return {"sites": self.sites(), "stages": {site: stage.word for site, stage in sorted(mine.items()) if stage}}
 
@@ -1917,45 +1829,6 @@ def _filled(**entries: Any) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value}
 
 
-def _running(ways: Ways) -> dict[Pair, Stage]:
-    """Where each pair is that has traffic."""
-    return {pair: now for pair, (now, _stages) in ways.items() if now is not None}
-
-
-def _changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair, Stage]:
-    return {pair: stage for pair, stage in now.items() if stage is not last[pair]}
-
-
-def _states(ways: Iterable[Ways], keys: Sequence[Keys]) -> list[_State]:
-    """What is so after each step, `ways` in the order of `encryption.STAGED`. What has come to its end before the
-    others stands."""
-    each = list(ways)
-
-    def after(number: int, found: Ways) -> dict[Pair, Stage]:
-        return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
-
-    lengths = [len(stages) for found in each for _now, stages in found.values()]
-    return [
-        _State(*(after(number, found) for found in each), keys=keys[min(number, len(keys) - 1)])
-        for number in range(max([*lengths, len(keys)]))
-    ]
-
-
-def _state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> _State:
-    staged = (encryption.from_document(roster.get(key), sites) for key in encryption.STAGED)
-    return _State(*staged, keys=encryption.keys_of(roster.get("encryption")))
-
-
-def _sites_of(documents: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The sites that have hosts."""
-    return {entry["site"] for doc in documents.values() for entry in doc["hosts"].values()}
-
-
-def _hosts_of(documents: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]) -> list[str]:
-    sites = {site for pair in pairs for site in pair}
-    return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
-
-
 def _tunnel(number: int) -> dict[str, Any]:
     return {"key": f"{PKI}/{spec.WIREGUARD_KEYS[number]}", "port": spec.WIREGUARD_PORTS[number]}
 
@@ -2035,18 +1908,23 @@ def _lines(record: Record) -> dict[str, str]:
         for key, entry in sorted(roster["services"].items()):
             if entry["state"] != "absent":
                 found[f"service {key}"] = "in " + ", ".join(entry["clusters"])
-        sites = _sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
+        sites = sites_of({name: doc for name, doc in record.clusters.items() if "hosts" in doc})
         for key, words in zip(encryption.STAGED, (encryption.WORDS, routing.WORDS, ipsec.WORDS)):
             for (one, other), stage in encryption.from_document(roster.get(key), sites).items():
                 if stage is not Stage.PLAIN:
-                    name = f"within site {one}" if one == other else f"between sites {one} and {other}"
-                    found[f"{key} {name}"] = words[stage]
+                    found[f"{key} {_where(one, other)}"] = words[stage]
+        for name, (host, far) in roster.get("auto", {}).items():
+            found[f"native routing {_where(*name.split(' '))}"] = f"not chosen, {host} did not reach {far} so"
         keys = encryption.keys_of(roster.get("encryption"))
         if keys != Keys():
             found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
         found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
     return found
+
+
+def _where(one: str, other: str) -> str:
+    return f"within site {one}" if one == other else f"between sites {one} and {other}"
 
 
 def _summary(record: Record) -> str:

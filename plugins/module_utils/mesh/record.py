@@ -32,6 +32,10 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
                     "api_server": "https://198.18.1.11:6443", "identity_labels": ["!job-name"]},
      "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
 
+`encryption` and `routing` say the stage of each pair of sites, if any is not in the clear through the tunnel
+(encryption.py); `auto` of pairs that choose their way and came back to the tunnel the two hosts between which native
+packets did not come through: {"cloud onprem": ["cloud-1", "onprem-2"]}.
+
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that an old
 copy on a member that was away cannot bring it back. `released` addresses are not dealt again for 30 days.
 `forgotten` names hosts, also of a cluster that is absent, that were lost and take no part until they are
@@ -284,6 +288,9 @@ def _check(where: str, name: str, document: Any) -> int:
                 keys.integer("number", 1, default=None)
                 if keys.optional_text("stage") not in (None, *CHANGING):
                     keys.fail("stage", f"is not one of {', '.join(CHANGING)}")
+        for pair, hosts in fields.mapping("auto").items():
+            if len(pair.split(" ")) != 2 or not isinstance(hosts, list) or [type(host) for host in hosts] != [str, str]:
+                fields.fail("auto", "is not two hosts for two sites")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
         fields.texts("bgp")

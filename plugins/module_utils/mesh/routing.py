@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .encryption import Pair, Stage
 
-TUNNEL, NATIVE, HYBRID = "tunnel", "native", "hybrid"
+TUNNEL, NATIVE, HYBRID, AUTO = "tunnel", "native", "hybrid", "auto"
 
 WORDS = {
     Stage.PLAIN: "tunnel (VXLAN)",
@@ -35,18 +35,21 @@ class Routing:
         return self.sites.get(site, self.default)
 
     def of(self, pair: Pair) -> str | None:
-        """TUNNEL or NATIVE; None where one side wants the one and the other the other.
+        """TUNNEL, NATIVE, or AUTO, which is one of the two as hosts prove it (auto.py); None where one side wants
+        TUNNEL and the other NATIVE.
 
-        HYBRID is native among the hosts of a site and the tunnel to other sites, so that it goes with both."""
+        HYBRID is native among the hosts of a site and the tunnel to other sites, so that it goes with both. A site with
+        AUTO does to another one what that says."""
         if pair in self.pairs:
             return self.pairs[pair]
         one, other = self.of_site(pair[0]), self.of_site(pair[1])
         if pair[0] == pair[1]:
-            return TUNNEL if one == TUNNEL else NATIVE
-        if one == other == NATIVE:
-            return NATIVE
+            return NATIVE if one == HYBRID else one
+        one, other = other if one == AUTO else one, one if other == AUTO else other
+        if one == other and one != HYBRID:
+            return one
         return None if {one, other} == {TUNNEL, NATIVE} else TUNNEL
 
     def stage(self, pair: Pair) -> Stage:
-        """Where a pair is in the end."""
+        """Where a pair is in the end that has not to find it out."""
         return Stage.DEMANDS if self.of(pair) == NATIVE else Stage.PLAIN

@@ -621,9 +621,7 @@ _ANNOTATION = Text(r"[ -~]*", "a text of printable ASCII characters", "it is an 
 _FILE_PATH = Text(r"/[^\x00]*", "an absolute path on the controller", "the archive is read from it", 4096)
 _SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex", "what was fetched is compared with it", 64)
 _WORKLOAD_REF = Text(rf"{_SUBDOMAIN}/{_LABEL}", "'<host>/<workload>'", "a backend is one workload of one host", 130)
-_ROUTING = Choice(
-    ("tunnel", "native", "hybrid"), {"auto": "which way the networks of two sites allow is not tried so far"}
-)
+_ROUTING = Choice(("tunnel", "native", "hybrid", "auto"))
 _ENCRYPTION = Choice(("none", "wireguard", "ipsec-gateway"))
 _IKE_IDENTITY = Text(
     "[A-Za-z0-9]([-A-Za-z0-9._@]{0,251}[A-Za-z0-9])?",
@@ -760,10 +758,10 @@ SITE_PAIR = Table(
     {
         "sites": Key(Listing(LABEL, 2), "The two sites; the same one twice: its hosts among themselves.", REQUIRED),
         "routing": Key(
-            Choice(("tunnel", "native")),
+            Choice(("tunnel", "native", "auto")),
             "How packets go between them.",
             None,
-            "what the two sites say: `native` if both do, else `tunnel`",
+            "what the two sites say: `native` or `auto` if both do, else `tunnel`; `auto` goes along with another",
         ),
         "encryption": Key(
             _ENCRYPTION,
@@ -1075,8 +1073,9 @@ ESTATE = Table(
         "routing": Key(
             _ROUTING,
             "How packets of the mesh go between hosts: through a VXLAN `tunnel`, `native` as the network itself routes "
-            "the ranges of workloads, or `hybrid`, native among the hosts of a site and through the tunnel to other "
-            "sites. See [routing.md](routing.md).",
+            "the ranges of workloads, `hybrid`, native among the hosts of a site and through the tunnel to other "
+            "sites, or `auto`, native where all hosts of two sites have proven that they reach each other so, else "
+            "through the tunnel. See [routing.md](routing.md).",
             "tunnel",
         ),
         "encryption": Key(
@@ -1166,6 +1165,7 @@ PLAY_VARIABLES = {
     "isthmus_backup_key": "File on the controller: an RSA public key, or its certificate, that `backup` encrypts to.",
     "isthmus_restore": "Cluster that `restore` restores.",
     "isthmus_rotate_wireguard_keys": "`true`: `site` and `plan` do what `rotate_wireguard_keys` does (encryption.md).",
+    "isthmus_try_native": "`true`: `site` tries native again where `routing: auto` came to the tunnel (routing.md).",
     "isthmus_replace_authority": "Cluster whose certificate authority `replace_authority` replaces.",
     "isthmus_restore_from": "Time of the backup to restore (the name of its directory); by default the newest.",
     "isthmus_restore_key": "File on the controller: the private key that opens what `backup` encrypted.",

@@ -158,7 +158,7 @@ def test_a_running_pair_is_led_to_the_gateways_in_three_steps_and_back() -> None
     pairs = [record["roster"]["ipsec"]["pairs"]["cloud onprem"] for record in records]
     assert pairs == ["accepts", "sends", "demands"]
     assert found.steps[0].waits == ("c1", "o1", "o2", "o3")
-    assert [step.proven for step in found.steps] == [True, True]
+    assert [bool(step.proven) for step in found.steps] == [True, True]
     assert found.specs["o2"]["ipsec"]["far"]["cloud"]["stage"] == "accepts"
     (words,) = matrix.changes(found.sites, found.keys)
     assert "encryption by gateways of cloud and onprem is turned on, in steps of one run" in words

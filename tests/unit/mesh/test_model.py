@@ -446,12 +446,6 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "directly so far. Next: use true until a later version does it.",
     ),
     (
-        "auto routing",
-        _estate(routing="auto"),
-        "isthmus_estate.routing: auto is not yet supported. Why: which way the networks of two sites allow is not "
-        "tried so far. Next: use tunnel until a later version does it.",
-    ),
-    (
         "two sides that differ",
         _estate(sites={"onprem": {"routing": "native"}, "cloud": {}}),
         "isthmus_estate.routing: the sides of cloud and onprem differ: one is `native`, the other `tunnel`. Why: each "

@@ -108,7 +108,7 @@ def test_a_new_estate_is_native_from_the_first_packet() -> None:
 
 def test_a_running_estate_goes_there_in_three_steps_and_back() -> None:
     found = changed(planned(model()), **ON)
-    assert [step.proven for step in found.steps] == [True, True]
+    assert [bool(step.proven) for step in found.steps] == [True, True]
     assert found.steps[0].waits == ("c1", "o1", "o2", "o3")
     records = [found.record, *(step.record for step in found.steps)]
     assert [record["roster"]["routing"]["all"] for record in records] == ["accepts", "sends", "demands"]
@@ -116,7 +116,7 @@ def test_a_running_estate_goes_there_in_three_steps_and_back() -> None:
     NodeSpec.from_dict(found.steps[0].specs["c1"])
     assert found.steps[1].specs == changed(after(found, 2), **ON).specs
     back = changed(after(found, 2))
-    assert [step.proven for step in back.steps] == [False, False]
+    assert [bool(step.proven) for step in back.steps] == [False, False]
     stages = [record["roster"].get("routing") for record in (back.record, *(step.record for step in back.steps))]
     assert stages == [{"all": "sends", "pairs": {}}, {"all": "accepts", "pairs": {}}, None]
     assert back.steps[1].specs == planned(model()).specs
@@ -131,7 +131,7 @@ def test_a_run_that_was_interrupted_completes_the_step_before_the_next() -> None
     assert len(given_up.steps) == 2
 
 
-def _understood(sender: tuple[Stage, Stage], receiver: tuple[Stage, Stage]) -> bool:
+def understood(sender: tuple[Stage, Stage], receiver: tuple[Stage, Stage]) -> bool:
     """Whether what a host at stages of (encryption, native routing) sends, another takes, as the agent does it."""
     native_in_clear = sender[1] >= Stage.SENDS and sender[0] <= Stage.ACCEPTS
     if native_in_clear:
@@ -164,8 +164,8 @@ def test_no_run_and_no_interruption_cuts_neighbouring_steps_off(runs: list[tuple
         records = [found.record, *(step.record for step in found.steps)][: stop + 1]
         for record in records:
             now = at(record)
-            assert _understood(before, now), (before, now)
-            assert _understood(now, before), (now, before)
+            assert understood(before, now), (before, now)
+            assert understood(now, before), (now, before)
             before = now
         found = after(found, len(records) - 1)
 
@@ -277,7 +277,7 @@ def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
     ]
     ports = [(one["o1"]["wireguard"]["port"], one["o1"]["wireguard"].get("second", {}).get("port")) for one in specs]
     assert ports == [(51871, 51872), (51872, 51871), (51872, None)]
-    assert [step.proven for step in found.steps] == [True, True]
+    assert [bool(step.proven) for step in found.steps] == [True, True]
     assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 2
     lines = matrix.changes(found.sites, found.keys)
     assert lines[0].startswith("the keys of WireGuard are replaced")

@@ -18,7 +18,8 @@ NATIVE = {"way": "native", "stage": "demands", "mtu": 1500}
 
 class Host:
     """c1 of the estate, with an agent that says of each host of onprem what `said` has, else NATIVE. The ways that are
-    in `carried` carry that many bytes, others 1500; an echo to one in `silent` is not answered."""
+    in `carried` carry that many bytes, others 1500; an echo to one in `silent` is not answered, to one in `cut` only
+    through the tunnel."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
         before = estates.planned(estates.model()) if running else None
@@ -26,6 +27,7 @@ class Host:
         self.said: dict[str, dict[str, Any]] = {}
         self.carried: dict[str, int] = {}
         self.silent: set[str] = set()
+        self.cut: set[str] = set()
         self.echoes: list[tuple[str, str, int, int]] = []
         (place / "node.json").write_text(json.dumps(self.plan.specs["c1"]))
         monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
@@ -36,7 +38,7 @@ class Host:
 
     def echo(self, source: str, target: str, size: int, _timeout: float, mark: int = 0) -> None:
         self.echoes.append((source, target, size, mark))
-        if target in self.silent:
+        if target in self.silent or (mark and target in self.cut):
             raise packets.NoAnswer("no answer to 3 packets of 1500 bytes")
 
     def status(self) -> dict[str, Any]:
@@ -45,18 +47,27 @@ class Host:
         ]
         return {"nodes": nodes, "wireguard": None}
 
-    def problems(self, check: str) -> list[str]:
+    def looked(self, check: str, asked: bool = True) -> Any:
         hosts = [{"name": f"o{n}", "cluster": "onprem", "mesh4": f"10.101.0.{16 * n - 15}"} for n in (1, 2, 3)]
         params = {
             "spec": self.plan.specs["c1"],
             "record": self.plan.record,
             "services": [],
-            "hosts": hosts,
+            "hosts": hosts if asked else [],
             "timeout": 3,
         }
         found = verify.Verifier(SimpleNamespace(params=params))
-        getattr(found, check)()
-        return list(found.problems)
+        found.look("routing", getattr(found, check))
+        return found
+
+    def problems(self, check: str) -> list[str]:
+        return list(self.looked(check, asked=check == "check_native").problems)
+
+    def unreached(self) -> Any:
+        """Of hosts that it is asked for whether they are reached natively."""
+        found = self.looked("check_native_way")
+        assert found.problems == []
+        return found.unreached
 
 
 @pytest.fixture
@@ -111,3 +122,48 @@ def test_before_a_step_each_host_is_reached_natively_by_packets_of_full_size(on_
 def test_a_host_whose_pairs_do_not_change_has_nothing_to_prove(host: Host) -> None:
     assert host.problems("check_native_way") == []
     assert host.echoes == []
+
+
+def test_a_host_that_packets_do_not_reach_natively_any_more_is_named(host: Host) -> None:
+    host.silent.add("10.101.0.17")
+    (found,) = host.problems("check_native")
+    assert found.startswith(
+        "routing: o2 of cluster onprem (site onprem) is not reached natively: no answer to 3 packets"
+    )
+    assert found.endswith("where routing is auto, isthmus.mesh.site leads packets back into the tunnel")
+
+
+@pytest.mark.parametrize("fails", ["natively", "both ways"])
+def test_of_a_host_that_is_only_asked_for_it_is_said_whether_native_is_why(on_the_way: Host, fails: str) -> None:
+    assert on_the_way.unreached() == []
+    (on_the_way.cut if fails == "natively" else on_the_way.silent).add("10.101.0.17")
+    assert on_the_way.unreached() == [
+        {
+            "cluster": "onprem",
+            "name": "o2",
+            "site": "onprem",
+            "why": "no answer to 3 packets of 1500 bytes",
+            "sure": fails == "natively",
+        }
+    ]
+
+
+def test_of_several_hosts_of_a_site_one_that_tells_something_is_named(on_the_way: Host) -> None:
+    on_the_way.silent.add("10.101.0.1")
+    on_the_way.cut.update(("10.101.0.17", "10.101.0.33"))
+    assert [(one["name"], one["sure"]) for one in on_the_way.unreached()] == [("o2", True)]
+
+
+def test_a_host_that_is_native_is_asked_for_natively_again(host: Host) -> None:
+    host.silent.add("10.101.0.17")
+    assert [(one["name"], one["sure"]) for one in host.unreached()] == [("o2", True)]
+
+
+def test_a_host_that_was_left_behind_proves_nothing(host: Host, tmp_path: Path) -> None:
+    """Through the tunnel everybody would answer."""
+    (tmp_path / "node.json").write_text(json.dumps(estates.planned(estates.model()).specs["c1"]))
+    (found,) = host.unreached()
+    assert (found["why"], found["sure"]) == ("packets to it are not led natively yet", False)
+    assert host.echoes == []
+    (tmp_path / "node.json").unlink()
+    assert host.looked("check_native_way").unreached is None

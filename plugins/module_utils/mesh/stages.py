@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What is turned on or off, replaced or tried in stages: encryption, native routing and the gateways' tunnels of pairs
+of sites, and the keys of WireGuard. From where the record has them to what the inventory says, step by step. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+from . import auto, encryption
+from .encryption import Keys, Pair, Stage
+from .model import Encryption, Model
+from .openings import Documents
+from .routing import AUTO, Routing
+from .schema import Problem
+
+Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
+"""Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Stages of encryption, of native routing and of the gateways' tunnels of each pair of sites, and the keys of
+    WireGuard. `failed`: pairs with `routing: auto` that are in the tunnel, as native failed between two hosts."""
+
+    encryption: Mapping[Pair, Stage]
+    native: Mapping[Pair, Stage]
+    gateways: Mapping[Pair, Stage]
+    keys: Keys
+    failed: Mapping[Pair, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def staged(self) -> tuple[Mapping[Pair, Stage], ...]:
+        """In the order of `encryption.STAGED`."""
+        return self.encryption, self.native, self.gateways
+
+    def documents(self) -> dict[str, Any]:
+        """As the roster has them."""
+        found = {key: encryption.to_document(stages) for key, stages in zip(encryption.STAGED, self.staged)}
+        found["encryption"] = encryption.to_document(self.encryption, self.keys)
+        found["auto"] = {" ".join(pair): list(hosts) for pair, hosts in sorted(self.failed.items())}
+        return {key: value for key, value in found.items() if value}
+
+
+class Stages:
+    """Of an estate: `roster` and the `known` clusters are those of the record, the `present` ones are those of the
+    next. `problems` and `warnings` are what was found to say.
+
+    `ways` are in the order of `encryption.STAGED`, nothing where nothing is staged and nothing was; `keys` are those of
+    the record and of the steps. `states` are what is so after each step, `running` what is so before. `courses` are
+    those of pairs that find out how packets go between them, `trials` what is to be proven for that, by the number of
+    the proof, `chosen` what the matrix says of them: whether they are to be tried, and words."""
+
+    def __init__(
+        self,
+        model: Model,
+        roster: Mapping[str, Any],
+        known: Documents,
+        present: Documents,
+        rotate: bool,
+        try_native: bool,
+        proofs: auto.Proofs,
+    ) -> None:
+        self.model = model
+        self.roster = roster
+        self.known = known
+        self.present = present
+        self.places, self.places_before = auto.places(present), auto.places(known)
+        self.try_native = try_native
+        self.proofs = proofs
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.courses: dict[Pair, auto.Course] = {}
+        self.chosen: dict[Pair, tuple[bool, str]] = {}
+        encrypted = self.encryption_ways()
+        self.ways: tuple[Ways, ...] = (encrypted, self.native_ways(), self.gateway_ways())
+        self.keys = self.key_ways(encrypted, rotate)
+        self.states = [self.with_failed(state) for state in _states(self.ways, self.keys[1:])]
+        self.running = State(*map(_running, self.ways), keys=self.keys[0])
+        self.trials = tuple(tuple(self.trials_of(number)) for number in range(auto.LAST + 1))
+
+    def encryption_ways(self) -> Ways:
+        wanted = self.model.encryption
+        return self.ways_of(
+            "encryption",
+            None
+            if wanted == Encryption()
+            else lambda pair: Stage.DEMANDS if wanted.of(pair) == "wireguard" else Stage.PLAIN,
+        )
+
+    def native_ways(self) -> Ways:
+        wanted = self.model.routing
+        found = self.ways_of("routing", None if wanted == Routing() else wanted.stage)
+        barred = auto.barred(self.present)
+        for pair, (now, _stages) in found.items():
+            if wanted.of(pair) != AUTO:
+                continue
+            reasons = [barred[site] for site in pair if site in barred]
+            if self.model.encryption.of(pair) != "none":
+                reasons = ["it is encrypted, and has the tunnel inside that"]
+            if reasons:
+                self.chosen[pair] = False, f"tunnel, as {reasons[0]}"
+            else:
+                self.courses[pair] = self.course(pair, now)
+        self.chosen.update({pair: (one.tried, auto.words(one)) for pair, one in self.courses.items()})
+        return {**found, **{pair: (one.now, list(one.stages)) for pair, one in self.courses.items()}}
+
+    def gateway_ways(self) -> Ways:
+        wanted = self.model.ipsec
+        found = self.ways_of("ipsec", wanted.stage if wanted.pairs else None)
+        for both, (now, _stages) in found.items():
+            for site, other in (both, both[::-1]):
+                if now and site not in wanted.sites and site in self.model.sites:
+                    self.problems.append(
+                        Problem(
+                            f"isthmus_estate.sites.{site}.ipsec",
+                            f"it is missing, and the tunnel between the gateways of {site} and {other} is there",
+                            "gateways and hosts are led back in steps, which need what they were made from",
+                            "put it back, and take it out after a run of site without encryption: ipsec-gateway for "
+                            "the pair",
+                        )
+                    )
+        return found
+
+    def ways_of(self, key: str, wanted: Callable[[Pair], Stage] | None) -> Ways:
+        """`key` of the roster has what is; `wanted` None: PLAIN everywhere."""
+        old = self.roster.get(key)
+        if old is None and wanted is None:
+            return {}
+        here = sites_of(self.known)
+        known = encryption.from_document(old, here)
+        found = {}
+        for pair in encryption.pairs({*sites_of(self.present), *self.model.sites}):
+            now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else None
+            found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
+        return found
+
+    def key_ways(self, ways: Ways, rotate: bool) -> tuple[Keys, ...]:
+        """Which keys the record has, and those that this run goes through from there. They stay as they are while
+        encryption of a pair is turned on or off."""
+        now = encryption.keys_of(self.roster.get("encryption"))
+        if not any(stages[-1] for _now, stages in ways.values()):
+            if rotate:
+                self.problems.append(
+                    Problem(
+                        "isthmus.mesh.rotate_wireguard_keys",
+                        "no pair of sites of the inventory is encrypted by WireGuard",
+                        "there are no keys to be replaced",
+                        "say `encryption: wireguard` in the inventory first, if that is meant",
+                    )
+                )
+            return now, now
+        changing = any(now_of not in (None, stages[-1]) for now_of, stages in ways.values())
+        if changing or all(now_of in (None, Stage.PLAIN) for now_of, _stages in ways.values()):
+            if rotate or (changing and now.has_both):
+                self.warnings.append(
+                    "the keys of WireGuard are not replaced by this run, which turns encryption on or off. Next: run "
+                    "isthmus.mesh.rotate_wireguard_keys when that is done"
+                )
+            return now, now
+        return now, *encryption.rotation(now, rotate)
+
+    # Pairs that find out how packets go between them
+
+    def course(self, pair: Pair, now: Stage | None) -> auto.Course:
+        if not auto.provable(self.places, pair):
+            return auto.resting(now)
+        failed = () if self.try_native else self.roster.get("auto", {}).get(" ".join(pair), ())
+        changed = any(self.places.get(site) != self.places_before.get(site) for site in pair)
+        return auto.course(now, failed, changed, self.proofs, pair)
+
+    def trials_of(self, number: int) -> Iterator[dict[str, Any]]:
+        """Hosts that join have no part before the first step."""
+        for pair, one in self.courses.items():
+            if number in one.proofs:
+                hosts = {
+                    name: {key: host[key] for key in ("cluster", "site", "mesh4")}
+                    for site in pair
+                    for name, host in self.places[site].items()
+                    if number or name in self.places_before.get(site, ())
+                }
+                yield {"sites": list(pair), "hosts": {name: hosts[name] for name in sorted(hosts)}}
+
+    def with_failed(self, state: State) -> State:
+        failed = {
+            pair: one.failed for pair, one in self.courses.items() if one.failed and state.native[pair] is Stage.PLAIN
+        }
+        return replace(state, failed=failed)
+
+    @property
+    def possible(self) -> list[State]:
+        """Where the first step may have to lead on to, for what must be open before it: a host joins a pair that is
+        native, and may not reach it so."""
+        joined = {pair: Stage.ACCEPTS for pair, one in self.courses.items() if one.joined}
+        return [replace(self.states[0], native={**self.states[0].native, **joined})] if joined else []
+
+
+def begun(site: str, ways: Ways) -> list[Pair]:
+    """Pairs of a site for which something else than PLAIN is, or is being turned on or off."""
+    return [pair for pair, (now, stages) in ways.items() if site in pair and any((now, *stages))]
+
+
+def changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair, Stage]:
+    return {pair: stage for pair, stage in now.items() if stage is not last[pair]}
+
+
+def state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> State:
+    staged = (encryption.from_document(roster.get(key), sites) for key in encryption.STAGED)
+    return State(*staged, keys=encryption.keys_of(roster.get("encryption")))
+
+
+def sites_of(documents: Documents) -> set[str]:
+    """The sites that have hosts."""
+    return {entry["site"] for doc in documents.values() for entry in doc["hosts"].values()}
+
+
+def hosts_of(documents: Documents, pairs: Iterable[Pair]) -> list[str]:
+    sites = {site for pair in pairs for site in pair}
+    return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
+
+
+def _running(ways: Ways) -> dict[Pair, Stage]:
+    """Where each pair is that has traffic."""
+    return {pair: now for pair, (now, _stages) in ways.items() if now is not None}
+
+
+def _states(ways: Iterable[Ways], keys: tuple[Keys, ...]) -> list[State]:
+    """What is so after each step. What has come to its end before the others stands."""
+    each = list(ways)
+
+    def after(number: int, found: Ways) -> dict[Pair, Stage]:
+        return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
+
+    lengths = [len(stages) for found in each for _now, stages in found.values()]
+    return [
+        State(*(after(number, found) for found in each), keys=keys[min(number, len(keys) - 1)])
+        for number in range(max([*lengths, len(keys)]))
+    ]
