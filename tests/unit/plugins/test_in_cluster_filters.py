@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from ansible_collections.isthmus.mesh.plugins.filter.etcd_hosts import etcd_hosts
 from ansible_collections.isthmus.mesh.plugins.filter.in_cluster_given import in_cluster_given
 from ansible_collections.isthmus.mesh.plugins.filter.in_cluster_wanted import in_cluster_wanted
 from ansible_collections.isthmus.mesh.plugins.filter.mesh_hosts import mesh_hosts
 from ansible_collections.isthmus.mesh.plugins.filter.run_batches import run_batches
+from ansible_collections.isthmus.mesh.plugins.filter.run_outcome import run_outcome
 
 EXPOSED = {"cluster_ip": "10.98.0.7", "addresses": ["198.18.6.200"], "names": ["etcd.example"]}
 NOBODY = ["!all"]
@@ -121,3 +123,113 @@ def test_nodes_that_only_kubernetes_knows_are_to_be_reached_too() -> None:
         {"name": "a1", "cluster": "a", "mesh4": "10.101.0.1"},
         {"name": "worker-1", "cluster": "m", "mesh4": "10.106.0.1"},
     ]
+
+
+def joined(answer: dict[str, Any] | None = None, *, to_sign: bool = True) -> dict[str, Any]:
+    """What a run knows of cluster `m` in its end, whose registrars read `a` on hosts and `n`, which is as itself; and
+    what the authority of `a` answered."""
+    plan = {
+        "in_cluster": {"m": {"entry": "m-api", **install("m", "a", "n")}, "n": {"entry": "n-api", **install("n", "m")}},
+        "record": {"clusters/a": {"ca_host": "a1"}, "clusters/n": {"ca_host": ""}},
+        "revocations": [],
+        "steps": [],
+    }
+    requests = {"a": {"csr": "m asks a", "reason": "there is none yet"}} if to_sign else {}
+    issued = {"ca": "CA of m", "requests": requests, "certificates": {"n": "n signed"}, "signed": []}
+    found = {**entry("m", **issued), "__plan_result": plan}
+    if not to_sign:
+        issued["certificates"]["a"] = "a signed"
+    if answer is not None:
+        found["__site_signed"] = {"results": [{"site_peer": {"key": "a"}, **answer}]}
+    return found
+
+
+def test_a_cluster_that_lacks_nothing_has_nothing_pending() -> None:
+    found = run_outcome([joined({"certificates": [{}]}, to_sign=False)])
+    assert (found["pending"], found["refused"], found["waiting"]) == ([], {}, {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "line", "refused", "waiting"),
+    [
+        (
+            {"failed": False, "msg": "the private key is missing.\n"},
+            "Pending: the registrars in cluster m have no new certificate for the etcd of cluster a, whose authority "
+            "signed nothing (a1: the private key is missing).",
+            {"m-api": "the authority of cluster a signed nothing (a1: the private key is missing)"},
+            {},
+        ),
+        (
+            {"unreachable": True, "msg": "no route"},
+            "Pending: m-api could not be finished without the authority of cluster a: a1 could not be entered.",
+            {},
+            {"m-api": ["a1"]},
+        ),
+        (
+            {"certificates": [{"name": "peer-a", "certificate": "of another key"}]},
+            "Pending: the registrars in cluster m have no new certificate for the etcd of cluster a, whose authority "
+            "signed one that cannot be installed: there is none yet.",
+            {"m-api": "the authority of cluster a signed one that cannot be installed: there is none yet"},
+            {},
+        ),
+        (
+            None,
+            "Pending: the registrars in cluster m have no new certificate for the etcd of cluster a, whose authority "
+            "is not known yet.",
+            {},
+            {},
+        ),
+    ],
+    ids=["it refuses", "it is silent", "it signs for another key", "it is not there"],
+)
+def test_another_authority_that_does_not_sign_is_named(
+    answer: dict[str, Any] | None, line: str, refused: dict[str, str], waiting: dict[str, list[str]]
+) -> None:
+    found = run_outcome([joined(answer)])
+    assert found["pending"][:-1] == [line]
+    assert (found["refused"], found["waiting"]) == (refused, waiting)
+    assert run_outcome([joined(answer)], failed=["m-api"])["pending"] == [], "what failed is told as that"
+    assert run_outcome([joined(answer)], stopped=False)["refused"] == {}, "in check mode nobody signs"
+
+
+def test_an_authority_in_another_cluster_that_has_no_turn_is_named() -> None:
+    asks = joined()
+    asks["__site_issued"].update(requests={"n": {"csr": "m asks n", "reason": "old"}}, certificates={"a": "", "n": ""})
+    words = (
+        "Pending: the registrars in cluster m have no new certificate for the etcd of cluster n, whose authority "
+        "signed nothing (it is in the cluster, and {}).".format
+    )
+    assert run_outcome([asks])["pending"][0] == words("n-api is not in this run")
+    other = {"inventory_hostname": "n-api", "isthmus_cluster": "n"}
+    assert words("the run did not get that far on n-api") in run_outcome([asks, other], gone=["n-api"])["pending"]
+
+
+def test_hosts_that_a_cluster_does_not_sign_for_are_named() -> None:
+    def asking(csr: str) -> dict[str, Any]:
+        group = {"ca_cluster": "m", "ca_host": "", "requests": [{"name": "peer-m", "csr": csr}]}
+        return {**host("a1"), "__plan_result": joined()["__plan_result"], "__pki_requested": {"pending": [group]}}
+
+    inside = joined({"certificates": [{}]}, to_sign=False)
+    inside["__site_issued"]["signed"] = [{"cluster": "a", "host": "a1", "csr": "a1 asks", "certificate": "for a1"}]
+    assert run_outcome([asking("a1 asks"), inside])["pending"] == []
+    line = (
+        "Pending: the registrars on a1 have no new certificate for the etcd of cluster m, whose authority "
+        "signed nothing (it is in the cluster, and {}).".format
+    )
+    assert run_outcome([asking("anew"), inside])["pending"][0] == line("the run did not get that far on m-api")
+    assert run_outcome([asking("anew")])["pending"][0] == line("m-api is not in this run")
+    assert run_outcome([asking("anew")], stopped=False)["pending"] == []
+
+
+def test_a_cluster_that_could_not_be_exposed_is_told_with_the_reason() -> None:
+    one = {
+        "inventory_hostname": "m-api",
+        "isthmus_cluster": "m",
+        "__in_cluster_result": {"failed": True, "msg": "Kubernetes of cluster m: it does not answer."},
+    }
+    found = run_outcome([one], gone=["m-api"])
+    assert found["pending"][0] == (
+        "Pending: cluster m could not be done (m-api): Kubernetes of cluster m: it does not answer."
+    )
+    assert found["silent"] == []
+    assert run_outcome([{**one, "__in_cluster_result": {"unreachable": True}}], gone=["m-api"])["silent"] == ["m-api"]
