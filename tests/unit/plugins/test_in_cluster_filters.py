@@ -14,6 +14,11 @@ from ansible_collections.isthmus.mesh.plugins.filter.run_batches import run_batc
 from ansible_collections.isthmus.mesh.plugins.filter.run_outcome import run_outcome
 
 EXPOSED = {"cluster_ip": "10.98.0.7", "addresses": ["198.18.6.200"], "names": ["etcd.example"]}
+RECORD = {
+    "clusters/a": {"state": "present", "hosts": {"a1": {}, "a2": {}}},
+    "clusters/n": {"state": "present", "hosts": {}, "control_plane": "in_cluster"},
+    "clusters/gone": {"state": "absent"},
+}
 NOBODY = ["!all"]
 
 
@@ -44,33 +49,42 @@ def host(name: str, asks: dict[str, str] | None = None, signed: dict[str, str] |
 
 
 def test_the_certificate_has_every_name_by_which_its_etcd_is_dialled() -> None:
-    found = in_cluster_wanted(install("m"), EXPOSED, [])
+    found = in_cluster_wanted(install("m"), EXPOSED, RECORD, [])
     assert {"localhost", "etcd.example", "isthmus-etcd-client.isthmus-system.svc"} <= set(found["dns"])
     assert found["ip"] == ["127.0.0.1", "10.98.0.7", "198.18.6.200"]
 
 
 def test_etcd_hosts_are_signed_for_and_their_authorities_known_before_the_record_has_them() -> None:
     members = [host("a1", {"m": "a1 asks"}, {"a": "CA of a"}), host("a2", {"b": "not of m"})]
-    found = in_cluster_wanted(install("m", "a", "c"), EXPOSED, members)
+    found = in_cluster_wanted(install("m", "a", "c"), EXPOSED, RECORD, members)
     assert found["requests"] == [{"cluster": "a", "host": "a1", "csr": "a1 asks"}]
     assert found["peers"] == {"a": "CA of a"}
-    of_record = in_cluster_wanted(install("m", "a", trust={"a": "CA of a's record"}), EXPOSED, members)
+    of_record = in_cluster_wanted(install("m", "a", trust={"a": "CA of a's record"}), EXPOSED, RECORD, members)
     assert of_record["peers"] == {"a": "CA of a's record"}
     issued = {"signed": [{**found["requests"][0], "certificate": "for a1"}], "ca": "CA of m"}
     # A run in which nobody asks wants the same again.
-    assert in_cluster_wanted(install("m", "a"), EXPOSED, [], issued)["requests"] == found["requests"]
+    assert in_cluster_wanted(install("m", "a"), EXPOSED, RECORD, [], issued)["requests"] == found["requests"]
     (given,) = in_cluster_given([*members, entry("m", **issued)], "a1")
     assert given["certificates"] == [{"name": "peer-m", "certificate": "for a1"}]
     assert in_cluster_given([*members, entry("m", **issued)], "a2") == []
 
 
+def test_who_left_is_not_signed_for_anew() -> None:
+    places = [("a", "a1"), ("a", "forgotten"), ("gone", "g1"), ("unknown", "u1"), ("n", "n-api")]
+    issued = {"signed": [{"cluster": one, "host": host, "csr": host, "certificate": ""} for one, host in places]}
+    found = in_cluster_wanted(install("m", "a"), EXPOSED, RECORD, [], issued)["requests"]
+    assert [one["host"] for one in found] == ["a1", "n-api"]
+
+
 def test_two_of_the_kind_sign_for_each_other() -> None:
     asked = {"ca": "CA of n", "requests": {"m": {"csr": "n asks m"}}, "signed": []}
-    wanted = in_cluster_wanted(install("m", "n"), EXPOSED, [entry("m"), entry("n", **asked)], {"ca": "CA of m"})
+    wanted = in_cluster_wanted(install("m", "n"), EXPOSED, RECORD, [entry("m"), entry("n", **asked)], {"ca": "CA of m"})
     assert wanted["peers"] == {"n": "CA of n"}
     assert wanted["requests"] == [{"cluster": "n", "host": "n-api", "csr": "n asks m"}]
     signed = {"ca": "CA of m", "signed": [{**wanted["requests"][0], "certificate": "m signed"}]}
-    following = in_cluster_wanted(install("n", "m"), EXPOSED, [entry("m", **signed), entry("n", **asked)], asked)
+    following = in_cluster_wanted(
+        install("n", "m"), EXPOSED, RECORD, [entry("m", **signed), entry("n", **asked)], asked
+    )
     assert following["certificates"] == {"m": "m signed"}
 
 
