@@ -380,7 +380,9 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
         "image": install["image"],
         "command": ["/usr/bin/etcd"],
         "env": etcd_environment(install),
-        "ports": [_container_port("client", CLIENT_PORT), _container_port("peer", PEER_PORT)],
+        "ports": [
+            _container_port(name, port, on_hosts) for name, port in (("client", CLIENT_PORT), ("peer", PEER_PORT))
+        ],
         "readinessProbe": {**health, "periodSeconds": 10, "failureThreshold": 3},
         # It says nothing of raft: a member without a leader must not be killed for it.
         "livenessProbe": {"tcpSocket": {"port": CLIENT_PORT}, "periodSeconds": 10, "failureThreshold": 6},
@@ -433,8 +435,10 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
     return _object(install, "StatefulSet", "apps/v1", ETCD, "etcd", spec=spec)
 
 
-def _container_port(name: str, port: int) -> Object:
-    return {"name": name, "containerPort": port, "protocol": "TCP"}
+def _container_port(name: str, port: int, on_hosts: bool) -> Object:
+    # Kubernetes would write a host's port itself, and leave it when the pod is of the host's network no more.
+    host = {"hostPort": port} if on_hosts else {}
+    return {"name": name, "containerPort": port, "protocol": "TCP", **host}
 
 
 def _registrar(install: Mapping[str, Any]) -> Object:

@@ -103,9 +103,7 @@ def test_the_pki_has_work_when_something_lacks_or_is_old() -> None:
     issued = {"wanted": in_cluster.pki_digest(wanted), "renew": "2026-05-01T12:00:01Z", "requests": {}}
     whole = set(in_cluster.SECRETS)
     assert in_cluster.pki_reason(issued, wanted, whole, before) == ""
-    assert in_cluster.pki_reason(issued, wanted, None, before) == "", (
-        "who may not see Secrets is not told that they lack"
-    )
+    assert in_cluster.pki_reason(issued, wanted, None, before) == "", "who may not see Secrets"
     assert "as they are wanted" in in_cluster.pki_reason(issued, {**wanted, "dns": ["b"]}, whole, before)
     assert "as they are wanted" in in_cluster.pki_reason({}, wanted, set(), before)
     lost = in_cluster.pki_reason(issued, wanted, whole - {"isthmus-agent-tls"}, before)
