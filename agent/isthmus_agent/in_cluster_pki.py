@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,8 +160,22 @@ def settle(
             if name.startswith("peer-") and name.endswith(".crt")
         },
         "signed": signed,
+        "renew": _renewal(outcome, requests, signed),
     }
     return outcome
+
+
+def _renewal(outcome: Outcome, requests: Mapping[str, Any], signed: Iterable[Mapping[str, str]]) -> str:
+    """When the first certificate is to be renewed (RFC 3339), of those that nobody else has been asked to sign yet."""
+    asked = {f"peer-{peer}.crt" for peer in requests}
+    found = [
+        content
+        for secret in SECRETS[1:]
+        for name, content in outcome.secrets[secret].items()
+        if name.endswith(".crt") and name not in asked
+    ]
+    found += [one["certificate"].encode() for one in signed]
+    return min(map(pki.renewal_time, found)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class _Signer:

@@ -382,6 +382,11 @@ def resigning_reason(certificate: str, ca: str, cn: str, now: datetime.datetime)
     return _ends(found, now)
 
 
+def renewal_time(certificate: bytes) -> datetime.datetime:
+    """When a certificate (PEM) is to be renewed: from then on less than a third of its lifetime is left."""
+    return _renewal_time(load_certificates(certificate, "it")[0])
+
+
 def describe(pem: bytes) -> dict[str, Any]:
     """What a person wants to see of a certificate: name, issuer, fingerprint, dates (RFC 3339), SANs, usages."""
     found = load_certificates(pem, "it")[0]
@@ -416,9 +421,14 @@ def _ends(found: x509.Certificate, now: datetime.datetime) -> str | None:
         return f"it is valid from {start:%Y-%m-%d %H:%M} UTC only"
     if now >= end:
         return f"it expired at {end:%Y-%m-%d %H:%M} UTC"
-    if end - now < (end - start) / 3:
+    if now > _renewal_time(found):
         return f"it expires at {end:%Y-%m-%d %H:%M} UTC, less than a third of its lifetime is left"
     return None
+
+
+def _renewal_time(found: x509.Certificate) -> datetime.datetime:
+    start, end = found.not_valid_before_utc, found.not_valid_after_utc
+    return end - (end - start) / 3
 
 
 def _check_may_sign(certificate: x509.Certificate, where: str, now: datetime.datetime) -> None:

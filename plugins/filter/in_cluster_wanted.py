@@ -24,6 +24,11 @@ options:
     description: Where peers reach its etcd.
     type: dict
     required: true
+  record:
+    description:
+      - The estate record as it is to be. What was signed for hosts that are no part of it any more is not signed anew.
+    type: dict
+    required: true
   members:
     description:
       - Variables of all hosts of the inventory, of which those that the role pki registered are looked at, and those in
@@ -48,7 +53,7 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: >-
       {{ isthmus_install | isthmus.mesh.in_cluster_wanted(
-           exposed=isthmus_exposed, members=groups['all'] | map('extract', hostvars)) }}
+           exposed=isthmus_exposed, record=isthmus_plan.record, members=groups['all'] | map('extract', hostvars)) }}
 """
 
 RETURN = r"""
@@ -60,7 +65,7 @@ _value:
 from ansible_collections.isthmus.mesh.plugins.module_utils import in_cluster
 
 
-def in_cluster_wanted(install, exposed, members, issued=None, signed=()):
+def in_cluster_wanted(install, exposed, record, members, issued=None, signed=()):
     """The document; see above."""
     issued = issued or {}
     cluster = install["cluster"]
@@ -84,7 +89,7 @@ def in_cluster_wanted(install, exposed, members, issued=None, signed=()):
         "ip": list(dict.fromkeys(addresses)),
         "peers": {name: authorities[name] for name in peers if name in authorities},
         "certificates": {name: pem for name, pem in sorted(certificates.items()) if pem and name in peers},
-        "requests": _requests(cluster, members, issued, others),
+        "requests": _requests(cluster, record, members, issued, others),
         # The record has it when etcd has run; the cluster's own answer is the same.
         "known_ca": install["trust"].get(cluster) or issued.get("ca"),
         "labels": in_cluster.labels(install, "pki"),
@@ -110,11 +115,12 @@ def _authorities(members, others):
     return found
 
 
-def _requests(cluster, members, issued, others):
+def _requests(cluster, record, members, issued, others):
     """Of registrars that want to read this etcd: what they ask for now, else what they were given."""
     found = {
         (one["cluster"], one["host"]): {"cluster": one["cluster"], "host": one["host"], "csr": one["csr"]}
         for one in issued.get("signed", ())
+        if _is_there(record.get(f"clusters/{one['cluster']}"), one["host"])
     }
     for variables in members:
         for group in (variables.get("__pki_requested") or {}).get("pending") or ():
@@ -127,6 +133,13 @@ def _requests(cluster, members, issued, others):
             csr = answer["requests"][cluster]["csr"]
             found[name, entry] = {"cluster": name, "host": entry, "csr": csr}
     return [found[place] for place in sorted(found)]
+
+
+def _is_there(document, host):
+    """Whether a host is one of a cluster's, or stands for one whose control plane is in it."""
+    if document is None or document["state"] == "absent":
+        return False
+    return host in document["hosts"] or document.get("control_plane") == "in_cluster"
 
 
 class FilterModule:

@@ -56,8 +56,9 @@ RETURN = r"""
 _value:
   description:
     - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(waiting), for
-      each host that waits for others of its cluster which could not be entered, their names; C(pending) and C(failure),
-      lines of text.
+      each host that waits for others which could not be entered, their names; C(refused), for each host that stands for
+      a cluster with C(control_plane=in_cluster), what other clusters' authorities refused it; C(pending) and
+      C(failure), lines of text.
   type: dict
 """
 
@@ -91,10 +92,12 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
     hosts = {str(variables["inventory_hostname"]): variables for variables in members}
     locked, unwritten = _locks(hosts.values(), clusters)
     broken = {name for name in hosts if name in failed or _is(hosts[name], "failed", "__preflight_installed")}
+    unexposed = {name: why for name in gone if name in hosts and (why := _not_exposed(hosts[name]))}
     silent = {
         name
         for name, variables in hosts.items()
-        if name not in broken and (name in gone or _is(variables, "unreachable", *_OWN_STEPS, "__site_verified"))
+        if name not in broken | set(unexposed)
+        and (name in gone or _is(variables, "unreachable", *_OWN_STEPS, "__site_verified"))
     }
     waits = {
         name: found
@@ -111,6 +114,13 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
         )
     if unwritten:
         pending.append(f"Pending: the etcd of {_names(unwritten)} did not get the estate record of this run.")
+    pending += [
+        f"Pending: cluster {hosts[name]['isthmus_cluster']} could not be done ({name}): {why}."
+        for name, why in sorted(unexposed.items())
+    ]
+    lacking = {name: _lacking(variables, hosts) for name, variables in hosts.items() if stopped and name not in broken}
+    pending += _unsigned(hosts, lacking)
+    pending += _unread(hosts, broken | silent) if stopped else []
     pending += _owed(hosts)
     pending += _steps(hosts) if stopped and not broken else []
     pending += _kubernetes(hosts.values())
@@ -118,7 +128,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
     failure = _failures(hosts, broken) if broken else []
     if broken and stopped:
         untouched = {name for name, variables in hosts.items() if not any(step in variables for step in _STEPS)}
-        rest = set(hosts) - broken - silent - set(waits)
+        rest = set(hosts) - broken - silent - set(waits) - set(unexposed)
         failure[:0] = ["Stopped at the first failure: no further batch was begun."]
         failure += [
             f"Changed: {_names(rest & changed)}.",
@@ -131,6 +141,11 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
         "changed": sorted(changed),
         "silent": sorted(silent),
         "waiting": {name: list(places) for name, (_what, places) in sorted(waits.items())},
+        "refused": {
+            name: "; ".join(f"the authority of cluster {peer} {why}" for peer, why in sorted(refused.items()))
+            for name, found in sorted(lacking.items())
+            if (refused := {peer: one["why"] for peer, one in found.items() if one["refused"]})
+        },
         "pending": [*pending, _NEXT] if pending else [],
         "failure": failure,
     }
@@ -153,15 +168,92 @@ def _locks(members, clusters):
     return locked, set(clusters) - written if wrote else set()
 
 
+def _not_exposed(variables):
+    """Why a cluster whose control plane is in it got no address for peers; empty when that was not it."""
+    for name in ("__site_image", "__in_cluster_result"):
+        if _is(variables, "failed", name):
+            return _sentence(variables[name])
+    return ""
+
+
+def _lacking(variables, hosts):
+    """For a host that stands for a cluster whose control plane is in it: by name, the peers for whose etcd its
+    registrars got no certificate that they need. `place` is an authority's host that could not be entered, `why` says
+    what else there was, and `refused` whether the authority was asked."""
+    issued = variables.get("__site_issued")
+    if not issued:
+        return {}
+    plan, found = variables["__plan_result"], {}
+    asked = {one["site_peer"]["key"]: one for one in (variables.get("__site_signed") or {}).get("results") or ()}
+    for peer in plan["in_cluster"][variables["isthmus_cluster"]]["document"]["registrar"]["peers"]:
+        name = peer["name"]
+        request, answer = issued["requests"].get(name), asked.get(name)
+        if request is None and name in issued["certificates"]:
+            continue
+        place, why = "", "is not known yet"
+        if answer is not None and answer.get("unreachable"):
+            place, why = plan["record"][f"clusters/{name}"]["ca_host"], "could not be entered"
+        elif answer is not None and "certificates" in answer:
+            why = f"signed one that cannot be installed: {(request or {}).get('reason', 'nobody asks for it')}"
+        elif answer is not None:
+            why = f"signed nothing ({plan['record'][f'clusters/{name}']['ca_host']}: {_sentence(answer)})"
+        elif name in plan["in_cluster"]:
+            why = f"signed nothing ({_untouched(plan['in_cluster'][name]['entry'], hosts)})"
+        found[name] = {"place": place, "why": why, "refused": answer is not None and not place}
+    return found
+
+
+def _unsigned(hosts, lacking):
+    """A line for each authority that gave a cluster whose control plane is in it nothing; who could not be entered is
+    waited for."""
+    return [
+        f"Pending: the registrars in cluster {hosts[name]['isthmus_cluster']} have no new certificate for the etcd of "
+        f"cluster {peer}, whose authority {one['why']}."
+        for name, found in sorted(lacking.items())
+        for peer, one in sorted(found.items())
+        if not one["place"]
+    ]
+
+
+def _unread(hosts, left_out):
+    """A line for each cluster whose authority, which is in it, gave hosts nothing that they asked for."""
+    found = {}
+    for name in set(hosts) - left_out:
+        for group in (hosts[name].get("__pki_requested") or {}).get("pending") or ():
+            asked = {request["csr"] for request in group["requests"]} if group.get("ca_host") == "" else set()
+            issued = [
+                one["__site_issued"]
+                for one in hosts.values()
+                if one.get("__site_issued") and one["isthmus_cluster"] == group["ca_cluster"]
+            ]
+            signed = {one["csr"] for answer in issued for one in answer["signed"] if one["host"] == name}
+            if asked - signed:
+                found.setdefault(group["ca_cluster"], set()).add(name)
+    lines = []
+    for cluster, names in sorted(found.items()):
+        plan = hosts[min(names)]["__plan_result"]
+        lines.append(
+            f"Pending: the registrars on {_names(names)} have no new certificate for the etcd of cluster {cluster}, "
+            f"whose authority signed nothing ({_untouched(plan['in_cluster'][cluster]['entry'], hosts)})."
+        )
+    return lines
+
+
+def _untouched(entry, hosts):
+    """Why the authority in a cluster signed nothing, for which the host `entry` stands."""
+    if entry not in hosts:
+        return f"it is in the cluster, and {entry} is not in this run"
+    return f"it is in the cluster, and the run did not get that far on {entry}"
+
+
 def _owed(hosts):
     """A line for each authority that has still to revoke what removed etcd hosts hold."""
     for one in (newest_plan(hosts.values()) or {}).get("revocations", []):
         if one["departed"]:
             answer = hosts.get(one["ca_host"], {}).get("__site_revoked", {"msg": "it is not in this run"})
-            why = str(answer.get("msg") or "no answer").rstrip(". \n")
             yield (
                 f"Pending: the authority of cluster {one['cluster']} on {one['ca_host']} has not revoked what "
-                f"{', '.join(one['departed'])} held as an etcd host: {why}."
+                f"{', '.join(one['departed'])} held as an etcd host: {_sentence(answer)}."
             )
 
 
@@ -188,8 +280,12 @@ def _steps(hosts):
 
 
 def _waits(variables):
-    """What the host needs of others of its cluster and whom it asked, when none of them could be entered; else None."""
+    """What the host needs of others and whom it asked, when these could not be entered; else None."""
     cluster = variables.get("isthmus_cluster")
+    silent = {name: one["place"] for name, one in _lacking(variables, {}).items() if one["place"]}
+    if silent:
+        authorities = "authority of cluster" if len(silent) == 1 else "authorities of clusters"
+        return f"the {authorities} {', '.join(sorted(silent))}", tuple(silent[name] for name in sorted(silent))
     if "still_pending" in variables.get("__pki_installed", {}) and _is(variables, "failed", "__pki_installed"):
         for answer in variables["__pki_signed"]["results"]:
             if answer.get("unreachable") and answer["pki_group"]["ca_cluster"] == cluster:
@@ -260,6 +356,11 @@ def _failures(hosts, broken):
         else:
             with_it.append(name)
     return [*told, *([f"Stopped with that: {_names(with_it)}."] if with_it else [])]
+
+
+def _sentence(answer):
+    """What a task said, to be put into a sentence."""
+    return str(answer.get("msg") or "no answer").rstrip(". \n")
 
 
 def _is(variables, word, *names):

@@ -29,11 +29,16 @@ def read_json(path: str) -> Any:
 
 
 def own_node(module: AnsibleModule) -> Any:
-    """The spec on this host; fails the module on a host that is no member of the mesh."""
+    """The spec on this host; fails the module on a host that is no member of the mesh.
+
+    A pod of etcd has none: what it knows of its cluster and how to reach its etcd stands in the same places.
+    """
     try:
         node = read_json(NODE)
     except ValueError as exc:
         return module.fail_json(msg=f"{NODE} is damaged ({exc}). Run the isthmus.mesh.site playbook on this host")
+    if node is None and (inside := _own_pod()) is not None:
+        return inside
     if node is None:
         module.fail_json(msg=f"{NODE} does not exist: this host is no member of the mesh. Run isthmus.mesh.site first")
     if node.get("schema", 0) > spec.SCHEMA:
@@ -42,6 +47,19 @@ def own_node(module: AnsibleModule) -> Any:
             f"a newer one made this host. Nothing was changed. Next: {versions.LATEST}, and run again"
         )
     return node
+
+
+def _own_pod() -> dict[str, Any] | None:
+    """Of a cluster whose control plane is in it, which is a Kubernetes cluster, as its etcd's pods have it."""
+    settings = etcd_settings()
+    cluster = etcd_unit.cluster_of(settings) if in_pod() else ""
+    if not cluster:
+        return None
+    etcd = dict(zip(("ca", "cert", "key"), operator_files(cluster)))
+    return {
+        "cluster": {"name": cluster, "kubernetes": {}},
+        "etcd": {"endpoints": [etcd_unit.local_url(settings)], **etcd},
+    }
 
 
 def endpoints_from_record(record: Mapping[str, Any], cluster: str) -> list[str]:

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime, timedelta
 from ipaddress import IPv4Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_access as access
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import jsontext, ownership
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import RecordError, parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -378,7 +380,9 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
         "image": install["image"],
         "command": ["/usr/bin/etcd"],
         "env": etcd_environment(install),
-        "ports": [_container_port("client", CLIENT_PORT), _container_port("peer", PEER_PORT)],
+        "ports": [
+            _container_port(name, port, on_hosts) for name, port in (("client", CLIENT_PORT), ("peer", PEER_PORT))
+        ],
         "readinessProbe": {**health, "periodSeconds": 10, "failureThreshold": 3},
         # It says nothing of raft: a member without a leader must not be killed for it.
         "livenessProbe": {"tcpSocket": {"port": CLIENT_PORT}, "periodSeconds": 10, "failureThreshold": 6},
@@ -431,8 +435,10 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
     return _object(install, "StatefulSet", "apps/v1", ETCD, "etcd", spec=spec)
 
 
-def _container_port(name: str, port: int) -> Object:
-    return {"name": name, "containerPort": port, "protocol": "TCP"}
+def _container_port(name: str, port: int, on_hosts: bool) -> Object:
+    # Kubernetes would write a host's port itself, and leave it when the pod is of the host's network no more.
+    host = {"hostPort": port} if on_hosts else {}
+    return {"name": name, "containerPort": port, "protocol": "TCP", **host}
 
 
 def _registrar(install: Mapping[str, Any]) -> Object:
@@ -576,6 +582,50 @@ def pki_job(install: Mapping[str, Any], wanted: Mapping[str, Any]) -> Object:
     """The Job that makes them now."""
     name = f"{PKI}-{pki_digest(wanted)[:12]}"
     return _object(install, "Job", "batch/v1", name, "pki", spec=_pki_job_spec(install))
+
+
+def pki_reason(
+    issued: Mapping[str, Any], wanted: Mapping[str, Any], secrets: Iterable[str] | None, now: datetime
+) -> str:
+    """Why the Job is to run; empty when nothing is to be made. `issued`: its last answer; `secrets`: the names of those
+    that are there, None where that is not known."""
+    if issued.get("wanted") != pki_digest(wanted):
+        return "keys and certificates as they are wanted"
+    lost = [name for name in SECRETS if secrets is not None and name not in secrets]
+    if lost:
+        return f"keys and certificates anew: Secret {', '.join(lost)} is not there"
+    due = _renewal(issued)
+    return f"certificates renewed that are to be since {issued['renew']}" if due is not None and due < now else ""
+
+
+def _renewal(issued: Mapping[str, Any]) -> datetime | None:
+    """When the first certificate is to be renewed, as far as the Job's answer says so."""
+    try:
+        return parse_time(issued["renew"])
+    except (KeyError, TypeError, RecordError):
+        return None
+
+
+UNRENEWED = timedelta(days=15)
+"""After so long the CronJob, which runs weekly, has missed its turn."""
+
+
+def pki_troubles(issued: Mapping[str, Any], now: datetime) -> list[str]:
+    """What is wrong with the certificates of a cluster, for who looks at it."""
+    found = []
+    due = _renewal(issued)
+    if due is not None and due + UNRENEWED < now:
+        found.append(f"CronJob {NAMESPACE}/{PKI}: certificates are to be renewed since {issued['renew']}")
+    if issued.get("requests"):
+        peers = ", ".join(sorted(issued["requests"]))
+        found.append(f"certificates of the registrars for {peers}: not signed by the authorities there")
+    return found
+
+
+def another_authority(install: Mapping[str, Any], issued: Mapping[str, Any]) -> bool:
+    """Whether the Job answered with another authority than the one that the estate record has."""
+    known = install["trust"].get(install["cluster"])
+    return bool(known and issued.get("ca")) and str(issued["ca"]).strip() not in known
 
 
 def _pki_job_spec(install: Mapping[str, Any]) -> Object:

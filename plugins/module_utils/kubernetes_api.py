@@ -37,6 +37,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 """Options of every module that calls `connect`; `seen` is what preflight found on hosts, for `wrong_cluster`."""
 
+_METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
 REMEDY = (
     "set isthmus_kubeconfig (and isthmus_kubeconfig_context) for the cluster's hosts to a file on this host, or give "
     "K8S_AUTH_KUBECONFIG, or K8S_AUTH_HOST with K8S_AUTH_API_KEY, in the environment"
@@ -121,12 +123,13 @@ class Api:
         """The object at `path`; None when there is none."""
         return self._ask("get", path, **query)
 
-    def items(self, path: str, **query: Any) -> list[dict[str, Any]]:
-        """All objects of a list, read in pages."""
+    def items(self, path: str, metadata_only: bool = False, **query: Any) -> list[dict[str, Any]]:
+        """All objects of a list, read in pages. `metadata_only`: what is in them stays where it is."""
         found: list[dict[str, Any]] = []
         more = ""
         while True:
-            page = self._ask("get", path, limit=500, _continue=more or None, **query) or {}
+            headers = {"Accept": _METADATA_ONLY} if metadata_only else None
+            page = self._ask("get", path, limit=500, _continue=more or None, header_params=headers, **query) or {}
             found += page.get("items") or []
             more = page.get("metadata", {}).get("continue") or ""
             if not more:

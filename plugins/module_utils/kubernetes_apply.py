@@ -97,12 +97,12 @@ def prune(
 ) -> list[str]:
     """Of these kinds (API version, kind, namespace or empty) nothing of ours is left but `keep` (paths); what went.
 
-    `selector` must select nothing that somebody else makes. Of Secrets the diff has names only.
+    `selector` must select nothing that somebody else makes. Of Secrets only the names are read.
     """
     kept, removed = set(keep), []
     for version, kind, namespace in kinds:
         collection = listing(version, kind, namespace)
-        for found in api.items(collection, label_selector=selector):
+        for found in api.items(collection, metadata_only=kind == "Secret", label_selector=selector):
             path, name = access.place(listing(version, kind), found)
             if path in kept or access.stranger(found, own) or found["metadata"].get("deletionTimestamp"):
                 continue

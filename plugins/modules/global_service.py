@@ -13,7 +13,8 @@ description:
     inventory's services and the C(site) playbook leave it alone.
   - A service that the inventory defines is not taken over; the module fails and names both owners.
   - Options mean what the keys of the same names mean in C(isthmus_estate.services), and are checked by the same rules.
-  - Runs on an etcd host, once for every cluster that takes part in the service.
+  - Runs on an etcd host, once for every cluster that takes part in the service. Of a cluster with
+    C(control_plane=in_cluster) that is the host that stands for its etcd.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
 author:

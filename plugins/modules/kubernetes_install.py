@@ -17,7 +17,7 @@ description:
   - Everything has the label C(app.kubernetes.io/managed-by=isthmus). An object of one of our names without it, or of
     another cluster or estate, is refused. Fields that others set stay theirs; fields of ours that others changed are
     put right.
-  - No Secret is read or written. The keys are made inside the cluster.
+  - No Secret is read or written; only whether it is there is looked at. The keys are made inside the cluster.
   - With O(state=absent) the agents' part is taken out of the nodes, then everything of this cluster that is ours is
     deleted, volumes, keys and the namespace too.
 extends_documentation_fragment:
@@ -107,7 +107,9 @@ unfinished:
   type: str
   sample: "DaemonSet isthmus-system/isthmus-agent: 40 of 200 pods are ready"
 unready:
-  description: What is there and not ready, a line for each workload; nothing is waited for then.
+  description:
+    - What is there and not ready, a line for each workload, and with O(phase=run) for certificates that nobody renewed
+      or signed; nothing is waited for then.
   returned: in check mode
   type: list
   elements: str
@@ -120,6 +122,7 @@ removed:
   sample: ["deployment/isthmus-system/isthmus-registrar"]
 """
 
+import datetime
 import json
 import time
 
@@ -131,6 +134,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_app
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ownership
 
+SECRETS = shell.listing("v1", "Secret", in_cluster.NAMESPACE)
 SERVICES = shell.listing("v1", "Service", in_cluster.NAMESPACE)
 
 
@@ -150,6 +154,7 @@ class Installation:
         phase = self.module.params["phase"]
         nodes = self.api.items("/api/v1/nodes")
         self.refuse_other_cluster(nodes)
+        self.refuse_former()
         service = self.api.get(f"{SERVICES}/{in_cluster.MESH}")
         chosen = in_cluster.choose_nodes(self.install, nodes, service)
         problems = in_cluster.exposure_problems(self.install, nodes, chosen)
@@ -172,6 +177,8 @@ class Installation:
             keep = [shell.path_of(one) for one in wanted]
             removed = shell.prune(self.api, self.changes, in_cluster.KINDS, self.own, in_cluster.PRUNED, keep)
         exposed = self.exposed(nodes, chosen)
+        if phase == in_cluster.RUN and self.module.check_mode:
+            self.unready += in_cluster.pki_troubles(self.issued(), now())
         looked = {"unready": self.unready} if self.module.check_mode else {}
         return self.changes.result(exposed=exposed, unfinished=unfinished, removed=removed, **looked)
 
@@ -180,14 +187,13 @@ class Installation:
         wanted = self.module.params["wanted"]
         for one in in_cluster.pki_objects(self.install, wanted):
             shell.apply(self.api, self.changes, one, self.own)
-        issued, due = self.issued(), in_cluster.pki_digest(wanted)
-        if issued.get("wanted") != due:
+        issued = self.issued()
+        why = in_cluster.pki_reason(issued, wanted, self.secrets(), now())
+        if why:
             job = in_cluster.pki_job(self.install, wanted)
-            self.changes.note(
-                f"{shell.title(job)} of {self.api.server}", "", "keys and certificates as they are wanted"
-            )
+            self.changes.note(f"{shell.title(job)} of {self.api.server}", "", why)
             if not self.module.check_mode:
-                issued = self.run_job(job, due)
+                issued = self.run_job(job, in_cluster.pki_digest(wanted), issued)
         return self.changes.result(issued=issued, unfinished="", removed=[])
 
     def issued(self):
@@ -200,8 +206,17 @@ class Installation:
             return {}  # the Job makes it anew
         return found if isinstance(found, dict) else {}
 
-    def run_job(self, job, due):
-        """The answer of a Job that is run now; one of that name that ended before without it is in the way."""
+    def secrets(self):
+        """Names of the Secrets that are there; None where the caller may not know."""
+        try:
+            found = self.api.items(SECRETS, metadata_only=True)
+        except kubernetes.Forbidden:
+            return None
+        return {one["metadata"]["name"] for one in found}
+
+    def run_job(self, job, due, before):
+        """The answer of a Job that is run now; one of that name that ended before is in the way. `before`: the last
+        answer, which stays when there was nothing to be made."""
         path = shell.path_of(job)
         if self.api.get(path) is not None:
             self.api.delete(path)
@@ -209,10 +224,11 @@ class Installation:
         self.api.apply(path, job)
         deadline = time.monotonic() + self.stuck
         while True:
-            issued, there = self.issued(), self.api.get(path) or {}
-            if issued.get("wanted") == due:
-                return issued
+            there, issued = self.api.get(path) or {}, self.issued()
             ended = [one for one in (there.get("status") or {}).get("conditions") or () if one["status"] == "True"]
+            complete = any(one["type"] == "Complete" for one in ended)
+            if issued.get("wanted") == due and (issued != before or complete):
+                return issued
             failed = [one for one in ended if one["type"] in ("Failed", "FailureTarget")]
             if failed or time.monotonic() > deadline:
                 reason = f"it failed ({failed[0].get('reason')})" if failed else f"it did not end within {self.stuck} s"
@@ -237,6 +253,41 @@ class Installation:
                 f"{self.api.server} is another cluster, or its ranges are not the declared ones: {wrong}. Next: set "
                 "isthmus_kubeconfig and isthmus_kubeconfig_context to the cluster's own, or correct the ranges"
             )
+
+    def refuse_former(self):
+        """The estate record has a mesh in this cluster that is not there: without its authority's key nothing of it can
+        go on, and another authority would be refused by everybody who trusts the former."""
+        name, key = self.install["cluster"], in_cluster.SECRETS[0]
+        if name not in self.install["trust"]:
+            return  # it is new
+        issued = self.issued()
+        if in_cluster.another_authority(self.install, issued):
+            raise kubernetes.ApiError(
+                f"the mesh in {self.api.server} has another certificate authority than the estate record has for "
+                f"cluster {name}, which every host trusts. Nothing was changed there. Next: set isthmus_kubeconfig and "
+                f"isthmus_kubeconfig_context to the cluster's own, if this is another one; else {self.anew(name)}"
+            )
+        if issued:
+            return
+        if self.api.get(f"{shell.listing('v1', 'Namespace')}/{in_cluster.NAMESPACE}") is not None:
+            there = self.secrets()
+            if there is None or key in there:
+                return  # Secrets were put back, or the Job says that they lack
+        raise kubernetes.ApiError(
+            f"the estate record says that the mesh runs in cluster {name}, and {self.api.server} has nothing of it: no "
+            f"Secret {in_cluster.NAMESPACE}/{key}, the authority that every host trusts for this cluster. Nothing was "
+            "changed there. Why: Kubernetes was made anew, or the mesh was taken out of it, while the others went on "
+            "knowing it; or this is another cluster. Next: set isthmus_kubeconfig and isthmus_kubeconfig_context to "
+            f"the cluster's own, if this is another one; else {self.anew(name)}; with a backup of the Secrets of "
+            f"{in_cluster.NAMESPACE} put them back instead, and run again"
+        )
+
+    @staticmethod
+    def anew(name):
+        return (
+            f"take the former one out of the mesh: write `state: absent` into isthmus_estate.clusters.{name}, run "
+            "`ansible-playbook isthmus.mesh.site`, take that line out, and run it again, which joins this one"
+        )
 
     def refuse_other_size(self, wanted):
         """Members are neither added nor taken out by a number: the ones left behind would still count in raft."""
@@ -338,6 +389,10 @@ class Installation:
             if time.monotonic() > deadline:
                 raise kubernetes.ApiError(words)
             time.sleep(shell.POLL)
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc)
 
 
 def main():

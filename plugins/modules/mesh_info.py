@@ -10,7 +10,8 @@ short_description: Facts about the mesh as one host sees it
 version_added: 1.0.0
 description:
   - Reads nodes, peers and the registrar from the etcd of this host's cluster, and the status of the host's own agent.
-  - Runs on any host of the mesh, with its agent's certificate. Changes nothing.
+  - Runs on any host of the mesh, with its agent's certificate, and on a host that stands for the etcd of a cluster with
+    C(control_plane=in_cluster), where no agent is. Changes nothing.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.info
 author:
@@ -63,12 +64,13 @@ SOCKET = "/run/isthmus/agent.sock"
 
 
 def agent_status(module):
-    """The agent's own status document, None (and a warning) when it does not answer."""
+    """The agent's own status document, None when it does not answer, of which a host is warned."""
     cli = bundle_module(module, "isthmus_agent.cli.client")
     try:
         return cli.ask(pathlib.Path(SOCKET), "/v1/status")
     except cli.AgentSilent as exc:
-        module.warn(str(exc))
+        if not estate.in_pod():
+            module.warn(str(exc))
         return None
 
 

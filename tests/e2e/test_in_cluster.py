@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+import yaml
 from demo import EDGE
-from estate_tools import Estate
+from estate_tools import ETCD_HOSTS, Estate
 from isthmus_lab import Lab
 from kubernetes_lab import IN_CLUSTER, Kubernetes
 from kubernetes_machine import TOOLS_IMAGE
-from playbook import play
+from playbook import documented, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
 MESH = "isthmus-system"
 NODES = ("managed-1", "managed-2")
+IN_PODS = 120  # seconds in which new certificates are in the pods
 POD = """\
 ---
 apiVersion: v1
@@ -35,6 +38,7 @@ spec:
       env: [{{name: CLUSTER, value: managed}}, {{name: PORT, value: "8080"}}]
       readinessProbe: {{httpGet: {{path: /healthz, port: 8080}}, periodSeconds: 1, failureThreshold: 1}}
 """
+SERVED = "import ssl, sys; print(ssl.get_server_certificate((sys.argv[1], int(sys.argv[2])), timeout=5))"
 FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
 
 
@@ -63,6 +67,43 @@ def address(kube: Kubernetes, node: str) -> str:
     return str(kube.get("pod", f"web-{node}")["status"]["podIP"])
 
 
+def fetch(kube: Kubernetes, node: str, url: str) -> dict[str, Any]:
+    """What the pod on the node is answered; empty when it is not."""
+    text = kube.exec(f"web-{node}", ["python3", "-c", FETCH, url], check=False)
+    answer: dict[str, Any] = json.loads(text or "{}")
+    return answer
+
+
+def balancer(kube: Kubernetes) -> str:
+    """The address that the load balancer of etcd got."""
+    (ingress,) = kube.get("service", "isthmus-etcd-mesh", f"--namespace={MESH}")["status"]["loadBalancer"]["ingress"]
+    return str(ingress["ip"])
+
+
+def peers_in(kube: Kubernetes) -> dict[str, dict[str, Any]]:
+    """The machines' clusters as an agent in the cluster knows them."""
+    ask = ["/opt/isthmus/current/bin/isthmus", "peers", "-o", "json"]
+    peers = json.loads(kube.exec("daemonset/isthmus-agent", ask, MESH))["peers"]
+    return {one["name"]: one for one in peers if one["name"] in ETCD_HOSTS}
+
+
+def peer_at(estate: Estate, host: str) -> dict[str, Any]:
+    """The cluster as a peer knows it."""
+    (peer,) = (one for one in estate.ask(host, "peers")["peers"] if one["name"] == "managed")
+    return dict(peer)
+
+
+def connects_anew(peers: Callable[[], Mapping[str, Mapping[str, Any]]]) -> Callable[[], bool]:
+    """Whether every one of the peers was proven to be connected after now."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return lambda: all(one["state"] == "connected" and (one["last_proof"] or "") > since for one in peers().values())
+
+
+def reads(estate: Estate, host: str) -> Callable[[], bool]:
+    """Whether the registrar of this host's cluster was proven to be connected to the cluster after now."""
+    return connects_anew(lambda: {"managed": peer_at(estate, host)})
+
+
 def test_a_second_run_changes_nothing(managed: Kubernetes) -> None:
     assert play("site", inventory=IN_CLUSTER).changed == {}
 
@@ -84,10 +125,7 @@ def test_pods_and_machines_reach_each_other_by_their_own_addresses(estate: Estat
 
 
 def test_peers_reach_its_etcd_by_the_load_balancer(estate: Estate, managed: Kubernetes) -> None:
-    service = managed.get("service", "isthmus-etcd-mesh", f"--namespace={MESH}")
-    (ingress,) = service["status"]["loadBalancer"]["ingress"]
-    (peer,) = (one for one in estate.ask("cloud-1", "peers")["peers"] if one["name"] == "managed")
-    assert peer["endpoint"] == f"https://{ingress['ip']}:2379"
+    assert peer_at(estate, "cloud-1")["endpoint"] == f"https://{balancer(managed)}:2379"
 
 
 def test_no_private_key_is_where_it_can_be_read(managed: Kubernetes) -> None:
@@ -102,6 +140,76 @@ def test_an_agent_that_dies_leaves_the_datapath(estate: Estate, managed: Kuberne
         managed.kubectl("rollout", "status", "daemonset/isthmus-agent", f"--namespace={MESH}", "--timeout=120s")
 
 
+def test_verify_finds_nothing(managed: Kubernetes) -> None:
+    play("verify", inventory=IN_CLUSTER)
+
+
+def test_the_host_that_stands_for_it_registers_services(estate: Estate, managed: Kubernetes) -> None:
+    places = ",".join([*(hosts[0] for hosts in ETCD_HOSTS.values()), "managed-api"])
+    legacy = {"namespace": "shop", "name": "legacy"}
+    ports = [{"name": "http", "port": 80, "target_port": 8080}]
+    given = {**legacy, "ports": ports, "backends": {"labels": {"app": "web"}}, "kubernetes": True}
+    where = ("service", "legacy", "--namespace=shop")
+    managed.kubectl("create", "namespace", "shop")
+    try:
+        estate.module(places, "global_service", given, IN_CLUSTER)
+        estate.until("it is a Service", lambda: not managed.kubectl("get", *where, check=False).returncode)
+        inside = "http://legacy.shop.svc.cluster.local/"
+        estate.until("a machine answers", lambda: fetch(managed, NODES[0], inside).get("cluster") in ETCD_HOSTS)
+    finally:
+        estate.module(places, "global_service", {**legacy, "state": "absent"}, IN_CLUSTER)
+    estate.until("the Service is gone", lambda: bool(managed.kubectl("get", *where, check=False).returncode))
+    managed.kubectl("delete", "namespace", "shop")
+
+
+def test_new_keys_are_made_inside_and_nobody_notices(estate: Estate, managed: Kubernetes) -> None:
+    """All keys but the authority's, as docs/kubernetes-managed.md has it; then everybody connects with them."""
+    address_of_etcd = balancer(managed)
+
+    def served() -> str:
+        return estate.lab.exec(EDGE, ["python3", "-c", SERVED, address_of_etcd, "2379"]).stdout
+
+    def key_of_agents() -> str:
+        return str(managed.get("secret", "isthmus-agent-tls", f"--namespace={MESH}")["data"]["agent.key"])
+
+    certificate, key = served(), key_of_agents()
+    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    assert kept[EDGE]
+    pod = address(managed, "managed-2")
+    with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/", interval=0.05):
+        command = documented("kubernetes-managed.md", "kubectl -n isthmus-system delete secret").splitlines()[0]
+        managed.kubectl(*command.split()[1:])
+        play("site", inventory=IN_CLUSTER)
+        assert key_of_agents() != key
+        estate.until("etcd has its new certificate", lambda: served() != certificate, 3 * IN_PODS)
+
+        term = estate.registrar_leader(EDGE)
+        estate.lab.exec(EDGE, ["systemctl", "restart", "isthmus-registrar.service"])
+        estate.until("a registrar leads again", lambda: estate.registrar_leader(EDGE) not in (term, ("", 0)))
+        estate.until("it reads the cluster", reads(estate, EDGE))
+
+        managed.kubectl("delete", "pod", f"--namespace={MESH}", "-l", "isthmus.io/component=registrar")
+        managed.kubectl("rollout", "status", "deployment/isthmus-registrar", f"--namespace={MESH}", "--timeout=120s")
+        estate.until("its registrars read all others", connects_anew(lambda: peers_in(managed)), 120)
+    assert estate.withdrawn(kept) == {}
+    assert peers_in(managed).keys() == ETCD_HOSTS.keys()
+    assert play("site", inventory=IN_CLUSTER).changed == {}
+
+
+def test_peers_follow_when_etcd_is_exposed_by_a_port_of_nodes(estate: Estate, managed: Kubernetes) -> None:
+    cluster = yaml.safe_load((IN_CLUSTER / "managed.yml").read_text())["all"]["vars"]["lab_cluster_managed"]
+    option = ("-e", json.dumps({"lab_cluster_managed": {**cluster, "expose": {"type": "node_port"}}}))
+    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    play("site", *option, inventory=IN_CLUSTER)
+    port = managed.get("service", "isthmus-etcd-mesh", f"--namespace={MESH}")["spec"]["ports"][0]["nodePort"]
+    places = {f"https://{managed.cluster.nodes[node].address}:{port}" for node in NODES}
+    for host in ("cloud-1", EDGE):
+        estate.until(f"{host} reads the cluster", reads(estate, host), 3 * IN_PODS)
+        assert peer_at(estate, host)["endpoint"] in places
+    assert estate.withdrawn(kept) == {}
+    assert play("site", *option, inventory=IN_CLUSTER).changed == {}
+
+
 def test_teardown_leaves_nothing(managed: Kubernetes) -> None:
     before = {node: managed.lab.exec(node, ["ip", "-brief", "link"]).stdout for node in NODES}
     assert all("isthmus0" in text for text in before.values())
@@ -110,3 +218,13 @@ def test_teardown_leaves_nothing(managed: Kubernetes) -> None:
     for node in NODES:
         assert "isthmus" not in managed.lab.exec(node, ["ip", "-brief", "link"]).stdout
         assert "isthmus" not in managed.lab.exec(node, ["ls", "/sys/fs/bpf", "/var/lib", "/run"]).stdout
+
+
+def test_a_cluster_without_the_mesh_that_others_know_is_refused(managed: Kubernetes) -> None:
+    """As one that was made anew: new keys would be refused by everybody."""
+    assert ours(managed) == []
+    refused = play("site", inventory=IN_CLUSTER, check=False)
+    assert refused.status == 2
+    assert "Pending: cluster managed could not be done (managed-api)" in refused.output
+    assert "has nothing of it: no Secret isthmus-system/isthmus-ca" in refused.output
+    assert ours(managed) == []

@@ -100,6 +100,8 @@ def main() -> None:
         file.write(json.dumps({"module": NAME, "host": HOST, "check": module.check_mode, **told}) + "\n")
     if (PLACE / "fail" / f"{NAME} {given['phase']}").exists():
         module.fail_json(msg=f"{NAME} {given['phase']} fails")
+    if (PLACE / "fail" / f"{NAME} {HOST}").exists():
+        module.fail_json(msg=f"{NAME} fails on {HOST}")
     answers: dict[str, Any] = {}
     if NAME == "kubernetes_install":
         answers = kubernetes_install(module, given)

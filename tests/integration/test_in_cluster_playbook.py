@@ -73,6 +73,13 @@ class Managed(Site):
                 found.append(f"{call['module']} {call.get('state', '')}".strip())
         return found
 
+    def without_certificate_of(self, peer: str) -> None:
+        """The registrars in the cluster have still to be signed for by the authority of `peer`."""
+        issued = json.loads((self.place / "issued").read_text())
+        del issued["certificates"][peer]
+        issued["requests"][peer] = {"csr": f"m asks {peer}", "reason": "there is none yet"}
+        (self.place / "issued").write_text(json.dumps(issued))
+
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Managed:
@@ -80,6 +87,17 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Managed:
     site = Managed(tmp_path_factory.mktemp("joined"))
     first = site.run()
     assert first.status == 0, first.output
+    return site
+
+
+@pytest.fixture
+def lacking(joined: Managed, tmp_path: Path) -> Managed:
+    """The same, where the registrars in the cluster lack what the authority of `a` signs."""
+    site = Managed(tmp_path)
+    shutil.copytree(joined.place / "hosts", tmp_path / "hosts", dirs_exist_ok=True, ignore=lambda *_: ["python"])
+    for path in (joined.place / "record", joined.place / "issued", *joined.place.glob("phase-*")):
+        shutil.copy(path, tmp_path)
+    site.without_certificate_of("a")
     return site
 
 
@@ -154,6 +172,51 @@ def test_a_failure_in_the_cluster_ends_the_run_with_words(joined: Managed, tmp_p
     assert site.locks == []  # the lock was given back
 
 
+def test_another_authority_that_does_not_sign_is_named_in_the_end(lacking: Managed) -> None:
+    (lacking.place / "fail" / "pki_sign a1").touch()
+    failed = lacking.run()
+    assert failed.status == 2, failed.output
+    words = "for the etcd of cluster a, whose authority signed nothing (a1: pki_sign fails on a1)."
+    assert f"Pending: the registrars in cluster m have no new certificate {words}" in said(failed)
+    assert {name for name, recap in failed.hosts.items() if recap.failed} == {ENTRY}
+    assert lacking.sequence[-2:] == ["run", "estate_record released"], "all else was done"
+    assert lacking.locks == []
+    (lacking.place / "fail" / "pki_sign a1").unlink()
+    second = lacking.run()
+    assert second.status == 0, second.output
+    assert "Pending" not in second.output
+    assert lacking.run().changed == {}
+
+
+def test_another_authority_that_cannot_be_entered_is_waited_for(lacking: Managed) -> None:
+    (lacking.place / "silent" / "a1").touch()
+    alone = lacking.run("--limit", ENTRY)
+    assert alone.status == 4, alone.output
+    words = "m-api could not be finished without the authority of cluster a: a1 could not be entered."
+    assert f"Pending: {words}" in said(alone)
+    assert "run" in lacking.sequence
+
+
+def test_a_host_that_lacks_the_clusters_certificate_is_named(lacking: Managed) -> None:
+    (lacking.place / "hosts" / "a1" / "peer-m").unlink()
+    without = lacking.run("--limit", "a1")
+    assert without.status == 0, without.output
+    words = (
+        "no new certificate for the etcd of cluster m, whose authority signed nothing (it is in the cluster, and m-api"
+    )
+    assert f"Pending: the registrars on a1 have {words} is not in this run)." in said(without)
+    assert "Pending: the registrars on" not in said(lacking.run())
+
+
+def test_a_cluster_that_cannot_be_exposed_is_pending_and_stops_nobody(lacking: Managed) -> None:
+    (lacking.place / "fail" / "kubernetes_install expose").touch()
+    failed = lacking.run()
+    assert failed.status == 2, failed.output
+    assert "Pending: cluster m could not be done (m-api): kubernetes_install expose fails." in said(failed)
+    assert sorted(call["host"] for call in lacking.calls("node")) == HOSTS
+    assert "could not be entered" not in failed.output
+
+
 def test_a_run_of_one_cluster_leaves_the_others_alone(joined: Managed) -> None:
     alone = joined.run("--limit", ENTRY)
     assert alone.status == 0, alone.output
@@ -161,19 +224,17 @@ def test_a_run_of_one_cluster_leaves_the_others_alone(joined: Managed) -> None:
     assert "run" in joined.sequence
 
 
-def test_it_leaves_with_everything_that_it_has(joined: Managed, tmp_path: Path) -> None:
-    site = Managed(tmp_path)
-    shutil.copytree(joined.place / "hosts", tmp_path / "hosts", dirs_exist_ok=True, ignore=lambda *_: ["python"])
-    shutil.copy(joined.place / "record", tmp_path / "record")
+def test_it_leaves_with_everything_that_it_has(lacking: Managed) -> None:
+    site, place = lacking, lacking.place
     site.leaves = True
     left = site.run()
     assert left.status == 0, left.output
-    assert json.loads((tmp_path / "record").read_text())["clusters/m"]["state"] == "absent"
+    assert json.loads((place / "record").read_text())["clusters/m"]["state"] == "absent"
     assert site.sequence[-1] == "absent"
     (call,) = site.calls("kubernetes_install")
     assert (call["host"], call["install"]) == ("b1", {"estate": "e", "cluster": "m"})
     for host in HOSTS:
-        spec = json.loads((tmp_path / "hosts" / host / "node.json").read_text())
+        spec = json.loads((place / "hosts" / host / "node.json").read_text())
         assert "m" not in [peer["name"] for peer in (spec["registrar"] or {"peers": []})["peers"]]
 
 

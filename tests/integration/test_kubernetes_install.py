@@ -47,8 +47,10 @@ class Managed(Cluster):
         return run_module("kubernetes_install", {**given, **more}, check=check, bundle=False)
 
     def wanted(self, **change: Any) -> dict[str, Any]:
+        """Of a cluster that is new: the estate record has no authority of it."""
         made = installation()
         made["etcd"]["replicas"] = 1
+        del made["trust"]["managed"]
         return {**made, **change}
 
     def pods(self) -> list[dict[str, Any]]:
@@ -225,10 +227,57 @@ def test_keys_are_made_inside_by_who_may_write_these_secrets_only(managed: Manag
     (etcd,) = (one["data"] for one in secrets if one["metadata"]["name"] == "isthmus-etcd-tls")
     assert {"etcd-server.key", "etcd-server.crt", "etcd-peer.key", "etcd-peer.crt", "revoked.crl"} <= etcd.keys()
 
+    # Of a Secret that is lost the keys are made anew, by a Job that ran before for the same.
+    kept = managed.there(f"{NAMESPACE}/secrets/isthmus-ca")
+    lost = managed.there(f"{NAMESPACE}/secrets/isthmus-agent-tls")
+    managed.api.request("DELETE", f"{NAMESPACE}/secrets/isthmus-agent-tls")
+    for check in (True, False):
+        (change,) = managed.install("pki", check, wanted=wanted)["diff"]
+        assert change["after"].strip() == "keys and certificates anew: Secret isthmus-agent-tls is not there"
+    assert managed.there(f"{NAMESPACE}/secrets/isthmus-agent-tls")["data"]["agent.key"] != lost["data"]["agent.key"]
+    assert managed.there(f"{NAMESPACE}/secrets/isthmus-ca")["data"]["ca.key"] == kept["data"]["ca.key"]
+    assert not managed.install("pki", wanted=wanted)["changed"]
+
+    # What the CronJob did not renew is renewed by a run.
+    public = managed.there(f"{NAMESPACE}/configmaps/isthmus-pki")
+    old = {**json.loads(public["data"]["issued.json"]), "renew": "2026-01-02T03:04:05Z"}
+    change = {"data": {"issued.json": json.dumps(old)}}
+    managed.api.request("PATCH", f"{NAMESPACE}/configmaps/isthmus-pki", change, "application/merge-patch+json")
+    told = managed.install("run", True)["unready"]
+    assert "CronJob isthmus-system/isthmus-pki: certificates are to be renewed since 2026-01-02T03:04:05Z" in told
+    assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
+    assert not managed.install("pki", wanted=wanted)["changed"]
+
     with pytest.raises(ModuleFailed, match="made no certificates: it failed") as failed:
         managed.install("pki", wanted={**wanted, "schema": 99}, timeout=120)
     assert "exit" in failed.value.msg or "ended with 1" in failed.value.msg
     assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
+
+
+def test_a_cluster_that_was_made_anew_is_refused_before_anything_is_changed(managed: Managed) -> None:
+    """The estate record has an authority of the former one."""
+    known = managed.wanted(trust={"managed": "the former authority\n"})
+    words = "has nothing of it: no Secret isthmus-system/isthmus-ca"
+    for phase, check in (("expose", True), ("expose", False), ("run", True)):
+        with pytest.raises(ModuleFailed, match=words) as failed:
+            managed.install(phase, check, install=known)
+        assert "write `state: absent` into isthmus_estate.clusters.managed" in failed.value.msg
+    assert managed.there(NAMESPACE) is None
+
+    managed.install("expose")
+    before = managed.versions()
+    with pytest.raises(ModuleFailed, match=words):
+        managed.install("expose", install=known)
+    public = {"metadata": {"name": "isthmus-pki"}, "data": {"issued.json": json.dumps({"ca": "another authority"})}}
+    managed.api.request("POST", f"{NAMESPACE}/configmaps", public)
+    with pytest.raises(ModuleFailed, match="has another certificate authority than the estate record has for cluster"):
+        managed.install("expose", install=known)
+    managed.api.request("DELETE", f"{NAMESPACE}/configmaps/isthmus-pki")
+    assert managed.versions() == before
+
+    # Secrets that were put back from a backup are what the record knows.
+    managed.api.request("POST", f"{NAMESPACE}/secrets", {"metadata": {"name": "isthmus-ca"}, "data": {}})
+    assert not managed.install("expose", install=known)["changed"]
 
 
 def test_the_role_goes_through_its_phases_and_a_second_run_changes_nothing(managed: Managed, tmp_path: Path) -> None:
@@ -369,6 +418,28 @@ def test_an_etcd_keeps_its_size(managed: Managed) -> None:
     larger["etcd"]["replicas"] = 3
     with pytest.raises(ModuleFailed, match="has 1 members and is to have 3"):
         managed.install("etcd", install=larger)
+
+
+def test_how_peers_reach_etcd_can_be_changed_while_it_runs(managed: Managed) -> None:
+    managed.install("etcd")
+    for kind, more, endpoint, service in (
+        ("node_port", {"node_port": 30379, "hosts": ["k2"]}, "https://198.18.4.12:30379", "NodePort"),
+        ("host", {"hosts": ["k2"]}, "https://198.18.4.12:2379", "ClusterIP"),
+        ("load_balancer", {}, "https://198.18.4.200:2379", "LoadBalancer"),
+        ("node_port", {"hosts": ["k1"]}, "https://198.18.4.11:{}", "NodePort"),
+    ):
+        wanted = managed.wanted(expose=installation(type=kind, **more)["expose"])
+        changed = managed.install("etcd", install=wanted)
+        there = managed.there(f"{NAMESPACE}/services/isthmus-etcd-mesh")["spec"]
+        number = there["ports"][0].get("nodePort", 0)
+        assert changed["changed"]
+        assert changed["exposed"]["endpoints"] == [endpoint.format(number)]
+        assert (there["type"], bool(number)) == (service, service != "ClusterIP")
+        pods = managed.there(f"{APPS}/statefulsets/isthmus-etcd")["spec"]["template"]["spec"]
+        ports = [port.get("hostPort", 0) for port in pods["containers"][0]["ports"]]
+        assert (pods.get("hostNetwork", False), ports) == ((True, [2379, 2380]) if kind == "host" else (False, [0, 0]))
+        again = managed.install("etcd", install=wanted)
+        assert (again["changed"], again["diff"]) == (False, []), kind
 
 
 def test_addresses_of_nodes_are_read_back(managed: Managed) -> None:

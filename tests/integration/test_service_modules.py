@@ -13,6 +13,7 @@ import pytest
 from integration.etcd_fixture import EtcdServer
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import etcd_admin
+from isthmus_mesh import keys
 
 KEY = "isthmus/v1/services/shop/web"
 WEB: dict[str, Any] = {
@@ -99,6 +100,24 @@ def test_a_service_for_pods_says_so_in_a_kubernetes_cluster_only(host: Host) -> 
     assert json.loads(host.server.dump(KEY)[KEY])["kubernetes"] is True
     assert host.changed(**WEB) == [True, True, False, False]
     assert "kubernetes" not in json.loads(host.server.dump(KEY)[KEY])
+
+
+def test_in_a_pod_of_etcd_they_find_it_by_what_the_pod_has(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inventory host of a cluster whose control plane is in it."""
+    Path(host.places["estate.NODE"]).unlink()
+    with pytest.raises(ModuleFailed, match="this host is no member of the mesh"):
+        host.run("global_service", **WEB)
+    pki = host.places["etcd_unit.PKI"] = host.places["estate.PKI"]
+    host.places["etcd_unit.ENVIRONMENT"] = f"{pki}/there-is-none"
+    monkeypatch.setenv("ETCD_ADVERTISE_CLIENT_URLS", f"https://isthmus-etcd-0.example:{host.server.port}")
+    monkeypatch.setenv("ETCD_TRUSTED_CA_FILE", f"{pki}/trust/onprem.crt")
+    assert host.changed(**WEB, kubernetes=True) == [True, True, False, False]
+    assert json.loads(host.server.dump(KEY)[KEY])["kubernetes"] is True
+    assert [found["name"] for found in host.run("service_info")["services"]] == ["web"]
+    host.put(keys.node_report_key("worker-1"), {"boot": "b"})
+    told = host.run("mesh_info")
+    assert (told["mesh"]["cluster"], [node["name"] for node in told["mesh"]["nodes"]]) == ("onprem", ["worker-1"])
+    assert (told["agent"], told.get("warnings", [])) == (None, [])
 
 
 @pytest.mark.parametrize("module", ["global_service", "service_info", "mesh_info"])

@@ -108,6 +108,48 @@ def test_certificates_are_renewed_by_age_and_when_names_change() -> None:
     assert len(exposed.told) == 2  # etcd-server and etcd-peer
 
 
+def test_it_says_when_the_first_certificate_is_to_be_renewed() -> None:
+    def due(outcome: Outcome) -> datetime:
+        return datetime.strptime(outcome.issued["renew"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+
+    before = first()
+    assert again(before, due(before)).told == [], "until then everything is good"
+    late = again(before, due(before) + timedelta(seconds=1))
+    assert {line.partition(":")[0] for line in late.told} == {
+        f"Secret {secret}, {name}.crt" for secret, name, _cn, _usages in in_cluster_pki._OWN
+    }
+    assert due(late) > due(before) + YEAR * 0.6
+
+    # One that is to be signed elsewhere counts until that was asked for.
+    authority, ca = peer()
+    asked = again(before, NOW + timedelta(days=10), peers={"onprem": ca})
+    assert due(asked) == due(before)
+    spec = in_cluster_pki._reader("peer-onprem", "onprem", "managed")
+    given = authority.sign(spec, asked.issued["requests"]["onprem"]["csr"], NOW - YEAR * 0.5)
+    done = again(asked, peers={"onprem": ca}, certificates={"onprem": given})
+    assert due(done) < due(before)
+    anew = again(done, due(done) + timedelta(seconds=1), peers={"onprem": ca})
+    assert "less than a third" in anew.issued["requests"]["onprem"]["reason"]
+    assert due(anew) == due(before)
+
+    # What was signed for others' registrars counts too.
+    requests = [{"cluster": "onprem", "host": "o1", "csr": request_of()}]
+    signed = again(before, requests=requests)
+    authority_only = {CA: signed.secrets[CA]}
+    later = NOW + timedelta(days=100)
+    assert due(settle(wanted(), authority_only, {}, later)) == due(before) + timedelta(days=100)
+    assert due(settle(wanted(requests=requests), authority_only, signed.issued, later)) == due(before)
+
+
+def test_keys_whose_secrets_were_deleted_are_made_anew_and_the_authority_stays() -> None:
+    before = first()
+    found = settle(wanted(known_ca=before.issued["ca"]), {CA: before.secrets[CA]}, before.issued, NOW)
+    assert found.issued["ca"] == before.issued["ca"]
+    for secret, name, _cn, _usages in in_cluster_pki._OWN:
+        assert found.secrets[secret][f"{name}.key"] != before.secrets[secret][f"{name}.key"]
+    assert again(found, known_ca=before.issued["ca"]).told == []
+
+
 def test_a_lost_key_is_made_again_but_never_the_authoritys() -> None:
     before = first()
     damaged = {name: dict(files) for name, files in before.secrets.items()}

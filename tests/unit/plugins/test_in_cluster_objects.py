@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -94,6 +95,32 @@ def test_the_pki_renews_by_itself_what_a_job_made() -> None:
     # It is told of in the prune of nobody.
     assert f"{ownership.COMPONENT}!=pki" in in_cluster.PRUNED
     assert config["metadata"]["labels"][ownership.COMPONENT] == "pki"
+
+
+def test_the_pki_has_work_when_something_lacks_or_is_old() -> None:
+    wanted = {"schema": 1, "cluster": "managed", "dns": ["a"]}
+    before, after = (datetime(2026, 5, 1, 12, 0, second, tzinfo=timezone.utc) for second in (0, 2))
+    issued = {"wanted": in_cluster.pki_digest(wanted), "renew": "2026-05-01T12:00:01Z", "requests": {}}
+    whole = set(in_cluster.SECRETS)
+    assert in_cluster.pki_reason(issued, wanted, whole, before) == ""
+    assert in_cluster.pki_reason(issued, wanted, None, before) == "", "who may not see Secrets"
+    assert "as they are wanted" in in_cluster.pki_reason(issued, {**wanted, "dns": ["b"]}, whole, before)
+    assert "as they are wanted" in in_cluster.pki_reason({}, wanted, set(), before)
+    lost = in_cluster.pki_reason(issued, wanted, whole - {"isthmus-agent-tls"}, before)
+    assert lost == "keys and certificates anew: Secret isthmus-agent-tls is not there"
+    due = in_cluster.pki_reason(issued, wanted, whole, after)
+    assert due == "certificates renewed that are to be since 2026-05-01T12:00:01Z"
+    assert in_cluster.pki_reason({**issued, "renew": "soon"}, wanted, whole, after) == ""
+
+
+def test_certificates_that_nobody_renews_are_told() -> None:
+    due = datetime(2026, 5, 1, tzinfo=timezone.utc)
+    issued = {"renew": "2026-05-01T00:00:00Z", "requests": {}}
+    assert in_cluster.pki_troubles(issued, due + timedelta(days=14)) == in_cluster.pki_troubles({}, due) == []
+    (words,) = in_cluster.pki_troubles(issued, due + timedelta(days=16))
+    assert words == "CronJob isthmus-system/isthmus-pki: certificates are to be renewed since 2026-05-01T00:00:00Z"
+    (words,) = in_cluster.pki_troubles({**issued, "requests": {"onprem": {}, "cloud": {}}}, due)
+    assert words == "certificates of the registrars for cloud, onprem: not signed by the authorities there"
 
 
 def test_rights_of_the_pki_are_its_own_secrets() -> None:
