@@ -77,7 +77,8 @@ class Stages:
         self.ways: tuple[Ways, ...] = (encrypted, self.native_ways(), self.gateway_ways())
         self.keys = self.key_ways(encrypted, rotate)
         self.states = [self.with_failed(state) for state in _states(self.ways, self.keys[1:])]
-        self.running = State(*map(_running, self.ways), keys=self.keys[0])
+        encrypting, native, gateways = map(_running, self.ways)
+        self.running = State(encrypting, native, gateways, self.keys[0])
         self.trials = tuple(tuple(self.trials_of(number)) for number in range(auto.LAST + 1))
 
     def encryption_ways(self) -> Ways:
@@ -206,8 +207,8 @@ def changed(last: Mapping[Pair, Stage], now: Mapping[Pair, Stage]) -> dict[Pair,
 
 
 def state_of(roster: Mapping[str, Any], sites: Iterable[str]) -> State:
-    staged = (encryption.from_document(roster.get(key), sites) for key in encryption.STAGED)
-    return State(*staged, keys=encryption.keys_of(roster.get("encryption")))
+    encrypted, native, gateways = (encryption.from_document(roster.get(key), sites) for key in encryption.STAGED)
+    return State(encrypted, native, gateways, encryption.keys_of(roster.get("encryption")))
 
 
 def sites_of(documents: Documents) -> set[str]:
@@ -233,7 +234,8 @@ def _states(ways: Iterable[Ways], keys: tuple[Keys, ...]) -> list[State]:
         return {pair: stages[min(number, len(stages) - 1)] for pair, (_now, stages) in found.items()}
 
     lengths = [len(stages) for found in each for _now, stages in found.values()]
-    return [
-        State(*(after(number, found) for found in each), keys=keys[min(number, len(keys) - 1)])
-        for number in range(max([*lengths, len(keys)]))
-    ]
+    states = []
+    for number in range(max([*lengths, len(keys)])):
+        encrypted, native, gateways = (after(number, found) for found in each)
+        states.append(State(encrypted, native, gateways, keys[min(number, len(keys) - 1)]))
+    return states
