@@ -857,9 +857,11 @@ KINDS = (
 """Kinds of objects that `objects` makes (but for the namespace), in the order in which they go: API version, kind,
 namespace."""
 
+JOBS = (("batch/v1", "CronJob", NAMESPACE), ("batch/v1", "Job", NAMESPACE))
+"""Kinds that make keys and certificates."""
+
 LEFT = (
-    ("batch/v1", "CronJob", NAMESPACE),
-    ("batch/v1", "Job", NAMESPACE),
+    *JOBS,
     ("v1", "PersistentVolumeClaim", NAMESPACE),
     ("v1", "Secret", NAMESPACE),
 )

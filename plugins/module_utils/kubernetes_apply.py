@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 POLL = 0.5
 """Seconds between looks at what is waited for."""
 
-_RESOURCES = {
+RESOURCES = {
     "ConfigMap": "configmaps",
     "Namespace": "namespaces",
     "PersistentVolumeClaim": "persistentvolumeclaims",
@@ -46,7 +46,7 @@ WORKLOADS = ("StatefulSet", "DaemonSet", "Deployment")
 def listing(version: str, kind: str, namespace: str = "") -> str:
     """Path of the objects of a kind: those of a namespace, else all."""
     root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-    return f"{root}{f'/namespaces/{namespace}' if namespace else ''}/{_RESOURCES[kind]}"
+    return f"{root}{f'/namespaces/{namespace}' if namespace else ''}/{RESOURCES[kind]}"
 
 
 def path_of(wanted: Mapping[str, Any]) -> str:
