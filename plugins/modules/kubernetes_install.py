@@ -154,11 +154,8 @@ def needed_rights():
     for version, kind, namespace in (*in_cluster.KINDS, *in_cluster.JOBS):
         group = version.rpartition("/")[0]
         found += [(verb, group, shell.RESOURCES[kind], "", namespace) for verb in VERBS]
-    return [
-        *found,
-        ("list", "", "pods", "", in_cluster.NAMESPACE),
-        ("create", "", "pods/exec", "", in_cluster.NAMESPACE),
-    ]
+    own = (("list", "pods"), ("create", "pods/exec"))
+    return [*found, *((verb, "", resource, "", in_cluster.NAMESPACE) for verb, resource in own)]
 
 
 def given_rights():

@@ -283,11 +283,11 @@ def test_a_cluster_that_was_made_anew_is_refused_before_anything_is_changed(mana
 def test_rights_that_the_operator_lacks_are_named_before_anything_is_changed(managed: Managed) -> None:
     alice = managed.config("alice")
     managed.api.allow("alice", ("list",), "nodes")
-    with pytest.raises(ModuleFailed, match="Nothing was changed there. It lacks: ") as failed:
+    with pytest.raises(ModuleFailed, match=r"Nothing was changed there\. It lacks: ") as failed:
         managed.install("expose", kubeconfig=str(alice))
     lacking = failed.value.msg.partition("It lacks: ")[2].partition(". Next: ")[0].split("; ")
     for right in (
-        "get, create, patch namespaces",
+        "get, create, patch, list, watch namespaces",
         "get, list, create, patch, delete statefulsets.apps in isthmus-system",
         "get, list, create, patch, delete clusterroles.rbac.authorization.k8s.io",
         "create pods/exec in isthmus-system",
