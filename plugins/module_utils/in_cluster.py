@@ -514,7 +514,7 @@ def _agent(install: Mapping[str, Any]) -> Object:
         "image": install["image"],
         "command": [f"{PROGRAMS}/isthmusd", "--config", "/etc/isthmus/cluster.json"],
         "env": [*_ENVIRONMENT, {"name": "PYTHONUNBUFFERED", "value": "1"}],
-        "readinessProbe": {**asks("/ready"), "periodSeconds": 15, "failureThreshold": 2},
+        "readinessProbe": {**asks("/ready"), "periodSeconds": 5, "failureThreshold": 6},
         "livenessProbe": {**asks("/metrics"), "periodSeconds": 15, "failureThreshold": 4},
         "startupProbe": {**asks("/metrics"), "periodSeconds": 2, "failureThreshold": 150},
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}},

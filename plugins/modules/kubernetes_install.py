@@ -135,10 +135,8 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ownership
 
 SECRETS = shell.listing("v1", "Secret", in_cluster.NAMESPACE)
-VERBS = ("get", "list", "create", "patch", "delete")
 SERVICES = shell.listing("v1", "Service", in_cluster.NAMESPACE)
-
-
+VERBS = ("get", "list", "create", "patch", "delete")
 ESCALATE = tuple(
     (verb, "rbac.authorization.k8s.io", resource, "", namespace)
     for resource, namespace in (("clusterroles", ""), ("roles", in_cluster.NAMESPACE))
@@ -161,10 +159,10 @@ def needed_rights():
 def given_rights():
     """What the roles give that the mesh has there. Kubernetes lets nobody give what he has not himself, unless he may
     escalate."""
-    own = [(verb, "", kind) for kind in ("secrets", "configmaps") for verb in ("create", "get", "update")]
+    own = [(verb, kind) for kind in ("secrets", "configmaps") for verb in ("create", "get", "update")]
     return [
         *((*right, "") for right in access.GIVEN),
-        *((verb, group, kind, "", in_cluster.NAMESPACE) for verb, group, kind in own),
+        *((verb, "", kind, "", in_cluster.NAMESPACE) for verb, kind in own),
     ]
 
 
