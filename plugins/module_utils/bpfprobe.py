@@ -14,6 +14,8 @@ import platform
 import socket
 import struct
 
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import strangers
+
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _PROG_LOAD, _BTF_LOAD, _LINK_CREATE = 0, 5, 18, 28
@@ -21,17 +23,7 @@ _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 _SCHED_CLS, _CGROUP_SOCK_ADDR = 3, 18
 _CLONE_NEWNET = 0x40000000
 
-# enum bpf_attach_type of include/uapi/linux/bpf.h
-_HOOKS = {
-    "connect4": 10,
-    "connect6": 11,
-    "sendmsg4": 14,
-    "sendmsg6": 15,
-    "recvmsg4": 19,
-    "recvmsg6": 20,
-    "getpeername4": 29,
-    "getpeername6": 30,
-}
+_HOOKS = dict(strangers.HOOKS)
 
 # name: (enum bpf_map_type, key size, value size, entries, flags)
 _MAPS = {

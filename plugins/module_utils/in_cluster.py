@@ -487,7 +487,8 @@ AGENT_CAPABILITIES: Mapping[str, str] = {
     "PERFMON": "programs may read what tracing programs may",
     "NET_ADMIN": "attaches programs; sets up the overlay's device, addresses, routes, rules; ends sockets",
     "NET_RAW": "probes other nodes (ICMP)",
-    "SYS_ADMIN": "enters the network namespaces of pods, to end sockets whose backend is gone",
+    "SYS_ADMIN": "enters the network namespaces of pods, to end sockets whose backend is gone; reads the names of "
+    "others' programs at its hooks",
 }
 """What an agent's container may do beyond a user without rights, and why. It is not privileged."""
 
@@ -505,15 +506,17 @@ socket, the state from which it starts without etcd."""
 
 def _agent(install: Mapping[str, Any]) -> Object:
     # The kubelet asks from the node, whose loopback this is.
-    alive = {"httpGet": {"host": "127.0.0.1", "port": METRICS_PORT, "path": "/metrics"}, "timeoutSeconds": 10}
+    def asks(path: str) -> Object:
+        return {"httpGet": {"host": "127.0.0.1", "port": METRICS_PORT, "path": path}, "timeoutSeconds": 10}
+
     container = {
         "name": "agent",
         "image": install["image"],
         "command": [f"{PROGRAMS}/isthmusd", "--config", "/etc/isthmus/cluster.json"],
         "env": [*_ENVIRONMENT, {"name": "PYTHONUNBUFFERED", "value": "1"}],
-        "readinessProbe": {**alive, "periodSeconds": 15, "failureThreshold": 2},
-        "livenessProbe": {**alive, "periodSeconds": 15, "failureThreshold": 4},
-        "startupProbe": {**alive, "periodSeconds": 2, "failureThreshold": 150},
+        "readinessProbe": {**asks("/ready"), "periodSeconds": 5, "failureThreshold": 6},
+        "livenessProbe": {**asks("/metrics"), "periodSeconds": 15, "failureThreshold": 4},
+        "startupProbe": {**asks("/metrics"), "periodSeconds": 2, "failureThreshold": 150},
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}},
         "securityContext": {
             "runAsUser": 0,
@@ -857,9 +860,11 @@ KINDS = (
 """Kinds of objects that `objects` makes (but for the namespace), in the order in which they go: API version, kind,
 namespace."""
 
+JOBS = (("batch/v1", "CronJob", NAMESPACE), ("batch/v1", "Job", NAMESPACE))
+"""Kinds that make keys and certificates."""
+
 LEFT = (
-    ("batch/v1", "CronJob", NAMESPACE),
-    ("batch/v1", "Job", NAMESPACE),
+    *JOBS,
     ("v1", "PersistentVolumeClaim", NAMESPACE),
     ("v1", "Secret", NAMESPACE),
 )

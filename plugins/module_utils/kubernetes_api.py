@@ -164,10 +164,12 @@ class Api:
         """There is nothing at `path`, soon: its finalizers come first, and what it owns goes after it."""
         self._ask("delete", path, propagation_policy="Background")
 
-    def allowed(self, verb: str, group: str, resource: str, name: str = "") -> bool:
-        """Whether the caller may do that; `resource` may have a subresource behind a slash."""
+    def allowed(self, verb: str, group: str, resource: str, name: str = "", namespace: str = "") -> bool:
+        """Whether the caller may do that; `resource` may have a subresource behind a slash. Without a namespace: in all
+        of them."""
         kind, _slash, sub = resource.partition("/")
         attributes = {"verb": verb, "group": group, "resource": kind, "subresource": sub, "name": name}
+        attributes |= {"namespace": namespace} if namespace else {}
         review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
         asked = {**review, "spec": {"resourceAttributes": attributes}}
         answer = self._ask("post", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=asked) or {}

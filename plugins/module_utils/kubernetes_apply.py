@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 POLL = 0.5
 """Seconds between looks at what is waited for."""
 
-_RESOURCES = {
+RESOURCES = {
     "ConfigMap": "configmaps",
     "Namespace": "namespaces",
     "PersistentVolumeClaim": "persistentvolumeclaims",
@@ -46,7 +46,7 @@ WORKLOADS = ("StatefulSet", "DaemonSet", "Deployment")
 def listing(version: str, kind: str, namespace: str = "") -> str:
     """Path of the objects of a kind: those of a namespace, else all."""
     root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-    return f"{root}{f'/namespaces/{namespace}' if namespace else ''}/{_RESOURCES[kind]}"
+    return f"{root}{f'/namespaces/{namespace}' if namespace else ''}/{RESOURCES[kind]}"
 
 
 def path_of(wanted: Mapping[str, Any]) -> str:
@@ -194,7 +194,7 @@ def events(api: kubernetes.Api, namespace: str, kind: str, name: str, most: int 
 
 
 def _last_words(api: kubernetes.Api, namespace: str, pod: Mapping[str, Any]) -> list[str]:
-    """The last line of the log of each container that is not ready."""
+    """The last line of the log of each container that is not ready: of an error, if it is among the last."""
     found = []
     for one in (pod.get("status") or {}).get("containerStatuses") or ():
         if one.get("ready") or not one.get("containerID"):
@@ -203,10 +203,11 @@ def _last_words(api: kubernetes.Api, namespace: str, pod: Mapping[str, Any]) -> 
         previous = bool((one.get("state") or {}).get("waiting"))
         path = f"{listing('v1', 'Pod', namespace)}/{pod['metadata']['name']}/log"
         try:
-            lines = api.text(path, container=one["name"], previous=str(previous).lower(), tailLines=5).splitlines()
+            lines = api.text(path, container=one["name"], previous=str(previous).lower(), tailLines=50).splitlines()
         except kubernetes.ApiError:
             continue  # its node does not answer, or the log is gone
-        found += [line.strip()[:500] for line in lines if line.strip()][-1:]
+        said = [line.strip()[:500] for line in lines if line.strip()]
+        found += ([line for line in said if '"level": "error"' in line] or said)[-1:]
     return found
 
 

@@ -136,6 +136,34 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ownership
 
 SECRETS = shell.listing("v1", "Secret", in_cluster.NAMESPACE)
 SERVICES = shell.listing("v1", "Service", in_cluster.NAMESPACE)
+VERBS = ("get", "list", "create", "patch", "delete")
+ESCALATE = tuple(
+    (verb, "rbac.authorization.k8s.io", resource, "", namespace)
+    for resource, namespace in (("clusterroles", ""), ("roles", in_cluster.NAMESPACE))
+    for verb in ("escalate", "bind")
+)
+
+
+def needed_rights():
+    """What the operator must be allowed to do (docs/kubernetes-managed.md): verb, API group, resource, name,
+    namespace."""
+    found = [("list", "", "nodes", "", "")]
+    found += [(verb, "", "namespaces", "", "") for verb in ("get", "create", "patch")]
+    for version, kind, namespace in (*in_cluster.KINDS, *in_cluster.JOBS):
+        group = version.rpartition("/")[0]
+        found += [(verb, group, shell.RESOURCES[kind], "", namespace) for verb in VERBS]
+    own = (("list", "pods"), ("create", "pods/exec"))
+    return [*found, *((verb, "", resource, "", in_cluster.NAMESPACE) for verb, resource in own)]
+
+
+def given_rights():
+    """What the roles give that the mesh has there. Kubernetes lets nobody give what he has not himself, unless he may
+    escalate."""
+    own = [(verb, kind) for kind in ("secrets", "configmaps") for verb in ("create", "get", "update")]
+    return [
+        *((*right, "") for right in access.GIVEN),
+        *((verb, "", kind, "", in_cluster.NAMESPACE) for verb, kind in own),
+    ]
 
 
 class Installation:
@@ -152,6 +180,8 @@ class Installation:
     def present(self):
         """What exit_json is given."""
         phase = self.module.params["phase"]
+        if phase == in_cluster.EXPOSE:
+            self.refuse_lacking_rights()
         nodes = self.api.items("/api/v1/nodes")
         self.refuse_other_cluster(nodes)
         self.refuse_former()
@@ -240,6 +270,34 @@ class Installation:
                     "right and run again"
                 )
             time.sleep(shell.POLL)
+
+    def refuse_lacking_rights(self):
+        """Before a first run changes anything: all that lacks at once."""
+        try:
+            there = self.api.get(f"{shell.listing('v1', 'Namespace')}/{in_cluster.NAMESPACE}")
+        except kubernetes.Forbidden:
+            there = None
+        if there is not None:
+            return
+        missing = [right for right in needed_rights() if not self.api.allowed(*right)]
+        given = [right for right in given_rights() if not self.api.allowed(*right)]
+        if given and not all(self.api.allowed(*right) for right in ESCALATE):
+            missing += given
+        if not missing:
+            return
+        verbs = {}
+        for verb, group, resource, _name, namespace in missing:
+            verbs.setdefault((group, resource, namespace), []).append(verb)
+        words = [
+            access.right_words((", ".join(dict.fromkeys(some)), group, resource, ""))
+            + (f" in {namespace}" if namespace else "")
+            for (group, resource, namespace), some in verbs.items()
+        ]
+        raise kubernetes.ApiError(
+            f"the user of that kubeconfig may not do all that runs the mesh in {self.api.server}. Nothing was changed "
+            f"there. It lacks: {'; '.join(words)}. Next: use one with these rights (docs/kubernetes-managed.md), or "
+            "grant them, and run again"
+        )
 
     def refuse_other_cluster(self, nodes):
         try:

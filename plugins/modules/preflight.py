@@ -198,7 +198,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings, strangers
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 
 DEVICE = "isthmus0"
@@ -213,9 +213,7 @@ LOOPBACK_ONLY = {
 }
 SELINUX = "/sys/fs/selinux/enforce"
 BUNDLE_ROOM = 256 * 1024**2  # an environment unpacked, and the one that it replaces
-KNOWN_PROGRAMS = {"cil_": ", Cilium's", "calico_": ", Calico's", "cali_": ", Calico's"}
 SYSCTL = "/proc/sys/net/ipv4"
-KNOWN_OVERLAYS = {"cilium": "Cilium's", "flannel": "flannel's, of k3s or Kubernetes", "vxlan.calico": "Calico's"}
 
 
 def kernel_problems(arch):
@@ -239,15 +237,7 @@ def hook_findings():
     """Programs of others that decide, as ours do, where a connection goes."""
     root = bpfprobe.cgroup2_mount()
     found = {} if root is None else bpfprobe.foreign_programs(root)
-    if not found:
-        return []
-    names = sorted({name for names in found.values() for name in names})
-    whose = next((words for start, words in KNOWN_PROGRAMS.items() if any(one.startswith(start) for one in names)), "")
-    return [
-        f"Another program decides about connections at the mesh's hooks {', '.join(sorted(found))}: "
-        f"{', '.join(names)}{whose} (`bpftool cgroup show {root}`). Which of the two chooses a service's backend "
-        "would be chance. Take it off this host, or switch its socket load balancing off."
-    ]
+    return [strangers.hook_words(found, root)] if found else []
 
 
 def node_findings(spec):
@@ -345,10 +335,8 @@ def vxlan_words(found, port):
     for link in found:
         info = link.get("linkinfo", {})
         if info.get("info_kind") == "vxlan" and info.get("info_data", {}).get("port") == port:
-            name = link["ifname"]
-            whose = next((words for start, words in KNOWN_OVERLAYS.items() if name.startswith(start)), "")
-            names.append(f"{name} ({whose})" if whose else name)
-    return f": the VXLAN device {', '.join(names)}" if names else ""
+            names.append(link["ifname"])
+    return f": {strangers.device_words(names)}" if names else ""
 
 
 def etcd_words(one, unit_words):
@@ -375,11 +363,7 @@ def port_problems(spec, found):
     if not os.path.exists(f"/sys/class/net/{DEVICE}"):
         for one, holder in foreign(ports.bound("udp", port), ()):
             whose = vxlan_words(found, port) if one.inode == 0 else ""
-            problems.append(
-                f"UDP port {port}, the overlay's, is used by {holder}{whose} (`ip -d link show type vxlan` lists VXLAN "
-                "devices). Two overlays cannot share it: free it, or set another isthmus_estate.overlay.port, which "
-                "is one for the whole estate, before its first run."
-            )
+            problems.append(strangers.port_words(port, f"{holder}{whose}"))
     for device, tunnel in zip(openings.devices(spec), openings.tunnels(spec)):
         if os.path.exists(f"/sys/class/net/{device}"):
             continue

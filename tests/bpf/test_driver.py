@@ -14,6 +14,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
+from foreign_programs import attached
 from isthmus_agent.bpf import abi
 from isthmus_agent.bpf.driver import CGROUP_PROGRAMS, BpfDatapath
 from isthmus_agent.bpf.errors import BpfError, CapacityError
@@ -413,6 +414,17 @@ def test_attachments_are_audited_and_repaired(datapath: BpfDatapath) -> None:
     assert problems == [f"cgroup hook connect4 is not attached: {datapath.pin_dir}/links/connect4 is missing"]
     datapath.attach_cgroup()
     assert [each for each in datapath.audit_attachments(1) if "cgroup" in each] == []
+
+
+def test_programs_of_others_at_our_hooks_are_found(datapath: BpfDatapath) -> None:
+    datapath.attach_cgroup()
+    assert datapath.strangers() == {}, "they are ours"
+    with attached(datapath.cgroup_root, {"connect4": b"cil_sock4_conne", "sendmsg4": b""}):
+        found = datapath.strangers()
+    assert found.pop("connect4") == ["cil_sock4_conne"]
+    (nameless,) = found.pop("sendmsg4")
+    assert nameless.startswith("number ")
+    assert found == {}
 
 
 def test_links_of_another_cgroup_move(datapath: BpfDatapath) -> None:

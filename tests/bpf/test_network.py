@@ -221,6 +221,14 @@ def test_a_device_with_other_parameters_is_made_again(call: Call) -> None:
     assert call(netlink.overlay_index) is None
 
 
+def test_overlays_of_others_on_our_port_are_found(call: Call) -> None:
+    call(netlink.ensure_overlay)
+    for name, port in (("flannel.1", "8472"), ("vx9", "4789")):
+        call(_ip, "link", "add", name, "type", "vxlan", "id", "1", "local", "127.0.0.1", "dstport", port)
+    assert call(netlink.overlays_of_others, 8472) == ["flannel.1"]
+    assert call(netlink.overlays_of_others, 4790) == []
+
+
 def test_a_used_port_is_named(call: Call) -> None:
     call(_ip, "link", "add", "other", "type", "vxlan", "external", "dstport", "8472")
     call(_ip, "link", "set", "other", "up")

@@ -18,9 +18,11 @@ from integration.kubernetes_fixture import ApiServer
 from integration.registrar_cluster import Cluster, running
 from integration.registrar_cluster import until as until_seconds
 from integration.test_agent import FakeKernel
+from isthmus_agent import netlink
 from isthmus_agent.agent.loop import Paths
 from isthmus_agent.agent.main import main as isthmusd
 from isthmus_agent.agent.main import start_in_cluster
+from isthmus_agent.bpf.driver import BpfDatapath
 from isthmus_agent.etcd_admin import ensure_access, wanted_access
 from isthmus_agent.kvstore.errors import EtcdError
 from isthmus_agent.registrar import service as registrar_service
@@ -293,6 +295,22 @@ def test_peers_take_its_nodes_for_senders(managed: Managed, tmp_path: Path) -> N
                 )
 
     asyncio.run(run())
+
+
+def test_a_node_that_another_network_has_is_refused_with_words(
+    managed: Managed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ansible does not enter it, so its agent looks, before it changes anything there."""
+    monkeypatch.setenv("ISTHMUS_NODE", "n1")
+    monkeypatch.setattr(BpfDatapath, "strangers", lambda _self: {"connect4": ["cil_sock4_conne"]})
+    monkeypatch.setattr(netlink, "overlays_of_others", lambda _port: ["flannel.1"])
+    file, pins = tmp_path / "cluster.json", tmp_path / "pins"
+    file.write_text(managed.text())
+    assert isthmusd(["--config", str(file), "--metrics", "none", "--pin-dir", str(pins)]) == 78
+    told = capsys.readouterr().err
+    assert "at the mesh's hooks connect4: cil_sock4_conne, Cilium's" in told
+    assert "is used by the VXLAN device flannel.1 (flannel's, of k3s or Kubernetes)" in told
+    assert not pins.exists()
 
 
 def test_a_pod_that_does_not_know_its_node_says_so(

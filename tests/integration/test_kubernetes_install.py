@@ -280,6 +280,25 @@ def test_a_cluster_that_was_made_anew_is_refused_before_anything_is_changed(mana
     assert not managed.install("expose", install=known)["changed"]
 
 
+def test_rights_that_the_operator_lacks_are_named_before_anything_is_changed(managed: Managed) -> None:
+    alice = managed.config("alice")
+    managed.api.allow("alice", ("list",), "nodes")
+    with pytest.raises(ModuleFailed, match=r"Nothing was changed there\. It lacks: ") as failed:
+        managed.install("expose", kubeconfig=str(alice))
+    lacking = failed.value.msg.partition("It lacks: ")[2].partition(". Next: ")[0].split("; ")
+    for right in (
+        "get, create, patch, list, watch namespaces",
+        "get, list, create, patch, delete statefulsets.apps in isthmus-system",
+        "get, list, create, patch, delete clusterroles.rbac.authorization.k8s.io",
+        "create pods/exec in isthmus-system",
+        "create, get, update secrets in isthmus-system",
+        "get, list, watch, create, patch, delete endpointslices.discovery.k8s.io",
+    ):
+        assert right in lacking
+    assert "list nodes" not in lacking
+    assert managed.there(NAMESPACE) is None
+
+
 def test_the_role_goes_through_its_phases_and_a_second_run_changes_nothing(managed: Managed, tmp_path: Path) -> None:
     common = {
         "in_cluster_install": {key: value for key, value in managed.wanted().items() if key != "image"},

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from isthmus_mesh import strangers
+
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Route, Service
@@ -125,6 +127,14 @@ class HostKernel:
     def cgroup_root(self) -> Path:
         """Where the cgroup2 hierarchy is mounted. BpfError when it is not."""
         return self._bpf.cgroup_root
+
+    def conflicts(self, port: int) -> list[str]:
+        """What others have here that the mesh needs, in words; `port` is the overlay's. BpfError."""
+        from isthmus_agent import netlink
+
+        programs, devices = self._bpf.strangers(), netlink.overlays_of_others(port)
+        found = [strangers.hook_words(programs, str(self.cgroup_root))] if programs else []
+        return found + ([strangers.port_words(port, strangers.device_words(devices))] if devices else [])
 
     def is_fresh(self) -> bool:
         return not (self._pin_dir / "svc").exists()

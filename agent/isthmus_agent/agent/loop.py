@@ -396,6 +396,11 @@ class Agent:
                 retry = min(retry * 2, RETRY[1])
             self._turns += 1
 
+    @property
+    def ready(self) -> bool:
+        """Whether the datapath is there: made by this agent, or kept as an earlier one left it."""
+        return self._started or bool(self.progress.holding)
+
     async def _feed_watchdog(self, interval: float) -> None:
         """Feed systemd's watchdog while everything gets on: the event loop (or nobody would run this), the applier,
         and the kernel's thread, whose turn may take longer than the watchdog allows but must not stand still."""

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,15 @@ def metrics_server(agent: Agent) -> LocalServer:
     async def get_metrics() -> Response:
         return Response(await metrics.render(agent), "text/plain; version=0.0.4; charset=utf-8")
 
-    return LocalServer({"GET /metrics": get_metrics})
+    async def get_ready() -> Response:
+        """For probes of a pod, which must not count as rolled out before its datapath is there."""
+        if agent.ready:
+            return Response(b"ready\n", "text/plain")
+        why = agent.progress.error or "it waits for what it is to be"
+        words = f"the datapath is not there yet: {why}\n"
+        return Response(words.encode(), "text/plain", HTTPStatus.SERVICE_UNAVAILABLE)
+
+    return LocalServer({"GET /metrics": get_metrics, "GET /ready": get_ready})
 
 
 async def serve(
@@ -183,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise SpecError(f"it is a cluster's document, and {NODE} does not say on which node this is")
         kernel = HostKernel(options.pin_dir, options.cgroup_root)
         cgroup_root = kernel.cgroup_root
+        # Nobody has looked at a node that Ansible does not enter. What runs already goes on.
+        if document is not None and kernel.is_fresh() and (found := kernel.conflicts(document.overlay.port)):
+            raise BpfError(" ".join(found))
     except (OSError, SpecError, BpfError) as error:
         words = f"{error}; next: {REMEDY}" if isinstance(error, SpecError) else str(error)
         logger.error("cannot start", extra=fields(config=str(options.config), error=words))

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from isthmus_mesh.strangers import HOOKS
+
 from isthmus_agent.bpf import abi
 from isthmus_agent.bpf.errors import BpfError, CapacityError
 from isthmus_agent.bpf.libbpf import (
@@ -63,6 +65,8 @@ CGROUP_PROGRAMS = (
     "getpeername6",
     "sock_release",
 )
+MOST_AT_A_HOOK = 64
+"""Programs that a hook of a cgroup can have: BPF_CGROUP_MAX_PROGS of kernel/bpf/cgroup.c."""
 OVERLAY_PROGRAMS = {"overlay_ingress": TC_INGRESS, "overlay_egress": TC_EGRESS}
 WIREGUARD_PROGRAMS = {"wireguard_ingress": TC_INGRESS}
 UNDERLAY_PROGRAMS = {"underlay_ingress": TC_INGRESS, "underlay_egress": TC_EGRESS}
@@ -356,6 +360,39 @@ class BpfDatapath:
                 self.lib.bpf_link__destroy(link)
         finally:
             os.close(cgroup_fd)
+
+    def strangers(self) -> dict[str, list[str]]:
+        """Programs of others at our hooks of the cgroup root, by hook; ours are named like their hooks. A program
+        without a name is told by its number. Hooks that may not be looked at have none."""
+        found: dict[str, list[str]] = {}
+        cgroup_fd = os.open(self.cgroup_root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for hook, attach in HOOKS.items():
+                names = [self._program_name(number) for number in self._at_hook(cgroup_fd, attach)]
+                others = [name for name in names if name != hook]
+                found |= {hook: others} if others else {}
+        finally:
+            os.close(cgroup_fd)
+        return found
+
+    def _at_hook(self, cgroup_fd: int, attach: int) -> list[int]:
+        """Numbers of the programs at a hook of exactly this cgroup."""
+        numbers = (ctypes.c_uint32 * MOST_AT_A_HOOK)()
+        flags, count = ctypes.c_uint32(), ctypes.c_uint32(MOST_AT_A_HOOK)
+        result = self.lib.bpf_prog_query(
+            cgroup_fd, attach, 0, ctypes.byref(flags), ctypes.cast(numbers, ctypes.POINTER(ctypes.c_uint32)),
+            ctypes.byref(count),
+        )  # fmt: skip
+        return [] if result else list(numbers[: count.value])
+
+    def _program_name(self, number: int) -> str:
+        handle = self.lib.bpf_prog_get_fd_by_id(number)
+        if handle < 0:
+            return f"number {number}"
+        try:
+            return self._program_info(handle).name.decode(errors="replace") or f"number {number}"
+        finally:
+            os.close(handle)
 
     def _link_info(self, fd: int, what: Path) -> CgroupLinkInfo:
         info = CgroupLinkInfo()

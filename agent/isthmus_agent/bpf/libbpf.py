@@ -154,6 +154,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_obj_get": (c_int, (c_char_p,)),
     "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, _U32P)),
     "bpf_prog_get_fd_by_id": (c_int, (c_uint32,)),
+    "bpf_prog_query": (c_int, (c_int, c_int, c_uint32, _U32P, _U32P, _U32P)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_char_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_char_p, c_char_p, c_uint64)),
     "bpf_map_delete_elem": (c_int, (c_int, c_char_p)),

@@ -66,6 +66,20 @@ def other_devices(name: str = OVERLAY) -> list[int]:
     return [index for index, other in socket.if_nameindex() if other not in (name, *DEVICES, "lo")]
 
 
+def overlays_of_others(port: int) -> list[str]:
+    """Names of the VXLAN devices on the overlay's UDP port that are not ours."""
+    found = []
+    with IPRoute() as ipr:
+        for link in ipr.get_links():
+            name, info = link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_LINKINFO")
+            if name == OVERLAY or info is None or info.get_attr("IFLA_INFO_KIND") != "vxlan":
+                continue
+            data = info.get_attr("IFLA_INFO_DATA")
+            if data is not None and data.get_attr("IFLA_VXLAN_PORT") == port:
+                found.append(str(name))
+    return sorted(found)
+
+
 def ensure_overlay(name: str = OVERLAY, port: int = 8472, mtu: int = 1450) -> int:
     """Makes the VXLAN device in collect-metadata mode (no learning, NOARP, no IPv6 addresses of its own)
     and answers its index. One with another kind or port is removed and made again, with a new index.

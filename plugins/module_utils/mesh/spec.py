@@ -370,6 +370,7 @@ class ClusterDocument:
         self._shared["hash"] = spec_hash(document)  # of what is really there
         self.estate: str = self._shared["estate"]
         self.cluster: ClusterSpec = self._shared["cluster"]
+        self.overlay: OverlaySpec = self._shared["overlay"]
         self.etcd: EtcdSpec = self._shared["etcd"]
 
     def of_pod(self, name: str) -> MeshSpec:

@@ -19,7 +19,9 @@ from isthmus_agent.agent import kernel as kernel_module
 from isthmus_agent.agent import loop
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
+from isthmus_agent.agent.main import metrics_server
 from isthmus_agent.agent.network_watch import NetworkWatch
+from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import HostFacts, desired
 from isthmus_agent.desired.datapath import Datapath, Native, Route
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
@@ -98,6 +100,38 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
     asyncio.run(fail_and_recover(an_agent(tmp_path, kernel), kernel))
     assert kernel.calls[:2] == [("start", 1450), ("apply", 1350)]
     assert kernel.calls[-1] == ("start", 1450)
+
+
+async def become_ready(agent: Agent, kernel: FakeKernel) -> None:
+    ask = metrics_server(agent)._routes["GET /ready"]
+    assert (await ask()).status == 503
+    applier = asyncio.create_task(agent._applier())
+    try:
+        kernel.failure = BpfError("no such hook")
+        agent.wake()
+        await until(lambda: bool(agent.progress.error), "it fails")
+        answer = await ask()
+        assert (answer.status, answer.body) == (503, b"the datapath is not there yet: no such hook\n")
+        kernel.failure = None
+        await until(lambda: not agent.progress.error, "it is there")
+        assert (await ask()).status == 200
+        kernel.failure = BpfError("again")
+        agent.facts = replace(agent.facts, underlay_mtu=1400)
+        agent.wake()
+        await until(lambda: bool(agent.progress.error), "it fails again")
+        assert (await ask()).status == 200, "what was made goes on"
+    finally:
+        applier.cancel()
+        await asyncio.wait([applier])
+
+
+def test_a_pod_is_ready_when_its_datapath_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RETRY", (0.02, 0.02))
+    kernel = FakeKernel()
+    asyncio.run(become_ready(an_agent(tmp_path, kernel), kernel))
+    kept = an_agent(tmp_path, kernel)
+    kept.progress.holding = "own etcd's state is not complete yet"
+    assert kept.ready, "what an earlier agent made goes on"
 
 
 async def follow_filters(agent: Agent, answers: list[Any]) -> None:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.isthmus.mesh.plugins.filter import etcd_hosts, mesh_hosts
 from ansible_collections.isthmus.mesh.plugins.module_utils import bpfprobe, bundle, packets, ports
+from foreign_programs import attached
 
 PLATFORMS = [{"arch": "x86_64", "python": "3.11"}, {"arch": "aarch64", "python": "3.12"}]
 
@@ -163,28 +162,12 @@ def test_programs_of_others_at_our_hooks_are_found() -> None:
     assert root is not None
     cgroup = Path(root, f"isthmus-test-{os.getpid()}")
     cgroup.mkdir()
-    bpf = bpfprobe._Bpf()
-    opened: list[int] = []
     try:
         assert bpfprobe.foreign_programs(str(cgroup)) == {}
-        directory = os.open(cgroup, os.O_RDONLY)
-        opened.append(directory)
-        code = ctypes.create_string_buffer(bytes.fromhex("b7000000010000009500000000000000"), 16)
-        licence = ctypes.create_string_buffer(b"GPL")
-        for hook, name in (("connect4", b"cil_sock4_connec"[:15]), ("connect6", b"connect6"), ("sendmsg4", b"")):
-            attach = bpfprobe._HOOKS[hook]
-            # BPF_PROG_LOAD, then BPF_PROG_ATTACH with BPF_F_ALLOW_MULTI (bpf(2), include/uapi/linux/bpf.h)
-            places = ctypes.addressof(code), ctypes.addressof(licence)
-            load = struct.pack("=IIQQIIQII16sII", 18, 2, *places, 0, 0, 0, 0, 0, name, 0, attach)
-            program = bpf.call(5, load)
-            assert program > 0
-            opened.append(program)
-            assert bpf.call(8, struct.pack("=IIIII", directory, program, attach, 2, 0)) == 0
-        found = bpfprobe.foreign_programs(str(cgroup))
+        with attached(cgroup, {"connect4": b"cil_sock4_connec"[:15], "connect6": b"connect6", "sendmsg4": b""}):
+            found = bpfprobe.foreign_programs(str(cgroup))
         assert found["connect4"] == ["cil_sock4_conne"]
         assert "connect6" not in found  # called like the hook: ours
         assert found["sendmsg4"][0].startswith("number ")
     finally:
-        for handle in opened:
-            os.close(handle)
         cgroup.rmdir()  # its programs go with it
