@@ -43,6 +43,7 @@ class Gateway:
         self.connections: Sequence[Mapping[str, Any]] = own.get("connections", [])
         self.given = secrets
         self.names = [ipsec.name_of(one) for one in self.connections]
+        self.renewed = False  # certificates, or the authorities that are trusted
 
     def swanctl(self, *words: str, must: bool = True) -> str:
         code, out, err = self.module.run_command([strongswan.SWANCTL, *words])
@@ -56,7 +57,7 @@ class Gateway:
     def files(self) -> bool:
         """Writes all of them; answers whether one is another than before."""
         wanted: dict[tuple[str, str], bytes | None] = {}
-        counts = {}
+        counts: dict[str, int] = {}
         for one in self.connections:
             if "certificate" not in one:
                 continue
@@ -68,13 +69,12 @@ class Gateway:
             counts[cluster] = len(authorities)
             for name, content in zip(ipsec.authority_files(cluster, len(authorities)), authorities):
                 wanted["x509ca", name] = content
-        differs = False
         for (kind, name), content in wanted.items():
             path, secret = f"{strongswan.DIRECTORY}/{kind}/{name}", kind == "private"
             if content is not None:
-                differs |= self.changes.file(path, content, mode=0o600 if secret else 0o644, secret=secret)
+                self.renewed |= self.changes.file(path, content, mode=0o600 if secret else 0o644, secret=secret)
             elif self.module.check_mode:
-                differs = True
+                self.renewed = True
                 self.changes.note(path, "", "made by the run")
             else:
                 self.module.fail_json(
@@ -85,7 +85,8 @@ class Gateway:
         for kind in KINDS:
             for path in ours(kind):
                 if (kind, os.path.basename(path)) not in wanted:
-                    differs |= self.changes.absent(path, secret=kind == "private")
+                    self.renewed |= self.changes.absent(path, secret=kind == "private")
+        differs = self.renewed
         conf = ipsec.swanctl_conf(self.connections, counts)
         differs |= self.changes.file(strongswan.CONNECTIONS, conf)
         secrets = self.secrets()
@@ -155,13 +156,29 @@ class Gateway:
 
     def load(self, before: Mapping[str, list[str]]) -> None:
         """Connections that changed are made anew: a tunnel keeps the networks and the key that it was made with, and
-        one with a key that the other side does not have would end only when that is asked for again."""
+        one with a key that the other side does not have would end only when that is asked for again. It keeps the
+        certificates too, also when it authenticates itself anew."""
         self.swanctl("--load-creds", "--clear", "--noprompt")
         self.swanctl("--load-conns")
         now = told()
         for name in sorted(before):
             if before[name] != now.get(name):
                 self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
+        for one in self.connections:
+            name = ipsec.name_of(one)
+            if self.renewed and "certificate" in one and one["begins"] and before.get(name) == now.get(name):
+                self.renew(name)
+
+    def renew(self, name: str) -> None:
+        """Another tunnel beside the one that is there, which then goes. Where the other side does not take it yet, what
+        is there stays."""
+        old = strongswan.numbers(self.swanctl("--list-sas"), name)
+        if not old:
+            return
+        self.swanctl("--initiate", "--child", "net", "--ike", name, "--timeout", "10", must=False)
+        if set(strongswan.numbers(self.swanctl("--list-sas"), name)) - set(old):
+            for number in old:
+                self.swanctl("--terminate", "--ike-id", number, "--timeout", "5", must=False)
 
     def remove(self) -> None:
         """All of ours. strongSwan itself goes on, for whoever else uses it."""
@@ -190,14 +207,15 @@ def ours(kind: str) -> list[str]:
 
 
 def told() -> dict[str, list[str]]:
-    """Connections of our fragments, name to what is said of them and of their keys."""
+    """Connections of our fragments, name to what is said of them and of their keys; not which files their authorities'
+    certificates are in."""
     found: dict[str, list[str]] = {}
     for path in (strongswan.CONNECTIONS, strongswan.SECRETS):
         name = ""
         for line in (read_bytes(path) or b"").decode(errors="replace").splitlines():
             begins = re.match(r"  (?:ike-)?(\S+) \{$", line)
             name = begins[1] if begins else name
-            if name:
+            if name and "cacerts =" not in line:
                 found.setdefault(name, []).append(line)
     return found
 

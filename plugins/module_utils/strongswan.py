@@ -72,6 +72,12 @@ def established(text: str) -> dict[str, set[str]]:
     return found
 
 
+def numbers(text: str, name: str) -> list[str]:
+    """Of the answer to `swanctl --list-sas`: those of a connection's IKE SAs that are established, which have the
+    child that they began with."""
+    return re.findall(rf"^{re.escape(name)}: #(\d+), ESTABLISHED", text, re.MULTILINE)
+
+
 def loaded(text: str) -> set[str]:
     """Of the answer to `swanctl --list-conns`: names of the connections."""
     return {line.partition(":")[0] for line in text.splitlines() if re.match(r"\S+: IKEv", line)}

@@ -32,6 +32,7 @@ office: IKEv1, rekeying every 14400s
 def test_a_tunnel_is_there_when_its_child_is() -> None:
     assert strongswan.established(SAS) == {"isthmus-cloud": {"net"}, "isthmus-edge": set()}
     assert strongswan.loaded(CONNECTIONS) == {"isthmus-cloud", "office"}
+    assert [strongswan.numbers(SAS, f"isthmus-{name}") for name in ("cloud", "hall", "clou")] == [["1"], [], []]
 
 
 @pytest.mark.parametrize(
