@@ -43,6 +43,7 @@ _OTHERS = ("zebra", "bgpd", "staticd", "ospfd", "ospf6d", "ripd", "ripngd", "isi
 _STATE = ("frr version ", "hostname ", "no ip forwarding", "no ipv6 forwarding", "service integrated-vtysh-config")
 
 PAUSE = 0.5  # seconds from one look at the sessions to the next
+WITHDRAWN_SECONDS = 10  # at most, until a range that is taken back is sent to nobody any more
 NETSTAT = "/proc/net/netstat"
 
 
@@ -255,6 +256,28 @@ def restart(module: AnsibleModule) -> None:
     units.Systemd(module).run("restart", UNIT)
 
 
+def withdraw(module: AnsibleModule) -> None:
+    """Take the host's range back and end the sessions. Of FRR that only stops routers keep the range for two minutes
+    more, as of one that restarts, and some so of one that says that it ends its session."""
+    conf = text_of(CONF) or ""
+    number = re.search(r"^router bgp (\d+)$", conf, re.MULTILINE)
+    if number is None:
+        return
+    speaker = f"router bgp {number.group(1)}"
+    ranges = [f"no network {network}" for network in re.findall(r"^ +network (\S+)$", conf, re.MULTILINE)]
+    configure(module, speaker, "address-family ipv4 unicast", *ranges)
+    end = time.monotonic() + WITHDRAWN_SECONDS
+    while any(routes(module, router, "advertised-routes") for router in neighbours(module) or ()):
+        if time.monotonic() >= end:
+            break  # of a router that does not take it
+        time.sleep(PAUSE)
+    configure(module, f"no {speaker}")
+
+
+def configure(module: AnsibleModule, *lines: str) -> None:
+    module.run_command([VTYSH, *(word for line in ("configure terminal", *lines) for word in ("-c", line))])
+
+
 def absent(module: AnsibleModule, changes: Changes) -> list[str]:
     """FRR is as it was before us; what was changed, in words."""
     if not ours():
@@ -263,10 +286,8 @@ def absent(module: AnsibleModule, changes: Changes) -> list[str]:
         return []
     before = saved()
     found = ["FRR's configuration of the mesh"]
-    # FRR that is stopped says nothing, and routers keep the range for two minutes more, as for one that restarts.
-    number = re.search(r"^router bgp (\d+)$", text_of(CONF) or "", re.MULTILINE)
-    if number and not module.check_mode:
-        module.run_command([VTYSH, "-c", "configure terminal", "-c", f"no router bgp {number.group(1)}"])
+    if not module.check_mode:
+        withdraw(module)
     conf = before["conf"] if before["conf"] is not None else PACKAGED_CONF
     changes.file(CONF, conf, mode=0o640, owner="frr", shown=shown(text_of(CONF), conf))
     changes.file(DAEMONS, daemons_text(text_of(DAEMONS) or "", before["daemons"]), mode=0o640, owner="frr")

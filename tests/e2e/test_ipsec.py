@@ -27,9 +27,14 @@ FAR = "cloud-1"
 AGAIN = 10  # seconds until packets pass after a gateway's strongSwan died (docs/ipsec.md)
 
 
-def gateways(estate: dict[str, Any], _: Any) -> None:
+def off(estate: dict[str, Any], _: Any) -> None:
+    """Hosts are led back by way of what the gateways were made from."""
     for site, host in GATEWAYS.items():
         estate["sites"][site]["ipsec"] = {"networks": [NETWORKS[site]], "gateways": [{"host": host}]}
+
+
+def gateways(estate: dict[str, Any], groups: Any) -> None:
+    off(estate, groups)
     for pair in estate["site_pairs"]:
         if set(pair["sites"]) == set(GATEWAYS):
             pair["encryption"] = "ipsec-gateway"
@@ -74,7 +79,7 @@ def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Pat
             f"{host} has no strongSwan: this lab is from before its root file system had it; make it anew"
         )
     estate.converged()
-    wanted = variant(tmp_path / "wanted", gateways)
+    wanted, back = variant(tmp_path / "wanted", gateways), variant(tmp_path / "back", off)
     shown = " ".join(play("plan", inventory=wanted).output.split())
     assert "encryption by gateways of cloud and onprem is turned on, in steps of one run" in shown
     assert "UDP 4500 on onprem-2 (198.18.1.12) from cloud-2 (198.18.2.12)" in shown
@@ -91,6 +96,7 @@ def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Pat
     with contextlib.ExitStack() as stack:
         whole = stack.enter_context(contextlib.ExitStack())
         whole.callback(lambda: play("site", *AT_ONCE, seconds=1800))
+        whole.callback(lambda: play("site", *AT_ONCE, inventory=back, seconds=1800))
         stack.enter_context(explained(estate))
         with estate.unnoticed(estate.onprem):
             play("site", *AT_ONCE, inventory=wanted, seconds=1800)
@@ -116,7 +122,9 @@ def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Pat
         assert [words for words in clear if words in seen] == [], "addresses or a request in clear"
 
         with estate.unnoticed(estate.onprem):
-            play("site", *AT_ONCE, seconds=1800)
+            play("site", *AT_ONCE, inventory=back, seconds=1800)
+        play("verify", inventory=back)
+        play("site", *AT_ONCE)
         whole.pop_all()
         play("verify")
         for host in hosts:
