@@ -199,6 +199,13 @@ def test_the_playbook_can_be_listed_before_anything_is_planned(running: Site, op
     assert "WARNING" not in run.output
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "playbooks").glob("*.yml")))
+def test_every_playbook_is_read_without_a_warning(tmp_path: Path, name: str) -> None:
+    run = Site(tmp_path).run("--syntax-check", name=name)
+    assert run.status == 0, run.output
+    assert "WARNING" not in run.output, run.output
+
+
 def test_serial_of_the_operator(running: Site) -> None:
     run = running.run("-e", "isthmus_serial=100%")
     assert run.status == 0, run.output
