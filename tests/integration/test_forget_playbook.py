@@ -91,7 +91,7 @@ class Site:
             variables["ansible_python_interpreter"] = str(self.place / "hosts" / name / "python")
             if name in down:
                 variables.update(ansible_connection="ssh", ansible_host="127.0.0.1", ansible_port=1)
-        everywhere = {"isthmus_estate": estate()}
+        everywhere = {"isthmus_estate": estate(), "isthmus_bundles": [str(ROOT / "build" / "bundle")]}
         (self.place / "hosts.yml").write_text(json.dumps({"all": {"hosts": inventory, "vars": everywhere}}))
         environment = {
             "PATH": f"{self.place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
