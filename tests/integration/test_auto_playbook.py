@@ -131,6 +131,7 @@ def test_a_native_way_that_fails_is_left_in_the_next_run_and_nobody_else_is_touc
     assert (again.status, again.changed) == (0, {}), again.output
 
 
+@pytest.mark.slow
 def test_it_is_tried_again_when_somebody_asks(settled: Site, tmp_path: Path) -> None:
     site = taken_over(settled, tmp_path)
     run = turned(site, "-e", "isthmus_try_native=true")
@@ -139,6 +140,7 @@ def test_it_is_tried_again_when_somebody_asks(settled: Site, tmp_path: Path) -> 
     assert {**ways(site)["a1"], **ways(site)["b1"]} == dict.fromkeys("abc", "demands")
 
 
+@pytest.mark.slow
 def test_a_host_that_is_behind_keeps_its_pairs_and_no_others(formed: Site, tmp_path: Path) -> None:
     site = taken_over(formed, tmp_path)
     (site.place / "silent" / "c1").touch()
@@ -176,6 +178,7 @@ def test_a_run_of_a_part_of_the_hosts_decides_nothing(settled: Site, tmp_path: P
     assert (ways(site)["a1"]["c"], ways(site)["c1"]) == ("accepts", {"b": "demands"})
 
 
+@pytest.mark.slow
 def test_when_neither_way_leads_there_nothing_is_chosen(formed: Site, tmp_path: Path) -> None:
     site = taken_over(formed, tmp_path)
     cut(site, "a1 c1 unsure")

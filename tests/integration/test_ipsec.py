@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -389,8 +390,9 @@ def said(one: Machine, words: str) -> bool:
     return bool(wait_for(found, words, 20))
 
 
-def test_new_keys_and_certificates_cost_no_packet(net: Net) -> None:
-    """What strongSwan does by itself every hour, every 4 hours and every day, and a certificate that is renewed."""
+def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net) -> None:
+    """What strongSwan does by itself every hour, every 4 hours and every day, and what a run does with a certificate
+    and an authority that were renewed."""
     found = with_pair()
     certificates(net, found)
     net.apply(found)
@@ -398,37 +400,46 @@ def test_new_keys_and_certificates_cost_no_packet(net: Net) -> None:
     net.lead("o2", "c2")
     names = {"o1": "isthmus-cloud", "c1": "isthmus-onprem"}
 
-    def numbers(host: str) -> list[str]:
-        """Those of the connection and of its child, when there is one of each."""
-        return re.findall(r"^ *\S+: #(\d+), ", net[host].run("swanctl", "--list-sas").stdout, re.MULTILINE)
+    def renewed(host: str, which: int, before: list[str]) -> bool:
+        """Numbers of the connection and of its child, when there is one of each."""
+        now = numbers(net[host])
+        return len(now) == 2 and now[which] != before[which]
 
-    with net.capture() as wire, net["o2"].stream("c2") as counted:
-        for host, words, which in (
-            ("o1", ("--child", "net"), 1),
-            ("c1", ("--child", "net"), 1),
-            ("o1", ("--ike", names["o1"]), 0),
-            ("c1", ("--ike", names["c1"]), 0),
-            ("c1", ("--ike", names["c1"], "--reauth"), 0),
-        ):
-            before = numbers(host)
-            assert len(before) == 2, before
-            net[host].run("swanctl", "--rekey", *words)
+    with net.capture() as wire:
+        with net["o2"].stream("c2") as counted:
+            for host, words, which in (
+                ("o1", ("--child", "net"), 1),
+                ("c1", ("--child", "net"), 1),
+                ("o1", ("--ike", names["o1"]), 0),
+                ("c1", ("--ike", names["c1"]), 0),
+                ("c1", ("--ike", names["c1"], "--reauth"), 0),
+            ):
+                before = numbers(net[host])
+                assert len(before) == 2, before
+                net[host].run("swanctl", "--rekey", *words)
+                wait_for(partial(renewed, host, which, before), f"{host}: {words}", 15)
+        sent, lost = counted
+        assert sent > 200
+        assert lost == 0, f"{lost} of {sent} packets"
 
-            def renewed(host: str = host, before: list[str] = before, which: int = which) -> bool:
-                now = numbers(host)
-                return len(now) == 2 and now[which] != before[which]
-
-            wait_for(renewed, f"{host}: {words}", 15)
+        (old, _child) = numbers(net["c1"])
         certificates(net, found)
         for host in names:
             assert net[host].apply(net[host].spec)["changed"]
-        before = numbers("c1")
+        wait_for(partial(renewed, "c1", 0, [old]), "a tunnel with the new certificates", 15)
+        (new, _child) = numbers(net["c1"])
+        log = net["c1"].run("cat", "/run/charon.log").stdout
+        assert 0 < log.find(f"{names['c1']}[{new}] established") < log.find(f"deleting IKE_SA {names['c1']}[{old}]")
+        assert net["o2"].echo("c2") == ""
         net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
-        wait_for(lambda: len(numbers("c1")) == 2 and numbers("c1")[0] != before[0], "with new certificates", 15)
-    sent, lost = counted
-    assert sent > 200
-    assert lost == 0, f"{lost} of {sent} packets"
+        wait_for(partial(renewed, "c1", 0, [new]), "and it is made anew with them", 15)
+        assert net["o2"].echo("c2") == ""
     assert packets(wire, "icmp") == 0, "in clear"
+
+
+def numbers(one: Machine) -> list[str]:
+    """Of the connections and their children that a machine has."""
+    return re.findall(r"^ *\S+: #(\d+), ", one.run("swanctl", "--list-sas").stdout, re.MULTILINE)
 
 
 def test_a_certificate_of_an_authority_that_is_not_known_gets_words(net: Net) -> None:
