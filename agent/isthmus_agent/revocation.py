@@ -9,6 +9,7 @@ the two encodings DER is the one that all of its versions read.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Collection, Iterable
@@ -106,16 +107,12 @@ class Revocation:
 
 
 def revoke(
-    authority: Authority, doomed: Iterable[Issued], known: str | None, where: str, now: datetime.datetime
+    authority: Authority, doomed: Iterable[Issued], known: str | None, trusted: str, where: str, now: datetime.datetime
 ) -> Revocation:
-    """The list of ``authority`` with ``doomed``; ``known`` is the one before (PEM, from ``where``), kept as it is when
-    it has them all. What was revoked longer ago than a certificate lives is left out of a new one."""
-    before = load_list(known, authority.pem, where) if known is not None else None
-    entries: dict[int, datetime.datetime] = {}
-    number = 0
-    if before is not None:
-        number = before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        entries = {entry.serial_number: entry.revocation_date_utc for entry in before}
+    """The list of ``authority`` with ``doomed``; ``known`` is the one before (PEM, from ``where``, signed by one of the
+    authorities ``trusted``), kept as it is when it has them all. What was revoked longer ago than a certificate lives
+    is left out of a new one."""
+    number, entries = _entries(known, trusted, where)
     new = {int(one.serial, 16): one for one in doomed if int(one.serial, 16) not in entries}
     if known is not None and not new:
         return Revocation(known, ())
@@ -124,8 +121,29 @@ def revoke(
     return Revocation(signed, tuple(new.values()))
 
 
+def taken_over(authority: Authority, known: str | None, trusted: str, where: str, now: datetime.datetime) -> str:
+    """The list ``known`` (as for `revoke`) signed by ``authority``, which replaces the one that signed it; an empty one
+    when there is none, and the same when it signed it already."""
+    if known is not None:
+        with contextlib.suppress(PkiError):
+            load_list(known, authority.pem, where)
+            return known
+    number, entries = _entries(known, trusted, where)
+    return authority.sign_list(entries, number + 1 if known is not None else number, now)
+
+
+def _entries(known: str | None, trusted: str, where: str) -> tuple[int, dict[int, datetime.datetime]]:
+    """Number of a list, and when each serial number in it was revoked; (0, {}) without a list."""
+    if known is None:
+        return 0, {}
+    found = load_list(known, trusted, where)
+    number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    return number, {entry.serial_number: entry.revocation_date_utc for entry in found}
+
+
 def load_list(pem: str, ca: str, where: str) -> x509.CertificateRevocationList:
-    """A list of revoked certificates of the authority ``ca``; `PkiError` names ``where`` for any other."""
+    """A list of revoked certificates of one of the authorities in ``ca``: two while one is replaced. `PkiError` names
+    ``where`` for any other."""
     try:
         found = x509.load_pem_x509_crl(pem.encode())
         found.extensions.get_extension_for_class(x509.CRLNumber)
@@ -140,7 +158,7 @@ def to_der(pem: str, ca: str, where: str) -> bytes:
 
 
 def check_der(content: bytes, ca: str, where: str) -> None:
-    """`PkiError` when the file ``where`` is no list of the authority ``ca``."""
+    """`PkiError` when the file ``where`` is no list of one of the authorities in ``ca``."""
     try:
         found = x509.load_der_x509_crl(content)
     except ValueError as exc:
@@ -188,8 +206,10 @@ def describe_list(der: bytes) -> str:
 
 
 def _checked(found: x509.CertificateRevocationList, ca: str, where: str) -> x509.CertificateRevocationList:
-    authority = load_certificates(ca.encode(), "the pinned CA")[0]
-    if found.issuer != authority.subject or not found.is_signature_valid(public_key_of(authority)):
+    if not any(
+        found.issuer == authority.subject and found.is_signature_valid(public_key_of(authority))
+        for authority in load_certificates(ca.encode(), "the pinned CA")
+    ):
         raise PkiError(f"{where} is a list of revoked certificates that another authority signed; compare the two")
     return found
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.runs import has_ended, this_run
@@ -18,6 +18,9 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
         arguments = {**self._task.args, "run": this_run(task_vars), "version": collection_version()}
+        if has_ended(arguments["run"]["process"]):
+            # Nobody would give back the lock that it takes.
+            raise AnsibleActionFail("ansible-playbook, whose task this is, was ended")
         try:
             answer = self._module(arguments, task_vars)
             locked_by = answer.get("locked_by") or {}

@@ -14,7 +14,8 @@ description:
   - V(begin) makes a new authority when the record knows one only. What was there, when it was not lost, is kept as
     C(ca.key.replaced) and C(ca.crt.replaced). The record then has both, the old one first, so that nothing is signed
     anew yet.
-  - V(sign) puts the new one first, so that every certificate is signed anew.
+  - V(sign) puts the new one first, so that every certificate is signed anew, and has it sign the list of revoked
+    certificates, which etcd hosts would not take from one that is trusted no more.
   - V(end) takes the old one out.
   - A step that was done returns the same document again.
 extends_documentation_fragment:
@@ -94,7 +95,16 @@ def signer_first(pki, known, directory):
     return own + [one for one in known if one not in own]
 
 
-def run(module, pki, changes):
+def revoked_list(pki, revocation, document, directory, now):
+    """The list of revoked certificates of the cluster's document, by the authority at this place."""
+    key, certificate = (read_bytes(os.path.join(directory, name)) for name in ("ca.key", "ca.crt"))
+    held = document["ca_certificate"]
+    evidence = {"the estate record": held}
+    authority = pki.establish_authority(document["name"], key, certificate, evidence, directory, now).authority
+    return revocation.taken_over(authority, document.get("crl"), held, "the estate record's list", now)
+
+
+def run(module, pki, revocation, changes):
     """Do the step; returns what exit_json is given."""
     document, step = module.params["record"], module.params["step"]
     directory = module.params["directory"]
@@ -119,7 +129,14 @@ def run(module, pki, changes):
             "\n".join(pki.describe(one.encode())["fingerprint"] for one in before),
             "\n".join(pki.describe(one.encode())["fingerprint"] for one in after),
         )
-        document = {**document, "ca_certificate": "".join(after), "revision": document["revision"] + 1}
+        document = {**document, "ca_certificate": "".join(after)}
+    if step != "begin" and len(before) > 1:
+        listed = revoked_list(pki, revocation, module.params["record"], directory, now)
+        if listed != document.get("crl"):
+            changes.note(f"list of revoked certificates of cluster {cluster}", "", "signed by the new authority")
+            document = {**document, "crl": listed}
+    if document != module.params["record"]:
+        document = {**document, "revision": document["revision"] + 1}
     return changes.result(document=document)
 
 
@@ -134,10 +151,11 @@ def main():
     )
     changes = Changes(module)
     pki = bundle_module(module, "isthmus_agent.pki")
-    if pki is None:
+    revocation = bundle_module(module, "isthmus_agent.revocation")
+    if pki is None or revocation is None:
         module.exit_json(**changes.result(document=module.params["record"]))
     try:
-        result = run(module, pki, changes)
+        result = run(module, pki, revocation, changes)
     except pki.PkiError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(**result)

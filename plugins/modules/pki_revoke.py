@@ -99,9 +99,8 @@ def run(params, pki, revocation):
     authority = pki.establish_authority(params["cluster"], key, certificate, evidence, directory, now).authority
     path = os.path.join(directory, revocation.LEDGER)
     ledger = revocation.Ledger.read(read_bytes(path), path, now)
-    done = revocation.revoke(
-        authority, ledger.of(params["hosts"], params["names"]), params["crl"], "the estate record's list", now
-    )
+    doomed = ledger.of(params["hosts"], params["names"])
+    done = revocation.revoke(authority, doomed, params["crl"], params["known_ca"], "the estate record's list", now)
     result = {"cluster": params["cluster"], "crl": done.crl, "revoked": [one.words for one in done.revoked]}
     since = ledger.lacks(now)
     if since is not None:

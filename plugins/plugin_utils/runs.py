@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import multiprocessing
 import os
 import platform
 
@@ -25,10 +26,11 @@ def operator(variables):
 def this_run(variables):
     """`by` and `where` for people; `process`, the same string in every task of this run and in no other run's.
 
-    An action is run by a worker; its parent is ansible-playbook itself.
+    An action is run by a worker; its parent is ansible-playbook itself, or was: a worker may outlive it.
     """
     job = variables.get("awx_job_id") or variables.get("tower_job_id")
-    pid = os.getppid()
+    parent = multiprocessing.parent_process()
+    pid = os.getppid() if parent is None else parent.pid
     return {
         "by": operator(variables),
         "where": f"AWX job {job}" if job else platform.node(),

@@ -18,12 +18,15 @@ HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "archive before bgp break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
     "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths "
-    "platforms python record registrars replacing run scope seen services signed snapshot spec state timeout token "
-    "trust version wait"
+    "platforms python record registrars replacing run scope seen services signed snapshot spec state step timeout "
+    "token trust version wait"
 )
 
 
-TOLD = ("scope", "before", "wait", "state", "cluster", "kubeconfig", "registrars", "seen", "signed")
+TOLD = (
+    *("bundle_digest", "scope", "before", "wait", "state", "step", "cluster", "kubeconfig", "registrars", "seen"),
+    "signed",
+)
 """Options that are written down with a call."""
 
 
@@ -41,7 +44,8 @@ def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any
         module.fail_json(msg="somebody else wrote the record")
     documents = given["record"]
     for cluster in given["formed"] or []:
-        documents[f"clusters/{cluster}"]["ca_certificate"] = "-----BEGIN CERTIFICATE-----"
+        own = documents[f"clusters/{cluster}"]
+        own["ca_certificate"] = own["ca_certificate"] or "-----BEGIN CERTIFICATE-----"
     changed = not record.exists() or json.loads(record.read_text()) != documents
     if not module.check_mode:
         record.write_text(json.dumps(documents))
@@ -70,6 +74,15 @@ def bgp(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
     elif not module.check_mode:
         path.unlink(missing_ok=True)
     return {"changed": before != after}
+
+
+def pki_replace(given: dict[str, Any]) -> dict[str, Any]:
+    """Authorities are the lines of what stands for their certificates."""
+    known, document = given["record"]["ca_certificate"].splitlines(), given["record"]
+    trusted = {"begin": [*known, "NEW"], "sign": ["NEW", *known], "end": ["NEW"]}[given["step"]]
+    after = known if given["step"] == "begin" and "NEW" in known else list(dict.fromkeys(trusted))
+    document |= {"ca_certificate": "\n".join(after), "revision": document["revision"] + (after != known)}
+    return {"changed": after != known, "document": document}
 
 
 def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +145,8 @@ def main() -> None:
         answers[NAME] = bgp(module, given)
     elif NAME == "node":
         answers[NAME] = node(module, given)
+    elif NAME == "pki_replace":
+        answers[NAME] = pki_replace(given)
     module.exit_json(**{"changed": False, **answers.get(NAME, {})})
 
 

@@ -454,18 +454,26 @@ def fingerprints(path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("revoked", [False, True])
 @pytest.mark.parametrize("lost", [False, True])
-def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(estate: Estate, lost: bool) -> None:
-    """By the steps of the playbook, host after host: at no time one uses a certificate that another does not trust."""
-    wanted = [spec("onprem-1", "onprem"), spec("onprem-2", "onprem"), spec("cloud-1", "cloud", ("onprem",))]
-    for host in wanted:
+def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(
+    estate: Estate, lost: bool, revoked: bool
+) -> None:
+    """By the steps of the playbook, host after host: at no time one uses a certificate that another does not trust.
+    What was revoked stays so."""
+    wanted = [{**spec("onprem-1", "onprem"), "member": {"name": "onprem-1"}}, spec("onprem-2", "onprem")]
+    wanted.append({**spec("cloud-1", "cloud", ("onprem",)), "member": {"name": "cloud-1"}})
+    for host in [*wanted, spec("onprem-9", "onprem")]:
         estate.role(host)
     ca, trusting = estate.pki("onprem-1"), [estate.pki(host["host"]) / "trust" / "onprem.crt" for host in wanted]
     old = (ca / "ca.crt").read_text()
+    document: dict[str, Any] = {"name": "onprem", "revision": 7, "ca_certificate": old}
+    if revoked:
+        asked = {"cluster": "onprem", "hosts": ["onprem-9"], "known_ca": old}
+        document["crl"] = estate.run("pki_revoke", asked, "onprem-1")["crl"]
     if lost:
         (ca / "ca.key").unlink()
         (ca / "ca.crt").unlink()
-    document: dict[str, Any] = {"name": "onprem", "revision": 7, "ca_certificate": old}
     used = [estate.pki("onprem-1") / "etcd-server.crt", estate.pki("cloud-1") / "peer-onprem.crt"]
 
     def step(name: str) -> bool:
@@ -481,10 +489,11 @@ def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(estate: 
         for host in wanted:
             trust = {"onprem": document["ca_certificate"]}
             estate.replacing = replacing
-            estate.role(host, trust)
+            estate.role(host, trust, crl=document.get("crl") if host["host"] == "onprem-1" else None)
             for certificate in used:
                 for pinned in trusting:
                     openssl("verify", "-CAfile", pinned, certificate)
+        assert revoked_of(ca).count("Serial Number") == (4 if revoked else 0)
 
     assert step("begin")
     assert document["revision"] == 8
@@ -508,7 +517,8 @@ def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(estate: 
     assert old != (ca / "ca.crt").read_text()
     assert (ca / "ca.key.replaced").exists() is not lost
     for host in wanted:
-        assert estate.role(host, {"onprem": document["ca_certificate"]}) == {"pki_request": False}
+        listed = document["crl"] if host["host"] == "onprem-1" else None
+        assert estate.role(host, {"onprem": document["ca_certificate"]}, crl=listed) == {"pki_request": False}
 
 
 def test_a_host_that_encrypts_has_a_key_of_wireguard_which_stays_and_goes_with_the_plan(estate: Estate) -> None:

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from isthmus_agent import pki
-from isthmus_agent.revocation import Ledger, check_der, describe_list, load_list, revoke, to_der
+from isthmus_agent.revocation import Ledger, check_der, describe_list, load_list, revoke, taken_over, to_der
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
 DAY = datetime.timedelta(days=1)
@@ -92,10 +92,12 @@ def test_a_damaged_ledger_is_refused_with_the_way_out(content: bytes) -> None:
 
 def test_a_list_grows_and_is_left_alone_when_nothing_is_new(onprem: pki.Authority) -> None:
     written = ledger(onprem, ("o2", "root"), ("o3", "root"))
-    first = revoke(onprem, written.of(["o3"], []), None, "record", NOW)
+    first = revoke(onprem, written.of(["o3"], []), None, onprem.pem, "record", NOW)
     assert serials(first.crl, onprem) == {written.issued[1].serial} == {one.serial for one in first.revoked}
-    assert revoke(onprem, written.of(["o3"], []), first.crl, "record", NOW + DAY) == type(first)(first.crl, ())
-    second = revoke(onprem, written.of(["o2", "o3"], []), first.crl, "record", NOW + DAY)
+    assert revoke(onprem, written.of(["o3"], []), first.crl, onprem.pem, "record", NOW + DAY) == type(first)(
+        first.crl, ()
+    )
+    second = revoke(onprem, written.of(["o2", "o3"], []), first.crl, onprem.pem, "record", NOW + DAY)
     assert [one.host for one in second.revoked] == ["o2"]
     assert serials(second.crl, onprem) == {one.serial for one in written.issued}
     numbers = [
@@ -108,9 +110,11 @@ def test_a_list_grows_and_is_left_alone_when_nothing_is_new(onprem: pki.Authorit
 def test_a_serial_leaves_the_list_when_no_such_certificate_can_be_valid(onprem: pki.Authority) -> None:
     old = ledger(onprem, ("o3", "root"))
     new = ledger(onprem, ("o2", "root"))
-    first = revoke(onprem, old.issued, None, "record", NOW).crl
-    assert len(serials(revoke(onprem, new.issued, first, "record", NOW + 364 * DAY).crl, onprem)) == 2
-    assert serials(revoke(onprem, new.issued, first, "record", NOW + 366 * DAY).crl, onprem) == {new.issued[0].serial}
+    first = revoke(onprem, old.issued, None, onprem.pem, "record", NOW).crl
+    assert len(serials(revoke(onprem, new.issued, first, onprem.pem, "record", NOW + 364 * DAY).crl, onprem)) == 2
+    assert serials(revoke(onprem, new.issued, first, onprem.pem, "record", NOW + 366 * DAY).crl, onprem) == {
+        new.issued[0].serial
+    }
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ed25519"])
@@ -118,7 +122,7 @@ def test_an_operators_authority_signs_lists_too(kind: str) -> None:
     key = rsa.generate_private_key(65537, 2048) if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     own = authority("own", pem)
-    crl = revoke(own, ledger(own, ("o3", "root")).issued, None, "record", NOW).crl
+    crl = revoke(own, ledger(own, ("o3", "root")).issued, None, own.pem, "record", NOW).crl
     der = to_der(crl, own.pem, "record")
     check_der(der, own.pem, "file")
     assert describe_list(der).startswith("1 revoked certificates: ")
@@ -137,3 +141,25 @@ def test_another_authoritys_list_is_refused(onprem: pki.Authority) -> None:
             check_der(content, onprem.pem, "/pki/revoked.crl")
     with pytest.raises(pki.PkiError, match="the record is no readable list"):
         load_list(onprem.pem, onprem.pem, "the record")
+
+
+def test_a_new_authority_takes_the_list_of_the_old_one_over(onprem: pki.Authority) -> None:
+    """While both are trusted either's list is good; afterwards the old one's is refused."""
+    new, written = authority(), ledger(onprem, ("o2", "root"), ("o3", "root"))
+    both = onprem.pem + new.pem
+    old = revoke(onprem, written.issued, None, onprem.pem, "record", NOW).crl
+    check_der(to_der(old, both, "record"), new.pem + onprem.pem, "/pki/revoked.crl")
+
+    taken = taken_over(new, old, both, "record", NOW)
+    assert serials(taken, new) == {one.serial for one in written.issued}
+    assert taken_over(new, taken, both, "record", NOW + DAY) == taken
+    with pytest.raises(pki.PkiError, match="another authority"):
+        load_list(taken, onprem.pem, "record")
+    assert serials(taken_over(new, None, both, "record", NOW), new) == set()
+
+    more = ledger(new, ("o4", "root"))
+    assert serials(revoke(new, more.issued, old, both, "record", NOW).crl, new) == {
+        one.serial for one in (*written.issued, *more.issued)
+    }
+    with pytest.raises(pki.PkiError, match="another authority"):
+        taken_over(new, authority().sign_list({}, 0, NOW), both, "record", NOW)

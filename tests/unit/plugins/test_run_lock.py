@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from ansible_collections.isthmus.mesh.plugins.filter.run_outcome import run_outc
 from ansible_collections.isthmus.mesh.plugins.module_utils import run_lock
 from ansible_collections.isthmus.mesh.plugins.plugin_utils import runs
 
+FORK = multiprocessing.get_context("fork")  # as Ansible starts its workers
 ALICE = {"by": "alice", "where": "ctl1", "process": "machine/1/2"}
 BOB = {"by": "bob", "where": "AWX job 7", "process": "machine/3/4"}
 
@@ -212,3 +216,26 @@ def test_a_new_host_waits_for_an_authority_that_is_silent_not_for_a_sick_one(
     assert (words in found["pending"]) == bool(waiting)
     damaged = {**variables, "__pki_installed": {"failed": True, "msg": "the pinned authority is another one"}}
     assert run_outcome([damaged])["waiting"] == {}
+
+
+def test_a_worker_that_outlives_its_run_is_of_that_run() -> None:
+    """Its parent is another process by then, which never ends."""
+    here, there = FORK.Pipe()
+
+    def worker(run: int) -> None:
+        end = time.monotonic() + 10
+        while os.getppid() == run and time.monotonic() < end:
+            time.sleep(0.01)
+        there.send(runs.this_run({})["process"])
+
+    def playbook() -> None:
+        FORK.Process(target=worker, args=(os.getpid(),)).start()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    started = FORK.Process(target=playbook)
+    started.start()
+    started.join(10)
+    assert here.poll(20), "the worker says nothing"
+    process = here.recv()
+    assert process.split("/")[1] == str(started.pid)
+    assert runs.has_ended(process)
