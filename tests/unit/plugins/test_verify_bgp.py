@@ -133,7 +133,12 @@ def test_frr_is_given_back_as_it_was(
     changes = Changes(real)
     assert frr.absent(real, changes)
     assert "s3cret" not in str(changes.diff)
-    assert real.ran == ["-c configure terminal -c no router bgp 65102", *ran], "routers are told at once"
+    assert real.ran == [
+        "-c configure terminal -c router bgp 65102 -c address-family ipv4 unicast -c no network 10.102.0.0/28",
+        "-d bgpd -c show bgp neighbors json",
+        "-c configure terminal -c no router bgp 65102",
+        *ran,
+    ], "routers are told at once"
     assert [(files / name).read_text() for name in ("CONF", "DAEMONS")] == [conf, daemons]
     assert not (files / "SAVED").exists()
     again = host_module()
