@@ -390,6 +390,8 @@ def said(one: Machine, words: str) -> bool:
     return bool(wait_for(found, words, 20))
 
 
+# Slow: ESP in user space loses packets on a machine that has other work, and this one counts them.
+@pytest.mark.slow
 def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net) -> None:
     """What strongSwan does by itself every hour, every 4 hours and every day, and what a run does with a certificate
     and an authority that were renewed."""
