@@ -5,13 +5,12 @@ The playbook and its plan are real, modules on hosts are `fake_modules.py`."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from integration.test_batches_playbook import Site, said
-from playbook import Run
+from integration.test_encryption_playbook import turned
 
 CLUSTERS: dict[str, tuple[list[str], list[str]]] = {"a": (["a1"], ["a2"]), "b": (["b1"], []), "c": (["c1"], [])}
 HOSTS = ["a1", "a2", "b1", "c1"]
@@ -41,19 +40,13 @@ def taken_over(before: Site, place: Path, more: dict[str, list[str]] | None = No
     """The estate as another left it, all pairs with `routing: auto`, `more` hosts by cluster."""
     clusters = {name: (members, others + (more or {}).get(name, [])) for name, (members, others) in CLUSTERS.items()}
     made = Site(place, clusters)
-    for name in ("record", *(f"hosts/{host}/node.json" for host in HOSTS)):
-        shutil.copy(before.place / name, made.place / name)
+    made.take_over(before)
     made.estate = AUTO
     return made
 
 
 def cut(site: Site, *ways: str) -> None:
     (site.place / "cut").write_text("".join(f"{way}\n" for way in ways))
-
-
-def turned(site: Site, *options: str) -> Run:
-    """A run, in as few batches as there can be."""
-    return site.run("-e", "isthmus_serial=100%", *options)
 
 
 def ways(site: Site) -> dict[str, dict[str, str]]:

@@ -121,6 +121,11 @@ class Site:
         )
         return Run(done.returncode, done.stdout + done.stderr, recaps(done.stdout))
 
+    def take_over(self, before: Site) -> None:
+        """The record, and what each host of `before` was made to be."""
+        for name in ("record", *(f"hosts/{host}/node.json" for host in before.hosts)):
+            shutil.copy(before.place / name, self.place / name)
+
     def calls(self, module: str) -> list[dict[str, Any]]:
         path = self.place / "calls"
         found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -157,8 +162,7 @@ def formed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, Run]:
 def running(formed: tuple[Site, Run], tmp_path: Path) -> Site:
     """Clusters that run, and a change for every host."""
     made = Site(tmp_path)
-    for name in ("record", *(f"hosts/{host}/node.json" for host in HOSTS)):
-        shutil.copy(formed[0].place / name, made.place / name)
+    made.take_over(formed[0])
     made.labels = {"round": "next"}
     return made
 

@@ -5,7 +5,6 @@ before the next. The playbook and its plan are real, modules on hosts are `fake_
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ def formed(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture
 def running(formed: Site, tmp_path: Path) -> Site:
     made = Site(tmp_path, CLUSTERS)
-    for name in ("record", *(f"hosts/{host}/node.json" for host in HOSTS)):
-        shutil.copy(formed.place / name, made.place / name)
+    made.take_over(formed)
     return made
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_batches_playbook import HOSTS, Site, said
+from integration.test_batches_playbook import HOSTS, Site, said
 
 REPLACE = ("-e", "isthmus_replace_authority=a")
 
