@@ -73,6 +73,28 @@ def test_apply_makes_it_so_once(call: Call) -> None:
     assert "inet6" not in call(_ip, "address", "show", "isthmus0")
 
 
+def test_what_blocks_is_there_before_the_device_is_up(call: Call) -> None:
+    """A packet that comes in at once would be answered in clear, by the underlay's default route."""
+    call(netlink.ensure_overlay)
+    changes = call(netlink.apply_network, WANTED).changes
+    before = changes[: changes.index("set isthmus0 up")]
+    assert set(before) == {
+        "add route unreachable 0.0.0.0/0 table 730",
+        "add route unreachable 10.111.0.0/16",
+        "add rule 730: from 10.101.0.0/28 lookup 730",
+    }
+
+
+def test_on_a_device_that_is_up_rules_come_after_their_routes(call: Call) -> None:
+    call(netlink.ensure_overlay)
+    call(netlink.apply_network, replace(WANTED, rules=frozenset()))
+    table = frozenset({Route(ip_network("198.18.2.12/32"), ip_address("10.101.0.1"), 1450, table=730)})
+    assert call(netlink.apply_network, replace(WANTED, routes=WANTED.routes | table)).changes == (
+        "add route 198.18.2.12/32 table 730 src 10.101.0.1 mtu 1450",
+        "add rule 730: from 10.101.0.0/28 lookup 730",
+    )
+
+
 def test_changes_are_minimal_and_removals_complete(call: Call) -> None:
     call(netlink.ensure_overlay)
     call(netlink.apply_network, WANTED)

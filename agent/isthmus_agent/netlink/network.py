@@ -338,7 +338,8 @@ def apply_network(
     wireguard: Mapping[str, int] | None = None,
     ways: Mapping[Address, Way] | None = None,
 ) -> NetworkResult:
-    """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: additions first.
+    """Brings the device up and makes addresses, routes, rules and netfilter what is wanted: what blocks first, then
+    the other additions.
 
     `step` is called whenever a part is done. `made` is what the last call made without a problem, on the same devices:
     only what differs from that is done then, and the kernel is not read. What others took away meanwhile is for
@@ -377,6 +378,10 @@ def apply_network(
                 elif action != DELETE or number not in _GONE:
                     problems.append(f"cannot {verb} {_route_words(route)}: {explain(number, action, ROUTE_PROTOCOL)}")
 
+        def attempt_rules() -> None:
+            for rule in difference.add_rules:
+                attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
+
         if made is None or made.keep_source != datapath.keep_source:
             # Before the routes: what they lead over the overlay is not masqueraded once.
             step()
@@ -384,7 +389,13 @@ def apply_network(
                 changes += apply_keep_source(datapath.keep_source, name)
             except NetworkError as error:
                 problems += error.problems
+        attempt_routes(
+            ADD, "add", [(each, _found(each, devices)) for each in difference.add_routes if not each.has_device]
+        )
         if not difference.up:
+            # Nothing has come in yet. From now on what has no route over the device is blocked, and not answered
+            # around it; on a device that is up already, rules wait for the routes that they lead to.
+            attempt_rules()
             attempt(f"set {name} up", "link", "set", index=index, state="up")
         for address in difference.add_addresses:
             attempt(
@@ -398,12 +409,12 @@ def apply_network(
                 # Until its duplicate address detection is over, the kernel takes no route with an address as source.
                 flags=0 if address.version == 4 else _IFA_F_NODAD,
             )
-        attempt_routes(ADD, "add", [(route, _found(route, devices)) for route in difference.add_routes])
+        attempt_routes(ADD, "add", [(each, _found(each, devices)) for each in difference.add_routes if each.has_device])
         attempt_routes(
             REPLACE, "change to", [(route, _found(route, devices)) for _, route in difference.replace_routes]
         )
-        for rule in difference.add_rules:
-            attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
+        if difference.up:
+            attempt_rules()
         for rule in difference.remove_rules:
             attempt(f"remove {_rule_words(rule)}", "rule", "del", **_rule_arguments(rule))
         attempt_routes(DELETE, "remove", [(found.route, found) for found in difference.remove_routes])
