@@ -56,9 +56,9 @@ RETURN = r"""
 _value:
   description:
     - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(waiting), for
-      each host that waits for others which could not be entered, their names; C(refused), for each host that stands for
-      a cluster with C(control_plane=in_cluster), what other clusters' authorities refused it; C(pending) and
-      C(failure), lines of text.
+      each host that waits for others which could not be entered, their names; C(refused), for each host that
+      authorities which were asked gave no certificate, or for whose cluster with C(control_plane=in_cluster) that is
+      so, what they said; C(pending) and C(failure), lines of text.
   type: dict
 """
 
@@ -119,7 +119,13 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
         for name, why in sorted(unexposed.items())
     ]
     lacking = {name: _lacking(variables, hosts) for name, variables in hosts.items() if stopped and name not in broken}
+    unsigned = {
+        name: found
+        for name, variables in hosts.items()
+        if stopped and name not in broken | silent | set(waits) and (found := _refusals(variables))
+    }
     pending += _unsigned(hosts, lacking)
+    pending += _ungiven(unsigned)
     pending += _unread(hosts, broken | silent) if stopped else []
     pending += _owed(hosts)
     pending += _steps(hosts) if stopped and not broken else []
@@ -143,8 +149,13 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
         "waiting": {name: list(places) for name, (_what, places) in sorted(waits.items())},
         "refused": {
             name: "; ".join(f"the authority of cluster {peer} {why}" for peer, why in sorted(refused.items()))
-            for name, found in sorted(lacking.items())
-            if (refused := {peer: one["why"] for peer, one in found.items() if one["refused"]})
+            for name in sorted({*lacking, *unsigned})
+            if (
+                refused := {
+                    **{peer: one["why"] for peer, one in lacking.get(name, {}).items() if one["refused"]},
+                    **unsigned.get(name, {}),
+                }
+            )
         },
         "pending": [*pending, _NEXT] if pending else [],
         "failure": failure,
@@ -212,6 +223,27 @@ def _unsigned(hosts, lacking):
         for name, found in sorted(lacking.items())
         for peer, one in sorted(found.items())
         if not one["place"]
+    ]
+
+
+def _refusals(variables):
+    """By cluster, why its authority, which was asked on its host, signed nothing for this host."""
+    return {
+        answer["pki_group"]["ca_cluster"]: f"signed nothing ({answer['pki_group']['ca_host']}: {_sentence(answer)})"
+        for answer in (variables.get("__pki_signed") or {}).get("results") or ()
+        if "pki_group" in answer and "certificates" not in answer and not answer.get("unreachable")
+    }
+
+
+def _ungiven(unsigned):
+    """A line for each authority that signed nothing for hosts."""
+    found = {}
+    for name, refused in unsigned.items():
+        for cluster, why in refused.items():
+            found.setdefault((cluster, why), set()).add(name)
+    return [
+        f"Pending: {_names(names)} got no new certificate of cluster {cluster}, whose authority {why}."
+        for (cluster, why), names in sorted(found.items())
     ]
 
 

@@ -188,6 +188,22 @@ def test_another_authority_that_does_not_sign_is_named_in_the_end(lacking: Manag
     assert lacking.run().changed == {}
 
 
+def test_an_authority_that_signs_nothing_for_a_host_of_another_cluster_is_named_in_the_end(lacking: Managed) -> None:
+    (lacking.place / "hosts" / "a1" / "peer-b").unlink()
+    (lacking.place / "fail" / "pki_sign b1").touch()
+    failed = lacking.run()
+    assert failed.status == 2, failed.output
+    words = "a1 got no new certificate of cluster b, whose authority signed nothing (b1: pki_sign fails on b1)."
+    assert f"Pending: {words}" in said(failed)
+    assert {name for name, recap in failed.hosts.items() if recap.failed} == {"a1"}
+    assert sorted(call["host"] for call in lacking.calls("node")) == HOSTS, "all else was done"
+    assert lacking.locks == []
+    (lacking.place / "fail" / "pki_sign b1").unlink()
+    second = lacking.run()
+    assert second.status == 0, second.output
+    assert "Pending" not in second.output
+
+
 def test_another_authority_that_cannot_be_entered_is_waited_for(lacking: Managed) -> None:
     (lacking.place / "silent" / "a1").touch()
     alone = lacking.run("--limit", ENTRY)

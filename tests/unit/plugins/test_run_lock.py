@@ -218,6 +218,24 @@ def test_a_new_host_waits_for_an_authority_that_is_silent_not_for_a_sick_one(
     assert run_outcome([damaged])["waiting"] == {}
 
 
+def test_an_authority_that_refuses_what_hosts_ask_for_is_named_and_counts_for_the_exit_status() -> None:
+    def host(name: str, **answer: Any) -> dict[str, Any]:
+        group = {"ca_cluster": "cloud", "ca_host": "c1"}
+        signed = {"results": [{"pki_group": {**group, "ca_cluster": "edge"}, "certificates": []}]}
+        signed["results"] += [{"pki_group": group, **answer}] if answer else []
+        return {"inventory_hostname": name, "isthmus_cluster": "onprem", "__pki_signed": signed}
+
+    sick = {"failed": False, "msg": "the private key of cluster cloud's certificate authority is missing.\n"}
+    members = [host("o1", **sick), host("o2", **sick), host("o3"), host("o4", unreachable=True, msg="no route")]
+    why = "signed nothing (c1: the private key of cluster cloud's certificate authority is missing)"
+    found = run_outcome(members)
+    assert found["pending"][:-1] == [f"Pending: o1, o2 got no new certificate of cluster cloud, whose authority {why}."]
+    assert found["refused"] == dict.fromkeys(("o1", "o2"), f"the authority of cluster cloud {why}")
+    assert run_outcome(members[2:3])["pending"] == []
+    assert run_outcome(members, stopped=False)["refused"] == {}, "in check mode nobody signs"
+    assert "o1" not in run_outcome(members, failed=["o1"])["refused"], "what failed is told as that"
+
+
 def test_a_worker_that_outlives_its_run_is_of_that_run() -> None:
     """Its parent is another process by then, which never ends."""
     here, there = FORK.Pipe()
