@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ PEER_CN = "isthmus-etcd-peer"
 
 EXPOSE, WITH_PKI, WITH_ETCD, RUN = "expose", "pki", "etcd", "run"
 PHASES = (EXPOSE, WITH_PKI, WITH_ETCD, RUN)
+
+OLDEST_KUBELET = (1, 30)
+"""The first that takes `securityContext.appArmorProfile` (Kubernetes' API reference, core/v1)."""
 
 LOAD_BALANCER, NODE_PORT, HOST = "load_balancer", "node_port", "host"
 
@@ -747,6 +751,24 @@ def wrong_cluster(install: Mapping[str, Any], nodes: Iterable[Mapping[str, Any]]
                 name, wanted = node["metadata"]["name"], ", ".join(declared["pod_ranges4"])
                 found.append(f"pods of node {name} get addresses of {text}, and {where}.pod_ranges is {wanted}")
     return "; ".join(found[:3])
+
+
+def old_kubelets(nodes: Iterable[Mapping[str, Any]]) -> str:
+    """Why agents would not run on some of these Nodes, by the version of their kubelet; empty when they would. A
+    version that cannot be read says nothing."""
+    found = []
+    for node in nodes:
+        version = ((node.get("status") or {}).get("nodeInfo") or {}).get("kubeletVersion") or ""
+        read = re.match(r"v?(\d+)\.(\d+)", version)
+        if read and (int(read[1]), int(read[2])) < OLDEST_KUBELET:
+            found.append(f"{node['metadata']['name']} ({version})")
+    if not found:
+        return ""
+    oldest = ".".join(map(str, OLDEST_KUBELET))
+    return (
+        f"the kubelet is older than {oldest} on {', '.join(sorted(found))}: it does not know the field "
+        "appArmorProfile, without which the agent may not write its pinned maps on nodes that have AppArmor"
+    )
 
 
 def exposure_problems(

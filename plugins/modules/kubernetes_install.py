@@ -180,11 +180,14 @@ class Installation:
     def present(self):
         """What exit_json is given."""
         phase = self.module.params["phase"]
-        if phase == in_cluster.EXPOSE:
+        first = phase == in_cluster.EXPOSE and not self.is_there()
+        if first:
             self.refuse_lacking_rights()
         nodes = self.api.items("/api/v1/nodes")
         self.refuse_other_cluster(nodes)
         self.refuse_former()
+        if phase == in_cluster.EXPOSE:
+            self.look_at_kubelets(nodes, first)
         service = self.api.get(f"{SERVICES}/{in_cluster.MESH}")
         chosen = in_cluster.choose_nodes(self.install, nodes, service)
         problems = in_cluster.exposure_problems(self.install, nodes, chosen)
@@ -271,14 +274,26 @@ class Installation:
                 )
             time.sleep(shell.POLL)
 
+    def is_there(self):
+        """Whether the mesh's namespace is known to be there."""
+        try:
+            return self.api.get(f"{shell.listing('v1', 'Namespace')}/{in_cluster.NAMESPACE}") is not None
+        except kubernetes.Forbidden:
+            return False
+
+    def look_at_kubelets(self, nodes, first):
+        """A cluster that is new is refused; nodes that come later take nothing from the others."""
+        old = in_cluster.old_kubelets(nodes)
+        if old and first:
+            raise kubernetes.ApiError(
+                f"{old}. Nothing was changed there. Next: bring these nodes up to a newer Kubernetes, or take them out "
+                "of the cluster, and run again"
+            )
+        if old:
+            self.module.warn(f"Kubernetes of cluster {self.install['cluster']}: {old}.")
+
     def refuse_lacking_rights(self):
         """Before a first run changes anything: all that lacks at once."""
-        try:
-            there = self.api.get(f"{shell.listing('v1', 'Namespace')}/{in_cluster.NAMESPACE}")
-        except kubernetes.Forbidden:
-            there = None
-        if there is not None:
-            return
         missing = [right for right in needed_rights() if not self.api.allowed(*right)]
         given = [right for right in given_rights() if not self.api.allowed(*right)]
         if given and not all(self.api.allowed(*right) for right in ESCALATE):

@@ -299,6 +299,27 @@ def test_rights_that_the_operator_lacks_are_named_before_anything_is_changed(man
     assert managed.there(NAMESPACE) is None
 
 
+def test_a_kubelet_that_lacks_what_agents_need_is_refused_before_anything_is_changed(managed: Managed) -> None:
+    before = managed.api.request("GET", "/api/v1/nodes/k2")["status"]
+
+    def kubelet(version: str) -> None:
+        managed.api.status("nodes", "", "k2", {**before, "nodeInfo": {**before["nodeInfo"], "kubeletVersion": version}})
+
+    try:
+        kubelet("v1.29.3-gke.100")
+        with pytest.raises(ModuleFailed, match=r"the kubelet is older than 1\.30 on k2 \(v1\.29\.3-gke\.100\)"):
+            managed.install("expose")
+        assert managed.there(NAMESPACE) is None
+    finally:
+        kubelet("v1.34.0")
+    managed.install("expose")
+    try:
+        kubelet("v1.29.3")
+        assert any("older than 1.30 on k2" in words for words in managed.install("expose").get("warnings", ()))
+    finally:
+        kubelet(before["nodeInfo"].get("kubeletVersion", ""))
+
+
 def test_the_role_goes_through_its_phases_and_a_second_run_changes_nothing(managed: Managed, tmp_path: Path) -> None:
     common = {
         "in_cluster_install": {key: value for key, value in managed.wanted().items() if key != "image"},

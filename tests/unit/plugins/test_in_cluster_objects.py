@@ -241,6 +241,21 @@ def test_another_cluster_is_known_by_its_ranges() -> None:
     assert words.startswith("pods of node n1 get addresses of 10.10.1.0/24, and isthmus_estate.clusters.managed")
 
 
+@pytest.mark.parametrize(
+    ("versions", "old"),
+    [
+        (("v1.30.0", "v1.34.1-eks-1a2b3c", "v2.0.0", "", "unknown"), ""),
+        (("v1.29.9-gke.100", "v1.31.0", "v1.9.0"), "k0 (v1.29.9-gke.100), k2 (v1.9.0)"),
+    ],
+)
+def test_kubelets_that_do_not_know_what_the_agent_needs_are_named(versions: tuple[str, ...], old: str) -> None:
+    nodes = [node(f"k{number}", "198.18.4.11") for number in range(len(versions))]
+    for one, version in zip(nodes, versions, strict=True):
+        one["status"]["nodeInfo"] = {"kubeletVersion": version}
+    told = in_cluster.old_kubelets([*nodes, {"metadata": {"name": "new"}}])
+    assert told.startswith(f"the kubelet is older than 1.30 on {old}: ") if old else told == ""
+
+
 def test_where_peers_reach_a_load_balancer() -> None:
     def exposed(*ingress: dict[str, str]) -> Any:
         there = service(status={"loadBalancer": {"ingress": list(ingress)}})
