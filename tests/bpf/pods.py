@@ -26,6 +26,7 @@ from isthmus_mesh.spec import NodeSpec
 from pyroute2 import IPRoute
 
 CLUSTER_IP = "10.96.0.40"
+HOST_PORT = 8090  # of the node's own first pod, once `host_port` was called
 NODE_PORT = 30080  # of the node's own first pod
 REMOTE_NODE_PORT = 30081  # of the other node's
 NAMES = {1: "onprem", 2: "cloud"}
@@ -40,7 +41,20 @@ add chain ip nat POSTROUTING {{ type nat hook postrouting priority srcnat; }}
 add rule ip nat POSTROUTING ip saddr {pods} jump CNI-bridge
 add rule ip nat CNI-bridge ip daddr {pods} accept
 add rule ip nat CNI-bridge ip daddr != 224.0.0.0/4 masquerade
-add rule ip nat POSTROUTING ip saddr != {pods} ip daddr {pods} masquerade
+"""
+_FLANNEL = "add rule ip nat POSTROUTING ip saddr != {pods} ip daddr {pods} masquerade\n"
+# As the plugin portmap does it: what comes back to pods of this node, or from its loopback, is masqueraded.
+_HOST_PORT = """
+add table ip host-port
+add chain ip host-port dnat {{ }}
+add rule ip host-port dnat ip saddr {{ {pods}, 127.0.0.1 }} meta mark set meta mark | 0x2000
+add rule ip host-port dnat meta l4proto tcp dnat to {pod}:8080
+add chain ip host-port prerouting {{ type nat hook prerouting priority dstnat; }}
+add rule ip host-port prerouting fib daddr type local tcp dport {port} jump dnat
+add chain ip host-port output {{ type nat hook output priority dstnat; }}
+add rule ip host-port output fib daddr type local tcp dport {port} jump dnat
+add chain ip host-port postrouting {{ type nat hook postrouting priority srcnat; }}
+add rule ip host-port postrouting meta mark & 0x2000 == 0x2000 masquerade
 """
 _KUBE_PROXY = """
 add table ip kube-proxy
@@ -105,15 +119,19 @@ class KubernetesNode:
             lambda: subprocess.run(["nft", "-f", "-"], input=text, check=True, capture_output=True, text=True).stdout
         )
 
-    def cni(self) -> None:
+    def cni(self, masquerades_all: bool = True) -> None:
         """The rules of CNI and kube-proxy, also again, as after a reload. `remote`: a backend that an EndpointSlice has
-        of another cluster."""
-        self.nft(_CNI.format(pods=self.range))
+        of another cluster. `masquerades_all`: what comes from elsewhere as well, as flannel does it."""
+        self.nft((_CNI + (_FLANNEL if masquerades_all else "")).format(pods=self.range))
         self.nft(
             _KUBE_PROXY.format(
                 port=NODE_PORT, pod=self.pods[0].address, remote_port=REMOTE_NODE_PORT, remote=self.remote.address
             )
         )
+
+    def host_port(self) -> None:
+        """The first pod has a port of the node."""
+        self.nft(_HOST_PORT.format(pods=self.range, pod=self.pods[0].address, port=HOST_PORT))
 
     def wire_pods(self) -> None:
         def bridge() -> None:
