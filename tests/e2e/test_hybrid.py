@@ -20,6 +20,7 @@ from estate_tools import Estate
 from hybrid_tools import NODE_IS_DOWN, Hybrid, joined, machine_service_in_pods_and_at_a_node_port, tell
 from isthmus_lab import Lab
 from kubernetes_lab import EVERY_CLUSTER, HYBRID, Kubernetes, PodCustomer
+from kubernetes_machine import TOOLS_IMAGE
 from playbook import play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -39,6 +40,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 http.server.ThreadingHTTPServer(("127.0.0.1", 15001), Handler).serve_forever()
 """
+
+# A Service that is global by its annotation alone: no inventory and no other cluster has one of its name.
+ALONE = """\
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: {name}
+  namespace: shop
+  annotations: {{service.cilium.io/global: "true"}}
+spec:
+  selector: {{app: {name}}}
+  ports: [{{name: http, port: 80, targetPort: 8080}}]
+"""
+POD = """\
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
+spec:
+  nodeName: {node}
+  terminationGracePeriodSeconds: 1
+  initContainers: {before}
+  containers:
+    - {{{container}{more}}}
+"""
+# The first thing that a pod does: it asks a machine until that answers, and ends.
+ASKS = """
+import sys, time, urllib.request
+end = time.monotonic() + 60
+while True:
+    try:
+        print(urllib.request.urlopen(sys.argv[1], timeout=2).read().decode())
+        break
+    except OSError:
+        if time.monotonic() > end:
+            raise
+"""
+HOST_PORT = 8090
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +175,64 @@ def test_a_sidecar_sees_the_address_that_its_pod_dials(hybrid: Hybrid) -> None:
         hybrid.kube.kubectl("annotate", "pod", pod, where, "isthmus.io/socket-translation=false")
         hybrid.until("the pod is left alone", lambda: left_alone() == 1)
         assert dialled() == {f"{hybrid.service_address}:80"}
+
+
+@pytest.mark.slow
+def test_machines_use_a_service_of_pods_that_no_inventory_declares(hybrid: Hybrid) -> None:
+    """And `publishNotReadyAddresses` makes backends of pods that are not ready, as for kube-proxy."""
+    estate, name, where = hybrid.estate, "early", f"--namespace={NAMESPACE}"
+    url = f"http://{name}.{NAMESPACE}.svc.clusterset.local/"
+
+    def used() -> set[str]:
+        return hybrid.used(EDGE, (NAMESPACE, name))
+
+    def answers() -> bool:
+        return bool(estate.edge.requests(url, 20)["answers"] == {f"{hybrid.kube.name}/{name}": 20})
+
+    def gone() -> None:
+        hybrid.kube.kubectl("delete", "service,pod", name, where, "--ignore-not-found", "--now")
+
+    container = demo_pods.web_container(hybrid.kube.name)
+    pod = POD.format(name=name, node=hybrid.nodes[0], before="[]", container=container, more="")
+    with hybrid.undone(gone):
+        hybrid.kube.apply(ALONE.format(name=name) + pod)
+        hybrid.until("a machine has an address for it", lambda: estate.service_named(EDGE, f"shop/{name}") is not None)
+        hybrid.until("the pod answers machines", answers)
+        hybrid.kube.exec(name, ["python3", "-c", "open('/run/web.sick', 'w')"], NAMESPACE)
+        hybrid.until("a pod that is not ready is no backend", lambda: used() == set())
+        unready = {"spec": {"publishNotReadyAddresses": True}}
+        hybrid.kube.kubectl("patch", "service", name, where, "--patch", json.dumps(unready))
+        hybrid.until("now it is", lambda: used() == {hybrid.nodes[0]})
+        assert not hybrid.ready(name)
+        hybrid.until("the pod answers machines", answers)
+    hybrid.until("no host knows it any more", lambda: estate.service_named(EDGE, f"shop/{name}") is None)
+
+
+@pytest.mark.slow
+def test_an_init_container_has_its_pods_address_and_a_host_port_is_reached_over_the_mesh(hybrid: Hybrid) -> None:
+    estate, name, node = hybrid.estate, "begun", hybrid.nodes[0]
+    where = f"--namespace={NAMESPACE}"
+    machine = f"http://{estate.address('onprem-1', 'web')}:8080/"
+    command = ["python3", "-c", ASKS, machine]
+    asks = {"name": "asks", "image": TOOLS_IMAGE, "imagePullPolicy": "Never", "command": command}
+    ports = f", ports: [{{containerPort: 8080, hostPort: {HOST_PORT}}}]"
+    container = demo_pods.web_container(hybrid.kube.name)
+    text = POD.format(name=name, node=node, before=json.dumps([asks]), container=container, more=ports)
+    with hybrid.undone(lambda: hybrid.kube.kubectl("delete", "pod", name, where, "--ignore-not-found", "--now")):
+        hybrid.kube.apply(text)
+        hybrid.until("the init container ended, and the pod is ready", lambda: hybrid.ready(name), 120)
+        own = hybrid.pod_address(name)
+        told = json.loads(hybrid.kube.kubectl("logs", name, "--container=asks", where).stdout)
+        assert (told["host"], told["peer"]) == ("onprem-1", own)
+        mesh = json.loads(hybrid.lab.exec(node, ["cat", "/etc/isthmus/node.json"]).stdout)["node"]["mesh4"]
+        everything = {f"{hybrid.kube.name}/{name}": 50}
+        result = estate.edge.requests(f"http://{mesh}:{HOST_PORT}/", 50)
+        assert (result["answers"], set(result["peers"])) == (everything, {estate.address(EDGE, "client")}), result
+        # From the underlay, and from a pod of the same node: as without the mesh.
+        underlay = hybrid.kube.cluster.nodes[node].address
+        outside = hybrid.lab.exec("cloud-2", ["curl", "-sf", "-m", "5", f"http://{underlay}:{HOST_PORT}/"]).stdout
+        assert json.loads(outside)["host"] == name
+        assert hybrid.client.requests(f"http://{underlay}:{HOST_PORT}/", 50)["answers"] == everything
 
 
 @pytest.mark.slow

@@ -142,6 +142,40 @@ def test_300_restarts_leave_no_address_and_no_identity_behind(hybrid: Hybrid) ->
     play("verify", inventory=HYBRID)
 
 
+def test_a_node_reboots_from_last_known_good_while_api_server_and_etcd_are_away(hybrid: Hybrid) -> None:
+    """The node, that is: its pods are Kubernetes' to bring back, which needs the API. Meanwhile the agent of the other
+    node begins anew, and a pod there notices nothing."""
+    estate, control, other, victim = hybrid.estate, "kube-1", hybrid.nodes[0], hybrid.nodes[-1]
+    machine = f"http://{estate.address('onprem-1', 'web')}:8080/"
+    pod = f"http://{hybrid.pod_address(f'web-{other}')}:8080/"
+    known, fallen = hybrid.backends_of(victim), {hybrid.pod_address(f"web-{victim}")}
+
+    def alone(host: str) -> bool:
+        return not estate.ask(host, "status")["etcd"]["connected"] and hybrid.backends_of(host) >= known - fallen
+
+    def etcd_back() -> None:
+        hybrid.lab.exec(control, ["systemctl", "start", "--no-block", "isthmus-etcd.service"])
+
+    with hybrid.undone(lambda: hybrid.lab.power_on(victim)), hybrid.undone(etcd_back):
+        for kind in ("new", "kept"):
+            hybrid.client.start(f"away-{kind}", machine, interval=0.02, keep_alive=kind == "kept")
+        with hybrid.without_api_server():
+            estate.kill_for_good(control, "isthmus-etcd")
+            hybrid.lab.exec(other, ["systemctl", "restart", "isthmusd.service"])
+            hybrid.lab.reboot(victim, hard=True)
+            for host in (other, victim):
+                hybrid.until(f"{host}'s agent works without both", lambda host=host: alone(host))  # type: ignore[misc]
+            with estate.customer(victim) as customer:
+                for url in (machine, pod):
+                    result = customer.requests(url, 100)
+                    assert (result["ok"], result["errors"]) == (100, {}), url
+        results = [hybrid.client.result(f"away-{kind}", stop=True) for kind in ("new", "kept")]
+        assert [(result["failed"], result["errors"]) for result in results] == [(0, {}), (0, {})]
+        assert results[1]["connections"] == 1
+    hybrid.until("its pods are back", lambda: hybrid.ready(f"web-{victim}"), 180)
+    hybrid.everywhere(hybrid.members)
+
+
 def test_the_story_with_kube_proxy_in_iptables_mode(hybrid: Hybrid) -> None:
     """The mode changes while the mesh is there; what the other mode's rules did to packets is done in this one too."""
     with hybrid.undone(lambda: hybrid.kube.set_proxy_mode(PROXY_MODES[0])):
