@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+import snapshot
 import yaml
 from demo import EDGE
 from estate_tools import ETCD_HOSTS, Estate
 from isthmus_lab import Lab
-from kubernetes_lab import IN_CLUSTER, Kubernetes
+from kubernetes_lab import IN_CLUSTER, TWO_IN_CLUSTER, Kubernetes
 from kubernetes_machine import TOOLS_IMAGE
+from lab_system import LabError
 from playbook import documented, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
@@ -49,18 +53,62 @@ def ours(kube: Kubernetes) -> list[str]:
     return found.stdout.split()
 
 
+def make_pods(estate: Estate, kube: Kubernetes) -> None:
+    """A web server on each node, ready."""
+    kube.apply("".join(POD.format(node=node, image=TOOLS_IMAGE) for node in kube.cluster.nodes))
+
+    def ready(node: str) -> bool:
+        conditions = kube.get("pod", f"web-{node}")["status"].get("conditions", ())
+        return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+
+    estate.until("the pods are ready", lambda: all(ready(node) for node in kube.cluster.nodes), 120)
+
+
+# What Kubernetes and the CNI keep of pods that were there, and what is in the volume of a class with the policy Retain.
+KEPT = re.compile(r"[\w-]+: files: /var/lib/(cni|lab-volumes)/")
+
+
+def differing(kube: Kubernetes, bare: Mapping[str, snapshot.Snapshot]) -> list[str]:
+    """What is not as it was before anything of the mesh was on the nodes."""
+    found = snapshot.differences(bare, snapshot.take(kube.lab, NODES))
+    return [line for line in found if not KEPT.match(line)]
+
+
+def objects(kube: Kubernetes) -> tuple[list[str], list[Any]]:
+    """What the cluster has, but for what comes and goes by itself; and its nodes."""
+    kinds = "namespaces,services,configmaps,secrets,serviceaccounts,resourcequotas,persistentvolumeclaims"
+    kinds += ",deployments,daemonsets,statefulsets,jobs,cronjobs,poddisruptionbudgets,endpointslices"
+    kinds += ",roles,rolebindings,clusterroles,clusterrolebindings,persistentvolumes"
+    form = '{range .items[*]}{.kind}/{.metadata.namespace}/{.metadata.name}{"\\n"}{end}'
+    found = kube.kubectl("get", kinds, "--all-namespaces", f"--output=jsonpath={form}").stdout.split()
+    nodes = [(node["metadata"]["labels"], node["spec"]) for node in kube.get("nodes")["items"]]
+    return sorted(found), nodes
+
+
 @pytest.fixture(scope="module")
-def managed(estate: Estate) -> Iterator[Kubernetes]:
-    """The cluster in the running estate; out of it again in the end."""
+def cluster(estate: Estate) -> Iterator[Kubernetes]:
+    """The cluster with pods, before anything of the mesh is there."""
     kube = Kubernetes(Lab(IN_CLUSTER), "managed")
     try:
         kube.up()
-        kube.apply("".join(POD.format(node=node, image=TOOLS_IMAGE) for node in NODES))
-        play("site", inventory=IN_CLUSTER)
+        make_pods(estate, kube)
         yield kube
-        play("site", "-e", "isthmus_prune=cluster/managed")
     finally:
         kube.down()
+
+
+@pytest.fixture(scope="module")
+def bare(cluster: Kubernetes) -> tuple[dict[str, snapshot.Snapshot], tuple[list[str], list[Any]]]:
+    return snapshot.take(cluster.lab, NODES), objects(cluster)
+
+
+@pytest.fixture(scope="module")
+def managed(cluster: Kubernetes, bare: object) -> Iterator[Kubernetes]:
+    """The cluster in the running estate; out of it again in the end."""
+    assert bare
+    play("site", inventory=IN_CLUSTER)
+    yield cluster
+    play("site", "-e", "isthmus_prune=cluster/managed")
 
 
 def address(kube: Kubernetes, node: str) -> str:
@@ -140,6 +188,59 @@ def test_an_agent_that_dies_leaves_the_datapath(estate: Estate, managed: Kuberne
         managed.kubectl("rollout", "status", "daemonset/isthmus-agent", f"--namespace={MESH}", "--timeout=120s")
 
 
+def test_the_api_server_is_away_and_an_agent_dies_meanwhile(estate: Estate, managed: Kubernetes) -> None:
+    """The kubelet starts it again without the API; nothing is withdrawn, then or when the server is back."""
+    operator, node = Estate(managed.lab), "managed-2"
+    server = managed.cluster.control_plane.name
+    pod = address(managed, node)
+    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    assert kept[EDGE]
+
+    def agent() -> str:
+        return managed.lab.exec(node, ["pgrep", "-f", "[b]in/isthmusd "], check=False).stdout.strip()
+
+    def ready() -> bool:
+        ask = ["curl", "-sf", "-m", "2", "http://127.0.0.1:9968/ready"]
+        return managed.lab.exec(node, ask, check=False).returncode == 0
+
+    before = agent()
+    assert before
+    with (
+        estate.unnoticed(estate.edge, url=f"http://{pod}:8080/"),
+        estate.undone(lambda: managed.lab.exec(server, ["systemctl", "start", "kube-apiserver.service"])),
+    ):
+        operator.kill_for_good(server, "kube-apiserver")
+        managed.lab.exec(node, ["kill", "-KILL", *before.split()])
+        estate.until("the kubelet has started the agent again", lambda: agent() not in ("", before) and ready(), 120)
+    estate.until("the API server is back", managed.api_ready)
+    managed.kubectl("rollout", "status", "daemonset/isthmus-agent", f"--namespace={MESH}", "--timeout=120s")
+    estate.until("its registrars read all others", connects_anew(lambda: peers_in(managed)), 120)
+    assert estate.withdrawn(kept) == {}
+
+
+def test_two_clusters_of_the_kind_read_each_other(estate: Estate, managed: Kubernetes) -> None:
+    """Each authority is inside its cluster, and signs for the other's registrars in one run."""
+    second = Kubernetes(Lab(TWO_IN_CLUSTER), "managed2")
+    try:
+        second.up()
+        make_pods(estate, second)
+        play("site", inventory=TWO_IN_CLUSTER)
+        (there,) = second.cluster.nodes
+        ends = ((managed, NODES[0], second, there), (second, there, managed, NODES[1]))
+
+        def answers(here: Kubernetes, node: str, other: Kubernetes, target: str) -> bool:
+            answer = fetch(here, node, f"http://{address(other, target)}:8080/")
+            return (answer.get("host"), answer.get("peer")) == (f"web-{target}", address(here, node))
+
+        for end in ends:
+            estate.until(f"{end[1]} reaches {end[3]} with its own address", lambda end=end: answers(*end), 120)  # type: ignore[misc]
+        assert play("site", inventory=TWO_IN_CLUSTER).changed == {}
+        play("verify", inventory=TWO_IN_CLUSTER)
+    finally:
+        play("site", "-e", "isthmus_prune=cluster/managed2", inventory=IN_CLUSTER)
+        second.down()
+
+
 def test_verify_finds_nothing(managed: Kubernetes) -> None:
     play("verify", inventory=IN_CLUSTER)
 
@@ -210,14 +311,19 @@ def test_peers_follow_when_etcd_is_exposed_by_a_port_of_nodes(estate: Estate, ma
     assert play("site", *option, inventory=IN_CLUSTER).changed == {}
 
 
-def test_teardown_leaves_nothing(managed: Kubernetes) -> None:
-    before = {node: managed.lab.exec(node, ["ip", "-brief", "link"]).stdout for node in NODES}
-    assert all("isthmus0" in text for text in before.values())
+def test_teardown_leaves_the_cluster_and_its_nodes_as_they_were(
+    estate: Estate, managed: Kubernetes, bare: tuple[dict[str, snapshot.Snapshot], tuple[list[str], list[Any]]]
+) -> None:
+    nodes, in_api = bare
+    assert any("isthmus" in line for line in differing(managed, nodes))
     play("teardown", "-e", "isthmus_confirm_teardown=lab", "--limit", "managed", inventory=IN_CLUSTER)
     assert ours(managed) == []
-    for node in NODES:
-        assert "isthmus" not in managed.lab.exec(node, ["ip", "-brief", "link"]).stdout
-        assert "isthmus" not in managed.lab.exec(node, ["ls", "/sys/fs/bpf", "/var/lib", "/run"]).stdout
+    assert objects(managed) == in_api
+    # kube-proxy drops rules of Services that are gone within its own time.
+    with contextlib.suppress(LabError):
+        estate.until("nodes are as they were", lambda: not differing(managed, nodes), 120)
+    assert differing(managed, nodes) == []
+    assert fetch(managed, NODES[0], f"http://{address(managed, NODES[1])}:8080/")["host"] == f"web-{NODES[1]}"
 
 
 def test_a_cluster_without_the_mesh_that_others_know_is_refused(managed: Kubernetes) -> None:

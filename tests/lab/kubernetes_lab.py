@@ -30,6 +30,7 @@ from lab_system import LabError, hierarchies, ip, remove_cgroups, run, wait_for
 HYBRID = ROOT / "inventories" / "lab_hybrid"
 EVERY_CLUSTER = ROOT / "inventories" / "lab_hybrid_two"
 IN_CLUSTER = ROOT / "inventories" / "lab_in_cluster"
+TWO_IN_CLUSTER = ROOT / "inventories" / "lab_in_cluster_two"
 READY_SECONDS = 120
 NEEDED_MEMORY = 4 << 30
 CERTIFICATE_DAYS = 3650

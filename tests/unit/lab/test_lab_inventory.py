@@ -90,6 +90,12 @@ def test_machines_of_a_cluster_that_nobody_enters_are_none_of_the_mesh() -> None
     assert not read_inventory(INVENTORIES / "lab_hybrid").kubernetes["kube"].in_cluster
     names = {one["metadata"]["name"] for one in json.loads(kubernetes_machine.volumes(managed))["items"]}
     assert names == {"lab", "lab-managed-1", "lab-managed-2"}
+    two = read_inventory(INVENTORIES / "lab_in_cluster_two")
+    assert [name for name, one in two.kubernetes.items() if one.in_cluster] == ["managed", "managed2"]
+    assert lab.hosts.items() < two.hosts.items()
+    second = two.kubernetes["managed2"]
+    assert second.hosts == (second.control_plane,)
+    assert not second.pod_range.overlaps(managed.pod_range)
 
 
 def test_nodes_and_their_names_are_as_the_inventory_says(tmp_path: Path) -> None:
