@@ -69,6 +69,8 @@ def event(body: Any) -> Event:
 def test_events() -> None:
     pod = {"metadata": {"name": "web", "resourceVersion": "7"}}
     assert event({"type": "ADDED", "object": pod}) == Event("ADDED", pod, "7")
+    at = {"kind": "Pod", "metadata": {"resourceVersion": "9", "creationTimestamp": None}}
+    assert event({"type": "BOOKMARK", "object": at}).version == "9", "a watch goes on from there"
     gone = {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message": "too old"}}
     with pytest.raises(Gone, match=r"https://127\.0\.0\.1:6443: watch pods: Expired: too old"):
         event(gone)
