@@ -57,7 +57,8 @@ class Request:
 class Wanted:
     """What the controller asks for. `dns` and `ip` are the names and addresses of the etcd. `peers`: clusters that this
     cluster's registrar reads, with the certificates of their authorities, and in `certificates` what these signed for
-    it. `known_ca`: the authority's certificate as the record has it. `labels` are those of our objects."""
+    it. `known_ca`: the authority's certificate as the record has it. `labels` are those of our objects. What readers on
+    the hosts `revoked_hosts`, or of the common names `revoked_names`, were given is refused."""
 
     cluster: str
     dns: tuple[str, ...]
@@ -68,6 +69,8 @@ class Wanted:
     known_ca: str | None
     labels: Mapping[str, str]
     digest: str
+    revoked_hosts: tuple[str, ...] = ()
+    revoked_names: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Wanted:
@@ -76,6 +79,7 @@ class Wanted:
         fields = Fields(document, WantedError)
         if (schema := fields.integer("schema", UINT16, default=None)) != SCHEMA:
             raise WantedError(f"schema {schema} is not {SCHEMA}, the one that this version reads")
+        revoked = Fields(document.get("revoked") or {}, WantedError, "revoked")
         return cls(
             cluster=fields.text("cluster", None),
             dns=fields.texts("dns"),
@@ -89,6 +93,8 @@ class Wanted:
             known_ca=fields.optional_text("known_ca"),
             labels=fields.text_mapping("labels"),
             digest=hashlib.sha256(jsontext.canonical(document).encode()).hexdigest(),
+            revoked_hosts=revoked.texts("hosts"),
+            revoked_names=revoked.texts("names"),
         )
 
 
@@ -144,9 +150,9 @@ def settle(
             }
         )
         _ensure(outcome, secret, spec, signer)
-    _ensure_list(outcome.secrets[ETCD], authority, now)
     requests = _peers(outcome, wanted, issued, now)
     signed = _sign_for_peers(outcome, wanted, issued, signer)
+    revoked = _revoke(outcome, wanted, signer)
     if signer.ledger is not ledger or revocation.LEDGER not in files:
         files[revocation.LEDGER] = signer.ledger.text(now).encode()
     outcome.issued = {
@@ -161,6 +167,7 @@ def settle(
         },
         "signed": signed,
         "renew": _renewal(outcome, requests, signed),
+        **({"revoked": revoked} if revoked else {}),
     }
     return outcome
 
@@ -214,12 +221,33 @@ def _key(files: Files, name: str, told: list[str], place: str) -> bytes:
     return key
 
 
-def _ensure_list(files: Files, authority: pki.Authority, now: datetime.datetime) -> None:
-    """A list of revoked certificates from the first start on: etcd takes one up only when it starts with one."""
-    try:
-        revocation.check_der(files.get(CRL, b""), authority.pem, f"Secret {ETCD}, {CRL}")
-    except pki.PkiError:
-        files[CRL] = revocation.to_der(authority.sign_list({}, 0, now), authority.pem, "the new list")
+def _revoke(outcome: Outcome, wanted: Wanted, signer: _Signer) -> dict[str, Any]:
+    """The list of revoked certificates, from the first start on: etcd takes one up only when it starts with one. What
+    counts stands beside the authority's key; the Secret of etcd may be made anew. Of readers only: a host may be called
+    as one of our Secrets. Returns what is public of it; empty while there is nothing to tell."""
+    where = f"{DIRECTORY}, {CRL}"
+    files, authority = outcome.secrets[CA], signer.authority
+    known = files[CRL].decode("ascii", "replace") if CRL in files else None
+    doomed = [
+        one
+        for one in signer.ledger.of(wanted.revoked_hosts, wanted.revoked_names)
+        if one.name == f"peer-{wanted.cluster}"
+    ]
+    done = revocation.revoke(authority, doomed, known, authority.pem, where, signer.now)
+    outcome.told += [f"revoked: {one.words}" for one in done.revoked]
+    files[CRL] = done.crl.encode()
+    outcome.secrets[ETCD][CRL] = revocation.to_der(done.crl, authority.pem, where)
+    serials = {f"{entry.serial_number:x}" for entry in revocation.load_list(done.crl, authority.pem, where)}
+    if not serials and not wanted.revoked_hosts and not wanted.revoked_names:
+        return {}
+    return {
+        "hosts": sorted(wanted.revoked_hosts),
+        "names": sorted(wanted.revoked_names),
+        "certificates": [
+            {"host": one.host, "words": one.words} for one in signer.ledger.issued if one.serial in serials
+        ],
+        "list": _digest(" ".join(sorted(serials)))[:16] if serials else "",
+    }
 
 
 def _peers(

@@ -38,18 +38,22 @@ _value:
   type: dict
 """
 
+from ansible_collections.isthmus.mesh.plugins.module_utils import in_cluster
+
 _AGAIN = "Next: run isthmus.mesh.forget again with the same names when that is put right."
 
 
 def forget_outcome(members, plan):
     """Lines about every authority and every etcd host."""
-    revoked, listed = {}, set()
+    revoked, listed, inside = {}, set(), {}
     for variables in members:
         host = variables["inventory_hostname"]
         if "__forget_revoked" in variables:
             revoked[host] = variables["__forget_revoked"]
         if "pending" in variables.get("__pki_requested", {}):
             listed.add(host)
+        if variables.get("__site_issued"):
+            inside[str(variables["isthmus_cluster"])] = variables["__site_issued"]
     done = [
         f"{host} of cluster {entry['cluster']} is forgotten since {entry['at']}, until it is joined anew."
         for host, entry in sorted(plan["forgotten"].items())
@@ -76,6 +80,21 @@ def forget_outcome(members, plan):
             f"Users of agents are deleted, but certificates of an etcd host go on being accepted there. {_AGAIN}"
         )
         (problems if "msg" in answer and not answer.get("unreachable") else pending).append(line)
+    for cluster, one in sorted(plan["in_cluster"].items()):
+        doomed, issued = one.get("revoked"), inside.get(cluster, {})
+        if doomed is None:
+            continue
+        lacking = in_cluster.not_revoked(doomed, issued)
+        if lacking:
+            pending.append(
+                f"Pending: the authority of cluster {cluster}, which is in it, has not revoked what "
+                f"{', '.join(lacking)} may hold of it: the run did not get that far on {one['entry']}. Its etcd goes "
+                "on accepting that. Next: run isthmus.mesh.site when that is put right."
+            )
+            continue
+        words = [each["words"] for each in issued["revoked"]["certificates"] if each["host"] in doomed["hosts"]]
+        done += [f"The authority of cluster {cluster} has revoked {each}." for each in words]
+        done += [] if words else [f"The authority of cluster {cluster} had nothing to revoke."]
     for name, document in sorted(plan["record"].items()):
         if name.startswith("clusters/") and document["state"] != "absent":
             late = sorted(set(document["etcd"]["members"]) - listed)

@@ -93,6 +93,7 @@ def in_cluster_wanted(install, exposed, record, members, issued=None, signed=())
         # The record has it when etcd has run; the cluster's own answer is the same.
         "known_ca": install["trust"].get(cluster) or issued.get("ca"),
         "labels": in_cluster.labels(install, "pki"),
+        **({"revoked": install["revoked"]} if "revoked" in install else {}),
     }
 
 

@@ -6,7 +6,9 @@ An installation (`install`) is what the plan says of the cluster, and the image:
     {"estate", "cluster", "image",
      "etcd": {"replicas", "storage_class": name or null, "storage": quantity, "quota_bytes", "token"},
      "expose": {"type", "provider", "scope", "source_ranges", "annotations", "node_port": number or null, "hosts"},
-     "document": what agents and registrars read, "trust": {cluster: PEM}}
+     "document": what agents and registrars read, "trust": {cluster: PEM},
+     "revoked": {"hosts", "names"}: whose certificates are refused, left out where there are none,
+     "list": what `revoked_list` says of the list that etcd has}
 
 Shapes: Kubernetes' API reference, apps/v1, core/v1, policy/v1, rbac.authorization.k8s.io/v1. Annotations of load
 balancers: the providers' own documentation, named at `INTERNAL`.
@@ -425,8 +427,10 @@ def _etcd(install: Mapping[str, Any], nodes: Iterable[str]) -> Object:
     }
     if etcd["storage_class"]:
         claim["storageClassName"] = etcd["storage_class"]
-    # etcd reads certificates and the list of revoked ones at every handshake, its authority at the start only.
-    read = digest(install["trust"].get(install["cluster"]))
+    # etcd reads certificates and the list of revoked ones at every handshake, its authority at the start only. Members
+    # start anew for another list all the same: that ends the connections of those who are in it.
+    more = [install["list"]] if install.get("list") else []
+    read = digest(install["trust"].get(install["cluster"]), *more)
     spec = {
         "replicas": etcd["replicas"],
         "serviceName": ETCD,
@@ -617,9 +621,23 @@ UNRENEWED = timedelta(days=15)
 """After so long the CronJob, which runs weekly, has missed its turn."""
 
 
-def pki_troubles(issued: Mapping[str, Any], now: datetime) -> list[str]:
+def revoked_list(issued: Mapping[str, Any]) -> str:
+    """Which list of revoked certificates etcd has, by the Job's answer; empty while nothing was revoked."""
+    return str((issued.get("revoked") or {}).get("list") or "")
+
+
+def not_revoked(doomed: Mapping[str, Any], issued: Mapping[str, Any]) -> list[str]:
+    """Of the hosts and names in `doomed` (`revoked` of an installation) those that the Job has not answered."""
+    known = issued.get("revoked") or {}
+    return [one for key in ("hosts", "names") for one in doomed.get(key) or () if one not in (known.get(key) or ())]
+
+
+def pki_troubles(install: Mapping[str, Any], issued: Mapping[str, Any], now: datetime) -> list[str]:
     """What is wrong with the certificates of a cluster, for who looks at it."""
     found = []
+    lacking = not_revoked(install.get("revoked") or {}, issued)
+    if lacking:
+        found.append(f"certificates of {', '.join(lacking)}: not revoked, run isthmus.mesh.site")
     due = _renewal(issued)
     if due is not None and due + UNRENEWED < now:
         found.append(f"CronJob {NAMESPACE}/{PKI}: certificates are to be renewed since {issued['renew']}")

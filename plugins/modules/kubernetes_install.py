@@ -188,6 +188,8 @@ class Installation:
         self.refuse_former()
         if phase == in_cluster.EXPOSE:
             self.look_at_kubelets(nodes, first)
+        issued = self.issued()
+        self.install = {**self.install, "list": in_cluster.revoked_list(issued)}
         service = self.api.get(f"{SERVICES}/{in_cluster.MESH}")
         chosen = in_cluster.choose_nodes(self.install, nodes, service)
         problems = in_cluster.exposure_problems(self.install, nodes, chosen)
@@ -211,7 +213,7 @@ class Installation:
             removed = shell.prune(self.api, self.changes, in_cluster.KINDS, self.own, in_cluster.PRUNED, keep)
         exposed = self.exposed(nodes, chosen)
         if phase == in_cluster.RUN and self.module.check_mode:
-            self.unready += in_cluster.pki_troubles(self.issued(), now())
+            self.unready += in_cluster.pki_troubles(self.install, issued, now())
         looked = {"unready": self.unready} if self.module.check_mode else {}
         return self.changes.result(exposed=exposed, unfinished=unfinished, removed=removed, **looked)
 

@@ -287,6 +287,8 @@ class _Planner:
         following = Record(roster, documents)
         forgotten = forgotten_hosts(documents.values())
         specs = self.specs(present, roster)
+        revocations = tuple(self.revocations(documents, forgotten))
+        doomed = {one["cluster"]: {"hosts": one["hosts"], "names": one["names"]} for one in revocations}
         before, after = _summary(self.record), _summary(following)
         return Plan(
             specs=specs,
@@ -297,14 +299,17 @@ class _Planner:
             removed=tuple(sorted(self.removed)),
             cuts=tuple(cuts(self.model, self.record, following, self.removed, self.now)),
             forgotten=forgotten,
-            revocations=tuple(self.revocations(documents, forgotten)),
+            revocations=tuple(one for one in revocations if one["ca_host"]),
             kubernetes_left=tuple(
                 name
                 for name, doc in self.known.items()
                 if "kubernetes" in doc and "kubernetes" not in documents[name] and not openings.is_in_cluster(doc)
             ),
             in_cluster={
-                name: _in_cluster(self.model, present, cluster, cluster.in_cluster)
+                name: {
+                    **_in_cluster(self.model, present, cluster, cluster.in_cluster),
+                    **_filled(revoked=doomed.get(name)),
+                }
                 for name, cluster in self.model.clusters.items()
                 if cluster.in_cluster is not None and name in present
             },
@@ -657,19 +662,24 @@ class _Planner:
             departed = document.get("departed", [])
             if document["state"] == "absent" or document["ca_certificate"] is None or not (forgotten or departed):
                 continue
+            names = [f"remote-{other}" for other in sorted(gone) if documents[other]["state"] == "absent"]
             if openings.is_in_cluster(document):
-                self.warnings.append(
-                    f"cluster {name}: its authority is in the cluster and revokes nothing so far: certificates that it "
-                    f"gave to {', '.join(sorted({*forgotten, *departed}))} are good until they end. Next: replace "
-                    "what they read, or remove the cluster and join it anew"
-                )
+                # Who is removed and comes back keeps its keys, and nothing would tell it that they are refused there.
+                if departed:
+                    self.warnings.append(
+                        f"cluster {name}: its authority is in the cluster and revokes what forgotten hosts have, not "
+                        f"what removed ones have: certificates of {', '.join(departed)} are good there until they end. "
+                        "Next: take the mesh off them with isthmus.mesh.teardown, which deletes the keys"
+                    )
+                if forgotten:
+                    yield {"cluster": name, "ca_host": "", "hosts": sorted(forgotten), "departed": [], "names": names}
                 continue
             yield {
                 "cluster": name,
                 "ca_host": document["ca_host"],
                 "hosts": sorted({*forgotten, *departed}),
                 "departed": list(departed),
-                "names": [f"remote-{other}" for other in sorted(gone) if documents[other]["state"] == "absent"],
+                "names": names,
             }
 
     def orphan_of(self, name: str) -> str | None:

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from cryptography import x509
 from isthmus_agent import in_cluster_pki, pki, revocation
 from isthmus_agent.in_cluster_pki import AGENT, CA, ETCD, REGISTRAR, Outcome, Wanted, WantedError, settle
 from isthmus_agent.pki import PkiError
@@ -57,7 +58,7 @@ def test_from_nothing() -> None:
     ]  # fmt: skip
     assert sorted(found.secrets[AGENT]) == ["agent.crt", "agent.key"]
     assert sorted(found.secrets[REGISTRAR]) == ["registrar.crt", "registrar.key"]
-    assert sorted(found.secrets[CA]) == ["ca.crt", "ca.key", "issued.json"]
+    assert sorted(found.secrets[CA]) == ["ca.crt", "ca.key", "issued.json", "revoked.crl"]
     server = about(found, ETCD, "etcd-server")
     assert server["sans"] == ["isthmus-etcd-client.isthmus-system.svc", "10.98.0.7", "127.0.0.1"]
     names = {name: about(found, secret, name)["cn"] for secret, name, _cn, _usages in in_cluster_pki._OWN}
@@ -230,6 +231,55 @@ def test_peers_registrars_become_readers_whatever_they_ask_to_be_called() -> Non
     # A request of before under another cluster's name is no way to that one's certificate.
     moved = again(found, requests=[{**request, "cluster": "cloud"}])
     assert pki.describe(moved.issued["signed"][0]["certificate"].encode())["cn"] == "remote-cloud"
+
+
+def listed(outcome: Outcome) -> set[int]:
+    """Serial numbers that etcd refuses."""
+    return {entry.serial_number for entry in x509.load_der_x509_crl(outcome.secrets[ETCD]["revoked.crl"])}
+
+
+def serial_of(certificate: str) -> int:
+    return x509.load_pem_x509_certificate(certificate.encode()).serial_number
+
+
+def test_what_lost_hosts_were_given_is_revoked_renewed_or_not_and_stays_so() -> None:
+    def asks(*hosts: str) -> list[dict[str, str]]:
+        return [{"cluster": "onprem", "host": host, "csr": csrs[host]} for host in hosts]
+
+    csrs = {host: request_of() for host in ("o1", "o2")}
+    before = again(first(), requests=asks("o1", "o2"))
+    assert "revoked" not in before.issued
+    assert listed(before) == set()
+    renewed = again(before, NOW + YEAR * 0.7, requests=asks("o1", "o2"))
+    of_o2 = {serial_of(one.issued["signed"][1]["certificate"]) for one in (before, renewed)}
+    assert len(of_o2) == 2
+    lost = {"revoked": {"hosts": ["o2"], "names": []}, "requests": asks("o1")}
+    found = again(renewed, NOW + YEAR * 0.7, **lost)
+    assert listed(found) == of_o2
+    told = found.issued["revoked"]
+    assert (told["hosts"], [one["host"] for one in told["certificates"]]) == (["o2"], ["o2", "o2"])
+    assert sorted(line.partition(" (")[0] for line in found.told) == ["revoked: peer-managed of o2"] * 2
+    same = again(found, NOW + YEAR * 0.7, **lost)
+    assert (same.secrets, same.issued, same.told) == (found.secrets, found.issued, [])
+    # It is joined anew, with a key of its own: what it has now is good, what it had stays refused.
+    csrs["o2"] = request_of()
+    back = again(found, NOW + YEAR * 0.7, requests=asks("o1", "o2"))
+    assert listed(back) == of_o2
+    assert serial_of(back.issued["signed"][1]["certificate"]) not in of_o2
+    assert back.issued["revoked"]["list"] == told["list"]
+    # The Secret of etcd is made anew with the list of before.
+    anew = settle(wanted(known_ca=back.issued["ca"]), {CA: back.secrets[CA]}, back.issued, NOW + YEAR * 0.7)
+    assert listed(anew) == of_o2
+    # Another host is lost later; a whole cluster goes by its common name; our own certificates are nobody's.
+    names = {"revoked": {"hosts": ["isthmus-agent-tls", "isthmus-etcd-tls"], "names": ["remote-onprem"]}}
+    all_of_them = again(back, NOW + YEAR * 0.7, **names)
+    readers = {int(one["serial"], 16) for one in ledger_of(all_of_them) if one["name"] == "peer-managed"}
+    assert listed(all_of_them) == readers > of_o2
+
+
+def ledger_of(outcome: Outcome) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(outcome.secrets[CA]["issued.json"])["certificates"]
+    return found
 
 
 @pytest.mark.parametrize("csr", ["", "nonsense"])

@@ -311,6 +311,25 @@ def test_a_lost_one_is_refused_by_its_name() -> None:
     assert any("user remote-managed is deleted" in words for words in lost.warnings)
 
 
+def test_its_authority_revokes_what_forgotten_hosts_have() -> None:
+    the_estate, the_hosts = with_managed()
+    first = dict(replanned(exposed=EXPOSED).record)
+    for name, document in first.items():
+        if name.startswith("clusters/"):
+            document["ca_certificate"] = f"CA of {name}"
+    record = merge([copy.deepcopy(first)])
+
+    def forgetting(*names: str) -> Plan:
+        return plan(model(the_estate, the_hosts), record, NOW, VERSION, "alice", forget=Forget(names=names))
+
+    lost = forgetting("host/o3")
+    assert lost.in_cluster["managed"]["revoked"] == {"hosts": ["o3"], "names": []}
+    assert "managed" not in [one["cluster"] for one in lost.revocations], "nobody enters a host for that"
+    cluster = forgetting("cluster/cloud").in_cluster["managed"]["revoked"]
+    assert ("c1" in cluster["hosts"], cluster["names"]) == (True, ["remote-cloud"])
+    assert "revoked" not in forgetting().in_cluster["managed"]
+
+
 def test_a_record_that_lacks_what_is_read_of_it_is_refused() -> None:
     found = copy.deepcopy(dict(replanned(exposed=EXPOSED).record))
     for damage in (

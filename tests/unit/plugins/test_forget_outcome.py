@@ -13,6 +13,7 @@ from unit.mesh.estates import model, planned
 PLAN: dict[str, Any] = {
     "forgotten": {"o3": {"cluster": "onprem", "at": "2026-01-02T03:04:05Z", "by": "alice"}},
     "revocations": [{"cluster": "onprem", "ca_host": "o1", "hosts": ["o3"], "names": []}],
+    "in_cluster": {"calm": {"entry": "calm-api"}},
     "record": {
         "roster": {},
         "clusters/onprem": {"name": "onprem", "state": "present", "etcd": {"members": ["o1", "o2"]}},
@@ -57,6 +58,28 @@ def test_an_authority_that_is_silent_is_pending_and_one_that_is_sick_a_failure()
     found = outcome({"msg": "the private key is missing.", "failed": False}, **LISTED)
     assert found["pending"] == []
     assert "may hold of it: the private key is missing. Users of agents" in found["problems"][0]
+
+
+def test_an_authority_that_is_inside_its_cluster_has_revoked_or_is_pending() -> None:
+    plan = copy.deepcopy(PLAN)
+    plan["in_cluster"]["m"] = {"entry": "m-api", "revoked": {"hosts": ["o3"], "names": []}}
+    hosts = [{"inventory_hostname": name, **LISTED} for name in ("o1", "o2")]
+    hosts[0]["__forget_revoked"] = ANSWER
+
+    def told(**issued: Any) -> dict[str, list[str]]:
+        entry = {"inventory_hostname": "m-api", "isthmus_cluster": "m", "__site_issued": issued}
+        found: dict[str, list[str]] = forget_outcome([*hosts, entry], plan)
+        return found
+
+    certificates = [{"host": "o3", "words": "peer-m of o3 (serial 2a)"}, {"host": "o9", "words": "of long ago"}]
+    answer = {"hosts": ["o3"], "names": [], "certificates": certificates, "list": "x"}
+    found = told(revoked=answer)
+    assert found["pending"] == found["problems"] == []
+    assert found["done"][-1] == "The authority of cluster m has revoked peer-m of o3 (serial 2a)."
+    assert told(revoked={**answer, "certificates": []})["done"][-1].endswith("cluster m had nothing to revoke.")
+    for issued in ({}, {"ca": "CA"}, {"revoked": {**answer, "hosts": []}}):
+        (line,) = told(**issued)["pending"]
+        assert line.startswith("Pending: the authority of cluster m, which is in it, has not revoked what o3 may hold")
 
 
 def test_an_etcd_host_without_the_list_is_pending() -> None:

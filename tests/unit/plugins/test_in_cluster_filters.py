@@ -76,6 +76,12 @@ def test_who_left_is_not_signed_for_anew() -> None:
     assert [one["host"] for one in found] == ["a1", "n-api"]
 
 
+def test_what_forgotten_hosts_have_is_to_be_revoked() -> None:
+    doomed = {"hosts": ["a2"], "names": ["remote-gone"]}
+    assert in_cluster_wanted({**install("m"), "revoked": doomed}, EXPOSED, RECORD, [])["revoked"] == doomed
+    assert "revoked" not in in_cluster_wanted(install("m"), EXPOSED, RECORD, []), "a mesh without asks as before"
+
+
 def test_two_of_the_kind_sign_for_each_other() -> None:
     asked = {"ca": "CA of n", "requests": {"m": {"csr": "n asks m"}}, "signed": []}
     wanted = in_cluster_wanted(install("m", "n"), EXPOSED, RECORD, [entry("m"), entry("n", **asked)], {"ca": "CA of m"})

@@ -116,11 +116,29 @@ def test_the_pki_has_work_when_something_lacks_or_is_old() -> None:
 def test_certificates_that_nobody_renews_are_told() -> None:
     due = datetime(2026, 5, 1, tzinfo=timezone.utc)
     issued = {"renew": "2026-05-01T00:00:00Z", "requests": {}}
-    assert in_cluster.pki_troubles(issued, due + timedelta(days=14)) == in_cluster.pki_troubles({}, due) == []
-    (words,) = in_cluster.pki_troubles(issued, due + timedelta(days=16))
+    assert in_cluster.pki_troubles({}, issued, due + timedelta(days=14)) == in_cluster.pki_troubles({}, {}, due) == []
+    (words,) = in_cluster.pki_troubles({}, issued, due + timedelta(days=16))
     assert words == "CronJob isthmus-system/isthmus-pki: certificates are to be renewed since 2026-05-01T00:00:00Z"
-    (words,) = in_cluster.pki_troubles({**issued, "requests": {"onprem": {}, "cloud": {}}}, due)
+    (words,) = in_cluster.pki_troubles({}, {**issued, "requests": {"onprem": {}, "cloud": {}}}, due)
     assert words == "certificates of the registrars for cloud, onprem: not signed by the authorities there"
+
+
+def test_members_start_anew_for_another_list_of_revoked_certificates_and_what_lacks_is_told() -> None:
+    def read(**more: Any) -> str:
+        (etcd,) = (
+            one for one in in_cluster.objects({**installation(), **more}, "etcd") if one["kind"] == "StatefulSet"
+        )
+        return str(etcd["spec"]["template"]["metadata"]["annotations"][in_cluster.DIGEST])
+
+    assert in_cluster.revoked_list({}) == in_cluster.revoked_list({"revoked": {"list": ""}}) == ""
+    assert len({read(), read(list="a"), read(list="b")}) == 3
+    assert read(list="") == read()
+    doomed, due = {"revoked": {"hosts": ["o2", "o3"], "names": ["remote-gone"]}}, datetime.now(timezone.utc)
+    answer = {"revoked": {"hosts": ["o2", "o3"], "names": ["remote-gone"], "certificates": [], "list": "a"}}
+    assert in_cluster.pki_troubles(doomed, answer, due) == []
+    answer["revoked"]["hosts"] = ["o2"]
+    assert in_cluster.pki_troubles(doomed, answer, due) == ["certificates of o3: not revoked, run isthmus.mesh.site"]
+    assert in_cluster.not_revoked(doomed["revoked"], {}) == ["o2", "o3", "remote-gone"]
 
 
 def test_rights_of_the_pki_are_its_own_secrets() -> None:
