@@ -6,6 +6,7 @@ There is no scheduler and no kubelet: the test says of the pods that the control
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import json
@@ -19,10 +20,12 @@ from typing import Any
 
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import in_cluster
+from cryptography import x509
 from installations import installation, node
 from integration.kubernetes_fixture import ApiServer, Refused, program
 from integration.module_runner import ModuleFailed, collection, run_module
 from integration.test_kubernetes_access import Cluster
+from isthmus_agent import pki
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "/api/v1/namespaces/isthmus-system"
@@ -252,6 +255,43 @@ def test_keys_are_made_inside_by_who_may_write_these_secrets_only(managed: Manag
         managed.install("pki", wanted={**wanted, "schema": 99}, timeout=120)
     assert "exit" in failed.value.msg or "ended with 1" in failed.value.msg
     assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
+
+
+def test_what_a_forgotten_host_was_given_is_refused_and_members_start_anew_for_it(managed: Managed) -> None:
+    labels = in_cluster.labels(managed.wanted(), "pki")
+    wanted = {"schema": 1, "cluster": "managed", "dns": in_cluster.server_names(1), "ip": ["127.0.0.1"], "peers": {}}
+    wanted |= {"certificates": {}, "known_ca": None, "labels": labels}
+    requests = [
+        {"cluster": "onprem", "host": host, "csr": pki.new_request(pki.new_key(), host, host)} for host in ("o1", "o2")
+    ]
+    doomed = {"hosts": ["o2"], "names": []}
+
+    def members() -> str:
+        there = managed.there(f"{APPS}/statefulsets/isthmus-etcd")["spec"]["template"]["metadata"]
+        return str(there["annotations"][in_cluster.DIGEST])
+
+    def listed() -> set[int]:
+        content = managed.there(f"{NAMESPACE}/secrets/isthmus-etcd-tls")["data"]["revoked.crl"]
+        return {one.serial_number for one in x509.load_der_x509_crl(base64.b64decode(content))}
+
+    managed.install("expose")
+    given = managed.install("pki", wanted={**wanted, "requests": requests})["issued"]["signed"]
+    managed.install("run")
+    before = members()
+    assert listed() == set()
+    lost = managed.wanted(revoked=doomed)
+    assert "certificates of o2: not revoked, run isthmus.mesh.site" in managed.install("run", True, lost)["unready"]
+
+    asked = {**wanted, "requests": requests[:1], "revoked": doomed}
+    told = managed.install("pki", wanted=asked)["issued"]["revoked"]
+    assert [one["host"] for one in told["certificates"]] == ["o2"]
+    assert listed() == {x509.load_pem_x509_certificate(given[1]["certificate"].encode()).serial_number}
+    assert members() == before
+    assert managed.install("etcd", install=lost)["changed"]
+    assert members() != before
+    after = managed.install("run", True, lost)
+    assert (after["changed"], after["unready"]) == (False, [])
+    assert not managed.install("pki", wanted=asked)["changed"]
 
 
 def test_a_cluster_that_was_made_anew_is_refused_before_anything_is_changed(managed: Managed) -> None:
