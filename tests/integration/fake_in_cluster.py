@@ -45,6 +45,9 @@ def pki(module: AnsibleModule, wanted: dict[str, Any]) -> dict[str, Any]:
             "certificates": wanted["certificates"],
             "signed": [{**one, "certificate": f"m signed {one['csr']}"} for one in wanted["requests"]],
         }
+        if "revoked" in wanted:
+            had = [{"host": host, "words": f"peer-m of {host}"} for host in wanted["revoked"]["hosts"]]
+            issued["revoked"] = {**wanted["revoked"], "certificates": had, "list": "of them"}
         path.write_text(json.dumps(issued))
     return {"changed": changed, "issued": issued}
 

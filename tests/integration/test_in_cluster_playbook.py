@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.test_batches_playbook import HOSTS, ROOT, Site, said
@@ -252,6 +253,31 @@ def test_it_leaves_with_everything_that_it_has(lacking: Managed) -> None:
     for host in HOSTS:
         spec = json.loads((place / "hosts" / host / "node.json").read_text())
         assert "m" not in [peer["name"] for peer in (spec["registrar"] or {"peers": []})["peers"]]
+
+
+def test_what_a_forgotten_host_has_is_revoked_inside_by_the_same_run(lacking: Managed) -> None:
+    def wanted() -> dict[str, Any]:
+        found: dict[str, Any] = [one["wanted"] for one in lacking.calls("kubernetes_install") if one["phase"] == "pki"][
+            -1
+        ]
+        return found
+
+    lost = lacking.run("-e", "isthmus_forget=host/a2", name="forget")
+    assert lost.status == 0, lost.output
+    assert "The authority of cluster m has revoked peer-m of a2." in said(lost)
+    assert wanted()["revoked"] == {"hosts": ["a2"], "names": []}
+    assert "a2" not in [one["host"] for one in wanted()["requests"]]
+    assert "a2" not in [call["host"] for call in lacking.calls("pki_revoke")]
+    # It stays so, and a run that did not come to the cluster says what the next one has to do.
+    lacking.run()
+    assert wanted()["revoked"] == {"hosts": ["a2"], "names": []}
+    issued = json.loads((lacking.place / "issued").read_text())
+    del issued["revoked"]
+    (lacking.place / "issued").write_text(json.dumps(issued))
+    (lacking.place / "fail" / "kubernetes_install expose").touch()
+    again = lacking.run("-e", "isthmus_forget=host/a2", name="forget")
+    words = "the authority of cluster m, which is in it, has not revoked what a2 may hold of it"
+    assert f"Pending: {words}: the run did not get that far on m-api." in said(again)
 
 
 def test_teardown_takes_it_out(joined: Managed) -> None:
