@@ -256,11 +256,8 @@ def test_it_leaves_with_everything_that_it_has(lacking: Managed) -> None:
 
 
 def test_what_a_forgotten_host_has_is_revoked_inside_by_the_same_run(lacking: Managed) -> None:
-    def wanted() -> dict[str, Any]:
-        found: dict[str, Any] = [one["wanted"] for one in lacking.calls("kubernetes_install") if one["phase"] == "pki"][
-            -1
-        ]
-        return found
+    def wanted() -> Any:
+        return [one["wanted"] for one in lacking.calls("kubernetes_install") if one["phase"] == "pki"][-1]
 
     lost = lacking.run("-e", "isthmus_forget=host/a2", name="forget")
     assert lost.status == 0, lost.output
