@@ -153,6 +153,35 @@ def test_a_node_port_with_a_remote_backend_sends_as_the_node(both: Both) -> None
     _no_drops(both)
 
 
+def test_pods_of_the_clusters_other_nodes_see_who_asks() -> None:
+    """Over the CNI's own way, where the mesh is not. The other node has none of it here, and is of the same cluster."""
+    with kubernetes_nodes(load=False) as (left, right):
+        far, pod = left.range.replace(".1.0/24", ".2.7"), left.pods[0]
+        left.node.datapath = left.wanted().datapath
+        left.node.load()
+
+        def routes() -> None:
+            subprocess.run(["ip", "route", "add", f"{far}/32", "via", right.node.underlay], check=True)
+
+        def other_node() -> None:
+            subprocess.run(["ip", "address", "add", f"{far}/32", "dev", "lo"], check=True)
+            subprocess.run(["ip", "route", "add", left.range, "via", left.node.underlay], check=True)
+
+        left.node.call(routes)
+        right.node.call(other_node)
+        right.node.process().do(f"serve_tcp('far', '{far}', 8080); serve_tcp('far', '{far}', 8081)")
+        client = left.process(pod)
+        assert _ask(client, far, 8080) == f"far {pod.address}"
+        # What kube-proxy marked is its own.
+        left.nft(
+            "add table ip marks\nadd chain ip marks prerouting { type filter hook prerouting priority 0; }\n"
+            "add rule ip marks prerouting tcp dport 8081 meta mark set meta mark | 0x4000"
+        )
+        assert _ask(client, far, 8081) == f"far {left.node.underlay}"
+        left.nft("delete table ip isthmus")
+        assert _ask(client, far, 8080) == f"far {left.node.underlay}", "the CNI of this test does masquerade"
+
+
 @pytest.mark.parametrize("masquerades_all", [True, False], ids=["as flannel", "as bridge"])
 def test_a_host_port_is_reached_from_the_mesh_and_from_elsewhere(both: Both, masquerades_all: bool) -> None:
     """From the mesh the pod sees who asks; from elsewhere what it sees without the mesh."""

@@ -98,6 +98,14 @@ def test_story(hybrid: Hybrid, step: str) -> None:
     tell(hybrid, step)
 
 
+def test_a_pod_on_another_node_of_the_cluster_sees_who_asks(hybrid: Hybrid) -> None:
+    """Worker to worker, though the bridge CNI masquerades what leaves the node."""
+    for node in hybrid.nodes:
+        result = hybrid.client.requests(f"http://{hybrid.pod_address(f'web-{node}')}:8080/", 50)
+        seen = (result["answers"], set(result["peers"]))
+        assert seen == ({f"{hybrid.kube.name}/web-{node}": 50}, {hybrid.pod_address(CLIENT)})
+
+
 def test_pods_and_a_node_port_lead_to_a_service_of_machines(hybrid: Hybrid) -> None:
     machine_service_in_pods_and_at_a_node_port(hybrid)
 

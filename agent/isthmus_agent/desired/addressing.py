@@ -417,4 +417,8 @@ def keep_source(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> KeepSource | N
     if spec.node.kubernetes_node is None and spec.native is None:
         return None
     local = frozenset(collapse_addresses([spec.node.range4, *pods]))
-    return KeepSource(spec.node.range4, local, spec.native is not None)
+    kubernetes = spec.cluster.kubernetes
+    elsewhere = (
+        frozenset(collapse_addresses(kubernetes.pod_ranges4)) if kubernetes is not None and pods else frozenset()
+    )
+    return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere)

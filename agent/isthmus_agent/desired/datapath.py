@@ -138,14 +138,17 @@ class Native:
 
 @dataclass(frozen=True, slots=True)
 class KeepSource:
-    """What nobody on this host may masquerade: packets between `local` and the overlay, and packets from `host` to
-    `local`; with `native` all packets from `host`, which leave for the mesh or not at all.
+    """What nobody on this host may masquerade: packets between `local` and the overlay, packets from `host` to `local`,
+    and from `local` to pods of the cluster's other nodes, in `pods`; with `native` all packets from `host`, which leave
+    for the mesh or not at all.
 
-    `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps."""
+    `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps; `pods`
+    are the ranges of the cluster's pods."""
 
     host: IPv4Network
     local: frozenset[IPv4Network]
     native: bool = False
+    pods: frozenset[IPv4Network] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,8 +125,9 @@ def _device(key: int, name: str) -> bytes:
     return _meta(key) + _compare(name.encode().ljust(16, b"\0"))
 
 
-def _is_local(offset: int) -> bytes:
-    return _address(offset) + _expression("lookup", _text(1, SET), _number(2, _REGISTER), _number(4, 1))
+def _is_local(offset: int, inverted: bool = False) -> bytes:
+    flags = [_number(5, 1)] if inverted else []  # NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV
+    return _address(offset) + _expression("lookup", _text(1, SET), _number(2, _REGISTER), _number(4, 1), *flags)
 
 
 def _within(offset: int, network: IPv4Network) -> bytes:
@@ -185,6 +186,18 @@ def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
             _not_marked(),
             _is_local(_DESTINATION),
             _keep(),
+        ),
+        *(
+            _rule(
+                _POSTROUTING,
+                f"from pods to those of other nodes in {pods}",
+                _is_local(_SOURCE),
+                _not_marked(),
+                _within(_DESTINATION, pods),
+                _is_local(_DESTINATION, inverted=True),
+                _keep(),
+            )
+            for pods in sorted(wanted.pods)
         ),
         _rule(_FORWARD_FIRST, "into the mesh", going, _count()),
         _rule(_FORWARD_FIRST, "out of the mesh", coming, _count()),

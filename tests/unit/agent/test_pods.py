@@ -147,7 +147,9 @@ def test_routes_rules_and_what_is_not_masqueraded_on_a_node() -> None:
     }
     assert found.rules == {Rule(net("10.101.0.0/28"), 730, 730), Rule(net("10.244.1.0/24"), 731, 731)}
     assert found.keep_source == KeepSource(
-        net("10.101.0.0/28"), frozenset({net("10.101.0.0/28"), net("10.244.1.0/24")})
+        net("10.101.0.0/28"),
+        frozenset({net("10.101.0.0/28"), net("10.244.1.0/24")}),
+        pods=frozenset({net("10.244.0.0/16")}),
     )
 
 
