@@ -417,8 +417,5 @@ def keep_source(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> KeepSource | N
     if spec.node.kubernetes_node is None and spec.native is None:
         return None
     local = frozenset(collapse_addresses([spec.node.range4, *pods]))
-    kubernetes = spec.cluster.kubernetes
-    elsewhere = (
-        frozenset(collapse_addresses(kubernetes.pod_ranges4)) if kubernetes is not None and pods else frozenset()
-    )
+    elsewhere = frozenset(collapse_addresses(pod_ranges(spec)) if pods else ())
     return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere)
