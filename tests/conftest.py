@@ -159,10 +159,10 @@ def mesh(lab: Lab) -> Lab:
     """The lab with the estate of its inventory on it, by the playbook of the installed artifact; Kubernetes clusters
     that the demo or a killed run left go first."""
     from isthmus_lab import Lab
-    from kubernetes_lab import EVERY_CLUSTER, clusters_there
+    from kubernetes_lab import EVERY_CLUSTER, TWO_IN_CLUSTER, clusters_there
     from playbook import play
 
-    left = clusters_there(Lab(EVERY_CLUSTER))
+    left = [cluster for inventory in (EVERY_CLUSTER, TWO_IN_CLUSTER) for cluster in clusters_there(Lab(inventory))]
     play("site", *(("-e", f"isthmus_prune={','.join(f'cluster/{each.name}' for each in left)}") if left else ()))
     for cluster in left:
         cluster.down()
