@@ -271,6 +271,22 @@ def test_only_with_the_last_step_something_is_closed() -> None:
     assert "ip daddr @far rt ip nexthop != 198.18.1.1 counter drop" in host
 
 
+def test_machines_that_are_none_of_the_mesh_are_told_the_way_over_the_gateways() -> None:
+    found = planned(model())
+    assert matrix.route_lines(found.routes) == []
+    on = changed(found, **ON)
+    assert matrix.route_lines(on.routes) == [
+        "routers of cloud: 198.18.1.0/24 via 198.18.2.1 (networks of onprem behind the gateways, for machines of cloud "
+        "that are none of the mesh)",
+        "routers of onprem: 198.18.2.0/24 via 198.18.1.1 (networks of cloud behind the gateways, for machines of "
+        "onprem that are none of the mesh)",
+    ]
+    (theirs,) = changed(**PEER).routes
+    assert (theirs["site"], theirs["to"]) == ("onprem", "198.18.2.0/24"), "what is not ours is others' to lead to"
+    gone = changed(after(on, 2), sites=SITES).routes
+    assert {route["via"] for route in gone} == {"198.18.1.1", "198.18.2.1"}, "while it is turned off"
+
+
 def test_the_example_s_data_centres_send_each_other_all_through_their_gateways() -> None:
     """And nothing else of it does: the internet is passed inside WireGuard, networks of its own in clear."""
     found = planned(model(*inventory(ROOT / "inventories" / "hybrid_example")))
