@@ -11,6 +11,7 @@ PYTHON ?= 3.11
 ARCH ?= $(shell uname -m)
 INVENTORY ?= inventories/lab
 ARGS ?=
+SCENARIO ?=
 LAB_TOOL := tests/lab/lab
 
 export ANSIBLE_CONFIG := $(CURDIR)/tests/lab/ansible.cfg
@@ -73,8 +74,8 @@ lab-map: ## show a BPF map of a lab machine (HOST=edge-1 MAP=svc); without MAP, 
 env: setup ## print shell commands that put the environment's tools and the built collection to use (README.md)
 	@echo 'export PATH=$(BIN):$$PATH ANSIBLE_COLLECTIONS_PATH=$(ANSIBLE_COLLECTIONS_PATH)'
 
-molecule: collection lab-up ## the scenario for the whole of site: converge, idempotence, verify, teardown on the lab
-	@NO_COLOR=1 $(BIN)/molecule test
+molecule: collection lab-up ## the scenarios: converge, idempotence, verify, teardown on the lab (SCENARIO=bgp for one)
+	@NO_COLOR=1 $(BIN)/molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all)
 
 site plan verify: collection ## run the playbook isthmus.mesh.<target> on the lab (INVENTORY=, ARGS=)
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.$@ $(ARGS)

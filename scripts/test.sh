@@ -29,7 +29,9 @@ stage() {
     { "$@"; echo $? > "$log.status"; } 2>&1 | tee "$log"
     code=$(cat "$log.status")
     rm -f "$log.status"
-    line=$(sed -n -E 's/^=* ?([0-9]+ (passed|failed|skipped|error|deselected).*[^= ]) ?=*$/\1/p; s/^default +: (actions=.*)/\1/p' "$log" | tail -n 1)
+    line=$(sed -n -E 's/^=* ?([0-9]+ (passed|failed|skipped|error|deselected).*[^= ]) ?=*$/\1/p' "$log" | tail -n 1)
+    # A line for each scenario of molecule's.
+    line=${line:-$(sed -n -E 's/^([a-z]+) +: actions=.* failed=0.*/\1/p' "$log" | sort -u | xargs)}
     row "$name" "$code" "${line:-nothing ran}" $(($(date +%s) - began))
 }
 
