@@ -106,11 +106,12 @@ test-full: export ISTHMUS_FULL := 1
 test-full: gates collection parts ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
 
-bench: collection lab-up ## measure the estate on the lab, each figure beside a baseline; gates nothing
+bench: collection lab-up ## measure the estate and all paths on the lab, each figure beside a baseline; gates nothing
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
 	@$(BIN)/python tests/bench/bench.py
+	@$(BIN)/python tests/bench/paths.py
 
-bench-paths: collection lab-up ## measure tunnel, native and WireGuard beside the bare network and the same by hand; gates nothing
+bench-paths: collection lab-up ## measure the paths only: tunnel, native, WireGuard, gateways, beside the bare network and the same by hand
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
 	@$(BIN)/python tests/bench/paths.py
 
