@@ -64,7 +64,7 @@ covered() { coverage report --format=total --include="$1" 2> /dev/null || echo '
 mkdir -p build
 whole=$(date +%s)
 begin_gates
-suite "units" tests/unit --numprocesses 2 --cov --cov-report=
+suite "units" tests/unit --numprocesses 2 --dist loadfile --cov --cov-report=
 suite "eBPF" tests/bpf
 if [ "${1:-}" = full ]; then suite "other kernels" tests/kernel; fi
 suite "integration" tests/integration --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-append --cov-report=
