@@ -11,6 +11,7 @@ PYTHON ?= 3.11
 ARCH ?= $(shell uname -m)
 INVENTORY ?= inventories/lab
 ARGS ?=
+SCENARIO ?=
 LAB_TOOL := tests/lab/lab
 
 export ANSIBLE_CONFIG := $(CURDIR)/tests/lab/ansible.cfg
@@ -21,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help setup env lock bpf bundle wheelhouse image collection kubernetes rootfs lab-up lab-down lab-exec lab-map site plan verify molecule demo \
-	check lint pytest test test-full bench bench-kubernetes bench-paths clean
+	check lint gates parts pytest test test-full bench bench-kubernetes bench-paths clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' Makefile
@@ -73,8 +74,8 @@ lab-map: ## show a BPF map of a lab machine (HOST=edge-1 MAP=svc); without MAP, 
 env: setup ## print shell commands that put the environment's tools and the built collection to use (README.md)
 	@echo 'export PATH=$(BIN):$$PATH ANSIBLE_COLLECTIONS_PATH=$(ANSIBLE_COLLECTIONS_PATH)'
 
-molecule: collection lab-up ## the scenario for the whole of site: converge, idempotence, verify, teardown on the lab
-	@NO_COLOR=1 $(BIN)/molecule test
+molecule: collection lab-up ## the scenarios: converge, idempotence, verify, teardown on the lab (SCENARIO=bgp for one)
+	@NO_COLOR=1 $(BIN)/molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all)
 
 site plan verify: collection ## run the playbook isthmus.mesh.<target> on the lab (INVENTORY=, ARGS=)
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.$@ $(ARGS)
@@ -82,28 +83,35 @@ site plan verify: collection ## run the playbook isthmus.mesh.<target> on the la
 demo: ## set everything up, boot the lab, show the product with real requests, then with Kubernetes (LAB=machines: without)
 	@sh scripts/demo.sh '$(VENV)'
 
-check: bpf ## the quick loop: gates and unit tests, under a minute when warm
-	@sh scripts/lint.sh quick
+check: bpf gates ## the quick loop: gates and unit tests, under a minute when warm
 	@$(BIN)/python -m pytest -q tests/unit --hypothesis-profile=quick $(ARGS)
 
 lint: bundle ## every gate
 	@sh scripts/lint.sh all
 
+gates: setup
+	@sh scripts/lint.sh quick
+
+# What is made once and kept in the user's cache, and the image: one waits for the network while another compiles.
+parts: setup
+	@$(MAKE) --no-print-directory --jobs 2 kubernetes image rootfs
+
 pytest: bpf ## run tests (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest $(ARGS)
 
-test: lint collection kubernetes image rootfs ## every gate and every test that fits into every run (CI runs this)
+test: gates collection parts ## every gate and every test that fits into every run (CI runs this)
 	@sh scripts/test.sh
 
 test-full: export ISTHMUS_FULL := 1
-test-full: lint collection kubernetes image rootfs ## what is too long for every run as well; writes the result to docs/test-full.md
+test-full: gates collection parts ## what is too long for every run as well; writes the result to docs/test-full.md
 	@sh scripts/test.sh full
 
-bench: collection lab-up ## measure the estate on the lab, each figure beside a baseline; gates nothing
+bench: collection lab-up ## measure the estate and all paths on the lab, each figure beside a baseline; gates nothing
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
 	@$(BIN)/python tests/bench/bench.py
+	@$(BIN)/python tests/bench/paths.py
 
-bench-paths: collection lab-up ## measure tunnel, native and WireGuard beside the bare network and the same by hand; gates nothing
+bench-paths: collection lab-up ## measure the paths only: tunnel, native, WireGuard, gateways, beside the bare network and the same by hand
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
 	@$(BIN)/python tests/bench/paths.py
 

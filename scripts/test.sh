@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-or-later
-# The tests, stage by stage, each with its seconds. A stage that fails does not keep the next from running.
+# The tests, stage by stage, each with its seconds. A stage that fails does not keep the next from running. The slow
+# gates run beside them and tell their result at the end.
 # usage: scripts/test.sh [full]   (from make, with the environment's tools in PATH)
 # `full` runs the tests marked slow as well and writes the result to docs/test-full.md.
 set -u
@@ -8,8 +9,15 @@ cd "$(dirname "$0")/.." || exit
 select='not slow'
 [ "${1:-}" != full ] || select='slow or not slow'
 summary=$(mktemp)
-trap 'rm -f "$summary"' EXIT
+gates=
+trap 'rm -f "$summary"; [ -z "$gates" ] || kill "$gates" 2> /dev/null' EXIT
+trap 'exit 130' INT TERM
 status=0
+
+row() {
+    [ "$2" = 0 ] || status=1
+    printf '| %s | %s | %s | %s s |\n' "$1" "$([ "$2" = 0 ] && echo passed || echo FAILED)" "$3" "$4" >> "$summary"
+}
 
 stage() {
     name=$1
@@ -21,9 +29,10 @@ stage() {
     { "$@"; echo $? > "$log.status"; } 2>&1 | tee "$log"
     code=$(cat "$log.status")
     rm -f "$log.status"
-    [ "$code" = 0 ] || status=1
-    line=$(sed -n -E 's/^=* ?([0-9]+ (passed|failed|skipped|error|deselected).*[^= ]) ?=*$/\1/p; s/^default +: (actions=.*)/\1/p' "$log" | tail -n 1)
-    printf '| %s | %s | %s | %s s |\n' "$name" "$([ "$code" = 0 ] && echo passed || echo FAILED)" "${line:-nothing ran}" $(($(date +%s) - began)) >> "$summary"
+    line=$(sed -n -E 's/^=* ?([0-9]+ (passed|failed|skipped|error|deselected).*[^= ]) ?=*$/\1/p' "$log" | tail -n 1)
+    # A line for each scenario of molecule's.
+    line=${line:-$(sed -n -E 's/^([a-z]+) +: actions=.* failed=0.*/\1/p' "$log" | sort -u | xargs)}
+    row "$name" "$code" "${line:-nothing ran}" $(($(date +%s) - began))
 }
 
 # Status 5, no test was collected, is no success either.
@@ -33,17 +42,36 @@ suite() {
     stage "$name" python -m pytest -m "$select" -o console_output_style=count "$@"
 }
 
+# With what the tests leave of the processors (SCHED_IDLE), so that no deadline of a test notices.
+begin_gates() {
+    gates_began=$(date +%s)
+    chrt --idle 0 sh scripts/lint.sh slow > build/test-gates.log 2>&1 &
+    gates=$!
+}
+
+end_gates() {
+    printf '\n== slow gates\n'
+    wait "$gates"
+    code=$?
+    gates=
+    cat build/test-gates.log
+    line=$(sed -n 's/^lint: failed:/failed:/p' build/test-gates.log)
+    row "slow gates" "$code" "${line:-$(grep -c '^lint: .* ok ' build/test-gates.log) passed, beside the tests}" $(($(date +%s) - gates_began))
+}
+
 covered() { coverage report --format=total --include="$1" 2> /dev/null || echo '?'; }
 
 mkdir -p build
 whole=$(date +%s)
-suite "units" tests/unit --cov --cov-report=
+begin_gates
+suite "units" tests/unit --numprocesses 2 --dist loadfile --cov --cov-report=
 suite "eBPF" tests/bpf
 if [ "${1:-}" = full ]; then suite "other kernels" tests/kernel; fi
-suite "integration" tests/integration --numprocesses 2 --dist loadfile --cov --cov-append --cov-report=
+suite "integration" tests/integration --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-append --cov-report=
 suite "end to end" tests/e2e
 if [ "${1:-}" = full ]; then stage "molecule" make --no-print-directory molecule; fi
 suite "lab" tests/lab
+end_gates
 
 {
     echo "| Stage | Result | Tests | Time |"

@@ -49,10 +49,21 @@ E2E_ORDER = (
     *("test_hybrid", "test_hybrid_long", "test_in_cluster", "test_provider", "test_teardown"),
 )
 
+# Integration tests that take longest first: workers get them file by file, and the last one runs alone.
+LONGEST = (
+    *("test_batches_playbook", "test_kubernetes_install", "test_encryption_playbook", "test_in_cluster_playbook"),
+    *("test_auto_playbook", "test_pki_job", "test_gateways_playbook", "test_vpc_playbook", "test_forget_playbook"),
+    *("test_restore_playbook", "test_backup_playbook", "test_replace_authority_playbook", "test_ipsec"),
+    *("test_agent_wireguard", "test_in_cluster", "test_bgp_playbook", "test_kubernetes_playbook", "test_image"),
+)
 
-def e2e_rank(item: pytest.Item) -> int:
+
+def rank(item: pytest.Item) -> int:
+    order = {"e2e": E2E_ORDER, "integration": LONGEST}.get(item.path.parent.name, ())
     name = item.path.stem
-    return E2E_ORDER.index(name) if item.path.parent.name == "e2e" and name in E2E_ORDER else -1
+    # A new file: of end-to-end tests first, as it may want bare machines; of the others after the long ones.
+    unknown = len(order) if order is LONGEST else -1
+    return order.index(name) if name in order else unknown
 
 
 MOUNTED = pytest.StashKey[bool]()
@@ -73,8 +84,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order of end-to-end tests. Tests marked `root` are skipped, in words, for other users."""
-    items.sort(key=e2e_rank)
+    """The order of tests. Tests marked `root` are skipped, in words, for other users."""
+    items.sort(key=rank)
     if os.geteuid() == 0:
         return
     for item in items:

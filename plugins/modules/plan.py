@@ -196,9 +196,10 @@ matrix:
   elements: str
 routes:
   description:
-    - What routers need so that packets go natively. On those of each C(site) the prefix C(to) leads to the address of a
-      host there, C(via). Where that is null it leads to another site, over the next hop that the addresses C(like) of
-      hosts there have. C(why) says what for.
+    - What routers need so that packets go natively, and so that machines that are none of the mesh reach what is behind
+      the gateway of another site. On those of each C(site) the prefix C(to) leads to the address of a host there,
+      C(via). Where that is null it leads to another site, over the next hop that the addresses C(like) of hosts there
+      have. C(why) says what for.
   returned: success
   type: list
   elements: dict

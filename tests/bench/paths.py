@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Throughput and round trip of each way between two sites, beside the same hosts without the mesh. Gates nothing.
 
-Tunnel, WireGuard and native routing are turned on in turn by `site`; in each, the bare network, a VXLAN device and a
-wireguard-go made by hand between the same two hosts are measured in the same rounds. All machines share this machine's
-cores, so the ratios mean something, and the figures only here. Run by `make bench-paths`, on a lab with the estate.
+Tunnel, native routing, WireGuard and the sites' gateways are turned on in turn by `site`; in each, the bare network, a
+VXLAN device and a wireguard-go made by hand between the same two hosts are measured in the same rounds. All machines
+share this machine's cores, so the ratios mean something, and the figures only here. Run by `make bench` and `make
+bench-paths`, on a lab with the estate.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from isthmus_lab import ROUTER, Lab  # noqa: E402
 from playbook import play  # noqa: E402
 
 FROM, TO = ONPREM_CLIENT, "cloud-1"
+GATEWAYS = {"onprem": ("onprem-2", "198.18.1.0/24"), "cloud": ("cloud-2", "198.18.2.0/24")}  # neither is FROM or TO
 TURNS = 400  # a round, of one byte each way
 ECHO_PORT = PORT + 1
 VXLAN, WIREGUARD = ("bench-vx", "10.199.0"), ("bench-wg", "10.198.0")  # device by hand, and its /24
@@ -72,27 +74,45 @@ def change(key: str, value: str) -> Callable[[dict[str, Any], Any], None]:
     return edit
 
 
+def with_gateways(estate: dict[str, Any], _: Any) -> None:
+    """They are there, and nothing goes through them yet."""
+    for site, (host, network) in GATEWAYS.items():
+        estate["sites"][site]["ipsec"] = {"networks": [network], "gateways": [{"host": host}]}
+
+
 class Paths(Bench):
     """Each step leaves the estate as the inventory has it."""
 
+    bare: tuple[float, float] = (0.0, 0.0)
+    """Mbit/s and microseconds without the mesh, of the step that was measured last."""
+
     def measure(self, what: str, baseline: str, of: str) -> None:
         """Rows of the mesh's way beside `baseline`, one of those made by hand."""
-        mesh = next(w["address"] for w in self.ask(TO, "status")["workloads"] if w["name"] == "web")
         targets = {
-            "mesh": mesh,
+            "mesh": self.target(),
             "bare": str(self.lab.hosts[TO].address),
             "vxlan": f"{VXLAN[1]}.2",
             "wireguard": f"{WIREGUARD[1]}.2",
         }
+        bulk, turns = self.figures(targets)
+        self.row(f"{what}, bulk", bulk["mesh"], bulk[baseline], "Mbit/s", of)
+        self.row(f"{what}, there and back", turns["mesh"], turns[baseline], "us", of)
+        if baseline != "bare":
+            self.row(f"{what}, bulk", bulk["mesh"], bulk["bare"], "Mbit/s", "the bare network")
+        self.bare = bulk["bare"], turns["bare"]
+
+    def target(self) -> str:
+        """The address of a workload."""
+        return str(next(w["address"] for w in self.ask(TO, "status")["workloads"] if w["name"] == "web"))
+
+    def figures(self, targets: dict[str, str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Mbit/s and microseconds there and back to each target."""
         words = json.dumps(targets)
         with self.serving(TO, "bench-sink", SINK, PORT, len(targets) * ROUNDS):
             bulk = self.python(FROM, SEND, words, str(PORT), str(MEGABYTES // 4), str(ROUNDS))
         with self.serving(TO, "bench-echo", ECHO, ECHO_PORT, len(targets) * ROUNDS):
             turns = self.python(FROM, TURN, words, str(ECHO_PORT), str(TURNS), str(ROUNDS))
-        self.row(f"{what}, bulk", bulk["mesh"], bulk[baseline], "Mbit/s", of)
-        self.row(f"{what}, there and back", turns["mesh"], turns[baseline], "us", of)
-        if baseline != "bare":
-            self.row(f"{what}, bulk", bulk["mesh"], bulk["bare"], "Mbit/s", "the bare network")
+        return bulk, turns
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -177,7 +197,29 @@ class Paths(Bench):
         with self.router_knows(), self.estate_with("routing", "native"):
             self.measure("native", "bare", "the bare network")
 
-    STEPS = ("tunnel", "native", "wireguard")
+    def gateways(self) -> None:
+        """The tunnel carries all between the two hosts, so that the bare network is that of the step before."""
+        bulk, turns = self.bare
+        with tempfile.TemporaryDirectory() as directory:
+            on, off = (Path(directory) / name for name in ("on", "off"))
+            variant(off, with_gateways)
+
+            def encrypted(estate: dict[str, Any], groups: Any) -> None:
+                with_gateways(estate, groups)
+                change("encryption", "ipsec-gateway")(estate, groups)
+
+            variant(on, encrypted)
+            self.say("site leads onprem and cloud to their gateways")
+            with (
+                self.undone(lambda: play("site", seconds=1800)),
+                self.undone(lambda: play("site", inventory=off, seconds=1800)),
+            ):
+                play("site", inventory=on, seconds=1800)
+                found = self.figures({"mesh": self.target()})
+        self.row("gateways, bulk", found[0]["mesh"], bulk, "Mbit/s", "the bare network")
+        self.row("gateways, there and back", found[1]["mesh"], turns, "us", "the bare network")
+
+    STEPS = ("tunnel", "native", "wireguard", "gateways")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ real FRR in the namespace of the lab's router."""
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,12 @@ from e2e.test_native import AT_ONCE, native, ways
 from estate_tools import Estate
 from frr_machines import Machine
 from installation import variant
-from isthmus_lab import ROUTER, ROUTER_ADDRESS
+from lab_router import AS, PASSWORD, ROUTER_AS, router_with_bgp
 from playbook import play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
-ROUTER_AS = 65000
-AS = {"onprem": 65101, "cloud": 65102}
-PASSWORD = "of-the-lab"  # noqa: S105
 PRUNED = ("-e", "isthmus_prune=bgp/onprem,bgp/cloud")
-
-
-def configuration(estate: Estate) -> str:
-    """What the plan prints for the router, as an engineer sets it there."""
-    neighbours = {str(host.address): AS[host.site] for host in estate.lab.hosts.values() if host.site in AS}
-    lines = [f"router bgp {ROUTER_AS}", f" bgp router-id {ROUTER_ADDRESS}", " no bgp default ipv4-unicast"]
-    for address, number in neighbours.items():
-        lines += [f" neighbor {address} {word}" for word in (f"remote-as {number}", f"password {PASSWORD}")]
-    lines.append(" address-family ipv4 unicast")
-    for address in neighbours:
-        words = ("activate", "prefix-list ranges in", "prefix-list ranges out")
-        lines += [f"  neighbor {address} {word}" for word in words]
-    lines += [" exit-address-family", "exit", "ip prefix-list ranges seq 5 permit 10.96.0.0/11 le 32"]
-    return "\n".join([*lines, ""])
 
 
 def inventory(place: Path, onprem: int = ROUTER_AS, bfd: bool = False) -> Path:
@@ -57,13 +39,8 @@ def inventory(place: Path, onprem: int = ROUTER_AS, bfd: bool = False) -> Path:
 
 @pytest.fixture
 def router(estate: Estate) -> Iterator[Machine]:
-    """FRR of the router; its routes go with it."""
-    machine = Machine("router", Path(tempfile.mkdtemp(prefix="frr-", dir=estate.lab.state)), ROUTER)
-    try:
-        machine.frr(configuration(estate), "bgpd", "bfdd")
+    with router_with_bgp(estate.lab) as machine:
         yield machine
-    finally:
-        machine.end()
 
 
 def learnt(machine: Machine) -> dict[str, str]:

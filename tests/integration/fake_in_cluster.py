@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
+from fake_module import Module
 
 NAME = "kubernetes_install"
 PLACE = Path(os.environ["FAKE_PLACE"])
@@ -31,7 +31,7 @@ EXPOSED = {
 }
 
 
-def pki(module: AnsibleModule, wanted: dict[str, Any]) -> dict[str, Any]:
+def pki(module: Module, wanted: dict[str, Any]) -> dict[str, Any]:
     path = PLACE / "issued"
     issued = json.loads(path.read_text()) if path.exists() else {}
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -52,7 +52,7 @@ def pki(module: AnsibleModule, wanted: dict[str, Any]) -> dict[str, Any]:
     return {"changed": changed, "issued": issued}
 
 
-def kubernetes_install(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
+def kubernetes_install(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     if given["state"] == "absent":
         return {"changed": True, "unfinished": "", "removed": ["namespace/isthmus-system"]}
     if given["phase"] == "pki":
@@ -92,7 +92,7 @@ def pki_install(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec={name: {"type": "raw"} for name in OPTIONS.split()}, supports_check_mode=True)
+    module = Module(OPTIONS.split())
     given = module.params
     with (PLACE / "calls").open("a") as file:
         told = {

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
+from fake_module import Module
 
 NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
@@ -30,7 +30,7 @@ TOLD = (
 """Options that are written down with a call."""
 
 
-def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
+def estate_record(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     """One record for all clusters; a lock for each."""
     record, lock = PLACE / "record", PLACE / "locks" / given["cluster"]
     if given["state"] == "released":
@@ -54,7 +54,7 @@ def estate_record(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any
     return {"changed": changed, "locked": True, "record": answer}
 
 
-def node(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
+def node(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     path = PLACE / "hosts" / HOST / "node.json"
     for stage in set(given["spec"].get("wireguard", {}).get("changing", {}).values()):
         if (PLACE / "fail" / f"node {HOST} {stage}").exists():
@@ -77,7 +77,7 @@ def unreached(given: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def bgp(module: AnsibleModule, given: dict[str, Any]) -> dict[str, Any]:
+def bgp(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     path = PLACE / "hosts" / HOST / "frr"
     before = path.read_text() if path.exists() else None
     after = None if given["state"] == "absent" else json.dumps([given["own"], given["passwords"]])
@@ -125,7 +125,7 @@ def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec={name: {"type": "raw"} for name in OPTIONS.split()}, supports_check_mode=True)
+    module = Module(OPTIONS.split())
     given = module.params
     # "MODULE WHERE WHO": when that module runs there, that host falls silent.
     for line in (PLACE / "silence").read_text().splitlines() if (PLACE / "silence").exists() else []:

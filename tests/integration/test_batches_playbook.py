@@ -29,6 +29,16 @@ HOSTS = sorted(host for members, others in CLUSTERS.values() for host in [*membe
 BATCHES = [["a1", "b2", "c1"], ["a2", "b1"], ["a3"]]
 
 
+def fake(collection: Path, name: str, source: str = "fake_modules.py") -> None:
+    """Put what stands for the module `name` into a collection."""
+    here = ROOT / "tests" / "integration"
+    base = (here / "fake_module.py").read_text()
+    text = (here / source).read_text().replace("from fake_module import Module\n", base)
+    path = collection / "plugins" / "modules" / f"{name}.py"
+    path.unlink(missing_ok=True)  # a link to the real one
+    path.write_text(re.sub(r'^NAME = ".*"$', f'NAME = "{name}"', text, flags=re.MULTILINE))
+
+
 class Site:
     """The inventory, the hosts' files, and what was called on them."""
 
@@ -38,7 +48,8 @@ class Site:
         self.hosts = sorted(host for members, others in clusters.values() for host in [*members, *others])
         for name in ("locks", "fail", "silent", *(f"hosts/{host}" for host in self.hosts)):
             (place / name).mkdir(parents=True)
-        self.collection(place / "collections" / "ansible_collections" / "isthmus" / "mesh")
+        self.here = place / "collections" / "ansible_collections" / "isthmus" / "mesh"
+        self.collection(self.here)
         (place / "bundle").mkdir()
         (place / "bundle" / "bundle.json").write_text(
             json.dumps({"schema": 1, "version": VERSION, "platforms": [{"arch": "x", "python": "3", "archive": "x"}]})
@@ -65,10 +76,8 @@ class Site:
             for path in kind.glob("*.py"):
                 if path.stem not in FAKED or (kind.name, path.stem) == ("action", "estate_record"):
                     (here / "plugins" / kind.name / path.name).symlink_to(path)
-        text = (ROOT / "tests" / "integration" / "fake_modules.py").read_text()
         for name in FAKED:
-            fake = here / "plugins" / "modules" / f"{name}.py"
-            fake.write_text(text.replace('NAME = "verify"', f'NAME = "{name}"'))
+            fake(here, name)
 
     def inventory(self) -> Path:
         estate: dict[str, Any] = {"name": "e", **self.estate, "clusters": {}}

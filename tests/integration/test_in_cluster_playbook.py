@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.test_batches_playbook import HOSTS, ROOT, Site, said
+from integration.test_batches_playbook import HOSTS, Site, fake, said
 
 CA = "-----BEGIN CERTIFICATE-----"
 FAKED = ("kubernetes_install", "pki_install", "pki_request", "pki_sign")
@@ -25,13 +25,9 @@ class Managed(Site):
     def __init__(self, place: Path) -> None:
         super().__init__(place)
         self.leaves = False
-        here = place / "collections" / "ansible_collections" / "isthmus" / "mesh" / "plugins"
-        text = (ROOT / "tests" / "integration" / "fake_in_cluster.py").read_text()
-        (here / "action" / "kubernetes_install.py").unlink()
+        (self.here / "plugins" / "action" / "kubernetes_install.py").unlink()
         for name in FAKED:
-            path = here / "modules" / f"{name}.py"
-            path.unlink()
-            path.write_text(text.replace('NAME = "kubernetes_install"', f'NAME = "{name}"'))
+            fake(self.here, name, "fake_in_cluster.py")
         (place / "hosts" / ENTRY).mkdir()
         interpreter = place / "hosts" / ENTRY / "python"
         interpreter.write_text(f'#!/bin/sh\nFAKE_HOST={ENTRY} FAKE_PLACE={place} exec {sys.executable} "$@"\n')

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from integration.test_batches_playbook import ROOT, Site
+from integration.test_batches_playbook import Site, fake
 
 FAKED = ("kubernetes_access", "kubernetes_credential", "kubernetes_probe", "teardown")
 
@@ -23,20 +23,8 @@ class Hybrid(Site):
             "pod_ranges": ["10.244.0.0/16"],
             "service_range": "10.96.0.0/16",
         }
-        text = (ROOT / "tests" / "integration" / "fake_modules.py").read_text()
         for name in FAKED:
-            path = (
-                place
-                / "collections"
-                / "ansible_collections"
-                / "isthmus"
-                / "mesh"
-                / "plugins"
-                / "modules"
-                / f"{name}.py"
-            )
-            path.unlink()
-            path.write_text(text.replace('NAME = "verify"', f'NAME = "{name}"'))
+            fake(self.here, name)
 
     def inventory(self) -> Path:
         path = super().inventory()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.test_batches_playbook import ROOT, Site, said
+from integration.test_batches_playbook import Site, fake, said
 from vpc_aws import REGION, Aws, Network, aws_on_loopback
 
 CLUSTERS: dict[str, tuple[list[str], list[str]]] = {"a": (["a1"], []), "b": (["b1"], ["b2"]), "c": (["c1"], [])}
@@ -43,10 +43,7 @@ class Cloud(Site):
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         self.sites: dict[str, Any] = {"a": {}, "b": {"vpc": self.vpc(self.b)}, "c": {}}
-        text = (ROOT / "tests" / "integration" / "fake_modules.py").read_text()
-        path = place / "collections/ansible_collections/isthmus/mesh/plugins/modules/teardown.py"
-        path.unlink()
-        path.write_text(text.replace('NAME = "verify"', 'NAME = "teardown"'))
+        fake(self.here, "teardown")
 
     def vpc(self, network: Network) -> dict[str, Any]:
         return {"provider": "aws", "network": network.vpc, "region": REGION, "manage": ["routes", "firewall"]}

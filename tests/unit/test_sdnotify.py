@@ -30,6 +30,7 @@ def test_without_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("usec", "pid", "interval"),
     [(None, None, None), ("30000000", None, 15.0), ("30000000", str(os.getpid()), 15.0), ("30000000", "1", None)],
+    ids=["none", "for any", "for this process", "for another"],
 )
 def test_watchdog_interval(
     monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | None, interval: float | None

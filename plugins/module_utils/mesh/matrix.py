@@ -144,6 +144,20 @@ def routes(documents: Documents, native_ways: Ways) -> Iterator[dict[str, Any]]:
                 yield {"site": site, "to": str(network), "via": None, "like": like, "why": why}
 
 
+def routes_to_gateways(ipsec: Ipsec, ipsec_ways: Ways) -> Iterator[dict[str, Any]]:
+    """As `routes`: how machines of a site that are none of the mesh come to what is behind the gateway of another."""
+    for pair, stages in sorted(ipsec_ways.items()):
+        if not any(stages[1:]):
+            continue
+        for site, other in (pair, pair[::-1]):
+            here, far = ipsec.sites.get(site), ipsec.sites.get(other)
+            if here is None or here.gateway is None or here.lost or far is None:
+                continue
+            for network in far.networks:
+                why = f"networks of {other} behind the gateways, for machines of {site} that are none of the mesh"
+                yield {"site": site, "to": str(network), "via": str(here.gateway.underlay), "like": [], "why": why}
+
+
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more

@@ -334,7 +334,15 @@ class _Planner:
             native=native_stages,
             ipsec=ipsec_stages,
             keys=staged.keys,
-            routes=tuple(matrix.routes(present, native_stages)),
+            routes=tuple(
+                sorted(
+                    (
+                        *matrix.routes(present, native_stages),
+                        *matrix.routes_to_gateways(self.model.ipsec, ipsec_stages),
+                    ),
+                    key=lambda route: str(route["site"]),
+                )
+            ),
             vpcs=vpcs,
             bgp=speaking,
             trials=staged.trials,

@@ -13,6 +13,7 @@ from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Forget, Plan
 from isthmus_mesh.spec import NodeSpec, SpecError
 from unit.mesh.estates import estate, hosts, model, planned
+from unit.mesh.test_inventory_docs import ROOT, inventory
 
 SITES = {
     "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o1"}]}},
@@ -268,3 +269,37 @@ def test_only_with_the_last_step_something_is_closed() -> None:
     assert "ip saddr @far ip daddr @near counter drop" in gateway
     host = ipsec.guard(steps[2]["o2"]["ipsec"]) or ""
     assert "ip daddr @far rt ip nexthop != 198.18.1.1 counter drop" in host
+
+
+def test_machines_that_are_none_of_the_mesh_are_told_the_way_over_the_gateways() -> None:
+    found = planned(model())
+    assert matrix.route_lines(found.routes) == []
+    on = changed(found, **ON)
+    assert matrix.route_lines(on.routes) == [
+        "routers of cloud: 198.18.1.0/24 via 198.18.2.1 (networks of onprem behind the gateways, for machines of cloud "
+        "that are none of the mesh)",
+        "routers of onprem: 198.18.2.0/24 via 198.18.1.1 (networks of cloud behind the gateways, for machines of "
+        "onprem that are none of the mesh)",
+    ]
+    (theirs,) = changed(**PEER).routes
+    assert (theirs["site"], theirs["to"]) == ("onprem", "198.18.2.0/24"), "what is not ours is others' to lead to"
+    gone = changed(after(on, 2), sites=SITES).routes
+    assert {route["via"] for route in gone} == {"198.18.1.1", "198.18.2.1"}, "while it is turned off"
+
+
+def test_the_example_s_data_centres_send_each_other_all_through_their_gateways() -> None:
+    """And nothing else of it does: the internet is passed inside WireGuard, networks of its own in clear."""
+    found = planned(model(*inventory(ROOT / "inventories" / "hybrid_example")))
+    ways = {tuple(row["sites"]): (row["routing"], row["encryption"]) for row in found.sites}
+    assert ways.pop(("dub1", "fra1")) == ("tunnel", "ipsec-gateway")
+    assert {sites for sites, way in ways.items() if way == ("native", "none")} == {("dub1", "dub1"), ("fra1", "fra1")}
+    assert {sites for sites, way in ways.items() if way == ("tunnel", "none")} == {("fra1", "fra2"), ("fra2", "fra2")}
+    assert {way for sites, way in ways.items() if not {"fra1", "fra2", "dub1"}.issuperset(sites)} == {
+        ("tunnel", "wireguard")
+    }
+    for host, gateway, far in (("fra-web-1", "192.0.2.5", "dub1"), ("dub-1", "198.51.100.5", "fra1")):
+        assert found.specs[host]["ipsec"]["via"] == gateway
+        assert set(found.specs[host]["ipsec"]["far"]) == {far}
+    (connection,) = found.specs["fra-gw-1"]["ipsec"]["connections"]
+    assert (connection["remote"], connection["authentication"]) == ("198.51.100.5", "certificate")
+    assert "wireguard" in found.specs["fra-gw-1"], "to the other sites"
