@@ -46,13 +46,13 @@ _FLANNEL = "add rule ip nat POSTROUTING ip saddr != {pods} ip daddr {pods} masqu
 # As the plugin portmap does it: what comes back to pods of this node, or from its loopback, is masqueraded.
 _HOST_PORT = """
 add table ip host-port
-add chain ip host-port dnat {{ }}
-add rule ip host-port dnat ip saddr {{ {pods}, 127.0.0.1 }} meta mark set meta mark | 0x2000
-add rule ip host-port dnat meta l4proto tcp dnat to {pod}:8080
+add chain ip host-port ports {{ }}
+add rule ip host-port ports ip saddr {{ {pods}, 127.0.0.1 }} meta mark set meta mark | 0x2000
+add rule ip host-port ports meta l4proto tcp dnat to {pod}:8080
 add chain ip host-port prerouting {{ type nat hook prerouting priority dstnat; }}
-add rule ip host-port prerouting fib daddr type local tcp dport {port} jump dnat
-add chain ip host-port output {{ type nat hook output priority dstnat; }}
-add rule ip host-port output fib daddr type local tcp dport {port} jump dnat
+add rule ip host-port prerouting fib daddr type local tcp dport {port} jump ports
+add chain ip host-port output {{ type nat hook output priority -100; }}
+add rule ip host-port output fib daddr type local tcp dport {port} jump ports
 add chain ip host-port postrouting {{ type nat hook postrouting priority srcnat; }}
 add rule ip host-port postrouting meta mark & 0x2000 == 0x2000 masquerade
 """

@@ -193,37 +193,11 @@ def test_a_host_port_is_reached_from_the_mesh_and_from_elsewhere(both: Both, mas
     assert _ask(far, left.node.mesh, HOST_PORT) == f"a-pod0 {right.node.mesh}"
     assert _ask(right.process(pod), left.node.mesh, HOST_PORT) == f"a-pod0 {pod.address}"
     assert _ask(right.process(pod), left.node.underlay, HOST_PORT) == f"a-pod0 {pod.address}"
-    assert (left.pods[0].address, pod.identity) in _identities(left)
+    # What comes in is counted before the node's own rules lead it to the pod.
+    assert {(left.node.mesh, pod.identity), (left.node.underlay, pod.identity)} <= _identities(left)
     seen = left.gateway if masquerades_all else right.node.underlay
     assert _ask(far, left.node.underlay, HOST_PORT) == f"a-pod0 {seen}"
-    for near in (left.process(left.pods[1]), left.process(left.pods[0])):
-        assert _ask(near, left.node.underlay, HOST_PORT) == f"a-pod0 {left.gateway}"
     _no_drops(both)
-
-
-@pytest.mark.parametrize("rp_filter", ["0", "2"])
-def test_a_flow_older_than_the_agent_goes_on_as_it_is(rp_filter: str) -> None:
-    """It was masqueraded when it began, and stays so; connections that begin now are not."""
-    with kubernetes_nodes(load=False) as both:
-        left, right = both
-        pod = left.pods[0]
-        for each in both:
-            for device in ("all", "default", "eth0"):
-                each.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
-        right.node.process().do(f"serve_tcp('b-underlay', '{right.node.underlay}', 9000)")
-        client = left.process(pod)
-        client.do(f"old = socket.create_connection(('{right.node.underlay}', 9000), 5); result = line(old)")
-        assert client.do("old.sendall(b'1?'); result = line(old)") == "2"
-        assert _ask(client, right.node.underlay, 9000) == f"b-underlay {left.node.underlay}"
-        for each in both:
-            each.node.datapath = each.wanted().datapath
-            each.node.load()
-        wait_for(
-            lambda: _ask(client, right.node.underlay, 9000) == f"b-underlay {pod.address}", "the mesh keeps its source"
-        )
-        for total in (4, 6, 8):
-            assert client.do("old.sendall(b'1?'); result = line(old)") == str(total)
-        _no_drops(both)
 
 
 def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> None:
