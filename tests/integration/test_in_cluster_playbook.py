@@ -261,8 +261,8 @@ def test_what_a_forgotten_host_has_is_revoked_inside_by_the_same_run(lacking: Ma
     assert wanted()["revoked"] == {"hosts": ["a2"], "names": []}
     assert "a2" not in [one["host"] for one in wanted()["requests"]]
     assert "a2" not in [call["host"] for call in lacking.calls("pki_revoke")]
-    # It stays so, and a run that did not come to the cluster says what the next one has to do.
-    lacking.run()
+    # It stays so until the host is joined anew. A run that did not come to the cluster says what the next has to do.
+    lacking.run("--limit", "all:!a2")
     assert wanted()["revoked"] == {"hosts": ["a2"], "names": []}
     issued = json.loads((lacking.place / "issued").read_text())
     del issued["revoked"]

@@ -355,7 +355,7 @@ def test_a_kubelet_that_lacks_what_agents_need_is_refused_before_anything_is_cha
     managed.install("expose")
     try:
         kubelet("v1.29.3")
-        assert any("older than 1.30 on k2" in words for words in managed.install("expose").get("warnings", ()))
+        assert "older than 1.30 on k2" in str(managed.install("expose").get("warnings"))
     finally:
         kubelet(before["nodeInfo"].get("kubeletVersion", ""))
 
