@@ -79,6 +79,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIRE
 
 DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
+MASQUERADED = "fwmark 0x4b/0xff"  # of a rule on Kubernetes nodes
 TABLES = ("730", "731", "732", "733", "734", "735", "736")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
@@ -253,10 +254,10 @@ class Teardown:
         for family in ("-4", "-6") if os.path.exists("/proc/net/if_inet6") else ("-4",):
             rules = self.command("ip", family, "rule", "show").splitlines()
             for rule in rules:
-                looked_up = re.search(rf"\blookup ({'|'.join(TABLES)})\b", rule)
+                looked_up = re.search(rf"\blookup ({'|'.join(TABLES)})\b|\b{MASQUERADED} lookup (main)\b", rule)
                 if looked_up is None:
                     continue
-                priority, table = rule.split(":", 1)[0], looked_up.group(1)
+                priority, table = rule.split(":", 1)[0], looked_up.group(1) or looked_up.group(2)
                 self.gone(f"rule {rule.strip()}")
                 if not self.module.check_mode:
                     self.command("ip", family, "rule", "delete", "priority", priority, "table", table)
