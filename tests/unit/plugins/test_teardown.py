@@ -100,11 +100,14 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "732:\tfrom all ipproto udp dport 8472 lookup 732 proto 73\n"
         "733:\tfrom all fwmark 0x49/0xff lookup 733 proto 73\n"
         "729:\tfrom all fwmark 0x4e/0xff lookup 734 proto 73\n"
+        "728:\tfrom all fwmark 0x4b/0xff lookup main proto 73\n"
+        "810:\tfrom all fwmark 0x4b lookup main\n"
         "800:\tfrom 10.9.0.0/16 lookup 7301\n"
         "32766:\tfrom all lookup main\n"
     )
     teardown.Teardown(host).device()
     assert {line for line in host.ran if line.startswith("ip -4")} == {
+        "ip -4 rule delete priority 728 table main",
         "ip -4 rule delete priority 729 table 734",
         "ip -4 rule delete priority 730 table 730",
         "ip -4 rule delete priority 732 table 732",
