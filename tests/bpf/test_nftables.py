@@ -13,6 +13,8 @@ from ipaddress import IPv4Network
 from typing import Any
 
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import netfilter
+from ansible_collections.isthmus.mesh.plugins.modules import teardown
 from bpf.topology import CLONE_NEWNET
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, KeepSource
@@ -97,6 +99,18 @@ def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
     assert "nft table ip isthmus" in call(netlink.remove_network)
     assert call(_nft, "list", "ruleset") == before
     assert call(netlink.remove_network) == []
+
+
+def test_the_collections_teardown_takes_it_away_without_the_agent(call: Call) -> None:
+    call(_nft, "-f", "-", text=FOREIGN)
+    before = call(_nft, "list", "ruleset")
+    assert not call(netfilter.has_table, teardown.TABLE)
+    call(netlink.apply_network, WANTED)
+    assert call(netfilter.has_table, teardown.TABLE)
+    call(netfilter.delete_table, teardown.TABLE)
+    assert call(_nft, "list", "ruleset") == before
+    with pytest.raises(FileNotFoundError):
+        call(netfilter.delete_table, teardown.TABLE)
 
 
 def test_a_host_that_is_a_node_no_more_has_no_table(call: Call) -> None:
