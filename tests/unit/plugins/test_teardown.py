@@ -268,5 +268,5 @@ def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
 
 
 def test_what_the_agent_marks_as_its_own_is_what_goes() -> None:
-    assert teardown.PROTOCOL == str(network.ROUTE_PROTOCOL)
-    assert teardown.TABLE == nftables.TABLE
+    assert str(network.ROUTE_PROTOCOL) == teardown.PROTOCOL
+    assert nftables.TABLE == teardown.TABLE
