@@ -130,6 +130,15 @@ warnings_of_agent:
   returned: always
   type: list
   elements: str
+loss:
+  description:
+    - With O(scope=mesh), how many packets of full size were C(sent) to the other hosts, one every 20 ms to each, and by
+      name how many to a host were C(lost), where some were. What is lost on the way to a host that answers is no
+      problem of the inventory, and told in a warning.
+    - Null when it was not measured.
+  returned: always
+  type: dict
+  sample: {"sent": 100, "lost": {"edge-1": 3}}
 proofs:
   description: How many facts were proven, by kind.
   returned: always
@@ -176,6 +185,8 @@ PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
+LOSS_PACKETS, LOSS_GAP = 20, 0.02  # to each host, and seconds between two
+LOSS_MOST = 2000  # from a host; in a large mesh each other host gets fewer, but three at least
 SESSION = 180  # seconds after which a session of WireGuard is over
 SESSION_SECONDS = 7  # within which FRR tries to connect, so that it is seen why it cannot
 FRESH = 30  # seconds after which a peer's proof is too old
@@ -198,6 +209,8 @@ class Verifier:
         self.cluster = self.spec["cluster"]["name"]
         self.reached = {host["cluster"] for host in module.params["hosts"]}
         self.problems = []
+        self.loss = None
+        self.remarks = []  # for who runs the playbook
         self.warnings = []
         self.unreached = None
         self.proofs = collections.Counter()
@@ -243,6 +256,7 @@ class Verifier:
         if self.spec.get("ipsec"):
             self.look("gateways", self.check_gateways)
         self.look("bgp", self.check_bgp)
+        self.look("packets", self.measure_loss)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -943,6 +957,27 @@ class Verifier:
                 for words in asked[host["name"]].result():
                     self.check("packets", not words, f"{target}: {words}; see `isthmus status` on both hosts")
 
+    def measure_loss(self):
+        source = self.spec["node"]["mesh4"]
+        sizes = {}
+        for host in self.hosts:
+            with contextlib.suppress(OSError):  # no way there, which `check_packets` has told
+                sizes[host["mesh4"]] = packets.path_mtu(source, host["mesh4"])
+        if not sizes:
+            return
+        count = max(3, min(LOSS_PACKETS, LOSS_MOST // len(sizes)))
+        lost = packets.lost(source, sizes, count, LOSS_GAP, self.timeout / 3)
+        names = {host["mesh4"]: host["name"] for host in self.hosts}
+        self.loss = {"sent": count * len(sizes), "lost": {names[each]: lost[each] for each in sizes if lost[each]}}
+        some = [f"{name} {number} of {count}" for name, number in self.loss["lost"].items() if number < count]
+        more = f" and {len(some) - 5} more" if len(some) > 5 else ""
+        if some:
+            self.remarks.append(
+                f"packets of full size from {self.spec['host']} are lost on the way, or their answers are: to "
+                f"{', '.join(some[:5])}{more}. The network between the hosts drops them, or one of these hosts is "
+                "overloaded"
+            )
+
     def reach(self, source, target):
         """Empty text for each thing that works: a small packet, one of full size, a packet of TCP."""
         results = []
@@ -1005,7 +1040,7 @@ def main():
     )
     if bundle_module(module, "isthmus_agent") is None:
         words = ["no bundle yet, nothing to verify"]
-        module.exit_json(changed=False, problems=[], unreached=None, warnings_of_agent=words, proofs={})
+        module.exit_json(changed=False, problems=[], unreached=None, warnings_of_agent=words, loss=None, proofs={})
     deadline = time.monotonic() + module.params["wait"]
     while True:
         verifier = Verifier(module)
@@ -1013,10 +1048,13 @@ def main():
         if not (verifier.problems or verifier.unreached) or time.monotonic() > deadline:
             break
         time.sleep(PAUSE)
+    for words in verifier.remarks:
+        module.warn(words)
     facts = {
         "problems": verifier.problems,
         "unreached": verifier.unreached,
         "warnings_of_agent": verifier.warnings,
+        "loss": verifier.loss,
         "proofs": dict(verifier.proofs),
     }
     if verifier.problems:

@@ -167,3 +167,28 @@ def test_a_host_that_was_left_behind_proves_nothing(host: Host, tmp_path: Path) 
     assert host.echoes == []
     (tmp_path / "node.json").unlink()
     assert host.looked("check_native_way").unreached is None
+
+
+def test_what_is_lost_on_the_way_is_measured_and_told_and_no_problem(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def lost(_source: str, sizes: dict[str, int], count: int, gap: float, _timeout: float) -> dict[str, int]:
+        asked.append((sizes, count, gap))
+        return dict(zip(sizes, (3, 0, count), strict=True))
+
+    monkeypatch.setattr(packets, "lost", lost)
+    host.carried["10.101.0.17"] = 1400
+    found = host.looked("measure_loss")
+    assert asked == [({"10.101.0.1": 1500, "10.101.0.17": 1400, "10.101.0.33": 1500}, 20, 0.02)]
+    assert (found.problems, found.loss) == ([], {"sent": 60, "lost": {"o1": 3, "o3": 20}})
+    (words,) = found.remarks
+    assert "packets of full size from c1 are lost on the way, or their answers are: to o1 3 of 20." in words
+    monkeypatch.setattr(packets, "lost", lambda _source, sizes, *_more: dict.fromkeys(sizes, 0))
+    found = host.looked("measure_loss")
+    assert (found.loss, found.remarks) == ({"sent": 60, "lost": {}}, [])
+    monkeypatch.setattr(verify, "LOSS_MOST", 15)
+    monkeypatch.setattr(packets, "lost", lost)
+    host.looked("measure_loss")
+    assert asked[-1][1] == 5, "fewer to each in a large mesh"
