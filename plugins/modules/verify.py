@@ -185,6 +185,7 @@ PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
+WHOLE_MARK = 0x4F  # the datapath lets nobody fragment the tunnel's packets around those with it
 LOSS_PACKETS, LOSS_GAP = 20, 0.02  # to each host, and seconds between two
 LOSS_MOST = 2000  # from a host; in a large mesh each other host gets fewer, but three at least
 SESSION = 180  # seconds after which a session of WireGuard is over
@@ -213,6 +214,7 @@ class Verifier:
         self.remarks = []  # for who runs the playbook
         self.warnings = []
         self.unreached = None
+        self.nodes = {}  # what the agent says of each, by cluster and name
         self.proofs = collections.Counter()
 
     def check(self, kind, good, problem):
@@ -950,8 +952,10 @@ class Verifier:
 
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
+        with contextlib.suppress(Exception):  # an agent that does not answer is told elsewhere
+            self.nodes = {(one["cluster"], one["name"]): one for one in self.ask()["nodes"]}
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-            asked = {host["name"]: pool.submit(self.reach, source, host["mesh4"]) for host in self.hosts}
+            asked = {host["name"]: pool.submit(self.reach, source, host) for host in self.hosts}
             for host in self.hosts:
                 target = f"{host['name']} ({host['mesh4']})"
                 for words in asked[host["name"]].result():
@@ -978,21 +982,46 @@ class Verifier:
                 "overloaded"
             )
 
-    def reach(self, source, target):
+    def reach(self, source, host):
         """Empty text for each thing that works: a small packet, one of full size, a packet of TCP."""
-        results = []
-        for size in (84, None):
-            try:
-                packets.echo(source, target, size or packets.path_mtu(source, target), self.timeout / 3)
-                results.append("")
-            except (packets.NoAnswer, OSError) as exc:
-                results.append(f"an echo {'of full size' if size is None else ''} over the overlay: {exc}")
+        target, results = host["mesh4"], []
+        known = self.nodes.get((host["cluster"], host["name"]), {})
+        try:
+            packets.echo(source, target, 84, self.timeout / 3)
+            results.append("")
+        except (packets.NoAnswer, OSError) as exc:
+            words = f"an echo over the overlay: {exc}"
+            if known.get("deaf"):
+                words += (
+                    f". The way is cut in one direction: {host['name']} does not hear {self.spec['host']}, "
+                    f"{self.spec['host']} hears {host['name']}"
+                )
+            results.append(words)
+        results.append(self.reach_whole(source, target, known.get("routing") or {}))
         try:
             packets.knock(target, TCP_PORT, self.timeout)
             results.append("")
         except packets.NoAnswer as exc:
             results.append(f"TCP over the overlay: {exc}")
         return results
+
+    def reach_whole(self, source, target, way):
+        """Why a packet as large as the routes allow does not pass without being fragmented, empty when it does. `way`:
+        what the agent says of it."""
+        try:
+            carried = packets.path_mtu(source, target)
+            full = way.get("mtu") or carried
+            if carried < full:
+                return (
+                    f"the way carries only {carried} bytes, and routes {full}: a router in between has said so. Give "
+                    "its links the MTU of the hosts, or the hosts the link's"
+                )
+            packets.echo(source, target, full, self.timeout / 3, mark=WHOLE_MARK)
+        except (packets.NoAnswer, OSError) as exc:
+            found = way.get("path_mtu")
+            more = f" (the agent found that the way carries {found})" if found is not None and way.get("lost") else ""
+            return f"an echo of full size over the overlay, not to be fragmented: {exc}{more}"
+        return ""
 
 
 def networks_of(connection):
