@@ -17,11 +17,11 @@ from isthmus_lab import Customer
 from kubernetes_lab import HYBRID, Kubernetes, PodCustomer
 from playbook import play
 
-UNDERLAY = "onprem-1"  # whose own address pods have used before the mesh came
+MACHINE = "onprem-1"  # whose web server pods ask
 HOST_CLIENT = "client-host"  # a customer in a pod on its node's network
 MANY = "many"  # a Deployment of web servers, without any at first
 LOAD = 100  # requests a second and customer, at least, new and kept connections together
-OFFERED = 1.6 * LOAD  # requests a second and customer that are tried: who waits for an answer asks nothing meanwhile
+OFFERED = 1.7 * LOAD  # requests a second and customer that are tried: who waits for an answer asks nothing meanwhile
 OLDER = 20  # requests over a connection that is older than the mesh, at least, once the mesh is there
 NODE_IS_DOWN = 3  # seconds until a node that is off gets no new flows: three probes, one a second, miss
 
@@ -34,7 +34,7 @@ class Hybrid(HybridStory):
         self.estate = Estate(kube.lab)
         self.host_client = PodCustomer(kube, HOST_CLIENT, NAMESPACE)
         self.older: dict[str, Any] = {}
-        """What came of a pod's connection to `UNDERLAY`'s own address that is older than the mesh on its node; empty
+        """What came of a pod's connection to `MACHINE`'s own address that is older than the mesh on its node; empty
         when the nodes had been in the mesh before."""
 
     def make_more_pods(self) -> None:
@@ -53,7 +53,7 @@ class Hybrid(HybridStory):
 
     def underlay_url(self) -> str:
         """A machine's web server by the machine's own address, which everybody reaches without the mesh too."""
-        return f"http://{self.lab.hosts[UNDERLAY].address}:8080/"
+        return f"http://{self.lab.hosts[MACHINE].address}:8080/"
 
     def are_new(self) -> bool:
         """Whether no node has anything of the mesh."""
@@ -62,12 +62,15 @@ class Hybrid(HybridStory):
 
     @contextlib.contextmanager
     def customer_on(self, node: str, name: str) -> Iterator[PodCustomer]:
-        """A customer in a pod of its own."""
+        """A customer in a pod of its own, which is in the mesh."""
         delete = ("delete", "pod", name, f"--namespace={NAMESPACE}", "--ignore-not-found", "--now")
         with self.undone(lambda: self.kube.kubectl(*delete)):
             self.kube.apply(demo_pods.client(name, node))
             self.until(f"the customer {name} runs", lambda: self.ready(name), 120)
-            yield PodCustomer(self.kube, name, NAMESPACE)
+            customer = PodCustomer(self.kube, name, NAMESPACE)
+            machine = f"http://{self.estate.address(MACHINE, 'web')}:8080/"
+            self.until(f"{name} reaches {MACHINE}", lambda: not customer.requests(machine, 1)["failed"])
+            yield customer
 
     def scale(self, replicas: int) -> None:
         """The Deployment has so many pods, all ready, and no other."""
@@ -238,8 +241,9 @@ def others_on_nodes_restart_under_load(hybrid: Hybrid) -> None:
             with hybrid.under_load([before, hybrid.host_client, hybrid.edge]):
                 for unit in ("kube-proxy", "containerd", "kubelet"):
                     hybrid.lab.exec(node, ["systemctl", "restart", f"{unit}.service"])
-                hybrid.lab.exec(node, ["sh", "-c", RELOAD])
                 hybrid.until(f"pods on {node} can be entered", lambda before=before: works(before), 120)  # type: ignore[misc]
+                hybrid.lab.exec(node, ["sh", "-c", RELOAD])
+                hybrid.until("its rules work", lambda before=before: works(before))  # type: ignore[misc]
                 hybrid.everywhere(hybrid.members, (EDGE, *hybrid.nodes))
             with hybrid.customer_on(node, f"after-{node}") as after:
                 for customer in (before, after):
@@ -256,11 +260,14 @@ def seen_by_its_own_address(hybrid: Hybrid, customer: PodCustomer, node: str) ->
     own = hybrid.pod_address(customer.host)
     other = next(each for each in hybrid.nodes if each != node)
     servers = {
-        "onprem/onprem-1": hybrid.estate.address("onprem-1", "web"),
+        f"onprem/{MACHINE}": hybrid.estate.address(MACHINE, "web"),
         f"{hybrid.kube.name}/web-{other}": hybrid.pod_address(f"web-{other}"),
     }
     for server, address in servers.items():
-        result = customer.requests(f"http://{address}:8080/", 50)
+        url = f"http://{address}:8080/"
+        # A pod is published to each host by itself.
+        hybrid.until(f"{server} answers", lambda url=url: not customer.requests(url, 1)["failed"])  # type: ignore[misc]
+        result = customer.requests(url, 50)
         assert (result["answers"], set(result["peers"])) == ({server: 50}, {own}), result
     result = hybrid.edge.requests(f"http://{hybrid.pod_address(f'web-{node}')}:8080/", 50)
     seen = (result["answers"], set(result["peers"]))

@@ -18,8 +18,8 @@ from demo import EDGE
 from demo_hybrid import CLIENT, NAMESPACE, SERVICE_URL, HybridStory
 from estate_tools import ETCD_HOSTS, Estate
 from hybrid_tools import (
+    MACHINE,
     NODE_IS_DOWN,
-    UNDERLAY,
     Hybrid,
     a_deployment_scales_under_load,
     a_node_is_drained_under_load,
@@ -98,6 +98,7 @@ kind: Pod
 metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
 spec:
   nodeName: {node}
+  terminationGracePeriodSeconds: 1
   containers:
     - name: web
       image: {image}
@@ -105,7 +106,11 @@ spec:
       command: [{programs}/http_server, web]
       env: [{{name: CLUSTER, value: {cluster}}}, {{name: PORT, value: "8080"}}]
       readinessProbe: {{httpGet: {{path: /healthz, port: 8080}}, initialDelaySeconds: 5, periodSeconds: 1}}
-      livenessProbe: {{exec: {{command: [sh, -c, "[ ! -e {dies} ]"]}}, periodSeconds: 1, failureThreshold: 1}}
+      livenessProbe:
+        exec: {{command: [sh, -c, "[ ! -e {dies} ]"]}}
+        periodSeconds: 1
+        timeoutSeconds: 10
+        failureThreshold: 1
 """
 # Pods and machines behind one name that has no address of its own: who serves it is said by DNS alone.
 HEADLESS = """\
@@ -139,7 +144,7 @@ def test_a_second_run_changes_nothing(hybrid: Hybrid) -> None:
 def test_what_a_pod_had_with_a_machine_before_the_mesh_came_goes_on(hybrid: Hybrid) -> None:
     """By the machine's own address: masqueraded by the CNI when it began, so to its end. What begins now is not."""
     assert hybrid.older, "the nodes were in the mesh before; the fixture `mesh` lets none of them stay"
-    underlay, machine = hybrid.kube.cluster.nodes[hybrid.nodes[0]].address, f"onprem/{UNDERLAY}"
+    underlay, machine = hybrid.kube.cluster.nodes[hybrid.nodes[0]].address, f"onprem/{MACHINE}"
     kept = (hybrid.older["failed"], hybrid.older["errors"], hybrid.older["connections"])
     assert kept == (0, {}, 1), hybrid.older
     assert (hybrid.older["answers"].keys(), hybrid.older["peers"].keys()) == ({machine}, {str(underlay)})
@@ -244,34 +249,32 @@ def test_a_pod_that_is_left_alone_uses_a_global_service_by_plain_dns(hybrid: Hyb
     """Its sockets are not translated, so kube-proxy chooses, which has backends elsewhere from EndpointSlices."""
     node, pod, sync = hybrid.nodes[0], "plain", "service.cilium.io/global-sync-endpoint-slices"
     where = f"--namespace={NAMESPACE}"
-    customer = PodCustomer(hybrid.kube, pod, NAMESPACE)
+    marks = "kubernetes.io/service-name=web,endpointslice.kubernetes.io/managed-by=isthmus-registrar"
 
     def left_alone() -> int:
         return int(hybrid.ask(node, "status")["kubernetes"]["untranslated"])
 
-    def all_answer() -> bool:
+    def answering(customer: PodCustomer) -> set[str]:
+        """Who answers it; nobody when a request failed."""
         result = customer.requests(SERVICE_URL, 60)
-        return not result["failed"] and set(result["answers"]) == hybrid.servers
+        return set() if result["failed"] else set(result["answers"])
 
-    def gone() -> None:
-        hybrid.kube.kubectl("annotate", "service", "web", where, f"{sync}-")
-        hybrid.kube.kubectl("delete", "pod", pod, where, "--ignore-not-found", "--now")
-
-    with hybrid.undone(gone):
-        hybrid.kube.apply(demo_pods.client(pod, node))
+    with hybrid.customer_on(node, pod) as customer:
         hybrid.kube.kubectl("annotate", "pod", pod, where, "isthmus.io/socket-translation=false")
-        hybrid.until("the customer runs", lambda: hybrid.ready(pod), 120)
         hybrid.until("the pod is left alone", lambda: left_alone() == 1)
         pods = {f"{hybrid.kube.name}/web-{each}" for each in hybrid.nodes}
-        assert set(customer.requests(SERVICE_URL, 60)["answers"]) == pods, "kube-proxy knows its cluster's pods only"
-        hybrid.kube.kubectl("annotate", "service", "web", where, f"{sync}=true")
-        hybrid.until("pods and machines answer", all_answer)
-        before = hybrid.connects(node)
-        result = customer.requests(SERVICE_URL, 200)
-        assert (result["ok"], set(result["answers"])) == (200, hybrid.servers), result
-        assert set(result["peers"]) == {hybrid.pod_address(pod)}
-        assert hybrid.connects(node) == before
-    hybrid.until("it is as it was", lambda: left_alone() == 0)
+        assert answering(customer) == pods, "kube-proxy knows the pods of its cluster only"
+        with hybrid.undone(lambda: hybrid.kube.kubectl("annotate", "service", "web", where, f"{sync}-")):
+            hybrid.kube.kubectl("annotate", "service", "web", where, f"{sync}=true")
+            hybrid.until("pods and machines answer", lambda: answering(customer) == hybrid.servers)
+            before = hybrid.connects(node)
+            result = customer.requests(SERVICE_URL, 200)
+            assert (result["ok"], set(result["answers"])) == (200, hybrid.servers), result
+            assert set(result["peers"]) == {hybrid.pod_address(pod)}
+            assert hybrid.connects(node) == before
+        chosen = ("endpointslices", where, f"--selector={marks}")
+        hybrid.until("no slice of ours is left", lambda: hybrid.kube.get(*chosen)["items"] == [])
+    hybrid.until("no pod is left alone", lambda: left_alone() == 0)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_a_node_leaves_the_running_cluster_and_comes_back(hybrid: Hybrid, tmp_pa
         play("teardown", "--limit", leaving, "-e", "isthmus_confirm_teardown=lab", inventory=HYBRID)
         hybrid.until(
             "its pod answers pods, as without the mesh",
-            lambda: hybrid.client.requests(f"http://{pod}:8080/", 50)["answers"] == {away: 50},
+            lambda: hybrid.client.requests(f"http://{pod}:8080/", 5)["answers"] == {away: 5},
         )
     finally:
         play("site", inventory=HYBRID)
