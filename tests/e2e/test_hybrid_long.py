@@ -276,6 +276,8 @@ def test_a_node_reboots_from_last_known_good_while_api_server_and_etcd_are_away(
         assert results[1]["connections"] == 1
     hybrid.until("its pods are back", lambda: hybrid.ready(f"web-{victim}"), 180)
     hybrid.everywhere(hybrid.members)
+    back = f"http://{hybrid.pod_address(f'web-{victim}')}:8080/"
+    hybrid.until(f"{EDGE} reaches its pod", lambda: not hybrid.edge.requests(back, 1)["failed"])
 
 
 def test_what_else_runs_on_nodes_restarts_and_reloads_without_a_failed_request(hybrid: Hybrid) -> None:
