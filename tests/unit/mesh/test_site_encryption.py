@@ -408,6 +408,30 @@ def test_the_matrix_says_what_is_open_and_how_large_packets_are() -> None:
     assert matrix.lines(changed(**ON, overlay={"mtu": 1300}).sites)[0].count("MTU 1300") == 1
 
 
+@pytest.mark.parametrize(
+    ("keys", "inside"),
+    [
+        ({}, 1350),
+        (ON, 1270),
+        ({"routing": "native"}, 1400),
+        ({**ON, "overlay": {"mtu": 1200}}, 1200),
+    ],
+    ids=["tunnel", "wireguard", "native", "overlay.mtu"],
+)
+def test_the_matrix_has_the_mtu_of_the_underlay_that_was_measured(keys: dict[str, Any], inside: int) -> None:
+    rows = changed(**keys).sites
+    found = matrix.measured(rows, {"onprem": ("o2", 1400), "cloud": ("c1", 9000)})
+    assert {tuple(row["sites"]): (row["underlay"], row["mtu"]) for row in found} == {
+        ("cloud", "onprem"): (1400, inside),
+        ("onprem", "onprem"): (1400, inside),
+    }
+    (between, _within) = matrix.lines(found)
+    assert f"MTU {inside} inside, 1400 outside (the least that was measured, on o2). Open" in between
+    (between, within) = matrix.lines(matrix.measured(rows, {"cloud": ("c1", 9000)}))
+    assert "9000 outside (the least that was measured, on c1; not measured: onprem)" in between
+    assert "where the underlay has 1500" in within
+
+
 def test_the_plan_says_what_turning_on_and_off_does() -> None:
     on = changed(planned(model()), **ON)
     assert {(one["protocol"], one["port"]) for one in on.sites[0]["open"]} >= {("UDP", 8472), ("UDP", 51871)}
