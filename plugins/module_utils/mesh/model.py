@@ -228,7 +228,8 @@ class Encryption:
 class Model:
     """Everything is sorted by name: the order of the inventory does not show.
 
-    `entries`: inventory hosts that stand for a cluster whose control plane is in it, by cluster: no part of the mesh.
+    `masquerade`: sites whose hosts give packets of workloads that leave the mesh their own address. `entries`:
+    inventory hosts that stand for a cluster whose control plane is in it, by cluster: no part of the mesh.
     """
 
     name: str
@@ -246,6 +247,7 @@ class Model:
     routing: Routing = field(default_factory=Routing)
     ipsec: Ipsec = field(default_factory=Ipsec)
     bgp: Mapping[str, Bgp] = field(default_factory=dict)
+    masquerade: tuple[str, ...] = ()
     entries: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -279,6 +281,8 @@ class Model:
             del content["ipsec"]
         if not self.bgp:
             del content["bgp"]
+        if not self.masquerade:
+            del content["masquerade"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -410,6 +414,7 @@ class _Reader:
             routing=routing,
             ipsec=ipsec,
             bgp=speaking,
+            masquerade=tuple(sorted(site for site, entry in (top["sites"] or {}).items() if entry["masquerade"])),
             entries={name: self.entries[name] for name in sorted(self.entries)},
             warnings=tuple(sorted(self.warnings)),
         )

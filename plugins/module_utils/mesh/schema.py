@@ -748,6 +748,12 @@ SITE = Table(
             None,
             "that of the estate",
         ),
+        "masquerade": Key(
+            Flag(),
+            "Whether packets of workloads that leave the mesh get their host's address, so that what is there can "
+            "answer. See [routing.md](routing.md#source-address).",
+            False,
+        ),
         "ipsec": Key(
             IPSEC,
             "The site's gateway, for pairs with `encryption: ipsec-gateway`. See [ipsec.md](ipsec.md).",
