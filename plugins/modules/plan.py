@@ -179,7 +179,8 @@ kubernetes_left:
 sites:
   description:
     - The matrix of sites, a dictionary for each two that have hosts and for each that has several. Their C(sites),
-      C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the underlay has 1500, and the ports
+      C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the C(underlay) has 1500 and C(around)
+      packets is what it says (the filter P(isthmus.mesh.measured_matrix#filter) has what was measured), and the ports
       that must be C(open), each with C(protocol), C(port) (none where it is all of the protocol), and in words C(on)
       whom and C(from) whom.
     - C(auto) says in words what a pair with C(routing=auto) does, and is null of others. While it has still to try

@@ -124,6 +124,11 @@ fsync:
     count: 50
     median: 1.2
     slow: 4.8
+underlay_mtu:
+  description: MTU in bytes of the link that has the host's underlay address. V(none) where nobody tells it.
+  returned: success
+  type: int
+  sample: 1500
 kubernetes:
   description:
     - On a host of a Kubernetes cluster its name, its addresses, and whether its registrar was let into Kubernetes
@@ -449,24 +454,26 @@ def address_problems(module, spec):
     return problems
 
 
-def mtu_problems(found, spec):
-    """The link below the mesh carries too little for what is around packets of workloads."""
+def underlay_link(found, spec):
+    """Of links with their addresses that which has the host's underlay address; none if nobody tells."""
     underlay = spec["node"]["underlay4"]
-    for link in found:
-        if not any(one.get("local") == underlay for one in link.get("addr_info", [])):
-            continue
-        around = {"VXLAN": OVERLAY_OVERHEAD}
-        around |= {"WireGuard": WIREGUARD_OVERHEAD} if spec.get("wireguard") else {}
-        around |= {"the tunnel between gateways": IPSEC_OVERHEAD} if spec.get("ipsec") else {}
-        least, name = LEAST_MTU + sum(around.values()), link["ifname"]
-        if link.get("mtu", least) < least:
-            return [
-                f"The link {name}, which has the underlay address {underlay}, carries {link['mtu']} bytes, and at "
-                f"least {least} are needed: {LEAST_MTU} of a workload's packet, which IPv4 asks of every network, "
-                f"inside {' and '.join(around)}. Give it a larger MTU (`ip link set {name} mtu ...`, and in its "
-                "configuration) on all of the way to the other hosts, or choose another isthmus_underlay."
-            ]
-    return []
+    return next((link for link in found if any(one.get("local") == underlay for one in link.get("addr_info", []))), {})
+
+
+def mtu_problems(link, spec):
+    """The link below the mesh carries too little for what is around packets of workloads."""
+    around = {"VXLAN": OVERLAY_OVERHEAD}
+    around |= {"WireGuard": WIREGUARD_OVERHEAD} if spec.get("wireguard") else {}
+    around |= {"the tunnel between gateways": IPSEC_OVERHEAD} if spec.get("ipsec") else {}
+    least, name = LEAST_MTU + sum(around.values()), link.get("ifname")
+    if link.get("mtu", least) >= least:
+        return []
+    return [
+        f"The link {name}, which has the underlay address {spec['node']['underlay4']}, carries {link['mtu']} bytes, "
+        f"and at least {least} are needed: {LEAST_MTU} of a workload's packet, which IPv4 asks of every network, "
+        f"inside {' and '.join(around)}. Give it a larger MTU (`ip link set {name} mtu ...`, and in its configuration) "
+        "on all of the way to the other hosts, or choose another isthmus_underlay."
+    ]
 
 
 def installed_spec():
@@ -654,7 +661,8 @@ def main():
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
-    problems += mtu_problems(links.listed(module, "address"), spec) if joins else []
+    link = underlay_link(links.listed(module, "address"), spec)
+    problems += mtu_problems(link, spec) if joins else []
     own = module.params["bgp"]
     problems += frr.problems(module, own) if own and not own.get("kept") else []
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])
@@ -698,6 +706,7 @@ def main():
             for one in walls
         ],
         "fsync": syncs,
+        "underlay_mtu": link.get("mtu"),
         "ipsec": gateways.left(),
         "kubernetes": kubernetes_facts(module, spec),
         "bgp": frr.ours(),

@@ -90,6 +90,25 @@ def test_the_table_is_made_once_and_shows_as_it_is_meant(call: Call) -> None:
     assert call(_nft, "-a", "list", "table", "ip", "isthmus") == handle, "what is as wanted is not written again"
 
 
+def test_what_leaves_the_mesh_is_masqueraded_before_anything_else_is_decided(call: Call) -> None:
+    mesh = frozenset({IPv4Network("10.96.0.0/11"), IPv4Network("198.18.1.11/32")})
+    wanted = replace(WANTED, keep_source=KeepSource(HOST, frozenset({HOST}), native=True, mesh=mesh))
+    assert call(netlink.apply_network, WANTED).changes[0] == "add nft table ip isthmus"
+    assert call(netlink.apply_network, wanted, made=WANTED).changes == ("change nft table ip isthmus",)
+    text = call(_nft, "list", "chain", "ip", "isthmus", "postrouting")
+    first, second, *_ = (line for line in text.splitlines() if "saddr 10.104.0.16/28" in line)
+    assert 'ip saddr 10.104.0.16/28 oifname != "isthmus0" oifname != "lo" ip daddr != @mesh masquerade' in first
+    assert "snat to ip saddr" in second
+    assert call(_elements, "mesh") == ["10.96.0.0/11", "198.18.1.11/32"]
+    assert call(netlink.audit_network, wanted) == []
+    call(_nft, "delete element ip isthmus mesh { 198.18.1.11 }")
+    assert call(netlink.audit_network, wanted) == [
+        "nft table ip isthmus: set mesh begins intervals at 10.96.0.0; wanted: 10.96.0.0/11, 198.18.1.11/32"
+    ]
+    assert call(netlink.apply_network, WANTED, made=wanted).changes == ("change nft table ip isthmus",)
+    assert "@mesh" not in call(_nft, "list", "table", "ip", "isthmus")
+
+
 def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
     call(_nft, "-f", "-", text=FOREIGN)
     before = call(_nft, "list", "ruleset")

@@ -404,7 +404,7 @@ class HostKernel:
         cookies = self._bpf.sockets_of(backends)
         destinations = {endpoint(backend) for backend in backends}
         ended = netlink.destroy_sockets(destinations, cookies)
-        if self._keep_source is not None and not self._keep_source.native:
+        if self._keep_source is not None and self._keep_source.pods:
             ended |= netlink.destroy_pods_sockets(destinations, cookies - ended, step=self._network_step)
         return len(ended)
 

@@ -220,7 +220,7 @@ class Agent:
             jobs["wireguard-key"] = self._follow_key
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
-        if native or self.spec.node.kubernetes_node is not None:
+        if native or self.spec.node.masquerade or self.spec.node.kubernetes_node is not None:
             jobs["filters"] = self._follow_filters
         if self._probe:
             jobs["prober"] = self.prober.run

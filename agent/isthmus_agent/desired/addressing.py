@@ -359,8 +359,9 @@ def routes(
     the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
     that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
     `loose_ranges`. To a node that is sent to natively all these lead as the underlay does. Table 734 has that way for
-    nodes that may send natively and are not sent to so yet. Table 736 leads what is behind gateways of other sites to
-    the own site's.
+    nodes that may send natively and are not sent to so yet. With masquerading table 730 is open: what has no route in
+    it goes as the host's own packets do, but for the ranges above. Table 736 leads what is behind gateways of other
+    sites to the own site's.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
@@ -393,7 +394,10 @@ def routes(
     for blocked in {*spec.service_ranges4, *spec.mesh_ranges4} - set(loose):
         found.add(Route(blocked, unreachable=True))
     found.update(Route(each, table=TABLE, throw=True) for each in pods)
-    found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
+    if spec.node.masquerade:
+        found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, throw=True))
+    else:
+        found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
     if spec.ipsec is not None and spec.ipsec.via is not None:
         mtu = max(576, through_gateways(underlay_mtu))
         for site, stage in spec.ipsec.stages.items():
@@ -439,19 +443,32 @@ def native(spec: NodeSpec) -> Native | None:
 def keep_source(
     spec: NodeSpec, pods: tuple[IPv4Network, ...], nodes: tuple[Remote, ...], encrypted: frozenset[Address]
 ) -> KeepSource | None:
-    """What CNI and kube-proxy, or a host's own rules, must not masquerade here; None on a host that is no Kubernetes
-    node and sends nothing natively. `encrypted`: underlay addresses that only WireGuard may lead to, so that what was
-    masqueraded, and goes in clear, ends."""
-    if spec.node.kubernetes_node is None and spec.native is None:
+    """What CNI and kube-proxy, or a host's own rules, must not masquerade here, and what we do; None on a host that is
+    no Kubernetes node, sends nothing natively and does not masquerade. `encrypted`: underlay addresses that only
+    WireGuard may lead to, so that what was masqueraded, and goes in clear, ends."""
+    if spec.node.kubernetes_node is None and spec.native is None and not spec.node.masquerade:
         return None
     local = frozenset(collapse_addresses([spec.node.range4, *pods]))
     elsewhere = frozenset(collapse_addresses(pod_ranges(spec)) if pods else ())
-    members = {
+    members = collapse_addresses(
         IPv4Network(address)
         for node in nodes
         if pods and _is_led_from_pods(spec, node)
         for address in {*node.underlay, node.endpoint} - encrypted
-    }
-    return KeepSource(
-        spec.node.range4, local, spec.native is not None, elsewhere, frozenset(collapse_addresses(members))
     )
+    mesh = _unmasqueraded(spec, nodes, pods) if spec.node.masquerade else None
+    return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere, frozenset(members), mesh)
+
+
+def _unmasqueraded(spec: NodeSpec, nodes: tuple[Remote, ...], pods: tuple[IPv4Network, ...]) -> frozenset[IPv4Network]:
+    """Where addresses of workloads mean something: all ranges of the mesh, its hosts, and what is behind gateways."""
+    found = [*spec.mesh_ranges4, *spec.service_ranges4, *pod_ranges(spec), *pods, spec.node.range4]
+    if spec.cluster.kubernetes is not None:
+        found.append(spec.cluster.kubernetes.service_range4)
+    for node in nodes:
+        found += node.cidrs
+        found += [IPv4Network(address) for address in (*node.underlay, node.endpoint)]
+    found += [IPv4Network(address) for address in (spec.node.underlay4, spec.node.advertise4)]
+    if spec.ipsec is not None:
+        found += [network for networks in spec.ipsec.networks.values() for network in networks]
+    return frozenset(collapse_addresses(found))

@@ -149,13 +149,15 @@ class KeepSource:
 
     `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps; `pods`
     are the ranges of the cluster's pods; `members` hold, without overlaps, underlay addresses to which pods' packets go
-    over the overlay, but for those to which nothing may go in clear."""
+    over the overlay, but for those to which nothing may go in clear. `mesh`: packets from `host` to elsewhere than
+    these networks, which do not overlap, get the host's address where they leave; None: none do."""
 
     host: IPv4Network
     local: frozenset[IPv4Network]
     native: bool = False
     pods: frozenset[IPv4Network] = frozenset()
     members: frozenset[IPv4Network] = frozenset()
+    mesh: frozenset[IPv4Network] | None = None
 
 
 @dataclass(frozen=True, slots=True)

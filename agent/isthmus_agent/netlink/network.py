@@ -388,6 +388,9 @@ def apply_network(
             for rule in difference.add_rules:
                 attempt(f"add {_rule_words(rule)}", "rule", "add", **_rule_arguments(rule))
 
+        # What is closed is so before it is not masqueraded any more; what is opened is masqueraded before that.
+        closing = [(route, _found(route, devices)) for _, route in difference.replace_routes if route.unreachable]
+        attempt_routes(REPLACE, "change to", closing)
         if made is None or made.keep_source != datapath.keep_source:
             # Before the routes: what they lead over the overlay is not masqueraded once.
             step()
@@ -417,9 +420,8 @@ def apply_network(
                 flags=0 if address.version == 4 else _IFA_F_NODAD,
             )
         attempt_routes(ADD, "add", [(each, _found(each, devices)) for each in difference.add_routes if each.has_device])
-        attempt_routes(
-            REPLACE, "change to", [(route, _found(route, devices)) for _, route in difference.replace_routes]
-        )
+        others = [(route, _found(route, devices)) for _, route in difference.replace_routes if not route.unreachable]
+        attempt_routes(REPLACE, "change to", others)
         if difference.up:
             attempt_rules()
         for rule in difference.remove_rules:

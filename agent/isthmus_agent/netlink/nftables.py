@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Our table in netfilter, on a Kubernetes node and where packets go natively: the source of packets of the mesh stays
-what it is.
+"""Our table in netfilter, on a Kubernetes node, where packets go natively and where packets that leave the mesh are
+masqueraded: the source of packets of the mesh stays what it is.
 
 A CNI masquerades what leaves its pods, and kube-proxy what it marked for that. An `accept` in an earlier chain does not
 stop a later masquerade; a null binding (`snat to ip saddr`) does, because a connection is given a source translation
@@ -34,6 +34,7 @@ from isthmus_agent.netlink.messages import attribute, attributes
 TABLE = "isthmus"
 SET = "local"
 MEMBERS = "members"
+MESH = "mesh"
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
 _NETLINK_NETFILTER = 12
@@ -50,7 +51,7 @@ _BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # a transaction is sent whole
 _DUMPS = 5
 _MANY = 512  # elements; an attribute holds 64 KiB
-_SET_IDS = {SET: 1, MEMBERS: 2}  # within a transaction
+_SET_IDS = {SET: 1, MEMBERS: 2, MESH: 3}  # within a transaction
 
 # Messages.
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
@@ -76,7 +77,7 @@ _META_MARK, _META_IN, _META_OUT = 3, 6, 7
 _CT_SOURCE, _CT_DESTINATION = 19, 20  # of IPv4
 _CT_ORIGINAL, _CT_REPLY = 0, 1
 _SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
-_EQUAL = 0
+_EQUAL, _UNEQUAL = 0, 1
 
 _AFTER_DSTNAT = -90  # destinations are translated at -100, also back
 _BEFORE_SRCNAT = 90  # iptables, kube-proxy and CNIs have 100
@@ -103,8 +104,8 @@ def _value(kind: int, value: bytes) -> bytes:
     return _nested(kind, attribute(_DATA_VALUE, value))
 
 
-def _compare(value: bytes) -> bytes:
-    return _expression("cmp", _number(1, _REGISTER), _number(2, _EQUAL), _value(3, value))
+def _compare(value: bytes, how: int = _EQUAL) -> bytes:
+    return _expression("cmp", _number(1, _REGISTER), _number(2, how), _value(3, value))
 
 
 def _mask(mask: bytes, flipped: bytes = b"") -> bytes:
@@ -130,8 +131,8 @@ def _not_marked() -> bytes:
     return _meta(_META_MARK) + _mask(struct.pack("=I", MASQUERADE_MARK)) + _compare(bytes(4))
 
 
-def _device(key: int, name: str) -> bytes:
-    return _meta(key) + _compare(name.encode().ljust(16, b"\0"))
+def _device(key: int, name: str, how: int = _EQUAL) -> bytes:
+    return _meta(key) + _compare(name.encode().ljust(16, b"\0"), how)
 
 
 def _is_in(name: str, inverted: bool = False) -> bytes:
@@ -205,6 +206,16 @@ def _rule(chain: _Chain, words: str, *expressions: bytes) -> _Rule:
 def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
     going, coming = _device(_META_OUT, device), _device(_META_IN, device)
     natively = _rule(_POSTROUTING, "from this host's mesh addresses", _within(_SOURCE, wanted.host), _keep())
+    outside = _rule(
+        _POSTROUTING,
+        "from this host's mesh addresses to outside the mesh",
+        _within(_SOURCE, wanted.host),
+        _device(_META_OUT, device, _UNEQUAL),
+        _device(_META_OUT, "lo", _UNEQUAL),
+        _address(_DESTINATION),
+        _is_in(MESH, inverted=True),
+        _expression("masq"),
+    )
     return (
         *(
             _rule(
@@ -217,6 +228,7 @@ def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
             )
             for words, offset in (("to", _DESTINATION), ("from", _SOURCE))
         ),
+        *((outside,) if wanted.mesh is not None else ()),
         *((natively,) if wanted.native else ()),
         _rule(_POSTROUTING, "into the mesh", going, _not_marked(), _is_local(_SOURCE), _keep()),
         _rule(_POSTROUTING, "out of the mesh", coming, _not_marked(), _is_local(_DESTINATION), _keep()),
@@ -264,7 +276,7 @@ def _elements(networks: Sequence[IPv4Network]) -> list[tuple[bytes, bool]]:
 @dataclass(frozen=True, slots=True)
 class _Real:
     """What the kernel has of our table. `forwarded`: packets of the first and of the last chain of forward.
-    `chains` None: not asked for, and neither for the elements of `members`."""
+    `chains` None: not asked for, and neither for the elements of `members` and `mesh`."""
 
     chains: frozenset[_Chain] | None
     rules: tuple[tuple[str, str], ...]  # chain, comment
@@ -376,7 +388,7 @@ def _read(netfilter: _Netfilter, whole: bool = True) -> _Real | None:
         rules.append((chain, _name(each.get(_RULE_USERDATA, b"\0\0")[2:])))
         if chain in packets:
             packets[chain] += _packets(each.get(_RULE_EXPRESSIONS, b""))
-    elements = {name: _read_set(netfilter, name) for name in (SET, MEMBERS) if whole or name == SET}
+    elements = {name: _read_set(netfilter, name) for name in _SET_IDS if whole or name == SET}
     forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
     return _Real(_chains(netfilter) if whole else None, tuple(rules), elements, forwarded)
 
@@ -442,7 +454,8 @@ def _chain_body(chain: _Chain) -> bytes:
 
 
 def _sets(wanted: KeepSource) -> dict[str, frozenset[IPv4Network]]:
-    return {SET: wanted.local, MEMBERS: wanted.members}
+    outside = {} if wanted.mesh is None else {MESH: wanted.mesh}
+    return {SET: wanted.local, MEMBERS: wanted.members, **outside}
 
 
 def _set_parts(name: str, networks: Sequence[IPv4Network]) -> Iterator[tuple[int, int, bytes]]:
@@ -508,7 +521,8 @@ def apply_keep_source(wanted: KeepSource | None, device: str) -> tuple[str, ...]
         if number := netfilter.transaction(_parts(wanted, device)):
             raise NetworkError(
                 f"cannot write nft table ip {TABLE}: {os.strerror(number)}; is nf_tables with NAT there "
-                "(CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_CT; modprobe nft_chain_nat nft_ct)?"
+                "(CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_CT, to masquerade CONFIG_NFT_MASQ; modprobe "
+                "nft_chain_nat nft_ct nft_masq)?"
             )
         return (f"{'add' if real is None else 'change'} nft table ip {TABLE}",)
 

@@ -118,7 +118,7 @@ def read(
     top: Mapping[str, Any],
     clusters: Mapping[str, Cluster],
     hosts: Mapping[str, Host],
-    encryption: Callable[[Pair], str],
+    encryption: Callable[[Pair], str | None],
     problem: Complaint,
     known: Iterable[str],
 ) -> Ipsec:

@@ -16,6 +16,7 @@ from .routing import AUTO, NATIVE, TUNNEL
 from .spec import IPSEC_OVERHEAD, IPSEC_PORTS, OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, through_gateways
 
 UNDERLAY_MTU = 1500
+"""Bytes; of an underlay that nobody has measured."""
 
 _MOST_LINES = 100
 _MOST_NAMES = 3
@@ -24,13 +25,28 @@ Ways = Mapping[Pair, Sequence[Any]]
 """`Plan.stages`, `Plan.native`."""
 
 
-def inner_mtu(
-    stage: Stage, overlay_mtu: int | None, underlay: int = UNDERLAY_MTU, gateways: Stage = Stage.PLAIN
-) -> int:
-    """MTU in bytes of the overlay's routes, at a stage of encryption and one of a tunnel between gateways."""
-    underlay = underlay if gateways is Stage.PLAIN else through_gateways(underlay)
-    inner = underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if stage is not Stage.PLAIN else 0)
-    return inner if overlay_mtu is None else min(inner, overlay_mtu)
+def inner_mtu(underlay: int, tunnel: bool, wireguard: bool, gateways: bool, most: int | None) -> int:
+    """MTU in bytes of routes, by that of the underlay and what is around packets; `most` is what the inventory allows
+    inside the tunnel."""
+    if not tunnel:
+        return underlay
+    underlay = through_gateways(underlay) if gateways else underlay
+    inner = underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if wireguard else 0)
+    return inner if most is None else min(inner, most)
+
+
+def measured(found: Sequence[Mapping[str, Any]], underlays: Mapping[str, tuple[str, int]]) -> list[dict[str, Any]]:
+    """Rows of `rows` with the MTU of what is really there: `underlays` has by site the host whose underlay carries
+    least of those that were looked at, and how many bytes."""
+    told = []
+    for row in found:
+        known = {site: underlays[site] for site in row["sites"] if site in underlays}
+        if known:
+            host, outer = min(known.values(), key=lambda one: one[1])
+            row = {**row, "underlay": outer, "measured": sorted(known), "mtu": inner_mtu(outer, **row["around"])}
+            row["least"] = host
+        told.append(dict(row))
+    return told
 
 
 def rows(
@@ -61,6 +77,12 @@ def rows(
         tried, words = chosen.get(one, (False, None))
         needed = [*native, Stage.PLAIN] if words else native  # the tunnel, to come back to
         encrypted = "wireguard" if following[-1] is Stage.DEMANDS else "none"
+        # The most that is around packets on the way.
+        around = {
+            "tunnel": min(native) < Stage.SENDS,
+            "wireguard": max(stages) is not Stage.PLAIN,
+            "gateways": max(gateways) is not Stage.PLAIN,
+        }
         yield {
             "sites": list(one),
             "routing": AUTO if tried else NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
@@ -72,10 +94,10 @@ def rows(
             "steps": _words(now, following),
             "ipsec_now": None if ipsec_now is None else ipsec_now.word,
             "ipsec_steps": _words(ipsec_now, ipsec_following),
-            # The smallest on the way.
-            "mtu": UNDERLAY_MTU
-            if min(native) >= Stage.SENDS
-            else inner_mtu(max(stages), overlay_mtu, gateways=max(gateways)),
+            "around": {**around, "most": overlay_mtu},
+            "underlay": UNDERLAY_MTU,
+            "measured": [],
+            "mtu": inner_mtu(UNDERLAY_MTU, **around, most=overlay_mtu),
             "open": [
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
                 for each in (
@@ -195,11 +217,19 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         opened = "; ".join(_opened(one) for one in row["open"])
         told.append(
             f"{name(row['sites'])}: path {path}, encryption {row['encryption']}{changing}, MTU {row['mtu']} "
-            f"inside where the underlay has {UNDERLAY_MTU}. Open: {opened}"
+            f"inside{_underlay(row)}. Open: {opened}"
         )
     if len(found) > _MOST_LINES:
         told.append(f"and {len(found) - _MOST_LINES} more pairs of sites")
     return told
+
+
+def _underlay(row: Mapping[str, Any]) -> str:
+    if not row["measured"]:
+        return f" where the underlay has {row['underlay']}"
+    lacking = [site for site in dict.fromkeys(row["sites"]) if site not in row["measured"]]
+    more = f"; not measured: {lacking[0]}" if lacking else ""
+    return f", {row['underlay']} outside (the least that was measured, on {row['least']}{more})"
 
 
 def _opened(one: Mapping[str, Any]) -> str:

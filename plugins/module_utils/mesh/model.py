@@ -198,23 +198,38 @@ class Service:
 
 @dataclass(frozen=True)
 class Encryption:
-    """`none`, `wireguard` or `ipsec-gateway`: of all pairs of sites, and of those `pairs` that differ."""
+    """`none`, `wireguard` or `ipsec-gateway`: of the estate, of those `sites` that say something of their own, and of
+    `pairs`."""
 
     default: str = "none"
     pairs: Mapping[Pair, str] = field(default_factory=dict)
+    sites: Mapping[str, str] = field(default_factory=dict)
 
-    def of(self, pair: Pair) -> str:
+    def of_site(self, site: str) -> str:
+        return self.sites.get(site, self.default)
+
+    def of(self, pair: Pair) -> str | None:
+        """None where the two sides say different things."""
         if pair in self.pairs:
             return self.pairs[pair]
-        # The hosts of a site reach each other without its gateway.
-        return "none" if self.default == GATEWAY and pair[0] == pair[1] else self.default
+        one, other = self.of_site(pair[0]), self.of_site(pair[1])
+        if pair[0] == pair[1]:
+            # The hosts of a site reach each other without its gateway.
+            return "none" if one == GATEWAY else one
+        return one if one == other else None
+
+    def wants_wireguard(self, pair: Pair) -> bool:
+        """Where the sides differ, as those may of which one has orphans only, it does if either says so."""
+        found = self.of(pair)
+        return found == "wireguard" if found is not None else "wireguard" in map(self.of_site, pair)
 
 
 @dataclass(frozen=True)
 class Model:
     """Everything is sorted by name: the order of the inventory does not show.
 
-    `entries`: inventory hosts that stand for a cluster whose control plane is in it, by cluster: no part of the mesh.
+    `masquerade`: sites whose hosts give packets of workloads that leave the mesh their own address. `entries`:
+    inventory hosts that stand for a cluster whose control plane is in it, by cluster: no part of the mesh.
     """
 
     name: str
@@ -232,6 +247,7 @@ class Model:
     routing: Routing = field(default_factory=Routing)
     ipsec: Ipsec = field(default_factory=Ipsec)
     bgp: Mapping[str, Bgp] = field(default_factory=dict)
+    masquerade: tuple[str, ...] = ()
     entries: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -255,6 +271,8 @@ class Model:
                 del entry["definition"]["kubernetes"]
         if self.encryption == Encryption():
             del content["encryption"]
+        elif not self.encryption.sites:
+            del content["encryption"]["sites"]
         if self.vpcs == Vpcs():
             del content["vpcs"]
         if self.routing == Routing():
@@ -263,6 +281,8 @@ class Model:
             del content["ipsec"]
         if not self.bgp:
             del content["bgp"]
+        if not self.masquerade:
+            del content["masquerade"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -394,6 +414,7 @@ class _Reader:
             routing=routing,
             ipsec=ipsec,
             bgp=speaking,
+            masquerade=tuple(sorted(site for site, entry in (top["sites"] or {}).items() if entry["masquerade"])),
             entries={name: self.entries[name] for name in sorted(self.entries)},
             warnings=tuple(sorted(self.warnings)),
         )
@@ -954,6 +975,7 @@ class _Reader:
                     "its routing would be unknown",
                     suggestion(site, known),
                 )
+        named_pairs: set[Pair] = set()
         pairs: dict[Pair, str] = {}
         ways: dict[Pair, str] = {}
         for index, pair in enumerate(top["site_pairs"] if top["site_pairs"] is not INVALID else ()):
@@ -977,30 +999,54 @@ class _Reader:
                         "the pair joins nothing",
                         suggestion(site, known),
                     )
-            if both in pairs:
+            if both in named_pairs:
                 self.problem(where, f"the pair {' and '.join(both)} is there twice", "one would win", "remove one")
-            pairs[both] = pair["encryption"] or top["encryption"]
+            named_pairs.add(both)
+            if pair["encryption"] is not None:
+                pairs[both] = pair["encryption"]
             if pair["routing"] is not None:
                 ways[both] = pair["routing"]
         default = top["encryption"]
-        encryption = Encryption(default, {both: pairs[both] for both in sorted(pairs) if pairs[both] != default})
+        encrypting = {
+            site: entry["encryption"]
+            for site, entry in sorted((declared or {}).items())
+            if entry["encryption"] not in (None, default)
+        }
+        differing = {both: pairs[both] for both in sorted(pairs) if encrypting or pairs[both] != default}
+        encryption = Encryption(default, differing, encrypting)
         own = {
             site: entry["routing"]
             for site, entry in sorted((declared or {}).items())
             if entry["routing"] not in (None, top["routing"])
         }
         routing = Routing(top["routing"], own, {both: ways[both] for both in sorted(ways)})
-        said = [top["routing"], top["encryption"], *own.values(), *ways.values(), *pairs.values()]
+        said = [top["routing"], default, *own.values(), *ways.values(), *encrypting.values(), *pairs.values()]
         given = {site: read_bgp(entry["bgp"]) for site, entry in sorted((declared or {}).items()) if entry["bgp"]}
         speaking = {site: found for site, found in given.items() if found is not None}
         if not any(value is INVALID for value in said):
             everywhere = {site for _where, site in named} | known
+            self.encrypted(encryption, everywhere)
             self.native(routing, encryption, everywhere, hosts)
             if len(speaking) == len(given):
                 native = [pair for pair in pairs_of(everywhere) if routing.of(pair) in (NATIVE, AUTO)]
                 claims = [claim for cluster in clusters.values() for claim in cluster.claims]
                 check_bgp(speaking, chain(*native), hosts.values(), claims, self.problem)
         return encryption, routing, speaking
+
+    def encrypted(self, encryption: Encryption, sites: set[str]) -> None:
+        """Pairs of sites whose two sides say different things."""
+        split = [
+            f"{one} (`{encryption.of_site(one)}`) and {other} (`{encryption.of_site(other)}`)"
+            for one, other in pairs_of(sites)
+            if encryption.of((one, other)) is None
+        ]
+        if split:
+            self.problem(
+                "isthmus_estate.encryption",
+                f"the sides of {_listed(split)} differ",
+                "one would send what the other does not take, and neither is to be weakened without a word",
+                "say in site_pairs what they use, or the same for both sites",
+            )
 
     def native(self, routing: Routing, encryption: Encryption, sites: set[str], hosts: Mapping[str, Host]) -> None:
         """Pairs of sites that cannot be native as they are said to be."""
@@ -1014,7 +1060,7 @@ class _Reader:
                 split.append(name)
             elif way == NATIVE:
                 native.update(pair)
-                if encryption.of(pair) != "none":
+                if encryption.of(pair) not in ("none", None):
                     encrypted.append(name)
         where = "isthmus_estate.routing"
         if split:

@@ -1546,7 +1546,10 @@ class _Spec:
             "node": {
                 "name": self.name,
                 **{key: self.host[key] for key in ("underlay4", "advertise4", "range4", "mesh4", "labels")},
-                **_filled(kubernetes_node=self.host.get("kubernetes_node")),
+                **_filled(
+                    kubernetes_node=self.host.get("kubernetes_node"),
+                    masquerade=self.host["site"] in self.model.masquerade,
+                ),
             },
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
             **{key: shared[key] for key in ("overlay", "dns", "service_ranges4", "mesh_ranges4")},

@@ -740,6 +740,20 @@ SITE = Table(
             None,
             "that of the estate",
         ),
+        "encryption": Key(
+            _ENCRYPTION,
+            "Whether packets of the mesh among its hosts and to other sites are encrypted, where a pair of sites says "
+            "nothing else; `ipsec-gateway` to other sites only. Two sites that say different things are refused until "
+            "`site_pairs` says what they use.",
+            None,
+            "that of the estate",
+        ),
+        "masquerade": Key(
+            Flag(),
+            "Whether packets of workloads that leave the mesh get their host's address, so that what is there can "
+            "answer. See [routing.md](routing.md#source-address).",
+            False,
+        ),
         "ipsec": Key(
             IPSEC,
             "The site's gateway, for pairs with `encryption: ipsec-gateway`. See [ipsec.md](ipsec.md).",
@@ -767,7 +781,7 @@ SITE_PAIR = Table(
             _ENCRYPTION,
             "Whether packets of the mesh between them are encrypted.",
             None,
-            "that of the estate",
+            "what the two sites say, if it is the same",
         ),
         "ipsec_authentication": Key(
             Choice(("certificate", "psk")),
@@ -1080,7 +1094,7 @@ ESTATE = Table(
         ),
         "encryption": Key(
             _ENCRYPTION,
-            "How packets of the mesh between hosts are encrypted, where a pair of sites says nothing else: by "
+            "How packets of the mesh between hosts are encrypted, where a site or a pair of them says nothing else: by "
             "`wireguard` from host to host ([encryption.md](encryption.md)), or between sites by their gateways, "
             "`ipsec-gateway` ([ipsec.md](ipsec.md)).",
             "none",

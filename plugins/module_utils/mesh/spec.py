@@ -94,7 +94,8 @@ class ClusterSpec:
 class HostSpec:
     """`underlay4` is what the host has, `advertise4` what others dial, `mesh4` lies in `range4`.
 
-    `kubernetes_node` is the name of the Kubernetes node that the host is, None where it is none."""
+    `kubernetes_node` is the name of the Kubernetes node that the host is, None where it is none. `masquerade`: packets
+    from `range4` that leave the mesh get the host's address; else they do not leave."""
 
     name: str
     underlay4: IPv4Address
@@ -103,6 +104,7 @@ class HostSpec:
     mesh4: IPv4Address
     labels: Mapping[str, str] = field(default_factory=dict)
     kubernetes_node: str | None = None
+    masquerade: bool = False
 
 
 @dataclass(frozen=True)
@@ -453,6 +455,7 @@ def _host(fields: Fields) -> HostSpec:
         mesh4=fields.address4("mesh4"),
         labels=fields.text_mapping("labels"),
         kubernetes_node=fields.optional_text("kubernetes_node"),
+        masquerade=fields.boolean("masquerade"),
     )
 
 

@@ -87,7 +87,7 @@ class Stages:
             "encryption",
             None
             if wanted == Encryption()
-            else lambda pair: Stage.DEMANDS if wanted.of(pair) == "wireguard" else Stage.PLAIN,
+            else lambda pair: Stage.DEMANDS if wanted.wants_wireguard(pair) else Stage.PLAIN,
         )
 
     def native_ways(self) -> Ways:

@@ -172,3 +172,25 @@ def test_a_wide_range_has_the_smallest_mtu_of_its_nodes() -> None:
     found[keys.ip_key(stray.ip, "cloud")] = stray.to_json().encode()
     wanted = desired(spec("demands"), mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
     assert {one.mtu for one in routes(wanted, "10.102.0.0/16", MAIN)} == {1450}
+
+
+def test_with_masquerading_what_is_outside_the_mesh_leaves_and_nothing_else_changes() -> None:
+    plain = computed(mesh.spec())
+    document = mesh.spec_document()
+    document["node"]["masquerade"] = True
+    found = computed(NodeSpec.from_dict(document))
+    closed, opened = (Route(ip_network("0.0.0.0/0"), table=TABLE, **{how: True}) for how in ("unreachable", "throw"))
+    assert plain.datapath.routes - found.datapath.routes == {closed}
+    assert found.datapath.routes - plain.datapath.routes == {opened}
+    for each in (*mesh.spec().mesh_ranges4, *mesh.spec().service_ranges4):
+        assert Route(each, unreachable=True) in found.datapath.routes, "not to be looked for outside"
+    assert plain.datapath.keep_source is None
+    keep = found.datapath.keep_source
+    assert keep is not None
+    assert (keep.host, keep.native) == (ip_network("10.101.0.0/28"), False)
+    assert keep.mesh is not None
+    inside = ("10.101.0.9", "10.103.200.1", "10.112.0.1", "198.18.1.11", "198.18.1.12", "198.18.2.11", "198.18.3.11")
+    for text in inside:
+        assert any(ip_address(text) in each for each in keep.mesh), text
+    for text in ("192.0.2.1", "198.18.1.200", "10.1.0.1"):
+        assert not any(ip_address(text) in each for each in keep.mesh), text

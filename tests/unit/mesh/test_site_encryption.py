@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isthmus_mesh import matrix, openings
 from isthmus_mesh.encryption import STAGES, Keys, Stage, from_document, keys_of, pairs, rotation, to_document, way
-from isthmus_mesh.model import ModelError
+from isthmus_mesh.model import Encryption, ModelError
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from isthmus_mesh.spec import NodeSpec
@@ -52,6 +52,59 @@ def test_an_estate_without_encryption_is_as_it_was() -> None:
     assert "encryption" not in said.record["roster"]
     assert not any("wireguard" in spec for spec in said.specs.values())
     assert (said.steps, said.stages) == ((), {})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "inside_one", "between"),
+    [
+        ("none", "none", "none", "none"),
+        ("wireguard", "wireguard", "wireguard", "wireguard"),
+        ("ipsec-gateway", "ipsec-gateway", "none", "ipsec-gateway"),
+        ("none", "wireguard", "none", None),
+        ("wireguard", "none", "wireguard", None),
+        ("wireguard", "ipsec-gateway", "wireguard", None),
+        ("ipsec-gateway", "none", "none", None),
+    ],
+)
+def test_what_two_sites_use(one: str, other: str, inside_one: str, between: str | None) -> None:
+    for said in (Encryption("none", {}, {"a": one, "b": other}), Encryption(one, {}, {"b": other})):
+        assert said.of(("a", "a")) == inside_one
+        assert said.of(("a", "b")) == between
+    pairs_too = Encryption("none", {("a", "b"): "none", ("a", "a"): "wireguard"}, {"a": one, "b": other})
+    assert (pairs_too.of(("a", "b")), pairs_too.of(("a", "a"))) == ("none", "wireguard")
+
+
+@pytest.mark.parametrize("default", ["none", "wireguard"])
+def test_sites_that_differ_are_refused_until_the_pair_is_said(default: str) -> None:
+    said = {"none": "wireguard", "wireguard": "none"}[default]
+    keys: dict[str, Any] = {"encryption": default, "sites": {"onprem": {"encryption": said}, "cloud": {}}}
+    words = rf"isthmus_estate.encryption: the sides of cloud \(`{default}`\) and onprem \(`{said}`\) differ"
+    with pytest.raises(ModelError, match=words):
+        changed(**keys)
+    for pair in ("none", "wireguard"):
+        found = changed(**keys, site_pairs=[{"sites": ["cloud", "onprem"], "encryption": pair}])
+        assert {tuple(row["sites"]): row["encryption"] for row in found.sites} == {
+            ("cloud", "onprem"): pair,
+            ("onprem", "onprem"): said,
+        }
+    # A pair that says how packets go says nothing of encryption.
+    with pytest.raises(ModelError, match=words):
+        changed(**keys, site_pairs=[{"sites": ["cloud", "onprem"], "routing": "tunnel"}])
+
+
+def test_sites_that_agree_need_no_default() -> None:
+    both = {"onprem": {"encryption": "wireguard"}, "cloud": {"encryption": "wireguard"}}
+    assert changed(sites=both).specs == changed(**ON).specs
+
+
+def test_a_site_of_orphans_only_is_not_weakened_by_the_default() -> None:
+    """Its site is not in the inventory any more, so nobody can be asked to say what the pair uses."""
+    other = {"x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.3.1", "isthmus_site": "branch"}}
+    both = {"onprem": {"encryption": "wireguard"}, "cloud": {"encryption": "wireguard"}}
+    found = changed(more=other, sites={**both, "branch": {"encryption": "wireguard"}})
+    left = changed(found, sites=both)
+    assert "host/x1" in left.orphans
+    assert not any("branch" in spec["wireguard"]["plain_sites"] for spec in left.specs.values())
 
 
 def test_a_new_estate_encrypts_from_the_first_packet() -> None:
@@ -353,6 +406,30 @@ def test_the_matrix_says_what_is_open_and_how_large_packets_are() -> None:
         ("TCP", 2379),
     ]
     assert matrix.lines(changed(**ON, overlay={"mtu": 1300}).sites)[0].count("MTU 1300") == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "inside"),
+    [
+        ({}, 1350),
+        (ON, 1270),
+        ({"routing": "native"}, 1400),
+        ({**ON, "overlay": {"mtu": 1200}}, 1200),
+    ],
+    ids=["tunnel", "wireguard", "native", "overlay.mtu"],
+)
+def test_the_matrix_has_the_mtu_of_the_underlay_that_was_measured(keys: dict[str, Any], inside: int) -> None:
+    rows = changed(**keys).sites
+    found = matrix.measured(rows, {"onprem": ("o2", 1400), "cloud": ("c1", 9000)})
+    assert {tuple(row["sites"]): (row["underlay"], row["mtu"]) for row in found} == {
+        ("cloud", "onprem"): (1400, inside),
+        ("onprem", "onprem"): (1400, inside),
+    }
+    (between, _within) = matrix.lines(found)
+    assert f"MTU {inside} inside, 1400 outside (the least that was measured, on o2). Open" in between
+    (between, within) = matrix.lines(matrix.measured(rows, {"cloud": ("c1", 9000)}))
+    assert "9000 outside (the least that was measured, on c1; not measured: onprem)" in between
+    assert "where the underlay has 1500" in within
 
 
 def test_the_plan_says_what_turning_on_and_off_does() -> None:

@@ -282,3 +282,17 @@ def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
     lines = matrix.changes(found.sites, found.keys)
     assert lines[0].startswith("the keys of WireGuard are replaced")
     assert lines[1].startswith("native routing within onprem is turned on")
+
+
+def test_masquerade_is_of_a_sites_hosts_and_nothing_else_changes() -> None:
+    plain = planned(model())
+    assert changed(plain, sites={"onprem": {}, "cloud": {"masquerade": False}}).specs == plain.specs
+    found = changed(plain, sites={"onprem": {"masquerade": True}, "cloud": {}})
+    said = {name: NodeSpec.from_dict(spec).node.masquerade for name, spec in found.specs.items()}
+    assert said == {"o1": True, "o2": True, "o3": True, "c1": False}
+    assert found.specs["c1"] == plain.specs["c1"]
+    assert found.steps == ()
+    for name in ("o1", "o2", "o3"):
+        now, before = found.specs[name], plain.specs[name]
+        assert {**now, "node": before["node"], "hash": ""} == {**before, "hash": ""}
+        assert {key for key in now["node"] if now["node"][key] != before["node"].get(key)} == {"masquerade"}

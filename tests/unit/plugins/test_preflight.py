@@ -309,7 +309,8 @@ def test_a_link_that_carries_too_little_for_what_is_around_packets_is_told(
         host.links(addresses=(lo, {"ifname": "eth7", "mtu": mtu, "addr_info": [{"local": "127.0.0.1"}]}))
 
     underlay(least)
-    assert host.run(spec=spec)["problems"] == []
+    found = host.run(spec=spec)
+    assert (found["problems"], found["underlay_mtu"]) == ([], least)
     underlay(least - 1)
     words = host.problem(spec=spec)
     assert words.startswith(f"The link eth7, which has the underlay address 127.0.0.1, carries {least - 1} bytes")
