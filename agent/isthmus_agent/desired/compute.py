@@ -139,7 +139,7 @@ def desired(
         rules=addressing.rules(spec, ranges) | wireguard_rules(spec),
         keep_source=addressing.keep_source(spec, ranges),
         wireguard=_wireguard(spec, encrypted, facts.underlay_mtu),
-        native=addressing.native(spec),
+        native=memory.of("native", (spec, nodes), lambda: addressing.native(spec, nodes)),
         clusters={config.id: cluster for cluster, config in state.configs.items()},
     )
     return Desired(
