@@ -926,7 +926,7 @@ class Verifier:
             sent = frr.routes(self.module, address, "advertised-routes")
             self.check("bgp", announced in sent, f"router {address} is not sent {announced}, but {sent}; {SITE}")
             received += frr.routes(self.module, address, "routes")
-        wanted = openings.native_sources(self.spec, self.record)
+        wanted = openings.native_sources(self.spec, self.record, outside=True)
         unknown = bgp.uncovered(wanted, received)
         if unknown and len(lacking) < len(own["routers"]):
             self.warnings.append(
