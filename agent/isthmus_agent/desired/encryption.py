@@ -24,7 +24,7 @@ from isthmus_agent.state.model import NodeKey
 
 TABLE = 732
 RULE_PRIORITY = 732
-INSIDE_RULE_PRIORITY = 728
+INSIDE_RULE_PRIORITY = 726
 """Of rules for what came natively inside WireGuard: before those for what goes to its sender."""
 
 

@@ -181,15 +181,15 @@ def test_a_node_of_a_native_site_with_encryption_is_reached_inside_wireguard(
     (device,) = found.wireguard
     assert device.peers[CLOUD_KEY].addresses == {CLOUD}
     assert device.peers[CLOUD_KEY].ranges == ({prefix} if takes else set())
-    assert Rule(ip_network("0.0.0.0/0"), 733, 728, mark=0x49) in found.rules or not takes
+    assert Rule(ip_network("0.0.0.0/0"), 733, 726, mark=0x49) in found.rules or not takes
     assert found.native is None or found.native.inside == ({CLOUD} if takes else set())
     assert not any(one.toward for one in found.routes)
 
 
 def test_rules_for_what_comes_natively_inside_wireguard_are_there_only_with_it() -> None:
-    assert not [one for one in inside(None).datapath.rules if one.priority == 728]
+    assert not [one for one in inside(None).datapath.rules if one.priority == 726]
     own = spec("demands", wireguard={**WIREGUARD, "plain_sites": ["onprem", "edge", "cloud"]})
-    assert not [one for one in computed(own).datapath.rules if one.priority == 728]
+    assert not [one for one in computed(own).datapath.rules if one.priority == 726]
 
 
 @pytest.mark.parametrize("more", ["10.102.0.0/28", "10.102.0.8/29", "10.102.0.0/24"])
