@@ -373,27 +373,55 @@ static __always_inline bool translate(struct __sk_buff *skb, const struct iphdr 
 }
 
 /*
+ * What came through WireGuard without a tunnel: from a node that may send so, to an
+ * address of ours. The sender's identity is that of the source address.
+ */
+static __always_inline enum isthmus_drop take_inside(struct __sk_buff *skb, const struct iphdr *ip, __be32 underlay4)
+{
+	struct isthmus_addr source = addr_from_v4(ip->saddr);
+	const struct isthmus_ipcache_value *entry = ipcache_lookup(&source);
+	struct isthmus_ident_key seen = { .dst = addr_from_v4(ip->daddr) };
+
+	if (!entry || !(entry->flags & ISTHMUS_IPCACHE_INSIDE))
+		return ISTHMUS_DROP_NOT_OVERLAY;
+	/* From host to host everything comes by the underlay; only replies of workloads are ours. */
+	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE : !bpf_map_lookup_elem(&local, &seen.dst))
+		return ISTHMUS_DROP_NOT_LOCAL_DEST;
+	seen.identity = entry->identity;
+	seen.cluster_id = entry->cluster_id;
+	count_identity(skb, &seen);
+	return ISTHMUS_DROP_NONE;
+}
+
+/*
  * WireGuard has checked that the source is the peer's (allowed IPs). Only whole
- * overlay packets to this host go on: everything else that peers send us comes by
- * the underlay, where the host's own firewall expects it, and a host that forwards
- * must not send on in clear what came encrypted.
+ * overlay packets to this host go on, and from nodes that send without a tunnel those
+ * to addresses of ours: everything else that peers send us comes by the underlay,
+ * where the host's own firewall expects it, and a host that forwards must not send on
+ * in clear what came encrypted.
  */
 SEC("tc")
 int wireguard_ingress(struct __sk_buff *skb)
 {
 	const struct isthmus_wireguard *device;
-	struct iphdr ip;
+	enum isthmus_drop reason;
 	struct udphdr udp;
+	struct iphdr ip;
+	bool is_overlay;
 	__u32 index = 0;
 
 	device = bpf_map_lookup_elem(&wireguard, &index);
 	if (!device || skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)) ||
-	    ip.version != 4 || ip.protocol != IPPROTO_UDP || ip.frag_off & bpf_htons(IP_FRAGMENT_MASK) ||
-	    bpf_skb_load_bytes(skb, ip.ihl * 4, &udp, sizeof(udp)) || udp.dest != device->port)
+	    ip.version != 4)
 		return drop(skb, ISTHMUS_DROP_NOT_OVERLAY);
-	if (ip.daddr != device->underlay4 &&
-	    (ip.daddr != device->advertised4 || !translate(skb, &ip, &udp, device->underlay4)))
-		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
+	is_overlay = ip.protocol == IPPROTO_UDP && !(ip.frag_off & bpf_htons(IP_FRAGMENT_MASK)) &&
+		     !bpf_skb_load_bytes(skb, ip.ihl * 4, &udp, sizeof(udp)) && udp.dest == device->port;
+	if (!is_overlay || (ip.daddr != device->underlay4 &&
+			    (ip.daddr != device->advertised4 || !translate(skb, &ip, &udp, device->underlay4)))) {
+		reason = take_inside(skb, &ip, device->underlay4);
+		if (reason)
+			return drop(skb, is_overlay ? ISTHMUS_DROP_NOT_LOCAL_DEST : reason);
+	}
 	skb->mark = skb->ifindex == device->second ? ISTHMUS_MARK_DECRYPTED_SECOND : ISTHMUS_MARK_DECRYPTED;
 	return TC_ACT_OK;
 }
@@ -407,6 +435,14 @@ static __always_inline bool is_icmp_error(const struct __sk_buff *skb, const str
 	    bpf_skb_load_bytes_relative(skb, ip->ihl * 4, &type, sizeof(type), BPF_HDR_START_NET))
 		return false;
 	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+}
+
+/* Whether an address is the host's own on the underlay: the one that others send to may be there as well. */
+static __always_inline bool is_of_host(const struct isthmus_addr *addr)
+{
+	const struct isthmus_ipcache_value *entry = ipcache_lookup(addr);
+
+	return entry && entry->flags & ISTHMUS_IPCACHE_NODE && addr_is_zero(&entry->tunnel);
 }
 
 /*
@@ -453,7 +489,7 @@ int underlay_ingress(struct __sk_buff *skb)
 	const struct isthmus_native *here;
 	struct isthmus_ident_key seen = {};
 	struct isthmus_addr source;
-	bool to_underlay, is_native;
+	bool to_underlay, is_native, is_inside;
 	struct iphdr ip;
 	__u32 index = 0;
 
@@ -469,14 +505,21 @@ int underlay_ingress(struct __sk_buff *skb)
 	source = addr_from_v4(ip.saddr);
 	entry = ipcache_lookup(&source);
 	is_native = entry && entry->flags & ISTHMUS_IPCACHE_NATIVE;
+	is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
 	/* To the host itself everything comes by the underlay; only replies of workloads are ours. */
-	if (to_underlay && (!is_native || entry->flags & ISTHMUS_IPCACHE_NODE))
+	if (to_underlay && (!(is_native || is_inside) || entry->flags & ISTHMUS_IPCACHE_NODE))
 		return TC_ACT_UNSPEC;
 	if (!is_native) {
 		if (is_icmp_error(skb, &ip))
 			return TC_ACT_UNSPEC;
+		if (is_inside && !(entry->flags & ISTHMUS_IPCACHE_NODE))
+			return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
+		if (is_of_host(&seen.dst))
+			return TC_ACT_UNSPEC;
 		if (!entry)
 			return drop(skb, ISTHMUS_DROP_UNKNOWN_PEER);
+		if (is_inside)
+			return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
 		return drop(skb, addr_is_zero(&entry->tunnel) ? ISTHMUS_DROP_BAD_SOURCE : ISTHMUS_DROP_WRONG_WAY);
 	}
 	if (!may_come_from(skb, &entry->tunnel, here->ifindex))
@@ -491,9 +534,10 @@ int underlay_ingress(struct __sk_buff *skb)
 
 /*
  * What makes sure that a packet with an address of the mesh as its source leaves
- * natively only for where that is agreed, whatever became of routes and rules, and
- * that nobody on this host sends in another node's name. Packets that are only
- * forwarded are not ours: a host may be its site's router.
+ * natively only for where that is agreed, whatever became of routes and rules, that
+ * nothing at all leaves in clear for what is behind WireGuard, and that nobody on this
+ * host sends in another node's name. Packets that are only forwarded are not ours: a
+ * host may be its site's router.
  */
 SEC("tc")
 int underlay_egress(struct __sk_buff *skb)
@@ -502,17 +546,24 @@ int underlay_egress(struct __sk_buff *skb)
 	const struct isthmus_native *here;
 	struct isthmus_addr source, destination;
 	struct iphdr ip;
+	bool is_inside;
 	__u32 index = 0;
 
 	here = bpf_map_lookup_elem(&native, &index);
 	if (!here || !here->ifindex || skb->protocol != bpf_htons(ETH_P_IP) ||
-	    bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET) || ip.saddr == here->underlay4)
+	    bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
 		return TC_ACT_UNSPEC;
 	source = addr_from_v4(ip.saddr);
 	if (bpf_map_lookup_elem(&local, &source)) {
 		destination = addr_from_v4(ip.daddr);
 		entry = ipcache_lookup(&destination);
-		if (entry && entry->flags & ISTHMUS_IPCACHE_NATIVE)
+		is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
+		/* From host to host everything goes by the underlay. */
+		if (ip.saddr == here->underlay4 && (!is_inside || entry->flags & ISTHMUS_IPCACHE_NODE))
+			return TC_ACT_UNSPEC;
+		if (is_inside)
+			return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);
+		if ((entry && entry->flags & ISTHMUS_IPCACHE_NATIVE) || is_of_host(&source))
 			return TC_ACT_UNSPEC;
 		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 	}

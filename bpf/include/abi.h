@@ -33,6 +33,7 @@ _Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
 #define ISTHMUS_IPCACHE_FIXED	(1 << 1)	/* a node's mesh, health or ingress address: it never moves */
 #define ISTHMUS_IPCACHE_ENCRYPTED	(1 << 2)	/* packets to its tunnel go through WireGuard or not at all */
 #define ISTHMUS_IPCACHE_NATIVE	(1 << 3)	/* packets may go to it and come from it by the underlay, without a tunnel */
+#define ISTHMUS_IPCACHE_INSIDE	(1 << 4)	/* the same inside WireGuard, and by nothing else */
 
 struct isthmus_lpm_key {
 	__u32 prefixlen;		/* of the 128-bit form: v4 length + 96 */
@@ -52,7 +53,7 @@ struct isthmus_peer_value {
 _Static_assert(sizeof(struct isthmus_peer_value) == 20, "peer value");
 
 #define ISTHMUS_PEER_ENCRYPTED	(1 << 0)	/* its packets come through WireGuard or are dropped */
-#define ISTHMUS_PEER_NATIVE	(1 << 1)	/* its packets come by the underlay without a tunnel or are dropped */
+#define ISTHMUS_PEER_NATIVE	(1 << 1)	/* its packets come without a tunnel or are dropped */
 
 /*
  * The WireGuard devices, in the one element of the map `wireguard`; all zero: there
@@ -61,7 +62,7 @@ _Static_assert(sizeof(struct isthmus_peer_value) == 20, "peer value");
 struct isthmus_wireguard {
 	__u32 ifindex;
 	__u32 second;
-	__be16 port;			/* of the overlay, UDP: nothing else may come through the device */
+	__be16 port;			/* of the overlay, UDP */
 	__u16 pad;
 	__be32 underlay4;		/* this host's address */
 	__be32 advertised4;		/* where others send to, another one where a NAT is on the way */
@@ -79,7 +80,8 @@ struct isthmus_native {
 /*
  * What the WireGuard devices' program writes as a packet's mark, one of two by the
  * device. It survives the decapsulation and tells the overlay's program how the
- * packet came; that program clears it. Only the lowest byte counts: Calico and
+ * packet came; that program clears it. With one that came without a tunnel it goes
+ * to the kernel's check of sources. Only the lowest byte counts: Calico and
  * kube-proxy use higher bits.
  */
 #define ISTHMUS_MARK_MASK	0xff
@@ -205,7 +207,7 @@ enum isthmus_drop {
 	ISTHMUS_DROP_TUNNEL_KEY,	/* the kernel refused the tunnel key */
 	ISTHMUS_DROP_NOT_LOCAL_DEST,	/* arrived here for an address that is not ours */
 	ISTHMUS_DROP_NOT_ENCRYPTED,	/* to or from a peer that is to be encrypted, and WireGuard was not in the way */
-	ISTHMUS_DROP_NOT_OVERLAY,	/* came through WireGuard and is no whole packet of the overlay */
+	ISTHMUS_DROP_NOT_OVERLAY,	/* came through WireGuard, is no whole packet of the overlay and may not come without */
 	ISTHMUS_DROP_WRONG_WAY,		/* natively to or from where the tunnel leads, or the other way round */
 	ISTHMUS_DROP_MAX = 16,
 };

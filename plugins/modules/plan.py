@@ -186,7 +186,7 @@ sites:
     - C(auto) says in words what a pair with C(routing=auto) does, and is null of others. While it has still to try
       native packets its C(routing) is V(auto).
     - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
-      or off, C(routing_now) and C(routing_steps) the same of native routing.
+      or off, a stage for each step of the run, C(routing_now) and C(routing_steps) the same of native routing.
   returned: success
   type: list
   elements: dict

@@ -194,6 +194,14 @@ FRESH = 30  # seconds after which a peer's proof is too old
 PAUSE = 2  # seconds from one look to the next
 SITE = "run the playbook isthmus.mesh.site"
 PODS = "see `isthmus status` on both hosts, and whether a network policy forbids echoes"
+BY_THE_NETWORK = (
+    "The network between the hosts must route the ranges of workloads (`routers` of the plan has the routes), and let "
+    "packets between them through"
+)
+THROUGH_WIREGUARD = (
+    "It is to be reached so inside WireGuard: firewalls of the two hosts must let packets between the ranges of "
+    "workloads in on its devices (docs/ports.md), and WireGuard must have a session between them"
+)
 PROBES = 3  # pods that are entered, one after the other, until everything was reached
 
 
@@ -781,7 +789,9 @@ class Verifier:
         return words
 
     def check_native(self):
-        """Each host that is to be reached natively is, and the way carries what the underlays on both sides do."""
+        """Each host that is to be reached natively is, and the way carries what the underlays on both sides do, with
+        WireGuard less what that needs. Packets of full size that are answered were inside WireGuard where they have to
+        be: the programs on both sides drop others."""
         source = self.spec["node"]["mesh4"]
         nodes = {(one["cluster"], one["name"]): one for one in self.ask()["nodes"]}
         reached = {(host["cluster"], host["name"]): host["mesh4"] for host in self.hosts}
@@ -802,9 +812,13 @@ class Verifier:
                 self.check(
                     "routing",
                     key not in silent,
-                    f"{name} is not reached natively: {silent.get(key)}. The network between the hosts must route the "
-                    "ranges of workloads (`routers` of the plan has the routes), and let packets between them through; "
-                    "where routing is auto, isthmus.mesh.site leads packets back into the tunnel",
+                    f"{name} is not reached natively: {silent.get(key)}. "
+                    + (
+                        f"{THROUGH_WIREGUARD}, which `isthmus status` on both shows"
+                        if openings.encrypts(self.spec, site) is Stage.DEMANDS
+                        else f"{BY_THE_NETWORK}; where routing is auto, isthmus.mesh.site leads packets back into the "
+                        "tunnel"
+                    ),
                 )
                 carried = packets.path_mtu(source, reached[key])
                 self.check(
@@ -846,9 +860,8 @@ class Verifier:
                 self.check(
                     "routing",
                     not words,
-                    f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. The network between "
-                    "the hosts must route the ranges of workloads (`routers` of the plan has the routes), and let "
-                    "packets between them through",
+                    f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. "
+                    + (THROUGH_WIREGUARD if openings.encrypts(installed, site) is Stage.DEMANDS else BY_THE_NETWORK),
                 )
         # One of each site tells enough, and rather one that tells something.
         unreached.sort(key=lambda one: (one["site"], not one["sure"]))
@@ -942,7 +955,7 @@ class Verifier:
             sent = frr.routes(self.module, address, "advertised-routes")
             self.check("bgp", announced in sent, f"router {address} is not sent {announced}, but {sent}; {SITE}")
             received += frr.routes(self.module, address, "routes")
-        wanted = openings.native_sources(self.spec, self.record)
+        wanted = openings.native_sources(self.spec, self.record, outside=True)
         unknown = bgp.uncovered(wanted, received)
         if unknown and len(lacking) < len(own["routers"]):
             self.warnings.append(

@@ -79,6 +79,7 @@ def test_version_and_flags_are_the_same() -> None:
     assert re.search(r"#define ISTHMUS_IPCACHE_FIXED\s+\(1 << 1\)", text)
     assert re.search(r"#define ISTHMUS_IPCACHE_ENCRYPTED\s+\(1 << 2\)", text)
     assert re.search(r"#define ISTHMUS_IPCACHE_NATIVE\s+\(1 << 3\)", text)
+    assert re.search(r"#define ISTHMUS_IPCACHE_INSIDE\s+\(1 << 4\)", text)
     assert re.search(r"#define ISTHMUS_PEER_NATIVE\s+\(1 << 1\)", text)
     assert re.search(r"#define ISTHMUS_PEER_ENCRYPTED\s+\(1 << 0\)", text)
     assert re.search(r"#define ISTHMUS_CONFIG_SET_RETVAL\s+\(1 << 0\)", text)

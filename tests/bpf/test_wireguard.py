@@ -5,6 +5,7 @@ out and in. The whole agent is in tests/integration/test_agent_wireguard.py."""
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpf.topology import Inside, InsideError, Node, two_nodes, wait_for
+from bpf.test_native import RAW
+from bpf.topology import Inside, InsideError, Node, capture, two_nodes, wait_for
 from isthmus_agent import netlink
-from isthmus_agent.desired.datapath import Datapath, Route, Rule, WireGuard, WireGuardPeer
-from isthmus_agent.desired.encryption import BACK, CLOSED, RULE_PRIORITY, TABLE
+from isthmus_agent.desired.datapath import Datapath, Native, Route, Rule, WireGuard, WireGuardPeer
+from isthmus_agent.desired.encryption import BACK, CLOSED, INSIDE_RULE_PRIORITY, RULE_PRIORITY, TABLE
 from isthmus_agent.netlink import settings as device_settings
 from isthmus_agent.netlink import wireguard
 
@@ -145,6 +147,46 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
         finally:
             for side in made:
                 side.close()
+
+
+def _inside(side: Side, other: Node) -> None:
+    """Natively inside WireGuard from now on: allowed IPs, maps, programs of the underlay, routes."""
+    node, far = side.node, ip_address(other.underlay)
+    (public,) = side.wanted.peers
+    prefix = ip_network(other.prefix)
+    peer = replace(side.wanted.peers[public], ranges=frozenset({prefix}))
+    side.wanted = replace(side.wanted, peers={public: peer})
+    ways = {prefix, ip_network(f"{other.underlay}/32")}
+    datapath = node.datapath
+    over = {"mtu": 1420, "wireguard": side.device}
+    node.datapath = replace(
+        datapath,
+        ipcache={key: replace(one, is_inside=one.tunnel == far) for key, one in datapath.ipcache.items()},
+        peers={address: replace(one, is_native=True) for address, one in datapath.peers.items()},
+        routes=frozenset(
+            replace(route, **over) if route.prefix in ways and route.table in (254, netlink.ROUTE_TABLE) else route
+            for route in datapath.routes
+        )
+        | {
+            Route(prefix, ip_address(node.mesh), table=netlink.ROUTE_TABLE, **over),
+            Route(prefix, table=FIRST.table, wireguard=side.device),
+        },
+        rules=datapath.rules | {Rule(ip_network("0.0.0.0/0"), FIRST.table, INSIDE_RULE_PRIORITY, mark=FIRST.mark)},
+        native=Native(IPv4Address(node.underlay), False, frozenset({far})),
+    )
+    side.make()
+    ways_found, problems = node.call(netlink.underlay_ways, node.datapath.routes, others=node.datapath.native.inside)
+    assert problems == []
+    index = node.call(netlink.overlay_index)
+    node.call(node.bpf.attach_underlay, {way.oif for way in ways_found.values()}, index, IPv4Address(node.underlay))
+
+
+@pytest.fixture
+def within(sides: tuple[Side, Side]) -> tuple[Side, Side]:
+    left, right = sides
+    _inside(left, right.node)
+    _inside(right, left.node)
+    return sides
 
 
 def _dial(client: Inside, node: Node, seconds: float = 3) -> str:
@@ -324,3 +366,209 @@ def test_a_device_of_another_kind_is_not_ours(sides: tuple[Side, Side]) -> None:
         left.node.call(wireguard.ensure_device, 1420, "wg-strange")
     assert left.node.call(wireguard.remove_device, "wg-strange") == []
     assert left.node.call(wireguard.find_index, "wg-strange") is not None
+
+
+def _identities(node: Node) -> dict[tuple[str, int], int]:
+    return {(str(one.destination), one.identity): one.packets for one in node.bpf.counters().identities}
+
+
+def _sent(node: Node, device: str) -> int:
+    def read() -> int:
+        shown = subprocess.run(["ip", "-j", "-s", "link", "show", device], check=True, capture_output=True, text=True)
+        return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["packets"])
+
+    return node.call(read)
+
+
+def test_packets_go_natively_inside_wireguard_with_the_identity_of_their_source(within: tuple[Side, Side]) -> None:
+    left, right = within
+    for side in within:
+        side.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+    before = _sent(left.node, "isthmus0")
+    assert _dial(left.node.process("web"), right.node) == "b 10.101.0.2"
+    assert _sent(left.node, "isthmus0") == before
+    assert _identities(right.node)[right.node.workload, left.node.identity] >= 3
+    for side in within:
+        assert not any(side.node.drops().values())
+        index = side.node.call(wireguard.find_index, side.device)
+        assert side.node.call(netlink.audit_network, side.node.datapath, wireguard={side.device: index}) == []
+        assert side.node.call(wireguard.audit, side.wanted, side.device) == []
+
+
+def test_packets_natively_inside_wireguard_are_whole_at_their_mtu(within: tuple[Side, Side]) -> None:
+    left, right = within
+    right.node.process("web").do(f"serve_udp('b', {right.node.workload!r}, 5353); result = 1")
+    client = left.node.process("web")
+    client.do(
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(3)\n"
+        "s.setsockopt(socket.IPPROTO_IP, 10, 2)\n"
+        f"s.sendto(b'x' * {1420 - 28}, ('10.102.0.2', 5353)); result = s.recv(99).decode()"
+    )
+    with pytest.raises(InsideError, match="too long"):
+        client.do(f"s.sendto(b'x' * {1421 - 28}, ('10.102.0.2', 5353))")
+
+
+def test_fragments_come_natively_through_wireguard(within: tuple[Side, Side]) -> None:
+    left, right = within
+    right.node.process("web").do(f"serve_udp('b', {right.node.workload!r}, 5353); result = 1")
+    assert (
+        left.node.process("web").do(
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(3)\n"
+            "s.sendto(b'x' * 4000, ('10.102.0.2', 5353)); result = s.recv(99).decode()"
+        )
+        == "b 10.101.0.2"
+    )
+    assert not any(right.node.drops().values())
+
+
+def test_a_workload_and_the_underlay_address_of_the_other_host_reach_each_other(within: tuple[Side, Side]) -> None:
+    """A program of the host dials from the underlay address, and is answered; all of it is encrypted."""
+    left, right = within
+    answer = left.node.process().do(
+        f"s = socket.socket(); s.settimeout(3); s.bind(({left.node.underlay!r}, 0))\n"
+        f"s.connect(({right.node.workload!r}, 8080)); result = line(s); s.close()"
+    )
+    assert answer == f"b {left.node.underlay}"
+    for side in within:
+        assert not any(side.node.drops().values())
+
+
+@pytest.mark.parametrize("gone", ["routes", "device"])
+@pytest.mark.parametrize("source", ["workload", "underlay"])
+def test_what_would_leave_natively_in_clear_is_dropped_and_counted(
+    within: tuple[Side, Side], gone: str, source: str, tmp_path: Path
+) -> None:
+    left, right = within
+    client = left.node.process("web" if source == "workload" else "host")
+    assert _dial(left.node.process("web"), right.node) == "b 10.101.0.2"
+    file = tmp_path / "wire.pcap"
+    with capture(left.node, file):
+        if gone == "device":
+            left.ip("link", "delete", left.device)
+        left.ip("route", "flush", "proto", "73")
+        left.ip("route", "flush", "table", str(netlink.ROUTE_TABLE), "proto", "73")
+        left.ip("route", "add", right.node.prefix, "via", right.node.underlay)
+        with pytest.raises(InsideError, match="timed out"):
+            client.do(
+                "s = socket.socket(); s.settimeout(0.5)\n"
+                f"s.bind(({getattr(left.node, source)!r}, 0)); s.connect(({right.node.workload!r}, 8080))"
+            )
+        assert left.node.drops()["not_encrypted"] > 0
+    shown = subprocess.run(["tcpdump", "-nr", str(file), "net", right.node.prefix], capture_output=True, text=True)
+    assert shown.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("packet", "reason"),
+    [
+        ("datagram('10.101.0.2', '10.102.0.2')", "not_encrypted"),
+        ("datagram('10.101.0.1', '10.102.0.1')", "not_encrypted"),
+        ("datagram('198.18.0.11', '10.102.0.2')", "not_encrypted"),
+        ("datagram('10.101.0.2', '198.18.0.12')", "not_encrypted"),
+        ("datagram('192.0.2.1', '10.102.0.2')", "unknown_peer"),
+    ],
+)
+def test_what_comes_in_clear_with_such_a_source_is_dropped_and_counted(
+    within: tuple[Side, Side], packet: str, reason: str
+) -> None:
+    """Only somebody on the path can send it. What is between the hosts themselves goes by."""
+    left, right = within
+    left.node.bpf.forget_underlay()  # it would not let such a packet out
+
+    def mac(node: Node) -> str:
+        shown = node.call(subprocess.run, ["ip", "-j", "link", "show", "eth0"], capture_output=True, text=True)
+        return str(json.loads(shown.stdout)[0]["address"])
+
+    sender = left.node.process()
+    sender.do(RAW + f"frame({mac(right.node)!r}, {mac(left.node)!r}, {packet}); result = 1")
+    wait_for(lambda: right.node.drops()[reason] == 1, f"{reason} is counted")
+    assert sum(right.node.drops().values()) == 1
+    right.node.process().do("serve_udp('b', '198.18.0.12', 6000); result = 1")
+    assert (
+        sender.do(
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(3); s.bind(('198.18.0.11', 0))\n"
+            "s.sendto(b'x', ('198.18.0.12', 6000)); result = s.recv(99).decode()"
+        )
+        == "b 198.18.0.11"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "reason"),
+    [
+        ("10.101.0.2", "10.102.0.9", "not_local_dest"),
+        ("10.101.0.2", "198.18.0.99", "not_local_dest"),
+        ("198.18.0.11", "198.18.0.12", "not_local_dest"),
+    ],
+)
+def test_what_comes_through_wireguard_for_others_is_not_sent_on(
+    within: tuple[Side, Side], source: str, target: str, reason: str
+) -> None:
+    left, right = within
+    right.node.sysctl("net.ipv4.ip_forward", "1")
+    (public,) = left.wanted.peers
+    peer = left.wanted.peers[public]
+    more = replace(left.wanted, peers={public: replace(peer, addresses=peer.addresses | {ip_address(target)})})
+    left.node.call(wireguard.configure, more, left.device)
+    left.node.process().do(
+        RAW + "raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)\n"
+        f"raw.setsockopt(socket.SOL_SOCKET, 25, {left.device.encode()!r})\n"
+        f"raw.sendto(datagram({source!r}, {target!r}), ({target!r}, 0)); result = 1"
+    )
+    wait_for(lambda: right.node.drops()[reason] == 1, "the drop is counted")
+
+
+def test_a_peer_cannot_send_in_another_nodes_name(within: tuple[Side, Side]) -> None:
+    """WireGuard takes from a peer what its allowed IPs have and nothing else."""
+    left, right = within
+    before = right.received(), sum(right.node.drops().values())
+    client = left.node.process()
+
+    def send(source: str) -> None:
+        client.do(
+            RAW + "raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)\n"
+            f"raw.setsockopt(socket.SOL_SOCKET, 25, {left.device.encode()!r})\n"
+            f"raw.sendto(datagram({source!r}, '10.102.0.2'), ('10.102.0.2', 0)); result = 1"
+        )
+
+    send("10.103.0.2")
+    wait_for(lambda: right.received() > before[0], "it has come")
+    send("10.101.0.2")
+    wait_for(lambda: right.node.bpf.counters().identities, "the one in its own name is counted")
+    assert {one.identity for one in right.node.bpf.counters().identities} == {left.node.identity}
+    assert sum(right.node.drops().values()) == before[1]
+
+
+def test_a_tunnelled_packet_of_a_node_that_is_native_inside_wireguard_is_dropped(within: tuple[Side, Side]) -> None:
+    left, right = within
+    left.node.process().do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
+        f"s.sendto(vxlan(6, {left.node.mesh!r}, {right.node.mesh!r}), ({right.node.underlay!r}, 8472)); result = 1"
+    )
+    wait_for(lambda: right.node.drops()["wrong_way"] == 1, "the drop is counted")
+
+
+def test_a_host_that_others_reach_elsewhere_keeps_that_address_for_itself(within: tuple[Side, Side]) -> None:
+    """Where a host has the address that others send to beside its own, what is not of the mesh goes by."""
+    left, right = within
+    for node in (left.node, right.node):
+        node.call(subprocess.run, ["ip", "address", "add", f"198.18.0.{200 + node.cluster_id}/24", "dev", "eth0"])
+    datapath = right.node.datapath
+    own = ip_address("198.18.0.202")
+    entry = datapath.ipcache[ip_network("198.18.0.12/32")]
+    right.node.bpf.apply(
+        replace(
+            datapath,
+            local={**datapath.local, own: datapath.local[ip_address("198.18.0.12")]},
+            ipcache={**datapath.ipcache, ip_network("198.18.0.202/32"): entry},
+        )
+    )
+    right.node.process().do("serve_udp('b', '198.18.0.202', 6000); result = 1")
+    assert (
+        left.node.process().do(
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(3); s.bind(('198.18.0.201', 0))\n"
+            "s.sendto(b'x', ('198.18.0.202', 6000)); result = s.recv(99).decode()"
+        )
+        == "b 198.18.0.201"
+    )
+    assert not any(right.node.drops().values())

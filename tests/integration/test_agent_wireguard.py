@@ -21,6 +21,7 @@ import pytest
 from bpf.topology import Inside, Node, bare_nodes, capture, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
+from integration.test_agent_native import PING
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import ask
 from isthmus_agent.netlink.wireguard import greet
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.root
 PORT = 51871
 FIRST = WIREGUARD_DEVICES[0]
 PATH_MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
+NATIVE_MTU = 1420
 SECRET = b"isthmus-secret-payload"
 
 
@@ -110,6 +112,19 @@ class Host:
         self.daemon.start()
         if word != "plain":
             wait_for(lambda: self.daemon.status()["wireguard"]["peers"] == 1, "the other node is a peer")
+
+    def native(self, word: str) -> None:
+        """Another stage of native routing with the other node, as `site` brings it."""
+        path = self.directory / "node.json"
+        spec = json.loads(path.read_text())
+        other = {"onprem": "cloud", "cloud": "onprem"}[self.cluster]
+        spec.pop("native", None)
+        if word != "plain":
+            spec["native"] = {"sites": {self.cluster: self.cluster, other: other}, "stages": {other: word}}
+        spec["hash"] = spec_hash(spec)
+        path.write_text(json.dumps(spec))
+        self.daemon.stop()
+        self.daemon.start()
 
     def use(self, keys: Keys, known: dict[str, bytes]) -> None:
         """Other keys, as `site` brings them: a specification, wireguard-go where it is needed, and a restart; `known`
@@ -515,13 +530,16 @@ def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None
             assert (SECRET in file.read_bytes()) is (shown == "8472")
 
 
-def test_a_stream_outlives_new_keys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [False, True], ids=["tunnel", "native"])
+def test_a_stream_outlives_new_keys(tmp_path: Path, native: bool) -> None:
     """Host by host, stage by stage, and the kernel checks sources strictly. What a registrar publishes meanwhile is
     known to a host at its next step, and to both before the next stage."""
     with pair(tmp_path) as both:
         hosts = (both.a, both.b)
         publics: dict[str, dict[int, str]] = {}
         for host in hosts:
+            if native:
+                host.native("demands")
             host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
             private, public = new_key()
             (host.directory / WIREGUARD_KEYS[1]).write_text(private + "\n")
@@ -593,3 +611,160 @@ def test_a_session_is_made_before_anything_is_sent_through_it(tmp_path: Path) ->
         for host in (both.a, both.b):
             wait_for(lambda host=host: host.encryption()["handshake_age"] is not None, "there is a session", 5)
         assert text.status(both.a.daemon.status()).count("plain (accepts), handshake") == 1
+
+
+def sizes_in_wireguard(file: Path) -> set[int]:
+    """Of the packets of a capture that WireGuard sent, without IP and UDP."""
+    shown = subprocess.run(
+        ["tcpdump", "-nr", str(file), f"udp port {PORT}"], check=True, capture_output=True, text=True
+    )
+    return {int(length) for length in re.findall(r"length (\d+)$", shown.stdout, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def natives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Native inside WireGuard; the kernel checks sources strictly."""
+    with pair(tmp_path_factory.mktemp("natives")) as found:
+        for host in (found.a, found.b):
+            host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+            host.native("demands")
+        yield found
+
+
+def test_native_packets_go_into_wireguard_as_they_are_at_their_full_size(natives: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "wire.pcap"
+    with capture(natives.a.node, file):
+        assert natives.dial() == ["b", "10.101.0.2"]
+        assert natives.client.do(
+            "s = socket.create_connection(('10.102.0.2', 8080), 3); lines = s.makefile(); lines.readline()\n"
+            f"s.sendall({SECRET!r} * 20000 + b'?'); result = int(lines.readline())"
+        ) > 20000 * len(SECRET)
+        segment = natives.client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)")
+        assert segment == NATIVE_MTU - 52  # IP, TCP with timestamps
+        natives.b.node.process("web").do("serve_udp('b', '10.102.0.2', 5353); result = 1")
+        natives.client.do(
+            "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.setsockopt(socket.IPPROTO_IP, 10, 2)\n"
+            "u.bind(('10.101.0.2', 0)); u.settimeout(3)"
+        )
+        datagram = f"{SECRET!r}.ljust({NATIVE_MTU} - 28, b'.')"  # IP, UDP
+        natives.client.do(f"u.sendto({datagram}, ('10.102.0.2', 5353)); result = u.recv(100).decode()")
+        with pytest.raises(OSError, match="too long"):
+            natives.client.do(f"u.sendto({datagram} + b'.', ('10.102.0.2', 5353))")
+    assert set(udp_ports(file)) == {str(PORT)}, "nothing in clear"
+    # WireGuard's header and tag, and the packet as it is, padded to 16 bytes: no VXLAN around it.
+    assert max(sizes_in_wireguard(file)) == 32 + NATIVE_MTU
+    seen = file.read_bytes()
+    assert SECRET not in seen
+    for address in ("10.101.0.2", "10.102.0.2", "10.101.0.1", "10.102.0.1"):
+        assert bytes(int(part) for part in address.split(".")) not in seen, f"{address} in clear"
+    for host in (natives.a, natives.b):
+        assert sum(host.daemon.status()["datapath"]["drops"].values()) == 0
+        assert ask(host.daemon.socket, "/v1/audit")["problems"] == []
+
+
+def test_what_native_inside_wireguard_is_made_of_and_what_status_says(natives: Pair) -> None:
+    natives.dial()
+    assert "10.102.0.0/28 dev isthmus-wg0 proto 73 scope link src 10.101.0.1 mtu 1420" in natives.a.run("ip", "route")
+    (allowed,) = natives.a.run("wg", "show", "isthmus-wg0", "allowed-ips").splitlines()
+    assert set(allowed.split("\t")[1].split()) == {"198.18.0.12/32", "10.102.0.0/28"}
+    status = natives.a.daemon.status()
+    (far,) = [one for one in status["nodes"] if one["name"] == "cloud-1"]
+    assert {key: far["routing"][key] for key in ("way", "stage", "mtu")} == {
+        "way": "native",
+        "stage": "demands",
+        "mtu": NATIVE_MTU,
+    }
+    assert far["encryption"]["state"] == "encrypted"
+    assert re.search(r"cloud/cloud-1 .* native +encrypted, handshake", text.status(status))
+    wait_for(lambda: natives.a.daemon.probe("cloud-1") == "up", "probes go so too")
+
+
+@pytest.mark.parametrize("gone", ["wireguard-go", "routes and rules"])
+def test_native_packets_never_leave_in_clear_and_all_heals(natives: Pair, tmp_path: Path, gone: str) -> None:
+    """Nobody repairs first, and somebody else's route leads to the other host beside WireGuard."""
+    natives.dial()
+    file = tmp_path / "wire.pcap"
+    with capture(natives.a.node, file):
+        natives.a.daemon.stop(signal.SIGKILL)
+        before = natives.a.run("nft", "list", "tables")
+        if gone == "wireguard-go":
+            natives.a.kill_wireguard()
+        else:
+            natives.a.run("ip", "route", "flush", "table", "all", "proto", "73")
+        for number in ("726", "730"):
+            natives.a.run("ip", "rule", "del", "pref", number)
+        natives.a.run("ip", "route", "add", "10.102.0.0/24", "via", "198.18.0.12")
+        with pytest.raises(OSError, match=r"timed out|unreachable"):
+            natives.dial(1)
+        natives.a.run("ip", "route", "del", "10.102.0.0/24")
+        assert before == natives.a.run("nft", "list", "tables")
+        if gone == "wireguard-go":
+            natives.a.start_wireguard()
+        natives.a.daemon.start()
+        wait_for(lambda: _answers(natives.client, "10.102.0.2"), "a reaches b again", 5)
+        assert natives.a.dropped() > 0
+    assert set(udp_ports(file)) <= {str(PORT)}
+    assert packets_of(file, "ip", "and", "(net 10.101.0.0/16 or net 10.102.0.0/16)") == 0
+    assert ask(natives.a.daemon.socket, "/v1/audit")["problems"] == []
+
+
+def packets_of(file: Path, *expression: str) -> int:
+    shown = subprocess.run(["tcpdump", "-nr", str(file), *expression], check=True, capture_output=True, text=True)
+    return len(shown.stdout.splitlines())
+
+
+def test_a_stream_outlives_turning_native_on_and_off_inside_wireguard(tmp_path: Path) -> None:
+    """Host by host, stage by stage, and the kernel checks sources strictly. Nothing is dropped when a host has taken a
+    step, and at no moment anything is in clear."""
+    with pair(tmp_path) as both:
+        hosts = (both.a, both.b)
+        for host in hosts:
+            host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
+        both.client.do(
+            "held = socket.create_connection(('10.102.0.2', 8080), 3); lines = held.makefile(); lines.readline()\n"
+            "held.settimeout(20); result = 1"
+        )
+
+        def alive() -> bool:
+            return bool(both.client.do(f"held.sendall({SECRET!r} * 2000 + b'?'); result = int(lines.readline()) > 0"))
+
+        whole = tmp_path / "whole.pcap"
+        up, down = ["accepts", "sends", "demands"], ["sends", "accepts", "plain"]
+        with capture(both.a.node, whole):
+            for stages, order, native in ((up, hosts, True), (down, hosts[::-1], False)):
+                assert alive()
+                for word in stages:
+                    for host in order:
+                        host.native(word)
+                        settled = [sum(each.daemon.status()["datapath"]["drops"].values()) for each in hosts]
+                        assert alive(), f"{host.cluster} at {word}"
+                        assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {word}"
+                        now = [sum(each.daemon.status()["datapath"]["drops"].values()) for each in hosts]
+                        assert now == settled, f"{host.cluster} at {word}"
+                before = [sent_by(host, "isthmus0") for host in hosts]
+                assert alive()
+                assert ([sent_by(host, "isthmus0") for host in hosts] == before) is native
+        assert set(udp_ports(whole)) == {str(PORT)}
+        assert SECRET not in whole.read_bytes()
+        for host in hosts:
+            assert host.run("ip", "rule").count("lookup 73") == 3
+            assert "underlay" not in host.run("tc", "filter", "show", "dev", "eth0", "ingress")
+
+
+def sent_by(host: Host, device: str) -> int:
+    shown = json.loads(host.run("ip", "-j", "-s", "link", "show", device))
+    return int(shown[0]["stats64"]["tx"]["packets"])
+
+
+def test_native_inside_wireguard_is_proven_before_it_is_used(tmp_path: Path) -> None:
+    """A packet with the mark goes so while everything else is in the tunnel."""
+    with pair(tmp_path) as both:
+        for host in (both.a, both.b):
+            host.native("accepts")
+            host.node.sysctl("net.ipv4.ping_group_range", "0 2147483647")
+        both.client.do(PING + "\nresult = 1")
+        assert both.client.do(f"result = ping('10.101.0.1', '10.102.0.1', {NATIVE_MTU}, 0x4E)") is True
+        told = both.client.do(f"result = ping('10.101.0.1', '10.102.0.1', {NATIVE_MTU})")
+        assert "Message too long" in told
+        assert both.client.do(f"result = ping('10.101.0.1', '10.102.0.1', {PATH_MTU})") is True
+        assert both.dial() == ["b", "10.101.0.2"]

@@ -136,6 +136,49 @@ def test_check_mode_predicts_the_first_step(running: Site) -> None:
     assert (stages(running), proofs(running)) == (dict.fromkeys(HOSTS, "plain"), [])
 
 
+def both_stages(site: Site) -> tuple[Any, Any]:
+    """Of encryption and of native routing, as the record has them."""
+    roster = json.loads((site.place / "record").read_text())["roster"]
+    encryption, routing = (roster.get(key) for key in ("encryption", "routing"))
+    return encryption and encryption["all"], routing and routing["all"]
+
+
+def test_native_inside_wireguard_is_turned_on_after_encryption_and_off_before_it_in_one_run_each(
+    running: Site,
+) -> None:
+    running.estate = {**ON, "routing": "native"}
+    on = turned(running)
+    assert (on.status, running.locks) == (0, []), on.output
+    assert written(running) == [HOSTS] * 6
+    assert proofs(running) == sorted(HOSTS * 5), "before each step but the first"
+    assert both_stages(running) == ("demands", "demands")
+    assert "routers of" not in said(on), "the network sees WireGuard only"
+    again = turned(running)
+    assert (again.status, again.changed) == (0, {}), again.output
+    running.estate = {}
+    off = turned(running)
+    assert off.status == 0, off.output
+    assert written(running) == [HOSTS] * 6
+    assert proofs(running) == []
+    assert both_stages(running) == (None, None)
+
+
+@pytest.mark.slow
+def test_without_a_proof_of_the_native_way_all_stays_in_the_tunnel_inside_wireguard(running: Site) -> None:
+    running.estate = ON
+    assert turned(running).status == 0
+    running.estate = {**ON, "routing": "native"}
+    (running.place / "fail" / "verify b1 step").touch()
+    first = turned(running)
+    assert first.status == 2, first.output
+    assert "step 2 was not begun: b1 did not prove that they reach the others the new way" in said(first)
+    assert both_stages(running) == ("demands", "accepts")
+    running.estate = ON
+    back = turned(running)
+    assert back.status == 0, back.output
+    assert both_stages(running) == ("demands", None)
+
+
 def test_keys_are_replaced_in_one_run_of_its_playbook(tmp_path: Path) -> None:
     encrypted = Site(tmp_path, CLUSTERS)
     encrypted.estate = ON

@@ -185,26 +185,36 @@ class HostKernel:
         return Applied(changes, (*maps.problems, *network.problems))
 
     def _add_ways(self, datapath: Datapath) -> tuple[str, ...]:
-        """Routes over the overlay to what is new, before a service can give it to a connect(), which would be refused
-        for want of a route. What goes stays until no service gives it; what cannot be made is told with all the rest.
-        """
+        """Routes to what is new, before a service can give it to a connect(), which would be refused for want of a
+        route; before those over WireGuard its peers. What goes stays until no service gives it; what cannot be made is
+        told with all the rest."""
         from isthmus_agent import netlink
 
         if self._made is None:
             return ()
+        inside = bool(datapath.native is not None and datapath.native.inside)
+        tunnel = Applied()
+        if inside:
+            before = {each.device: each.peers for each in self._made.wireguard}
+            wanted = (replace(each, peers={**before.get(each.device, {}), **each.peers}) for each in datapath.wireguard)
+            with_more = replace(datapath, wireguard=tuple(wanted))
+            tunnel = self._apply_wireguard(with_more)
+            if self._made is None:
+                return tunnel.changes
+            self._made = replace(self._made, wireguard=with_more.wireguard)
         known = {(each.prefix, each.table, each.metric): each for each in self._made.routes}
         new = {
             key: each
             for each in datapath.routes
             if known.get(key := (each.prefix, each.table, each.metric)) != each
             and each.has_device
-            and not each.wireguard
+            and (inside or not each.wireguard)
             and (each.source is None or each.source in self._made.addresses)
         }
         self._find_ways(new.values())
         new = {key: each for key, each in new.items() if each.toward is None or each.toward in self._ways}
         if not new:
-            return ()
+            return tunnel.changes
         # Of a new member netfilter is to know before routes lead there: what pods have with it already goes on.
         more = replace(self._made, routes=frozenset({**known, **new}.values()), keep_source=datapath.keep_source)
         made, self._made = self._made, None
@@ -213,9 +223,9 @@ class HostKernel:
                 more, step=self._network_step, made=made, wireguard=self._wireguard, ways=self._ways
             )
         except netlink.NetworkError as error:
-            return tuple(error.changes)
+            return (*tunnel.changes, *error.changes)
         self._made = more
-        return result.changes
+        return (*tunnel.changes, *result.changes)
 
     def _find_ways(self, routes: Iterable[Route]) -> None:
         """Ways of the underlay to nodes that are new, by devices that have the programs already."""
@@ -250,14 +260,15 @@ class HostKernel:
         return Applied((*tunnel.changes, *result.changes), before)
 
     def _apply_native(self, datapath: Datapath) -> tuple[str, ...]:
-        """The ways of the underlay, and programs on the devices that native packets will go by, before the routes that
-        lead there; answers problems. By a device that cannot have them nothing goes."""
+        """The ways of the underlay, and programs on the devices that native packets will go by, or WireGuard's with
+        native ones inside, before the routes that lead there; answers problems. By a device that cannot have them
+        nothing goes natively."""
         from isthmus_agent import netlink
 
         wanted, made = datapath.native, self._made
         if made is not None and made.native == wanted and made.routes is datapath.routes:
             return ()
-        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step, wanted.inside if wanted else ())
         if wanted is None:
             self._use_ways(ways)
             return tuple(problems)
@@ -369,7 +380,8 @@ class HostKernel:
         indexes = {each.device: netlink.wireguard.find_index(each.device) for each in datapath.wireguard}
         there = {name: index for name, index in indexes.items() if index is not None}
         found = self._bpf.audit(datapath)
-        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step)
+        inside = datapath.native.inside if datapath.native is not None else ()
+        ways, problems = netlink.underlay_ways(datapath.routes, self._network_step, inside)
         found += netlink.audit_network(datapath, step=self._network_step, wireguard=there, ways=ways)
         for each in datapath.wireguard:
             found += netlink.wireguard.audit(each, each.device)

@@ -981,6 +981,7 @@ def _ipcache_value(entry: IpcacheEntry) -> bytes:
         | (abi.IPCACHE_FIXED if entry.is_fixed else 0)
         | (abi.IPCACHE_ENCRYPTED if entry.is_encrypted else 0)
         | (abi.IPCACHE_NATIVE if entry.is_native else 0)
+        | (abi.IPCACHE_INSIDE if entry.is_inside else 0)
     )
     return abi.IPCACHE_VALUE.pack(tunnel, entry.identity, entry.cluster_id, flags)
 
@@ -1059,7 +1060,7 @@ def _value_words(name: str, value: bytes) -> str:
         via = f" via {abi.unpack_address(tunnel)}" if tunnel != abi.NO_ADDRESS else " local"
         kind = " node" if flags & abi.IPCACHE_NODE else " fixed" if flags & abi.IPCACHE_FIXED else ""
         closed = " encrypted" if flags & abi.IPCACHE_ENCRYPTED else ""
-        native = " native" if flags & abi.IPCACHE_NATIVE else ""
+        native = " native" if flags & abi.IPCACHE_NATIVE else " inside" if flags & abi.IPCACHE_INSIDE else ""
         return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}{native}"
     if name == "workloads":
         addr4, addr6 = abi.WORKLOAD_VALUE.unpack(value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
+from typing import Any
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
@@ -81,13 +82,36 @@ class Remote:
 
     @property
     def takes_native(self) -> bool:
-        """Packets may come from it and go to it without a tunnel. What must be encrypted never does."""
+        """Packets may come from it and go to it by the underlay, without a tunnel: never what must be encrypted."""
         return self.native > Stage.PLAIN and self.stage is not Stage.DEMANDS
 
     @property
     def sends_native(self) -> bool:
-        """We send to it without a tunnel."""
+        """We send to it by the underlay, without a tunnel."""
         return self.native >= Stage.SENDS and self.stage <= Stage.ACCEPTS
+
+    @property
+    def takes_inside(self) -> bool:
+        """Packets may come from it and go to it without a tunnel inside WireGuard."""
+        return self.native > Stage.PLAIN and self.stage is Stage.DEMANDS
+
+    @property
+    def sends_inside(self) -> bool:
+        """We send to it without a tunnel inside WireGuard."""
+        return self.native >= Stage.SENDS and self.stage is Stage.DEMANDS
+
+    @property
+    def ranges(self) -> tuple[IPv4Network, ...]:
+        """Where its workloads are, and its own addresses in the mesh that lie elsewhere; they may overlap."""
+        special = (self.mesh, self.health, self.ingress)
+        return (
+            *self.cidrs,
+            *(
+                IPv4Network(address)
+                for address in special
+                if address is not None and not any(address in cidr for cidr in self.cidrs)
+            ),
+        )
 
 
 def _remote(spec: NodeSpec, node: Node) -> Remote | None:
@@ -230,6 +254,7 @@ def ipcache(
 
     `local`: what `local_identities` found. `encrypted`: underlay addresses that only WireGuard may lead to."""
     native = {address for node in nodes if node.takes_native for address in (*node.underlay, node.endpoint)}
+    inside = {address for node in nodes if node.takes_inside for address in (*node.underlay, node.endpoint)}
     mine = {spec.node.underlay4, spec.node.advertise4}
     ids = {cluster: config.id for cluster, config in state.configs.items()}
     ids[spec.cluster.name] = spec.cluster.id
@@ -245,6 +270,7 @@ def ipcache(
                     None if tunnel in mine else tunnel,
                     is_encrypted=tunnel in encrypted,
                     is_native=tunnel in native,
+                    is_inside=tunnel in inside,
                 )
         found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours], encrypted))
     # This host last: nothing published by anyone may move our own addresses elsewhere.
@@ -256,7 +282,11 @@ def ipcache(
 def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Network, IpcacheEntry]:
     found: dict[Network, IpcacheEntry] = {}
     for node in nodes:
-        way: dict[str, bool] = {"is_encrypted": node.endpoint in encrypted, "is_native": node.takes_native}
+        way: dict[str, bool] = {
+            "is_encrypted": node.endpoint in encrypted,
+            "is_native": node.takes_native,
+            "is_inside": node.takes_inside,
+        }
         for cidr in node.cidrs:
             found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint, **way)
         special = (
@@ -282,7 +312,7 @@ def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()
             node.cluster_id,
             node.endpoint,
             is_encrypted=address in encrypted,
-            is_native=node.native is Stage.DEMANDS and node.sends_native,
+            is_native=node.native is Stage.DEMANDS and (node.sends_native or node.sends_inside),
         )
         for node in nodes
         for address in (*node.underlay, node.endpoint)
@@ -307,7 +337,7 @@ def path_mtu(
 
 def _mtu(spec: NodeSpec, node: Remote, own_underlay: int) -> int:
     """Of the path to a node, as packets are sent to it."""
-    if node.sends_native:
+    if node.sends_native or node.sends_inside:
         return _native_mtu(node, own_underlay)
     return path_mtu(own_underlay, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN, node.gateways > Stage.PLAIN)
 
@@ -318,7 +348,8 @@ def mtus(spec: NodeSpec, nodes: Iterable[Remote], own_underlay: int) -> dict[tup
 
 
 def _native_mtu(node: Remote, own_underlay: int) -> int:
-    return max(576, min(own_underlay, node.mtu) if node.mtu else own_underlay)
+    underlay = min(own_underlay, node.mtu) if node.mtu else own_underlay
+    return max(576, underlay - (WIREGUARD_OVERHEAD if node.takes_inside else 0))
 
 
 def loose_ranges(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> tuple[IPv4Network, ...]:
@@ -358,31 +389,30 @@ def routes(
     the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
     the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
     that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
-    `loose_ranges`. To a node that is sent to natively all these lead as the underlay does. Table 734 has that way for
-    nodes that may send natively and are not sent to so yet. With masquerading table 730 is open: what has no route in
-    it goes as the host's own packets do, but for the ranges above. Table 736 leads what is behind gateways of other
-    sites to the own site's.
+    `loose_ranges`. To a node that is sent to natively all these lead as the underlay does, or over WireGuard's device.
+    Table 734 has that way for nodes that may send natively and are not sent to so yet. With masquerading table 730 is
+    open: what has no route in it goes as the host's own packets do, but for the ranges above. Table 736 leads what is
+    behind gateways of other sites to the own site's.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
+    device = spec.wireguard.tunnel.device if spec.wireguard is not None else ""
     found: set[Route] = set()
     for node in nodes:
         ours = node.cluster == spec.cluster.name
         mtu = _mtu(spec, node, underlay_mtu)
-        toward = node.endpoint if node.sends_native else None
-        targets = set(node.cidrs)
-        for address in (node.mesh, node.health, node.ingress):
-            if address is not None and not any(address in cidr for cidr in node.cidrs):
-                targets.add(IPv4Network(address))
-        for target in targets:
+        natively: dict[str, Any] = {"wireguard": device} if node.takes_inside else {"toward": node.endpoint}
+        sends = node.sends_native or node.sends_inside
+        way = natively if sends else {}
+        for target in set(node.ranges):
             pods_of_ours = ours and is_pod_range(spec, target)
             if not (is_node and pods_of_ours):
-                found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0, toward=toward))
-            found.add(Route(target, source, mtu, TABLE, toward=toward))
-            if node.takes_native and not node.sends_native:
-                found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, toward=node.endpoint))
+                found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0, **way))
+            found.add(Route(target, source, mtu, TABLE, **way))
+            if (node.takes_native or node.takes_inside) and not sends:
+                found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, **natively))
         for address in {*node.underlay, node.endpoint}:
-            found.add(Route(IPv4Network(address), source, mtu, TABLE, toward=toward))
+            found.add(Route(IPv4Network(address), source, mtu, TABLE, **way))
             if _is_led_from_pods(spec, node):
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
     narrowest = min((_mtu(spec, node, underlay_mtu) for node in nodes), default=0)
@@ -435,9 +465,12 @@ def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
     return frozenset(found)
 
 
-def native(spec: NodeSpec) -> Native | None:
+def native(spec: NodeSpec, nodes: tuple[Remote, ...]) -> Native | None:
     """None where no site is reached without a tunnel."""
-    return None if spec.native is None else Native(spec.node.underlay4, spec.native.changing)
+    if spec.native is None:
+        return None
+    inside = frozenset(node.endpoint for node in nodes if node.takes_inside)
+    return Native(spec.node.underlay4, spec.native.changing, inside)
 
 
 def keep_source(

@@ -143,7 +143,7 @@ def desired(
             lambda: addressing.keep_source(spec, ranges, nodes, encrypted.sent),
         ),
         wireguard=_wireguard(spec, encrypted, facts.underlay_mtu),
-        native=addressing.native(spec),
+        native=memory.of("native", (spec, nodes), lambda: addressing.native(spec, nodes)),
         clusters={config.id: cluster for cluster, config in state.configs.items()},
     )
     return Desired(

@@ -49,7 +49,8 @@ class Service:
 class IpcacheEntry:
     """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node. `is_fixed`: another
     address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard.
-    `is_native`: packets may come from it and go to it without a tunnel."""
+    `is_native`: packets may come from it and go to it without a tunnel, by the underlay. `is_inside`: the same inside
+    WireGuard."""
 
     identity: int
     cluster_id: int
@@ -58,6 +59,7 @@ class IpcacheEntry:
     is_fixed: bool = False
     is_encrypted: bool = False
     is_native: bool = False
+    is_inside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +109,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class WireGuardPeer:
-    """A node: `addresses` are its allowed IPs, `endpoint` is where its WireGuard listens, on the port that is ours."""
+    """A node: `addresses` are its allowed IPs, with `ranges`, of more than one address each; `endpoint` is where its
+    WireGuard listens, on the port that is ours."""
 
     endpoint: Address
     addresses: frozenset[Address]
+    ranges: frozenset[Network] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +134,12 @@ class WireGuard:
 @dataclass(frozen=True, slots=True)
 class Native:
     """Some nodes are reached without a tunnel, from this host's `underlay` address. `changing`: with some it is being
-    turned on or off, so that packets come another way than replies go."""
+    turned on or off, so that packets come another way than replies go. `inside`: where WireGuard of those is that are
+    reached inside it; by the underlay's ways to these nothing of the mesh may go in clear."""
 
     underlay: IPv4Address
     changing: bool
+    inside: frozenset[Address] = frozenset()
 
 
 MASQUERADED = 0x4B

@@ -3,14 +3,16 @@
 
 The packets of the overlay go to these nodes through WireGuard (VXLAN first, then WireGuard over the outer packet, as
 Cilium does in tunnel mode) or not at all: a node whose key is missing, refused or not published is cut off, never
-sent to in clear. While encryption is being turned on or off (`Stage`) both ways work.
+sent to in clear. While encryption is being turned on or off (`Stage`) both ways work. With nodes that are native as
+well the packets of workloads go into WireGuard as they are, so that their ranges are allowed IPs too; such a node is
+always one from which encryption is demanded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 
 from isthmus_mesh.encryption import Stage
 from isthmus_mesh.spec import WIREGUARD_DEVICES, NodeSpec
@@ -22,6 +24,8 @@ from isthmus_agent.state.model import NodeKey
 
 TABLE = 732
 RULE_PRIORITY = 732
+INSIDE_RULE_PRIORITY = 726
+"""Of rules for what came natively inside WireGuard: before those for what goes to its sender."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
             claims.setdefault(public_key, []).append(node)
     tunnels = spec.wireguard.tunnels if spec.wireguard is not None else ()
     peers: dict[int, dict[str, WireGuardPeer]] = {tunnel.port: {} for tunnel in tunnels}
+    claimed = _claimed(encrypted)
     refused: list[dict[NodeKey, str]] = [{}, {}]
     sent: set[Address] = set()
     demanded: set[Address] = set()
@@ -77,8 +82,9 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
             if not why and node.endpoint not in addresses:
                 other = owner[node.endpoint]
                 why = f"its address {node.endpoint} is that of {other.cluster}/{other.name} too"
+            why = why or claimed.get((node.cluster, node.name), "")
             if not why:
-                peers[tunnel.port][public_key] = WireGuardPeer(node.endpoint, addresses)
+                peers[tunnel.port][public_key] = _peer(node, addresses)
             refused[number][node.cluster, node.name] = why
         if node.stage is Stage.DEMANDS:
             demanded.update((*node.underlay, node.endpoint))
@@ -86,6 +92,42 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
             sent |= addresses
     stages = {(node.cluster, node.name): node.stage for node in encrypted}
     return Encryption(peers, refused[0], refused[1], stages, frozenset(sent | demanded), frozenset(demanded))
+
+
+def _peer(node: Remote, addresses: frozenset[Address]) -> WireGuardPeer:
+    if not node.takes_inside:
+        return WireGuardPeer(node.endpoint, addresses)
+    ranges = list(collapse_addresses(node.ranges))
+    return WireGuardPeer(
+        node.endpoint,
+        addresses.union(each.network_address for each in ranges if each.num_addresses == 1),
+        frozenset(each for each in ranges if each.num_addresses > 1),
+    )
+
+
+def _claimed(nodes: list[Remote]) -> dict[NodeKey, str]:
+    """Nodes that are native inside WireGuard and claim what a later one has, with words: WireGuard would take packets
+    with one source from either."""
+    claims = sorted(
+        (int(each.network_address), each.prefixlen, number, each)
+        for number, node in enumerate(nodes)
+        if node.takes_inside
+        for each in node.ranges
+    )
+    refused: dict[NodeKey, str] = {}
+    around: list[tuple[int, IPv4Network]] = []  # those that hold the one that is looked at, the widest first
+    for _start, _length, number, network in claims:
+        while around and not network.subnet_of(around[-1][1]):
+            around.pop()
+        for other, wide in around:
+            if other != number:
+                loser, winner = sorted((other, number))
+                one, by = nodes[loser], nodes[winner]
+                mine = network if loser == number else wide
+                why = f"its range {mine} holds addresses of {by.cluster}/{by.name} too"
+                refused.setdefault((one.cluster, one.name), why)
+        around.append((number, network))
+    return refused
 
 
 def _refusal(
@@ -107,7 +149,7 @@ def _refusal(
 
 def routes(spec: NodeSpec, found: Encryption) -> frozenset[Route]:
     """Of table 732: the addresses that are sent to over WireGuard, and unreachable ones that are left when that is
-    gone. Of tables 733 and 735: all addresses that may send to us by a device."""
+    gone. Of tables 733 and 735: all addresses and ranges that may send to us by a device."""
     if spec.wireguard is None:
         return frozenset()
     source = spec.node.underlay4
@@ -118,7 +160,9 @@ def routes(spec: NodeSpec, found: Encryption) -> frozenset[Route]:
             for each in peers & found.sent:
                 ways.add(Route(IPv4Network(str(each)), source, table=TABLE, wireguard=tunnel.device))
         back = BACK[tunnel.device].table
-        ways |= {Route(IPv4Network(str(each)), table=back, wireguard=tunnel.device) for each in peers}
+        ranges = {each for peer in found.peers[tunnel.port].values() for each in peer.ranges}
+        behind = {*ranges, *(IPv4Network(str(each)) for each in peers)}
+        ways |= {Route(each, table=back, wireguard=tunnel.device) for each in behind}
     closed = {Route(IPv4Network(str(each)), table=TABLE, unreachable=True, metric=CLOSED) for each in found.sent}
     return frozenset(ways | closed)
 
@@ -127,14 +171,15 @@ def rules(spec: NodeSpec) -> frozenset[Rule]:
     """Packets to the overlay's port look up table 732. The other tables are for the kernel's check of the source of a
     received packet (rp_filter), which looks up the way back: that of what came through WireGuard is WireGuard, whose
     device has no address of its own, and that of what came in clear is the underlay, so that strict filtering lets all
-    in."""
+    in. Of what came natively it is looked up before the way to the sender, which may still be the tunnel."""
     if spec.wireguard is None:
         return frozenset()
     everywhere = IPv4Network("0.0.0.0/0")
     backs = [BACK[tunnel.device] for tunnel in spec.wireguard.tunnels]
-    return frozenset(
-        {
-            Rule(everywhere, TABLE, RULE_PRIORITY, destination_port=spec.overlay.port),
-            *(Rule(everywhere, back.table, back.table, mark=back.mark) for back in backs),
-        }
-    )
+    found = {
+        Rule(everywhere, TABLE, RULE_PRIORITY, destination_port=spec.overlay.port),
+        *(Rule(everywhere, back.table, back.table, mark=back.mark) for back in backs),
+    }
+    if spec.native is not None and any(spec.wireguard.stage(site) is Stage.DEMANDS for site in spec.native.stages):
+        found.update(Rule(everywhere, back.table, INSIDE_RULE_PRIORITY, mark=back.mark) for back in backs)
+    return frozenset(found)

@@ -476,11 +476,11 @@ def _explain(error: Any, kind: str) -> str:
 
 
 def underlay_ways(
-    routes: Iterable[Route], step: Callable[[], None] = lambda: None
+    routes: Iterable[Route], step: Callable[[], None] = lambda: None, others: Iterable[Address] = ()
 ) -> tuple[dict[Address, Way], list[str]]:
-    """How the underlay leads to the addresses that `routes` lead towards, and what is wrong with the others, in
-    words."""
-    targets = sorted({each.toward for each in routes if each.toward is not None}, key=int)
+    """How the underlay leads to the addresses that `routes` lead towards, and to `others`, and what is wrong with those
+    that it does not lead to, in words."""
+    targets = sorted({*others, *(each.toward for each in routes if each.toward is not None)}, key=int)
     found: dict[Address, Way] = {}
     problems = []
     with RouteSocket(ROUTE_PROTOCOL, step) as netlink:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from isthmus_mesh.spec import WIREGUARD_DEVICES, WIREGUARD_UNITS
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from isthmus_agent.desired.datapath import Address, WireGuard
+from isthmus_agent.desired.datapath import Address, Network, WireGuard, WireGuardPeer
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.settings import SRC_VALID_MARK, set_ipv4
 
@@ -49,13 +49,14 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class PeerState:
     """`endpoint` is "address:port" as WireGuard has it now, "" for none; `handshake` is wall clock seconds, 0 for none
-    yet; `received` and `sent` are bytes."""
+    yet; `received` and `sent` are bytes; `addresses` and `ranges` as of `WireGuardPeer`."""
 
     endpoint: str
     addresses: frozenset[Address]
     handshake: int
     received: int
     sent: int
+    ranges: frozenset[Network] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,8 @@ def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
         words.append(["peer", public, "remove"])
         changes.append(f"remove WireGuard peer {public}")
     for public, peer in wanted.peers.items():
-        if public not in shown.peers or shown.peers[public].addresses != peer.addresses:
-            allowed = ",".join(f"{address}/{address.max_prefixlen}" for address in sorted(peer.addresses, key=str))
+        if public not in shown.peers or not _same_allowed(shown.peers[public], peer):
+            allowed = ",".join(sorted(map(str, (*map(ip_network, peer.addresses), *peer.ranges))))
             words.append(["peer", public, "endpoint", f"{peer.endpoint}:{wanted.port}", "allowed-ips", allowed])
             changes.append(f"set WireGuard peer {public} at {peer.endpoint}")
     for start in range(0, len(words), _BATCH):
@@ -195,7 +196,7 @@ def audit(wanted: WireGuard, name: str = DEVICE) -> list[str]:
     for public, peer in wanted.peers.items():
         if public not in shown.peers:
             problems.append(f"WireGuard peer {public} at {peer.endpoint} is missing")
-        elif shown.peers[public].addresses != peer.addresses:
+        elif not _same_allowed(shown.peers[public], peer):
             problems.append(f"WireGuard peer {public} at {peer.endpoint} has other addresses than wanted")
     problems += [f"WireGuard peer {public} is not wanted" for public in shown.peers.keys() - wanted.peers.keys()]
     return problems
@@ -259,6 +260,10 @@ def _device(link: Any, name: str) -> Device:
     return Device(int(link["index"]), _KINDS[kind])
 
 
+def _same_allowed(shown: PeerState, wanted: WireGuardPeer) -> bool:
+    return (shown.addresses, shown.ranges) == (wanted.addresses, wanted.ranges)
+
+
 def _show(name: str) -> _Shown:
     """`wg show <name> dump`: tab-separated, the device first, then a line for each peer (wg(8))."""
     head, *lines = _wg("show", name, "dump").splitlines()
@@ -266,13 +271,14 @@ def _show(name: str) -> _Shown:
     peers = {}
     for line in lines:
         public, _, endpoint, allowed, handshake, received, sent, _ = line.split("\t")
-        addresses = frozenset(
-            ip_network(each).network_address if "/" in each else ip_address(each)
-            for each in allowed.split(",")
-            if each != "(none)"
-        )
+        networks = [ip_network(each) for each in allowed.split(",") if each != "(none)"]
         peers[public] = PeerState(
-            "" if endpoint == "(none)" else endpoint, addresses, int(handshake), int(received), int(sent)
+            "" if endpoint == "(none)" else endpoint,
+            frozenset(each.network_address for each in networks if each.num_addresses == 1),
+            int(handshake),
+            int(received),
+            int(sent),
+            frozenset(each for each in networks if each.num_addresses > 1),
         )
     return _Shown(public_key, int(port), peers)
 

@@ -85,15 +85,15 @@ def speaker(site: Settings, host: Settings | None) -> Settings:
 def check(
     sites: Mapping[str, Settings], native: Iterable[str], hosts: Iterable[Any], claims: Iterable[Claim], say: Complaint
 ) -> None:
-    """Problems. `native` are the sites to whose hosts somebody sends natively; `hosts` are `model.Host`; `claims` are
-    the mesh's ranges."""
+    """Problems. `native` are the sites to whose hosts somebody sends natively, in clear; `hosts` are `model.Host`;
+    `claims` are the mesh's ranges."""
     present = {site: found for site, found in sites.items() if not found.absent}
     for site in sorted(set(present) - set(native)):
         say(
             f"isthmus_estate.sites.{site}.bgp",
-            f"packets to the hosts of {site} go through the tunnel from everywhere",
+            f"packets to the hosts of {site} go through the tunnel from everywhere, or inside WireGuard",
             "nobody would send what routers learn here",
-            f"set routing: native, hybrid or auto for {site}, or bgp.state: absent",
+            f"set routing: native, hybrid or auto for {site} with encryption: none, or bgp.state: absent",
         )
     here = [host for host in hosts if not host.absent]
     addresses = {address: host.name for host in here for address in host.addresses}

@@ -28,10 +28,11 @@ Ways = Mapping[Pair, Sequence[Any]]
 def inner_mtu(underlay: int, tunnel: bool, wireguard: bool, gateways: bool, most: int | None) -> int:
     """MTU in bytes of routes, by that of the underlay and what is around packets; `most` is what the inventory allows
     inside the tunnel."""
-    if not tunnel:
-        return underlay
     underlay = through_gateways(underlay) if gateways else underlay
-    inner = underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if wireguard else 0)
+    inner = underlay - (WIREGUARD_OVERHEAD if wireguard else 0)
+    if not tunnel:
+        return inner
+    inner -= OVERLAY_OVERHEAD
     return inner if most is None else min(inner, most)
 
 
@@ -75,14 +76,15 @@ def rows(
         native_now, native_following, native = _taken(native_ways, one)
         ipsec_now, ipsec_following, gateways = _taken(ipsec_ways, one)
         tried, words = chosen.get(one, (False, None))
-        needed = [*native, Stage.PLAIN] if words else native  # the tunnel, to come back to
+        each = _together(stages, native)
+        in_clear = [way if stage is not Stage.DEMANDS else Stage.PLAIN for stage, way in each]
+        needed = [*in_clear, Stage.PLAIN] if words else in_clear  # the tunnel, to come back to
         encrypted = "wireguard" if following[-1] is Stage.DEMANDS else "none"
         # The most that is around packets on the way.
-        around = {
-            "tunnel": min(native) < Stage.SENDS,
-            "wireguard": max(stages) is not Stage.PLAIN,
-            "gateways": max(gateways) is not Stage.PLAIN,
-        }
+        around = min(
+            (_around(stage, way, max(gateways)) for stage, way in each),
+            key=lambda found: inner_mtu(UNDERLAY_MTU, **found, most=overlay_mtu),
+        )
         yield {
             "sites": list(one),
             "routing": AUTO if tried else NATIVE if native_following[-1] is Stage.DEMANDS else TUNNEL,
@@ -114,6 +116,20 @@ def _taken(ways: Ways, pair: Pair) -> tuple[Stage | None, list[Stage], list[Stag
     return now, following, [stage for stage in (now, *following) if stage is not None]
 
 
+def _together(stages: Sequence[Stage], native: Sequence[Stage]) -> list[tuple[Stage, Stage]]:
+    """Stages of encryption and of native routing that a pair is at together; the last ones stand."""
+    number = max(len(stages), len(native))
+    held = ([*some, *(some[-1] for _stage in range(len(some), number))] for some in (stages, native))
+    return list(zip(*held))
+
+
+def _around(stage: Stage, native: Stage, gateways: Stage) -> dict[str, bool]:
+    """What is around packets between the two, as `inner_mtu` has it."""
+    if native >= Stage.SENDS and stage is not Stage.SENDS:
+        return {"tunnel": False, "wireguard": stage is Stage.DEMANDS, "gateways": False}
+    return {"tunnel": True, "wireguard": stage is not Stage.PLAIN, "gateways": gateways is not Stage.PLAIN}
+
+
 def _of_gateways(pair: Pair, ipsec: Ipsec) -> Iterator[Opening]:
     """What the two gateways need of each other."""
     places = {}
@@ -136,20 +152,21 @@ def _carried(found: Sequence[Opening], stage: Stage) -> Iterator[Opening]:
 
 
 def _words(now: Stage | None, following: Sequence[Stage]) -> list[str]:
-    return [stage.word for stage in following] if now not in (None, following[-1]) else []
+    return [stage.word for stage in following] if now is not None and {now} != {*following} else []
 
 
-def routes(documents: Documents, native_ways: Ways) -> Iterator[dict[str, Any]]:
+def routes(documents: Documents, ways: Ways, native_ways: Ways) -> Iterator[dict[str, Any]]:
     """What the routers of each `site` need so that packets go natively: the prefix `to` leads to a host's address,
     `via`, or, where that is None, to another site: over the next hop that the addresses `like` of hosts there have.
-    `why` is in words."""
+    `why` is in words. Packets inside WireGuard need nothing."""
     hosts: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for document in documents.values():
         for host, entry in document["hosts"].items():
             hosts.setdefault(entry["site"], []).append((host, entry))
     native: dict[str, set[str]] = {}
-    for (one, other), stages in native_ways.items():
-        if any(stage is not None and stage is not Stage.PLAIN for stage in stages[1:]):
+    for one, other in native_ways:
+        following = (_taken(each, (one, other))[1] for each in (ways, native_ways))
+        if any(way is not Stage.PLAIN and stage is not Stage.DEMANDS for stage, way in _together(*following)):
             native.setdefault(one, set()).add(other)
             native.setdefault(other, set()).add(one)
     for site in sorted(native.keys() & hosts.keys()):
@@ -210,6 +227,8 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         changing = f" (now being turned {'on' if on else 'off'})" if row["steps"] or row["ipsec_steps"] else ""
         native = row["routing"] == NATIVE
         path = "native" if native else "tunnel (VXLAN)"
+        if native and row["encryption"] == "wireguard":
+            path += " inside WireGuard"
         if row["routing_steps"] and row["routing"] != AUTO:
             path += f" (now being turned {'on' if native else 'off'})"
         if row["auto"]:
@@ -310,19 +329,18 @@ def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[st
     for row in found:
         if row["steps"]:
             on = row["encryption"] == "wireguard"
-            told.append(_change("encryption", row, on, row["now"], row["steps"], _ON if on else _OFF, shrinks=on))
+            told.append(_change("encryption", row, on, row["now"], row["steps"], (_ON, _OFF), shrinks=on))
         if row["ipsec_steps"]:
             on = row["encryption"] == GATEWAY
-            words = _IPSEC_ON if on else _IPSEC_OFF
             now, steps = row["ipsec_now"], row["ipsec_steps"]
-            told.append(_change("encryption by gateways", row, on, now, steps, words, shrinks=on))
+            told.append(_change("encryption by gateways", row, on, now, steps, (_IPSEC_ON, _IPSEC_OFF), shrinks=on))
         if row["routing"] == AUTO:
             told.append(_trial(row))
         elif row["routing_steps"]:
             on = row["routing"] == NATIVE
-            words = _NATIVE_ON if on else _NATIVE_OFF
             now, steps = row["routing_now"], row["routing_steps"]
-            told.append(_change("native routing", row, on, now, steps, words, shrinks=not on))
+            shrinks = not on or Stage.PLAIN.word in steps
+            told.append(_change("native routing", row, on, now, steps, (_NATIVE_ON, _NATIVE_OFF), shrinks))
     return told
 
 
@@ -337,15 +355,26 @@ def _change(
     on: bool,
     now: str,
     following: Sequence[str],
-    words: Mapping[Stage, str],
+    words: tuple[Mapping[Stage, str], Mapping[Stage, str]],
     shrinks: bool,
 ) -> str:
-    stages = [STAGES[word] for word in following]
+    """`words` of stages on the way up and on the way down. In a step of the run in which another change has its turn
+    nothing is done."""
+    before, stages, done, back = STAGES[now], [STAGES[word] for word in following], [], False
+    going_up = next((stage > before for stage in stages if stage is not before), on)
+    for number, stage in enumerate(stages, 1):
+        if stage is before and (number > 1 or now not in CHANGING):
+            continue
+        going_up = stage > before if stage is not before else going_up
+        back = back or not going_up
+        told_of = words[0] if going_up else words[1]
+        done += [f"({number}) {told_of[stage]}"] if stage in told_of else []
+        before = stage
     begun = f", which was begun before ({now})" if now in CHANGING else ""
-    steps = "; ".join(f"({number}) {words[stage]}" for number, stage in enumerate(stages, 1) if stage in words)
+    turned = "off and on again" if on and back else "on" if on else "off"
     told = (
-        f"{what} {_of(row)} is turned {'on' if on else 'off'}{begun}, in steps of one run, of which each "
-        f"begins when all hosts of the two sites have done the one before: {steps}. Connections stay"
+        f"{what} {_of(row)} is turned {turned}{begun}, in steps of one run, of which each "
+        f"begins when all hosts of the two sites have done the one before: {'; '.join(done)}. Connections stay"
     )
     if shrinks:
         told += "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"

@@ -1028,7 +1028,11 @@ class _Reader:
             self.encrypted(encryption, everywhere)
             self.native(routing, encryption, everywhere, hosts)
             if len(speaking) == len(given):
-                native = [pair for pair in pairs_of(everywhere) if routing.of(pair) in (NATIVE, AUTO)]
+                native = [
+                    pair
+                    for pair in pairs_of(everywhere)
+                    if routing.of(pair) in (NATIVE, AUTO) and encryption.of(pair) != "wireguard"
+                ]
                 claims = [claim for cluster in clusters.values() for claim in cluster.claims]
                 check_bgp(speaking, chain(*native), hosts.values(), claims, self.problem)
         return encryption, routing, speaking
@@ -1053,6 +1057,7 @@ class _Reader:
         split: list[str] = []
         encrypted: list[str] = []
         native: set[str] = set()
+        in_clear: set[str] = set()
         for pair in pairs_of(sites):
             way = routing.of(pair)
             name = pair[0] if pair[0] == pair[1] else " and ".join(pair)
@@ -1060,8 +1065,10 @@ class _Reader:
                 split.append(name)
             elif way == NATIVE:
                 native.update(pair)
-                if encryption.of(pair) not in ("none", None):
+                if encryption.of(pair) == GATEWAY:
                     encrypted.append(name)
+                elif encryption.of(pair) == "none":
+                    in_clear.update(pair)
         where = "isthmus_estate.routing"
         if split:
             self.problem(
@@ -1074,9 +1081,9 @@ class _Reader:
         if encrypted:
             self.problem(
                 where,
-                f"{_listed(encrypted)} would be native and encrypted",
-                "WireGuard, and what goes from gateway to gateway, has the tunnel inside it so far",
-                "set `routing: tunnel` or `encryption: none` for these pairs in site_pairs",
+                f"{_listed(encrypted)} would be native and go through gateways",
+                "what goes from gateway to gateway has the tunnel inside it so far",
+                "set `routing: tunnel`, `encryption: wireguard` or `encryption: none` for these pairs in site_pairs",
             )
         here = {name: host for name, host in sorted(hosts.items()) if host.site in native and not host.absent}
         nodes = [name for name, host in here.items() if host.kubernetes_node is not None]
@@ -1087,13 +1094,13 @@ class _Reader:
                 "the way to pods is the tunnel so far, where it is not the CNI's",
                 "set `routing: tunnel` for their sites",
             )
-        behind = [name for name, host in here.items() if host.advertise != host.underlay]
+        behind = [name for name, host in here.items() if host.advertise != host.underlay and host.site in in_clear]
         if behind:
             self.problem(
                 where,
                 f"{_listed(behind)} would be reached natively and have another isthmus_advertise than isthmus_underlay",
                 "behind an address translation no network routes the ranges of workloads",
-                "set `routing: tunnel` for their sites",
+                "set `routing: tunnel` for their sites, or `encryption: wireguard`, inside which they can be native",
             )
 
     def reserved(self, given: Any) -> tuple[Claim, ...]:

@@ -50,13 +50,13 @@ TABLE = (
         "all of IP",
         "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other",
         "those ranges, at their hosts",
-        "native packets ([routing.md](routing.md))",
+        "native packets, where they are not inside WireGuard ([routing.md](routing.md))",
     ),
     Row(
         f"UDP {spec.WIREGUARD_PORTS[0]} or {spec.WIREGUARD_PORTS[1]}, both while keys are replaced",
         "hosts of sites that encrypt",
         "hosts of the sites they encrypt with",
-        "WireGuard with the overlay inside ([encryption.md](encryption.md))",
+        "WireGuard with the overlay or native packets inside ([encryption.md](encryption.md))",
     ),
     Row(
         f"UDP {' and '.join(str(port) for port in spec.IPSEC_PORTS)}",
@@ -181,14 +181,17 @@ def _hidden(own: Mapping[str, Any], site: str) -> bool:
     return Stage.DEMANDS in (encrypts(own, site), native(own, site))
 
 
-def native_sources(own: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order."""
+def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False) -> list[str]:
+    """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order. What is
+    `outside` the host does not see those inside WireGuard."""
     here = own["node"]["range4"]
     found = [
         IPv4Network(entry["range4"])
         for document in documents_of(record).values()
         for entry in document["hosts"].values()
-        if entry["range4"] != here and native(own, entry["site"]) is not Stage.PLAIN
+        if entry["range4"] != here
+        and native(own, entry["site"]) is not Stage.PLAIN
+        and not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)
     ]
     return [str(network) for network in collapse_addresses(found)]
 
@@ -211,7 +214,7 @@ def between(
     keys: Iterable[Keys],
 ) -> list[Opening]:
     """What two sites need of each other while the pair is at these stages of encryption, with these keys, and of native
-    routing."""
+    routing in clear."""
     at, native_at = set(stages), set(native)
     both = sorted(set(pair))
     found = []

@@ -337,7 +337,7 @@ class _Planner:
             routes=tuple(
                 sorted(
                     (
-                        *matrix.routes(present, native_stages),
+                        *matrix.routes(present, stages, native_stages),
                         *matrix.routes_to_gateways(self.model.ipsec, ipsec_stages),
                     ),
                     key=lambda route: str(route["site"]),

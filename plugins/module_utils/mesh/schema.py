@@ -1087,9 +1087,9 @@ ESTATE = Table(
         "routing": Key(
             _ROUTING,
             "How packets of the mesh go between hosts: through a VXLAN `tunnel`, `native` as the network itself routes "
-            "the ranges of workloads, `hybrid`, native among the hosts of a site and through the tunnel to other "
-            "sites, or `auto`, native where all hosts of two sites have proven that they reach each other so, else "
-            "through the tunnel. See [routing.md](routing.md).",
+            "the ranges of workloads, or as they are inside WireGuard where that encrypts, `hybrid`, native among the "
+            "hosts of a site and through the tunnel to other sites, or `auto`, native where all hosts of two sites "
+            "have proven that they reach each other so, else through the tunnel. See [routing.md](routing.md).",
             "tunnel",
         ),
         "encryption": Key(

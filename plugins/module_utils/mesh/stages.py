@@ -16,7 +16,12 @@ from .routing import AUTO, Routing
 from .schema import Problem
 
 Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
-"""Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through."""
+"""Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through, step by
+step; the last one stands."""
+
+LAST = 5
+"""The number of a run's last step: from native in clear it is three to the tunnel inside WireGuard, and three more to
+native inside WireGuard."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,12 @@ class Stages:
         self.courses: dict[Pair, auto.Course] = {}
         self.chosen: dict[Pair, tuple[bool, str]] = {}
         encrypted = self.encryption_ways()
-        self.ways: tuple[Ways, ...] = (encrypted, self.native_ways(), self.gateway_ways())
-        self.keys = self.key_ways(encrypted, rotate)
+        self.ways: tuple[Ways, ...] = _in_turn(encrypted, self.native_ways(encrypted), self.gateway_ways())
+        self.keys = self.key_ways(self.ways[0], rotate)
         self.states = [self.with_failed(state) for state in _states(self.ways, self.keys[1:])]
         encrypting, native, gateways = map(_running, self.ways)
         self.running = State(encrypting, native, gateways, self.keys[0])
-        self.trials = tuple(tuple(self.trials_of(number)) for number in range(auto.LAST + 1))
+        self.trials = tuple(tuple(self.trials_of(number)) for number in range(LAST + 1))
 
     def encryption_ways(self) -> Ways:
         wanted = self.model.encryption
@@ -90,7 +95,7 @@ class Stages:
             else lambda pair: Stage.DEMANDS if wanted.wants_wireguard(pair) else Stage.PLAIN,
         )
 
-    def native_ways(self) -> Ways:
+    def native_ways(self, encrypted: Ways) -> Ways:
         wanted = self.model.routing
         found = self.ways_of("routing", None if wanted == Routing() else wanted.stage)
         barred = auto.barred(self.present)
@@ -100,6 +105,8 @@ class Stages:
             reasons = [barred[site] for site in pair if site in barred]
             if self.model.encryption.of(pair) != "none":
                 reasons = ["it is encrypted, and has the tunnel inside that"]
+            elif _is_inside(encrypted, found, pair):
+                reasons = ["it was native inside WireGuard; the next run of isthmus.mesh.site tries native"]
             if reasons:
                 self.chosen[pair] = False, f"tunnel, as {reasons[0]}"
             else:
@@ -195,6 +202,40 @@ class Stages:
         native, and may not reach it so."""
         joined = {pair: Stage.ACCEPTS for pair, one in self.courses.items() if one.joined}
         return [replace(self.states[0], native={**self.states[0].native, **joined})] if joined else []
+
+
+def _is_inside(encrypted: Ways, native: Ways, pair: Pair) -> bool:
+    """Whether a pair is native inside WireGuard, or on the way to that or from it."""
+    now = encrypted.get(pair, (None, []))[0]
+    return now is Stage.DEMANDS and native.get(pair, (None, []))[0] not in (None, Stage.PLAIN)
+
+
+def _in_turn(encrypted: Ways, native: Ways, gateways: Ways) -> tuple[Ways, ...]:
+    """Native inside WireGuard is turned on and off while WireGuard is demanded and nothing else changes, so that at
+    none of its stages anything goes in clear: other changes of such a pair come before, to the tunnel inside WireGuard,
+    or after, from there."""
+    found = dict(encrypted), dict(native), dict(gateways)
+    for pair in encrypted.keys() & native.keys():
+        (is_encrypted, encryption_stages), (is_native, native_stages) = encrypted[pair], native[pair]
+        inside = _is_inside(encrypted, native, pair)
+        wanted = encryption_stages[-1] is native_stages[-1] is Stage.DEMANDS
+        if is_encrypted is None or is_native is None or inside is wanted:
+            continue
+        if inside:
+            back = encryption.way(is_native, Stage.PLAIN)
+            after = encryption.way(Stage.PLAIN, native_stages[-1]) if native_stages[-1] else []
+            found[1][pair] = is_native, [*back, *after]
+            for ways in (found[0], found[2]):
+                now, stages = ways.get(pair, (Stage.PLAIN, [Stage.PLAIN]))
+                if stages != [now]:
+                    ways[pair] = now, [*(now or Stage.PLAIN for _stage in back), *stages]
+            continue
+        there = encryption.way(is_native, Stage.PLAIN)
+        others = [ways[pair] for ways in (encrypted, gateways) if pair in ways]
+        first = max(len(stages) if stages != [now] else 0 for now, stages in [*others, (is_native, there)])
+        steps = [*there, *(Stage.PLAIN for _number in range(len(there), first))][:first]
+        found[1][pair] = is_native, [*steps, *encryption.way(Stage.PLAIN, Stage.DEMANDS)]
+    return found
 
 
 def begun(site: str, ways: Ways) -> list[Pair]:

@@ -316,7 +316,7 @@ def _holding(vpc: Vpc, state: State, far: Iterable[str]) -> _Holding:
         for name in _who(documents, vpc.site):
             own = state.spec_of(name)
             found.rules.update(openings.rules(own, record, outside=True))
-            found.rules.update(("all", 0, source) for source in openings.native_sources(own, record))
+            found.rules.update(("all", 0, source) for source in openings.native_sources(own, record, outside=True))
     return found
 
 

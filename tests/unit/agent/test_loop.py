@@ -423,7 +423,7 @@ def test_a_native_route_too_but_by_a_device_that_has_the_programs(
     kernel, said = host
     ways = {ip_address(f"198.18.{number}.11"): Way(1 + number // 3) for number in (1, 2, 3)}
     monkeypatch.setattr(
-        netlink, "underlay_ways", lambda routes, _: ({each.toward: ways[each.toward] for each in routes}, [])
+        netlink, "underlay_ways", lambda routes, *_: ({each.toward: ways[each.toward] for each in routes}, [])
     )
     monkeypatch.setattr(netlink, "other_devices", list)
     monkeypatch.setattr(netlink.settings, "set_ipv4", lambda *_: None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Any
 
@@ -127,13 +128,89 @@ def test_a_node_that_publishes_another_site_is_of_that(site: str) -> None:
         ("accepts", "accepts", False, True),
     ],
 )
-def test_what_is_to_be_encrypted_is_never_sent_natively(encryption: str, native: str, sends: bool, takes: bool) -> None:
-    changing = {} if encryption == "demands" else {"changing": {"cloud": encryption}}
-    found = computed(spec(native, wireguard={**WIREGUARD, **changing}), wireguard_public_key=CLOUD_KEY).datapath
+def test_what_is_to_be_encrypted_is_never_sent_natively_in_clear(
+    encryption: str, native: str, sends: bool, takes: bool
+) -> None:
+    found = inside(native, encryption).datapath
     (route,) = {one for one in found.routes if one.prefix == ip_network("10.102.0.0/28") and one.table == MAIN}
     assert (route.toward is not None) is sends
     assert found.ipcache[ip_network("10.102.0.2/32")].is_native is takes
-    assert not found.peers[CLOUD].is_native or sends
+    assert found.ipcache[ip_network("10.102.0.2/32")].is_inside is (encryption == "demands")
+    assert bool(route.wireguard) is (encryption == "demands")
+    assert not found.peers[CLOUD].is_native or sends or route.wireguard
+
+
+def inside(stage: str | None, encryption: str = "demands", **node: Any) -> Desired:
+    """With the hosts of cloud at stages of native routing and of encryption."""
+    changing = {} if encryption == "demands" else {"changing": {"cloud": encryption}}
+    own = spec(stage, wireguard={**WIREGUARD, **changing})
+    return computed(own, wireguard_public_key=CLOUD_KEY, **node)
+
+
+@pytest.mark.parametrize(
+    ("word", "sends", "takes", "refuses_the_tunnel"),
+    [
+        ("plain", False, False, False),
+        ("accepts", False, True, False),
+        ("sends", True, True, False),
+        ("demands", True, True, True),
+    ],
+)
+def test_a_node_of_a_native_site_with_encryption_is_reached_inside_wireguard(
+    word: str, sends: bool, takes: bool, refuses_the_tunnel: bool
+) -> None:
+    """At no stage may anything come or go in clear, and what it has are allowed IPs where it may send so."""
+    found = inside(word).datapath
+    prefix = ip_network("10.102.0.0/28")
+    way: dict[str, Any] = {"mtu": 1420, "wireguard": "isthmus-wg0"} if sends else {"mtu": 1370}
+    for table in (MAIN, TABLE):
+        assert {one for one in found.routes if one.prefix == prefix and one.table == table} == {
+            Route(prefix, SOURCE, table=table, **way)
+        }
+    back = {one for one in found.routes if one.prefix == prefix and one.table == 733}
+    assert back == ({Route(prefix, table=733, wireguard="isthmus-wg0")} if takes else set())
+    proven = {one for one in found.routes if one.prefix == prefix and one.table == NATIVE_TABLE}
+    assert proven == (
+        {Route(prefix, SOURCE, 1420, NATIVE_TABLE, wireguard="isthmus-wg0")} if takes and not sends else set()
+    )
+    for network in ("10.102.0.2/32", "10.102.0.0/28", "198.18.2.11/32"):
+        entry = found.ipcache[ip_network(network)]
+        assert (entry.is_encrypted, entry.is_native, entry.is_inside) == (True, False, takes)
+    assert not found.ipcache[ip_network("10.101.0.18/32")].is_inside
+    assert (found.peers[CLOUD].is_encrypted, found.peers[CLOUD].is_native) == (True, refuses_the_tunnel)
+    (device,) = found.wireguard
+    assert device.peers[CLOUD_KEY].addresses == {CLOUD}
+    assert device.peers[CLOUD_KEY].ranges == ({prefix} if takes else set())
+    assert Rule(ip_network("0.0.0.0/0"), 733, 726, mark=0x49) in found.rules or not takes
+    assert found.native is None or found.native.inside == ({CLOUD} if takes else set())
+    assert not any(one.toward for one in found.routes)
+
+
+def test_rules_for_what_comes_natively_inside_wireguard_are_there_only_with_it() -> None:
+    assert not [one for one in inside(None).datapath.rules if one.priority == 726]
+    own = spec("demands", wireguard={**WIREGUARD, "plain_sites": ["onprem", "edge", "cloud"]})
+    assert not [one for one in computed(own).datapath.rules if one.priority == 726]
+
+
+@pytest.mark.parametrize("more", ["10.102.0.0/28", "10.102.0.8/29", "10.102.0.0/24"])
+def test_a_range_that_two_nodes_claim_is_the_later_ones(more: str) -> None:
+    """Of the peers' nodes cloud comes before edge, whatever each says."""
+    found = mesh.documents({}, sizes={"onprem": 1, "cloud": 1, "edge": 1})
+    edge_key = base64.b64encode(bytes([2]) * 32).decode()
+    for cluster, key in (("cloud", CLOUD_KEY), ("edge", edge_key)):
+        node = mesh.node(cluster, 1, wireguard_public_key=key)
+        if cluster == "edge":
+            node = replace(node, ipv4_secondary_alloc_cidrs=(ip_network(more),))
+        found[keys.node_key(cluster, node.name, True)] = node.to_json().encode()
+    own = mesh.spec(
+        native={"sites": SITES, "stages": {"cloud": "demands", "edge": "demands"}},
+        wireguard={**WIREGUARD, "plain_sites": ["onprem"]},
+    )
+    wanted = desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
+    assert wanted.encrypted[("edge", "edge-1")] == ""
+    assert "holds addresses of edge/edge-1 too" in wanted.encrypted[("cloud", "cloud-1")]
+    (device,) = wanted.datapath.wireguard
+    assert set(device.peers) == {edge_key}
 
 
 @pytest.mark.parametrize("stage", ["accepts", "demands"])

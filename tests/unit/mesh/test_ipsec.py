@@ -69,7 +69,7 @@ REFUSED = {
         {**ON, "site_pairs": [{"sites": ["cloud", "cloud"], "encryption": "ipsec-gateway"}]},
         "ipsec-gateway is between two sites, and cloud is one",
     ),
-    "native": ({**ON, "routing": "native"}, "cloud and onprem would be native and encrypted"),
+    "native": ({**ON, "routing": "native"}, "cloud and onprem would be native and go through gateways"),
     "certificate with another's": (
         {**PEER, "site_pairs": [{**ON["site_pairs"][0], "ipsec_authentication": "certificate"}]},
         "authentication by certificate with a gateway that is not ours is not yet supported",

@@ -453,13 +453,6 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "side to `hybrid`, which has the tunnel to other sites.",
     ),
     (
-        "native inside WireGuard",
-        _estate(routing="hybrid", encryption="wireguard"),
-        "isthmus_estate.routing: cloud, onprem would be native and encrypted. Why: WireGuard, and what goes from "
-        "gateway to gateway, has the tunnel inside it so far. Next: set `routing: tunnel` or `encryption: none` for "
-        "these pairs in site_pairs.",
-    ),
-    (
         "partial peers",
         _cluster("cloud", peers=[]),
         f"{C}.cloud.peers: a part of the clusters (without onprem) is not yet supported. Why: every cluster exchanges "

@@ -131,21 +131,30 @@ def test_a_run_that_was_interrupted_completes_the_step_before_the_next() -> None
     assert len(given_up.steps) == 2
 
 
+def sent(at: tuple[Stage, Stage]) -> tuple[bool, bool]:
+    """Whether what a host at stages of (encryption, native routing) sends is (encrypted, native), as the agent does."""
+    return at[0] >= Stage.SENDS, at[1] >= Stage.SENDS and at[0] is not Stage.SENDS
+
+
 def understood(sender: tuple[Stage, Stage], receiver: tuple[Stage, Stage]) -> bool:
     """Whether what a host at stages of (encryption, native routing) sends, another takes, as the agent does it."""
-    native_in_clear = sender[1] >= Stage.SENDS and sender[0] <= Stage.ACCEPTS
-    if native_in_clear:
-        return receiver[1] > Stage.PLAIN and receiver[0] is not Stage.DEMANDS
-    encrypted = sender[0] >= Stage.SENDS
-    receiver_native_only = receiver[1] is Stage.DEMANDS and receiver[0] <= Stage.ACCEPTS
+    encrypted, native_packets = sent(sender)
+    if native_packets:
+        return receiver[1] > Stage.PLAIN and (receiver[0] is Stage.DEMANDS) is encrypted
+    receiver_native_only = receiver[1] is Stage.DEMANDS and receiver[0] is not Stage.SENDS
     taken = receiver[0] > Stage.PLAIN if encrypted else receiver[0] is not Stage.DEMANDS
     return taken and not receiver_native_only
 
 
-WAYS = ({}, {"encryption": "wireguard"}, ON)
+def is_inside(at: tuple[Stage, Stage]) -> bool:
+    return at[0] is Stage.DEMANDS and at[1] is not Stage.PLAIN
 
 
-@given(st.lists(st.tuples(st.sampled_from(WAYS), st.integers(0, 2)), min_size=2, max_size=5))
+INSIDE = {"encryption": "wireguard", **ON}
+WAYS = ({}, {"encryption": "wireguard"}, ON, INSIDE)
+
+
+@given(st.lists(st.tuples(st.sampled_from(WAYS), st.integers(0, 5)), min_size=2, max_size=5))
 @settings(max_examples=60, deadline=None)
 def test_no_run_and_no_interruption_cuts_neighbouring_steps_off(runs: list[tuple[dict[str, str], int]]) -> None:
     """Runs of changing inventories, each interrupted after a step: hosts of one step and of the next understand each
@@ -166,8 +175,144 @@ def test_no_run_and_no_interruption_cuts_neighbouring_steps_off(runs: list[tuple
             now = at(record)
             assert understood(before, now), (before, now)
             assert understood(now, before), (now, before)
+            if is_inside(before) or is_inside(now):
+                assert before[0] is now[0] is Stage.DEMANDS, "nothing in clear"
             before = now
         found = after(found, len(records) - 1)
+
+
+def at_each(found: Plan, pair: str = "cloud onprem") -> list[tuple[str, str]]:
+    """Stages of (encryption, native routing) of a pair at each step of a run."""
+
+    def word(roster: Any, key: str) -> str:
+        document = roster.get(key)
+        return str(document["pairs"].get(pair, document["all"])) if document else "plain"
+
+    rosters = [record["roster"] for record in (found.record, *(step.record for step in found.steps))]
+    return [(word(roster, "encryption"), word(roster, "routing")) for roster in rosters]
+
+
+TUNNEL: dict[str, str] = {}
+ENCRYPTED = {"encryption": "wireguard"}
+INTO_WIREGUARD = [("demands", "accepts"), ("demands", "sends"), ("demands", "demands")]
+OUT_OF_IT = [("demands", "sends"), ("demands", "accepts"), ("demands", "plain")]
+ENCRYPTING = [("accepts", "plain"), ("sends", "plain"), ("demands", "plain")]
+DECRYPTING = [("sends", "plain"), ("accepts", "plain"), ("plain", "plain")]
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "steps"),
+    [
+        (TUNNEL, INSIDE, ENCRYPTING + INTO_WIREGUARD),
+        (ENCRYPTED, INSIDE, INTO_WIREGUARD),
+        (ON, INSIDE, [("accepts", "sends"), ("sends", "accepts"), ("demands", "plain"), *INTO_WIREGUARD]),
+        (INSIDE, ENCRYPTED, OUT_OF_IT),
+        (INSIDE, TUNNEL, OUT_OF_IT + DECRYPTING),
+        (INSIDE, ON, [*OUT_OF_IT, ("sends", "accepts"), ("accepts", "sends"), ("plain", "demands")]),
+    ],
+)
+def test_native_inside_wireguard_is_turned_on_and_off_in_turn_with_encryption(
+    before: dict[str, str], wanted: dict[str, str], steps: list[tuple[str, str]]
+) -> None:
+    """Never in the same step, and who has not proven that WireGuard or the native way leads to the others stops it."""
+    old = changed(planned(model()), **before)
+    found = changed(after(old, len(old.steps)), **wanted)
+    assert at_each(found) == steps
+    assert found.steps[-1].waits == ("c1", "o1", "o2", "o3")
+    ups = [
+        Stage[now[0].upper()] > Stage[then[0].upper()] or Stage[now[1].upper()] > Stage[then[1].upper()]
+        for then, now in zip(steps, steps[1:])
+    ]
+    assert [bool(step.proven) for step in found.steps] == ups
+    for number, step in enumerate(steps):  # interrupted after any of them, and run again, or turned back
+        rests = not {"accepts", "sends"}.intersection(step)
+        again = changed(after(found, number), **wanted)
+        assert at_each(again) == (steps[number + 1 if rests else number :] or [step])
+        assert at_each(changed(after(found, number), **before))[-1] == at_each(old)[-1]
+
+
+def test_a_new_estate_is_native_inside_wireguard_from_the_first_packet() -> None:
+    found = changed(**INSIDE)
+    assert found.steps == ()
+    assert at_each(found) == [("demands", "demands")]
+    assert found.specs["c1"]["native"]["stages"] == {"cloud": "demands", "onprem": "demands"}
+    assert found.specs["c1"]["wireguard"]["plain_sites"] == []
+    NodeSpec.from_dict(found.specs["c1"])
+    again = changed(found, **INSIDE)
+    assert (again.record, again.specs, again.steps) == (found.record, found.specs, ())
+
+
+def test_native_inside_wireguard_asks_the_network_for_nothing_but_its_port() -> None:
+    """Neither routes of routers nor anything of workloads in a firewall or a VPC."""
+    found = changed(**INSIDE)
+    (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
+    assert (row["routing"], row["encryption"], row["mtu"]) == ("native", "wireguard", 1420)
+    assert {(one["protocol"], one["port"]) for one in row["open"] if one["protocol"] != "TCP"} == {("UDP", 51871)}
+    assert found.routes == ()
+    (told,) = [line for line in matrix.lines(found.sites) if line.startswith("cloud and onprem")]
+    assert told.startswith("cloud and onprem: path native inside WireGuard, encryption wireguard, MTU 1420 inside")
+    for host in ("c1", "o1"):
+        assert openings.native_sources(found.specs[host], found.record, outside=True) == []
+        assert openings.native_sources(found.specs[host], found.record)
+        assert not [rule for rule in openings.rules(found.specs[host], found.record, outside=True) if rule[1] == 8472]
+
+
+def test_routes_of_routers_stay_until_packets_are_inside_wireguard() -> None:
+    found = changed(changed(**ON), **INSIDE)
+    assert found.routes == changed(**ON).routes
+    (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
+    assert (row["mtu"], row["steps"]) == (1370, ["accepts", "sends", "demands"])
+    assert {(one["protocol"], one["port"]) for one in row["open"]} >= {("IP", None), ("UDP", 8472), ("UDP", 51871)}
+    last = after(found, len(found.steps))
+    assert changed(last, **INSIDE).routes == ()
+    back = changed(last, **ON)
+    assert back.routes == found.routes
+
+
+def test_what_a_run_does_is_told_with_the_steps_of_both() -> None:
+    on = changed(changed(**ON), **INSIDE)
+    told = matrix.changes(on.sites, on.keys)
+    (encryption,) = [line for line in told if line.startswith("encryption of cloud and onprem")]
+    assert "is turned on, in steps of one run" in encryption
+    assert "(3) nothing is sent or taken in clear any more. Connections stay" in encryption
+    (native_told,) = [line for line in told if line.startswith("native routing of cloud and onprem")]
+    assert "is turned off and on again, in steps of one run" in native_told
+    for words in (
+        "(1) packets through the tunnel are taken again",
+        "(4) every host of the two takes native packets",
+        "(6) nothing is taken through the tunnel any more",
+    ):
+        assert words in native_told
+    assert "is larger than the new MTU is refused" in native_told
+    off = changed(changed(**INSIDE))
+    told = matrix.changes(off.sites, off.keys)
+    (encryption,) = [line for line in told if line.startswith("encryption of cloud and onprem")]
+    assert "is turned off, in steps of one run" in encryption
+    assert "(4) packets in clear are taken again too; (5)" in encryption
+    begun = changed(after(off, 1))
+    told = matrix.changes(begun.sites, begun.keys)
+    (native_told,) = [line for line in told if line.startswith("native routing of cloud and onprem")]
+    assert "is turned off, which was begun before (accepts), in steps of one run" in native_told
+    assert "(1) packets go through the tunnel and are 50 bytes smaller" in native_told
+
+
+def test_hosts_behind_an_address_translation_can_be_native_inside_wireguard() -> None:
+    more = {"x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", "isthmus_advertise": "192.0.2.7"}}
+    assert changed(more=more, **INSIDE).specs["x1"]["native"]["stages"]["onprem"] == "demands"
+    with pytest.raises(ModelError, match="another isthmus_advertise than isthmus_underlay"):
+        changed(more=more, **INSIDE, site_pairs=[{"sites": ["cloud", "cloud"], "encryption": "none"}])
+
+
+def test_auto_goes_from_native_inside_wireguard_to_the_tunnel_and_tries_in_the_next_run() -> None:
+    found = changed(changed(**INSIDE), routing="auto")
+    assert at_each(found) == OUT_OF_IT + DECRYPTING
+    assert found.trials == ((),) * 6
+    (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
+    assert row["auto"] == ("tunnel, as it was native inside WireGuard; the next run of isthmus.mesh.site tries native")
+    following = changed(after(found, len(found.steps)), routing="auto")
+    assert at_each(following)[0] == ("plain", "accepts")
+    stays = changed(changed(**INSIDE), routing="auto", encryption="wireguard")
+    assert at_each(stays) == OUT_OF_IT
 
 
 def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_routes() -> None:

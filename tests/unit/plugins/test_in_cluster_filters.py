@@ -105,7 +105,7 @@ def planned(ca: str | None, *, formed: bool) -> list[dict[str, Any]]:
         "clusters": {"new": [], "answering": ["a"]},
         "serial": [1, "100%"],
         "steps": [],
-        "trials": [[], [], [], []],
+        "trials": [[], [], [], [], [], []],
         "in_cluster": {"m": {"entry": "m-api"}},
         "record": {"clusters/m": {"ca_certificate": ca}},
     }

@@ -21,9 +21,10 @@ class Host:
     in `carried` carry that many bytes, others 1500; an echo to one in `silent` is not answered, to one in `cut` only
     through the tunnel. Those in `deaf` are heard and do not hear c1."""
 
-    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
-        before = estates.planned(estates.model()) if running else None
-        self.plan = estates.planned(estates.model({**estates.estate(), "routing": "native"}), before)
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool, encryption: str = "none") -> None:
+        encrypted = {**estates.estate(), "encryption": encryption}
+        before = estates.planned(estates.model(encrypted)) if running else None
+        self.plan = estates.planned(estates.model({**encrypted, "routing": "native"}), before)
         self.said: dict[str, dict[str, Any]] = {}
         self.carried: dict[str, int] = {}
         self.silent: set[str] = set()
@@ -138,6 +139,22 @@ def test_a_host_that_packets_do_not_reach_natively_any_more_is_named(host: Host)
         "routing: o2 of cluster onprem (site onprem) is not reached natively: no answer to 3 packets"
     )
     assert found.endswith("where routing is auto, isthmus.mesh.site leads packets back into the tunnel")
+
+
+def test_of_a_host_that_is_to_be_reached_inside_wireguard_it_is_said_what_that_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, monkeypatch, running=False, encryption="wireguard")
+    host.silent.add("10.101.0.17")
+    (found,) = host.problems("check_native")
+    assert "reached natively: no answer to 3 packets of 1500 bytes. It is to be reached so inside WireGuard" in found
+    assert "routers" not in found
+    way = Host(tmp_path, monkeypatch, running=True, encryption="wireguard")
+    assert way.problems("check_native_way") == []
+    assert {one[3] for one in way.echoes} == {0x4E}
+    way.silent.add("10.101.0.17")
+    (found,) = way.problems("check_native_way")
+    assert "It is to be reached so inside WireGuard" in found
 
 
 @pytest.mark.parametrize("fails", ["natively", "both ways"])
