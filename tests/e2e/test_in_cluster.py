@@ -67,8 +67,11 @@ def make_pods(estate: Estate, kube: Kubernetes) -> None:
     estate.until("the pods are ready", lambda: all(ready(node) for node in kube.cluster.nodes), 120)
 
 
-# What Kubernetes and the CNI keep of pods that were there, and what is in the volume of a class with the policy Retain.
-KEPT = re.compile(r"[\w-]+: files: /var/lib/(cni|lab-volumes)/")
+# What Kubernetes and the CNI keep of pods that were there, what is in the volume of a class with the policy Retain, and
+# the empty chains of Services that are gone, which kube-proxy removes with whatever it writes next.
+KEPT = re.compile(
+    r"[\w-]+: (files: /var/lib/(cni|lab-volumes)/|nft: new: \tchain (service|endpoint)-\S+-isthmus-system/)"
+)
 
 
 def differing(kube: Kubernetes, bare: Mapping[str, snapshot.Snapshot]) -> list[str]:
@@ -252,11 +255,22 @@ def test_an_agent_that_dies_leaves_the_datapath(estate: Estate, managed: Kuberne
         managed.kubectl("rollout", "status", "daemonset/isthmus-agent", f"--namespace={MESH}", "--timeout=120s")
 
 
+def published(estate: Estate, kube: Kubernetes) -> dict[str, Any]:
+    """What edge has of the cluster, but for the pods of etcd, which come and go in these tests, and identities, as
+    theirs go with them."""
+    addresses = [f"/{pod['status'].get('podIP')}" for pod in members(kube).values()]
+    return {
+        name: found
+        for name, found in estate.state(EDGE).items()
+        if "/managed/" in name and "/identities/" not in name and not name.endswith(tuple(addresses))
+    }
+
+
 def test_etcd_has_three_members_and_one_of_them_comes_back(estate: Estate, managed: Kubernetes) -> None:
     """First its pod is deleted, then its pod is deleted while the node that has its volume takes none."""
     assert whole(managed)
     pod, ids = address(managed, "managed-2"), answering(managed)
-    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    kept = {EDGE: published(estate, managed)}
     assert kept[EDGE]
     first = members(managed)[MEMBERS[0]]
     node = first["spec"]["nodeName"]
@@ -294,7 +308,7 @@ def test_etcd_has_three_members_and_one_of_them_comes_back(estate: Estate, manag
 
 def test_members_of_etcd_are_replaced_one_after_the_other(estate: Estate, managed: Kubernetes) -> None:
     before, ids = members(managed), answering(managed)
-    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    kept = {EDGE: published(estate, managed)}
     pod = address(managed, "managed-2")
     with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/", interval=0.05):
         managed.kubectl("rollout", "restart", "statefulset/isthmus-etcd", f"--namespace={MESH}")
@@ -317,7 +331,7 @@ def test_the_api_server_is_away_and_an_agent_dies_meanwhile(estate: Estate, mana
     operator, node = Estate(managed.lab), "managed-2"
     server = managed.cluster.control_plane.name
     pod = address(managed, node)
-    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    kept = {EDGE: published(estate, managed)}
     assert kept[EDGE]
 
     def agent() -> str:
@@ -398,7 +412,7 @@ def test_new_keys_are_made_inside_and_nobody_notices(estate: Estate, managed: Ku
         return str(managed.get("secret", "isthmus-agent-tls", f"--namespace={MESH}")["data"]["agent.key"])
 
     before, key = served(), key_of_agents()
-    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    kept = {EDGE: published(estate, managed)}
     assert kept[EDGE]
     pod = address(managed, "managed-2")
     with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/", interval=0.05):
@@ -436,7 +450,7 @@ def test_peers_follow_when_etcd_is_exposed_by_nodes(estate: Estate, managed: Kub
     """By a port of theirs, then by etcd on their own addresses, to which its members move one after the other."""
     cluster = yaml.safe_load((IN_CLUSTER / "managed.yml").read_text())["all"]["vars"]["lab_cluster_managed"]
     option = ("-e", json.dumps({"lab_cluster_managed": {**cluster, "expose": {"type": how}}}))
-    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    kept = {EDGE: published(estate, managed)}
     play("site", *option, inventory=IN_CLUSTER)
     service = managed.get("service", "isthmus-etcd-mesh", f"--namespace={MESH}")["spec"]["ports"][0]
     addresses = {node: str(managed.cluster.nodes[node].address) for node in NODES}
