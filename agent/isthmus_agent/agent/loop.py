@@ -37,6 +37,7 @@ from isthmus_agent.agent.names import NamesFile
 from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
+from isthmus_agent.agent.sessions import Sessions
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath
@@ -218,6 +219,9 @@ class Agent:
             jobs["network"] = NetworkWatch(DEVICES, self.spec.node.underlay4, self._note_network, ways).run
         if self.spec.wireguard is not None:
             jobs["wireguard-key"] = self._follow_key
+            if self.spec.wireguard.opens:
+                sessions = Sessions(self.kernel, self.kernel_call, lambda: self.progress.applied, self.spec.node.mesh4)
+                jobs["sessions"] = sessions.run
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
         if native or self.spec.node.kubernetes_node is not None:

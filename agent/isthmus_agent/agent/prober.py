@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds; an answer that needs longer is a miss
 _ECHO_REPLY, _ECHO = 0, 8
-_IP_FREEBIND = 15  # ip(7); the socket module does not name it before 3.14
+IP_FREEBIND = 15  # ip(7); the socket module does not name it before 3.14
 
 
 def checksum(data: bytes) -> int:
@@ -87,7 +87,7 @@ class Prober:
         loop = asyncio.get_running_loop()
         try:
             # With the mesh address as source a probe uses table 730: over the overlay or not at all.
-            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+            sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             sock.bind((str(self._source), 0))
             loop.add_reader(sock, self._read, sock)
             next_round = loop.time()

@@ -22,7 +22,7 @@ from isthmus_mesh.spec import WIREGUARD_DEVICES, WIREGUARD_UNITS
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from isthmus_agent.desired.datapath import Address, WireGuard
+from isthmus_agent.desired.datapath import Address, WireGuard, WireGuardPeer
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.settings import SRC_VALID_MARK, set_ipv4
 
@@ -34,6 +34,9 @@ KERNEL, USER_SPACE = "kernel", "wireguard-go"
 _KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
 
 _IFF_UP = 0x1
+KEEPALIVE = 25
+"""Seconds after which a peer whose session this host keeps open is sent a packet: less than the 30 s for which an
+address translation remembers a flow of UDP that was not answered (nf_conntrack_udp_timeout)."""
 _SECONDS = 10.0  # that `wg` may take
 _BATCH = 200  # peers in one command line
 
@@ -49,13 +52,19 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class PeerState:
     """`endpoint` is "address:port" as WireGuard has it now, "" for none; `handshake` is wall clock seconds, 0 for none
-    yet; `received` and `sent` are bytes."""
+    yet; `received` and `sent` are bytes; `keepalive` is seconds, 0 for none."""
 
     endpoint: str
     addresses: frozenset[Address]
     handshake: int
     received: int
     sent: int
+    keepalive: int = 0
+
+    def is_as(self, wanted: WireGuardPeer) -> bool:
+        """Addresses and keepalive are what is wanted; where the peer is, WireGuard knows better, if it knows it."""
+        known = bool(self.endpoint) or wanted.dials_in
+        return known and self.addresses == wanted.addresses and self.keepalive == _keepalive(wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +128,8 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
 def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
     """Key, port and peers are what is wanted, and the device is up; answers what was changed.
 
-    The endpoint of a peer is set with its addresses only: WireGuard follows a peer that moves. NetworkError with the
-    words of `wg`."""
+    The endpoint of a peer is set with its addresses only: WireGuard follows a peer that moves. One that dials in gets
+    none. NetworkError with the words of `wg`."""
     key = read_key(wanted.key)
     shown = _show(name)
     changes = []
@@ -133,9 +142,8 @@ def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
         words.append(["peer", public, "remove"])
         changes.append(f"remove WireGuard peer {public}")
     for public, peer in wanted.peers.items():
-        if public not in shown.peers or shown.peers[public].addresses != peer.addresses:
-            allowed = ",".join(f"{address}/{address.max_prefixlen}" for address in sorted(peer.addresses, key=str))
-            words.append(["peer", public, "endpoint", f"{peer.endpoint}:{wanted.port}", "allowed-ips", allowed])
+        if public not in shown.peers or not shown.peers[public].is_as(peer):
+            words.append(_settings(public, peer, wanted.port))
             changes.append(f"set WireGuard peer {public} at {peer.endpoint}")
     for start in range(0, len(words), _BATCH):
         _wg("set", name, *(word for one in words[start : start + _BATCH] for word in one))
@@ -152,6 +160,30 @@ def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
                 ) from error
             changes.append(f"set {name} up")
     return Configured(tuple(changes), shown.public_key != own)
+
+
+def reopen(wanted: WireGuard, publics: Iterable[str]) -> None:
+    """Begins sessions anew with peers that do not answer in those that there are, which end. NetworkError with the
+    words of `wg`."""
+    words = [
+        word
+        for public in publics
+        for word in ("peer", public, "remove", *_settings(public, wanted.peers[public], wanted.port))
+    ]
+    _wg("set", wanted.device, *words)
+
+
+def _settings(public: str, peer: WireGuardPeer, port: int) -> list[str]:
+    """Of a peer, for `wg set`. With a keepalive WireGuard opens a session at once."""
+    allowed = ",".join(f"{address}/{address.max_prefixlen}" for address in sorted(peer.addresses, key=str))
+    found = ["peer", public]
+    if not peer.dials_in:
+        found += ["endpoint", f"{peer.endpoint}:{port}"]
+    return [*found, "persistent-keepalive", str(_keepalive(peer)), "allowed-ips", allowed]
+
+
+def _keepalive(peer: WireGuardPeer) -> int:
+    return KEEPALIVE if peer.kept is not None else 0
 
 
 def greet(underlay: Address, peers: Iterable[Address], overlay_port: int, name: str = DEVICE) -> None:
@@ -195,8 +227,8 @@ def audit(wanted: WireGuard, name: str = DEVICE) -> list[str]:
     for public, peer in wanted.peers.items():
         if public not in shown.peers:
             problems.append(f"WireGuard peer {public} at {peer.endpoint} is missing")
-        elif shown.peers[public].addresses != peer.addresses:
-            problems.append(f"WireGuard peer {public} at {peer.endpoint} has other addresses than wanted")
+        elif not shown.peers[public].is_as(peer):
+            problems.append(f"WireGuard peer {public} at {peer.endpoint} has other addresses or settings than wanted")
     problems += [f"WireGuard peer {public} is not wanted" for public in shown.peers.keys() - wanted.peers.keys()]
     return problems
 
@@ -265,14 +297,19 @@ def _show(name: str) -> _Shown:
     _, public_key, port, _ = head.split("\t")
     peers = {}
     for line in lines:
-        public, _, endpoint, allowed, handshake, received, sent, _ = line.split("\t")
+        public, _, endpoint, allowed, handshake, received, sent, keepalive = line.split("\t")
         addresses = frozenset(
             ip_network(each).network_address if "/" in each else ip_address(each)
             for each in allowed.split(",")
             if each != "(none)"
         )
         peers[public] = PeerState(
-            "" if endpoint == "(none)" else endpoint, addresses, int(handshake), int(received), int(sent)
+            "" if endpoint == "(none)" else endpoint,
+            addresses,
+            int(handshake),
+            int(received),
+            int(sent),
+            0 if keepalive == "off" else int(keepalive),
         )
     return _Shown(public_key, int(port), peers)
 
