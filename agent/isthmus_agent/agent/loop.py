@@ -171,7 +171,7 @@ class Agent:
         self._dead_ended = 0.0
         self._expired: list[Backend] = []
         self._last_good_wake = asyncio.Event()
-        self._last_good_written: dict[str, bytes] = {}
+        self._last_good_written: dict[str, bytes] | None = {}  # None: not even that nothing is known
         self._turns = 0
         self._kernel_calls = 0  # asked and not yet answered
         self._kernel_answers = 0
@@ -536,6 +536,12 @@ class Agent:
                 "datapath applied",
                 extra=fields(source=progress.source, ms=round(seconds * 1000), changes=len(changes), first=shown),
             )
+        wireguard = self.spec.wireguard
+        if first and self._fresh and wireguard is not None and wireguard.opens | wireguard.opened_by:
+            # Own etcd may be reached by what another specification lays down only, and the next agent must not keep
+            # this one's maps for want of a last-known-good.
+            self._last_good_written = None
+            self._last_good_wake.set()
         if first:
             gc.collect()
             gc.freeze()

@@ -194,6 +194,21 @@ def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = Fal
     return sorted(found.union(ipsec.senders(own)))
 
 
+def is_one_sided(own: Mapping[str, Any], site: str) -> bool:
+    """Whether only one of a host, by its spec as JSON, and the hosts of a site can open sessions."""
+    return any(site in sites for sites in _sessions(own))
+
+
+def asked(own: Mapping[str, Any], site: str, port: int) -> str:
+    """What to look at when a host has no session of WireGuard with one of a site."""
+    opens, opened_by = _sessions(own)
+    if site in opens:
+        return f"is UDP {port} of {site} open to all, and may this host send there?"
+    if site in opened_by:
+        return f"hosts of {site} open the session; is UDP {port} open here to all, and may they send to it?"
+    return f"is UDP {port} open both ways?"
+
+
 def _sessions(own: Mapping[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
     """Sites with whose hosts a host, by its spec as JSON, opens all sessions, and those whose hosts do so with it."""
     if own.get("wireguard") is None:
