@@ -73,7 +73,7 @@ def wireguard_keys(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     first = given["spec"]["wireguard"]
     ports = [str(tunnel["port"]) for tunnel in (first, first.get("second")) if tunnel]
     wanted = {port: base64.b64encode(f"{HOST} {port}".encode().ljust(32, b".")).decode() for port in ports}
-    found = {port: known[port] if port in known else key for port, key in wanted.items()}
+    found = {port: known.get(port, key) for port, key in wanted.items()}
     if module.check_mode:
         found = {port: key for port, key in found.items() if port in known}
     else:
