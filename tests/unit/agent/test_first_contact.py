@@ -64,7 +64,7 @@ def peers(found: Desired) -> dict[str, WireGuardPeer]:
 
 
 def told(*nodes: wire.Node) -> MeshState:
-    found = mesh.documents({}, sizes={"onprem": 1})
+    found = mesh.documents({}, sizes={"onprem": 1, **{node.cluster: 1 for node in nodes}})
     for node in nodes:
         found[keys.node_key(node.cluster, node.name, node.cluster != "onprem")] = node.to_json().encode()
     return mesh.state(found)
