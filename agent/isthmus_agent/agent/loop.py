@@ -482,7 +482,8 @@ class Agent:
         self._inputs = inputs
         self.progress.error = ""
         # After the routes: a probe that cannot be sent would count as a miss.
-        self.prober.retarget(choose_targets((self.spec.cluster.name, self.spec.host), found.holders, found.mesh))
+        targets = choose_targets((self.spec.cluster.name, self.spec.host), found.holders, found.mesh)
+        self.prober.retarget(targets, found.mtus)
         if self.watcher.synced:
             self._last_good_wake.set()
             self._reconcile_checks(state)
