@@ -55,6 +55,7 @@ class ActionModule(ActionBase):
                 "lists": {"type": "dict", "default": {}},
                 "exposed": {"type": "dict", "default": {}},
                 "try_native": {"type": "bool", "default": False},
+                "keys": {"type": "dict", "default": {}},
                 "basis": {"type": "dict"},
                 "proofs": {"type": "list", "elements": "dict", "default": []},
                 "version": {"type": "str"},
@@ -90,6 +91,7 @@ class ActionModule(ActionBase):
                 plain(options["exposed"], "exposed"),
                 options["try_native"],
                 _proofs(plain(options["proofs"], "proofs")),
+                plain(options["keys"], "keys"),
             )
             refuse_foreign_services(
                 found.services,
@@ -148,6 +150,7 @@ class ActionModule(ActionBase):
             in_cluster={name: dict(entry) for name, entry in found.in_cluster.items()},
             trials=[[dict(trial) for trial in each] for each in found.trials],
             told=list(found.told),
+            keyed=list(found.keyed),
             basis=basis,
             proofs=plain(options["proofs"], "proofs"),
             serial=serial,

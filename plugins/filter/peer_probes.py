@@ -57,7 +57,8 @@ FROM_EACH_CLUSTER = 3
 def peer_probes(members, record, run):
     """The overlay's port, or WireGuard's where the two sites encrypt, from one host of every site at least; etcd's
     client port from the cluster's hosts and from up to `FROM_EACH_CLUSTER` of a peering cluster's etcd hosts; its peer
-    port from the other members. Nothing between sites whose gateways have a tunnel, or are to have one."""
+    port from the other members. Nothing between sites whose gateways have a tunnel, or are to have one. Hosts of a
+    site to which nobody outside opens anything ask others for WireGuard's ports only, and are asked by none of them."""
     heard, joining = {}, set()
     for variables in members:
         name = variables["inventory_hostname"]
@@ -87,6 +88,7 @@ class _Questions:
         self.native = from_document(record["roster"].get("routing"), places)
         self.tunnels = [("udp", port) for port in wireguard_ports([keys_of(record["roster"].get("encryption"))])]
         self.gateways = from_document(record["roster"].get("ipsec"), places)
+        self.closed = frozenset(record["roster"].get("closed", ()))
         self.sites = {}
         for name in self.asked:
             self.sites.setdefault(self.places[name][1]["site"], []).append(name)
@@ -100,11 +102,13 @@ class _Questions:
                 continue
             if self.gateways.get(pair(here["site"], self.places[name][1]["site"]), Stage.PLAIN) is not Stage.PLAIN:
                 continue  # by the tunnel, which is not there yet
+            if self.is_inside(self.places[name][1]["site"], here["site"]):
+                continue
             document = self.places[name][0]
             etcd = document["etcd"]
             turn = _turn(self.sites[here["site"]], name, number) == host
             wanted = self.datagrams(here["site"], self.places[name][1]["site"]) if turn else []
-            if name in etcd["members"]:
+            if name in etcd["members"] and not self.is_inside(here["site"], self.places[name][1]["site"]):
                 if document is own:
                     wanted.append(("tcp", etcd["client_port"]))
                     wanted += [("tcp", etcd["peer_port"])] if host in etcd["members"] else []
@@ -117,8 +121,13 @@ class _Questions:
         if host in self.joining and own.get("ca_certificate"):
             port = own["etcd"]["client_port"]
             outside = [one for one in own["etcd"]["members"] if one in own["hosts"] and one not in self.run]
+            outside = [one for one in outside if not self.is_inside(here["site"], own["hosts"][one]["site"])]
             found += [self.target(here, one, "tcp", port, "etcd", enough=True) for one in outside]
         return found
+
+    def is_inside(self, site, other):
+        """Whether hosts of a site open all sessions with those of another one, and all else goes through these."""
+        return site != other and site in self.closed
 
     def datagrams(self, site, other):
         """While encryption is turned on or off both ports are needed; the overlay's not where all is native."""

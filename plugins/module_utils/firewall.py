@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import atomic_write, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.openings import ANYWHERE
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
 if TYPE_CHECKING:
@@ -196,7 +197,13 @@ def open_for(
     active = []
     if _ufw_enabled() and "Status: active" in (_run(module, "ufw", "status") or ""):
         active.append("ufw")
-        texts = [f"allow from {source} to any port {port} proto {protocol}" for protocol, port, source in wanted]
+        # As ufw shows it again.
+        texts = [
+            f"allow {port}/{protocol}"
+            if source == ANYWHERE
+            else f"allow from {source} to any port {port} proto {protocol}"
+            for protocol, port, source in wanted
+        ]
         through = [f"allow in on {tunnel} to any port {inner} proto udp" for tunnel in tunnels]
         texts += [f"allow from {source} to {to}" for source in sources]
         _ufw_rules(module, changes, [f"allow in on {DEVICE}", *through, *texts])
@@ -206,7 +213,7 @@ def open_for(
         entries = [
             (
                 zone,
-                f'rule family="ipv4" source address="{source}" port port="{port}" protocol="{protocol}" accept',
+                f'rule family="ipv4"{_source(source)} port port="{port}" protocol="{protocol}" accept',
             )
             for protocol, port, source in wanted
         ]
@@ -216,6 +223,10 @@ def open_for(
         ]
         _firewalld_rules(module, changes, [*((_TRUSTED, device) for device in (DEVICE, *tunnels)), *entries])
     return active
+
+
+def _source(address: str) -> str:
+    return "" if address == ANYWHERE else f' source address="{address}"'
 
 
 def close(module: AnsibleModule, changes: Changes) -> list[str]:

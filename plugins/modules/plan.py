@@ -78,6 +78,12 @@ options:
     description: Whether pairs of sites with C(routing=auto) that came back to the tunnel are tried again.
     type: bool
     default: false
+  keys:
+    description:
+      - Public keys of WireGuard of the hosts in RV(keyed), by host and UDP port, as M(isthmus.mesh.wireguard_keys)
+        found them. Of others those of the record count.
+    type: dict
+    default: {}
   proofs:
     description:
       - The proofs of the run so far of which way packets can go between sites with C(routing=auto), as the filter
@@ -123,6 +129,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+keyed:
+  description: Hosts whose public keys of WireGuard others need before any etcd tells them.
+  returned: success
+  type: list
+  elements: str
 specs:
   description: The specification of each host, by name. It holds no secret.
   returned: success

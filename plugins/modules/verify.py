@@ -647,6 +647,8 @@ class Verifier:
                 continue
             found = nodes.get(key, {}).get("encryption") or {"state": "not known", "reason": None}
             why = f": {found['reason']}" if found["reason"] else ""
+            if found["state"] == "idle" and openings.is_one_sided(self.spec, site):
+                why = f" ({openings.asked(self.spec, site, self.spec['wireguard']['port'])})"
             good = found["state"] == "encrypted" and stage is Stage.DEMANDS
             turned = f"it is being turned on or off ({stage.word})" if stage.word in CHANGING else "it should be"
             self.check(
@@ -678,7 +680,9 @@ class Verifier:
             for number, tunnel in enumerate(openings.tunnels(installed)):
                 one = (found.get("second") if number else found) or {"reason": "its node is not published yet"}
                 age = one.get("handshake_age")
-                why = one["reason"] or f"WireGuard has no answer of it; is UDP {tunnel['port']} open both ways?"
+                why = (
+                    one["reason"] or f"WireGuard has no answer of it; {openings.asked(installed, site, tunnel['port'])}"
+                )
                 self.check(
                     "encryption",
                     not one["reason"] and age is not None and age < SESSION,

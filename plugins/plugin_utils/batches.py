@@ -14,10 +14,14 @@ _NAMES = 20
 
 
 def newest_plan(members: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of variables of hosts the plan that the run goes by: it plans again after each proof, and a host that fell silent
-    keeps an older one. None where nothing was planned."""
+    """Of variables of hosts the plan that the run goes by: it plans again with public keys and after each proof, and a
+    host that fell silent keeps an older one. None where nothing was planned."""
     plans = [variables["__plan_result"] for variables in members if "__plan_result" in variables]
-    return max(plans, key=lambda plan: len(plan.get("proofs", ())), default=None)
+
+    def age(plan: Mapping[str, Any]) -> tuple[int, int]:
+        return len(plan.get("proofs", ())), len(plan.get("basis", {}).get("keys", ()))
+
+    return max(plans, key=age, default=None)
 
 
 class SerialError(Exception):

@@ -5,6 +5,7 @@ $FAKE_PLACE say. The host's name is in $FAKE_HOST; what it is called is in NAME.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -63,6 +64,21 @@ def node(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     if changed and not module.check_mode:
         path.write_text(json.dumps(given["spec"]))
     return {"changed": changed, "standing": {"services": ["shop/web"]}}
+
+
+def wireguard_keys(module: Module, given: dict[str, Any]) -> dict[str, Any]:
+    """A host's keys are the lines of a file there; in check mode none is made."""
+    path = PLACE / "hosts" / HOST / "keys"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    first = given["spec"]["wireguard"]
+    ports = [str(tunnel["port"]) for tunnel in (first, first.get("second")) if tunnel]
+    wanted = {port: base64.b64encode(f"{HOST} {port}".encode().ljust(32, b".")).decode() for port in ports}
+    found = {port: known.get(port, key) for port, key in wanted.items()}
+    if module.check_mode:
+        found = {port: key for port, key in found.items() if port in known}
+    else:
+        path.write_text(json.dumps(found))
+    return {"changed": any(port not in known for port in ports), "public_keys": found}
 
 
 def unreached(given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -159,6 +175,8 @@ def main() -> None:
         answers[NAME] = node(module, given)
     elif NAME == "pki_replace":
         answers[NAME] = pki_replace(given)
+    elif NAME == "wireguard_keys":
+        answers[NAME] = wireguard_keys(module, given)
     elif NAME == "verify":
         answers[NAME]["unreached"] = unreached(given)
     module.exit_json(**{"changed": False, **answers.get(NAME, {})})

@@ -17,7 +17,7 @@ from isthmus_mesh import strangers
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
 from isthmus_agent.bpf.errors import BpfError
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Route, Service
+from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Route, Service, WireGuard
 from isthmus_agent.desired.drain import endpoint
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ class Kernel(Protocol):
 
     def read(self) -> Reading:
         """Counters and fill levels."""
+
+    def tunnels(self) -> dict[str, Tunnel]:
+        """The WireGuard devices that are there, by name."""
+
+    def reopen(self, wanted: WireGuard, publics: Collection[str]) -> None:
+        """Begin sessions anew with peers of a device, by their public keys. NetworkError."""
 
     def destroy(self, backends: Collection[Backend]) -> int:
         """End the sockets that the connect hook gave to these backends; how many."""
@@ -315,7 +321,7 @@ class HostKernel:
 
         for wanted in datapath.wireguard:
             if wanted.device in self._fresh_wireguard:
-                endpoints = [peer.endpoint for peer in wanted.peers.values()]
+                endpoints = [peer.endpoint for peer in wanted.peers.values() if not peer.dials_in]
                 wireguard.greet(wanted.underlay, endpoints, datapath.overlay_port, wanted.device)
         self._fresh_wireguard.clear()
 
@@ -398,8 +404,15 @@ class HostKernel:
         return found
 
     def read(self) -> Reading:
-        tunnels = {name: tunnel for name in self._wireguard or () if (tunnel := self._read_tunnel(name)) is not None}
-        return Reading(self._bpf.counters(), self._bpf.capacity(), tunnels)
+        return Reading(self._bpf.counters(), self._bpf.capacity(), self.tunnels())
+
+    def tunnels(self) -> dict[str, Tunnel]:
+        return {name: tunnel for name in self._wireguard or () if (tunnel := self._read_tunnel(name)) is not None}
+
+    def reopen(self, wanted: WireGuard, publics: Collection[str]) -> None:
+        from isthmus_agent.netlink import wireguard
+
+        wireguard.reopen(wanted, publics)
 
     def _read_tunnel(self, name: str) -> Tunnel | None:
         from isthmus_agent.netlink import NetworkError, wireguard

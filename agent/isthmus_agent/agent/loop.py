@@ -37,6 +37,7 @@ from isthmus_agent.agent.names import NamesFile
 from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
+from isthmus_agent.agent.sessions import Sessions
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath
@@ -170,7 +171,7 @@ class Agent:
         self._dead_ended = 0.0
         self._expired: list[Backend] = []
         self._last_good_wake = asyncio.Event()
-        self._last_good_written: dict[str, bytes] = {}
+        self._last_good_written: dict[str, bytes] | None = {}  # None: not even that nothing is known
         self._turns = 0
         self._kernel_calls = 0  # asked and not yet answered
         self._kernel_answers = 0
@@ -218,6 +219,9 @@ class Agent:
             jobs["network"] = NetworkWatch(DEVICES, self.spec.node.underlay4, self._note_network, ways).run
         if self.spec.wireguard is not None:
             jobs["wireguard-key"] = self._follow_key
+            if self.spec.wireguard.opens:
+                sessions = Sessions(self.kernel, self.kernel_call, lambda: self.progress.applied, self.spec.node.mesh4)
+                jobs["sessions"] = sessions.run
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
         if native or self.spec.node.masquerade or self.spec.node.kubernetes_node is not None:
@@ -533,6 +537,12 @@ class Agent:
                 "datapath applied",
                 extra=fields(source=progress.source, ms=round(seconds * 1000), changes=len(changes), first=shown),
             )
+        wireguard = self.spec.wireguard
+        if first and self._fresh and wireguard is not None and wireguard.opens | wireguard.opened_by:
+            # Own etcd may be reached by what another specification lays down only, and the next agent must not keep
+            # this one's maps for want of a last-known-good.
+            self._last_good_written = None
+            self._last_good_wake.set()
         if first:
             gc.collect()
             gc.freeze()

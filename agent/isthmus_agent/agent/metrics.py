@@ -111,8 +111,8 @@ class _Snapshot:
         tunnels = self._reading.tunnels if self._reading is not None else {}
         counts = dict.fromkeys(("encrypted", "idle", "closed"), 0)
         now = time.time()
-        for node in self._agent.decoder.state().nodes.values():
-            state = encryption_of(self._agent, node, tunnels, now)["state"]
+        for key in self._agent.decoder.state().nodes:
+            state = encryption_of(self._agent, key, tunnels, now)["state"]
             if state in counts:
                 counts[state] += 1
         for state, count in counts.items():

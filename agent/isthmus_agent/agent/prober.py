@@ -34,7 +34,7 @@ WHOLE = 0x4F
 """Mark of packets that the tunnel, too, must not let be fragmented (ISTHMUS_MARK_WHOLE)."""
 _ECHO_REPLY, _ECHO = 0, 8
 _HEADERS = 28  # bytes of IP and ICMP
-_IP_FREEBIND = 15  # ip(7); the socket module does not name it before 3.14
+IP_FREEBIND = 15  # ip(7); the socket module does not name it before 3.14
 _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3  # ip(7): not to be fragmented, whatever the kernel has learnt of the way
 
 
@@ -124,7 +124,7 @@ class Prober:
         loop = asyncio.get_running_loop()
         try:
             # With the mesh address as source a probe uses table 730: over the overlay or not at all.
-            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+            sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, WHOLE)
             sock.bind((str(self._source), 0))

@@ -13,8 +13,8 @@ from typing import Any
 
 from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import WIREGUARD_PORT, TunnelSpec
-from isthmus_mesh.wire import Node, public_keys
+from isthmus_mesh.spec import TunnelSpec
+from isthmus_mesh.wire import Node
 
 from isthmus_agent.agent import certificates
 from isthmus_agent.agent.checks import listeners, misplaced
@@ -24,7 +24,7 @@ from isthmus_agent.desired.drain import endpoint
 from isthmus_agent.desired.pods import Pods
 from isthmus_agent.desired.reports import CheckKey, backends_here
 from isthmus_agent.desired.services import Placed, ServiceView
-from isthmus_agent.state.model import MeshState
+from isthmus_agent.state.model import MeshState, NodeKey
 
 FILTERED_RECENTLY = 300.0  # seconds that a warning of dropped packets stands
 PODS_TO_ASK = 3  # of another node: one that ends just now must not be the only one
@@ -174,18 +174,17 @@ def key_age(path: str) -> float | None:
         return None
 
 
-def encryption_of(agent: Agent, node: Node, tunnels: Tunnels, now: float) -> dict[str, Any]:
+def encryption_of(agent: Agent, key: NodeKey, tunnels: Tunnels, now: float) -> dict[str, Any]:
     """How packets to a node go; `now` is wall clock. `state` is plain, encrypted (a session is there), idle (there will
     be one when something is sent) or closed (nothing goes out, for `reason`). `stage` is the word of `Stage`; `reason`
     with another state than closed: why WireGuard cannot be used. `second`: the same of the second device, None while
     there is none."""
-    key = node.cluster, node.name
     if agent.desired is None or agent.spec.wireguard is None or key not in agent.desired.encrypted:
         return {"state": "plain", "stage": Stage.PLAIN.word, "reason": None, "handshake_age": None, "second": None}
     stage = agent.desired.stages[key]
     refused = (agent.desired.encrypted, agent.desired.second)
     first, *others = (
-        _session(node, each, why.get(key, ""), tunnels.get(each.device), now)
+        _session(agent.desired.keys[key], each, why.get(key, ""), tunnels.get(each.device), now)
         for each, why in zip(agent.spec.wireguard.tunnels, refused)
     )
     in_clear = stage is Stage.ACCEPTS or (stage is Stage.SENDS and first["reason"] is not None)
@@ -216,11 +215,13 @@ def routing_of(agent: Agent, node: Node) -> dict[str, Any]:
     }
 
 
-def _session(node: Node, wanted: TunnelSpec, why: str, tunnel: Tunnel | None, now: float) -> dict[str, Any]:
-    """With a node through one device."""
+def _session(
+    keys: Mapping[int, str], wanted: TunnelSpec, why: str, tunnel: Tunnel | None, now: float
+) -> dict[str, Any]:
+    """With a node, by its public keys, through one device."""
     peer = None
     if tunnel is not None:
-        peer = tunnel.peers.get(public_keys(node, WIREGUARD_PORT).get(wanted.port, ""))
+        peer = tunnel.peers.get(keys.get(wanted.port, ""))
     if not why and peer is None:
         why = "WireGuard is not there" if tunnel is None else "WireGuard does not have its key yet"
     age = None if peer is None or not peer.handshake else _age(float(peer.handshake), now)
@@ -251,11 +252,31 @@ def _nodes(agent: Agent, state: MeshState, tunnels: Tunnels) -> list[dict[str, A
                 "heard_age": _age(agent.prober.heard.get((cluster, name)), now),
                 "deaf": _is_deaf(agent, (cluster, name), now),
                 "rtt_ms": round(probe.rtt * 1000, 2) if probe is not None and probe.rtt is not None else None,
-                "encryption": encryption_of(agent, node, tunnels, time.time()),
+                "encryption": encryption_of(agent, (cluster, name), tunnels, time.time()),
                 "routing": routing_of(agent, node),
             }
         )
     return found
+
+
+def _first_contact(agent: Agent, state: MeshState, tunnels: Tunnels) -> list[dict[str, Any]]:
+    """Peers that the spec has laid down. `told`: own etcd tells of the node; `opens`: this host opens the session."""
+    wanted = agent.spec.wireguard
+    if wanted is None:
+        return []
+    return [
+        {
+            "cluster": peer.cluster,
+            "name": peer.name,
+            "site": peer.site,
+            "endpoint": str(peer.advertise4) if peer.site in wanted.opens else None,
+            "address": str(peer.mesh4),
+            "opens": peer.site in wanted.opens,
+            "told": (peer.cluster, peer.name) in state.nodes,
+            "encryption": encryption_of(agent, (peer.cluster, peer.name), tunnels, time.time()),
+        }
+        for peer in wanted.bootstrap
+    ]
 
 
 def _kubernetes(agent: Agent) -> dict[str, Any] | None:
@@ -465,6 +486,7 @@ async def status(agent: Agent) -> dict[str, Any]:
         "workloads": workloads,
         "wireguard": _wireguard(agent, tunnels),
         "nodes": _nodes(agent, state, tunnels),
+        "first_contact": _first_contact(agent, state, tunnels),
         "warnings": warnings(agent, workloads, reading),
     }
 

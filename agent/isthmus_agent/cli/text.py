@@ -92,6 +92,18 @@ def status(document: dict[str, Any]) -> str:
         ]
         head = ["NODE", "MESH ADDRESS", "ENDPOINT", "PROBE", "LAST ANSWER", "RTT", *(["WAY"] if native else [])]
         lines += ["", table(head if wireguard is None else [*head, "ENCRYPTION"], rows)]
+    if document["first_contact"]:
+        rows = [
+            [
+                f"{peer['cluster']}/{peer['name']}",
+                peer["site"],
+                f"this host, to {peer['endpoint']}" if peer["opens"] else "the other host",
+                "yes" if peer["told"] else "not yet",
+                _encryption({**peer, "probe": ""}),
+            ]
+            for peer in document["first_contact"]
+        ]
+        lines += ["", table(["FIRST CONTACT", "SITE", "OPENED BY", "KNOWN TO ETCD", "ENCRYPTION"], rows)]
     if document["warnings"]:
         lines += ["", *(f"! {words}" for words in document["warnings"])]
     return "\n".join(lines)

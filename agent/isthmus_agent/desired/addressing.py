@@ -19,13 +19,14 @@ from isthmus_mesh.spec import (
     OVERLAY_OVERHEAD,
     WIREGUARD_OVERHEAD,
     WIREGUARD_PORT,
+    BootstrapPeer,
     IpsecSpec,
     NativeSpec,
     NodeSpec,
     WireGuardSpec,
     through_gateways,
 )
-from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
+from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, NodeAddress, public_keys
 
 from isthmus_agent.desired.datapath import (
     MASQUERADED,
@@ -79,6 +80,9 @@ class Remote:
     public_keys: Mapping[int, str] = field(default_factory=dict, hash=False)  # of WireGuard, by UDP port
     native: Stage = Stage.PLAIN  # of native routing; PLAIN: the tunnel
     gateways: Stage = Stage.PLAIN  # of the tunnel between the gateways of the two sites
+    dials_in: bool = False  # it opens the sessions of WireGuard
+    is_kept: bool = False  # this host opens them
+    is_laid_down: bool = False  # by `site`, whatever etcd tells
 
     @property
     def takes_native(self) -> bool:
@@ -120,6 +124,7 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         return None
     mesh = node.mesh_address(4)
     said = node.annotations.get(UNDERLAY_MTU, "")
+    site = _site(spec.wireguard, node)
     return Remote(
         cluster=node.cluster,
         name=node.name,
@@ -140,20 +145,66 @@ def _remote(spec: NodeSpec, node: Node) -> Remote | None:
         public_keys=public_keys(node, WIREGUARD_PORT),
         native=_stage(spec.native, node),
         gateways=_stage(spec.ipsec, node),
+        dials_in=spec.wireguard is not None and site in spec.wireguard.opened_by,
+        is_kept=spec.wireguard is not None and site in spec.wireguard.opens,
     )
 
 
 def _stage(said: WireGuardSpec | NativeSpec | IpsecSpec | None, node: Node) -> Stage:
     """Of this host with the site of a node."""
-    if said is None:
-        return Stage.PLAIN
-    return said.stage(node.annotations.get(SITE) or said.sites.get(node.cluster))
+    return Stage.PLAIN if said is None else said.stage(_site(said, node))
+
+
+def _site(said: WireGuardSpec | NativeSpec | IpsecSpec | None, node: Node) -> str | None:
+    """None: it is not known."""
+    return None if said is None else node.annotations.get(SITE) or said.sites.get(node.cluster)
+
+
+def _as_laid_down(spec: NodeSpec, peer: BootstrapPeer, known: Remote | None) -> Remote | None:
+    """A node of which more than what is needed to reach it is `known` when etcd tells of it."""
+    addresses = [NodeAddress("InternalIP", str(peer.advertise4))]
+    if peer.underlay4 != peer.advertise4:
+        addresses.append(NodeAddress("ExternalIP", str(peer.underlay4)))
+    addresses.append(NodeAddress("CiliumInternalIP", str(peer.mesh4)))
+    node = Node(
+        peer.name,
+        peer.cluster,
+        peer.cluster_id,
+        tuple(addresses),
+        ipv4_alloc_cidr=peer.range4,
+        annotations={SITE: peer.site},
+    )
+    found = _remote(spec, node)
+    if found is None:
+        return None
+    found = replace(found, public_keys=peer.keys, is_laid_down=True)
+    if known is None:
+        return found
+    return replace(
+        found,
+        cidrs=known.cidrs,
+        health=known.health,
+        ingress=known.ingress,
+        mtu=known.mtu,
+        is_machine=known.is_machine,
+    )
+
+
+def _nodes(spec: NodeSpec, state: MeshState) -> Iterator[tuple[tuple[str, str], Remote | None]]:
+    """Of etcd, peers' before our own cluster's, then of the spec; None of one that has no underlay address."""
+    laid_down = {(peer.cluster, peer.name): peer for peer in spec.wireguard.bootstrap} if spec.wireguard else {}
+    order = sorted({*state.nodes, *laid_down}, key=lambda key: (key in laid_down, key[0] == spec.cluster.name, key))
+    for key in order:
+        known = _remote(spec, state.nodes[key]) if key in state.nodes else None
+        yield key, _as_laid_down(spec, laid_down[key], known) if key in laid_down else known
 
 
 def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple[str, ...]]:
-    """The other nodes, peers' before our own cluster's, and what was refused of them in words.
+    """The other nodes, peers' before our own cluster's, and what was refused of them in words. Those that the spec has
+    laid down are there before etcd tells of them, and reached as it says.
 
-    Later ones win where two claim one address, so nothing that a peer says overrides our own cluster.
+    Later ones win where two claim one address, so nothing that a peer says overrides our own cluster, and nobody what
+    `site` laid down.
     A claim on this host's own addresses is refused here, and one on addresses of our pods: of a peer on any that our
     cluster's CNI deals, of our own cluster on those that are dealt to this node.
     """
@@ -162,10 +213,9 @@ def remotes(spec: NodeSpec, state: MeshState) -> tuple[tuple[Remote, ...], tuple
     refused: list[str] = []
     mine = {spec.node.underlay4, spec.node.advertise4, spec.node.mesh4}
     cidrs_here = own_cidrs(spec, state)
-    for key in sorted(state.nodes, key=lambda key: (key[0] == spec.cluster.name, key)):
+    for key, node in _nodes(spec, state):
         if key == own:
             continue
-        node = _remote(spec, state.nodes[key])
         if node is None:
             refused.append(f"node {key[0]}/{key[1]} has no IPv4 underlay address")
             continue

@@ -46,7 +46,7 @@ class Desired:
     `dead`: backends whose established sockets should end. `refused`: claims that were not taken, in words.
     `pods`: those of this Kubernetes node.
     `encrypted`: nodes that are peers of WireGuard or are to be, with why one is none, else ""; `second` the same of the
-    second device, while there is one. `stages`: their stages.
+    second device, while there is one. `stages`: their stages. `keys`: their public keys by UDP port.
     `native`: nodes that packets go to without a tunnel, or are to, with the stage of that. `mtus`: of the path to each
     node, in bytes.
     """
@@ -62,6 +62,7 @@ class Desired:
     encrypted: Mapping[NodeKey, str] = field(default_factory=dict)
     second: Mapping[NodeKey, str] = field(default_factory=dict)
     stages: Mapping[NodeKey, Stage] = field(default_factory=dict)
+    keys: Mapping[NodeKey, Mapping[int, str]] = field(default_factory=dict)
     native: Mapping[NodeKey, Stage] = field(default_factory=dict)
     mtus: Mapping[NodeKey, int] = field(default_factory=dict)
 
@@ -162,6 +163,7 @@ def desired(
         encrypted=encrypted.nodes,
         second=encrypted.second,
         stages=encrypted.stages,
+        keys=encrypted.keys,
         native={(node.cluster, node.name): node.native for node in nodes if node.native > Stage.PLAIN},
         mtus=memory.of(
             "mtus", (spec, nodes, facts.underlay_mtu), lambda: addressing.mtus(spec, nodes, facts.underlay_mtu)

@@ -110,11 +110,16 @@ class Rule:
 @dataclass(frozen=True, slots=True)
 class WireGuardPeer:
     """A node: `addresses` are its allowed IPs, with `ranges`, of more than one address each; `endpoint` is where its
-    WireGuard listens, on the port that is ours."""
+    WireGuard listens, on the port that is ours.
+
+    `dials_in`: it opens the sessions, from wherever it is then, and its endpoint is never set. `kept`: this host opens
+    them, keeps them open and asks this address of the node's own, inside the mesh, whether they are; None elsewhere."""
 
     endpoint: Address
     addresses: frozenset[Address]
     ranges: frozenset[Network] = frozenset()
+    dials_in: bool = False
+    kept: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)

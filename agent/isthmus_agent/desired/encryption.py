@@ -45,8 +45,8 @@ CLOSED = 1 << 16
 @dataclass(frozen=True, slots=True)
 class Encryption:
     """`peers` by port and public key. `nodes`: those that are to be peers, with why one is none, else ""; `second` the
-    same of the second device; `stages`: theirs. `sent`: underlay addresses that only WireGuard may lead to; `demanded`:
-    those that nothing is taken from in clear, which are among them."""
+    same of the second device; `stages`: theirs; `keys`: their public keys by port. `sent`: underlay addresses that only
+    WireGuard may lead to; `demanded`: those that nothing is taken from in clear, which are among them."""
 
     peers: dict[int, dict[str, WireGuardPeer]] = field(default_factory=dict)
     nodes: dict[NodeKey, str] = field(default_factory=dict)
@@ -54,13 +54,14 @@ class Encryption:
     stages: dict[NodeKey, Stage] = field(default_factory=dict)
     sent: frozenset[Address] = frozenset()
     demanded: frozenset[Address] = frozenset()
+    keys: dict[NodeKey, Mapping[int, str]] = field(default_factory=dict)
 
 
 def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, str]) -> Encryption:
     """`nodes` in order of precedence, later ones first: nothing that a peer says takes from our own cluster.
 
     A public key that two nodes claim is taken from neither (traffic would go to whoever has the private key), unless
-    one of them is of our own cluster. `own_keys` are this host's public keys by UDP port."""
+    one of them is of our own cluster or laid down by `site`. `own_keys` are this host's public keys by UDP port."""
     encrypted = [node for node in nodes if node.stage > Stage.PLAIN]
     owner: dict[IPv4Address, Remote] = {}
     claims: dict[str, list[Remote]] = {}
@@ -91,17 +92,18 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
         elif node.stage is Stage.SENDS and not refused[0][node.cluster, node.name]:
             sent |= addresses
     stages = {(node.cluster, node.name): node.stage for node in encrypted}
-    return Encryption(peers, refused[0], refused[1], stages, frozenset(sent | demanded), frozenset(demanded))
+    keys = {(node.cluster, node.name): node.public_keys for node in encrypted}
+    return Encryption(peers, refused[0], refused[1], stages, frozenset(sent | demanded), frozenset(demanded), keys)
 
 
 def _peer(node: Remote, addresses: frozenset[Address]) -> WireGuardPeer:
-    if not node.takes_inside:
-        return WireGuardPeer(node.endpoint, addresses)
-    ranges = list(collapse_addresses(node.ranges))
+    ranges = list(collapse_addresses(node.ranges)) if node.takes_inside else []
     return WireGuardPeer(
         node.endpoint,
         addresses.union(each.network_address for each in ranges if each.num_addresses == 1),
         frozenset(each for each in ranges if each.num_addresses > 1),
+        node.dials_in,
+        (node.mesh or node.endpoint) if node.is_kept else None,
     )
 
 
@@ -140,7 +142,9 @@ def _refusal(
     if public_key in own_keys.values():
         return "its WireGuard key is this host's own"
     rivals = [other for other in claims[public_key] if other is not node]
-    if node.cluster == spec.cluster.name:
+    if node.is_laid_down:
+        rivals = [other for other in rivals if other.is_laid_down]
+    elif node.cluster == spec.cluster.name and not any(other.is_laid_down for other in rivals):
         rivals = [other for other in rivals if other.cluster == node.cluster]
     if rivals:
         return f"its WireGuard key is that of {rivals[0].cluster}/{rivals[0].name} too"

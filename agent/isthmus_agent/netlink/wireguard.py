@@ -34,6 +34,9 @@ KERNEL, USER_SPACE = "kernel", "wireguard-go"
 _KINDS = {"wireguard": KERNEL, "tun": USER_SPACE}
 
 _IFF_UP = 0x1
+KEEPALIVE = 25
+"""Seconds after which a peer whose session this host keeps open is sent a packet: less than the 30 s for which an
+address translation remembers a flow of UDP that was not answered (nf_conntrack_udp_timeout)."""
 _SECONDS = 10.0  # that `wg` may take
 _BATCH = 200  # peers in one command line
 
@@ -49,7 +52,8 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class PeerState:
     """`endpoint` is "address:port" as WireGuard has it now, "" for none; `handshake` is wall clock seconds, 0 for none
-    yet; `received` and `sent` are bytes; `addresses` and `ranges` as of `WireGuardPeer`."""
+    yet; `received` and `sent` are bytes; `addresses` and `ranges` as of `WireGuardPeer`; `keepalive` is seconds, 0 for
+    none."""
 
     endpoint: str
     addresses: frozenset[Address]
@@ -57,6 +61,13 @@ class PeerState:
     received: int
     sent: int
     ranges: frozenset[Network] = frozenset()
+    keepalive: int = 0
+
+    def is_as(self, wanted: WireGuardPeer) -> bool:
+        """Allowed IPs and keepalive are what is wanted; where the peer is, WireGuard knows better, if it knows it."""
+        known = bool(self.endpoint) or wanted.dials_in
+        allowed = (self.addresses, self.ranges) == (wanted.addresses, wanted.ranges)
+        return known and allowed and self.keepalive == _keepalive(wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +131,8 @@ def ensure_device(mtu: int, name: str = DEVICE) -> Device:
 def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
     """Key, port and peers are what is wanted, and the device is up; answers what was changed.
 
-    The endpoint of a peer is set with its addresses only: WireGuard follows a peer that moves. NetworkError with the
-    words of `wg`."""
+    The endpoint of a peer is set with its addresses only: WireGuard follows a peer that moves. One that dials in gets
+    none. NetworkError with the words of `wg`."""
     key = read_key(wanted.key)
     shown = _show(name)
     changes = []
@@ -134,9 +145,8 @@ def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
         words.append(["peer", public, "remove"])
         changes.append(f"remove WireGuard peer {public}")
     for public, peer in wanted.peers.items():
-        if public not in shown.peers or not _same_allowed(shown.peers[public], peer):
-            allowed = ",".join(sorted(map(str, (*map(ip_network, peer.addresses), *peer.ranges))))
-            words.append(["peer", public, "endpoint", f"{peer.endpoint}:{wanted.port}", "allowed-ips", allowed])
+        if public not in shown.peers or not shown.peers[public].is_as(peer):
+            words.append(_settings(public, peer, wanted.port))
             changes.append(f"set WireGuard peer {public} at {peer.endpoint}")
     for start in range(0, len(words), _BATCH):
         _wg("set", name, *(word for one in words[start : start + _BATCH] for word in one))
@@ -153,6 +163,30 @@ def configure(wanted: WireGuard, name: str = DEVICE) -> Configured:
                 ) from error
             changes.append(f"set {name} up")
     return Configured(tuple(changes), shown.public_key != own)
+
+
+def reopen(wanted: WireGuard, publics: Iterable[str]) -> None:
+    """Begins sessions anew with peers that do not answer in those that there are, which end. NetworkError with the
+    words of `wg`."""
+    words = [
+        word
+        for public in publics
+        for word in ("peer", public, "remove", *_settings(public, wanted.peers[public], wanted.port))
+    ]
+    _wg("set", wanted.device, *words)
+
+
+def _settings(public: str, peer: WireGuardPeer, port: int) -> list[str]:
+    """Of a peer, for `wg set`. With a keepalive WireGuard opens a session at once."""
+    allowed = ",".join(sorted(map(str, (*map(ip_network, peer.addresses), *peer.ranges))))
+    found = ["peer", public]
+    if not peer.dials_in:
+        found += ["endpoint", f"{peer.endpoint}:{port}"]
+    return [*found, "persistent-keepalive", str(_keepalive(peer)), "allowed-ips", allowed]
+
+
+def _keepalive(peer: WireGuardPeer) -> int:
+    return KEEPALIVE if peer.kept is not None else 0
 
 
 def greet(underlay: Address, peers: Iterable[Address], overlay_port: int, name: str = DEVICE) -> None:
@@ -196,8 +230,8 @@ def audit(wanted: WireGuard, name: str = DEVICE) -> list[str]:
     for public, peer in wanted.peers.items():
         if public not in shown.peers:
             problems.append(f"WireGuard peer {public} at {peer.endpoint} is missing")
-        elif not _same_allowed(shown.peers[public], peer):
-            problems.append(f"WireGuard peer {public} at {peer.endpoint} has other addresses than wanted")
+        elif not shown.peers[public].is_as(peer):
+            problems.append(f"WireGuard peer {public} at {peer.endpoint} has other addresses or settings than wanted")
     problems += [f"WireGuard peer {public} is not wanted" for public in shown.peers.keys() - wanted.peers.keys()]
     return problems
 
@@ -260,17 +294,13 @@ def _device(link: Any, name: str) -> Device:
     return Device(int(link["index"]), _KINDS[kind])
 
 
-def _same_allowed(shown: PeerState, wanted: WireGuardPeer) -> bool:
-    return (shown.addresses, shown.ranges) == (wanted.addresses, wanted.ranges)
-
-
 def _show(name: str) -> _Shown:
     """`wg show <name> dump`: tab-separated, the device first, then a line for each peer (wg(8))."""
     head, *lines = _wg("show", name, "dump").splitlines()
     _, public_key, port, _ = head.split("\t")
     peers = {}
     for line in lines:
-        public, _, endpoint, allowed, handshake, received, sent, _ = line.split("\t")
+        public, _, endpoint, allowed, handshake, received, sent, keepalive = line.split("\t")
         networks = [ip_network(each) for each in allowed.split(",") if each != "(none)"]
         peers[public] = PeerState(
             "" if endpoint == "(none)" else endpoint,
@@ -279,6 +309,7 @@ def _show(name: str) -> _Shown:
             int(received),
             int(sent),
             frozenset(each for each in networks if each.num_addresses > 1),
+            0 if keepalive == "off" else int(keepalive),
         )
     return _Shown(public_key, int(port), peers)
 

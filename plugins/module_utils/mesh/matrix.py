@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network, collapse_addresses
 from itertools import groupby
@@ -60,9 +60,11 @@ def rows(
     keys: Sequence[Keys],
     ipsec: Ipsec,
     chosen: Mapping[Pair, tuple[bool, str]],
+    closed: Collection[str],
 ) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
-    Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words."""
+    Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words.
+    `closed` are sites to which nobody outside opens anything."""
     sizes: dict[str, int] = {}
     for document in documents.values():
         for entry in document["hosts"].values():
@@ -104,7 +106,7 @@ def rows(
                 {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
                 for each in (
                     *(_of_gateways(one, ipsec) if max(gateways) is not Stage.PLAIN else ()),
-                    *_carried(between(documents, one, overlay_port, stages, needed, keys), min(gateways)),
+                    *_carried(between(documents, one, overlay_port, stages, needed, keys, closed), min(gateways)),
                 )
             ],
         }

@@ -228,8 +228,9 @@ class Encryption:
 class Model:
     """Everything is sorted by name: the order of the inventory does not show.
 
-    `masquerade`: sites whose hosts give packets of workloads that leave the mesh their own address. `entries`:
-    inventory hosts that stand for a cluster whose control plane is in it, by cluster: no part of the mesh.
+    `masquerade`: sites whose hosts give packets of workloads that leave the mesh their own address. `closed`: sites
+    with `inbound: false`, to which nobody outside opens anything. `entries`: inventory hosts that stand for a cluster
+    whose control plane is in it, by cluster: no part of the mesh.
     """
 
     name: str
@@ -248,6 +249,7 @@ class Model:
     ipsec: Ipsec = field(default_factory=Ipsec)
     bgp: Mapping[str, Bgp] = field(default_factory=dict)
     masquerade: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
     entries: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -283,6 +285,8 @@ class Model:
             del content["bgp"]
         if not self.masquerade:
             del content["masquerade"]
+        if not self.closed:
+            del content["closed"]
         return sha256(jsontext.canonical(_plain(content)).encode("ascii")).hexdigest()
 
 
@@ -305,6 +309,11 @@ def read_model(estate: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Model:
     Raises ModelError with all problems found.
     """
     return _Reader().read(estate, hosts)
+
+
+def _closed(sites: Any) -> tuple[str, ...]:
+    """Of the `sites` as they were read."""
+    return tuple(sorted(site for site, entry in (sites or {}).items() if entry["inbound"] is False))
 
 
 def _listed(names: list[str]) -> str:
@@ -369,6 +378,7 @@ class _Reader:
         self.cluster_hosts(clusters, read_hosts, hosts)
         encryption, routing, speaking = self.sites(top, clusters, read_hosts)
         known = {*read_hosts, *self.broken_hosts}
+        self.closed(top, clusters, read_hosts, encryption)
         ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"])
@@ -415,6 +425,7 @@ class _Reader:
             ipsec=ipsec,
             bgp=speaking,
             masquerade=tuple(sorted(site for site, entry in (top["sites"] or {}).items() if entry["masquerade"])),
+            closed=_closed(top["sites"]),
             entries={name: self.entries[name] for name in sorted(self.entries)},
             warnings=tuple(sorted(self.warnings)),
         )
@@ -1051,6 +1062,53 @@ class _Reader:
                 "one would send what the other does not take, and neither is to be weakened without a word",
                 "say in site_pairs what they use, or the same for both sites",
             )
+
+    def closed(
+        self,
+        top: dict[str, Any],
+        clusters: Mapping[str, Cluster],
+        hosts: Mapping[str, Host],
+        encryption: Encryption,
+    ) -> None:
+        """What a site needs to which nobody outside opens anything."""
+        closed = () if top["sites"] is INVALID else _closed(top["sites"])
+        there = sorted({cluster.site for cluster in clusters.values()} | {host.site for host in hosts.values()})
+        for site in closed:
+            where = f"isthmus_estate.sites.{site}.inbound"
+            others = [other for other in there if other != site]
+            deaf = [other for other in others if other in closed]
+            if deaf and site == min(site, *deaf):
+                self.problem(
+                    where,
+                    f"false, as of {_listed(deaf)}",
+                    "neither side could open a session to the other, and no host of a third site relays",
+                    "take `inbound: false` from one of them: UDP 51871 and 51872, forwarded to a host's own address by "
+                    "the address translation there, are enough (isthmus_advertise)",
+                )
+            if top["encryption"] is INVALID or top["site_pairs"] is INVALID:
+                continue
+            bare = [
+                f"{other} ({encryption.of(sorted_pair(site, other))})"
+                for other in others
+                if encryption.of(sorted_pair(site, other)) not in ("wireguard", None)
+            ]
+            if bare:
+                self.problem(
+                    where,
+                    f"false, and traffic with {_listed(bare)} is not encrypted by WireGuard",
+                    "only inside sessions of WireGuard, which the site's hosts open, do others reach them",
+                    f"set `encryption: wireguard` for the pairs of {site} with other sites",
+                )
+        for cluster in clusters.values():
+            members = {name: hosts[name].site for name in cluster.etcd.hosts if name in hosts}
+            inside = [name for name, site in members.items() if site in closed]
+            if inside and len(set(members.values())) > 1:
+                self.problem(
+                    f"isthmus_estate.clusters.{cluster.name}.etcd.hosts",
+                    f"{_listed(inside)} is at a site with `inbound: false`, and other members are at other sites",
+                    "members of one etcd open connections to each other before there is a mesh",
+                    "list hosts of one site",
+                )
 
     def native(self, routing: Routing, encryption: Encryption, sites: set[str], hosts: Mapping[str, Host]) -> None:
         """Pairs of sites that cannot be native as they are said to be."""

@@ -5,7 +5,7 @@ Documents are those of the estate record; only clusters that are present count."
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, collapse_addresses
 from typing import Any
@@ -56,7 +56,9 @@ TABLE = (
         f"UDP {spec.WIREGUARD_PORTS[0]} or {spec.WIREGUARD_PORTS[1]}, both while keys are replaced",
         "hosts of sites that encrypt",
         "hosts of the sites they encrypt with",
-        "WireGuard with the overlay or native packets inside ([encryption.md](encryption.md))",
+        "WireGuard with the overlay or native packets inside ([encryption.md](encryption.md)). Of a site with "
+        "`inbound: false` the hosts only send: nothing is opened there, and at the other sites the port is open to "
+        "all, as the address that they come from is not known",
     ),
     Row(
         f"UDP {' and '.join(str(port) for port in spec.IPSEC_PORTS)}",
@@ -151,29 +153,68 @@ def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     return found
 
 
+ANYWHERE = "0.0.0.0/0"
+"""Source of a session that is opened behind an address translation."""
+
+
 def rules(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False) -> list[tuple[str, int, str]]:
     """What a host, by its spec as JSON, must let in: protocol, port and source address, in order. A firewall `outside`
-    the host does not see the overlay where it is inside WireGuard."""
+    the host does not see the overlay where it is inside WireGuard. Where one side opens all sessions the other lets
+    WireGuard in from anywhere, and nothing else is let in."""
     documents = documents_of(record)
     cluster = documents[own["cluster"]["name"]]
     here = cluster["hosts"][own["host"]]
-    everybody = [entry for document in documents.values() for entry in document["hosts"].values()]
+    opens, opened_by = _sessions(own)
+    apart = {site for site in opens | opened_by if _hidden(own, site)}
+
+    def near(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [entry for entry in entries if entry["site"] not in apart]
+
+    everybody = near(entry for document in documents.values() for entry in document["hosts"].values())
     plain = [entry for entry in everybody if not (outside and _hidden(own, entry["site"]))]
     wanted = [("udp", own["overlay"]["port"], plain)]
-    encrypted = [entry for entry in everybody if encrypts(own, entry["site"])]
+    encrypted = [
+        entry for entry in everybody if encrypts(own, entry["site"]) and entry["site"] not in opens | opened_by
+    ]
     wanted += [("udp", tunnel["port"], encrypted) for tunnel in tunnels(own)]
     if own.get("member"):
         etcd = cluster["etcd"]
         readers = [entry for one in documents.values() if one is not cluster for entry in _members(one)]
         readers += cluster["hosts"].values()
-        wanted += [("tcp", etcd["client_port"], readers), ("tcp", etcd["peer_port"], list(_members(cluster)))]
+        wanted += [("tcp", etcd["client_port"], near(readers)), ("tcp", etcd["peer_port"], list(_members(cluster)))]
     found = {
         (protocol, port, source)
         for protocol, port, senders in wanted
         for source in set().union(*(_sources(entry, here) for entry in senders))
         if source not in (here["underlay4"], here["advertise4"])
     }
+    if opened_by:
+        found = {one for one in found if one[:2] not in [("udp", tunnel["port"]) for tunnel in tunnels(own)]}
+        found.update(("udp", tunnel["port"], ANYWHERE) for tunnel in tunnels(own))
     return sorted(found.union(ipsec.senders(own)))
+
+
+def is_one_sided(own: Mapping[str, Any], site: str) -> bool:
+    """Whether only one of a host, by its spec as JSON, and the hosts of a site can open sessions."""
+    return any(site in sites for sites in _sessions(own))
+
+
+def asked(own: Mapping[str, Any], site: str, port: int) -> str:
+    """What to look at when a host has no session of WireGuard with one of a site."""
+    opens, opened_by = _sessions(own)
+    if site in opens:
+        return f"is UDP {port} of {site} open to all, and may this host send there?"
+    if site in opened_by:
+        return f"hosts of {site} open the session; is UDP {port} open here to all, and may they send to it?"
+    return f"is UDP {port} open both ways?"
+
+
+def _sessions(own: Mapping[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """Sites with whose hosts a host, by its spec as JSON, opens all sessions, and those whose hosts do so with it."""
+    if own.get("wireguard") is None:
+        return frozenset(), frozenset()
+    found = spec.wireguard_of(own["wireguard"])
+    return found.opens, found.opened_by
 
 
 def _hidden(own: Mapping[str, Any], site: str) -> bool:
@@ -212,10 +253,16 @@ def between(
     stages: Iterable[Stage],
     native: Iterable[Stage],
     keys: Iterable[Keys],
+    closed: Collection[str] = (),
 ) -> list[Opening]:
     """What two sites need of each other while the pair is at these stages of encryption, with these keys, and of native
-    routing in clear."""
+    routing in clear. `closed` are sites to which nobody outside opens anything."""
     at, native_at = set(stages), set(native)
+    inside = sorted(set(pair).intersection(closed)) if pair[0] != pair[1] else []
+    if inside and at == {Stage.DEMANDS}:
+        (other,) = set(pair) - set(inside)
+        senders = f"hosts of {inside[0]}, from any address; nothing is opened at {inside[0]}"
+        return [Opening("UDP", port, senders, f"every host of {other}") for port in wireguard_ports(keys)]
     both = sorted(set(pair))
     found = []
     everywhere = ("each other", f"every host of {' and '.join(both)}")

@@ -10,7 +10,7 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
@@ -73,7 +73,7 @@ class Plan:
     routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp`
     what hosts and routers do (bgp.py). `trials` are those of pairs with `routing: auto` (auto.py) by the number of the
     proof: `sites`, and `hosts` with `cluster`, `site` and `mesh4`; `told` is what the proofs of this run have decided,
-    in words."""
+    in words. `keyed` are hosts whose public keys of WireGuard others need before any etcd tells them."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -100,6 +100,7 @@ class Plan:
     bgp: Speaking = field(default_factory=Speaking)
     trials: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     told: tuple[str, ...] = ()
+    keyed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def plan(
     exposed: Mapping[str, Mapping[str, Any]] | None = None,
     try_native: bool = False,
     proofs: auto.Proofs = (),
+    keys: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Plan:
     """Plan the whole estate.
 
@@ -132,10 +134,13 @@ def plan(
     host gets another key of WireGuard. `exposed`: of clusters whose control plane is in them, where their etcd was
     found to be reachable now (`record`). `try_native`: pairs with `routing: auto` that came back to the tunnel are
     tried again. `proofs` are those of the run so far: a run plans again after each, from all that its first plan was
-    made from and with its `now`, so that what it has done is planned as it was.
+    made from and with its `now`, so that what it has done is planned as it was. `keys` are public keys of WireGuard by
+    host and UDP port, as they were found on hosts now (`Plan.keyed`, `record`).
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
-    return _Planner(model, record, now, version, by, prune, forget, rotate, exposed or {}, try_native, proofs).run()
+    return _Planner(
+        model, record, now, version, by, prune, forget, rotate, exposed or {}, try_native, proofs, keys or {}
+    ).run()
 
 
 def refuse_other_version(record: Record, installed: str, wanted: str | None = None) -> None:
@@ -225,8 +230,10 @@ class _Planner:
         exposed: Mapping[str, Mapping[str, Any]],
         try_native: bool,
         proofs: auto.Proofs,
+        keys: Mapping[str, Mapping[str, str]],
     ) -> None:
         self.record = record
+        self.keys = keys
         self.exposed = exposed
         self.try_native = try_native
         self.proofs = proofs
@@ -327,6 +334,7 @@ class _Planner:
                     staged.keys,
                     self.model.ipsec,
                     staged.chosen,
+                    self.model.closed,
                 )
             ),
             steps=tuple(self.steps(following, present, staged.states)),
@@ -347,7 +355,40 @@ class _Planner:
             bgp=speaking,
             trials=staged.trials,
             told=tuple(auto.told(staged.courses, matrix.name)),
+            keyed=tuple(sorted(self.keyed(present, specs))),
         )
+
+    # Sites to which nobody outside opens anything
+
+    def keyed(self, present: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+        """Hosts at such sites, and the etcd hosts of all others, that encrypt or begin to."""
+        for document in present.values() if self.model.closed else ():
+            for name, entry in document["hosts"].items():
+                wanted = entry["site"] in self.model.closed or name in document["etcd"]["members"]
+                if wanted and "wireguard" in specs.get(name, {}):
+                    yield name
+
+    def keys_of(self, host: str, old: Mapping[str, Any] | None) -> dict[str, str]:
+        """The host's `public_keys` in the record."""
+        if not self.model.closed:
+            return {}
+        return dict(self.keys.get(host) or (old or {}).get("public_keys", {}))
+
+    def with_keys(self, clusters: Mapping[str, Mapping[str, Any]], keys: Keys) -> dict[str, Mapping[str, Any]]:
+        """Documents of clusters without public keys that hosts do not have any more with these keys."""
+        ports = {str(port) for port in openings.wireguard_ports([keys])}
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, document in clusters.items():
+            hosts = {
+                host: {**entry, "public_keys": {port: key for port, key in known.items() if port in ports}}
+                for host, entry in document.get("hosts", {}).items()
+                if (known := entry.get("public_keys"))
+            }
+            changed = any(document["hosts"][host] != entry for host, entry in hosts.items())
+            found[name] = (
+                self.stamped({**document, "hosts": {**document["hosts"], **hosts}}, document) if changed else document
+            )
+        return found
 
     # BGP
 
@@ -471,7 +512,8 @@ class _Planner:
             for key in (*encryption.STAGED, "auto"):
                 roster.pop(key, None)
             roster.update(state.documents())
-            record = Record(roster, record.clusters)
+            record = Record(roster, self.with_keys(record.clusters, state.keys))
+            present = {name: record.clusters[name] for name in present}
             replaced = {pair for pair, stage in state.encryption.items() if stage} if state.keys != last.keys else set()
             up = {pair for now, before in zip(changing, last.staged) for pair in now if now[pair] > before[pair]}
             yield Step(
@@ -1204,7 +1246,8 @@ class _Planner:
                 if self.keeps_kubernetes(cluster) and old is not None:
                     node = old.get("kubernetes_node")
                 entry = self.host(host, ranges[host.name], old, released)
-                entries[host.name] = {**entry, **_filled(kubernetes_node=node)}
+                keys = self.keys_of(host.name, old)
+                entries[host.name] = {**entry, **_filled(kubernetes_node=node, public_keys=keys)}
         return entries, released
 
     def node_ranges(
@@ -1480,7 +1523,7 @@ class _Planner:
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
             **state.documents(),
-            **_filled(vpcs=vpcs.document, bgp=list(speaking.sites)),
+            **_filled(vpcs=vpcs.document, bgp=list(speaking.sites), closed=list(self.model.closed)),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}
@@ -1555,7 +1598,7 @@ class _Spec:
             **{key: shared[key] for key in ("overlay", "dns", "service_ranges4", "mesh_ranges4")},
             "etcd": _etcd_clients(own, self.endpoints()),
             "member": self.etcd_member() if self.member else None,
-            "registrar": self.shared.registrar(self.api()) if self.member else None,
+            "registrar": self.shared.registrar(self.api(), self.host["site"]) if self.member else None,
             "pki": {
                 "ca": {"cluster": own["name"], "host": own["ca_host"], "here": own["ca_host"] == self.name},
                 "certificates": list(self.certificates()),
@@ -1582,7 +1625,34 @@ class _Spec:
             **_filled(second=_tunnel(1 - self.state.keys.sends) if self.state.keys.has_both else None),
             "plain_sites": sorted(site for site, stage in mine.items() if stage is Stage.PLAIN),
             "sites": self.sites(),
-            **_filled(changing=changing),
+            **_filled(changing=changing, **self.sessions(mine)),
+        }
+
+    def sessions(self, stages: Mapping[str, Stage]) -> dict[str, Any]:
+        """With hosts of which sites only one side can open sessions, and what hosts need for the first of them."""
+        here, closed = self.host["site"], self.model.closed
+        inside = here in closed
+        far = sorted(site for site, stage in stages.items() if stage and site != here and (inside or site in closed))
+        peers = [
+            self.bootstrap_peer(document, name, entry)
+            for _cluster, document in sorted(self.present.items())
+            for name, entry in sorted(document["hosts"].items())
+            if entry["site"] in far and (name in document["etcd"]["members"] if inside else self.member)
+        ]
+        return {
+            "opens": far if inside else [],
+            "opened_by": [] if inside else far,
+            "bootstrap": [peer for peer in peers if peer["keys"]],
+        }
+
+    def bootstrap_peer(self, document: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        ports = {str(port) for port in openings.wireguard_ports([self.state.keys])}
+        return {
+            "cluster": document["name"],
+            "id": document["id"],
+            "name": name,
+            **{key: entry[key] for key in ("site", "underlay4", "advertise4", "range4", "mesh4")},
+            "keys": {port: key for port, key in entry.get("public_keys", {}).items() if port in ports},
         }
 
     def native(self) -> dict[str, Any] | None:
@@ -1633,7 +1703,8 @@ class _Spec:
         found = []
         for member in sorted(self.own["etcd"]["members"], key=rank):
             near = hosts[member]["site"] == self.host["site"]
-            found.append(f"https://{hosts[member]['underlay4' if near else 'advertise4']}:{port}")
+            key = "underlay4" if near else _dialled(self.model, hosts[member], self.host["site"])
+            found.append(f"https://{hosts[member][key]}:{port}")
         return found
 
     def member_urls(self, port: int) -> dict[str, str]:
@@ -1664,14 +1735,16 @@ class _Spec:
         if not self.member:
             return
         addresses = list(dict.fromkeys([self.host["underlay4"], self.host["advertise4"], "127.0.0.1"]))
-        for name, cn, usages in (
-            ("etcd-server", self.name, ["server"]),
-            ("etcd-peer", "isthmus-etcd-peer", ["server", "client"]),
+        # Readers at sites from or to which nothing but the mesh leads dial that.
+        far = any(_dialled(self.model, self.host, site) == "mesh4" for site in sites_of(self.present))
+        for name, cn, usages, more in (
+            ("etcd-server", self.name, ["server"], [self.host["mesh4"]] if far else []),
+            ("etcd-peer", "isthmus-etcd-peer", ["server", "client"], []),
         ):
             yield {
                 **self.certificate(name, cn),
                 "sans_dns": [self.name, "localhost"],
-                "sans_ip": addresses,
+                "sans_ip": [*addresses, *more],
                 "usages": usages,
                 "owner": "isthmus-etcd",
             }
@@ -1752,7 +1825,8 @@ class _Shared:
         """Those whose etcd is somewhere already."""
         return [name for name, doc in sorted(self.present.items()) if name != self.own["name"] and _peer_urls(doc)]
 
-    def registrar(self, api: Mapping[str, str] | None) -> dict[str, Any]:
+    def registrar(self, api: Mapping[str, str] | None, site: str) -> dict[str, Any]:
+        """Of one that runs at a site."""
         peers = []
         for name in self.peers():
             doc = self.present[name]
@@ -1762,7 +1836,7 @@ class _Shared:
                     "id": doc["id"],
                     "workload_ranges4": [*doc["workload_ranges"], *_pod_ranges(doc)],
                     "service_range4": doc["service_range"],
-                    "endpoints": _peer_urls(doc),
+                    "endpoints": _peer_urls(doc, lambda entry: _dialled(self.model, entry, site)),
                     "ca": _trust(name),
                     "cert": f"{PKI}/peer-{name}.crt",
                     "key": f"{PKI}/peer-{name}.key",
@@ -1793,7 +1867,8 @@ def _in_cluster(model: Model, present: Mapping[str, Any], cluster: Cluster, want
                 "server": own["kubernetes"]["api_server"],
                 "ca": f"{account}/ca.crt",
                 "token": f"{account}/token",
-            }
+            },
+            own["site"],
         ),
     }
     document["hash"] = spec.spec_hash(document)
@@ -1837,12 +1912,23 @@ def _etcd_clients(own: Mapping[str, Any], endpoints: list[str]) -> dict[str, Any
     }
 
 
-def _peer_urls(document: Mapping[str, Any]) -> list[str]:
-    """Where other clusters dial its etcd; nowhere while one that is in its cluster was not exposed yet."""
+def _dialled(model: Model, entry: Mapping[str, Any], site: str) -> str:
+    """Which address of a host those at a site dial who do not do it within its own: the one inside the mesh where only
+    sessions of WireGuard lead from the one site to the other."""
+    apart = entry["site"] != site and {entry["site"], site}.intersection(model.closed)
+    return "mesh4" if apart else "advertise4"
+
+
+def _peer_urls(
+    document: Mapping[str, Any], dialled: Callable[[Mapping[str, Any]], str] = lambda _entry: "advertise4"
+) -> list[str]:
+    """Where other clusters dial its etcd; nowhere while one that is in its cluster was not exposed yet. `dialled` names
+    the address of a member's entry."""
     if openings.is_in_cluster(document):
         return list(document.get("exposed", {"endpoints": ()})["endpoints"])
     port = document["etcd"]["client_port"]
-    return [f"https://{document['hosts'][member]['advertise4']}:{port}" for member in document["etcd"]["members"]]
+    members = [document["hosts"][member] for member in document["etcd"]["members"]]
+    return [f"https://{entry[dialled(entry)]}:{port}" for entry in members]
 
 
 def _filled(**entries: Any) -> dict[str, Any]:
@@ -1910,9 +1996,10 @@ def _lines(record: Record) -> dict[str, str]:
             labels = "".join(f", {key}={value}" for key, value in sorted(entry["labels"].items()))
             node = f", Kubernetes node {entry['kubernetes_node']}" if "kubernetes_node" in entry else ""
             advertise = "" if entry["advertise4"] == entry["underlay4"] else f", dialled at {entry['advertise4']}"
+            known = "".join(f", {key} on UDP {port}" for port, key in sorted(entry.get("public_keys", {}).items()))
             found[f"host {host}"] = (
                 f"cluster {name}, site {entry['site']}, underlay {entry['underlay4']}{advertise}, "
-                f"range {entry['range4']}, mesh address {entry['mesh4']}{node}{labels}"
+                f"range {entry['range4']}, mesh address {entry['mesh4']}{node}{labels}{known}"
             )
             for key, workload in sorted(entry["workloads"].items()):
                 kind, target = next(iter(workload["cgroup"].items()))
@@ -1940,6 +2027,7 @@ def _lines(record: Record) -> dict[str, str]:
         if keys != Keys():
             found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
+        found.update({f"site {site}": "its hosts open all sessions themselves" for site in roster.get("closed", ())})
         found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
     return found
 

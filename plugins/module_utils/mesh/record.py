@@ -10,7 +10,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
      "clusters": {"onprem": {"id": 1, "state": "present"}},
      "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
      "vpcs": {"sites": {"cloud": {"provider": "aws", "network": "vpc-1", "region": "eu-central-1"}}, "peerings": []},
-     "bgp": ["cloud"],
+     "bgp": ["cloud"], "closed": ["edge"],
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
 
 `clusters/<name>`::
@@ -32,6 +32,8 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
                     "api_server": "https://198.18.1.11:6443", "identity_labels": ["!job-name"]},
      "last_applied": {"hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}}
 
+`closed` are sites to which nobody outside opens anything, if there are some; a host then may have `"public_keys":
+{"51871": "<base64>"}`, of WireGuard by UDP port, for those that need them before any etcd tells them.
 `encryption` and `routing` say the stage of each pair of sites, if any is not in the clear through the tunnel
 (encryption.py); `auto` of pairs that choose their way and came back to the tunnel the two hosts between which native
 packets did not come through: {"cloud onprem": ["cloud-1", "onprem-2"]}.
@@ -70,6 +72,7 @@ from typing import Any
 from . import jsontext, versions
 from .encryption import CHANGING, STAGED, STAGES
 from .jsontext import UINT64, Fields
+from .wire import public_key_problem
 
 SCHEMA = 1
 LARGEST_DOCUMENT = 1280 * 1024
@@ -294,6 +297,7 @@ def _check(where: str, name: str, document: Any) -> int:
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
         fields.texts("bgp")
+        fields.texts("closed")
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")
@@ -370,6 +374,10 @@ def _check_host(entry: Fields) -> None:
     entry.text_mapping("labels")
     for address in ("mesh4", "underlay4", "advertise4"):
         entry.address4(address)
+    for port, key in entry.text_mapping("public_keys").items():
+        problem = public_key_problem(key)
+        if problem:
+            entry.fail(f"public_keys.{port}", problem)
     for key, workload in _entries(entry, "workloads"):
         if key.count("/") != 1:
             entry.fail(f"workloads.{key}", "is not <namespace>/<name>")

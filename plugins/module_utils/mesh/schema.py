@@ -177,18 +177,13 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Flag(Kind):
-    """true or false. `later` maps a value that comes later to what it would do."""
-
-    later: Mapping[bool, str] | None = None
+    """true or false."""
 
     def read(self, value: Any, where: str, problems: list[Problem]) -> Any:
         if not isinstance(value, bool):
             problems.append(
                 Problem(where, f"{shown(value)} is not true or false", "it is a switch", "write true or false")
             )
-            return INVALID
-        if self.later and value in self.later:
-            problems.append(not_yet(where, str(value).lower(), self.later[value], str(not value).lower()))
             return INVALID
         return bool(value)
 
@@ -730,8 +725,10 @@ SITE = Table(
     "site",
     {
         "inbound": Key(
-            Flag({False: "a registrar connects to its peers' etcd directly so far"}),
-            "Whether other sites can open connections to this one.",
+            Flag(),
+            "Whether other sites can open connections to this one. `false`, of a site behind an address translation: "
+            "its hosts open all sessions themselves, by WireGuard, which each pair with another site then needs "
+            "([encryption.md](encryption.md)).",
             True,
         ),
         "routing": Key(

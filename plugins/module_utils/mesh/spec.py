@@ -146,18 +146,40 @@ class TunnelSpec:
 
 
 @dataclass(frozen=True)
+class BootstrapPeer:
+    """A node that is a peer of WireGuard before any etcd tells of it, as `site` found it: `keys` are its public keys by
+    UDP port. What etcd tells of these is older, or comes from somebody who would be it."""
+
+    cluster: str
+    cluster_id: int
+    name: str
+    site: str
+    underlay4: IPv4Address
+    advertise4: IPv4Address
+    range4: IPv4Network
+    mesh4: IPv4Address
+    keys: Mapping[int, str]
+
+
+@dataclass(frozen=True)
 class WireGuardSpec:
     """Overlay packets to and from other nodes go through WireGuard, except those of `plain_sites`: by `tunnel`; what
     comes through the `second` one, which is there while keys are replaced, is taken as well.
 
     `sites` is the site of a cluster's nodes, for those that publish none of their own; a node whose site is not known
-    is in no plain site. `changing` are those of the other sites with which encryption is being turned on or off."""
+    is in no plain site. `changing` are those of the other sites with which encryption is being turned on or off.
+
+    With hosts of the sites in `opens` this host opens the sessions, as they cannot reach it, and keeps them open; those
+    of `opened_by` do the same with it. `bootstrap` are those of both that it must reach before etcd tells of them."""
 
     tunnel: TunnelSpec
     second: TunnelSpec | None
     plain_sites: frozenset[str]
     sites: Mapping[str, str]
     changing: Mapping[str, Stage] = field(default_factory=dict)
+    opens: frozenset[str] = frozenset()
+    opened_by: frozenset[str] = frozenset()
+    bootstrap: tuple[BootstrapPeer, ...] = ()
 
     @property
     def tunnels(self) -> tuple[TunnelSpec, ...]:
@@ -491,6 +513,28 @@ def _wireguard(fields: Fields) -> WireGuardSpec:
         plain_sites=frozenset(fields.texts("plain_sites")),
         sites=fields.text_mapping("sites"),
         changing=_stages(fields, "changing", CHANGING),
+        opens=frozenset(fields.texts("opens")),
+        opened_by=frozenset(fields.texts("opened_by")),
+        bootstrap=tuple(_bootstrap_peer(entry) for entry in fields.objects("bootstrap")),
+    )
+
+
+def _bootstrap_peer(fields: Fields) -> BootstrapPeer:
+    keys = {}
+    for port, key in fields.text_mapping("keys").items():
+        if port not in map(str, WIREGUARD_PORTS):
+            fields.fail(f"keys.{port}", f"is not one of {', '.join(map(str, WIREGUARD_PORTS))}")
+        keys[int(port)] = key
+    return BootstrapPeer(
+        cluster=fields.text("cluster", None),
+        cluster_id=fields.integer("id", 511, default=None, minimum=1),
+        name=fields.text("name", None),
+        site=fields.text("site", None),
+        underlay4=fields.address4("underlay4"),
+        advertise4=fields.address4("advertise4"),
+        range4=fields.network4("range4"),
+        mesh4=fields.address4("mesh4"),
+        keys=keys,
     )
 
 

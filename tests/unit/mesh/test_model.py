@@ -438,13 +438,30 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         f"{C}.cloud.etcd.source: sha256 goes with type: archive only. Why: a package comes from the distribution. "
         "Next: remove sha256 or set type: archive.",
     ),
-    # Not yet
     (
-        "inbound: false",
+        "inbound: false without WireGuard",
         _estate(sites={"onprem": {}, "cloud": {"inbound": False}}),
-        "isthmus_estate.sites.cloud.inbound: false is not yet supported. Why: a registrar connects to its peers' etcd "
-        "directly so far. Next: use true until a later version does it.",
+        "isthmus_estate.sites.cloud.inbound: false, and traffic with onprem (none) is not encrypted by WireGuard. Why: "
+        "only inside sessions of WireGuard, which the site's hosts open, do others reach them. Next: set `encryption: "
+        "wireguard` for the pairs of cloud with other sites.",
     ),
+    (
+        "inbound: false on both sides",
+        _estate(encryption="wireguard", sites={"onprem": {"inbound": False}, "cloud": {"inbound": False}}),
+        "isthmus_estate.sites.cloud.inbound: false, as of onprem. Why: neither side could open a session to the other, "
+        "and no host of a third site relays. Next: take `inbound: false` from one of them: UDP 51871 and 51872, "
+        "forwarded to a host's own address by the address translation there, are enough (isthmus_advertise).",
+    ),
+    (
+        "an etcd that is inside and outside of a site with inbound: false",
+        lambda e, h: (
+            e.update(encryption="wireguard", sites={"onprem": {}, "cloud": {}, "edge": {"inbound": False}}),
+            h["o3"].update(isthmus_site="edge"),
+        ),
+        f"{C}.onprem.etcd.hosts: o3 is at a site with `inbound: false`, and other members are at other sites. Why: "
+        "members of one etcd open connections to each other before there is a mesh. Next: list hosts of one site.",
+    ),
+    # Not yet
     (
         "two sides that differ",
         _estate(sites={"onprem": {"routing": "native"}, "cloud": {}}),

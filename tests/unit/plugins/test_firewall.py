@@ -250,3 +250,15 @@ def test_what_the_run_will_open_is_not_blocked() -> None:
     assert blocked_ports.blocked_ports([asker, target]) == [told]
     [words] = blocked_ports.blocked_ports([asker])
     assert "b1 is not in this run, so its firewalls were not looked at" in words
+
+
+def test_what_is_open_to_all_is_written_as_the_firewalls_show_it(host: Host) -> None:
+    """Else the next run would not know it again."""
+    everybody = ("udp", 51871, "0.0.0.0/0")
+    host.firewalld = {"runtime": {}, "permanent": {}}
+    assert opened(host, everybody).changed
+    assert "ufw allow 51871/udp comment 'isthmus.mesh'" in host.ufw
+    assert 'rule family="ipv4" port port="51871" protocol="udp" accept' in host.firewalld["permanent"]["public"]
+    assert not opened(host, everybody).changed
+    assert opened(host).changed
+    assert not [line for line in host.ufw if "51871" in line]

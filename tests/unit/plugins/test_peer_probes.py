@@ -146,3 +146,16 @@ def test_nothing_is_asked_across_a_tunnel_that_is_not_there_yet() -> None:
     across = {(host[0], other[0]) for host, other, _protocol, _port in questions}
     assert {("a", "b"), ("b", "a")}.isdisjoint(across)
     assert {("a", "c"), ("c", "b"), ("a", "a")} <= across
+
+
+def test_a_site_to_which_nobody_outside_opens_anything_asks_for_wireguard_and_is_asked_nothing() -> None:
+    record = estate(cluster("a", 2, 1), cluster("b", 2, 1))
+    record["roster"] |= {"encryption": {"all": "demands", "pairs": {}}, "closed": ["b"]}
+    names = hosts_of(record)
+    ports = {**PORTS, "udp/51871": "listener"}
+    questions = asked(peer_probes(entered(names, names, ports), record, names))
+    between = {one for one in questions if one[0][0] != one[1][0]}
+    assert {(host[0], other[0], protocol, port) for host, other, protocol, port in between} == {
+        ("b", "a", "udp", 51871),
+    }
+    assert {("a2", "a1", "tcp", 2379), ("b2", "b1", "tcp", 2379)} <= questions, "within a site as everywhere"

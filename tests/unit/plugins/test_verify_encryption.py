@@ -124,3 +124,16 @@ def test_before_a_step_each_host_is_greeted_and_must_have_answered(on_the_way: H
 def test_a_host_whose_pairs_do_not_change_has_nothing_to_prove(host: Host) -> None:
     assert host.changing() == []
     assert host.greeted == [("198.18.2.1", [], 8472, "isthmus-wg0")]
+
+
+def test_where_one_side_opens_all_sessions_it_is_said_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Host(tmp_path, monkeypatch, running=False)
+    found.said["o2"] = {**GOOD, "state": "idle"}
+    for site, words in (
+        ("cloud", "is UDP 51871 of onprem open to all, and may this host send there?"),
+        ("onprem", "hosts of onprem open the session; is UDP 51871 open here to all, and may they send to it?"),
+    ):
+        sites = {name: {"inbound": name != site} for name in ("cloud", "onprem")}
+        found.plan = estates.planned(estates.model({**estates.estate(), **ON, "sites": sites}))
+        (told,) = found.encrypted()
+        assert words in told
