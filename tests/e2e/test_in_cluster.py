@@ -69,9 +69,7 @@ def make_pods(estate: Estate, kube: Kubernetes) -> None:
 
 # What Kubernetes and the CNI keep of pods that were there, what is in the volume of a class with the policy Retain, and
 # the empty chains of Services that are gone, which kube-proxy removes with whatever it writes next.
-KEPT = re.compile(
-    r"[\w-]+: (files: /var/lib/(cni|lab-volumes)/|nft: new: \tchain (service|endpoint)-\S+-isthmus-system/)"
-)
+KEPT = re.compile(r"[\w-]+: (files: /var/lib/(cni|lab-volumes)/|nft: new: \tchain \w+-\w+-isthmus-system/)")
 
 
 def differing(kube: Kubernetes, bare: Mapping[str, snapshot.Snapshot]) -> list[str]:
