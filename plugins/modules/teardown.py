@@ -79,7 +79,9 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIRE
 
 DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
-TABLES = ("730", "731", "732", "733", "734", "735", "736")
+# A gateway's, that keeps strongSwan's own packets from the site's other gateway.
+OF_STRONGSWAN = re.compile(r"734:\s.* lookup (main)\b")
+TABLES = ("730", "731", "732", "733", "734", "735", "736", "738")
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -253,7 +255,7 @@ class Teardown:
         for family in ("-4", "-6") if os.path.exists("/proc/net/if_inet6") else ("-4",):
             rules = self.command("ip", family, "rule", "show").splitlines()
             for rule in rules:
-                looked_up = re.search(rf"\blookup ({'|'.join(TABLES)})\b", rule)
+                looked_up = re.search(rf"\blookup ({'|'.join(TABLES)})\b", rule) or OF_STRONGSWAN.match(rule)
                 if looked_up is None:
                     continue
                 priority, table = rule.split(":", 1)[0], looked_up.group(1)

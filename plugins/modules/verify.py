@@ -884,7 +884,7 @@ class Verifier:
         """They are there, and packets of full size pass to the other gateway, where that is one of ours."""
         missing = strongswan.missing(self.module, connections) if connections else {}
         for one in connections:
-            why = missing.get(one["site"])
+            why = missing.get(ipsec.name_of(one))
             name = f"the tunnel to the gateway of site {one['site']} ({one['remote']})"
             if not self.check(
                 "gateways",
@@ -893,8 +893,8 @@ class Verifier:
                 f"between the two gateways both ways; see `journalctl -u {strongswan.UNIT}` on both",
             ):
                 continue
-            if one["ours"] and any(ipaddress.ip_address(one["remote"]) in network for network in networks_of(one)):
-                words = self.reach_gateway(one["local"], one["remote"])
+            if "inside" in one and any(ipaddress.ip_address(one["inside"]) in network for network in networks_of(one)):
+                words = self.reach_gateway(one["local"], one["inside"])
                 self.check(
                     "gateways", not words, f"{name} is there, and the other gateway does not answer in it: {words}"
                 )

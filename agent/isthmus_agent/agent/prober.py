@@ -3,7 +3,8 @@
 
 Echo requests go from this host's mesh address to the mesh addresses of other nodes, through the same
 programs, tunnel and encryption as the workloads' packets. The answer comes from the other kernel, so a
-dead agent over there changes nothing. Format: RFC 792.
+dead agent over there changes nothing. A site's gateway asks the gateways of other sites the same way, through its
+tunnels. Format: RFC 792.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 INTERVAL = 1.0  # seconds; an answer that needs longer is a miss
 _ECHO_REPLY, _ECHO = 0, 8
 _IP_FREEBIND = 15  # ip(7); the socket module does not name it before 3.14
+_IP_PKTINFO = 8
+_PKTINFO = struct.Struct("=i4s4s")  # struct in_pktinfo: device, source, unused
 
 
 def checksum(data: bytes) -> int:
@@ -56,11 +59,13 @@ def parse_reply(packet: bytes) -> tuple[int, int] | None:
 
 
 class Prober:
-    """Probes the targets once a second and keeps the verdicts; `changed` is called when one turns."""
+    """Probes the targets once a second and keeps the verdicts; `changed` is called when one turns. With `device` what
+    is sent leaves by it, whatever routes there are; answers may come any way."""
 
-    def __init__(self, source: Address, changed: Callable[[], None]) -> None:
+    def __init__(self, source: Address, changed: Callable[[], None], device: str = "") -> None:
         self.table = ProbeTable()
         self._source = source
+        self._device = device
         self._changed = changed
         self._targets: tuple[Target, ...] = ()
         self._identifier = int.from_bytes(os.urandom(2), "big")
@@ -112,7 +117,7 @@ class Prober:
             address = str(target.address)
             self._outstanding[address] = (target.node, self._sequence, now)
             try:
-                sock.sendto(request, (address, 0))
+                sock.sendmsg([request], self._way(), 0, (address, 0))
                 self._send_errors.pop(target.node, None)
             except OSError as error:
                 # No route or no buffer: it counts as a miss at the next round.
@@ -121,6 +126,13 @@ class Prober:
                     logger.warning("probe cannot be sent", extra=fields(node="/".join(target.node), error=str(error)))
         if news:
             self._changed()
+
+    def _way(self) -> list[tuple[int, int, bytes]]:
+        """The control message that names the device. OSError when it is not there."""
+        if not self._device:
+            return []
+        index = socket.if_nametoindex(self._device)
+        return [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO.pack(index, self._source.packed, bytes(4)))]
 
     def _read(self, sock: socket.socket) -> None:
         news = False

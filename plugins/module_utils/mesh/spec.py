@@ -187,15 +187,34 @@ class NativeSpec:
 
 
 @dataclass(frozen=True)
+class GatewaySpec:
+    """A host that is a gateway of its site."""
+
+    cluster: str
+    host: str
+    underlay: IPv4Address
+
+
+@dataclass(frozen=True)
 class IpsecSpec:
     """Packets to and from some sites go through gateways: `stages` by site, where it is so, or is being turned on or
     off, `networks` what lies behind the gateways there. `via` is the own site's gateway, None on it and where it is not
-    ours. `sites` is the site of a cluster's nodes, for those that publish none of their own."""
+    ours; `gateways` are both where there are two, also on them, first the one that is preferred. `local` is the
+    underlay address of a host that is a gateway, and `inside` has by site those of the gateways there that are ours.
+    `sites` is the site of a cluster's nodes, for those that publish none of their own."""
 
     sites: Mapping[str, str]
     stages: Mapping[str, Stage]
     networks: Mapping[str, tuple[IPv4Network, ...]]
     via: IPv4Address | None = None
+    gateways: tuple[GatewaySpec, ...] = ()
+    local: IPv4Address | None = None
+    inside: Mapping[str, tuple[IPv4Address, ...]] = field(default_factory=dict)
+
+    @property
+    def others(self) -> tuple[GatewaySpec, ...]:
+        """The site's gateways but the host itself."""
+        return tuple(one for one in self.gateways if one.underlay != self.local)
 
     def stage(self, site: str | None) -> Stage:
         """Of this host with the nodes of a site; None: it is not known."""
@@ -528,8 +547,17 @@ def _ipsec(fields: Fields) -> IpsecSpec:
         if word not in STAGES:
             entry.fail("stage", f"is not one of {', '.join(STAGES)}")
         stages[site], networks[site] = STAGES[word], entry.networks4("networks")
-    via = None if fields.value.get("via") is None else fields.address4("via")
-    return IpsecSpec(fields.text_mapping("sites"), stages, networks, via)
+    via, local = (None if fields.value.get(name) is None else fields.address4(name) for name in ("via", "local"))
+    inside: dict[str, tuple[IPv4Address, ...]] = {}
+    for one in fields.objects("connections") if "connections" in fields.value else ():
+        site = one.text("site", None)
+        if "inside" in one.value:
+            inside[site] = (*inside.get(site, ()), one.address4("inside"))
+    gateways = tuple(
+        GatewaySpec(one.text("cluster", None), one.text("host", None), one.address4("underlay"))
+        for one in (fields.objects("gateways") if "gateways" in fields.value else ())
+    )
+    return IpsecSpec(fields.text_mapping("sites"), stages, networks, via, gateways, local, inside)
 
 
 def _etcd(fields: Fields) -> EtcdSpec:
