@@ -242,6 +242,8 @@ class Verifier:
             self.look("routing", self.check_native)
         if self.spec.get("ipsec"):
             self.look("gateways", self.check_gateways)
+            if status is not None:
+                self.look("gateways", self.check_led, status)
         self.look("bgp", self.check_bgp)
 
     def run_host(self):
@@ -872,6 +874,25 @@ class Verifier:
             f"the rules that keep packets from other ways than the gateways' (`nft list table ip {ipsec.GUARD}`) are "
             f"not what the inventory gives; {SITE}",
         )
+
+    def check_led(self, status):
+        """Of two gateways both are there; one whose tunnels pass nothing is of no use."""
+        found = status.get("gateways") or {"gateways": [], "tunnels": None}
+        for one in found["gateways"]:
+            self.check(
+                "gateways",
+                one["state"] != "down",
+                f"gateway {one['host']} ({one['address']}) of this site does not answer {self.spec['host']}, so "
+                f"{'nothing reaches the sites behind gateways' if found['lost'] else 'there is no second one'}; see "
+                f"`isthmus status` here, and whether {one['host']} runs",
+            )
+        for site, passing in sorted((found["tunnels"] or {}).items()):
+            self.check(
+                "gateways",
+                passing is not False,
+                f"nothing passes through the tunnels of this gateway to site {site}: no gateway there answers in them; "
+                f"see `swanctl --list-sas` and `journalctl -u {strongswan.UNIT}`",
+            )
 
     def check_gateway_way(self):
         """A gateway's tunnels to the sites with which they are being turned on, as it is configured now."""

@@ -431,6 +431,11 @@ def test_the_example_s_data_centres_send_each_other_all_through_their_gateways()
     for host, gateway, far in (("fra-web-1", "192.0.2.5", "dub1"), ("dub-1", "198.51.100.5", "fra1")):
         assert found.specs[host]["ipsec"]["via"] == gateway
         assert set(found.specs[host]["ipsec"]["far"]) == {far}
-    (connection,) = found.specs["fra-gw-1"]["ipsec"]["connections"]
-    assert (connection["remote"], connection["authentication"]) == ("198.51.100.5", "certificate")
+        assert len(found.specs[host]["ipsec"]["gateways"]) == 2
+    for gateway in ("fra-gw-1", "fra-gw-2"):
+        connections = found.specs[gateway]["ipsec"]["connections"]
+        assert [(one["remote"], one["authentication"]) for one in connections] == [
+            ("198.51.100.5", "certificate"),
+            ("198.51.100.6", "certificate"),
+        ]
     assert "wireguard" in found.specs["fra-gw-1"], "to the other sites"
