@@ -83,8 +83,8 @@ def explained(estate: Estate) -> Iterator[None]:
     except Exception:
         for host in (*GATEWAYS.values(), SECOND):
             look = (
-                "swanctl --list-sas; ip -s link show ipsec0; ip rule; ip route show table 220; ip route show table 736; "
-                "ip route show table 738; isthmus status; "
+                "swanctl --list-sas; ip -s link show ipsec0; ip rule; isthmus status; "
+                "for table in 220 736 738; do ip route show table $table; done; "
                 "nft list table ip isthmus-ipsec; journalctl -u strongswan.service -n 60 --no-pager -o cat"
             )
             print(f"--- {host}\n{estate.lab.exec(host, ['sh', '-c', f'({look}) 2>&1'], check=False).stdout}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a real `isthmusd` makes of the kernel's routes where another site is behind a gateway: there, put back, gone; over
-the second one while the first does not answer; and on a gateway over the other one while nothing passes its tunnels."""
+"""What a real `isthmusd` makes of the kernel's routes where another site is behind a gateway: there, put back, gone;
+over the second one while the first does not answer; and on a gateway over the other one while nothing passes its
+tunnels."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ FAR = "198.51.100.0/24"
 
 SECOND = "198.18.0.77"
 """Of a gateway that only has an address on the network of both nodes."""
+FAR_GATEWAY = "198.51.100.9"
 TAKEN_OVER = 10  # seconds (docs/ipsec.md)
 RETURNED = 15  # seconds: ten answers, one a second
 
@@ -89,6 +91,12 @@ def led(host: Host, table: int) -> str:
     return ""
 
 
+def sent(host: Host, device: str) -> int:
+    """Packets that left by a device."""
+    (link,) = json.loads(host.run("ip", "-json", "-s", "link", "show", device))
+    return int(link["stats64"]["tx"]["packets"])
+
+
 def gateways(both: Pair) -> list[dict[str, str]]:
     """Node b, which answers probes, and one that nobody has heard of."""
     first = {"cluster": "cloud", "host": "cloud-1", "underlay": str(both.b.node.underlay)}
@@ -138,5 +146,17 @@ def test_a_gateway_leads_over_the_other_one_while_nothing_passes_its_tunnels(tmp
         assert both.a.daemon.status()["gateways"]["tunnels"] == {both.a.other: True}
         both.a.run("ip", "link", "del", "ipsec0")
         wait_for(lambda: led(both.a, IPSEC_TABLE) == over, "they go around it", 30)
+
+        # The tunnel is there, and the other site's gateway does not answer in it, though it is asked by no other way.
+        both.a.run("ip", "link", "add", "ipsec0", "type", "veth", "peer", "name", "nobody")
+        both.a.run("ip", "link", "set", "ipsec0", "arp", "off", "addrgenmode", "none", "up")
+        both.a.run("ip", "link", "set", "nobody", "up")
+        both.a.run("ip", "route", "add", FAR, "dev", "ipsec0", "proto", "static", "table", "220")
+        ask = [{"site": both.a.other, "inside": FAR_GATEWAY}]
+        behind_gateway(both.a, "", local=own, connections=ask, gateways=two)
+        wait_for(lambda: both.a.daemon.status()["gateways"]["tunnels"] == {both.a.other: False}, "nobody answers", 30)
+        assert led(both.a, IPSEC_TABLE) == over
+        before = sent(both.a, "ipsec0")
+        wait_for(lambda: sent(both.a, "ipsec0") >= before + 3, "it is asked once a second, in the tunnel", 30)
         behind_gateway(both.a, None)
         wait_for(lambda: not re.search("^73[468]:", both.a.run("ip", "rule"), re.MULTILINE), "the rules are gone", 30)
