@@ -210,6 +210,10 @@ int overlay_egress(struct __sk_buff *skb)
 		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 
 	flags = 0;
+	if ((skb->mark & ISTHMUS_MARK_MASK) == ISTHMUS_MARK_WHOLE) {
+		skb->mark = 0;
+		flags = BPF_F_DONT_FRAGMENT;
+	}
 	if (entry->flags & ISTHMUS_IPCACHE_ENCRYPTED) {
 		/* The helper does not look at the mark: the device must not either. */
 		skb->mark = 0;

@@ -85,7 +85,11 @@ struct isthmus_native {
 #define ISTHMUS_MARK_MASK	0xff
 #define ISTHMUS_MARK_DECRYPTED	0x49
 #define ISTHMUS_MARK_DECRYPTED_SECOND	0x4a
+/* 0x4b is MASQUERADED of agent/isthmus_agent/desired/datapath.py, which no program looks at. */
 #define ISTHMUS_MARK_NATIVE	0x4e	/* came by the underlay without a tunnel: for the kernel's check of sources */
+/* Written by a socket: its packets go through the tunnel whole or not at all, so that who sends them learns what the
+ * way carries. */
+#define ISTHMUS_MARK_WHOLE	0x4f
 
 /* An address of this host: which identity its packets carry. */
 struct isthmus_local_value {

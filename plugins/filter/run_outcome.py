@@ -58,7 +58,8 @@ _value:
     - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(waiting), for
       each host that waits for others which could not be entered, their names; C(refused), for each host that
       authorities which were asked gave no certificate, or for whose cluster with C(control_plane=in_cluster) that is
-      so, what they said; C(pending) and C(failure), lines of text.
+      so, what they said; C(unreached), for each host that does not reach what exposes the etcd of a cluster with
+      C(control_plane=in_cluster), what that is; C(pending) and C(failure), lines of text.
   type: dict
 """
 
@@ -127,6 +128,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
     pending += _unsigned(hosts, lacking)
     pending += _ungiven(unsigned)
     pending += _unread(hosts, broken | silent) if stopped else []
+    pending += _closed(hosts)
     pending += _owed(hosts)
     pending += _steps(hosts) if stopped and not broken else []
     pending += _kubernetes(hosts.values())
@@ -156,6 +158,11 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
                     **unsigned.get(name, {}),
                 }
             )
+        },
+        "unreached": {
+            name: "; ".join(_dialled(cluster, blocked) for cluster, blocked in sorted(found.items()))
+            for name, variables in sorted(hosts.items())
+            if (found := _unreached(variables))
         },
         "pending": [*pending, _NEXT] if pending else [],
         "failure": failure,
@@ -268,6 +275,42 @@ def _unread(hosts, left_out):
             f"Pending: the registrars on {_names(names)} have no new certificate for the etcd of cluster {cluster}, "
             f"whose authority signed nothing ({_untouched(plan['in_cluster'][cluster]['entry'], hosts)})."
         )
+    return lines
+
+
+def _unreached(variables):
+    """By cluster whose control plane is in it, the addresses of its etcd of which this host reaches none."""
+    return {
+        answer["site_dialled"]["cluster"]: answer["blocked"]
+        for answer in (variables.get("__site_reached") or {}).get("results") or ()
+        if answer.get("blocked")
+    }
+
+
+def _dialled(cluster, blocked):
+    places = ", ".join(f"TCP {one['port']} of {one['address']} ({one['how']})" for one in blocked)
+    return f"the etcd of cluster {cluster}: {places}"
+
+
+def _closed(hosts):
+    """A line for each cluster whose etcd is not reached where it is exposed, with the hosts that dialled."""
+    found = {}
+    for name, variables in hosts.items():
+        for cluster, blocked in _unreached(variables).items():
+            asked = found.setdefault((cluster, _dialled(cluster, blocked)), {"names": [], "hows": set()})
+            asked["names"].append(f"{name} ({blocked[0]['source']})")
+            asked["hows"] |= {" answers there" in one["how"] for one in blocked}
+    lines = []
+    for (cluster, where), asked in sorted(found.items()):
+        expose = f"isthmus_estate.clusters.{cluster}.expose"
+        if asked["hows"] == {True}:
+            remedy = f"See what has that address, and correct {expose} or what leads there."
+        else:
+            remedy = (
+                "Let these hosts in there: a router or firewall between, a cloud's security group, the nodes' "
+                f"firewall, {expose}.source_ranges (docs/ports.md); or expose it otherwise ({expose}.type)."
+            )
+        lines.append(f"Pending: {', '.join(sorted(asked['names']))} does not reach {where}. {remedy}")
     return lines
 
 

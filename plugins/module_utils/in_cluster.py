@@ -349,6 +349,8 @@ def etcd_environment(install: Mapping[str, Any]) -> list[Object]:
         "ETCD_INITIAL_CLUSTER_STATE": "new",
         "ETCD_INITIAL_CLUSTER_TOKEN": etcd["token"],
         **etcd_unit.security(install["cluster"], PEER_CN),
+        # A CNI may translate the addresses of pods on their way to other nodes. The certificate's name tells a member.
+        "ETCD_EXPERIMENTAL_PEER_SKIP_CLIENT_SAN_VERIFICATION": "true",
         "ETCD_ENABLE_GRPC_GATEWAY": "false",
         "ETCD_QUOTA_BACKEND_BYTES": str(etcd["quota_bytes"]),
         **etcd_unit.TUNING,

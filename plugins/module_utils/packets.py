@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -85,6 +86,38 @@ def knock(target: str, port: int, timeout: float) -> None:
         pass
     except OSError as exc:
         raise NoAnswer(f"no answer from TCP port {port}: {exc.strerror or exc}") from exc
+
+
+def lost(source: str, sizes: dict[str, int], count: int, gap: float, timeout: float) -> dict[str, int]:
+    """How many of `count` ICMP echoes to each target do not come back. `sizes` has the bytes of those to each (with
+    their IP header, not to be fragmented); all targets get one every `gap` seconds, and have `timeout` seconds after
+    the last. What cannot be sent is lost."""
+    number = struct.unpack("=H", os.urandom(2))[0]
+    answered: dict[str, set[int]] = {target: set() for target in sizes}
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as wire:
+        wire.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        wire.bind((source, 0))
+        for sequence in range(count):
+            for target, size in sizes.items():
+                with contextlib.suppress(OSError):
+                    wire.sendto(_echo_request(number, sequence, size - 28), (target, 0))
+            _answers(wire, number, answered, gap, count)
+        _answers(wire, number, answered, timeout, count)
+    return {target: count - len(found) for target, found in answered.items()}
+
+
+def _answers(wire: socket.socket, number: int, answered: dict[str, set[int]], seconds: float, count: int) -> None:
+    """Notes what comes back within `seconds`, and ends when there is nothing more to come."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and any(len(found) < count for found in answered.values()):
+        wire.settimeout(left)
+        try:
+            packet, address = wire.recvfrom(65536)
+        except _TIMEOUTS:
+            return
+        kind, _code, _sum, found, sequence = struct.unpack_from(">BBHHH", packet, (packet[0] & 15) * 4)
+        if kind == 0 and found == number and address[0] in answered:
+            answered[address[0]].add(sequence)
 
 
 def query(server: str, name: str, kind: str, timeout: float) -> tuple[int, list[str]]:

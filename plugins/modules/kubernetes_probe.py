@@ -15,6 +15,8 @@ description:
     and, when a registrar is to be let in, what the operator lacks of the rights for it.
   - Before a registrar of O(seen) is let in for the first time, everything that would keep pods out of the mesh is a
     problem. In a mesh that runs it is a warning, and an API that does not answer is RV(pending) only.
+  - Nodes that the inventory does not know are a problem until a registrar of the cluster was let in, and a warning
+    afterwards, as Kubernetes adds nodes when it likes.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.info
   - isthmus.mesh.kubernetes
@@ -65,13 +67,19 @@ import ipaddress
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_access as access
 from ansible_collections.isthmus.mesh.plugins.module_utils import kubernetes_api as kubernetes
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ownership
+
+
+def declared_nodes(record):
+    """The host that is to be each node, by the node's name."""
+    return {entry["kubernetes_node"]: host for host, entry in record["hosts"].items() if "kubernetes_node" in entry}
 
 
 def node_findings(nodes, record):
-    """Hosts that are no node, and nodes that are no host."""
+    """Hosts that are no node."""
     cluster, hosts = record["name"], record["hosts"]
     names = {node["metadata"]["name"]: kubernetes.node_addresses(node) for node in nodes}
-    declared = {entry["kubernetes_node"]: host for host, entry in hosts.items() if "kubernetes_node" in entry}
+    declared = declared_nodes(record)
     found = []
     for node, host in sorted(declared.items()):
         if node in names:
@@ -83,14 +91,30 @@ def node_findings(nodes, record):
             f"Host {host} is to be the node {node} of cluster {cluster}, and Kubernetes has no node of that name; "
             f"{meant} isthmus_kubernetes_node to the node's name, or to false for a machine that is none."
         )
-    strangers = sorted(set(names) - set(declared))
-    if strangers:
-        found.append(
-            f"The inventory does not know {kubernetes.some(strangers)}, which Kubernetes has as nodes of cluster "
-            f"{cluster}. Pods there are not in the mesh: others do not reach them, nor they others. Add the machines "
-            f"to the inventory with isthmus_cluster: {cluster}."
-        )
     return found
+
+
+def unknown_nodes(nodes, record):
+    """Nodes that are no host."""
+    strangers = {node["metadata"]["name"] for node in nodes} - set(declared_nodes(record))
+    if not strangers:
+        return []
+    cluster = record["name"]
+    return [
+        f"The inventory does not know {kubernetes.some(strangers)}, which Kubernetes has as nodes of cluster "
+        f"{cluster}. Pods there are not in the mesh: others do not reach them, nor they others. Add the machines "
+        f"to the inventory with isthmus_cluster: {cluster}, or take these nodes out of Kubernetes; where nodes cannot "
+        "be entered, use control_plane: in_cluster (docs/kubernetes-managed.md)."
+    ]
+
+
+def has_joined(api):
+    """Whether a registrar of this cluster was let in before."""
+    try:
+        role = api.get(f"{access.RBAC}/clusterroles/{access.NAME}") or {"metadata": {}}
+    except kubernetes.Forbidden:
+        return False  # who may not look cannot let anybody in either
+    return (role["metadata"].get("labels") or {}).get(ownership.MANAGED_BY) == ownership.MANAGER
 
 
 def range_findings(nodes, service, record):
@@ -149,17 +173,18 @@ def ask(module, record, prepares):
     names = sorted(node["metadata"]["name"] for node in nodes)
     if wrong:
         return [wrong + "."], [], api.server, names
-    doubts = node_findings(nodes, record)
+    doubts, strangers = node_findings(nodes, record), unknown_nodes(nodes, record)
     try:
         service = api.get("/api/v1/namespaces/default/services/kubernetes")
     except kubernetes.Forbidden:
         service = None  # nothing else needs that right
     doubts += range_findings(nodes, service, record)
     if not prepares:
-        return [], doubts, api.server, names
-    strangers = [words for words in doubts if words.startswith("The inventory does not know")]
-    problems = [words for words in doubts if words not in strangers]
-    return problems + rights_problem(api, record), strangers, api.server, names
+        return [], doubts + strangers, api.server, names
+    problems = doubts + rights_problem(api, record)
+    if strangers and not has_joined(api):
+        return problems + strangers, [], api.server, names
+    return problems, strangers, api.server, names
 
 
 def main():

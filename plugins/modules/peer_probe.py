@@ -76,6 +76,12 @@ options:
       - Seconds to wait for each answer.
     type: int
     default: 3
+  wait:
+    description:
+      - Seconds for which targets are asked again while one that is needed does not answer, for what needs a while to
+        let connections through, as load balancers do.
+    type: int
+    default: 0
 """
 
 EXAMPLES = r"""
@@ -119,6 +125,7 @@ import concurrent.futures
 import inspect
 import json
 import sys
+import time
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
@@ -126,6 +133,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, lis
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 AT_ONCE = 32
+PAUSE = 1  # seconds
 
 
 def listen(module):
@@ -183,7 +191,16 @@ def ask(target, source, timeout):
     return ""
 
 
-def probe(targets, source, timeout):
+def probe(targets, source, timeout, wait):
+    deadline = time.monotonic() + wait
+    while True:
+        found = _probe(targets, source, timeout)
+        if not found["blocked"] or time.monotonic() >= deadline:
+            return found
+        time.sleep(PAUSE)
+
+
+def _probe(targets, source, timeout):
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         reasons = list(pool.map(lambda target: ask(target, source, timeout), targets))
     answered = [target for target, how in zip(targets, reasons) if not how]
@@ -213,6 +230,7 @@ def main():
             "seconds": {"type": "int", "default": 60},
             "targets": {"type": "list", "elements": "dict", "default": [], "options": target},
             "timeout": {"type": "int", "default": 3},
+            "wait": {"type": "int", "default": 0},
         },
         supports_check_mode=True,
     )
@@ -223,7 +241,8 @@ def main():
     elif parameters["state"] == "stopped":
         stop(module)
     else:
-        found = probe(parameters["targets"], parameters["spec"]["node"]["underlay4"], parameters["timeout"])
+        source = parameters["spec"]["node"]["underlay4"]
+        found = probe(parameters["targets"], source, parameters["timeout"], parameters["wait"])
     module.exit_json(changed=False, **found)
 
 

@@ -199,7 +199,13 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings, strangers
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import (
+    IPSEC_OVERHEAD,
+    IPSEC_PORTS,
+    LEAST_MTU,
+    OVERLAY_OVERHEAD,
+    WIREGUARD_OVERHEAD,
+)
 
 DEVICE = "isthmus0"
 PROTOCOL = "73"  # of the routes that the agent makes
@@ -443,6 +449,26 @@ def address_problems(module, spec):
     return problems
 
 
+def mtu_problems(found, spec):
+    """The link below the mesh carries too little for what is around packets of workloads."""
+    underlay = spec["node"]["underlay4"]
+    for link in found:
+        if not any(one.get("local") == underlay for one in link.get("addr_info", [])):
+            continue
+        around = {"VXLAN": OVERLAY_OVERHEAD}
+        around |= {"WireGuard": WIREGUARD_OVERHEAD} if spec.get("wireguard") else {}
+        around |= {"the tunnel between gateways": IPSEC_OVERHEAD} if spec.get("ipsec") else {}
+        least, name = LEAST_MTU + sum(around.values()), link["ifname"]
+        if link.get("mtu", least) < least:
+            return [
+                f"The link {name}, which has the underlay address {underlay}, carries {link['mtu']} bytes, and at "
+                f"least {least} are needed: {LEAST_MTU} of a workload's packet, which IPv4 asks of every network, "
+                f"inside {' and '.join(around)}. Give it a larger MTU (`ip link set {name} mtu ...`, and in its "
+                "configuration) on all of the way to the other hosts, or choose another isthmus_underlay."
+            ]
+    return []
+
+
 def installed_spec():
     """The spec of the mesh that this host is in; None when it is in none, or its spec cannot be read."""
     with contextlib.suppress(ValueError):
@@ -628,6 +654,7 @@ def main():
         problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
+    problems += mtu_problems(links.listed(module, "address"), spec) if joins else []
     own = module.params["bgp"]
     problems += frr.problems(module, own) if own and not own.get("kept") else []
     problems += clock_problems(module.params["controller_time"], module.params["max_clock_skew"])

@@ -68,6 +68,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     firewall,
     frr,
     gateways,
+    netfilter,
     resolver,
     strongswan,
     units,
@@ -79,9 +80,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIRE
 
 DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
 PROTOCOL = "73"
-# A gateway's, that keeps strongSwan's own packets from the site's other gateway.
-OF_STRONGSWAN = re.compile(r"734:\s.* lookup (main)\b")
-TABLES = ("730", "731", "732", "733", "734", "735", "736", "738")
+TABLE = "isthmus"  # of nf_tables, for ip
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
 BPFFS_UNIT = "isthmus-bpffs.service"
@@ -143,12 +142,15 @@ class Teardown:
     def command(self, *words):
         code, out, err = self.module.run_command(list(words))
         if code != 0:
-            self.module.fail_json(
-                msg=f"`{' '.join(words)}` failed: {(err or out).strip()}. Run the teardown again when that is solved; "
-                f"done so far: {', '.join(self.removed) or 'nothing'}.",
-                removed=self.removed,
-            )
+            self.fail(f"`{' '.join(words)}` failed: {(err or out).strip()}")
         return out
+
+    def fail(self, words):
+        self.module.fail_json(
+            msg=f"{words}. Run the teardown again when that is solved; "
+            f"done so far: {', '.join(self.removed) or 'nothing'}.",
+            removed=self.removed,
+        )
 
     def run(self):
         self.timer()
@@ -157,6 +159,7 @@ class Teardown:
         self.distribution_unit()
         self.gateway()
         self.device()
+        self.table()
         self.filters()
         self.removed += [f"rules in {name}" for name in firewall.close(self.module, self.changes)]
         self.removed += frr.absent(self.module, self.changes)
@@ -255,13 +258,13 @@ class Teardown:
         for family in ("-4", "-6") if os.path.exists("/proc/net/if_inet6") else ("-4",):
             rules = self.command("ip", family, "rule", "show").splitlines()
             for rule in rules:
-                looked_up = re.search(rf"\blookup ({'|'.join(TABLES)})\b", rule) or OF_STRONGSWAN.match(rule)
+                looked_up = re.search(rf"\blookup (\S+)(?: .*)? proto {PROTOCOL}\b", rule)
                 if looked_up is None:
                     continue
-                priority, table = rule.split(":", 1)[0], looked_up.group(1)
+                ours = ["priority", rule.split(":", 1)[0], "table", looked_up.group(1), "protocol", PROTOCOL]
                 self.gone(f"rule {rule.strip()}")
                 if not self.module.check_mode:
-                    self.command("ip", family, "rule", "delete", "priority", priority, "table", table)
+                    self.command("ip", family, "rule", "delete", *ours)
             routes = self.command("ip", family, "route", "show", "table", "all", "proto", PROTOCOL).splitlines()
             if routes:
                 for route in routes:
@@ -281,6 +284,16 @@ class Teardown:
                     self.gone(f"program {name} on {device}")
                     if not self.module.check_mode:
                         self.command("tc", "filter", "del", "dev", device, side, "pref", PROTOCOL)
+
+    def table(self):
+        """What keeps others from masquerading packets of workloads and pods."""
+        if netfilter.has_table(TABLE):
+            self.gone(f"nft table ip {TABLE}")
+            if not self.module.check_mode:
+                try:
+                    netfilter.delete_table(TABLE)
+                except OSError as error:
+                    self.fail(f"cannot remove nft table ip {TABLE}: {error.strerror}")
 
     def pins(self):
         self.tree(PINS)

@@ -130,6 +130,15 @@ warnings_of_agent:
   returned: always
   type: list
   elements: str
+loss:
+  description:
+    - With O(scope=mesh), how many packets of full size were C(sent) to the other hosts, one every 20 ms to each, and by
+      name how many to a host were C(lost), where some were. What is lost on the way to a host that answers is no
+      problem of the inventory, and told in a warning.
+    - Null when it was not measured.
+  returned: always
+  type: dict
+  sample: {"sent": 100, "lost": {"edge-1": 3}}
 proofs:
   description: How many facts were proven, by kind.
   returned: always
@@ -176,6 +185,9 @@ PKI = "/etc/isthmus/pki"
 TCP_PORT = 9  # discard: hardly anybody listens there, and a refusal is an answer too
 RESOLVED = "systemd-resolved.service"
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
+WHOLE_MARK = 0x4F  # the datapath lets nobody fragment the tunnel's packets around those with it
+LOSS_PACKETS, LOSS_GAP = 20, 0.02  # to each host, and seconds between two
+LOSS_MOST = 2000  # from a host; in a large mesh each other host gets fewer, but three at least
 SESSION = 180  # seconds after which a session of WireGuard is over
 SESSION_SECONDS = 7  # within which FRR tries to connect, so that it is seen why it cannot
 FRESH = 30  # seconds after which a peer's proof is too old
@@ -198,8 +210,11 @@ class Verifier:
         self.cluster = self.spec["cluster"]["name"]
         self.reached = {host["cluster"] for host in module.params["hosts"]}
         self.problems = []
+        self.loss = None
+        self.remarks = []  # for who runs the playbook
         self.warnings = []
         self.unreached = None
+        self.nodes = {}  # what the agent says of each, by cluster and name
         self.proofs = collections.Counter()
 
     def check(self, kind, good, problem):
@@ -245,6 +260,7 @@ class Verifier:
             if status is not None:
                 self.look("gateways", self.check_led, status)
         self.look("bgp", self.check_bgp)
+        self.look("packets", self.measure_loss)
 
     def run_host(self):
         """By the specification on the host: a run with tags may have brought no newer one."""
@@ -957,28 +973,76 @@ class Verifier:
 
     def check_packets(self):
         source = self.spec["node"]["mesh4"]
+        with contextlib.suppress(Exception):  # an agent that does not answer is told elsewhere
+            self.nodes = {(one["cluster"], one["name"]): one for one in self.ask()["nodes"]}
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-            asked = {host["name"]: pool.submit(self.reach, source, host["mesh4"]) for host in self.hosts}
+            asked = {host["name"]: pool.submit(self.reach, source, host) for host in self.hosts}
             for host in self.hosts:
                 target = f"{host['name']} ({host['mesh4']})"
                 for words in asked[host["name"]].result():
                     self.check("packets", not words, f"{target}: {words}; see `isthmus status` on both hosts")
 
-    def reach(self, source, target):
+    def measure_loss(self):
+        source = self.spec["node"]["mesh4"]
+        sizes = {}
+        for host in self.hosts:
+            with contextlib.suppress(OSError):  # no way there, which `check_packets` has told
+                sizes[host["mesh4"]] = packets.path_mtu(source, host["mesh4"])
+        if not sizes:
+            return
+        count = max(3, min(LOSS_PACKETS, LOSS_MOST // len(sizes)))
+        lost = packets.lost(source, sizes, count, LOSS_GAP, self.timeout / 3)
+        names = {host["mesh4"]: host["name"] for host in self.hosts}
+        self.loss = {"sent": count * len(sizes), "lost": {names[each]: lost[each] for each in sizes if lost[each]}}
+        some = [f"{name} {number} of {count}" for name, number in self.loss["lost"].items() if number < count]
+        more = f" and {len(some) - 5} more" if len(some) > 5 else ""
+        if some:
+            self.remarks.append(
+                f"packets of full size from {self.spec['host']} are lost on the way, or their answers are: to "
+                f"{', '.join(some[:5])}{more}. The network between the hosts drops them, or one of these hosts is "
+                "overloaded"
+            )
+
+    def reach(self, source, host):
         """Empty text for each thing that works: a small packet, one of full size, a packet of TCP."""
-        results = []
-        for size in (84, None):
-            try:
-                packets.echo(source, target, size or packets.path_mtu(source, target), self.timeout / 3)
-                results.append("")
-            except (packets.NoAnswer, OSError) as exc:
-                results.append(f"an echo {'of full size' if size is None else ''} over the overlay: {exc}")
+        target, results = host["mesh4"], []
+        known = self.nodes.get((host["cluster"], host["name"]), {})
+        try:
+            packets.echo(source, target, 84, self.timeout / 3)
+            results.append("")
+        except (packets.NoAnswer, OSError) as exc:
+            words = f"an echo over the overlay: {exc}"
+            if known.get("deaf"):
+                words += (
+                    f". The way is cut in one direction: {host['name']} does not hear {self.spec['host']}, "
+                    f"{self.spec['host']} hears {host['name']}"
+                )
+            results.append(words)
+        results.append(self.reach_whole(source, target, known.get("routing") or {}))
         try:
             packets.knock(target, TCP_PORT, self.timeout)
             results.append("")
         except packets.NoAnswer as exc:
             results.append(f"TCP over the overlay: {exc}")
         return results
+
+    def reach_whole(self, source, target, way):
+        """Why a packet as large as the routes allow does not pass without being fragmented, empty when it does. `way`:
+        what the agent says of it."""
+        try:
+            carried = packets.path_mtu(source, target)
+            full = way.get("mtu") or carried
+            if carried < full:
+                return (
+                    f"the way carries only {carried} bytes, and routes {full}: a router in between has said so. Give "
+                    "its links the MTU of the hosts, or the hosts the link's"
+                )
+            packets.echo(source, target, full, self.timeout / 3, mark=WHOLE_MARK)
+        except (packets.NoAnswer, OSError) as exc:
+            found = way.get("path_mtu")
+            more = f" (the agent found that the way carries {found})" if found is not None and way.get("lost") else ""
+            return f"an echo of full size over the overlay, not to be fragmented: {exc}{more}"
+        return ""
 
 
 def networks_of(connection):
@@ -1026,7 +1090,7 @@ def main():
     )
     if bundle_module(module, "isthmus_agent") is None:
         words = ["no bundle yet, nothing to verify"]
-        module.exit_json(changed=False, problems=[], unreached=None, warnings_of_agent=words, proofs={})
+        module.exit_json(changed=False, problems=[], unreached=None, warnings_of_agent=words, loss=None, proofs={})
     deadline = time.monotonic() + module.params["wait"]
     while True:
         verifier = Verifier(module)
@@ -1034,10 +1098,13 @@ def main():
         if not (verifier.problems or verifier.unreached) or time.monotonic() > deadline:
             break
         time.sleep(PAUSE)
+    for words in verifier.remarks:
+        module.warn(words)
     facts = {
         "problems": verifier.problems,
         "unreached": verifier.unreached,
         "warnings_of_agent": verifier.warnings,
+        "loss": verifier.loss,
         "proofs": dict(verifier.proofs),
     }
     if verifier.problems:

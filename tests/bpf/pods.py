@@ -152,6 +152,8 @@ class KubernetesNode:
             ipr.link("add", ifname=name, kind="veth", peer={"ifname": "eth0", "net_ns_fd": pod.netns})
             (index,) = ipr.link_lookup(ifname=name)
             ipr.link("set", index=index, state="up", master=ipr.link_lookup(ifname="cni0")[0])
+            # As CNIs set it: a pod may get what it sent back from its own node's port.
+            ipr.brport("set", index=index, mode=1)
 
         def inside() -> None:
             with IPRoute() as ipr:

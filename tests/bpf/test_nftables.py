@@ -13,6 +13,8 @@ from ipaddress import IPv4Network
 from typing import Any
 
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import netfilter
+from ansible_collections.isthmus.mesh.plugins.modules import teardown
 from bpf.topology import CLONE_NEWNET
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, KeepSource
@@ -23,7 +25,9 @@ Call = Callable[..., Any]
 HOST = IPv4Network("10.104.0.16/28")
 PODS = IPv4Network("10.244.1.0/24")
 CLUSTER = IPv4Network("10.244.0.0/16")
-WANTED = Datapath(4, keep_source=KeepSource(HOST, frozenset({HOST, PODS}), pods=frozenset({CLUSTER})))
+# Next to each other, as hosts' addresses are.
+MEMBERS = frozenset(IPv4Network(each) for each in ("198.18.1.13/32", "198.18.1.14/31", "198.18.2.11/32"))
+WANTED = Datapath(4, keep_source=KeepSource(HOST, frozenset({HOST, PODS}), pods=frozenset({CLUSTER}), members=MEMBERS))
 FOREIGN = """
 add table ip nat
 add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat; }
@@ -73,6 +77,11 @@ def test_the_table_is_made_once_and_shows_as_it_is_meant(call: Call) -> None:
         "ip saddr 10.104.0.16/28 meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr",
         "ip saddr @local meta mark & 0x00004000 == 0x00000000 ip daddr 10.244.0.0/16 ip daddr != @local snat to ip",
         "elements = { 10.104.0.16/28, 10.244.1.0/24 }",
+        "type filter hook prerouting priority dstnat + 10; policy accept;",
+        "ip daddr @members ct original ip saddr @local ct reply ip daddr != @local "
+        "meta mark set meta mark & 0xffffff4b | 0x0000004b",
+        "ip saddr @members ct original ip saddr @local ct reply ip daddr != @local "
+        "meta mark set meta mark & 0xffffff4b | 0x0000004b",
     ):
         assert words in text, text
     assert call(netlink.audit_network, WANTED) == []
@@ -92,6 +101,18 @@ def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
     assert call(netlink.remove_network) == []
 
 
+def test_the_collections_teardown_takes_it_away_without_the_agent(call: Call) -> None:
+    call(_nft, "-f", "-", text=FOREIGN)
+    before = call(_nft, "list", "ruleset")
+    assert not call(netfilter.has_table, teardown.TABLE)
+    call(netlink.apply_network, WANTED)
+    assert call(netfilter.has_table, teardown.TABLE)
+    call(netfilter.delete_table, teardown.TABLE)
+    assert call(_nft, "list", "ruleset") == before
+    with pytest.raises(FileNotFoundError):
+        call(netfilter.delete_table, teardown.TABLE)
+
+
 def test_a_host_that_is_a_node_no_more_has_no_table(call: Call) -> None:
     call(netlink.apply_network, WANTED)
     plain = replace(WANTED, keep_source=None)
@@ -103,9 +124,11 @@ def test_a_host_that_is_a_node_no_more_has_no_table(call: Call) -> None:
 def test_the_set_follows_in_one_step_and_holds_thousands(call: Call) -> None:
     call(netlink.apply_network, WANTED)
     many = frozenset({HOST, *(IPv4Network((0x0AF40000 + 2 * number, 32)) for number in range(3000))})
-    wanted = replace(WANTED, keep_source=KeepSource(HOST, many))
+    members = frozenset(IPv4Network((0xC6120000 + 2 * number, 32)) for number in range(3000))
+    wanted = replace(WANTED, keep_source=KeepSource(HOST, many, members=members))
     assert call(netlink.apply_network, wanted, made=WANTED).changes == ("change nft table ip isthmus",)
     assert call(_elements) == sorted(str(each) for each in many)
+    assert call(_elements, "members") == sorted(str(each) for each in members)
     assert call(netlink.audit_network, wanted) == []
 
 
@@ -121,6 +144,12 @@ def test_the_set_follows_in_one_step_and_holds_thousands(call: Call) -> None:
             "delete element ip isthmus local { 10.244.1.0/24 }",
             "nft table ip isthmus: set local begins intervals at 10.104.0.16; wanted: 10.104.0.16/28, 10.244.1.0/24",
         ),
+        (
+            "delete element ip isthmus members { 198.18.2.11 }",
+            "nft table ip isthmus: set members begins intervals at 198.18.1.13, 198.18.1.14; "
+            "wanted: 198.18.1.13/32, 198.18.1.14/31, 198.18.2.11/32",
+        ),
+        ("flush chain ip isthmus prerouting", "nft table ip isthmus has other rules than wanted"),
         (
             "add element ip isthmus local { 192.0.2.0/24 }",
             "nft table ip isthmus: set local begins intervals at 10.104.0.16, 10.244.1.0, 192.0.2.0; "

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from bpf.pods import CLUSTER_IP, HOST_PORT, NODE_PORT, OUTSIDE, REMOTE_NODE_PORT, KubernetesNode, kubernetes_nodes
 from bpf.topology import PATIENCE, TCP, Inside, InsideError, wait_for
 from isthmus_agent import netlink
+from isthmus_agent.agent.kernel import HostKernel
 from isthmus_agent.desired.datapath import Backend
 from isthmus_mesh import documents, keys, wire
 
@@ -193,6 +195,10 @@ def test_a_host_port_is_reached_from_the_mesh_and_from_elsewhere(both: Both, mas
     assert _ask(far, left.node.mesh, HOST_PORT) == f"a-pod0 {right.node.mesh}"
     assert _ask(right.process(pod), left.node.mesh, HOST_PORT) == f"a-pod0 {pod.address}"
     assert _ask(right.process(pod), left.node.underlay, HOST_PORT) == f"a-pod0 {pod.address}"
+    # A pod of the node asks for it too, also the one that has it.
+    for each in left.pods:
+        for address in (left.node.mesh, left.node.underlay, left.gateway):
+            assert _ask(left.process(each), address, HOST_PORT) == f"a-pod0 {left.gateway}"
     # What comes in is counted before the node's own rules lead it to the pod.
     assert {(left.node.mesh, pod.identity), (left.node.underlay, pod.identity)} <= _identities(left)
     seen = left.gateway if masquerades_all else right.node.underlay
@@ -210,6 +216,117 @@ def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> 
         assert client.do("old.sendall(b'x?'); result = line(old)")
         assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
     _no_drops(both)
+
+
+_SERVICE = "10.96.0.41"  # of the node's own cluster alone, with the other node's underlay address as its backend
+_SERVICE_RULES = f"""
+add table ip service
+add chain ip service prerouting {{{{ type nat hook prerouting priority dstnat; }}}}
+add rule ip service prerouting ip daddr {_SERVICE} meta l4proto {{{{ tcp, udp }}}} dnat to {{backend}}
+"""
+
+
+class _Flows:
+    """Connections of a pod to the other node's underlay address, as itself and through a service."""
+
+    def __init__(self, near: KubernetesNode, far: KubernetesNode) -> None:
+        self.client = near.process(near.pods[0])
+        self.targets = (far.node.underlay, _SERVICE)
+        near.nft(_SERVICE_RULES.format(backend=far.node.underlay))
+        far.node.process().do(
+            f"serve_tcp('far', '{far.node.underlay}', 9000); serve_udp('far', '{far.node.underlay}', 9000)"
+        )
+
+    def begin(self, name: str) -> list[str]:
+        """What the server says to each of the new ones."""
+        return list(
+            self.client.do(
+                f"{name}, result = [], []\n"
+                f"for target in {self.targets}:\n"
+                "    t = socket.create_connection((target, 9000), 5); result.append(line(t))\n"
+                "    u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(5); u.connect((target, 9000))\n"
+                "    u.send(b'x'); result.append(u.recv(100).decode())\n"
+                f"    {name}.append((t, u))"
+            )
+        )
+
+    def go_on(self, name: str) -> list[str]:
+        """Data both ways: what the server of each UDP flow says. OSError when one is dead."""
+        return list(
+            self.client.do(
+                "result = []\n"
+                f"for t, u in {name}:\n"
+                "    t.settimeout(5)\n"
+                "    for _ in range(3):\n"
+                "        t.sendall(b'?'); assert line(t), 'closed'\n"
+                "    u.send(b'x'); result.append(u.recv(100).decode())"
+            )
+        )
+
+
+@pytest.mark.parametrize("rp_filter", ["0", "1"])
+def test_what_pods_have_with_underlay_addresses_before_the_agent_goes_on(rp_filter: str) -> None:
+    with kubernetes_nodes(load=False) as both:
+        left, right = both
+        for device in ("all", "default", "eth0", "cni0"):
+            left.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
+        flows = _Flows(left, right)
+        masqueraded, kept = f"far {left.node.underlay}", f"far {left.pods[0].address}"
+        assert flows.begin("old") == [masqueraded] * 4, "the CNI of this test does masquerade"
+        for each in both:
+            each.node.datapath = each.wanted().datapath
+            each.node.load()
+        for _ in range(2):
+            assert flows.go_on("old") == [masqueraded] * 2
+            assert flows.begin("new") == [kept] * 4
+            assert flows.go_on("new") == [kept] * 2
+            left.cni()
+            assert flows.go_on("new") == [kept] * 2
+        # Marks of others stay what they are, and what is marked by others has the new way.
+        left.nft(
+            "add table ip marks\nadd chain ip marks prerouting { type filter hook prerouting priority mangle; }\n"
+            "add rule ip marks prerouting meta mark set 0x12340100\n"
+            "add chain ip marks postrouting { type filter hook postrouting priority 0; }\n"
+            "add rule ip marks postrouting iifname cni0 meta mark & 0xffffff00 != 0x12340100 drop"
+        )
+        assert flows.go_on("old") == [masqueraded] * 2
+        assert flows.begin("newer") == [kept] * 4
+        _no_drops(both)
+        # Where nothing may go in clear, they end.
+        keep = left.node.datapath.keep_source
+        assert keep is not None
+        left.node.apply(replace(left.node.datapath, keep_source=replace(keep, members=frozenset())))
+        with pytest.raises(InsideError):
+            flows.go_on("old")
+        assert flows.go_on("newer") == [kept] * 2
+
+
+def test_what_pods_have_with_a_host_that_joins_goes_on() -> None:
+    with kubernetes_nodes(load=False) as both:
+        left, right = both
+        right.node.datapath = right.wanted().datapath
+        right.node.load()
+        flows = _Flows(left, right)
+        joined = left.documents
+        left.documents = {
+            key: value for key, value in joined.items() if not key.startswith(keys.node_key("cloud", "cloud-1", True))
+        }
+        assert left.documents != joined
+        kernel = HostKernel(left.node.pin_dir, left.node.cgroup)
+        try:
+            assert not left.node.call(kernel.start, left.wanted().datapath).problems
+            masqueraded, kept = f"far {left.node.underlay}", f"far {left.pods[0].address}"
+            assert flows.begin("old") == [masqueraded] * 4
+            left.documents = joined
+            datapath = left.wanted().datapath
+            # Routes come first; whatever is sent before the rest is there goes on as well.
+            left.node.call(kernel._add_ways, datapath)
+            assert flows.go_on("old") == [masqueraded] * 2
+            assert not left.node.call(kernel.apply, datapath).problems
+            assert flows.go_on("old") == [masqueraded] * 2
+            assert flows.begin("new") == [kept] * 4
+        finally:
+            left.node.call(kernel.close)
 
 
 def test_what_a_firewall_drops_while_it_is_forwarded_is_counted(both: Both) -> None:

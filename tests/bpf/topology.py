@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ TCP, UDP = 6, 17
 VIP = "10.111.0.10"
 VIP_EMPTY = "10.111.0.11"
 CLONE_NEWNET = 0x40000000
+# Behind its addresses, with the type for local experiments (IEEE 802, 0x88b5): no test looks for such a frame.
+LAST_FRAME = b"\x88\xb5" + b"the last frame of a capture"
 # What limits of time are multiplied by: an emulated processor (tests/kernel) takes about ten times as long.
 PATIENCE = 10 if "QEMU TCG" in Path("/proc/cpuinfo").read_text() else 1
 
@@ -240,6 +243,12 @@ def with_service(
     return replace(datapath, services=services)
 
 
+def _send_last_frame() -> None:
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+        sender.bind(("eth0", 0))
+        sender.send(bytes(12) + LAST_FRAME)
+
+
 @contextlib.contextmanager
 def capture(node: Node, file: Path) -> Iterator[None]:
     """Every packet on the node's `eth0`, both ways and whole, into `file`."""
@@ -256,6 +265,9 @@ def capture(node: Node, file: Path) -> Iterator[None]:
             break
     try:
         yield
+        # What tcpdump has not read yet when it ends is lost, so it ends when it has written a last frame.
+        node.call(_send_last_frame)
+        wait_for(lambda: LAST_FRAME in file.read_bytes(), f"{file} holds the last frame that was sent")
     finally:
         process.terminate()
         process.wait(10)

@@ -16,8 +16,17 @@ import demo_pods
 import pytest
 from demo import EDGE
 from demo_hybrid import CLIENT, NAMESPACE, SERVICE_URL, HybridStory
-from estate_tools import Estate
-from hybrid_tools import NODE_IS_DOWN, Hybrid, joined, machine_service_in_pods_and_at_a_node_port, tell
+from estate_tools import ETCD_HOSTS, Estate
+from hybrid_tools import (
+    MACHINE,
+    NODE_IS_DOWN,
+    Hybrid,
+    a_deployment_scales_under_load,
+    a_node_is_drained_under_load,
+    joined,
+    machine_service_in_pods_and_at_a_node_port,
+    tell,
+)
 from isthmus_lab import Lab
 from kubernetes_lab import EVERY_CLUSTER, HYBRID, Kubernetes, PodCustomer
 from kubernetes_machine import TOOLS_IMAGE
@@ -79,6 +88,45 @@ while True:
             raise
 """
 HOST_PORT = 8090
+# The kubelet starts it anew when the file is there, which is gone with the container's own files. It is not ready for
+# some seconds then, so that whoever looks sees it.
+DIES = "/run/web.dead"
+LIVING = """\
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
+spec:
+  nodeName: {node}
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: web
+      image: {image}
+      imagePullPolicy: Never
+      command: [{programs}/http_server, web]
+      env: [{{name: CLUSTER, value: {cluster}}}, {{name: PORT, value: "8080"}}]
+      readinessProbe: {{httpGet: {{path: /healthz, port: 8080}}, initialDelaySeconds: 5, periodSeconds: 1}}
+      livenessProbe:
+        exec: {{command: [sh, -c, "[ ! -e {dies} ]"]}}
+        periodSeconds: 1
+        timeoutSeconds: 10
+        failureThreshold: 1
+"""
+# Pods and machines behind one name that has no address of its own: who serves it is said by DNS alone.
+HEADLESS = """\
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: {name}
+  namespace: shop
+  annotations: {{service.cilium.io/global: "true"}}
+spec:
+  clusterIP: None
+  selector: {{app: web}}
+  ports: [{{name: http, port: 8080}}]
+"""
+LOOK_UP = "import socket, sys; print(*{one[4][0] for one in socket.getaddrinfo(sys.argv[1], 80, socket.AF_INET)})"
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +139,17 @@ def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
 def test_a_second_run_changes_nothing(hybrid: Hybrid) -> None:
     run = play("site", inventory=HYBRID)
     assert run.changed == {}
+
+
+def test_what_a_pod_had_with_a_machine_before_the_mesh_came_goes_on(hybrid: Hybrid) -> None:
+    """By the machine's own address: masqueraded by the CNI when it began, so to its end. What begins now is not."""
+    assert hybrid.older, "the nodes were in the mesh before; the fixture `mesh` lets none of them stay"
+    underlay, machine = hybrid.kube.cluster.nodes[hybrid.nodes[0]].address, f"onprem/{MACHINE}"
+    kept = (hybrid.older["failed"], hybrid.older["errors"], hybrid.older["connections"])
+    assert kept == (0, {}, 1), hybrid.older
+    assert (hybrid.older["answers"].keys(), hybrid.older["peers"].keys()) == ({machine}, {str(underlay)})
+    result = hybrid.client.requests(hybrid.underlay_url(), 50)
+    assert (result["answers"], set(result["peers"])) == ({machine: 50}, {hybrid.pod_address(CLIENT)}), result
 
 
 @pytest.mark.parametrize("step", HybridStory.STEPS)
@@ -186,6 +245,105 @@ def test_a_sidecar_sees_the_address_that_its_pod_dials(hybrid: Hybrid) -> None:
 
 
 @pytest.mark.slow
+def test_a_pod_that_is_left_alone_uses_a_global_service_by_plain_dns(hybrid: Hybrid) -> None:
+    """Its sockets are not translated, so kube-proxy chooses, which has backends elsewhere from EndpointSlices."""
+    node, pod, sync = hybrid.nodes[0], "plain", "service.cilium.io/global-sync-endpoint-slices"
+    where = f"--namespace={NAMESPACE}"
+    marks = "kubernetes.io/service-name=web,endpointslice.kubernetes.io/managed-by=isthmus-registrar"
+
+    def left_alone() -> int:
+        return int(hybrid.ask(node, "status")["kubernetes"]["untranslated"])
+
+    def answering(customer: PodCustomer) -> set[str]:
+        """Who answers it; nobody when a request failed."""
+        result = customer.requests(SERVICE_URL, 60)
+        return set() if result["failed"] else set(result["answers"])
+
+    with hybrid.customer_on(node, pod) as customer:
+        hybrid.kube.kubectl("annotate", "pod", pod, where, "isthmus.io/socket-translation=false")
+        hybrid.until("the pod is left alone", lambda: left_alone() == 1)
+        pods = {f"{hybrid.kube.name}/web-{each}" for each in hybrid.nodes}
+        assert answering(customer) == pods, "kube-proxy knows the pods of its cluster only"
+        with hybrid.undone(lambda: hybrid.kube.kubectl("annotate", "service", "web", where, f"{sync}-")):
+            hybrid.kube.kubectl("annotate", "service", "web", where, f"{sync}=true")
+            hybrid.until("pods and machines answer", lambda: answering(customer) == hybrid.servers)
+            before = hybrid.connects(node)
+            result = customer.requests(SERVICE_URL, 200)
+            assert (result["ok"], set(result["answers"])) == (200, hybrid.servers), result
+            assert set(result["peers"]) == {hybrid.pod_address(pod)}
+            assert hybrid.connects(node) == before
+        chosen = ("endpointslices", where, f"--selector={marks}")
+        hybrid.until("no slice of ours is left", lambda: hybrid.kube.get(*chosen)["items"] == [])
+    hybrid.until("no pod is left alone", lambda: left_alone() == 0)
+
+
+@pytest.mark.slow
+def test_a_headless_service_of_pods_and_machines_is_resolved_in_a_pod(hybrid: Hybrid) -> None:
+    estate, name, victim = hybrid.estate, "flat", "onprem-1"
+    places, service = ",".join(hosts[0] for hosts in ETCD_HOSTS.values()), {"namespace": NAMESPACE, "name": "flat"}
+    ports = [{"name": "http", "port": 8080, "target_port": 8080}]
+    machines = {host: estate.address(host, "web") for host in hybrid.backends}
+    everybody = {*machines.values(), *(hybrid.pod_address(f"web-{node}") for node in hybrid.nodes)}
+
+    def found() -> set[str]:
+        look = ["python3", "-c", LOOK_UP, f"{name}.{NAMESPACE}.svc.cluster.local"]
+        return set(hybrid.kube.exec(CLIENT, look, NAMESPACE).split())
+
+    def gone() -> None:
+        hybrid.kube.kubectl("delete", "service", name, f"--namespace={NAMESPACE}", "--ignore-not-found")
+        estate.module(places, "global_service", {**service, "state": "absent"})
+
+    with hybrid.undone(gone):
+        hybrid.kube.apply(HEADLESS.format(name=name))
+        estate.module(places, "global_service", {**service, "ports": ports, "backends": {"labels": {"app": "web"}}})
+        hybrid.until("DNS has the addresses of pods and machines", lambda: found() == everybody)
+        result = hybrid.client.requests(f"http://{name}.{NAMESPACE}.svc.cluster.local:8080/", 50)
+        assert (result["ok"], set(result["peers"])) == (50, {hybrid.pod_address(CLIENT)}), result
+        with hybrid.undone(lambda: hybrid.lab.exec(victim, ["systemctl", "start", "web.service"])):
+            hybrid.lab.exec(victim, ["systemctl", "stop", "web.service"])
+            hybrid.until(
+                "a machine that serves no more is not found", lambda: found() == everybody - {machines[victim]}
+            )
+        hybrid.until("it is found again", lambda: found() == everybody)
+    chosen = ("endpointslices", f"--namespace={NAMESPACE}", f"--selector=kubernetes.io/service-name={name}")
+    hybrid.until("no slice is left", lambda: hybrid.kube.get(*chosen)["items"] == [])
+    hybrid.until("no host knows it", lambda: not any(estate.service_named(h, f"shop/{name}") for h in estate.lab.hosts))
+    hybrid.everywhere(hybrid.members)
+
+
+@pytest.mark.slow
+def test_a_container_that_its_liveness_probe_ends_is_no_backend_until_it_serves_again(hybrid: Hybrid) -> None:
+    estate, name, node = hybrid.estate, "living", hybrid.nodes[0]
+    values = {"image": TOOLS_IMAGE, "programs": demo_pods.PROGRAMS, "cluster": hybrid.kube.name, "dies": DIES}
+
+    def used() -> set[str]:
+        return hybrid.used(EDGE, (NAMESPACE, name))
+
+    def answers() -> bool:
+        url = f"http://{name}.{NAMESPACE}.svc.clusterset.local/"
+        return bool(estate.edge.requests(url, 20)["answers"] == {f"{hybrid.kube.name}/{name}": 20})
+
+    def restarts() -> int:
+        return int(hybrid.pod(name)["status"]["containerStatuses"][0]["restartCount"])
+
+    def gone() -> None:
+        where = f"--namespace={NAMESPACE}"
+        hybrid.kube.kubectl("delete", "service,pod", name, where, "--ignore-not-found", "--now")
+
+    with hybrid.undone(gone):
+        hybrid.kube.apply(ALONE.format(name=name) + LIVING.format(name=name, node=node, **values))
+        hybrid.until("machines use the pod", lambda: used() == {node}, 120)
+        hybrid.until("it answers them", answers)
+        assert restarts() == 0
+        hybrid.kube.exec(name, ["python3", "-c", f"open('{DIES}', 'w')"], NAMESPACE)
+        hybrid.until("it is no backend", lambda: used() == set())
+        hybrid.until("it is one again", lambda: used() == {node})
+        assert restarts() == 1
+        hybrid.until("it answers machines", answers)
+    hybrid.until("no host knows it any more", lambda: estate.service_named(EDGE, f"shop/{name}") is None)
+
+
+@pytest.mark.slow
 def test_machines_use_a_service_of_pods_that_no_inventory_declares(hybrid: Hybrid) -> None:
     """And `publishNotReadyAddresses` makes backends of pods that are not ready, as for kube-proxy."""
     estate, name, where = hybrid.estate, "early", f"--namespace={NAMESPACE}"
@@ -245,37 +403,12 @@ def test_an_init_container_has_its_pods_address_and_a_host_port_is_reached_over_
 
 @pytest.mark.slow
 def test_a_deployment_scales_to_20_and_to_0_without_a_failed_request(hybrid: Hybrid) -> None:
-    hosts = (EDGE, *hybrid.nodes)
-    before = hybrid.backends_of(EDGE)
-    with hybrid.under_load([hybrid.client, hybrid.host_client, hybrid.edge]):
-        hybrid.scale(20)
-        hybrid.until(
-            "every host uses all of them",
-            lambda: {len(hybrid.backends_of(host)) for host in hosts} == {len(before) + 20},
-        )
-        hybrid.scale(0)
-        hybrid.until("no host uses any", lambda: all(hybrid.backends_of(host) == before for host in hosts))
+    a_deployment_scales_under_load(hybrid)
 
 
 @pytest.mark.slow
 def test_a_node_is_drained_without_a_failed_request(hybrid: Hybrid) -> None:
-    victim = hybrid.nodes[-1]
-
-    def back() -> None:
-        hybrid.kube.kubectl("uncordon", victim)
-        hybrid.make_pods()
-        hybrid.scale(0)
-
-    with hybrid.undone(back):
-        hybrid.scale(4)
-        with hybrid.under_load([hybrid.client, hybrid.host_client, hybrid.edge]):
-            hybrid.kube.kubectl("drain", victim, "--ignore-daemonsets", "--force", "--timeout=120s")
-            hybrid.until(
-                "nobody uses a pod there",
-                lambda: all(victim not in hybrid.used(host) for host in (EDGE, *hybrid.nodes)),
-            )
-            hybrid.scale(4)
-    hybrid.everywhere(hybrid.members)
+    a_node_is_drained_under_load(hybrid)
 
 
 def test_a_node_that_loses_its_power_gets_no_new_flows(hybrid: Hybrid) -> None:

@@ -6,18 +6,31 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shutil
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import snapshot
-from demo import EDGE
+import yaml
+from demo import EDGE, URL
 from demo_hybrid import NAMESPACE, HybridStory
 from estate_tools import Estate
-from hybrid_tools import Hybrid, joined, machine_service_in_pods_and_at_a_node_port, tell
+from hybrid_tools import (
+    Hybrid,
+    a_deployment_scales_under_load,
+    a_node_is_drained_under_load,
+    joined,
+    machine_service_in_pods_and_at_a_node_port,
+    others_on_nodes_restart_under_load,
+    tell,
+)
+from isthmus_lab import Customer
 from kubernetes_lab import HYBRID, Kubernetes
 from kubernetes_machine import PROXY_MODES, TOOLS_IMAGE
-from playbook import play
+from playbook import INVENTORY, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -77,6 +90,95 @@ def test_nodes_leave_the_mesh_as_they_were(bare: dict[str, snapshot.Snapshot], k
 def alone(hybrid: Hybrid) -> bool:
     result = hybrid.client.requests("http://web.shop.svc.cluster.local/", 60)
     return not result["failed"] and set(result["answers"]) == {f"kube/web-{node}" for node in hybrid.nodes}
+
+
+def without(place: Path, host: str) -> Path:
+    """The lab's inventory with the cluster, but for one of its hosts."""
+    (place / "lab").symlink_to(INVENTORY)
+    copy = shutil.copytree(HYBRID, place / "hybrid")
+    declared = yaml.safe_load((copy / "kube.yml").read_text())
+    del declared["mesh"]["children"]["kube"]["hosts"][host]
+    (copy / "kube.yml").write_text(yaml.safe_dump(declared))
+    return copy
+
+
+def kept_elsewhere(hybrid: Hybrid, customer: Customer, url: str, away: str) -> str:
+    """The name of requests over one connection that whoever is not `away` answers (cluster/host)."""
+    for number in range(100):
+        name = f"elsewhere-{uuid.uuid4().hex[:6]}-{number}"
+        customer.start(name, url, interval=0.02, keep_alive=True)
+        hybrid.until("it is answered", lambda name=name: customer.result(name)["ok"] > 0)  # type: ignore[misc]
+        if away not in customer.result(name)["answers"]:
+            return name
+        customer.result(name, stop=True)
+    raise AssertionError(f"{away} answered all of 100 connections")
+
+
+def test_a_node_leaves_the_running_cluster_and_comes_back(hybrid: Hybrid, tmp_path: Path) -> None:
+    """Out of the mesh it is a node of Kubernetes as before: its pods answer pods. All the while requests of pods and
+    machines go on at the others."""
+    estate, leaving, stays = hybrid.estate, hybrid.nodes[-1], hybrid.nodes[0]
+    pod, away = hybrid.pod_address(f"web-{leaving}"), f"{hybrid.kube.name}/web-{leaving}"
+    inventory = without(tmp_path, leaving)
+    rest, urls = hybrid.members - {leaving}, {EDGE: URL, hybrid.client.host: f"http://{hybrid.service_address}/"}
+    customers = (estate.edge, hybrid.client)
+
+    def known() -> list[str]:
+        """What edge's cluster has of the node and its pod."""
+        names = estate.keys(
+            EDGE, f"cilium/cache/nodes/v1/{hybrid.kube.name}/", f"cilium/cache/ip/v1/{hybrid.kube.name}/"
+        )
+        return [name for name in names if name.rsplit("/", 1)[1] in (leaving, pod)]
+
+    assert len(known()) == 2, known()
+    kept = {customer: kept_elsewhere(hybrid, customer, urls[customer.host], away) for customer in customers}
+    for customer in customers:
+        customer.start("leaving-new", urls[customer.host], interval=0.02)
+    try:
+        play("site", "-e", f"isthmus_prune=host/{leaving}", inventory=inventory)
+        hybrid.everywhere(rest, (EDGE, "cloud-1", stays))
+        hybrid.until("edge knows neither the node nor its pod", lambda: known() == [])
+        for customer in customers:
+            result = customer.requests(urls[customer.host], 200)
+            assert (result["ok"], away in result["answers"]) == (200, False), result
+        play("teardown", "--limit", leaving, "-e", "isthmus_confirm_teardown=lab", inventory=HYBRID)
+        hybrid.until(
+            "its pod answers pods, as without the mesh",
+            lambda: hybrid.client.requests(f"http://{pod}:8080/", 5)["answers"] == {away: 5},
+        )
+    finally:
+        play("site", inventory=HYBRID)
+        hybrid.everywhere(hybrid.members, (EDGE, "cloud-1", *hybrid.nodes))
+        results = {
+            (customer.host, kind): customer.result(name, stop=True)
+            for customer in customers
+            for kind, name in (("new", "leaving-new"), ("kept", kept[customer]))
+        }
+    assert {who: r["errors"] for who, r in results.items() if r["failed"]} == {}
+    assert {who: r["connections"] for who, r in results.items() if who[1] == "kept" and r["connections"] != 1} == {}
+    assert len(known()) == 2, known()
+    result = estate.edge.requests(f"http://{pod}:8080/", 50)
+    assert (result["answers"], set(result["peers"])) == ({away: 50}, {estate.address(EDGE, "client")}), result
+
+
+def test_a_run_of_the_cluster_alone_mends_it_and_touches_no_machine(hybrid: Hybrid) -> None:
+    """A node and a machine are off their plan: the node is put right, and then there is nothing more to do."""
+    spoilt, node, machine = "/etc/isthmus/dnsmasq.conf", hybrid.nodes[-1], "cloud-2"
+    own = {host.name for host in hybrid.kube.hosts}
+    machines = sorted(hybrid.lab.hosts.keys() - own)
+    limit = ("--limit", hybrid.kube.name)
+    try:
+        for host in (node, machine):
+            hybrid.lab.exec(host, ["sh", "-c", f"echo '# spoilt' >> {spoilt}"])
+        before = snapshot.take(hybrid.lab, machines)
+        run = play("site", *limit, inventory=HYBRID)
+        assert (set(run.hosts), set(run.changed)) == (own, {node})
+        run = play("site", *limit, inventory=HYBRID)
+        assert (set(run.hosts), run.changed) == (own, {})
+        assert snapshot.differences(before, snapshot.take(hybrid.lab, machines)) == []
+    finally:
+        run = play("site", inventory=HYBRID)
+    assert set(run.changed) == {machine}
 
 
 def in_pods(hybrid: Hybrid) -> dict[str, str]:
@@ -176,6 +278,10 @@ def test_a_node_reboots_from_last_known_good_while_api_server_and_etcd_are_away(
     hybrid.everywhere(hybrid.members)
 
 
+def test_what_else_runs_on_nodes_restarts_and_reloads_without_a_failed_request(hybrid: Hybrid) -> None:
+    others_on_nodes_restart_under_load(hybrid)
+
+
 def test_the_story_with_kube_proxy_in_iptables_mode(hybrid: Hybrid) -> None:
     """The mode changes while the mesh is there; what the other mode's rules did to packets is done in this one too."""
     with hybrid.undone(lambda: hybrid.kube.set_proxy_mode(PROXY_MODES[0])):
@@ -189,3 +295,6 @@ def test_the_story_with_kube_proxy_in_iptables_mode(hybrid: Hybrid) -> None:
         for step in HybridStory.STEPS:
             tell(hybrid, step)
         machine_service_in_pods_and_at_a_node_port(hybrid)
+        others_on_nodes_restart_under_load(hybrid)
+        a_deployment_scales_under_load(hybrid)
+        a_node_is_drained_under_load(hybrid)

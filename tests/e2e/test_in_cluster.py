@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 import snapshot
 import yaml
 from demo import EDGE
-from estate_tools import ETCD_HOSTS, Estate
+from estate_tools import ETCD_HOSTS, PKI, Estate
 from isthmus_lab import Lab
 from kubernetes_lab import IN_CLUSTER, TWO_IN_CLUSTER, Kubernetes
 from kubernetes_machine import TOOLS_IMAGE
@@ -24,7 +25,9 @@ from playbook import documented, play
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
 MESH = "isthmus-system"
-NODES = ("managed-1", "managed-2")
+NODES = ("managed-1", "managed-2", "managed-3")
+MEMBERS = tuple(f"isthmus-etcd-{number}" for number in range(3))
+SECRETS = ("isthmus-ca", "isthmus-etcd-tls", "isthmus-agent-tls", "isthmus-registrar-tls")
 IN_PODS = 120  # seconds in which new certificates are in the pods
 POD = """\
 ---
@@ -141,6 +144,45 @@ def peer_at(estate: Estate, host: str) -> dict[str, Any]:
     return dict(peer)
 
 
+def members(kube: Kubernetes) -> dict[str, dict[str, Any]]:
+    """The pods of etcd, by name."""
+    found = kube.get("pods", f"--namespace={MESH}", "--selector=isthmus.io/component=etcd")["items"]
+    return {pod["metadata"]["name"]: pod for pod in found}
+
+
+def ready_since(pod: Mapping[str, Any]) -> str:
+    """Since when a pod is ready; empty when it is not, or is to end."""
+    conditions = pod["status"].get("conditions", ()) if "deletionTimestamp" not in pod["metadata"] else ()
+    return next(
+        (one["lastTransitionTime"] for one in conditions if (one["type"], one["status"]) == ("Ready", "True")), ""
+    )
+
+
+def etcdctl(kube: Kubernetes, member: str, *words: str) -> str:
+    """etcdctl in the pod of a member, which asks that member alone; what it prints, empty when it fails."""
+    tls = (f"--cacert={PKI}/trust/managed.crt", f"--cert={PKI}/root.crt", f"--key={PKI}/root.key")
+    argv = ["env", "ETCDCTL_API=3", "etcdctl", "--endpoints=https://127.0.0.1:2379", *tls, "--write-out=json", *words]
+    done = kube.kubectl("exec", f"--namespace={MESH}", member, "--", *argv, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def answering(kube: Kubernetes) -> dict[str, int]:
+    """raft's id of each member that answers a read which the majority has to agree to."""
+    found = {}
+    for member in MEMBERS:
+        status = json.loads(etcdctl(kube, member, "endpoint", "status") or "[]")
+        if status and json.loads(etcdctl(kube, member, "get", "isthmus/v1/estate/roster") or "{}").get("kvs"):
+            found[member] = int(status[0]["Status"]["header"]["member_id"])
+    return found
+
+
+def whole(kube: Kubernetes) -> bool:
+    """Whether all members are ready, each on a node of its own, and answer as three."""
+    pods = members(kube)
+    there = [pod["spec"].get("nodeName") for pod in pods.values() if ready_since(pod)]
+    return (*sorted(pods), *sorted(map(str, there))) == (*MEMBERS, *NODES) and len({*answering(kube).values()}) == 3
+
+
 def connects_anew(peers: Callable[[], Mapping[str, Mapping[str, Any]]]) -> Callable[[], bool]:
     """Whether every one of the peers was proven to be connected after now."""
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -176,9 +218,30 @@ def test_peers_reach_its_etcd_by_the_load_balancer(estate: Estate, managed: Kube
     assert peer_at(estate, "cloud-1")["endpoint"] == f"https://{balancer(managed)}:2379"
 
 
+def key_lines(kube: Kubernetes) -> set[str]:
+    """Every line inside a private key of the Secrets, as PEM and as the API has it, in base64; the last lines of keys
+    may be short."""
+    found: set[str] = set()
+    for secret in kube.get("secrets", f"--namespace={MESH}")["items"]:
+        for encoded in secret["data"].values():
+            content = base64.b64decode(encoded)
+            if b"PRIVATE KEY" in content:
+                found |= {encoded, *(line for line in content.decode().splitlines() if "-----" not in line)}
+    return {line for line in found if len(line) >= 16}
+
+
 def test_no_private_key_is_where_it_can_be_read(managed: Kubernetes) -> None:
+    lines = key_lines(managed)
+    assert len(lines) >= 3 * len(SECRETS)
     for kind in ("configmaps", "events", "pods", "jobs"):
-        assert "PRIVATE KEY" not in managed.kubectl("get", kind, f"--namespace={MESH}", "--output=json").stdout
+        text = managed.kubectl("get", kind, f"--namespace={MESH}", "--output=json").stdout
+        assert "PRIVATE KEY" not in text
+        assert not [line for line in lines if line in text]
+    for pod in managed.get("pods", f"--namespace={MESH}")["items"]:
+        name = pod["metadata"]["name"]
+        said = managed.kubectl("logs", f"--namespace={MESH}", name, "--all-containers", "--tail=-1").stdout
+        assert "PRIVATE KEY" not in said, name
+        assert not [line for line in lines if line in said], name
 
 
 def test_an_agent_that_dies_leaves_the_datapath(estate: Estate, managed: Kubernetes) -> None:
@@ -186,6 +249,66 @@ def test_an_agent_that_dies_leaves_the_datapath(estate: Estate, managed: Kuberne
     with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/"):
         managed.kubectl("delete", "pod", f"--namespace={MESH}", "-l", "isthmus.io/component=agent")
         managed.kubectl("rollout", "status", "daemonset/isthmus-agent", f"--namespace={MESH}", "--timeout=120s")
+
+
+def test_etcd_has_three_members_and_one_of_them_comes_back(estate: Estate, managed: Kubernetes) -> None:
+    """First its pod is deleted, then its pod is deleted while the node that has its volume takes none."""
+    assert whole(managed)
+    pod, ids = address(managed, "managed-2"), answering(managed)
+    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    assert kept[EDGE]
+    first = members(managed)[MEMBERS[0]]
+    node = first["spec"]["nodeName"]
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": MEMBERS[1], "namespace": MESH}}
+    path = f"/api/v1/namespaces/{MESH}/pods/{MEMBERS[1]}/eviction"
+
+    def disruptions() -> int:
+        return int(managed.get("pdb", "isthmus-etcd", f"--namespace={MESH}")["status"]["disruptionsAllowed"])
+
+    with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/", interval=0.05):
+        managed.kubectl("delete", "pod", MEMBERS[0], f"--namespace={MESH}")
+        estate.until("the member is back", lambda: whole(managed), 120)
+        assert members(managed)[MEMBERS[0]]["metadata"]["uid"] != first["metadata"]["uid"]
+        assert answering(managed) == ids, "it came back with its volume"
+
+        with estate.undone(lambda: managed.kubectl("uncordon", node)):
+            managed.kubectl("cordon", node)
+            managed.kubectl("delete", "pod", MEMBERS[0], f"--namespace={MESH}")
+            estate.until("no other may be away", lambda: disruptions() == 0)
+            refused = managed.kubectl("create", "--raw", path, "--filename=-", feed=json.dumps(eviction), check=False)
+            assert refused.returncode != 0
+            assert "disruption budget" in refused.stderr
+            rest = {name: ids[name] for name in MEMBERS[1:]}
+            estate.until("the other two answer", lambda: answering(managed) == rest, 60)
+            estate.until(f"{EDGE} reads the cluster", reads(estate, EDGE), 120)
+            estate.until("its registrars read all others", connects_anew(lambda: peers_in(managed)), 120)
+        estate.until("the member is back on its node", lambda: whole(managed), 120)
+        assert members(managed)[MEMBERS[0]]["spec"]["nodeName"] == node
+    assert answering(managed) == ids
+    assert estate.withdrawn(kept) == {}
+    for host in ("cloud-1", EDGE):
+        estate.until(f"{host} reads the cluster", reads(estate, host), 120)
+    assert play("site", inventory=IN_CLUSTER).changed == {}
+
+
+def test_members_of_etcd_are_replaced_one_after_the_other(estate: Estate, managed: Kubernetes) -> None:
+    before, ids = members(managed), answering(managed)
+    kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
+    pod = address(managed, "managed-2")
+    with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/", interval=0.05):
+        managed.kubectl("rollout", "restart", "statefulset/isthmus-etcd", f"--namespace={MESH}")
+        managed.kubectl(
+            *("rollout", "status", "statefulset/isthmus-etcd", f"--namespace={MESH}", "--timeout=280s"), seconds=300
+        )
+        estate.until("all members answer", lambda: whole(managed), 120)
+        estate.until(f"{EDGE} reads the cluster", reads(estate, EDGE), 120)
+    now = members(managed)
+    assert all(now[name]["metadata"]["uid"] != before[name]["metadata"]["uid"] for name in MEMBERS)
+    # Kubernetes goes from the last to the first. A pod is made when the one before it is ready.
+    for earlier, later in ((MEMBERS[2], MEMBERS[1]), (MEMBERS[1], MEMBERS[0])):
+        assert ready_since(now[earlier]) <= now[later]["metadata"]["creationTimestamp"]
+    assert answering(managed) == ids
+    assert estate.withdrawn(kept) == {}
 
 
 def test_the_api_server_is_away_and_an_agent_dies_meanwhile(estate: Estate, managed: Kubernetes) -> None:
@@ -265,24 +388,34 @@ def test_the_host_that_stands_for_it_registers_services(estate: Estate, managed:
 
 def test_new_keys_are_made_inside_and_nobody_notices(estate: Estate, managed: Kubernetes) -> None:
     """All keys but the authority's, as docs/kubernetes-managed.md has it; then everybody connects with them."""
-    address_of_etcd = balancer(managed)
 
-    def served() -> str:
-        return estate.lab.exec(EDGE, ["python3", "-c", SERVED, address_of_etcd, "2379"]).stdout
+    def served() -> dict[str, str]:
+        ask = ["python3", "-c", SERVED, "127.0.0.1", "2379"]
+        return {member: managed.exec(member, ask, MESH) for member in MEMBERS}
 
     def key_of_agents() -> str:
         return str(managed.get("secret", "isthmus-agent-tls", f"--namespace={MESH}")["data"]["agent.key"])
 
-    certificate, key = served(), key_of_agents()
+    before, key = served(), key_of_agents()
     kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
     assert kept[EDGE]
     pod = address(managed, "managed-2")
     with estate.unnoticed(estate.edge, url=f"http://{pod}:8080/", interval=0.05):
         command = documented("kubernetes-managed.md", "kubectl -n isthmus-system delete secret").splitlines()[0]
+        former = key_lines(managed)
         managed.kubectl(*command.split()[1:])
-        play("site", inventory=IN_CLUSTER)
+        told = play("site", "-vvv", "--diff", inventory=IN_CLUSTER).output
         assert key_of_agents() != key
-        estate.until("etcd has its new certificate", lambda: served() != certificate, 3 * IN_PODS)
+        assert "keys and certificates anew: Secret" in told, "the run shows what it changes"
+        lines = former | key_lines(managed)
+        assert len(lines) > len(former)
+        assert not [line for line in lines if line in told], "a line of a private key is in what the run said"
+        estate.until(
+            "every member of etcd has its new certificate",
+            lambda: all(now != before[member] for member, now in served().items()),
+            3 * IN_PODS,
+        )
+        assert estate.lab.exec(EDGE, ["python3", "-c", SERVED, balancer(managed), "2379"]).stdout in served().values()
 
         term = estate.registrar_leader(EDGE)
         estate.lab.exec(EDGE, ["systemctl", "restart", "isthmus-registrar.service"])
@@ -297,13 +430,19 @@ def test_new_keys_are_made_inside_and_nobody_notices(estate: Estate, managed: Ku
     assert play("site", inventory=IN_CLUSTER).changed == {}
 
 
-def test_peers_follow_when_etcd_is_exposed_by_a_port_of_nodes(estate: Estate, managed: Kubernetes) -> None:
+@pytest.mark.parametrize("how", ["node_port", "host"])
+def test_peers_follow_when_etcd_is_exposed_by_nodes(estate: Estate, managed: Kubernetes, how: str) -> None:
+    """By a port of theirs, then by etcd on their own addresses, to which its members move one after the other."""
     cluster = yaml.safe_load((IN_CLUSTER / "managed.yml").read_text())["all"]["vars"]["lab_cluster_managed"]
-    option = ("-e", json.dumps({"lab_cluster_managed": {**cluster, "expose": {"type": "node_port"}}}))
+    option = ("-e", json.dumps({"lab_cluster_managed": {**cluster, "expose": {"type": how}}}))
     kept = {EDGE: {name: found for name, found in estate.state(EDGE).items() if "/managed/" in name}}
     play("site", *option, inventory=IN_CLUSTER)
-    port = managed.get("service", "isthmus-etcd-mesh", f"--namespace={MESH}")["spec"]["ports"][0]["nodePort"]
-    places = {f"https://{managed.cluster.nodes[node].address}:{port}" for node in NODES}
+    service = managed.get("service", "isthmus-etcd-mesh", f"--namespace={MESH}")["spec"]["ports"][0]
+    addresses = {node: str(managed.cluster.nodes[node].address) for node in NODES}
+    places = {f"https://{one}:{service.get('nodePort', 2379)}" for one in addresses.values()}
+    assert whole(managed)
+    for pod in members(managed).values():
+        assert (pod["status"]["podIP"] == addresses[pod["spec"]["nodeName"]]) == (how == "host")
     for host in ("cloud-1", EDGE):
         estate.until(f"{host} reads the cluster", reads(estate, host), 3 * IN_PODS)
         assert peer_at(estate, host)["endpoint"] in places

@@ -116,6 +116,15 @@ def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path:
             )
             with estate.unnoticed(estate.edge, estate.onprem):
                 pass
+            # When it comes up it has routes and neighbours before it has a session.
+            estate.lab.reboot("cloud-2", hard=True)
+            estate.until(
+                "a host that was reset reaches the others again",
+                lambda: (
+                    states(estate, "cloud-2").get(ONPREM_CLIENT) == "encrypted"
+                    and estate.used("cloud-2") == estate.used(ONPREM_CLIENT) == estate.backends
+                ),
+            )
         clear = in_clear(estate, tuple(estate.lab.hosts))
         for sites in PAIRS:
             assert packets(files[sites], "udp port 8472") == 0, f"{sites}: a VXLAN header in clear"

@@ -18,7 +18,7 @@ PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "certificates cluster context directory host install kubeconfig known_ca lists patience phase replacing requests "
-    "signed spec state timeout trust waited wanted"
+    "signed spec state targets timeout trust wait waited wanted"
 )
 CA = "-----BEGIN CERTIFICATE-----"
 """Of every cluster, as fake_modules.py has it in the record."""
@@ -71,6 +71,18 @@ def kubernetes_install(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     return {**answer, **({"unready": unready} if module.check_mode else {})}
 
 
+def peer_probe(given: dict[str, Any]) -> dict[str, Any]:
+    """`closed` is a file with lines "HOST ADDRESS" of what that host does not reach."""
+    closed = (PLACE / "closed").read_text().splitlines() if (PLACE / "closed").exists() else []
+    blocked = [
+        {**{key: one[key] for key in ("host", "address", "protocol", "port")}, "how": "no answer within 3 s"}
+        for one in given["targets"]
+        if f"{HOST} {one['address']}" in closed
+    ]
+    own = given["spec"]["node"]["underlay4"]
+    return {"answered": len(given["targets"]) - len(blocked), "blocked": [{**one, "source": own} for one in blocked]}
+
+
 def pki_request(given: dict[str, Any]) -> dict[str, Any]:
     lacking = [
         {
@@ -97,7 +109,7 @@ def main() -> None:
     with (PLACE / "calls").open("a") as file:
         told = {
             key: given[key]
-            for key in ("phase", "state", "cluster", "wanted", "requests", "signed", "install")
+            for key in ("phase", "state", "cluster", "wanted", "requests", "signed", "install", "targets")
             if given[key]
         }
         file.write(json.dumps({"module": NAME, "host": HOST, "check": module.check_mode, **told}) + "\n")
@@ -108,6 +120,8 @@ def main() -> None:
     answers: dict[str, Any] = {}
     if NAME == "kubernetes_install":
         answers = kubernetes_install(module, given)
+    elif NAME == "peer_probe":
+        answers = peer_probe(given)
     elif NAME == "pki_request":
         answers = pki_request(given)
     elif NAME == "pki_install":

@@ -85,6 +85,11 @@ class Host:
         (other,) = [one for one in self.daemon.status()["nodes"] if one["cluster"] != self.cluster]
         return dict(other["encryption"])
 
+    def probe(self) -> str:
+        """What the agent's probes of the other node say."""
+        (other,) = [one for one in self.daemon.status()["nodes"] if one["cluster"] != self.cluster]
+        return str(other["probe"])
+
     def dropped(self, reason: str = "not_encrypted") -> int:
         return int(self.daemon.status()["datapath"]["drops"].get(reason, 0))
 
@@ -398,6 +403,26 @@ def _answers(client: Inside, address: str) -> bool:
         return bool(client.do(f"result = dial({address!r}, 8080, 0.5)"))
     except OSError:
         return False
+
+
+def test_a_link_that_is_cut_one_way_is_noticed_by_both_and_heals_with_nothing_in_clear(
+    both: Pair, tmp_path: Path
+) -> None:
+    """What b sends does not arrive at a; what a sends does arrive at b."""
+    both.dial()
+    file = tmp_path / "wire.pcap"
+    ours = "type filter hook prerouting priority -400; policy accept; ip saddr 198.18.0.12 counter drop;"
+    with capture(both.a.node, file):
+        both.a.run("nft", f"table ip cut {{ chain c {{ {ours} }}; }}")
+        for host in (both.a, both.b):
+            wait_for(lambda host=host: host.probe() == "down", f"{host.cluster} notices", 6)  # type: ignore[misc]
+        with pytest.raises(OSError, match="timed out"):
+            both.dial(1)
+        both.a.run("nft", "delete table ip cut")
+        for host in (both.a, both.b):
+            wait_for(lambda host=host: host.probe() == "up", f"{host.cluster} is reached again", 6)  # type: ignore[misc]
+        assert both.dial() == ["b", "10.101.0.2"]
+    assert set(udp_ports(file)) == {str(PORT)}, "no VXLAN header in clear"
 
 
 def test_rules_that_somebody_removes_let_nothing_out_and_come_back(both: Pair, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from integration.test_batches_playbook import HOSTS, Site, fake, said
 
 CA = "-----BEGIN CERTIFICATE-----"
-FAKED = ("kubernetes_install", "pki_install", "pki_request", "pki_sign")
+FAKED = ("kubernetes_install", "peer_probe", "pki_install", "pki_request", "pki_sign")
 ENTRY = "m-api"
 
 
@@ -228,6 +228,33 @@ def test_a_cluster_that_cannot_be_exposed_is_pending_and_stops_nobody(lacking: M
     assert "Pending: cluster m could not be done (m-api): kubernetes_install expose fails." in said(failed)
     assert sorted(call["host"] for call in lacking.calls("node")) == HOSTS
     assert "could not be entered" not in failed.output
+
+
+def test_who_reads_its_etcd_dials_it_and_what_is_closed_is_named(lacking: Managed) -> None:
+    (lacking.place / "closed").write_text("a1 192.0.9.200\nb1 192.0.9.200\n")
+    closed = lacking.run()
+    dialled = {call["host"]: call["targets"] for call in lacking.calls("peer_probe")}
+    readers = [host for host in HOSTS if (lacking.place / "hosts" / host / "peer-m").exists()]
+    assert sorted(dialled) == readers
+    target = {"host": ENTRY, "address": "192.0.9.200", "protocol": "tcp", "port": 2379, "answers": "etcd"}
+    for targets in dialled.values():
+        assert targets == [{**target, "authority": CA, "one_is_enough": True}]
+
+    assert closed.status == 2, closed.output
+    words = "does not reach the etcd of cluster m: TCP 2379 of 192.0.9.200 (no answer within 3 s)."
+    assert f"Pending: a1 (192.0.1.1), b1 (192.0.2.4) {words} Let these hosts in there:" in said(closed)
+    assert "or expose it otherwise (isthmus_estate.clusters.m.expose.type)." in said(closed)
+    assert {name for name, recap in closed.hosts.items() if recap.failed} == {"a1", "b1"}
+    assert "run" in lacking.sequence, "all else was done"
+    assert lacking.locks == []
+
+    (lacking.place / "closed").unlink()
+    opened = lacking.run()
+    assert opened.status == 0, opened.output
+    assert opened.changed == {}, "the first run left nothing to do"
+    (lacking.place / "closed").write_text("a1 192.0.9.200\n")
+    assert lacking.run("--check").status == 0
+    assert lacking.calls("peer_probe") == [], "a check applies nothing, so that there may be nothing to reach yet"
 
 
 def test_a_run_of_one_cluster_leaves_the_others_alone(joined: Managed) -> None:

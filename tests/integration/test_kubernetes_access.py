@@ -350,6 +350,30 @@ def test_what_the_inventory_says_otherwise_is_told(hosts: Hosts) -> None:
     assert "Kubernetes' own service has the address 10.96.0.1" in caught.value.msg
 
 
+def test_a_node_that_the_inventory_does_not_know_is_refused_until_the_cluster_has_joined(hosts: Hosts) -> None:
+    words = r"cannot join .* nothing was changed.*The inventory does not know k3, which Kubernetes has as nodes of"
+    hosts.cluster.api.create("nodes", {"metadata": {"name": "k3"}, "spec": {"podCIDR": "10.244.3.0/24"}})
+    try:
+        with pytest.raises(ModuleFailed, match=words) as caught:
+            hosts.probe()
+        assert "Add the machines to the inventory with isthmus_cluster: kube" in caught.value.msg
+        # That somebody else has a role of the name says nothing.
+        role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "rules": []}
+        hosts.cluster.api.request("POST", f"{RBAC}/clusterroles", {**role, "metadata": {"name": "isthmus-registrar"}})
+        with pytest.raises(ModuleFailed, match=words):
+            hosts.probe()
+        hosts.cluster.api.request("DELETE", ROLE)
+
+        hosts.role("k1")
+        for joins in (True, False):  # a registrar more, or a run that has nothing to do
+            told = hosts.probe(joins=joins)
+            assert told["nodes"] == ["k1", "k2", "k3"]
+            assert "The inventory does not know k3" in str(told["warnings"])
+    finally:
+        hosts.cluster.api.delete("nodes", "", "k3")
+    assert hosts.probe().get("warnings") is None
+
+
 def test_an_api_that_is_away_is_pending(hosts: Hosts) -> None:
     hosts.role("k1")
     usable, without = hosts.credential("k1")["credential"], hosts.credential("k2")["credential"]
@@ -398,6 +422,50 @@ def test_the_way_that_awx_gives(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("K8S_AUTH_KEY_FILE")
     with pytest.raises(ModuleFailed, match="does not know who asks"):
         run_module("kubernetes_probe", given, bundle=False)
+
+
+def test_the_bearer_token_of_an_awx_credential(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a ServiceAccount, as AWX's type *OpenShift or Kubernetes API Bearer Token* has it: with the authority, and
+    with *Verify SSL* off."""
+    api = hosts.cluster.api
+    accounts = "/api/v1/namespaces/default/serviceaccounts"
+    api.request("POST", accounts, {"metadata": {"name": "awx"}})
+    api.allow("system:serviceaccount:default:awx", ("get", "list"), "nodes", "services")
+    token = api.request("POST", f"{accounts}/awx/token", {"spec": {"audiences": []}})["status"]["token"]
+    given = {"record": hosts.record(), "seen": [{"host": "k1", "credential": True}]}
+
+    def probe(**more: str) -> dict[str, Any]:
+        for name in ("VERIFY_SSL", "SSL_CA_CERT"):
+            monkeypatch.delenv(f"K8S_AUTH_{name}", raising=False)
+        for name, value in {"HOST": api.url, "API_KEY": token, **more}.items():
+            monkeypatch.setenv(f"K8S_AUTH_{name}", value)
+        found = run_module("kubernetes_probe", given, bundle=False)
+        assert token not in json.dumps(found)
+        return found
+
+    assert "certificate verify failed" in probe()["pending"], "nobody says by which authority it is verified"
+    for way in ({"SSL_CA_CERT": str(api.ca.crt), "VERIFY_SSL": "True"}, {"VERIFY_SSL": "False"}):
+        told = probe(**way)
+        assert (told["pending"], told["server"], told["nodes"]) == ("", api.url, ["k1", "k2"]), way
+    # A registrar is to trust the server by some authority.
+    access = {"estate": "lab", "cluster": "kube", "record": hosts.record()}
+    with pytest.raises(ModuleFailed, match="verifies no certificate, so that nobody knows by which authority"):
+        run_module("kubernetes_access", {**access, "registrars": [hosts.credential("k1")["credential"]]}, bundle=False)
+
+
+def test_a_context_of_the_kubeconfig_is_used(hosts: Hosts) -> None:
+    content = json.loads(hosts.cluster.kubeconfig.read_text())
+    content["clusters"].append({"name": "away", "cluster": {"server": "https://127.0.0.1:1"}})
+    content["contexts"].append({"name": "away", "context": {"cluster": "away", "user": "admin"}})
+    content["current-context"] = "away"
+    both = hosts.place / "both.kubeconfig"
+    both.write_text(json.dumps(content))
+    given = {"record": hosts.record(), "seen": [{"host": "k1", "credential": True}], "kubeconfig": str(both)}
+    assert "https://127.0.0.1:1 does not answer" in run_module("kubernetes_probe", given, bundle=False)["pending"]
+    told = run_module("kubernetes_probe", {**given, "context": "here"}, bundle=False)
+    assert (told["pending"], told["server"]) == ("", hosts.cluster.api.url)
+    missing = run_module("kubernetes_probe", {**given, "context": "elsewhere"}, bundle=False)["pending"]
+    assert f"The kubeconfig {both}, context elsewhere, cannot be used" in missing
 
 
 def test_no_client_is_a_reason(hosts: Hosts) -> None:

@@ -257,6 +257,40 @@ def test_keys_are_made_inside_by_who_may_write_these_secrets_only(managed: Manag
     assert managed.install("pki", wanted=wanted)["issued"] == first["issued"]
 
 
+def test_no_line_of_a_key_is_in_what_the_module_or_the_job_says(managed: Managed) -> None:
+    """In the answers with their diffs, of every phase, in check mode too, while keys are made, lost and taken out; and
+    in the log of the pod that makes them."""
+    wanted = {"schema": 1, "cluster": "managed", "dns": in_cluster.server_names(1), "ip": ["127.0.0.1"], "peers": {}}
+    labels = in_cluster.labels(managed.wanted(), "pki")
+    wanted |= {"certificates": {}, "requests": [], "known_ca": None, "labels": labels}
+    before = len(managed.told)
+    said = [managed.install("expose")]
+    said += [managed.install("pki", check, wanted=wanted) for check in (True, False)]
+    keys: set[str] = set()
+
+    def remember() -> None:
+        for secret in managed.api.request("GET", f"{NAMESPACE}/secrets")["items"]:
+            for name, encoded in secret["data"].items():
+                if name.endswith(".key"):
+                    text = base64.b64decode(encoded).decode()
+                    keys.update([encoded, *(line for line in text.splitlines() if "-----" not in line)])
+
+    remember()
+    first = len(keys)
+    assert first >= 3 * 7
+    managed.api.request("DELETE", f"{NAMESPACE}/secrets/isthmus-agent-tls")
+    said += [managed.install("pki", check, wanted=wanted) for check in (True, False)]
+    remember()
+    assert len(keys) > first
+    said += [managed.install(phase, check) for phase in ("etcd", "run") for check in (True, False)]
+    said += [managed.install(check=check, install=OUT, state="absent") for check in (True, False)]
+    assert sum(bool(answer["diff"]) for answer in said) >= 8, "they show what they change"
+    assert len(managed.told) >= before + 2
+    shown = json.dumps([said, managed.told[before:]])
+    assert "PRIVATE KEY" not in shown
+    assert not [line for line in keys if len(line) >= 16 and line in shown]
+
+
 def test_what_a_forgotten_host_was_given_is_refused_and_members_start_anew_for_it(managed: Managed) -> None:
     labels = in_cluster.labels(managed.wanted(), "pki")
     wanted = {"schema": 1, "cluster": "managed", "dns": in_cluster.server_names(1), "ip": ["127.0.0.1"], "peers": {}}

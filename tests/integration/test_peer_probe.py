@@ -292,6 +292,23 @@ def test_what_is_no_etcd_is_told(tmp_path: Path) -> None:
         packets.served_by("127.0.0.1", silent.getsockname()[1], authority, 0.2)
 
 
+def test_what_needs_a_while_is_asked_again(tmp_path: Path) -> None:
+    """As a load balancer that does not know yet that its targets are healthy."""
+    spec = {"host": "a9", "node": {"underlay4": "127.0.0.1"}, "overlay": {"port": OVERLAY}, "member": None}
+    server = EtcdServer(tmp_path / "etcd")
+    target = {"host": "m-api", "address": "127.0.0.1", "protocol": "tcp", "port": server.port, "answers": "etcd"}
+    target |= {"authority": server.ca.crt.read_text()}
+    asked = {"spec": spec, "state": "probed", "targets": [target]}
+    assert run_module("peer_probe", asked)["blocked"][0]["how"] == "refused"
+    later = threading.Timer(2, server.start)
+    later.start()
+    try:
+        assert run_module("peer_probe", {**asked, "wait": 60})["blocked"] == []
+    finally:
+        later.join()
+        server.stop()
+
+
 def test_one_member_of_the_own_cluster_is_enough(tmp_path: Path) -> None:
     """Those that are not in the run: one may be down."""
     spec = {"host": "a9", "node": {"underlay4": "127.0.0.1"}, "overlay": {"port": OVERLAY}, "member": None}

@@ -215,7 +215,8 @@ class HostKernel:
         new = {key: each for key, each in new.items() if each.toward is None or each.toward in self._ways}
         if not new:
             return ()
-        more = replace(self._made, routes=frozenset({**known, **new}.values()))
+        # Of a new member netfilter is to know before routes lead there: what pods have with it already goes on.
+        more = replace(self._made, routes=frozenset({**known, **new}.values()), keep_source=datapath.keep_source)
         made, self._made = self._made, None
         try:
             result = netlink.apply_network(

@@ -499,7 +499,8 @@ class Agent:
         # After the routes: a probe that cannot be sent would count as a miss.
         own = (self.spec.cluster.name, self.spec.host)
         gateways = [(one.cluster, one.host) for one in self.spec.ipsec.gateways] if self.spec.ipsec is not None else []
-        self.prober.retarget(choose_targets(own, found.holders, found.mesh, gateways=gateways))
+        targets = choose_targets(own, found.holders, found.mesh, gateways=gateways)
+        self.prober.retarget(targets, found.mtus)
         if self.watcher.synced:
             self._last_good_wake.set()
             self._reconcile_checks(state)

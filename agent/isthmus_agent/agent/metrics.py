@@ -53,6 +53,7 @@ class _Snapshot:
         yield self._certificates()
         yield self._peers()
         yield self._nodes()
+        yield from self._paths()
         if agent.spec.wireguard is not None:
             yield self._encryption()
             yield self._keys(agent.spec.wireguard.tunnels)
@@ -84,6 +85,22 @@ class _Snapshot:
         for (cluster, result), count in counts.items():
             family.add_metric([cluster, result], count)
         return family
+
+    def _paths(self) -> Iterator[Metric]:
+        """Of nodes that are probed, at most 64 (reach.MAX_TARGETS)."""
+        labels = ["cluster", "node"]
+        routes = GaugeMetricFamily("isthmus_route_mtu_bytes", "MTU of the routes to a node.", labels=labels)
+        found = GaugeMetricFamily(
+            "isthmus_path_mtu_bytes",
+            "Largest packet that passes to a node without being fragmented; absent until it is found.",
+            labels=labels,
+        )
+        for node, path in self._agent.prober.paths.items():
+            routes.add_metric(list(node), path.full)
+            if path.mtu is not None:
+                found.add_metric(list(node), path.mtu)
+        yield routes
+        yield found
 
     def _encryption(self) -> Metric:
         family = GaugeMetricFamily(

@@ -32,6 +32,7 @@ PODS_TO_ASK = 3  # of another node: one that ends just now must not be the only 
 HANDSHAKE_LIMIT = 180.0  # seconds; WireGuard drops a session that is older (REJECT_AFTER_TIME)
 Tunnels = Mapping[str, Tunnel]
 """`Reading.tunnels`."""
+HEARD_WITHIN = 3.0  # seconds; each node sends a request a second to those that it probes
 SILENT_AFTER = 30.0  # seconds; the registrar writes a peer's status every 10
 
 
@@ -200,12 +201,20 @@ def encryption_of(agent: Agent, node: Node, tunnels: Tunnels, now: float) -> dic
 
 
 def routing_of(agent: Agent, node: Node) -> dict[str, Any]:
-    """How packets to a node go: `way` is tunnel or native, `stage` the word of `Stage`, `mtu` in bytes (None: not
-    known)."""
+    """How packets to a node go: `way` is tunnel or native, `stage` the word of `Stage`, `mtu` in bytes that routes have
+    (None: not known). `path_mtu`: what the way was found to carry without being fragmented (None: not probed, or not
+    found yet); `lost`: the smallest size that is lost there (None: none is)."""
     key = node.cluster, node.name
     stage = agent.desired.native.get(key, Stage.PLAIN) if agent.desired is not None else Stage.PLAIN
     mtu = agent.desired.mtus.get(key) if agent.desired is not None else None
-    return {"way": "native" if stage >= Stage.SENDS else "tunnel", "stage": stage.word, "mtu": mtu}
+    path = agent.prober.paths.get(key)
+    return {
+        "way": "native" if stage >= Stage.SENDS else "tunnel",
+        "stage": stage.word,
+        "mtu": mtu,
+        "path_mtu": path.mtu if path is not None else None,
+        "lost": path.lost or None if path is not None else None,
+    }
 
 
 def gateways_of(agent: Agent) -> dict[str, Any] | None:
@@ -250,8 +259,8 @@ def _gateway_warnings(agent: Agent) -> list[str]:
     told = []
     if found["lost"]:
         told.append(
-            f"neither gateway of this site answers ({', '.join(down)}): packets to {sites} are dropped here, and counted "
-            "in `nft list table ip isthmus-ipsec`. Next: see why these hosts are away"
+            f"neither gateway of this site answers ({', '.join(down)}): packets to {sites} are dropped here, and "
+            "counted in `nft list table ip isthmus-ipsec`. Next: see why these hosts are away"
         )
     elif down and own.local is None:
         told.append(f"gateway {down[0]} of this site does not answer; packets to {sites} go over the other one")
@@ -300,6 +309,8 @@ def _nodes(agent: Agent, state: MeshState, tunnels: Tunnels) -> list[dict[str, A
                 "endpoint": node.tunnel_endpoint(4),
                 "probe": verdict,
                 "answer_age": _age(probe.last_answer, now) if probe is not None else None,
+                "heard_age": _age(agent.prober.heard.get((cluster, name)), now),
+                "deaf": _is_deaf(agent, (cluster, name), now),
                 "rtt_ms": round(probe.rtt * 1000, 2) if probe is not None and probe.rtt is not None else None,
                 "encryption": encryption_of(agent, node, tunnels, time.time()),
                 "routing": routing_of(agent, node),
@@ -337,6 +348,41 @@ def _pod_warnings(agent: Agent) -> list[str]:
             "packets between pods and the mesh were dropped by another filter of this host while they were forwarded "
             f"({progress.filtered}, the last a short time ago): a firewall whose policy for FORWARD is to drop, or a "
             "network policy (look at: nft list ruleset; iptables -S FORWARD)"
+        )
+    return found
+
+
+def _is_deaf(agent: Agent, key: tuple[str, str], now: float) -> bool:
+    """Whether a node is heard and does not hear us; `now` is monotonic. Who is not heard may as well be off: in that
+    direction it is the other side that knows."""
+    probe, heard = agent.prober.table.states.get(key), _age(agent.prober.heard.get(key), now)
+    return probe is not None and not probe.up and heard is not None and heard <= HEARD_WITHIN
+
+
+def _one_way_warnings(agent: Agent, state: MeshState) -> list[str]:
+    now = time.monotonic()
+    here = f"{agent.spec.cluster.name}/{agent.spec.host}"
+    return [
+        f"the way between this host and node {cluster}/{name} is cut in one direction: {cluster}/{name} does not hear "
+        f"{here}, {here} hears {cluster}/{name}. Packets from here to {node.tunnel_endpoint(4)} are lost, those from "
+        f"there arrive: look at routes and filters of the network in that direction, and at the firewall of {name}"
+        for (cluster, name), node in sorted(state.nodes.items())
+        if _is_deaf(agent, (cluster, name), now)
+    ]
+
+
+def _path_warnings(agent: Agent, state: MeshState) -> list[str]:
+    """Ways that carry less than their routes."""
+    found = []
+    for (cluster, name), path in sorted(agent.prober.paths.items()):
+        node = state.nodes.get((cluster, name))
+        if not path.lost or node is None:
+            continue
+        carried = f"it carries {path.mtu}" if path.mtu is not None else "what it carries is being found out"
+        found.append(
+            f"packets of {path.lost} bytes and more are lost on the way to node {cluster}/{name} or back when they "
+            f"must not be fragmented, small ones are not; routes carry {path.full}, {carried}. A link on the way has a "
+            f"smaller MTU than the hosts (look at: tracepath {node.tunnel_endpoint(4)}): give it theirs, or them its"
         )
     return found
 
@@ -379,6 +425,8 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
         )
     found.extend(_pod_warnings(agent))
     found.extend(_gateway_warnings(agent))
+    found.extend(_one_way_warnings(agent, agent.decoder.state()))
+    found.extend(_path_warnings(agent, agent.decoder.state()))
     for workload in workloads:
         name = f"{workload['namespace']}/{workload['name']}"
         if workload["identity"] is None:

@@ -50,14 +50,13 @@ class Tunnels:
         self._wake = asyncio.Event()
         self.passes: frozenset[str] | None = None
         self.prober = Prober(local, self.wake, DEVICE)
-        self.prober.retarget(
-            tuple(
-                Target((site, str(address)), address)
-                for site, addresses in sorted(own.inside.items())
-                for address in addresses
-                if any(address in network for network in own.networks[site])
-            )
-        )
+        targets = [
+            Target((site, str(address)), address)
+            for site, addresses in sorted(own.inside.items())
+            for address in addresses
+            if any(address in network for network in own.networks[site])
+        ]
+        self.prober.retarget(tuple(targets), {})
 
     def wake(self) -> None:
         """Routes, devices or a verdict changed: look now."""

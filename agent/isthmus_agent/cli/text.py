@@ -84,7 +84,7 @@ def status(document: dict[str, Any]) -> str:
                 f"{node['cluster']}/{node['name']}",
                 node["address"] or "-",
                 node["endpoint"] or "-",
-                node["probe"],
+                f"{node['probe']}{' one way' if node['deaf'] else ''}",
                 age(node["answer_age"]) if node["answer_age"] is not None else "-",
                 f"{node['rtt_ms']}ms" if node["rtt_ms"] is not None else "-",
                 *([_routing(node)] if native else []),

@@ -27,7 +27,17 @@ from isthmus_mesh.spec import (
 )
 from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, public_keys
 
-from isthmus_agent.desired.datapath import Address, IpcacheEntry, KeepSource, Native, Network, Peer, Route, Rule
+from isthmus_agent.desired.datapath import (
+    MASQUERADED,
+    Address,
+    IpcacheEntry,
+    KeepSource,
+    Native,
+    Network,
+    Peer,
+    Route,
+    Rule,
+)
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
 from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.state.model import MeshState
@@ -36,6 +46,8 @@ TABLE = 730
 RULE_PRIORITY = 730
 PODS_TABLE = 731
 PODS_RULE_PRIORITY = 731
+MASQUERADED_IPSEC_RULE_PRIORITY = 727
+MASQUERADED_RULE_PRIORITY = 728
 NATIVE_TABLE = 734
 NATIVE_RULE_PRIORITY = 729
 IPSEC_TABLE = 736
@@ -420,7 +432,7 @@ def routes(
                 found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, toward=node.endpoint))
         for address in {*node.underlay, node.endpoint}:
             found.add(Route(IPv4Network(address), source, mtu, TABLE, toward=toward))
-            if is_node and (node.is_machine or not ours):
+            if _is_led_from_pods(spec, node):
                 found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
     narrowest = min((_mtu(spec, node, underlay_mtu) for node in nodes), default=0)
     for wide in loose:
@@ -436,8 +448,16 @@ def routes(
     return frozenset(found)
 
 
+def _is_led_from_pods(spec: NodeSpec, node: Remote) -> bool:
+    """Whether packets of pods of this host to the node's underlay addresses go over the overlay."""
+    return spec.node.kubernetes_node is not None and (node.is_machine or node.cluster != spec.cluster.name)
+
+
 def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
     """Packets from our own range look up table 730, those from our pods table 731.
+
+    What was masqueraded already goes as it did before table 731 was there: netfilter would drop it on another device
+    than that for which it was translated. Through the site's gateway, where there is one, it goes like everything else.
 
     While native routing is turned on or off, what has the mark of packets that came natively looks up table 734: so
     does the kernel's check of their source (rp_filter), and who proves that way before it is used.
@@ -449,8 +469,12 @@ def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
         *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
     }
     everywhere = IPv4Network("0.0.0.0/0")
+    if pods:
+        found.add(Rule(everywhere, MAIN, MASQUERADED_RULE_PRIORITY, mark=MASQUERADED))
     if spec.ipsec is not None and spec.ipsec.via is not None:
         found.add(Rule(everywhere, IPSEC_TABLE, IPSEC_RULE_PRIORITY))
+        if pods:
+            found.add(Rule(everywhere, IPSEC_TABLE, MASQUERADED_IPSEC_RULE_PRIORITY, mark=MASQUERADED))
     elif spec.ipsec is not None and spec.ipsec.gateways:
         second = spec.ipsec.gateways[0].underlay != spec.ipsec.local
         found |= {
@@ -468,11 +492,22 @@ def native(spec: NodeSpec) -> Native | None:
     return None if spec.native is None else Native(spec.node.underlay4, spec.native.changing)
 
 
-def keep_source(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> KeepSource | None:
+def keep_source(
+    spec: NodeSpec, pods: tuple[IPv4Network, ...], nodes: tuple[Remote, ...], encrypted: frozenset[Address]
+) -> KeepSource | None:
     """What CNI and kube-proxy, or a host's own rules, must not masquerade here; None on a host that is no Kubernetes
-    node and sends nothing natively."""
+    node and sends nothing natively. `encrypted`: underlay addresses that only WireGuard may lead to, so that what was
+    masqueraded, and goes in clear, ends."""
     if spec.node.kubernetes_node is None and spec.native is None:
         return None
     local = frozenset(collapse_addresses([spec.node.range4, *pods]))
     elsewhere = frozenset(collapse_addresses(pod_ranges(spec)) if pods else ())
-    return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere)
+    members = {
+        IPv4Network(address)
+        for node in nodes
+        if pods and _is_led_from_pods(spec, node)
+        for address in {*node.underlay, node.endpoint} - encrypted
+    }
+    return KeepSource(
+        spec.node.range4, local, spec.native is not None, elsewhere, frozenset(collapse_addresses(members))
+    )

@@ -142,7 +142,11 @@ def desired(
             ),
         ),
         rules=addressing.rules(spec, ranges) | wireguard_rules(spec),
-        keep_source=addressing.keep_source(spec, ranges),
+        keep_source=memory.of(
+            "keep source",
+            (spec, ranges, nodes, encrypted),
+            lambda: addressing.keep_source(spec, ranges, nodes, encrypted.sent),
+        ),
         wireguard=_wireguard(spec, encrypted, facts.underlay_mtu),
         native=addressing.native(spec),
         clusters={config.id: cluster for cluster, config in state.configs.items()},

@@ -139,19 +139,26 @@ class Native:
     changing: bool
 
 
+MASQUERADED = 0x4B
+"""Mark (lowest byte) of packets of connections that a CNI masqueraded before this host led them over the overlay. The
+other marks that are ours are in bpf/include/abi.h."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeepSource:
     """What nobody on this host may masquerade: packets between `local` and the overlay, packets from `host` to `local`,
     and from `local` to pods of the cluster's other nodes, in `pods`; with `native` all packets from `host`, which leave
-    for the mesh or not at all.
+    for the mesh or not at all. And what of `local` was masqueraded to `members` already: it gets the mark MASQUERADED.
 
     `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps; `pods`
-    are the ranges of the cluster's pods."""
+    are the ranges of the cluster's pods; `members` hold, without overlaps, underlay addresses to which pods' packets go
+    over the overlay, but for those to which nothing may go in clear."""
 
     host: IPv4Network
     local: frozenset[IPv4Network]
     native: bool = False
     pods: frozenset[IPv4Network] = frozenset()
+    members: frozenset[IPv4Network] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

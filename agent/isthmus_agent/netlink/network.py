@@ -19,7 +19,8 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from isthmus_agent.desired.datapath import Address, Datapath, Network, Route, Rule
+from isthmus_agent.desired.datapath import Address, Datapath, KeepSource, Network, Route, Rule
+from isthmus_agent.netlink import settings
 from isthmus_agent.netlink.errors import NetworkError, OverlayMissing
 from isthmus_agent.netlink.nftables import apply_keep_source, audit_keep_source, remove_keep_source
 from isthmus_agent.netlink.routes import ADD, DELETE, REPLACE, Found, RouteSocket, Way, explain
@@ -319,8 +320,8 @@ def _difference(real: _Real, datapath: Datapath, devices: _Devices, up: bool) ->
             (found for key, found in real.routes.items() if key not in wanted_routes),
             key=lambda found: _order(found.route),
         ),
-        add_rules=sorted(datapath.rules - real.rules, key=str),
-        remove_rules=sorted(real.rules - datapath.rules, key=str),
+        add_rules=sorted(datapath.rules - real.rules, key=_rule_order),
+        remove_rules=sorted(real.rules - datapath.rules, key=_rule_order, reverse=True),
     )
 
 
@@ -331,6 +332,11 @@ def _rank(interface: Any) -> tuple[int, int]:
 def _order(route: Route) -> tuple[int, int, int, int, int]:
     prefix = route.prefix
     return route.table, prefix.version, int(prefix.network_address), prefix.prefixlen, route.metric
+
+
+def _rule_order(rule: Rule) -> tuple[int, str]:
+    """What goes before others is there before them."""
+    return rule.priority, str(rule)
 
 
 def _is_up(ipr: Any, index: int) -> bool:
@@ -395,6 +401,7 @@ def apply_network(
             step()
             try:
                 changes += apply_keep_source(datapath.keep_source, name)
+                _show_marks(datapath.keep_source, routes)
             except NetworkError as error:
                 problems += error.problems
         attempt_routes(
@@ -439,6 +446,15 @@ def apply_network(
     if problems:
         raise NetworkError(problems, tuple(changes))
     return NetworkResult(tuple(changes))
+
+
+def _show_marks(wanted: KeepSource | None, routes: RouteSocket) -> None:
+    """Where members' packets come in and the kernel's check of sources is strict, it goes by the mark of what was
+    masqueraded, whose way back is the underlay's."""
+    members = [address for network in wanted.members for address in network] if wanted is not None else []
+    for index in sorted({way.oif for way in routes.ways(members).values() if isinstance(way, Way)}):
+        if settings.is_strict(index):
+            settings.set_ipv4(index, settings.SRC_VALID_MARK)
 
 
 def _rule_arguments(rule: Rule) -> dict[str, Any]:
@@ -537,7 +553,7 @@ def remove_network(name: str = OVERLAY) -> list[str]:
     """Removes our rules, routes, the device and our table of netfilter; answers what was removed."""
     removed = []
     with IPRoute() as ipr, RouteSocket(ROUTE_PROTOCOL) as routes:
-        for rule in sorted(_rules(ipr), key=str):
+        for rule in sorted(_rules(ipr), key=_rule_order, reverse=True):
             ipr.rule("del", **_rule_arguments(rule))
             removed.append(_rule_words(rule))
         real = routes.dump()

@@ -7,6 +7,9 @@ stop a later masquerade; a null binding (`snat to ip saddr`) does, because a con
 once. Ours is a table of its own (`ip isthmus`), so neither `iptables-restore` nor the reload of a CNI or of kube-proxy
 touches it; `nft flush ruleset` does, and the agent puts it back.
 
+What was masqueraded before this table was there stays so until it ends: netfilter drops such a packet when it leaves by
+another device than the first did, so it gets a mark, for which a rule leads it as before.
+
 nf_tables is spoken directly (uapi/linux/netfilter/nf_tables.h), one transaction a change: the rules are few and fixed,
 and a node need have neither the program nft nor its library.
 """
@@ -23,13 +26,14 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
 
-from isthmus_agent.desired.datapath import KeepSource
+from isthmus_agent.desired.datapath import MASQUERADED, KeepSource
 from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.messages import attribute, attributes
 
 TABLE = "isthmus"
 SET = "local"
+MEMBERS = "members"
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
 _NETLINK_NETFILTER = 12
@@ -43,8 +47,10 @@ _SUBSYSTEM = 10
 _IPV4 = 2
 _TIMEOUT = 10.0  # seconds; the kernel answers within the call
 _BUFFER = 1 << 20
+_SO_SNDBUFFORCE = 32  # a transaction is sent whole
 _DUMPS = 5
 _MANY = 512  # elements; an attribute holds 64 KiB
+_SET_IDS = {SET: 1, MEMBERS: 2}  # within a transaction
 
 # Messages.
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
@@ -63,13 +69,16 @@ _COUNTER_PACKETS = 2
 _INTERVAL_SET, _INTERVAL_END = 0x4, 0x1
 _TYPE_IPV4 = 7  # nft's number of ipv4_addr
 _KEY_IS_BIG_ENDIAN = struct.pack("=BBI", 0, 4, 2)  # nft's userdata of a set: without it nft shows the keys reversed
-_HOOK_FORWARD, _HOOK_POSTROUTING = 2, 4
+_HOOK_PREROUTING, _HOOK_FORWARD, _HOOK_POSTROUTING = 0, 2, 4
 _ACCEPT = 1
 _REGISTER = 1
 _META_MARK, _META_IN, _META_OUT = 3, 6, 7
+_CT_SOURCE, _CT_DESTINATION = 19, 20  # of IPv4
+_CT_ORIGINAL, _CT_REPLY = 0, 1
 _SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
 _EQUAL = 0
 
+_AFTER_DSTNAT = -90  # destinations are translated at -100, also back
 _BEFORE_SRCNAT = 90  # iptables, kube-proxy and CNIs have 100
 _FIRST, _LAST = -1000, 1000
 
@@ -98,14 +107,14 @@ def _compare(value: bytes) -> bytes:
     return _expression("cmp", _number(1, _REGISTER), _number(2, _EQUAL), _value(3, value))
 
 
-def _mask(mask: bytes) -> bytes:
+def _mask(mask: bytes, flipped: bytes = b"") -> bytes:
     return _expression(
         "bitwise",
         _number(1, _REGISTER),
         _number(2, _REGISTER),
         _number(3, len(mask)),
         _value(4, mask),
-        _value(5, bytes(len(mask))),
+        _value(5, flipped or bytes(len(mask))),
     )
 
 
@@ -125,9 +134,29 @@ def _device(key: int, name: str) -> bytes:
     return _meta(key) + _compare(name.encode().ljust(16, b"\0"))
 
 
-def _is_local(offset: int, inverted: bool = False) -> bytes:
+def _is_in(name: str, inverted: bool = False) -> bytes:
     flags = [_number(5, 1)] if inverted else []  # NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV
-    return _address(offset) + _expression("lookup", _text(1, SET), _number(2, _REGISTER), _number(4, 1), *flags)
+    return _expression("lookup", _text(1, name), _number(2, _REGISTER), _number(4, _SET_IDS[name]), *flags)
+
+
+def _is_local(offset: int, inverted: bool = False) -> bytes:
+    return _address(offset) + _is_in(SET, inverted)
+
+
+def _connection(key: int, direction: int) -> bytes:
+    return _expression("ct", _number(1, _REGISTER), _number(2, key), attribute(3, bytes((direction,))))
+
+
+def _was_masqueraded() -> bytes:
+    """A local address began the connection, and replies come to another that is none."""
+    began, seen = _connection(_CT_SOURCE, _CT_ORIGINAL), _connection(_CT_DESTINATION, _CT_REPLY)
+    return began + _is_in(SET) + seen + _is_in(SET, inverted=True)
+
+
+def _mark(mark: int) -> bytes:
+    """Sets the lowest byte of the mark."""
+    changed = _mask(struct.pack("=I", 0xFFFFFF00), struct.pack("=I", mark))
+    return _meta(_META_MARK) + changed + _expression("meta", _number(2, _META_MARK), _number(3, _REGISTER))
 
 
 def _within(offset: int, network: IPv4Network) -> bytes:
@@ -151,11 +180,12 @@ class _Chain:
     priority: int
 
 
+_PREROUTING = _Chain("prerouting", "filter", _HOOK_PREROUTING, _AFTER_DSTNAT)
 _POSTROUTING = _Chain("postrouting", "nat", _HOOK_POSTROUTING, _BEFORE_SRCNAT)
 # What enters the first and never reaches the last was dropped by another filter of this node.
 _FORWARD_FIRST = _Chain("forward-first", "filter", _HOOK_FORWARD, _FIRST)
 _FORWARD_LAST = _Chain("forward-last", "filter", _HOOK_FORWARD, _LAST)
-_CHAINS = (_POSTROUTING, _FORWARD_FIRST, _FORWARD_LAST)
+_CHAINS = (_PREROUTING, _POSTROUTING, _FORWARD_FIRST, _FORWARD_LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +206,17 @@ def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
     going, coming = _device(_META_OUT, device), _device(_META_IN, device)
     natively = _rule(_POSTROUTING, "from this host's mesh addresses", _within(_SOURCE, wanted.host), _keep())
     return (
+        *(
+            _rule(
+                _PREROUTING,
+                f"masqueraded before, {words} members",
+                _address(offset),
+                _is_in(MEMBERS),
+                _was_masqueraded(),
+                _mark(MASQUERADED),
+            )
+            for words, offset in (("to", _DESTINATION), ("from", _SOURCE))
+        ),
         *((natively,) if wanted.native else ()),
         _rule(_POSTROUTING, "into the mesh", going, _not_marked(), _is_local(_SOURCE), _keep()),
         _rule(_POSTROUTING, "out of the mesh", coming, _not_marked(), _is_local(_DESTINATION), _keep()),
@@ -223,11 +264,11 @@ def _elements(networks: Sequence[IPv4Network]) -> list[tuple[bytes, bool]]:
 @dataclass(frozen=True, slots=True)
 class _Real:
     """What the kernel has of our table. `forwarded`: packets of the first and of the last chain of forward.
-    `chains` None: not asked for."""
+    `chains` None: not asked for, and neither for the elements of `members`."""
 
     chains: frozenset[_Chain] | None
     rules: tuple[tuple[str, str], ...]  # chain, comment
-    elements: tuple[tuple[bytes, bool], ...]
+    elements: dict[str, frozenset[tuple[bytes, bool]]]  # by set
     forwarded: tuple[int, int]
 
 
@@ -259,7 +300,9 @@ class _Netfilter:
         asked = messages.REQUEST | messages.ACK
         changes = [self._message(_SUBSYSTEM << 8 | kind, asked | flags, body) for kind, flags, body in parts]
         end = self._message(_BATCH_END, messages.REQUEST, b"", 0, _SUBSYSTEM)
-        self._socket.send(b"".join((begin, *changes, end)))
+        data = b"".join((begin, *changes, end))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, len(data))
+        self._socket.send(data)
         done = 0
         for kind, _, sequence, payload in self._answers():
             if kind != messages.ERROR or sequence < first:
@@ -319,8 +362,9 @@ def _chains(netfilter: _Netfilter) -> frozenset[_Chain]:
     return frozenset(found)
 
 
-def _read(netfilter: _Netfilter, chains: bool = True) -> _Real | None:
-    """None when the table is not there. The kernel lists the chains of all tables or none."""
+def _read(netfilter: _Netfilter, whole: bool = True) -> _Real | None:
+    """None when the table is not there. The kernel lists the chains of all tables or none, and members may be many:
+    without `whole` neither are asked for."""
     if not _is_there(netfilter):
         return None
     rules: list[tuple[str, str]] = []
@@ -332,15 +376,20 @@ def _read(netfilter: _Netfilter, chains: bool = True) -> _Real | None:
         rules.append((chain, _name(each.get(_RULE_USERDATA, b"\0\0")[2:])))
         if chain in packets:
             packets[chain] += _packets(each.get(_RULE_EXPRESSIONS, b""))
-    elements = []
-    for each in netfilter.dump(_GETSETELEM, _text(_ELEMENTS_TABLE, TABLE) + _text(_ELEMENTS_SET, SET)):
+    elements = {name: _read_set(netfilter, name) for name in (SET, MEMBERS) if whole or name == SET}
+    forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
+    return _Real(_chains(netfilter) if whole else None, tuple(rules), elements, forwarded)
+
+
+def _read_set(netfilter: _Netfilter, name: str) -> frozenset[tuple[bytes, bool]]:
+    elements = set()
+    for each in netfilter.dump(_GETSETELEM, _text(_ELEMENTS_TABLE, TABLE) + _text(_ELEMENTS_SET, name)):
         for _, raw in attributes(each.get(_ELEMENTS, b"")):
             element = dict(attributes(raw))
             key = dict(attributes(element.get(_ELEMENT_KEY, b""))).get(_DATA_VALUE, b"")
             flags = _U32.unpack(element[_ELEMENT_FLAGS])[0] if _ELEMENT_FLAGS in element else 0
-            elements.append((key, bool(flags & _INTERVAL_END)))
-    forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
-    return _Real(_chains(netfilter) if chains else None, tuple(rules), tuple(sorted(elements)), forwarded)
+            elements.add((key, bool(flags & _INTERVAL_END)))
+    return frozenset(elements)
 
 
 def _name(raw: bytes | None) -> str:
@@ -367,11 +416,13 @@ def _differences(real: _Real | None, wanted: KeepSource, device: str) -> list[st
     rules = _rules(wanted, device)
     if sorted(real.rules) != sorted((each.chain, each.comment) for each in rules):
         found.append(f"{words} has other rules than wanted")
-    elements = _elements(list(wanted.local))
-    if set(real.elements) != set(elements):
-        has = ", ".join(str(IPv4Address(key)) for key, end in real.elements if not end and len(key) == 4)
-        wants = ", ".join(str(each) for each in sorted(wanted.local))
-        found.append(f"{words}: set {SET} begins intervals at {has or 'nothing'}; wanted: {wants}")
+    for name, networks in _sets(wanted).items():
+        if name not in real.elements or real.elements[name] == set(_elements(list(networks))):
+            continue
+        begins = sorted(key for key, end in real.elements[name] if not end and len(key) == 4)
+        has = ", ".join(str(IPv4Address(key)) for key in begins)
+        wants = ", ".join(str(each) for each in sorted(networks))
+        found.append(f"{words}: set {name} begins intervals at {has or 'nothing'}; wanted: {wants or 'nothing'}")
     return found
 
 
@@ -390,40 +441,46 @@ def _chain_body(chain: _Chain) -> bytes:
     )
 
 
+def _sets(wanted: KeepSource) -> dict[str, frozenset[IPv4Network]]:
+    return {SET: wanted.local, MEMBERS: wanted.members}
+
+
+def _set_parts(name: str, networks: Sequence[IPv4Network]) -> Iterator[tuple[int, int, bytes]]:
+    yield (
+        _NEWSET,
+        messages.CREATE,
+        _text(_SET_TABLE, TABLE)
+        + _text(_SET_NAME, name)
+        + _number(_SET_FLAGS, _INTERVAL_SET)
+        + _number(_SET_KEY_TYPE, _TYPE_IPV4)
+        + _number(_SET_KEY_LENGTH, 4)
+        + _number(_SET_ID, _SET_IDS[name])
+        + attribute(_SET_USERDATA, _KEY_IS_BIG_ENDIAN),
+    )
+    elements = [
+        _nested(_LIST_ELEMENT, *([_number(_ELEMENT_FLAGS, _INTERVAL_END)] if end else []), _value(_ELEMENT_KEY, key))
+        for key, end in _elements(networks)
+    ]
+    for start in range(0, len(elements), _MANY):
+        yield (
+            _NEWSETELEM,
+            messages.CREATE,
+            _text(_ELEMENTS_TABLE, TABLE)
+            + _text(_ELEMENTS_SET, name)
+            + _number(_ELEMENTS_SET_ID, _SET_IDS[name])
+            + _nested(_ELEMENTS, *elements[start : start + _MANY]),
+        )
+
+
 def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
     """The table as it should be, instead of what is there."""
     table = _text(_TABLE_NAME, TABLE)
-    elements = [
-        _nested(_LIST_ELEMENT, *([_number(_ELEMENT_FLAGS, _INTERVAL_END)] if end else []), _value(_ELEMENT_KEY, key))
-        for key, end in _elements(list(wanted.local))
-    ]
     return [
         (_NEWTABLE, messages.CREATE, table),
         (_DELTABLE, 0, table),
         (_NEWTABLE, messages.CREATE, table),
         *((_NEWCHAIN, messages.CREATE, _chain_body(chain)) for chain in _CHAINS),
-        (
-            _NEWSET,
-            messages.CREATE,
-            _text(_SET_TABLE, TABLE)
-            + _text(_SET_NAME, SET)
-            + _number(_SET_FLAGS, _INTERVAL_SET)
-            + _number(_SET_KEY_TYPE, _TYPE_IPV4)
-            + _number(_SET_KEY_LENGTH, 4)
-            + _number(_SET_ID, 1)
-            + attribute(_SET_USERDATA, _KEY_IS_BIG_ENDIAN),
-        ),
-        *(
-            (
-                _NEWSETELEM,
-                messages.CREATE,
-                _text(_ELEMENTS_TABLE, TABLE)
-                + _text(_ELEMENTS_SET, SET)
-                + _number(_ELEMENTS_SET_ID, 1)
-                + _nested(_ELEMENTS, *elements[start : start + _MANY]),
-            )
-            for start in range(0, len(elements), _MANY)
-        ),
+        *(part for name, networks in _sets(wanted).items() for part in _set_parts(name, list(networks))),
         *(
             (
                 _NEWRULE,
@@ -451,7 +508,7 @@ def apply_keep_source(wanted: KeepSource | None, device: str) -> tuple[str, ...]
         if number := netfilter.transaction(_parts(wanted, device)):
             raise NetworkError(
                 f"cannot write nft table ip {TABLE}: {os.strerror(number)}; is nf_tables with NAT there "
-                "(CONFIG_NF_TABLES, CONFIG_NFT_NAT; modprobe nft_chain_nat)?"
+                "(CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_CT; modprobe nft_chain_nat nft_ct)?"
             )
         return (f"{'add' if real is None else 'change'} nft table ip {TABLE}",)
 
@@ -481,7 +538,7 @@ def mend_keep_source(wanted: KeepSource, device: str) -> tuple[tuple[str, ...], 
 
     Asks for our own rules only, so that it costs little beside a kube-proxy with tens of thousands."""
     with _Netfilter() as netfilter:
-        real = _read(netfilter, chains=False)
+        real = _read(netfilter, whole=False)
         found = _differences(real, wanted, device)
     if found:
         apply_keep_source(wanted, device)

@@ -24,6 +24,8 @@ OVERLAY_OVERHEAD = 50
 """Bytes of VXLAN over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14."""
 WIREGUARD_OVERHEAD = 80
 """Bytes: outer IP up to 40, UDP 8, header 16, tag 16. What Cilium counts, so both ends agree."""
+LEAST_MTU = 576
+"""Bytes that every host takes of an IPv4 packet (RFC 791)."""
 IPSEC_OVERHEAD = 100
 """Bytes that a tunnel between gateways needs at most: outer IP 20, UDP 8, ESP with IV, padding and ICV up to 37; with
 room for lines between the gateways that carry less than 1500."""
@@ -489,7 +491,7 @@ def _workload(fields: Fields) -> WorkloadSpec:
 
 
 def _overlay(fields: Fields) -> OverlaySpec:
-    mtu = None if fields.value.get("mtu") is None else fields.integer("mtu", UINT16, minimum=576)
+    mtu = None if fields.value.get("mtu") is None else fields.integer("mtu", UINT16, minimum=LEAST_MTU)
     return OverlaySpec(port=fields.integer("port", UINT16, default=None, minimum=1), mtu=mtu)
 
 

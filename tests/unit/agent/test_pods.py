@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 import agent_mesh as mesh
 import pytest
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
-from isthmus_agent.desired.datapath import Frontend, IpcacheEntry, KeepSource, Route, Rule
+from isthmus_agent.desired.datapath import MASQUERADED, Frontend, IpcacheEntry, KeepSource, Route, Rule
 from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.desired.reports import backends_here, workload_reports
 from isthmus_agent.state.decoder import Decoder
@@ -32,7 +32,7 @@ def addr(text: str) -> IPv4Address:
     return IPv4Address(text)
 
 
-def kube_spec(host: str = "onprem-1", is_node: bool = True) -> NodeSpec:
+def kube_spec(host: str = "onprem-1", is_node: bool = True, **more: object) -> NodeSpec:
     plain = mesh.spec_document()
     cluster = {
         **plain["cluster"],
@@ -50,7 +50,7 @@ def kube_spec(host: str = "onprem-1", is_node: bool = True) -> NodeSpec:
     if is_node:
         node["kubernetes_node"] = f"{host}.kube.test"
     workloads = plain["workloads"] if number == 1 else []
-    return mesh.spec(cluster=cluster, node=node, host=host, workloads=workloads)
+    return mesh.spec(cluster=cluster, node=node, host=host, workloads=workloads, **more)
 
 
 def kube_node(number: int, cidrs: tuple[str, ...], is_node: bool = True, **changes: object) -> wire.Node:
@@ -145,12 +145,46 @@ def test_routes_rules_and_what_is_not_masqueraded_on_a_node() -> None:
         *(Route(each, unreachable=True) for each in (*kube_spec().service_ranges4, *kube_spec().mesh_ranges4)),
         Route(net("0.0.0.0/0"), table=730, unreachable=True),
     }
-    assert found.rules == {Rule(net("10.101.0.0/28"), 730, 730), Rule(net("10.244.1.0/24"), 731, 731)}
+    assert found.rules == {
+        Rule(net("10.101.0.0/28"), 730, 730),
+        Rule(net("10.244.1.0/24"), 731, 731),
+        Rule(net("0.0.0.0/0"), 254, 728, mark=MASQUERADED),
+    }
     assert found.keep_source == KeepSource(
         net("10.101.0.0/28"),
         frozenset({net("10.101.0.0/28"), net("10.244.1.0/24")}),
         pods=frozenset({net("10.244.0.0/16")}),
+        # What was masqueraded to where packets from pods are led by table 731 goes on.
+        members=frozenset({net("198.18.1.13/32"), net("198.18.2.11/32")}),
     )
+
+
+def test_what_was_masqueraded_ends_where_nothing_may_go_in_clear() -> None:
+    wireguard = {
+        "key": "/etc/isthmus/pki/wireguard.key",
+        "port": 51871,
+        "plain_sites": ["onprem"],
+        "sites": {"onprem": "onprem", "cloud": "cloud"},
+    }
+    for stages, ends in (({}, True), ({"changing": {"cloud": "accepts"}}, False)):
+        found = compute(documents(), kube_spec(wireguard={**wireguard, **stages})).datapath
+        assert found.keep_source is not None
+        assert (net("198.18.2.11/32") not in found.keep_source.members) is ends
+        assert net("198.18.1.13/32") in found.keep_source.members
+        assert Route(net("198.18.2.11/32"), SOURCE, 1370, 731) in found.routes
+
+
+def test_what_was_masqueraded_goes_through_the_sites_gateway_as_everything_else() -> None:
+    ipsec = {
+        "sites": {"onprem": "onprem", "cloud": "cloud"},
+        "networks": ["198.18.1.0/24"],
+        "far": {"cloud": {"stage": "demands", "networks": ["198.18.2.0/24"]}},
+        "via": "198.18.1.12",
+    }
+    found = compute(documents(), kube_spec(ipsec=ipsec)).datapath
+    marked = sorted((rule.priority, rule.table) for rule in found.rules if rule.mark)
+    assert marked == [(727, 736), (728, 254)]
+    assert all(rule.mark == MASQUERADED for rule in found.rules if rule.mark)
 
 
 def test_a_host_that_does_not_say_what_it_is_counts_as_a_node() -> None:

@@ -18,6 +18,7 @@ from isthmus_agent.agent.files import write_atomically
 from isthmus_agent.agent.names import NamesFile
 from isthmus_agent.cli import main, text
 from isthmus_agent.cli.client import AgentAbsent, AgentSilent, ask
+from isthmus_agent.desired import path_mtu
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
 from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.spec import Cgroup
@@ -209,11 +210,16 @@ def test_echo_request_and_reply():
     header = bytes([0x45]) + bytes(19)
     assert prober.parse_reply(header + bytes([0, 0]) + request[2:]) == (0xABCD, 7)
     assert prober.parse_reply(header + request) is None, "our own request is no reply"
+    assert prober.is_request(header + request)
+    assert not prober.is_request(header + bytes([0, 0]) + request[2:])
+    assert len(header + request) == path_mtu.SMALL
+    assert len(header + prober.echo_request(0xABCD, 7, 1450)) == 1450
 
 
 @given(st.binary(max_size=80))
 def test_no_packet_can_raise(packet):
     prober.parse_reply(packet)
+    prober.is_request(packet)
 
 
 @pytest.mark.parametrize(

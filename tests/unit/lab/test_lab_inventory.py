@@ -85,11 +85,11 @@ def test_machines_of_a_cluster_that_nobody_enters_are_none_of_the_mesh() -> None
     lab = read_inventory(INVENTORIES / "lab_in_cluster")
     managed = lab.kubernetes["managed"]
     assert managed.in_cluster
-    assert [host.name for host in managed.hosts] == [*managed.nodes] == ["managed-1", "managed-2"]
+    assert [host.name for host in managed.hosts] == [*managed.nodes] == [f"managed-{n}" for n in (1, 2, 3)]
     assert "managed-api" not in lab.hosts
     assert not read_inventory(INVENTORIES / "lab_hybrid").kubernetes["kube"].in_cluster
     names = {one["metadata"]["name"] for one in json.loads(kubernetes_machine.volumes(managed))["items"]}
-    assert names == {"lab", "lab-managed-1", "lab-managed-2"}
+    assert names == {"lab", "lab-managed-1", "lab-managed-2", "lab-managed-3"}
     two = read_inventory(INVENTORIES / "lab_in_cluster_two")
     assert [name for name, one in two.kubernetes.items() if one.in_cluster] == ["managed", "managed2"]
     assert lab.hosts.items() < two.hosts.items()

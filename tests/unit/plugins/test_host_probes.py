@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +144,42 @@ def test_a_closed_port_is_told() -> None:
 @pytest.mark.root
 def test_an_echo_on_the_loopback() -> None:
     assert packets.echo("127.0.0.1", "127.0.0.1", 1000, 2) < 2
+
+
+DROPPING = """
+table ip t {
+    chain c {
+        type filter hook input priority 0; policy accept;
+        ip daddr 127.0.0.2 icmp type echo-request icmp sequence { 1, 4, 9 } drop
+        ip daddr 127.0.0.3 drop
+    }
+}
+"""
+COUNTING = """
+import json, time
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets
+began = time.monotonic()
+sizes = {"127.0.0.1": 1400, "127.0.0.2": 1400, "127.0.0.3": 84, "127.0.0.4": 65000}
+print(json.dumps([packets.lost("127.0.0.1", sizes, 10, 0.01, 0.2), time.monotonic() - began]))
+"""
+
+
+@pytest.mark.root
+def test_lost_packets_are_counted_for_each_target() -> None:
+    """In a network of its own whose firewall drops some, and whose MTU is too small for one."""
+    setup = 'ip link set lo up mtu 1500 && nft -f - && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-ec", setup, sys.executable, COUNTING],
+        input=DROPPING,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lost, seconds = json.loads(done.stdout)
+    assert lost == {"127.0.0.1": 0, "127.0.0.2": 3, "127.0.0.3": 10, "127.0.0.4": 10}
+    assert 0.3 <= seconds < 3, "ten rounds of 10 ms, and what is asked for after the last"
 
 
 @pytest.mark.root

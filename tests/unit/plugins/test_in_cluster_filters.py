@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.isthmus.mesh.plugins.filter.etcd_hosts import etcd_hosts
+from ansible_collections.isthmus.mesh.plugins.filter.in_cluster_dials import in_cluster_dials
 from ansible_collections.isthmus.mesh.plugins.filter.in_cluster_given import in_cluster_given
 from ansible_collections.isthmus.mesh.plugins.filter.in_cluster_wanted import in_cluster_wanted
 from ansible_collections.isthmus.mesh.plugins.filter.mesh_hosts import mesh_hosts
@@ -240,6 +241,48 @@ def test_hosts_that_a_cluster_does_not_sign_for_are_named() -> None:
     assert run_outcome([asking("anew"), inside])["pending"][0] == line("the run did not get that far on m-api")
     assert run_outcome([asking("anew")])["pending"][0] == line("m-api is not in this run")
     assert run_outcome([asking("anew")], stopped=False)["pending"] == []
+
+
+def test_who_reads_a_cluster_dials_its_etcd_once_that_runs() -> None:
+    reads = {"m": ["https://198.18.6.11:30379", "https://198.18.6.12:30379"], "n": ["https://etcd.example:2379"]}
+    peers = [{"name": name, "endpoints": endpoints} for name, endpoints in reads.items()]
+    spec = {"registrar": {"peers": [*peers, {"name": "a", "endpoints": ["https://198.18.1.11:2379"]}]}}
+    members = [host("b1"), {**entry("m", ca="CA of m"), "__site_formed": True}, entry("n", ca="CA of n")]
+    (found,) = in_cluster_dials(members, spec)
+    assert found["cluster"] == "m"
+    assert [(one["address"], one["port"]) for one in found["targets"]] == [
+        ("198.18.6.11", 30379),
+        ("198.18.6.12", 30379),
+    ]
+    common = {"host": "m-api", "protocol": "tcp", "answers": "etcd", "authority": "CA of m", "one_is_enough": True}
+    assert all(common.items() <= one.items() for one in found["targets"])
+    members[-1]["__site_formed"] = True
+    named = in_cluster_dials(members, spec)[1]["targets"][0]
+    assert (named["address"], named["port"]) == ("etcd.example", 2379)
+    assert in_cluster_dials(members, {"registrar": None}) == []
+
+
+def test_what_exposes_a_cluster_and_does_not_answer_is_named_with_both_ends() -> None:
+    def dialled(name: str, source: str, *hows: str) -> dict[str, Any]:
+        blocked = [
+            {"host": "m-api", "address": f"198.18.6.1{number}", "protocol": "tcp", "port": 2379, "how": how}
+            | {"source": source}
+            for number, how in enumerate(hows)
+        ]
+        results = [{"site_dialled": {"cluster": "m", "targets": []}, "blocked": blocked}]
+        return {**host(name), "__plan_result": joined()["__plan_result"], "__site_reached": {"results": results}}
+
+    silent = "no answer within 3 s"
+    members = [dialled("a1", "198.18.1.11", silent), dialled("b1", "198.18.2.11", silent), dialled("c1", "198.18.3.11")]
+    found = run_outcome(members)
+    where = "the etcd of cluster m: TCP 2379 of 198.18.6.10 (no answer within 3 s)"
+    assert found["pending"][0].startswith(
+        f"Pending: a1 (198.18.1.11), b1 (198.18.2.11) does not reach {where}. Let these hosts in there: "
+    )
+    assert found["unreached"] == {"a1": where, "b1": where}
+    other = run_outcome([dialled("a1", "198.18.1.11", "another mesh's etcd, or no etcd, answers there: why")])
+    assert "See what has that address, and correct isthmus_estate.clusters.m.expose" in other["pending"][0]
+    assert run_outcome([dialled("a1", "198.18.1.11")])["unreached"] == {}
 
 
 def test_a_cluster_that_could_not_be_exposed_is_told_with_the_reason() -> None:

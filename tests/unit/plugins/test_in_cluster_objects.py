@@ -203,6 +203,9 @@ def test_members_know_each_other_by_names_that_their_certificates_have() -> None
         assert url == values["ETCD_INITIAL_ADVERTISE_PEER_URLS"].replace("$(ISTHMUS_POD)", member)
     assert values["ETCD_CLIENT_CERT_AUTH"] == values["ETCD_PEER_CLIENT_CERT_AUTH"] == "true"
     assert values["ETCD_CLIENT_CRL_FILE"] == "/etc/isthmus/pki/revoked.crl"
+    # Of an address that a CNI translated no certificate knows.
+    assert values["ETCD_EXPERIMENTAL_PEER_SKIP_CLIENT_SAN_VERIFICATION"] == "true"
+    assert values["ETCD_PEER_CERT_ALLOWED_CN"] == "isthmus-etcd-peer"
     # The kubelet puts in what was defined before.
     order = [one["name"] for one in container["env"]]
     assert order.index("ISTHMUS_POD") < order.index("ETCD_NAME")

@@ -127,11 +127,14 @@ def test_a_cluster_of_which_no_host_is_a_node_cannot_be_told() -> None:
 
 
 def test_hosts_that_are_no_nodes_and_nodes_that_are_no_hosts() -> None:
-    found = kubernetes_probe.node_findings([node("k1", "198.18.4.11"), node("two", "198.18.4.12")], KUBE)
-    assert "Host k2 is to be the node worker-2" in found[0]
-    assert "it is the node two by its address. Set isthmus_kubernetes_node" in found[0]
-    assert "The inventory does not know two, " in found[1]
-    assert kubernetes_probe.node_findings([node("k1", "198.18.4.11"), node("worker-2", "192.0.2.9")], KUBE) == []
+    nodes = [node("k1", "198.18.4.11"), node("two", "198.18.4.12")]
+    (found,) = kubernetes_probe.node_findings(nodes, KUBE)
+    assert "Host k2 is to be the node worker-2" in found
+    assert "it is the node two by its address. Set isthmus_kubernetes_node" in found
+    (stranger,) = kubernetes_probe.unknown_nodes(nodes, KUBE)
+    assert "The inventory does not know two, " in stranger
+    known = [node("k1", "198.18.4.11"), node("worker-2", "192.0.2.9")]
+    assert kubernetes_probe.node_findings(known, KUBE) == kubernetes_probe.unknown_nodes(known, KUBE) == []
 
 
 def test_ranges_that_are_not_the_declared_ones() -> None:

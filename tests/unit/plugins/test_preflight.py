@@ -289,6 +289,36 @@ def test_a_foreign_link_of_our_name_is_told(host: Host, link: dict[str, Any], wo
     assert "`ip link set isthmus0 name OTHER`" in told
 
 
+@pytest.mark.parametrize(
+    ("sections", "least", "around"),
+    [
+        ({}, 626, "inside VXLAN."),
+        ({"wireguard": {"port": 51871}}, 706, "inside VXLAN and WireGuard."),
+        ({"ipsec": {"far": {}}}, 726, "inside VXLAN and the tunnel between gateways."),
+    ],
+    ids=["tunnel", "wireguard", "gateways"],
+)
+def test_a_link_that_carries_too_little_for_what_is_around_packets_is_told(
+    host: Host, sections: dict[str, Any], least: int, around: str
+) -> None:
+    host.monkeypatch.setattr(preflight, "packages_missing", lambda *_arguments: [])
+    spec = {**SPEC, **sections}
+
+    def underlay(mtu: int) -> None:
+        lo = {"ifname": "lo", "mtu": 65536, "addr_info": []}
+        host.links(addresses=(lo, {"ifname": "eth7", "mtu": mtu, "addr_info": [{"local": "127.0.0.1"}]}))
+
+    underlay(least)
+    assert host.run(spec=spec)["problems"] == []
+    underlay(least - 1)
+    words = host.problem(spec=spec)
+    assert words.startswith(f"The link eth7, which has the underlay address 127.0.0.1, carries {least - 1} bytes")
+    assert f"at least {least} are needed" in words
+    assert around in words
+    host.member_of(spec)
+    assert host.run(spec=spec)["problems"] == [], "a mesh that runs is not kept from its changes"
+
+
 def test_our_own_device_is_none_of_them(host: Host) -> None:
     """Also when a hand replaced it on a host of the mesh, where the agent makes it anew."""
     host.links({}, vxlan("isthmus0", 8472, external=True))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, listener, resolver, units
 from ansible_collections.isthmus.mesh.plugins.modules import teardown
-from isthmus_agent.desired import addressing, encryption
+from isthmus_agent.netlink import network, nftables
 
 
 class Host:
@@ -91,7 +91,7 @@ def test_no_timer_brings_back_what_is_taken_away(state: str, ran: list[str]) -> 
         assert step.removed == (["unit isthmus-rollback.timer"] if ran else [])
 
 
-def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rules_of_our_protocol_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teardown, "DEVICES", ("isthmus-none",))
     host = Host()
     host.rules = (
@@ -102,17 +102,20 @@ def test_only_rules_of_our_tables_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "729:\tfrom all fwmark 0x4e/0xff lookup 734 proto 73\n"
         "734:\tfrom all fwmark 0x53/0xff lookup main proto 73\n"
         "738:\tfrom all iif lo lookup 738 proto 73\n"
+        "728:\tfrom all fwmark 0x4b/0xff lookup main proto 73\n"
+        "810:\tfrom all fwmark 0x4b lookup main\n"
         "800:\tfrom 10.9.0.0/16 lookup 7301\n"
         "32766:\tfrom all lookup main\n"
     )
     teardown.Teardown(host).device()
     assert {line for line in host.ran if line.startswith("ip -4")} == {
-        "ip -4 rule delete priority 729 table 734",
-        "ip -4 rule delete priority 730 table 730",
-        "ip -4 rule delete priority 732 table 732",
-        "ip -4 rule delete priority 733 table 733",
-        "ip -4 rule delete priority 734 table main",
-        "ip -4 rule delete priority 738 table 738",
+        "ip -4 rule delete priority 728 table main protocol 73",
+        "ip -4 rule delete priority 729 table 734 protocol 73",
+        "ip -4 rule delete priority 730 table 730 protocol 73",
+        "ip -4 rule delete priority 732 table 732 protocol 73",
+        "ip -4 rule delete priority 733 table 733 protocol 73",
+        "ip -4 rule delete priority 734 table main protocol 73",
+        "ip -4 rule delete priority 738 table 738 protocol 73",
     }
 
 
@@ -268,8 +271,6 @@ def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
     assert named - {listener.UNIT} | {Path(teardown.BOOT).name} == set(teardown.UNITS)
 
 
-def test_every_routing_table_of_the_agent_is_emptied() -> None:
-    constants = [*vars(addressing).items(), *vars(encryption).items()]
-    tables = {value for name, value in constants if name.endswith("TABLE")}
-    tables |= {back.table for back in encryption.BACK.values()}
-    assert set(teardown.TABLES) == {str(table) for table in tables}
+def test_what_the_agent_marks_as_its_own_is_what_goes() -> None:
+    assert str(network.ROUTE_PROTOCOL) == teardown.PROTOCOL
+    assert nftables.TABLE == teardown.TABLE

@@ -19,7 +19,7 @@ NATIVE = {"way": "native", "stage": "demands", "mtu": 1500}
 class Host:
     """c1 of the estate, with an agent that says of each host of onprem what `said` has, else NATIVE. The ways that are
     in `carried` carry that many bytes, others 1500; an echo to one in `silent` is not answered, to one in `cut` only
-    through the tunnel."""
+    through the tunnel. Those in `deaf` are heard and do not hear c1."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
         before = estates.planned(estates.model()) if running else None
@@ -28,6 +28,7 @@ class Host:
         self.carried: dict[str, int] = {}
         self.silent: set[str] = set()
         self.cut: set[str] = set()
+        self.deaf: set[str] = set()
         self.echoes: list[tuple[str, str, int, int]] = []
         (place / "node.json").write_text(json.dumps(self.plan.specs["c1"]))
         monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
@@ -38,12 +39,18 @@ class Host:
 
     def echo(self, source: str, target: str, size: int, _timeout: float, mark: int = 0) -> None:
         self.echoes.append((source, target, size, mark))
-        if target in self.silent or (mark and target in self.cut):
+        if target in self.silent or (mark == verify.NATIVE_MARK and target in self.cut):
             raise packets.NoAnswer("no answer to 3 packets of 1500 bytes")
 
     def status(self) -> dict[str, Any]:
         nodes = [
-            {"cluster": "onprem", "name": name, "routing": self.said.get(name, NATIVE)} for name in ("o1", "o2", "o3")
+            {
+                "cluster": "onprem",
+                "name": name,
+                "routing": self.said.get(name, NATIVE),
+                "deaf": name in self.deaf,
+            }
+            for name in ("o1", "o2", "o3")
         ]
         return {"nodes": nodes, "wireguard": None}
 
@@ -167,3 +174,77 @@ def test_a_host_that_was_left_behind_proves_nothing(host: Host, tmp_path: Path) 
     assert host.echoes == []
     (tmp_path / "node.json").unlink()
     assert host.looked("check_native_way").unreached is None
+
+
+def test_what_is_lost_on_the_way_is_measured_and_told_and_no_problem(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def lost(_source: str, sizes: dict[str, int], count: int, gap: float, _timeout: float) -> dict[str, int]:
+        asked.append((sizes, count, gap))
+        return dict(zip(sizes, (3, 0, count), strict=True))
+
+    monkeypatch.setattr(packets, "lost", lost)
+    host.carried["10.101.0.17"] = 1400
+    found = host.looked("measure_loss")
+    assert asked == [({"10.101.0.1": 1500, "10.101.0.17": 1400, "10.101.0.33": 1500}, 20, 0.02)]
+    assert (found.problems, found.loss) == ([], {"sent": 60, "lost": {"o1": 3, "o3": 20}})
+    (words,) = found.remarks
+    assert "packets of full size from c1 are lost on the way, or their answers are: to o1 3 of 20." in words
+    monkeypatch.setattr(packets, "lost", lambda _source, sizes, *_more: dict.fromkeys(sizes, 0))
+    found = host.looked("measure_loss")
+    assert (found.loss, found.remarks) == ({"sent": 60, "lost": {}}, [])
+    monkeypatch.setattr(verify, "LOSS_MOST", 15)
+    monkeypatch.setattr(packets, "lost", lost)
+    host.looked("measure_loss")
+    assert asked[-1][1] == 5, "fewer to each in a large mesh"
+
+
+@pytest.fixture
+def packets_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(packets, "knock", lambda *_arguments: None)
+    return host
+
+
+def test_packets_of_full_size_are_those_of_the_routes_and_nobody_may_fragment_them(packets_only: Host) -> None:
+    packets_only.said["o2"] = {"way": "tunnel", "stage": "plain", "mtu": 1450}
+    assert packets_only.looked("check_packets").problems == []
+    sent = {(to, size, mark) for _from, to, size, mark in packets_only.echoes if size != 84}
+    whole = verify.WHOLE_MARK
+    assert sent == {("10.101.0.1", 1500, whole), ("10.101.0.17", 1450, whole), ("10.101.0.33", 1500, whole)}
+
+
+def test_a_way_that_loses_packets_of_full_size_is_named_with_what_it_carries(
+    packets_only: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packets_only.said["o2"] = {**NATIVE, "path_mtu": 1300, "lost": 1301}
+    echo = packets_only.echo
+
+    def cut(source: str, target: str, size: int, timeout: float, mark: int = 0) -> None:
+        echo(source, target, size, timeout, mark)
+        if size > 1300 and target == "10.101.0.17":
+            raise packets.NoAnswer(f"no answer to 3 packets of {size} bytes")
+
+    monkeypatch.setattr(packets, "echo", cut)
+    (found,) = packets_only.looked("check_packets").problems
+    assert found.startswith(
+        "packets: o2 (10.101.0.17): an echo of full size over the overlay, not to be fragmented: no "
+    )
+    assert "the agent found that the way carries 1300" in found
+
+
+def test_a_tunnel_whose_smaller_mtu_is_known_is_named(packets_only: Host) -> None:
+    packets_only.said["o2"] = {"way": "tunnel", "stage": "plain", "mtu": 1450}
+    packets_only.carried["10.101.0.17"] = 1400
+    (found,) = packets_only.looked("check_packets").problems
+    assert "the way carries only 1400 bytes, and routes 1450: a router in between has said so" in found
+
+
+def test_the_side_that_is_not_heard_names_the_direction_that_is_cut(packets_only: Host) -> None:
+    packets_only.silent.add("10.101.0.17")
+    assert not any("one direction" in words for words in packets_only.looked("check_packets").problems)
+    packets_only.deaf.add("o2")
+    told = [words for words in packets_only.looked("check_packets").problems if "cut in one direction" in words]
+    assert len(told) == 1
+    assert "o2 does not hear c1, c1 hears o2" in told[0]
