@@ -84,11 +84,9 @@ def assert_no_program(both: Pair) -> None:
 
 
 def led(host: Host, table: int) -> str:
-    """The way to what is behind gateways, empty when there is none."""
-    for line in host.run("sh", "-c", f"ip route show table {table} proto 73 2>&1; true").splitlines():
-        if line.startswith(FAR):
-            return line.removeprefix(FAR).split(" scope")[0].split(" mtu")[0].strip()
-    return ""
+    """Over whom packets go to what is behind gateways, by a table; empty when it does not say."""
+    found = re.search(rf"^{FAR} via (\S+) dev eth0", host.run("sh", "-c", f"ip route show table {table} 2>&1; true"))
+    return found[1] if found else ""
 
 
 def sent(host: Host, device: str) -> int:
@@ -105,8 +103,8 @@ def gateways(both: Pair) -> list[dict[str, str]]:
 
 def test_the_second_gateway_takes_over_and_the_first_gets_packets_back(tmp_path: Path) -> None:
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
-        first, second = (f"via {each['underlay']} dev eth0" for each in gateways(both))
-        behind_gateway(both.a, gateways(both)[0]["underlay"], gateways=gateways(both))
+        first, second = (each["underlay"] for each in gateways(both))
+        behind_gateway(both.a, first, gateways=gateways(both))
         wait_for(lambda: led(both.a, IPSEC_TABLE) == first, "the first gateway is used", 30)
         state = both.a.daemon.status()["gateways"]["gateways"]
         assert [(one["host"], one["state"]) for one in state] == [("cloud-1", "used"), ("onprem-9", "up")]
@@ -130,7 +128,7 @@ def test_a_gateway_leads_over_the_other_one_while_nothing_passes_its_tunnels(tmp
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
         own = str(both.a.node.underlay)
         two = [{"cluster": "onprem", "host": "onprem-1", "underlay": own}, gateways(both)[0]]
-        over = f"via {two[1]['underlay']} dev eth0"
+        over = two[1]["underlay"]
         behind_gateway(both.a, "", local=own, connections=[], gateways=two)
         wait_for(lambda: led(both.a, SIBLING_TABLE) == over, "the way when there is no tunnel", 30)
         wait_for(lambda: led(both.a, IPSEC_TABLE) == over, "nothing passes without a tunnel", 30)

@@ -233,6 +233,8 @@ class Agent:
         if self.tunnels is not None:
             jobs["tunnels"] = self.tunnels.run
             jobs["tunnel-prober"] = self.tunnels.prober.run
+            if self.spec.ipsec is not None and self.spec.ipsec.begins:
+                jobs["tunnels-again"] = self.tunnels.ask_again
         self.wake()
         tasks = [asyncio.create_task(self._guard(name, job), name=name) for name, job in jobs.items()]
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .encryption import Pair, Stage, pairs
 from .encryption import pair as sorted_pair
 from .schema import INVALID, not_yet, suggestion
-from .spec import IPSEC_MTU, IPSEC_PORTS
+from .spec import IPSEC_MTU, IPSEC_PORTS, MOST_GATEWAYS, connection_name
 
 if TYPE_CHECKING:
     from .model import Cluster, Host
@@ -34,7 +34,6 @@ MARK = 0x53
 RULE_PRIORITY = 737
 """Of the rule that leads into the tunnels by strongSwan's table of routes. After the agent's: what the host's own
 workloads send to a host of another site is the mesh's first, and comes here inside it."""
-MOST_GATEWAYS = 2
 
 IKE_PROPOSAL = "aes256gcm16-prfsha384-ecp384"
 ESP_PROPOSAL = "aes256gcm16-ecp384"
@@ -434,9 +433,8 @@ _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by 
 
 
 def name_of(connection: Mapping[str, Any]) -> str:
-    """Of a connection in strongSwan. No site's name has the second one's underscore."""
-    number = connection.get("number", 1)
-    return f"isthmus-{connection['site']}" + (f"_{number}" if number > 1 else "")
+    """Of a connection in strongSwan."""
+    return connection_name(connection["site"], connection.get("number", 1))
 
 
 def _block(name: str, lines: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import agent_mesh as mesh
 import pytest
-from isthmus_agent.agent.tunnels import passing
+from isthmus_agent.agent.tunnels import given_up, passing
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
 from isthmus_agent.desired.datapath import Route, Rule
 from isthmus_agent.desired.reach import ProbeTable, Reachability, choose_targets
@@ -138,6 +138,21 @@ def test_a_node_that_was_down_is_steady_after_it_has_answered_for_a_while() -> N
     assert table.view().unsteady == frozenset(), "one miss says nothing"
 
 
+SAS = """\
+isthmus-cloud: #1, ESTABLISHED, IKEv2, 6fc8cad4fa3dd771_i 68a0fe899f38d738_r*
+  net: #1, reqid 1, INSTALLED, TUNNEL-in-UDP, ESP:AES_GCM_16-256
+isthmus-cloud_2: #4, ESTABLISHED, IKEv2, 2d3560e7ed90a17d_i* 02c2c67b897ce6d5_r
+isthmus-hall: #5, CONNECTING, IKEv2, 2d3560e7ed90a17e_i* 0000000000000000_r
+"""
+
+
+def test_a_tunnel_that_strongswan_gave_up_is_asked_for_again_and_one_that_it_is_making_is_not() -> None:
+    names = ["isthmus-cloud", "isthmus-cloud_2", "isthmus-hall", "isthmus-edge"]
+    assert given_up(SAS, names) == ["isthmus-cloud_2", "isthmus-edge"]
+    assert given_up("", names) == names
+    assert given_up(SAS, []) == []
+
+
 def test_packets_pass_where_strongswan_leads_and_one_of_our_gateways_answers() -> None:
     document = {
         "sites": {}, "networks": ["198.18.1.0/24"], "local": "198.18.1.12",
@@ -146,12 +161,13 @@ def test_packets_pass_where_strongswan_leads_and_one_of_our_gateways_answers() -
             "office": {"stage": "demands", "networks": ["198.18.3.0/24"]},
         },
         "connections": [
-            {"site": "cloud", "inside": "198.18.2.11"},
-            {"site": "cloud", "inside": "198.18.2.12"},
-            {"site": "office"},
+            {"site": "cloud", "inside": "198.18.2.11", "begins": False},
+            {"site": "cloud", "inside": "198.18.2.12", "begins": True, "number": 2},
+            {"site": "office", "begins": True},
         ],
     }  # fmt: skip
     own = ipsec_of(document)
+    assert own.begins == ("isthmus-cloud_2", "isthmus-office")
     routed = frozenset(map(ip_network, ("198.18.2.0/24", "198.18.5.0/24", "198.18.3.0/24")))
     table = ProbeTable()
     first, second = (("cloud", f"198.18.2.{last}") for last in (11, 12))
