@@ -304,7 +304,7 @@ def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
 
 
 def check_near(module: AnsibleModule, via: str) -> None:
-    """The rules know the gateway as the next hop, and nothing else could keep a router in between from another way."""
+    """The rules know a gateway as the next hop, and nothing else could keep a router in between from another way."""
     code, out, _err = module.run_command(["ip", "-json", "route", "get", via])
     way = (json.loads(out) if code == 0 and out.strip() else [{"gateway": "no route"}])[0]
     if "gateway" in way:
@@ -384,8 +384,8 @@ def apply(
     own = section or {"far": {}}
     systemd = units.Systemd(module)
     text = ipsec.guard(own)
-    if own.get("via"):
-        check_near(module, own["via"])
+    for via in ipsec.gateways_of(own):
+        check_near(module, via)
     gateway = Gateway(module, changes, systemd, own, secrets)
     # What is closed is closed before a tunnel changes, and opened after it.
     if text is not None:

@@ -121,18 +121,18 @@ def guard_rules(text: str) -> list[str]:
 
 
 def missing(module: AnsibleModule, connections: Iterable[Mapping[str, object]]) -> dict[str, str]:
-    """By site, why its tunnel is not there."""
+    """By name of the connection (`ipsec.name_of`), why its tunnel is not there."""
     code, out, err = (
         module.run_command([SWANCTL, "--list-sas"]) if os.path.exists(SWANCTL) else (1, "", f"no {SWANCTL}")
     )
     if code != 0:
         words = (err or out).strip().splitlines()
         reason = f"strongSwan does not answer ({words[-1] if words else code}): `systemctl status {UNIT}`"
-        return {str(one["site"]): reason for one in connections}
+        return {ipsec.name_of(one): reason for one in connections}
     there = established(out)
     found = {}
     for one in connections:
         name = ipsec.name_of(one)
         if "net" not in there.get(name, ()):
-            found[str(one["site"])] = last_words(module, name) or "strongSwan has not said why"
+            found[name] = last_words(module, name) or "strongSwan has not said why"
     return found

@@ -265,6 +265,8 @@ class Verifier:
             self.look("routing", self.check_native)
         if self.spec.get("ipsec"):
             self.look("gateways", self.check_gateways)
+            if status is not None:
+                self.look("gateways", self.check_led, status)
         self.look("bgp", self.check_bgp)
         self.look("packets", self.measure_loss)
 
@@ -906,6 +908,25 @@ class Verifier:
             f"not what the inventory gives; {SITE}",
         )
 
+    def check_led(self, status):
+        """Of two gateways both are there; one whose tunnels pass nothing is of no use."""
+        found = status.get("gateways") or {"gateways": [], "tunnels": None}
+        for one in found["gateways"]:
+            self.check(
+                "gateways",
+                one["state"] != "down",
+                f"gateway {one['host']} ({one['address']}) of this site does not answer {self.spec['host']}, so "
+                f"{'nothing reaches the sites behind gateways' if found['lost'] else 'there is no second one'}; see "
+                f"`isthmus status` here, and whether {one['host']} runs",
+            )
+        for site, passing in sorted((found["tunnels"] or {}).items()):
+            self.check(
+                "gateways",
+                passing is not False,
+                f"nothing passes through the tunnels of this gateway to site {site}: no gateway there answers in them; "
+                f"see `swanctl --list-sas` and `journalctl -u {strongswan.UNIT}`",
+            )
+
     def check_gateway_way(self):
         """A gateway's tunnels to the sites with which they are being turned on, as it is configured now."""
         with open(NODE, encoding="utf-8") as file:
@@ -917,7 +938,7 @@ class Verifier:
         """They are there, and packets of full size pass to the other gateway, where that is one of ours."""
         missing = strongswan.missing(self.module, connections) if connections else {}
         for one in connections:
-            why = missing.get(one["site"])
+            why = missing.get(ipsec.name_of(one))
             name = f"the tunnel to the gateway of site {one['site']} ({one['remote']})"
             if not self.check(
                 "gateways",
@@ -926,8 +947,8 @@ class Verifier:
                 f"between the two gateways both ways; see `journalctl -u {strongswan.UNIT}` on both",
             ):
                 continue
-            if one["ours"] and any(ipaddress.ip_address(one["remote"]) in network for network in networks_of(one)):
-                words = self.reach_gateway(one["local"], one["remote"])
+            if "inside" in one and any(ipaddress.ip_address(one["inside"]) in network for network in networks_of(one)):
+                words = self.reach_gateway(one["local"], one["inside"])
                 self.check(
                     "gateways", not words, f"{name} is there, and the other gateway does not answer in it: {words}"
                 )

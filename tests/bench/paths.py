@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from playbook import play  # noqa: E402
 
 FROM, TO = ONPREM_CLIENT, "cloud-1"
 GATEWAYS = {"onprem": ("onprem-2", "198.18.1.0/24"), "cloud": ("cloud-2", "198.18.2.0/24")}  # neither is FROM or TO
+SECOND = "onprem-1"
+"""The second gateway of onprem."""
+TAKEN_OVER = 10.0  # seconds (docs/ipsec.md)
 TURNS = 400  # a round, of one byte each way
 ECHO_PORT = PORT + 1
 VXLAN, WIREGUARD = ("bench-vx", "10.199.0"), ("bench-wg", "10.198.0")  # device by hand, and its /24
@@ -78,6 +82,7 @@ def with_gateways(estate: dict[str, Any], _: Any) -> None:
     """They are there, and nothing goes through them yet."""
     for site, (host, network) in GATEWAYS.items():
         estate["sites"][site]["ipsec"] = {"networks": [network], "gateways": [{"host": host}]}
+    estate["sites"]["onprem"]["ipsec"]["gateways"].append({"host": SECOND})
 
 
 class Paths(Bench):
@@ -216,8 +221,28 @@ class Paths(Bench):
             ):
                 play("site", inventory=on, seconds=1800)
                 found = self.figures({"mesh": self.target()})
+                took = self.take_over()
+        self.row("gateways, take-over when the first is off", took, TAKEN_OVER, "s", "the promised figure")
         self.row("gateways, bulk", found[0]["mesh"], bulk, "Mbit/s", "the bare network")
         self.row("gateways, there and back", found[1]["mesh"], turns, "us", "the bare network")
+
+    def take_over(self) -> float:
+        """Seconds until packets pass again after the plug of the gateway that is used was pulled."""
+        first = GATEWAYS["onprem"][0]
+        ping = ["ping", "-q", "-c", "1", "-W", "1", str(self.lab.hosts[TO].address)]
+        with self.undone(lambda: self.lab.power_on(first)):
+            began = time.monotonic()
+            self.lab.power_off(first)
+            self.until("the second gateway is used", lambda: self.uses(SECOND))
+            self.until("packets pass", lambda: self.lab.exec(FROM, ping, check=False).returncode == 0, 3 * TAKEN_OVER)
+            took = time.monotonic() - began
+        self.until("the first gateway is used again", lambda: self.uses(first))
+        return took
+
+    def uses(self, gateway: str) -> bool:
+        """Whether packets go over this gateway of the site."""
+        told = self.ask(FROM, "status")["gateways"]["gateways"]
+        return any((one["host"], one["state"]) == (gateway, "used") for one in told)
 
     STEPS = ("tunnel", "native", "wireguard", "gateways")
 

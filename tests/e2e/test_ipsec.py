@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two sites of the running estate by way of their gateways: on, a gateway whose strongSwan dies, off. What is on the
-wire is looked at where the router passes it from site to site."""
+"""Two sites of the running estate by way of their gateways: on, a gateway whose strongSwan dies, off; and with two
+gateways at one of them, of which the one that is used is lost. What is on the wire is looked at where the router passes
+it from site to site."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,9 @@ GATEWAYS = {"onprem": "onprem-2", "cloud": "cloud-2"}
 FAR = "cloud-1"
 """No gateway, as seen from `ONPREM_CLIENT`, which is none either."""
 AGAIN = 10  # seconds until packets pass after a gateway's strongSwan died (docs/ipsec.md)
+TAKEN_OVER = 10  # seconds until packets pass over the second gateway (docs/ipsec.md)
+SECOND = "onprem-1"
+"""Takes over from that of `GATEWAYS`; cloud has hosts for one gateway and `FAR`."""
 
 
 def off(estate: dict[str, Any], _: Any) -> None:
@@ -33,11 +38,25 @@ def off(estate: dict[str, Any], _: Any) -> None:
         estate["sites"][site]["ipsec"] = {"networks": [NETWORKS[site]], "gateways": [{"host": host}]}
 
 
-def gateways(estate: dict[str, Any], groups: Any) -> None:
+def off_with_two(estate: dict[str, Any], groups: Any) -> None:
     off(estate, groups)
+    estate["sites"]["onprem"]["ipsec"]["gateways"].append({"host": SECOND})
+
+
+def on(estate: dict[str, Any]) -> None:
     for pair in estate["site_pairs"]:
         if set(pair["sites"]) == set(GATEWAYS):
             pair["encryption"] = "ipsec-gateway"
+
+
+def gateways(estate: dict[str, Any], groups: Any) -> None:
+    off(estate, groups)
+    on(estate)
+
+
+def two_gateways(estate: dict[str, Any], groups: Any) -> None:
+    off_with_two(estate, groups)
+    on(estate)
 
 
 def stages(estate: Estate, host: str) -> set[str]:
@@ -53,9 +72,7 @@ def passes(estate: Estate) -> bool:
 
 def reached(estate: Estate) -> bool:
     """The other site's hosts answer the agent of one that is no gateway, and its backends are used."""
-    nodes = estate.ask(ONPREM_CLIENT, "status")["nodes"]
-    up = all(node["probe"] == "up" for node in nodes if node["name"].startswith("cloud"))
-    return up and estate.used(ONPREM_CLIENT) == estate.backends
+    return others_up(estate) and estate.used(ONPREM_CLIENT) == estate.backends
 
 
 @contextlib.contextmanager
@@ -64,9 +81,10 @@ def explained(estate: Estate) -> Iterator[None]:
     try:
         yield
     except Exception:
-        for host in GATEWAYS.values():
+        for host in (*GATEWAYS.values(), SECOND):
             look = (
-                "swanctl --list-sas; ip -s link show ipsec0; ip rule; ip route show table 220; "
+                "swanctl --list-sas; ip -s link show ipsec0; ip rule; isthmus status; "
+                "for table in 220 736 738; do ip route show table $table; done; "
                 "nft list table ip isthmus-ipsec; journalctl -u strongswan.service -n 60 --no-pager -o cat"
             )
             print(f"--- {host}\n{estate.lab.exec(host, ['sh', '-c', f'({look}) 2>&1'], check=False).stdout}")
@@ -136,3 +154,101 @@ def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Pat
             done = estate.lab.exec(host, ["sh", "-c", left], check=False)
             assert done.returncode != 0, f"{host}: {done.stdout}"
     estate.converged()
+
+
+def led(estate: Estate) -> dict[str, str]:
+    """What a host that is no gateway says of those of its site, by name."""
+    found = estate.ask(ONPREM_CLIENT, "status")["gateways"]
+    return {one["host"]: one["state"] for one in found["gateways"]}
+
+
+def told(estate: Estate, host: str, words: str) -> bool:
+    return any(words in line for line in estate.ask(host, "status")["warnings"])
+
+
+def dropped(estate: Estate, host: str) -> int:
+    """Packets that the rules kept from leaving."""
+    chain = estate.lab.exec(host, ["nft", "list", "chain", "ip", "isthmus-ipsec", "leaves"]).stdout
+    return sum(map(int, re.findall(r"counter packets (\d+) bytes \d+ drop", chain)))
+
+
+def test_of_two_gateways_the_second_takes_over_and_the_first_gets_packets_back(estate: Estate, tmp_path: Path) -> None:
+    first = GATEWAYS["onprem"]
+    wanted, back = variant(tmp_path / "wanted", two_gateways), variant(tmp_path / "back", off_with_two)
+    estate.converged()
+    shown = " ".join(play("plan", inventory=wanted).output.split())
+    for host, address in ((first, "198.18.1.12"), (SECOND, "198.18.1.11")):
+        assert f"UDP 4500 on {host} ({address}) from cloud-2 (198.18.2.12)" in shown
+    with contextlib.ExitStack() as stack:
+        whole = stack.enter_context(contextlib.ExitStack())
+        whole.callback(lambda: play("site", *AT_ONCE, seconds=1800))
+        whole.callback(lambda: play("site", *AT_ONCE, inventory=back, seconds=1800))
+        whole.callback(estate.put_right)
+        stack.enter_context(explained(estate))
+        with estate.unnoticed(estate.onprem):
+            play("site", *AT_ONCE, inventory=wanted, seconds=1800)
+        assert play("site", *AT_ONCE, inventory=wanted).changed == {}
+        play("verify", inventory=wanted)
+        assert led(estate) == {first: "used", SECOND: "up"}
+
+        # What a gateway's own workloads send to a host of the other site goes over the overlay, as everybody's does.
+        mesh = json.loads(estate.lab.exec(first, ["cat", "/etc/isthmus/node.json"]).stdout)["node"]["mesh4"]
+        far = str(estate.lab.hosts[FAR].address)
+        estate.lab.exec(first, ["ping", "-q", "-c", "3", "-W", "2", "-I", mesh, far])
+
+        file = tmp_path / "wire.pcap"
+        with capture(file, ("onprem", "cloud"), estate.lab.sites["cloud"].bridge):
+            began = time.monotonic()
+            estate.lab.power_off(first)
+            assert not passes(estate), "a gateway is off, and nobody misses it"
+            estate.timed("packets pass after a gateway was lost", lambda: passes(estate), TAKEN_OVER, began)
+            estate.until("the hosts say so", lambda: led(estate) == {first: "down", SECOND: "used"})
+            assert told(estate, ONPREM_CLIENT, f"gateway {first} of this site does not answer")
+            estate.until(f"{ONPREM_CLIENT} reaches the other site again", lambda: passes(estate) and others_up(estate))
+
+            estate.lab.power_on(first)
+            with estate.unnoticed(estate.onprem):
+                estate.until("the first gateway is used again", lambda: led(estate) == {first: "used", SECOND: "up"})
+            estate.until("all is as before", lambda: reached(estate))
+
+            # Hosts go on sending to it, and it sends over the other one.
+            began = time.monotonic()
+            estate.lab.exec(first, ["systemctl", "stop", "strongswan.service"])
+            estate.timed("packets pass after strongSwan was stopped", lambda: passes(estate), TAKEN_OVER, began)
+            estate.until(f"{first} says so", lambda: told(estate, first, "packets go over the site's other gateway"))
+            assert led(estate)[first] == "used"
+
+            estate.lab.exec(SECOND, ["systemctl", "stop", "strongswan.service"])
+            before = dropped(estate, first) + dropped(estate, SECOND)
+            assert not passes(estate), "both are without a tunnel"
+            estate.until(
+                "what is sent is dropped and counted",
+                lambda: not passes(estate) and dropped(estate, first) + dropped(estate, SECOND) > before,
+            )
+            verdict = " ".join(play("verify", inventory=wanted, check=False).output.split())
+            assert "nothing passes through the tunnels of this gateway to site cloud" in verdict
+            for host in (first, SECOND):
+                estate.lab.exec(host, ["systemctl", "start", "strongswan.service"])
+            estate.until(f"{ONPREM_CLIENT} reaches the other site again", lambda: reached(estate))
+        assert packets(file, "udp port 8472") == 0, "a VXLAN header in clear"
+        assert packets(file, "udp port 4500") > 100
+        beside = f"not (udp port 500 or udp port 4500) and not host {estate.lab.sites['cloud'].gateway}"
+        assert packets(file, beside) == 0, "something beside the tunnels"
+
+        play("verify", inventory=wanted)
+        with estate.unnoticed(estate.onprem):
+            play("site", *AT_ONCE, inventory=back, seconds=1800)
+        play("site", *AT_ONCE)
+        whole.pop_all()
+        play("verify")
+        for host in (first, SECOND):
+            left = "ip rule | grep -E '^73[4678]:' || ip route show table 738 | grep ."
+            done = estate.lab.exec(host, ["sh", "-c", left], check=False)
+            assert done.returncode != 0, f"{host}: {done.stdout}"
+    estate.converged()
+
+
+def others_up(estate: Estate) -> bool:
+    """The other site's hosts answer the agent of a host that is no gateway."""
+    nodes = estate.ask(ONPREM_CLIENT, "status")["nodes"]
+    return all(node["probe"] == "up" for node in nodes if node["name"].startswith("cloud"))

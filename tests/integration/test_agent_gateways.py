@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a real `isthmusd` makes of the kernel's routes where another site is behind a gateway: there, put back, gone."""
+"""What a real `isthmusd` makes of the kernel's routes where another site is behind a gateway: there, put back, gone;
+over the second one while the first does not answer; and on a gateway over the other one while nothing passes its
+tunnels."""
 
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bpf.topology import bare_nodes, wait_for
 from integration.test_agent_native import SITES, Host, Pair, pair
-from isthmus_agent.desired.addressing import IPSEC_RULE_PRIORITY, IPSEC_TABLE
+from isthmus_agent.desired.addressing import IPSEC_RULE_PRIORITY, IPSEC_TABLE, SIBLING_TABLE
 from isthmus_mesh.spec import spec_hash
 
 # For the full run until it has passed.
@@ -18,14 +23,22 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 FAR = "198.51.100.0/24"
 
 
-def behind_gateway(host: Host, via: str | None) -> None:
-    """Everything of the other site is behind the gateway `via`, None: behind none; as `site` brings it."""
+SECOND = "198.18.0.77"
+"""Of a gateway that only has an address on the network of both nodes."""
+FAR_GATEWAY = "198.51.100.9"
+TAKEN_OVER = 10  # seconds (docs/ipsec.md)
+RETURNED = 15  # seconds: ten answers, one a second
+
+
+def behind_gateway(host: Host, via: str | None, **more: Any) -> None:
+    """Everything of the other site is behind the gateway `via`, None: behind none; as `site` brings it. Empty on a
+    gateway."""
     path = host.daemon.directory / "node.json"
     spec = json.loads(path.read_text())
     spec.pop("ipsec", None)
     if via is not None:
         far = {host.other: {"stage": "demands", "networks": [FAR]}}
-        spec["ipsec"] = {"sites": SITES, "networks": ["198.18.0.0/16"], "far": far, "via": via}
+        spec["ipsec"] = {"sites": SITES, "networks": ["198.18.0.0/16"], "far": far, "via": via or None, **more}
     spec["hash"] = spec_hash(spec)
     path.write_text(json.dumps(spec))
     host.daemon.stop()
@@ -68,3 +81,80 @@ def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) ->
 def assert_no_program(both: Pair) -> None:
     """Those of native routing are for native routing only."""
     assert "underlay" not in both.a.filters()
+
+
+def led(host: Host, table: int) -> str:
+    """Over whom packets go to what is behind gateways, by a table; empty when it does not say."""
+    found = re.search(rf"^{FAR} via (\S+) dev eth0", host.run("sh", "-c", f"ip route show table {table} 2>&1; true"))
+    return found[1] if found else ""
+
+
+def sent(host: Host, device: str) -> int:
+    """Packets that left by a device."""
+    (link,) = json.loads(host.run("ip", "-json", "-s", "link", "show", device))
+    return int(link["stats64"]["tx"]["packets"])
+
+
+def gateways(both: Pair) -> list[dict[str, str]]:
+    """Node b, which answers probes, and one that nobody has heard of."""
+    first = {"cluster": "cloud", "host": "cloud-1", "underlay": str(both.b.node.underlay)}
+    return [first, {"cluster": "onprem", "host": "onprem-9", "underlay": SECOND}]
+
+
+def test_the_second_gateway_takes_over_and_the_first_gets_packets_back(tmp_path: Path) -> None:
+    with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
+        first, second = (each["underlay"] for each in gateways(both))
+        behind_gateway(both.a, first, gateways=gateways(both))
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == first, "the first gateway is used", 30)
+        state = both.a.daemon.status()["gateways"]["gateways"]
+        assert [(one["host"], one["state"]) for one in state] == [("cloud-1", "used"), ("onprem-9", "up")]
+        both.b.daemon.stop()
+        both.b.run("ip", "link", "set", "isthmus0", "down")
+        began = time.monotonic()
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == second, "the second one takes over", 3 * TAKEN_OVER)
+        print(f"the second gateway is used {time.monotonic() - began:.1f} s after the first was lost")
+        state = both.a.daemon.status()["gateways"]["gateways"]
+        assert [(one["host"], one["state"]) for one in state] == [("cloud-1", "down"), ("onprem-9", "used")]
+        assert any(
+            "gateway cloud-1 of this site does not answer" in line for line in both.a.daemon.status()["warnings"]
+        )
+        both.b.daemon.start()
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == first, "the first one is used again", 3 * RETURNED)
+        behind_gateway(both.a, None)
+        wait_for(lambda: "736:" not in both.a.run("ip", "rule"), "the rule is gone", 30)
+
+
+def test_a_gateway_leads_over_the_other_one_while_nothing_passes_its_tunnels(tmp_path: Path) -> None:
+    with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
+        own = str(both.a.node.underlay)
+        two = [{"cluster": "onprem", "host": "onprem-1", "underlay": own}, gateways(both)[0]]
+        over = two[1]["underlay"]
+        behind_gateway(both.a, "", local=own, connections=[], gateways=two)
+        wait_for(lambda: led(both.a, SIBLING_TABLE) == over, "the way when there is no tunnel", 30)
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == over, "nothing passes without a tunnel", 30)
+        rules = both.a.run("ip", "rule")
+        assert "734:\tfrom all fwmark 0x53/0xff lookup main" in rules
+        assert any("over the site's other gateway" in line for line in both.a.daemon.status()["warnings"])
+        # As strongSwan has it.
+        both.a.run("ip", "link", "add", "ipsec0", "type", "veth", "peer", "name", "nobody")
+        both.a.run("ip", "link", "set", "ipsec0", "up")
+        both.a.run("ip", "route", "add", FAR, "dev", "ipsec0", "proto", "static", "table", "220")
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == "", "packets go through the tunnel", 30)
+        assert led(both.a, SIBLING_TABLE) == over
+        assert both.a.daemon.status()["gateways"]["tunnels"] == {both.a.other: True}
+        both.a.run("ip", "link", "del", "ipsec0")
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == over, "they go around it", 30)
+
+        # The tunnel is there, and the other site's gateway does not answer in it, though it is asked by no other way.
+        both.a.run("ip", "link", "add", "ipsec0", "type", "veth", "peer", "name", "nobody")
+        both.a.run("ip", "link", "set", "ipsec0", "arp", "off", "addrgenmode", "none", "up")
+        both.a.run("ip", "link", "set", "nobody", "up")
+        both.a.run("ip", "route", "add", FAR, "dev", "ipsec0", "proto", "static", "table", "220")
+        ask = [{"site": both.a.other, "inside": FAR_GATEWAY}]
+        behind_gateway(both.a, "", local=own, connections=ask, gateways=two)
+        wait_for(lambda: both.a.daemon.status()["gateways"]["tunnels"] == {both.a.other: False}, "nobody answers", 30)
+        assert led(both.a, IPSEC_TABLE) == over
+        before = sent(both.a, "ipsec0")
+        wait_for(lambda: sent(both.a, "ipsec0") >= before + 3, "it is asked once a second, in the tunnel", 30)
+        behind_gateway(both.a, None)
+        wait_for(lambda: not re.search("^73[468]:", both.a.run("ip", "rule"), re.MULTILINE), "the rules are gone", 30)

@@ -87,6 +87,28 @@ def test_a_tunnel_that_is_not_there_leaves_packets_on_their_way(running: Site) -
 
 
 @pytest.mark.slow
+def test_a_second_gateway_comes_in_one_step_and_goes(running: Site) -> None:
+    running.estate = ON
+    assert turned(running).status == 0
+    two = {**ON, "sites": {**SITES, "a": {"ipsec": {**SITES["a"]["ipsec"], "gateways": [
+        {"host": "a1"}, {"host": "a2"}]}}}}  # fmt: skip
+    running.estate = two
+    told = said(running.run(name="plan"))
+    assert "UDP 4500 on a2 (192.0.1.2) from b1 (192.0.2.3)" in told
+    run = turned(running)
+    assert run.status == 0, run.output
+    assert written(running) == [HOSTS]
+    assert set(stages(running).values()) == {"demands"}
+    spec = json.loads((running.place / "hosts" / "a2" / "node.json").read_text())["ipsec"]
+    assert [one["host"] for one in spec["gateways"]] == ["a1", "a2"]
+    assert [one["remote_id"] for one in spec["connections"]] == ["isthmus-ipsec-b1"]
+    running.estate = ON
+    assert turned(running).status == 0
+    spec = json.loads((running.place / "hosts" / "a2" / "node.json").read_text())["ipsec"]
+    assert "connections" not in spec
+
+
+@pytest.mark.slow
 def test_a_gateway_that_is_not_ours_is_in_the_plan(running: Site) -> None:
     peer = {"networks": ["192.0.2.0/24"], "peer": {"address": "203.0.113.9"}}
     running.estate = {**ON, "sites": {**SITES, "b": {"ipsec": peer}}}

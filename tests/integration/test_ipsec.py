@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two sites with a gateway each, by real strongSwan with ESP in user space: namespaces are the gateways, a host of each
-site and the network between them, on which tcpdump sees what goes there."""
+"""Two sites with a gateway or two each, by real strongSwan with ESP in user space: namespaces are the gateways, a host
+of each site and the network between them, on which tcpdump sees what goes there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -22,8 +22,13 @@ import pytest
 from bpf.topology import wait_for
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import pki
+from isthmus_agent.agent.tunnels import given_up
+from isthmus_agent.desired import addressing
+from isthmus_agent.desired.datapath import Route, Rule
+from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import ipsec
 from isthmus_mesh.planner import Plan
+from isthmus_mesh.spec import NodeSpec
 from unit.mesh.estates import estate, hosts, model, planned
 
 pytestmark = [
@@ -39,7 +44,16 @@ SITES = {
 }
 PAIR = {"sites": ["onprem", "cloud"], "encryption": "ipsec-gateway"}
 PAYLOAD = "isthmus-secret-payload"
-ADDRESSES = {"o1": "198.18.1.1", "o2": "198.18.1.2", "c1": "198.18.2.1", "c2": "198.18.2.2"}
+TWO = {
+    "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o1"}, {"host": "o2"}]}},
+    "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "gateways": [{"host": "c1"}, {"host": "c2"}]}},
+}
+ADDRESSES = {
+    **{f"o{number}": f"198.18.1.{number}" for number in (1, 2, 3)},
+    **{f"c{number}": f"198.18.2.{number}" for number in (1, 2, 3)},
+}
+GATEWAYS = ("o1", "o2", "c1", "c2")
+"""Of sites with two."""
 ROUTER = {"198.18.1": "198.18.1.254", "198.18.2": "198.18.2.254"}
 SYSTEMCTL = Path(__file__).with_name("fake_gateway_systemctl.py")
 
@@ -137,6 +151,32 @@ class Machine:
             inside=self.words("env", f"PATH={path}"),
         )
 
+    def lead(self, routes: Collection[Route], rules: Collection[Rule]) -> None:
+        """These routes and rules, as the agent makes them."""
+        there = self.run("ip", "rule").stdout
+        for rule in rules:
+            if f"{rule.priority}:" not in there:
+                mark = ["fwmark", f"{rule.mark:#x}/0xff"] if rule.mark else []
+                own = ["iif", "lo"] if rule.own else []
+                words = ["priority", str(rule.priority), *mark, *own, "table", str(rule.table)]
+                self.run("ip", "rule", "add", *words)
+        for route in routes:
+            way = ["dev", "lo"] if route.sunk else ["via", str(route.toward)]
+            words = [str(route.prefix), *way, "mtu", str(route.mtu), "table", str(route.table)]
+            self.run("ip", "route", "replace", *words)
+        # Last, as a moment without a route is one in which packets are dropped.
+        for table in {addressing.IPSEC_TABLE, addressing.SIBLING_TABLE} - {route.table for route in routes}:
+            self.run("ip", "route", "flush", "table", str(table), check=False)
+
+    def children(self) -> int:
+        """How many tunnels are there."""
+        return self.run("swanctl", "--list-sas", check=False).stdout.count("INSTALLED")
+
+    def dropped(self) -> int:
+        """Packets that the rules kept from leaving."""
+        (chain,) = re.findall(r"chain leaves \{(.*?)\n\t\}", self.run("nft", "list", "ruleset").stdout, re.DOTALL)
+        return sum(map(int, re.findall(r"counter packets (\d+) bytes \d+ drop", chain)))
+
     def tunnel(self) -> bool:
         return "INSTALLED" in self.run("swanctl", "--list-sas", check=False).stdout
 
@@ -208,6 +248,20 @@ class Net:
             via = str(self[name].spec["ipsec"]["via"])
             self[name].run("ip", "route", "replace", far, "via", via, "mtu", "1400")
 
+    def follow(self, down: Collection[str] = (), blind: Mapping[str, Collection[str]] | None = None) -> None:
+        """What the agents do on hosts of sites with two gateways, of which these are `down`. `blind`: by gateway, sites
+        to which nothing passes through its tunnels."""
+        for name, one in self.machines.items():
+            if name in down:
+                continue
+            spec = NodeSpec.from_dict(one.spec)
+            assert spec.ipsec is not None
+            gone = frozenset((host.cluster, host.host) for host in spec.ipsec.gateways if host.host in down)
+            passes = frozenset(spec.ipsec.stages) - frozenset((blind or {}).get(name, ()))
+            led = addressing.led(spec, Reachability(down=gone), passes if spec.ipsec.local is not None else None)
+            rules = [rule for rule in addressing.rules(spec, ()) if rule.table != addressing.TABLE]
+            one.lead(list(addressing.gateway_routes(spec, led, 1500)), rules)
+
 
 def packets(file: Path, what: str) -> int:
     done = subprocess.run(["tcpdump", "-n", "-r", str(file), what], capture_output=True, text=True, check=True)
@@ -241,7 +295,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
             one.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
             one.run("ip", "link", "set", "eth0", "up")
             one.run("ip", "route", "add", "default", "via", ROUTER[prefix])
-        for name in ("o1", "c1"):
+        for name in GATEWAYS:
             settings = made[name].place / "upper" / "strongswan.d"
             log = "charon-systemd {\n  filelog {\n    log {\n      path = /run/charon.log\n      default = 1\n"
             made[name].run("mkdir", "-p", "/etc/strongswan.d")
@@ -258,12 +312,14 @@ def authority(cluster: str, now: datetime) -> pki.Authority:
 
 
 def certificates(net: Net, found: Plan, stranger: str = "") -> None:
-    """Keys and certificates of the two gateways, each of its own cluster's authority, in their places; that of
+    """Keys and certificates of the gateways, each of its own cluster's authority, in their places; that of
     `stranger` is of an authority of the same name that the other one does not know."""
     now = datetime.now(timezone.utc)
     authorities = {cluster: authority(cluster, now) for cluster in ("onprem", "cloud")}
-    for name in ("o1", "c1"):
-        (entry,) = [one for one in found.specs[name]["pki"]["certificates"] if one["name"] == "ipsec"]
+    for name in net.machines:
+        entry = next((one for one in found.specs[name]["pki"]["certificates"] if one["name"] == "ipsec"), None)
+        if entry is None:
+            continue
         place = net[name].place / "upper" / "isthmus" / "pki"
         wanted = pki.CertificateSpec.from_dict(entry)
         key = pki.new_key()
@@ -276,7 +332,10 @@ def certificates(net: Net, found: Plan, stranger: str = "") -> None:
 
 
 def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
-    the_hosts = {**hosts(), "c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}
+    the_hosts = {
+        **hosts(),
+        **{f"c{last}": {"isthmus_cluster": "cloud", "ansible_host": f"198.18.2.{last}"} for last in (2, 3)},
+    }
     keys = {"sites": sites or SITES, "site_pairs": [{**PAIR, **pair}]}
     return planned(model({**estate(), **keys}, the_hosts), previous)
 
@@ -286,9 +345,7 @@ def established(net: Net) -> bool:
 
 
 def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside_it(net: Net) -> None:
-    bare = planned(model({**estate(), "sites": SITES}, {**hosts(), "c2": {
-        "isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}))  # fmt: skip
-    found = with_pair(bare)
+    found = with_pair(with_pair(encryption="none"))
     certificates(net, found)
     with net.capture() as before:
         assert net["o2"].echo("c2") == ""
@@ -486,3 +543,178 @@ def test_a_gateway_behind_a_router_of_the_site_is_refused(net: Net) -> None:
     spec["ipsec"] = {**spec["ipsec"], "via": "198.18.2.1"}
     with pytest.raises(ModuleFailed, match=r"gateway 198\.18\.2\.1 is not on a network of this host"):
         net["o2"].apply(spec)
+
+
+TAKEN_OVER = 10  # seconds (docs/ipsec.md)
+
+
+def with_two(**pair: Any) -> Plan:
+    return with_pair(sites=TWO, **pair)
+
+
+def all_tunnels(net: Net) -> bool:
+    """Where they are not, those that were refused are asked for again, as the agent does it."""
+    there = []
+    for name in GATEWAYS:
+        own = NodeSpec.from_dict(net[name].spec).ipsec
+        listed = net[name].run("swanctl", "--list-sas", check=False)
+        for one in given_up(listed.stdout, own.begins) if own is not None and listed.returncode == 0 else ():
+            words = ("--initiate", "--child", "net", "--ike", one, "--timeout", "1")
+            net[name].run("swanctl", *words, check=False)
+        there.append((listed.stdout.count("ESTABLISHED"), listed.stdout.count("INSTALLED")))
+    return there == [(2, 2)] * len(GATEWAYS)
+
+
+@pytest.fixture
+def two(net: Net) -> Net:
+    """Sites with two gateways each, and all the tunnels between them."""
+    found = with_two()
+    certificates(net, found)
+    net.apply(found)
+    wait_for(lambda: all_tunnels(net), "a tunnel of each gateway with each of the other site", 30)
+    net.follow()
+    return net
+
+
+def passes(net: Net, *ends: tuple[str, str]) -> Callable[[], bool]:
+    """Packets of these and their answers, of hosts that are no gateways where nothing else is said."""
+    return lambda: all(net[here].echo(there) == "" for here, there in ends or (("o3", "c3"), ("c3", "o3")))
+
+
+def newest(one: Machine, name: str) -> None:
+    """The tunnel of a connection becomes the one that the machine sends by: that is the last one made."""
+    before = numbers(one)
+    one.run("swanctl", "--rekey", "--ike", name, "--child", "net")
+    wait_for(lambda: len(now := numbers(one)) == 4 and now != before, f"a new child of {name}", 15)
+
+
+def test_each_host_reaches_each_of_the_other_site_over_two_gateways_each(two: Net) -> None:
+    with two.capture() as wire:
+        for here in two.machines:
+            for there in two.machines:
+                if here[0] != there[0]:
+                    assert two[here].echo(there, 1400) == "", (here, there)
+    assert in_clear(wire) == 0
+    rules = two["o1"].run("ip", "rule").stdout.split("\n")
+    assert [line.split(":")[0] for line in rules if "lookup 220" in line] == [str(ipsec.RULE_PRIORITY)], rules
+    # As the agent has it for packets of the gateway's own workloads, to a host of the other site: they go over the
+    # overlay, which is another device here.
+    two["o1"].run("ip", "link", "add", "overlay", "type", "veth", "peer", "name", "nobody")
+    two["o1"].run("ip", "addr", "add", "10.101.0.1/32", "dev", "overlay")
+    two["o1"].run("ip", "link", "set", "overlay", "up")
+    two["o1"].run("ip", "rule", "add", "priority", "730", "from", "10.101.0.0/28", "lookup", "730")
+    two["o1"].run("ip", "route", "add", ADDRESSES["c3"], "dev", "overlay", "table", "730")
+    way = two["o1"].run("ip", "route", "get", ADDRESSES["c3"], "from", "10.101.0.1").stdout
+    assert "dev overlay" in way, way
+    assert "dev ipsec0" in two["o1"].run("ip", "route", "get", ADDRESSES["c3"]).stdout
+
+
+@pytest.mark.parametrize("lost", ["o1", "c1"])
+def test_when_a_gateway_is_lost_the_other_takes_over_and_nothing_goes_in_clear(two: Net, lost: str) -> None:
+    """With agents that have noticed it, which takes them 4 s; strongSwan's part goes on meanwhile."""
+    names = {"o1": ("c1", "c2", "isthmus-onprem"), "c1": ("o1", "o2", "isthmus-cloud")}
+    *far, name = names[lost]
+    for one in far:
+        newest(two[one], name)  # the worst case: the other site sends by the one that is lost
+    with two.capture() as wire:
+        began = time.monotonic()
+        two[lost].run("ip", "link", "set", "eth0", "down")
+        assert not passes(two)(), "it is lost, and nobody has noticed"
+        two.follow(down=[lost])
+        wait_for(passes(two), "the other gateway takes over", 3 * TAKEN_OVER)
+        print(f"packets pass {time.monotonic() - began:.1f} s after {lost} was lost")
+        ends = [(f"{lost[0]}2", "c3" if lost[0] == "o" else "o3"), ("c3" if lost[0] == "o" else "o3", f"{lost[0]}2")]
+        wait_for(passes(two, *ends), "also to and from the one that took over", 3 * TAKEN_OVER)
+    assert in_clear(wire) == 0
+
+
+def test_a_gateway_without_strongswan_leads_over_the_other_and_none_goes_back_and_forth(two: Net) -> None:
+    with two.capture() as wire:
+        two["o1"].run("systemctl", "stop", "strongswan.service")
+        wait_for(passes(two), "hosts still send to it, and it to the other", 3 * TAKEN_OVER)
+        wait_for(passes(two, ("o1", "c3"), ("c3", "o1")), "its own packets, and those to it", 3 * TAKEN_OVER)
+
+        two["o2"].run("systemctl", "stop", "strongswan.service")
+        chain = "add chain ip seen seen { type filter hook prerouting priority -310; }"
+        rule = f"add rule ip seen seen ip saddr {ADDRESSES['o3']} ip daddr {ADDRESSES['c3']} counter"
+        two["o2"].run("nft", f"add table ip seen; {chain}; {rule}")
+        before = two["o2"].dropped()
+        for _ in range(3):
+            assert two["o3"].echo("c3") != ""
+        # Others are refusals of what strongSwan on the other side still sends.
+        assert two["o2"].dropped() >= before + 3, "they are counted"
+        assert "counter packets 3 " in two["o2"].run("nft", "list", "table", "ip", "seen").stdout, "each comes once"
+        two["o2"].run("systemctl", "start", "strongswan.service")
+        wait_for(lambda: all_tunnels(two) or passes(two)(), "they are back", 3 * TAKEN_OVER)
+        two["o1"].run("systemctl", "start", "strongswan.service")
+        wait_for(lambda: all_tunnels(two), "all tunnels", 30)
+        assert passes(two)()
+    assert in_clear(wire) == 0
+
+
+def test_a_gateway_whose_tunnels_are_there_and_pass_nothing_is_gone_around(two: Net) -> None:
+    two["o1"].run("sh", "-c", "kill -STOP $(cat /run/fake-systemd/strongswan.service.pid)")
+    assert not passes(two, ("o3", "c3"))()
+    two.follow(blind={"o1": ["cloud"]})
+    wait_for(passes(two), "over the other gateway", 3 * TAKEN_OVER)
+    two["o1"].run("sh", "-c", "kill -CONT $(cat /run/fake-systemd/strongswan.service.pid)")
+    wait_for(lambda: all_tunnels(two), "all tunnels", 30)
+    two.follow()
+    wait_for(passes(two), "by its own tunnels", 30)
+
+
+def test_with_both_gateways_lost_hosts_drop_and_count_and_send_nothing_in_clear(two: Net) -> None:
+    with two.capture() as wire:
+        for name in ("o1", "o2"):
+            two[name].run("ip", "link", "set", "eth0", "down")
+        two.follow(down=["o1", "o2"])
+        before = two["o3"].dropped()
+        for _ in range(3):
+            assert two["o3"].echo("c3") != ""
+        assert two["o3"].dropped() == before + 3
+        # Neither do the rules hang on the routes, nor the routes on the rules.
+        two["o3"].run("nft", "flush", "ruleset")
+        assert two["o3"].echo("c3") != ""
+    assert in_clear(wire) == 0
+
+
+# Slow: as the test of new keys.
+@pytest.mark.slow
+def test_the_first_gateway_gets_packets_back_and_authenticates_anew_without_loss(two: Net) -> None:
+    two["o1"].run("ip", "link", "set", "eth0", "down")
+    two.follow(down=["o1"])
+    wait_for(lambda: all(two[one].children() < 2 for one in ("o1", "c1", "c2")), "its tunnels are given up", 30)
+    assert passes(two)(), "the other gateway took over"
+    with two.capture() as wire:
+        with two["o3"].stream("c3") as counted:
+            two["o1"].run("ip", "link", "set", "eth0", "up")
+            two["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"])
+            wait_for(lambda: all_tunnels(two), "all tunnels", 60)
+            two.follow()
+            for _ in range(20):
+                assert two["o3"].echo("c3", 1400) == ""
+        sent, lost = counted
+        assert sent > 100
+        assert lost == 0, f"{lost} of {sent} packets when it came back"
+        with two["o3"].stream("c3") as counted:
+            for name in ("isthmus-onprem", "isthmus-onprem_2"):
+                (before,) = strongswan_numbers(two["c1"], name)
+                two["c1"].run("swanctl", "--rekey", "--ike", name, "--reauth")
+                wait_for(partial(authenticated, two["c1"], name, before), f"{name} anew", 30)
+                for _ in range(20):
+                    assert two["o3"].echo("c3", 1400) == ""
+        sent, lost = counted
+        assert sent > 100
+        assert lost == 0, f"{lost} of {sent} packets when it authenticated anew"
+    assert packets(wire, "icmp") == 0, "in clear"
+
+
+def authenticated(one: Machine, name: str, before: str) -> bool:
+    now = strongswan_numbers(one, name)
+    return len(now) == 1 and now != [before]
+
+
+def strongswan_numbers(one: Machine, name: str) -> list[str]:
+    from ansible_collections.isthmus.mesh.plugins.module_utils import strongswan
+
+    return strongswan.numbers(one.run("swanctl", "--list-sas").stdout, name)

@@ -74,7 +74,7 @@ pins them.
 is refused. That is about 4,000 hosts with one workload each.
 
 **Not yet.** What a later version will do is part of the schema already and refused by name:
-a second of `ipsec.gateways`, a part of the clusters as `peers`,
+a part of the clusters as `peers`,
 a part of the services as `export`, IPv6 ranges and addresses. So are changes that a running estate cannot make: of
 `domain` and `overlay.port`, and of the ports, the addresses and the one site of a cluster's etcd members once that etcd
 has run.
@@ -97,6 +97,11 @@ TABLES = (
     ),
     ("`isthmus_estate.sites.<name>.ipsec.gateways[]`", schema.IPSEC_GATEWAY, "A host of the site."),
     ("`isthmus_estate.sites.<name>.ipsec.peer`", schema.IPSEC_PEER, "What is to be set there, the plan prints."),
+    (
+        "`isthmus_estate.sites.<name>.ipsec.peer.second`",
+        schema.IPSEC_SECOND,
+        "It has the same networks, and the same pre-shared key.",
+    ),
     (
         "`isthmus_estate.sites.<name>.bgp`",
         schema.BGP,

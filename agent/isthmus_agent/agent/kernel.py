@@ -14,10 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from isthmus_mesh import strangers
+from isthmus_mesh.ipsec import DEVICE
 
 from isthmus_agent.bpf.driver import PIN_DIR, BpfDatapath, Capacity, Counters
 from isthmus_agent.bpf.errors import BpfError
-from isthmus_agent.desired.datapath import Address, Backend, Datapath, Frontend, KeepSource, Route, Service, WireGuard
+from isthmus_agent.desired.datapath import (
+    Address,
+    Backend,
+    Datapath,
+    Frontend,
+    KeepSource,
+    Network,
+    Route,
+    Service,
+    WireGuard,
+)
 from isthmus_agent.desired.drain import endpoint
 
 if TYPE_CHECKING:
@@ -74,6 +85,9 @@ class Kernel(Protocol):
 
     def public_key(self, path: str) -> str:
         """WireGuard's public key, base64, of the private key in a file. NetworkError when there is none."""
+
+    def tunnel_routes(self) -> frozenset[Network]:
+        """What strongSwan leads into its tunnels. NetworkError when the kernel does not say."""
 
     def network_changed(self) -> None:
         """Somebody changed devices or rules: the next apply() reads what is there."""
@@ -162,6 +176,11 @@ class HostKernel:
 
         return wireguard.public_key(path)
 
+    def tunnel_routes(self) -> frozenset[Network]:
+        from isthmus_agent import netlink
+
+        return netlink.tunnel_routes(DEVICE)
+
     def network_changed(self) -> None:
         self._made = None
 
@@ -215,6 +234,7 @@ class HostKernel:
             if known.get(key := (each.prefix, each.table, each.metric)) != each
             and each.has_device
             and (inside or not each.wireguard)
+            and not each.sunk
             and (each.source is None or each.source in self._made.addresses)
         }
         self._find_ways(new.values())

@@ -38,9 +38,10 @@ from isthmus_agent.agent.network_watch import NetworkWatch
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.agent.sessions import Sessions
+from isthmus_agent.agent.tunnels import Tunnels
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
-from isthmus_agent.desired.datapath import Backend, Datapath
+from isthmus_agent.desired.datapath import Backend, Datapath, Network
 from isthmus_agent.desired.drain import DrainTracker
 from isthmus_agent.desired.pods import PodAddress
 from isthmus_agent.desired.reach import Reachability, choose_targets
@@ -146,6 +147,9 @@ class Agent:
         self.cgroups = CgroupTracker(cgroup_root, spec.workloads)
         self.reporter = Reporter(client, spec.host, self._reports)
         self.names = NamesFile(self.paths.names)
+        self.tunnels: Tunnels | None = None  # on a gateway
+        if spec.ipsec is not None and spec.ipsec.local is not None:
+            self.tunnels = Tunnels(spec.ipsec, spec.ipsec.local, self._tunnel_routes, self._note_tunnels)
         self.facts = HostFacts(boot_id=boot_id)
         self.desired: Desired | None = None
         self.kernel = kernel
@@ -202,6 +206,8 @@ class Agent:
         self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
         await self._read_mtu()
         await self._read_key()
+        if self.tunnels is not None:
+            await self.tunnels.look()
         alive = Alive(self.spec.host, self.version, self.facts.boot_id, _rfc3339(self.started))
         jobs: dict[str, Callable[[], Awaitable[None]]] = {
             "applier": self._applier,
@@ -228,6 +234,11 @@ class Agent:
             jobs["filters"] = self._follow_filters
         if self._probe:
             jobs["prober"] = self.prober.run
+        if self.tunnels is not None:
+            jobs["tunnels"] = self.tunnels.run
+            jobs["tunnel-prober"] = self.tunnels.prober.run
+            if self.spec.ipsec is not None and self.spec.ipsec.begins:
+                jobs["tunnels-again"] = self.tunnels.ask_again
         self.wake()
         tasks = [asyncio.create_task(self._guard(name, job), name=name) for name, job in jobs.items()]
         try:
@@ -327,6 +338,16 @@ class Agent:
     def _note_network(self) -> None:
         self._network_changed = True
         self.wake()
+        if self.tunnels is not None:
+            self.tunnels.wake()
+
+    async def _tunnel_routes(self) -> frozenset[Network]:
+        return await self.kernel_call(self.kernel.tunnel_routes)
+
+    def _note_tunnels(self) -> None:
+        if self.tunnels is not None:
+            self.facts = replace(self.facts, passes=self.tunnels.passes)
+            self.wake()
 
     async def _follow_cgroups(self) -> None:
         polls = 0
@@ -482,7 +503,9 @@ class Agent:
         self._inputs = inputs
         self.progress.error = ""
         # After the routes: a probe that cannot be sent would count as a miss.
-        targets = choose_targets((self.spec.cluster.name, self.spec.host), found.holders, found.mesh)
+        own = (self.spec.cluster.name, self.spec.host)
+        gateways = [(one.cluster, one.host) for one in self.spec.ipsec.gateways] if self.spec.ipsec is not None else []
+        targets = choose_targets(own, found.holders, found.mesh, gateways=gateways)
         self.prober.retarget(targets, found.mtus)
         if self.watcher.synced:
             self._last_good_wake.set()

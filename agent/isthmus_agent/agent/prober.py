@@ -3,7 +3,8 @@
 
 Echo requests go from this host's mesh address to the mesh addresses of other nodes, through the same
 programs, tunnel and encryption as the workloads' packets. The answer comes from the other kernel, so a
-dead agent over there changes nothing. Format: RFC 792.
+dead agent over there changes nothing. A site's gateway asks the gateways of other sites the same way, through its
+tunnels. Format: RFC 792.
 
 Beside the small ones there are some as large as the routes allow, which nobody on the way may fragment. And the other
 nodes' own requests are heard: who is heard and does not answer does not hear us.
@@ -35,6 +36,8 @@ WHOLE = 0x4F
 _ECHO_REPLY, _ECHO = 0, 8
 _HEADERS = 28  # bytes of IP and ICMP
 IP_FREEBIND = 15  # ip(7); the socket module does not name it before 3.14
+_IP_PKTINFO = 8
+_PKTINFO = struct.Struct("=i4s4s")  # struct in_pktinfo: device, source, unused
 _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3  # ip(7): not to be fragmented, whatever the kernel has learnt of the way
 
 
@@ -76,13 +79,15 @@ def _parse(packet: bytes, wanted: int) -> tuple[int, int] | None:
 
 
 class Prober:
-    """Probes the targets once a second and keeps the verdicts; `changed` is called when one turns."""
+    """Probes the targets once a second and keeps the verdicts; `changed` is called when one turns. With `device` what
+    is sent leaves by it, whatever routes there are; answers may come any way."""
 
-    def __init__(self, source: Address, changed: Callable[[], None]) -> None:
+    def __init__(self, source: Address, changed: Callable[[], None], device: str = "") -> None:
         self.table = ProbeTable()
         self.paths: dict[NodeKey, PathState] = {}
         self.heard: dict[NodeKey, float] = {}  # when a request of a node came last, monotonic
         self._source = source
+        self._device = device
         self._changed = changed
         self._targets: tuple[Target, ...] = ()
         self._nodes: dict[str, NodeKey] = {}  # by address
@@ -155,7 +160,7 @@ class Prober:
             address = str(target.address)
             self._outstanding[address] = (target.node, self._sequence, now)
             try:
-                sock.sendto(request, (address, 0))
+                sock.sendmsg([request], self._way(), 0, (address, 0))
                 self._send_errors.pop(target.node, None)
             except OSError as error:
                 # No route or no buffer: it counts as a miss at the next round.
@@ -165,6 +170,13 @@ class Prober:
         self._send_full(sock)
         if news:
             self._changed()
+
+    def _way(self) -> list[tuple[int, int, bytes]]:
+        """The control message that names the device. OSError when it is not there."""
+        if not self._device:
+            return []
+        index = socket.if_nametoindex(self._device)
+        return [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO.pack(index, self._source.packed, bytes(4)))]
 
     def _send_full(self, sock: socket.socket) -> None:
         """To each node that answers, in turn."""

@@ -13,13 +13,14 @@ from typing import Any
 
 from isthmus_mesh.documents import PeerStatus
 from isthmus_mesh.encryption import Stage
-from isthmus_mesh.spec import TunnelSpec
+from isthmus_mesh.spec import GatewaySpec, TunnelSpec
 from isthmus_mesh.wire import Node
 
 from isthmus_agent.agent import certificates
 from isthmus_agent.agent.checks import listeners, misplaced
 from isthmus_agent.agent.kernel import Reading, Tunnel
 from isthmus_agent.agent.loop import Agent
+from isthmus_agent.desired.addressing import Led
 from isthmus_agent.desired.drain import endpoint
 from isthmus_agent.desired.pods import Pods
 from isthmus_agent.desired.reports import CheckKey, backends_here
@@ -215,6 +216,66 @@ def routing_of(agent: Agent, node: Node) -> dict[str, Any]:
     }
 
 
+def gateways_of(agent: Agent) -> dict[str, Any] | None:
+    """How packets go to sites that are behind gateways; None where none does. `gateways`: of a site that has two, the
+    others than this host, with `state` used, up, down or waiting (up again, and not used before it has been for a
+    while). `lost`: there are two, and neither answers. `tunnels`: on a gateway by site whether packets pass through its
+    own, null before it is known; null on other hosts."""
+    own = agent.spec.ipsec
+    if own is None:
+        return None
+    found = agent.desired.led if agent.desired is not None else Led()
+    reach = agent.prober.view()
+
+    def state(one: GatewaySpec) -> str:
+        key = (one.cluster, one.host)
+        if key in reach.down:
+            return "down"
+        if own.local is None and one.underlay == found.via:
+            return "used"
+        return "waiting" if key in reach.unsteady else "up"
+
+    passes = agent.facts.passes
+    return {
+        "gateways": [
+            {"cluster": one.cluster, "host": one.host, "address": str(one.underlay), "state": state(one)}
+            for one in own.others
+        ],
+        "lost": found.lost,
+        "tunnels": None
+        if own.local is None
+        else {site: None if passes is None else site in passes for site in sorted(own.stages)},
+    }
+
+
+def _gateway_warnings(agent: Agent) -> list[str]:
+    found = gateways_of(agent)
+    own = agent.spec.ipsec
+    if found is None or own is None:
+        return []
+    down = [one["host"] for one in found["gateways"] if one["state"] == "down"]
+    sites = ", ".join(sorted(own.stages))
+    told = []
+    if found["lost"]:
+        told.append(
+            f"neither gateway of this site answers ({', '.join(down)}): packets to {sites} are dropped here, and "
+            "counted in `nft list table ip isthmus-ipsec`. Next: see why these hosts are away"
+        )
+    elif down and own.local is None:
+        told.append(f"gateway {down[0]} of this site does not answer; packets to {sites} go over the other one")
+    elif down:
+        told.append(f"gateway {down[0]} of this site does not answer; there is no other than this host")
+    for site, passing in (found["tunnels"] or {}).items():
+        if passing is False:
+            over = agent.desired is not None and agent.desired.led.via is not None
+            where = "packets go over the site's other gateway" if over else "packets to it are dropped"
+            told.append(
+                f"nothing passes through this gateway's tunnels to site {site}: {where} (look at: swanctl --list-sas; "
+                "journalctl -u strongswan.service)"
+            )
+    return told
+
+
 def _session(
     keys: Mapping[int, str], wanted: TunnelSpec, why: str, tunnel: Tunnel | None, now: float
 ) -> dict[str, Any]:
@@ -384,6 +445,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
             if view.address is None
         )
     found.extend(_pod_warnings(agent))
+    found.extend(_gateway_warnings(agent))
     found.extend(_one_way_warnings(agent, agent.decoder.state()))
     found.extend(_path_warnings(agent, agent.decoder.state()))
     for workload in workloads:
@@ -485,6 +547,7 @@ async def status(agent: Agent) -> dict[str, Any]:
         "kubernetes": _kubernetes(agent),
         "workloads": workloads,
         "wireguard": _wireguard(agent, tunnels),
+        "gateways": gateways_of(agent),
         "nodes": _nodes(agent, state, tunnels),
         "first_contact": _first_contact(agent, state, tunnels),
         "warnings": warnings(agent, workloads, reading),

@@ -55,6 +55,8 @@ def status(document: dict[str, Any]) -> str:
         lines.append(f"wireguard  {_tunnel(wireguard)}")
         if wireguard["second"] is not None:
             lines.append(f"           {_tunnel(wireguard['second'])}, taken too while keys are replaced")
+    if (gateways := document.get("gateways")) is not None and (words := _gateways(gateways)):
+        lines.append(f"gateways   {words}")
     if datapath["drops"]:
         drops = ", ".join(f"{name} {count}" for name, count in sorted(datapath["drops"].items()))
         lines.append(f"drops      {drops}")
@@ -114,6 +116,14 @@ def _routing(node: dict[str, Any]) -> str:
         return "-"
     found = node["routing"]
     return f"{found['way']} ({found['stage']})" if found["stage"] in CHANGING else str(found["way"])
+
+
+def _gateways(found: dict[str, Any]) -> str:
+    """Those of the site, and on one of them to which sites its tunnels lead."""
+    told = [f"{one['host']} {one['state']}" for one in found["gateways"]]
+    passing = {True: "open", False: "closed", None: "not known yet"}
+    told += [f"tunnels to {site} {passing[open_]}" for site, open_ in (found["tunnels"] or {}).items()]
+    return ", ".join(told)
 
 
 def _tunnel(tunnel: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
+from isthmus_mesh.ipsec import MARK as STRONGSWAN
 from isthmus_mesh.spec import (
     OVERLAY_OVERHEAD,
     WIREGUARD_OVERHEAD,
@@ -40,6 +41,7 @@ from isthmus_agent.desired.datapath import (
     Rule,
 )
 from isthmus_agent.desired.pods import Pods, is_pod_range, own_cidrs, pod_ranges
+from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.state.model import MeshState
 
 TABLE = 730
@@ -52,6 +54,10 @@ NATIVE_TABLE = 734
 NATIVE_RULE_PRIORITY = 729
 IPSEC_TABLE = 736
 IPSEC_RULE_PRIORITY = 736
+SIBLING_TABLE = 738
+SIBLING_RULE_PRIORITY = 738
+"""After that of strongSwan's routes (isthmus_mesh.ipsec.RULE_PRIORITY)."""
+STRONGSWAN_RULE_PRIORITY = 734
 NATIVE = 0x4E
 """Mark of what came without a tunnel (ISTHMUS_MARK_NATIVE)."""
 MAIN = 254
@@ -385,6 +391,47 @@ def path_mtu(
     return min(inner, configured) if configured is not None else inner
 
 
+@dataclass(frozen=True, slots=True)
+class Led:
+    """Over whom packets go to sites behind gateways. On a host `via` is the gateway of its site, None with `lost`: both
+    are. On a gateway `via` is the site's other one while that answers; `around` are sites to which it leads instead of
+    this host's own tunnels, through which nothing passes."""
+
+    via: IPv4Address | None = None
+    lost: bool = False
+    around: frozenset[str] = frozenset()
+
+
+def led(spec: NodeSpec, reach: Reachability, passes: frozenset[str] | None) -> Led:
+    """By what the probes say of the site's gateways and, on one of them, through whose tunnels packets pass (`passes`,
+    None: it is not known yet). Of two that answer it is the first, which gets packets back when it has answered for a
+    while: one that comes and goes must not take them along."""
+    own = spec.ipsec
+    if own is None or not own.gateways:
+        return Led() if own is None else Led(own.via)
+    alive = [one for one in own.others if (one.cluster, one.host) not in reach.down]
+    if own.local is not None:
+        around = frozenset() if passes is None else frozenset(own.stages) - passes
+        return Led(alive[0].underlay, around=around) if alive else Led()
+    steady = [one for one in alive if (one.cluster, one.host) not in reach.unsteady]
+    chosen = [*steady, *alive][:1]
+    return Led(chosen[0].underlay) if chosen else Led(lost=True)
+
+
+def gateway_routes(spec: NodeSpec, found: Led, underlay_mtu: int) -> Iterator[Route]:
+    """What is behind gateways of other sites: table 736 leads there before strongSwan's routes, 738 after them."""
+    own = spec.ipsec
+    if own is None or (found.via is None and not found.lost):
+        return
+    mtu = max(576, through_gateways(underlay_mtu))
+    for site, stage in own.stages.items():
+        for network in own.networks[site] if stage >= Stage.SENDS else ():
+            if own.local is None or site in found.around:
+                yield Route(network, mtu=mtu, table=IPSEC_TABLE, toward=found.via, sunk=found.lost)
+            if own.local is not None:
+                yield Route(network, mtu=mtu, table=SIBLING_TABLE, toward=found.via)
+
+
 def _mtu(spec: NodeSpec, node: Remote, own_underlay: int) -> int:
     """Of the path to a node, as packets are sent to it."""
     if node.sends_native or node.sends_inside:
@@ -429,6 +476,7 @@ def routes(
     underlay_mtu: int,
     pods: tuple[IPv4Network, ...],
     loose: tuple[IPv4Network, ...] = (),
+    gateways: Led | None = None,
 ) -> frozenset[Route]:
     """Routes of the main table, of table 730 (packets from our own range) and of table 731 (from our pods).
 
@@ -442,7 +490,9 @@ def routes(
     `loose_ranges`. To a node that is sent to natively all these lead as the underlay does, or over WireGuard's device.
     Table 734 has that way for nodes that may send natively and are not sent to so yet. With masquerading table 730 is
     open: what has no route in it goes as the host's own packets do, but for the ranges above. Table 736 leads what is
-    behind gateways of other sites to the own site's.
+    behind gateways of other sites to the own site's, as `gateways` says; where both of these are lost, to nowhere, past
+    the rules of netfilter that count it. On one of two gateways it leads to the other one where the own tunnels do not
+    pass, and table 738 while there is no tunnel.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
@@ -478,11 +528,7 @@ def routes(
         found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, throw=True))
     else:
         found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
-    if spec.ipsec is not None and spec.ipsec.via is not None:
-        mtu = max(576, through_gateways(underlay_mtu))
-        for site, stage in spec.ipsec.stages.items():
-            for network in spec.ipsec.networks[site] if stage >= Stage.SENDS else ():
-                found.add(Route(network, mtu=mtu, table=IPSEC_TABLE, toward=spec.ipsec.via))
+    found.update(gateway_routes(spec, gateways or Led(), underlay_mtu))
     return frozenset(found)
 
 
@@ -498,7 +544,10 @@ def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
     than that for which it was translated. Through the site's gateway, where there is one, it goes like everything else.
 
     While native routing is turned on or off, what has the mark of packets that came natively looks up table 734: so
-    does the kernel's check of their source (rp_filter), and who proves that way before it is used."""
+    does the kernel's check of their source (rp_filter), and who proves that way before it is used.
+
+    The second of two gateways leads only its own packets to the first, so that none goes back and forth between them
+    when neither has a tunnel. strongSwan's packets never go to the other gateway."""
     found = {
         Rule(spec.node.range4, TABLE, RULE_PRIORITY),
         *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
@@ -510,6 +559,13 @@ def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
         found.add(Rule(everywhere, IPSEC_TABLE, IPSEC_RULE_PRIORITY))
         if pods:
             found.add(Rule(everywhere, IPSEC_TABLE, MASQUERADED_IPSEC_RULE_PRIORITY, mark=MASQUERADED))
+    elif spec.ipsec is not None and spec.ipsec.gateways:
+        second = spec.ipsec.gateways[0].underlay != spec.ipsec.local
+        found |= {
+            Rule(everywhere, MAIN, STRONGSWAN_RULE_PRIORITY, mark=STRONGSWAN),
+            Rule(everywhere, IPSEC_TABLE, IPSEC_RULE_PRIORITY, own=second),
+            Rule(everywhere, SIBLING_TABLE, SIBLING_RULE_PRIORITY, own=second),
+        }
     if spec.native is not None and spec.native.changing:
         found.add(Rule(everywhere, NATIVE_TABLE, NATIVE_RULE_PRIORITY, mark=NATIVE))
     return frozenset(found)

@@ -29,13 +29,15 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class HostFacts:
     """What only the host knows. `cgroups`: cgroup ids of the workloads that run now. `public_keys`: of WireGuard, by
-    UDP port. `namespaces`: cookies of pods' network namespaces, of the pods that are left alone."""
+    UDP port. `namespaces`: cookies of pods' network namespaces, of the pods that are left alone. `passes`: on a site's
+    gateway, the sites to which packets pass through its tunnels; None while that is not known."""
 
     underlay_mtu: int = 1500
     cgroups: Mapping[WorkloadKey, tuple[int, ...]] = field(default_factory=dict)
     boot_id: str = ""
     public_keys: Mapping[int, str] = field(default_factory=dict)
     namespaces: Mapping[PodAddress, int] = field(default_factory=dict)
+    passes: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Desired:
     `encrypted`: nodes that are peers of WireGuard or are to be, with why one is none, else ""; `second` the same of the
     second device, while there is one. `stages`: their stages. `keys`: their public keys by UDP port.
     `native`: nodes that packets go to without a tunnel, or are to, with the stage of that. `mtus`: of the path to each
-    node, in bytes.
+    node, in bytes. `led`: over whom packets go to sites behind gateways.
     """
 
     datapath: Datapath
@@ -65,6 +67,7 @@ class Desired:
     keys: Mapping[NodeKey, Mapping[int, str]] = field(default_factory=dict)
     native: Mapping[NodeKey, Stage] = field(default_factory=dict)
     mtus: Mapping[NodeKey, int] = field(default_factory=dict)
+    led: addressing.Led = field(default_factory=addressing.Led)
 
 
 class Memory:
@@ -105,6 +108,7 @@ def desired(
     nodes, clear = memory.of(
         "natively", (nodes, encrypted), lambda: addressing.only_encrypted(nodes, encrypted.demanded)
     )
+    led = memory.of("led", (spec, reach, facts.passes), lambda: addressing.led(spec, reach, facts.passes))
     placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
     found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
     mtu = addressing.path_mtu(facts.underlay_mtu, 0, spec.overlay.mtu)
@@ -132,9 +136,10 @@ def desired(
         peers=memory.of("peers", (nodes, encrypted), lambda: addressing.peers(nodes, encrypted.demanded)),
         routes=memory.of(
             "routes",
-            (spec, nodes, facts.underlay_mtu, ranges, loose, encrypted),
+            (spec, nodes, facts.underlay_mtu, ranges, loose, encrypted, led),
             lambda: (
-                addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose) | wireguard_routes(spec, encrypted)
+                addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose, led)
+                | wireguard_routes(spec, encrypted)
             ),
         ),
         rules=addressing.rules(spec, ranges) | wireguard_rules(spec),
@@ -168,6 +173,7 @@ def desired(
         mtus=memory.of(
             "mtus", (spec, nodes, facts.underlay_mtu), lambda: addressing.mtus(spec, nodes, facts.underlay_mtu)
         ),
+        led=led,
     )
 
 

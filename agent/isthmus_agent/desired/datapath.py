@@ -77,8 +77,9 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class Route:
     """Over the overlay device, one of WireGuard (its name is `wireguard`), the way that the underlay has to a node's
-    address (`toward`), or none: `unreachable`, or `throw` (the next rule decides). `mtu` in bytes (0: none); `table`
-    254 is main; of two routes with one prefix the one with the lower `metric` counts."""
+    address (`toward`), to where the kernel drops it after netfilter has seen it (`sunk`: the loopback device), or none:
+    `unreachable`, or `throw` (the next rule decides). `mtu` in bytes (0: none); `table` 254 is main; of two routes with
+    one prefix the one with the lower `metric` counts."""
 
     prefix: Network
     source: Address | None = None
@@ -89,6 +90,7 @@ class Route:
     wireguard: str = ""
     metric: int = 0
     toward: Address | None = None
+    sunk: bool = False
 
     @property
     def has_device(self) -> bool:
@@ -98,13 +100,14 @@ class Route:
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Policy rule: packets from `source` look up `table`; with `destination_port` only those of UDP to that port, with
-    `mark` only those whose mark has that lowest byte."""
+    `mark` only those whose mark has that lowest byte, with `own` only those that this host itself sends."""
 
     source: Network
     table: int
     priority: int
     destination_port: int = 0
     mark: int = 0
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)

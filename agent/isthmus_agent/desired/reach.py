@@ -17,6 +17,7 @@ NodeKey = tuple[str, str]  # (cluster, node)
 
 DOWN_AFTER = 3  # misses in a row
 UP_AFTER = 2  # answers in a row
+STEADY_AFTER = 10  # answers in a row
 MAX_TARGETS = 64
 WITNESSES = 2
 
@@ -31,7 +32,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ProbeState:
-    """What the probes of one node say. `since`: when `up` last changed; `last_answer`: the last proof."""
+    """What the probes of one node say. `since`: when `up` last changed; `last_answer`: the last proof. `steady`: it was
+    never down, or has answered for a while since."""
 
     up: bool = True
     misses: int = 0
@@ -39,6 +41,7 @@ class ProbeState:
     since: float = 0.0
     last_answer: float | None = None
     rtt: float | None = None  # seconds
+    steady: bool = True
 
 
 def step(state: ProbeState, rtt: float | None, now: float) -> ProbeState:
@@ -46,7 +49,14 @@ def step(state: ProbeState, rtt: float | None, now: float) -> ProbeState:
     if rtt is None:
         misses = state.misses + 1
         down = state.up and misses >= DOWN_AFTER
-        return replace(state, misses=misses, answers=0, up=state.up and not down, since=now if down else state.since)
+        return replace(
+            state,
+            misses=misses,
+            answers=0,
+            up=state.up and not down,
+            since=now if down else state.since,
+            steady=state.steady and not down,
+        )
     answers = state.answers + 1
     rises = not state.up and answers >= UP_AFTER
     return ProbeState(
@@ -56,6 +66,7 @@ def step(state: ProbeState, rtt: float | None, now: float) -> ProbeState:
         since=now if rises else state.since,
         last_answer=now,
         rtt=rtt,
+        steady=state.steady or answers >= STEADY_AFTER,
     )
 
 
@@ -64,12 +75,13 @@ class Reachability:
     """One observer's view. Equal values mean: no backend has to be reordered.
 
     `up` holds the nodes that answered, `down` those that stopped answering, `down_clusters` the
-    clusters of which every probed node is down.
+    clusters of which every probed node is down. `unsteady` are those that were down a short time ago, or are.
     """
 
     up: frozenset[NodeKey] = frozenset()
     down: frozenset[NodeKey] = frozenset()
     down_clusters: frozenset[str] = frozenset()
+    unsteady: frozenset[NodeKey] = frozenset()
 
     def reachable(self, node: NodeKey | None) -> bool:
         """False only on evidence; an unknown or unprobed node is taken as reachable."""
@@ -93,13 +105,17 @@ class ProbeTable:
         self.states = {node: self.states.get(node, ProbeState()) for node in nodes}
 
     def record(self, node: NodeKey, rtt: float | None, now: float) -> bool:
-        """Take one result; True when a node went up or down or answered for the first time."""
+        """Take one result; True when a node went up, down or steady, or answered for the first time."""
         before = self.states.get(node)
         if before is None:
             return False
         after = step(before, rtt, now)
         self.states[node] = after
-        return before.up != after.up or (before.last_answer is None) != (after.last_answer is None)
+        return (before.up, before.steady, before.last_answer is None) != (
+            after.up,
+            after.steady,
+            after.last_answer is None,
+        )
 
     def view(self) -> Reachability:
         """What `desired` needs to know."""
@@ -112,6 +128,7 @@ class ProbeTable:
             down_clusters=frozenset(
                 cluster for cluster in clusters if all(n in down for n in self.states if n[0] == cluster)
             ),
+            unsteady=frozenset(node for node, state in self.states.items() if not state.steady),
         )
 
 
@@ -120,20 +137,25 @@ def _rank(own: NodeKey, node: NodeKey) -> bytes:
 
 
 def choose_targets(
-    own: NodeKey, holders: Iterable[NodeKey], addresses: Mapping[NodeKey, Address], limit: int = MAX_TARGETS
+    own: NodeKey,
+    holders: Iterable[NodeKey],
+    addresses: Mapping[NodeKey, Address],
+    limit: int = MAX_TARGETS,
+    gateways: Iterable[NodeKey] = (),
 ) -> tuple[Target, ...]:
-    """At most `limit` nodes: of those that hold backends, spread evenly over their clusters, and a few witnesses.
+    """At most `limit` nodes: the site's `gateways`, of those that hold backends, spread evenly over their clusters, and
+    a few witnesses.
 
     Which ones depends on the observer's own name, so that many observers together cover all nodes.
     Witnesses hold no backend; two of the own cluster and two others tell a host that is cut off from
     one that lost a peer.
     """
+    chosen = [node for node in gateways if node != own and node in addresses]
     by_cluster: dict[str, list[NodeKey]] = {}
-    for node in set(holders):
+    for node in set(holders) - set(chosen):
         if node != own and node in addresses:
             by_cluster.setdefault(node[0], []).append(node)
     queues = [sorted(nodes, key=lambda node: _rank(own, node)) for _, nodes in sorted(by_cluster.items())]
-    chosen: list[NodeKey] = []
     depth = 0
     while any(depth < len(queue) for queue in queues):
         chosen.extend(queue[depth] for queue in queues if depth < len(queue))

@@ -20,6 +20,7 @@ from isthmus_agent.netlink.network import (
     overlay_index,
     overlays_of_others,
     remove_network,
+    tunnel_routes,
     underlay_mtu,
     underlay_ways,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "overlays_of_others",
     "remove_network",
     "settings",
+    "tunnel_routes",
     "underlay_mtu",
     "underlay_ways",
     "wireguard",

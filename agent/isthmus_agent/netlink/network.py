@@ -38,6 +38,8 @@ _GONE = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
 _ADDR_GEN_MODE_NONE = 1
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _TABLE_MAIN = 254
+_STATIC = 4  # RTPROT_STATIC
+_LOOPBACK = 1  # its index in every network namespace
 _MARK_MASK = 0xFF  # of marks only the lowest byte is ours
 
 
@@ -170,6 +172,7 @@ def _rules(ipr: Any) -> set[Rule]:
                     priority=message.get_attr("FRA_PRIORITY") or 0,
                     destination_port=_port(message.get_attr("FRA_DPORT_RANGE")),
                     mark=message.get_attr("FRA_FWMARK") or 0,
+                    own=message.get_attr("FRA_IIFNAME") == "lo",
                 )
             )
     return found
@@ -193,6 +196,8 @@ def _route_words(route: Route) -> str:
         words.append(f"over {route.wireguard}")
     if route.toward is not None:
         words.append(f"as {route.toward}")
+    if route.sunk:
+        words.append("to nowhere")
     if route.source is not None:
         words.append(f"src {route.source}")
     if route.mtu:
@@ -203,6 +208,7 @@ def _route_words(route: Route) -> str:
 def _rule_words(rule: Rule) -> str:
     only = f" udp dport {rule.destination_port}" if rule.destination_port else ""
     only += f" fwmark {rule.mark:#x}" if rule.mark else ""
+    only += " iif lo" if rule.own else ""
     return f"rule {rule.priority}: from {rule.source}{only} lookup {rule.table}"
 
 
@@ -221,6 +227,8 @@ class _Devices:
     def of(self, route: Route) -> Way:
         if not route.has_device:
             return Way()
+        if route.sunk:
+            return Way(_LOOPBACK)
         if route.toward is not None:
             return self.ways[route.toward]
         return Way(self.wireguard[route.wireguard] if route.wireguard else self.overlay)
@@ -288,7 +296,7 @@ def _as_made(datapath: Datapath, devices: _Devices) -> _Real:
 
 def _found(route: Route, devices: _Devices) -> Found:
     """As the kernel shows it."""
-    return Found(replace(route, toward=None), devices.of(route))
+    return Found(replace(route, toward=None, sunk=False), devices.of(route))
 
 
 def _difference(real: _Real, datapath: Datapath, devices: _Devices, up: bool) -> _Difference:
@@ -457,6 +465,8 @@ def _rule_arguments(rule: Rule) -> dict[str, Any]:
         only = {"dport_range": f"{rule.destination_port}:{rule.destination_port}", "ip_proto": socket.IPPROTO_UDP}
     if rule.mark:
         only |= {"fwmark": rule.mark, "fwmask": _MARK_MASK}
+    if rule.own:
+        only["iifname"] = "lo"
     return {
         **only,
         "family": _family(rule.source),
@@ -495,6 +505,17 @@ def underlay_ways(
     return found, problems
 
 
+def tunnel_routes(device: str) -> frozenset[Network]:
+    """Prefixes that strongSwan leads out by `device`, which are static routes; none when it is not there.
+    NetworkError."""
+    try:
+        index = socket.if_nametoindex(device)
+    except OSError:
+        return frozenset()
+    with RouteSocket(_STATIC) as routes:
+        return frozenset(each.route.prefix for each in routes.dump() if each.way.oif == index)
+
+
 def audit_network(
     datapath: Datapath,
     name: str = OVERLAY,
@@ -521,7 +542,7 @@ def audit_network(
     problems += [f"{_route_words(each)} is missing" for each in difference.add_routes]
     problems += [
         f"{_route_words(real)} is not what is wanted: {_route_words(wanted)}"
-        + ("" if wanted.wireguard or wanted.unreachable or wanted.toward else f" over {name}")
+        + ("" if wanted.wireguard or wanted.unreachable or wanted.toward or wanted.sunk else f" over {name}")
         for real, wanted in difference.replace_routes
     ]
     problems += [f"{_route_words(each.route)} is not wanted" for each in difference.remove_routes]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .encryption import Pair, Stage, pairs
 from .encryption import pair as sorted_pair
 from .schema import INVALID, not_yet, suggestion
-from .spec import IPSEC_MTU, IPSEC_PORTS
+from .spec import IPSEC_MTU, IPSEC_PORTS, MOST_GATEWAYS, connection_name
 
 if TYPE_CHECKING:
     from .model import Cluster, Host
@@ -31,6 +31,9 @@ DEVICE = "ipsec0"
 """The TUN device of kernel-libipsec."""
 MARK = 0x53
 """Of packets of strongSwan's own sockets, which do not go through the tunnel. One byte, as all marks of the mesh."""
+RULE_PRIORITY = 737
+"""Of the rule that leads into the tunnels by strongSwan's table of routes. After the agent's: what the host's own
+workloads send to a host of another site is the mesh's first, and comes here inside it."""
 
 IKE_PROPOSAL = "aes256gcm16-prfsha384-ecp384"
 ESP_PROPOSAL = "aes256gcm16-ecp384"
@@ -75,13 +78,21 @@ class Peer:
 
 @dataclass(frozen=True)
 class Side:
-    """A site: what is behind its gateway. Either `gateway` or `peer` is there. `lost`: the gateway was forgotten, so
-    nobody makes a tunnel with it, and what it led to stays closed."""
+    """A site: what is behind its gateways. Either `gateways` or `peers` are there, one or two, first the one that is
+    preferred. `lost`: all the gateways were forgotten, so nobody makes a tunnel with one, and what they led to stays
+    closed."""
 
     networks: tuple[IPv4Network, ...]
-    gateway: Gateway | None = None
-    peer: Peer | None = None
+    gateways: tuple[Gateway, ...] = ()
+    peers: tuple[Peer, ...] = ()
     lost: bool = False
+
+    def without(self, hosts: set[str]) -> Side:
+        """When these hosts were forgotten."""
+        left = tuple(one for one in self.gateways if one.host not in hosts)
+        if left or not self.gateways:
+            return replace(self, gateways=left)
+        return replace(self, lost=True)
 
 
 @dataclass(frozen=True)
@@ -100,14 +111,10 @@ class Ipsec:
     def without(self, hosts: Iterable[str]) -> Ipsec:
         """When these hosts were forgotten."""
         gone = set(hosts)
-        sides = {
-            site: replace(side, lost=side.gateway is not None and side.gateway.host in gone)
-            for site, side in self.sites.items()
-        }
-        return replace(self, sites=sides)
+        return replace(self, sites={site: side.without(gone) for site, side in self.sites.items()})
 
     def authentication(self, pair: Pair) -> str:
-        foreign = any(site in self.sites and self.sites[site].peer is not None for site in pair)
+        foreign = any(site in self.sites and self.sites[site].peers for site in pair)
         return self.said.get(pair) or (PSK if foreign else CERTIFICATE)
 
 
@@ -173,7 +180,7 @@ def _side(
             where,
             f"it is missing, and a pair of {site} has encryption: {GATEWAY}",
             "packets between the two sites go from gateway to gateway",
-            "name the site's gateway and the networks behind it, or use encryption: wireguard",
+            "name the site's gateways and the networks behind it, or use encryption: wireguard",
         )
         return None
     if given is INVALID or any(value is INVALID for value in given.values()):
@@ -185,18 +192,63 @@ def _side(
         problem(where, what, why, "name the one that there is")
         return None
     if given["peer"] is not None:
-        peer = given["peer"]
-        if any(value is INVALID for value in peer.values()):
-            return None
-        return Side(networks, peer=Peer(peer["address"], peer["id"] or str(peer["address"])))
-    if len(given["gateways"]) > 1:
-        later = not_yet(f"{where}.gateways", "a second gateway", "one gateway carries a site so far", "one gateway")
-        problem(later.where, later.what, later.why, later.next)
+        return _others(networks, given["peer"], f"{where}.peer", problem)
+    if len(given["gateways"]) > MOST_GATEWAYS:
+        problem(
+            f"{where}.gateways",
+            f"it names {len(given['gateways'])} gateways",
+            "one carries the site, and a second one takes over from it",
+            f"leave {MOST_GATEWAYS} of them, first the one that is preferred",
+        )
         return None
-    (one,) = given["gateways"]
+    found = [
+        _gateway(site, one, f"{where}.gateways[{index}].host", hosts, problem, known, used)
+        for index, one in enumerate(given["gateways"])
+    ]
+    gateways = tuple(one for one in found if one is not None)
+    if len(gateways) < len(found):
+        return None
+    if len({one.host for one in gateways}) < len(gateways):
+        why = "the second takes over when the first is lost"
+        problem(f"{where}.gateways", f"host {gateways[0].host} is named twice", why, "name two hosts, or one gateway")
+        return None
+    if len({one.address for one in gateways}) < len(gateways):
+        problem(
+            f"{where}.gateways",
+            f"{' and '.join(one.host for one in gateways)} are both reached at {gateways[0].address}",
+            "gateways of other sites have a tunnel with each of them",
+            "give each an address of its own",
+        )
+        return None
+    return Side(networks, gateways)
+
+
+def _others(networks: tuple[IPv4Network, ...], given: Mapping[str, Any], where: str, problem: Complaint) -> Side | None:
+    """A site whose gateways are not ours."""
+    second = given["second"]
+    both = [given] if second is None else [given, second]
+    if second is INVALID or any(value is INVALID for one in both for value in one.values()):
+        return None
+    peers = tuple(Peer(one["address"], one["id"] or str(one["address"])) for one in both)
+    if len({one.address for one in peers}) < len(peers):
+        why = "each of the two has a tunnel of its own"
+        problem(f"{where}.second.address", f"{peers[0].address} is the first one's", why, "name another, or leave it")
+        return None
+    return Side(networks, peers=peers)
+
+
+def _gateway(
+    site: str,
+    one: Mapping[str, Any],
+    here: str,
+    hosts: Mapping[str, Host],
+    problem: Complaint,
+    known: set[str],
+    used: bool,
+) -> Gateway | None:
     if any(value is INVALID for value in one.values()):
         return None
-    name, here = one["host"], f"{where}.gateways[0].host"
+    name = one["host"]
     host = hosts.get(name)
     why = "a gateway is a host of its own site"
     if host is None:
@@ -210,13 +262,13 @@ def _side(
         why = "kube-proxy and the CNI rewrite what such a host forwards"
         problem(here, f"host {name} is a Kubernetes node", why, "name a host that is none")
     else:
-        return Side(networks, Gateway(name, host.cluster, host.underlay, one["address"] or host.underlay))
+        return Gateway(name, host.cluster, host.underlay, one["address"] or host.underlay)
     return None
 
 
 def _check_pair(both: Pair, sides: Mapping[str, Side], said: str | None, problem: Complaint) -> None:
     where = "isthmus_estate.site_pairs"
-    foreign = [site for site in both if site in sides and sides[site].peer is not None]
+    foreign = [site for site in both if site in sides and sides[site].peers]
     if len(foreign) == 2:
         problem(
             where,
@@ -297,40 +349,55 @@ def section(model: Ipsec, host: str, site: str, stages: Mapping[str, Stage], sit
     if side is None or not far:
         return None
     found: dict[str, Any] = {"sites": dict(sites), "networks": [str(one) for one in side.networks], "far": far}
-    if side.gateway is not None and side.gateway.host == host:
-        found["local"] = str(side.gateway.underlay)
-        found["connections"] = list(_connections_of(model, side, side.gateway, site, far, pki))
-    elif side.gateway is not None:
-        found["via"] = str(side.gateway.underlay)
+    own = next((one for one in side.gateways if one.host == host), None)
+    if own is not None:
+        found["local"] = str(own.underlay)
+        found["connections"] = list(_connections_of(model, side, own, site, far, pki))
+    elif side.gateways:
+        found["via"] = str(side.gateways[0].underlay)
+    if len(side.gateways) > 1:
+        found["gateways"] = [
+            {"cluster": one.cluster, "host": one.host, "underlay": str(one.underlay)} for one in side.gateways
+        ]
     return found
 
 
 def _connections_of(
     model: Ipsec, own: Side, gateway: Gateway, site: str, far: Iterable[str], pki: str
 ) -> Iterator[dict[str, Any]]:
-    """Of a gateway with those of other sites. One end alone begins a tunnel: two would make two tunnels."""
+    """Of a gateway with each of those of other sites. One end alone begins a tunnel: two would make two tunnels."""
     for other in far:
         both, side = sorted_pair(site, other), model.sites[other]
-        there = side.gateway or side.peer
-        if there is None or side.lost:
-            continue
-        certified = isinstance(there, Gateway) and model.authentication(both) == CERTIFICATE
-        found = {
-            "site": other,
-            "local": str(gateway.underlay),
-            "local_id": gateway.identity,
-            "remote": str(there.address),
-            "remote_id": there.identity,
-            "local_networks": [str(one) for one in own.networks],
-            "remote_networks": [str(one) for one in side.networks],
-            "authentication": CERTIFICATE if certified else PSK,
-            "begins": side.peer is not None or site == both[0],
-            "ours": side.peer is None,
-        }
-        if certified and isinstance(there, Gateway):
-            yield {**found, "certificate": f"{pki}/ipsec.crt", "ca": f"{pki}/trust/{there.cluster}.crt"}
-        else:
-            yield {**found, "secret": " ".join(both)}
+        ends: Sequence[Gateway | Peer] = () if side.lost else (*side.gateways, *side.peers)
+        for number, there in enumerate(ends, 1):
+            ours = isinstance(there, Gateway)
+            certified = ours and model.authentication(both) == CERTIFICATE
+            found = {
+                "site": other,
+                **({"number": number} if number > 1 else {}),
+                "local": str(gateway.underlay),
+                "local_id": gateway.identity,
+                "remote": str(there.address),
+                "remote_id": there.identity,
+                "local_networks": [str(one) for one in own.networks],
+                "remote_networks": [str(one) for one in side.networks],
+                "authentication": CERTIFICATE if certified else PSK,
+                "begins": not ours or site == both[0],
+                "ours": ours,
+            }
+            if isinstance(there, Gateway):
+                found["inside"] = str(there.underlay)
+            if certified and isinstance(there, Gateway):
+                yield {**found, "certificate": f"{pki}/ipsec.crt", "ca": f"{pki}/trust/{there.cluster}.crt"}
+            else:
+                yield {**found, "secret": " ".join(both)}
+
+
+def gateways_of(own: Mapping[str, Any]) -> list[str]:
+    """Underlay addresses of the site's gateways, by the spec's `ipsec` of one of its hosts, but that of the host
+    itself; first the one that is preferred."""
+    several = [str(one["underlay"]) for one in own.get("gateways", ())]
+    return [one for one in several if one != own.get("local")] or ([own["via"]] if own.get("via") else [])
 
 
 def certificate_of(own: Mapping[str, Any] | None) -> str | None:
@@ -367,7 +434,7 @@ _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by 
 
 def name_of(connection: Mapping[str, Any]) -> str:
     """Of a connection in strongSwan."""
-    return f"isthmus-{connection['site']}"
+    return connection_name(connection["site"], connection.get("number", 1))
 
 
 def _block(name: str, lines: Iterable[str]) -> list[str]:
@@ -442,7 +509,8 @@ def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str,
 
 def strongswan_conf() -> str:
     """A fragment for /etc/strongswan.d: ESP in user space, whose device also leads to the other gateway's own address
-    (its sockets have a mark that keeps them out); a gateway that falls silent is noticed within 9 s."""
+    (its sockets have a mark that keeps them out); a gateway that falls silent is noticed within 6 s: DPD_DELAY, and
+    four packets a second apart."""
     plugins = [
         *_block("kernel-libipsec", ["load = yes", "allow_peer_ts = yes"]),
         *_block("kernel-netlink", [f"fwmark = !{MARK:#x}"]),
@@ -451,8 +519,9 @@ def strongswan_conf() -> str:
     settings = [
         "make_before_break = yes",
         "retransmit_timeout = 1",
-        "retransmit_base = 1.3",
+        "retransmit_base = 1",
         "retransmit_tries = 3",
+        f"routing_table_prio = {RULE_PRIORITY}",
         *_block("plugins", plugins),
     ]
     return _HEADER + "\n".join([*_block("charon", settings), *_block("charon-systemd", settings)]) + "\n"
@@ -467,7 +536,9 @@ def guard(own: Mapping[str, Any]) -> str | None:
 
     On a gateway nothing between the networks goes but through the tunnel, neither out nor in; what carries the tunnel
     is from the gateway to the gateway on IKE's ports. On the site's other hosts nothing goes to the other site's
-    networks but over the gateway, whatever routes there are."""
+    networks but over a gateway, whatever routes there are. One of two gateways may send over the other one too, and
+    takes what is for itself from it, as any host of the site does: which of the tunnels a packet comes by is the other
+    site's choice."""
     far = [
         network
         for entry in own["far"].values()
@@ -476,8 +547,10 @@ def guard(own: Mapping[str, Any]) -> str | None:
     ]
     connections = _connections(own)
     local = own.get("local")
-    if not far or not (local or own.get("via")):
+    near_gateways = gateways_of(own)
+    if not far or not (local or near_gateways):
         return None
+    hops = ", ".join(near_gateways)
     near_set, far_set = ", ".join(own["networks"]), ", ".join(far)
     if local:
         ports = ", ".join(str(port) for port in IPSEC_PORTS)
@@ -491,6 +564,7 @@ def guard(own: Mapping[str, Any]) -> str | None:
                     "type filter hook postrouting priority 300; policy accept;",
                     f'oifname "{DEVICE}" accept',
                     *([out] if gateways else []),
+                    *([f"ip daddr @far rt ip nexthop {hops} accept"] if hops else []),
                     "ip saddr @near ip daddr @far counter drop",
                 ],
             ),
@@ -500,6 +574,7 @@ def guard(own: Mapping[str, Any]) -> str | None:
                     "type filter hook prerouting priority -300; policy accept;",
                     f'iifname "{DEVICE}" accept',
                     *([back] if gateways else []),
+                    *([f"ip saddr @far ip daddr {local} accept"] if hops else []),
                     "ip saddr @far ip daddr @near counter drop",
                 ],
             ),
@@ -509,7 +584,9 @@ def guard(own: Mapping[str, Any]) -> str | None:
             "chain leaves",
             [
                 "type filter hook postrouting priority 300; policy accept;",
-                f"ip daddr @far rt ip nexthop != {own['via']} counter drop",
+                f"ip daddr @far rt ip nexthop != {{ {hops} }} counter drop"
+                if len(near_gateways) > 1
+                else f"ip daddr @far rt ip nexthop != {hops} counter drop",
             ],
         )
     sets = [
@@ -534,20 +611,32 @@ def other_sides(model: Ipsec) -> list[str]:
     for both in model.pairs:
         for site in both:
             side, other = model.sites.get(site), model.sites.get(both[1] if both[0] == site else both[0])
-            if side is None or side.peer is None or other is None or other.gateway is None:
+            if side is None or other is None:
                 continue
-            gateway = other.gateway
-            told.append(
-                f"gateway of {site} ({side.peer.address}): IKEv2 with {gateway.address}, which begins; identity "
-                f"{side.peer.identity} here, {gateway.identity} (FQDN) there; pre-shared key (what "
-                f"isthmus_ipsec_secrets has for '{' '.join(both)}'). IKE: AES-256-GCM with 16 bytes ICV, PRF "
-                f"HMAC-SHA-384, Diffie-Hellman group 20 (ECP 384), lifetime more than {REKEY} s. ESP: tunnel mode, "
-                "AES-256-GCM with 16 bytes ICV, perfect forward secrecy with group 20, lifetime more than "
-                f"{REKEY_CHILD} s, NAT traversal (ESP in UDP) on. Open: UDP "
-                f"{' and '.join(str(port) for port in IPSEC_PORTS)} to and from {gateway.address}. Traffic selectors "
-                f"(one child): here {', '.join(str(one) for one in side.networks)}; there "
-                f"{', '.join(str(one) for one in other.networks)}. Routes to those networks lead into the tunnel, and "
-                f"packets between them go nowhere else. MTU {IPSEC_MTU} inside, TCP MSS {IPSEC_MTU - 40}. Dead peer "
-                "detection on"
-            )
+            for peer in side.peers:
+                told += [_other_side(site, peer, one, " ".join(both), side, other) for one in other.gateways]
     return told
+
+
+def _other_side(site: str, peer: Peer, gateway: Gateway, secret: str, side: Side, other: Side) -> str:
+    more = ""
+    if len(side.peers) * len(other.gateways) > 1:
+        more = (
+            f". This is one of {len(side.peers) * len(other.gateways)} tunnels for the same networks, all of which are "
+            "up: packets may come by each of them, and are to be sent by one that is up"
+        )
+        if len(other.gateways) > 1:
+            more += f", first of all one with {other.gateways[0].address}"
+    return (
+        f"gateway of {site} ({peer.address}): IKEv2 with {gateway.address}, which begins; identity "
+        f"{peer.identity} here, {gateway.identity} (FQDN) there; pre-shared key (what "
+        f"isthmus_ipsec_secrets has for '{secret}'). IKE: AES-256-GCM with 16 bytes ICV, PRF "
+        f"HMAC-SHA-384, Diffie-Hellman group 20 (ECP 384), lifetime more than {REKEY} s. ESP: tunnel mode, "
+        "AES-256-GCM with 16 bytes ICV, perfect forward secrecy with group 20, lifetime more than "
+        f"{REKEY_CHILD} s, NAT traversal (ESP in UDP) on. Open: UDP "
+        f"{' and '.join(str(port) for port in IPSEC_PORTS)} to and from {gateway.address}. Traffic selectors "
+        f"(one child): here {', '.join(str(one) for one in side.networks)}; there "
+        f"{', '.join(str(one) for one in other.networks)}. Routes to those networks lead into the tunnel, and "
+        f"packets between them go nowhere else. MTU {IPSEC_MTU} inside, TCP MSS {IPSEC_MTU - 40}. Dead peer "
+        f"detection on{more}"
+    )

@@ -133,17 +133,17 @@ def _around(stage: Stage, native: Stage, gateways: Stage) -> dict[str, bool]:
 
 
 def _of_gateways(pair: Pair, ipsec: Ipsec) -> Iterator[Opening]:
-    """What the two gateways need of each other."""
-    places = {}
+    """What each gateway of the one site and each of the other need of each other."""
+    places: dict[str, list[str]] = {}
     for site in pair:
         side = ipsec.sites.get(site)
         if side is not None:
-            far = side.gateway or side.peer
-            name = side.gateway.host if side.gateway else f"the gateway of {site}"
-            places[site] = f"{name} ({far.address})" if far else name
+            places[site] = [f"{one.host} ({one.address})" for one in side.gateways]
+            places[site] += [f"the gateway of {site} ({one.address})" for one in side.peers]
     for site, other in (pair, pair[::-1]):
-        if site in places and other in places:
-            yield from (Opening("UDP", port, places[other], places[site]) for port in IPSEC_PORTS)
+        for here in places.get(site, ()):
+            for there in places.get(other, ()):
+                yield from (Opening("UDP", port, there, here) for port in IPSEC_PORTS)
 
 
 def _carried(found: Sequence[Opening], stage: Stage) -> Iterator[Opening]:
@@ -192,11 +192,14 @@ def routes_to_gateways(ipsec: Ipsec, ipsec_ways: Ways) -> Iterator[dict[str, Any
             continue
         for site, other in (pair, pair[::-1]):
             here, far = ipsec.sites.get(site), ipsec.sites.get(other)
-            if here is None or here.gateway is None or here.lost or far is None:
+            if here is None or not here.gateways or here.lost or far is None:
                 continue
+            first, *others = here.gateways
             for network in far.networks:
                 why = f"networks of {other} behind the gateways, for machines of {site} that are none of the mesh"
-                yield {"site": site, "to": str(network), "via": str(here.gateway.underlay), "like": [], "why": why}
+                if others:
+                    why += f"; when {first.host} is lost, via {others[0].underlay}"
+                yield {"site": site, "to": str(network), "via": str(first.underlay), "like": [], "why": why}
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -277,17 +280,17 @@ _NATIVE_ON = {
     Stage.DEMANDS: "nothing is taken through the tunnel any more",
 }
 _IPSEC_ON = {
-    Stage.ACCEPTS: "the two gateways get strongSwan and make a tunnel; packets of other hosts go as before, and are "
+    Stage.ACCEPTS: "the gateways get strongSwan and make their tunnels; packets of other hosts go as before, and are "
     f"{IPSEC_OVERHEAD} bytes smaller from then on",
-    Stage.SENDS: "when the gateways have proven that packets of the full size pass the tunnel, all hosts of the two "
+    Stage.SENDS: "when the gateways have proven that packets of the full size pass the tunnels, all hosts of the two "
     "send to their gateway",
     Stage.DEMANDS: "nothing leaves for the other site by another way any more",
 }
 _IPSEC_OFF = {
     Stage.SENDS: "other ways than the gateways' are not closed any more",
     Stage.ACCEPTS: "packets go in clear by the way that the network has, those between the gateways themselves through "
-    "the tunnel",
-    Stage.PLAIN: "the tunnel goes",
+    "the tunnels",
+    Stage.PLAIN: "the tunnels go",
 }
 _NATIVE_OFF = {
     Stage.SENDS: "packets through the tunnel are taken again too",

@@ -679,11 +679,20 @@ IPSEC_GATEWAY = Table(
     },
 )
 
+_PEER = {
+    "address": Key(Address(), "Address at which our gateways reach it.", REQUIRED),
+    "id": Key(_IKE_IDENTITY, "Its identity in IKE.", None, "its address"),
+}
+
+IPSEC_SECOND = Table("second gateway that is not ours", _PEER)
+
 IPSEC_PEER = Table(
     "gateway that is not ours",
     {
-        "address": Key(Address(), "Address at which our gateways reach it.", REQUIRED),
-        "id": Key(_IKE_IDENTITY, "Its identity in IKE.", None, "its address"),
+        **_PEER,
+        "second": Key(
+            IPSEC_SECOND, "Another one, or another address of the same, that carries the site as well.", None, "none"
+        ),
     },
 )
 
@@ -696,7 +705,11 @@ IPSEC = Table(
             "is to be reached from the other site.",
             REQUIRED,
         ),
-        "gateways": Key(Listing(IPSEC_GATEWAY), "Hosts that are the site's gateways; so far one.", ()),
+        "gateways": Key(
+            Listing(IPSEC_GATEWAY),
+            "One or two hosts that are the site's gateways, first the one that is used while it works.",
+            (),
+        ),
         "peer": Key(IPSEC_PEER, "A gateway that is not ours: a cloud's, an appliance.", None, "a host of ours"),
     },
 )
@@ -782,7 +795,7 @@ SITE_PAIR = Table(
         ),
         "ipsec_authentication": Key(
             Choice(("certificate", "psk")),
-            "How their two gateways authenticate each other: `certificate` of the mesh's authorities, or `psk`, the "
+            "How their gateways authenticate each other: `certificate` of the mesh's authorities, or `psk`, the "
             "pre-shared key in `isthmus_ipsec_secrets`.",
             None,
             "`certificate`; `psk` with a gateway that is not ours",

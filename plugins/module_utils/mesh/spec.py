@@ -31,6 +31,8 @@ IPSEC_OVERHEAD = 100
 room for lines between the gateways that carry less than 1500."""
 IPSEC_MTU = 1400
 """Bytes of a packet through the gateways, whatever the underlay carries: what kernel-libipsec's device takes."""
+MOST_GATEWAYS = 2
+"""Of a site."""
 IPSEC_PORTS = (500, 4500)
 """UDP ports of IKE, and of IKE and ESP behind address translation, which is how ESP always goes here."""
 CLUSTER_KIND = "cluster"
@@ -213,19 +215,45 @@ class NativeSpec:
 
 
 @dataclass(frozen=True)
+class GatewaySpec:
+    """A host that is a gateway of its site."""
+
+    cluster: str
+    host: str
+    underlay: IPv4Address
+
+
+@dataclass(frozen=True)
 class IpsecSpec:
     """Packets to and from some sites go through gateways: `stages` by site, where it is so, or is being turned on or
     off, `networks` what lies behind the gateways there. `via` is the own site's gateway, None on it and where it is not
-    ours. `sites` is the site of a cluster's nodes, for those that publish none of their own."""
+    ours; `gateways` are both where there are two, also on them, first the one that is preferred. `local` is the
+    underlay address of a host that is a gateway, `inside` has by site those of the gateways there that are ours, and
+    `begins` names the connections that it begins.
+    `sites` is the site of a cluster's nodes, for those that publish none of their own."""
 
     sites: Mapping[str, str]
     stages: Mapping[str, Stage]
     networks: Mapping[str, tuple[IPv4Network, ...]]
     via: IPv4Address | None = None
+    gateways: tuple[GatewaySpec, ...] = ()
+    local: IPv4Address | None = None
+    inside: Mapping[str, tuple[IPv4Address, ...]] = field(default_factory=dict)
+    begins: tuple[str, ...] = ()
+
+    @property
+    def others(self) -> tuple[GatewaySpec, ...]:
+        """The site's gateways but the host itself."""
+        return tuple(one for one in self.gateways if one.underlay != self.local)
 
     def stage(self, site: str | None) -> Stage:
         """Of this host with the nodes of a site; None: it is not known."""
         return self.stages.get(site or "", Stage.PLAIN)
+
+
+def connection_name(site: str, number: int = 1) -> str:
+    """In strongSwan, of the connection with a gateway of another site. No site's name has the second's underscore."""
+    return f"isthmus-{site}" + (f"_{number}" if number > 1 else "")
 
 
 def through_gateways(underlay: int) -> int:
@@ -577,8 +605,20 @@ def _ipsec(fields: Fields) -> IpsecSpec:
         if word not in STAGES:
             entry.fail("stage", f"is not one of {', '.join(STAGES)}")
         stages[site], networks[site] = STAGES[word], entry.networks4("networks")
-    via = None if fields.value.get("via") is None else fields.address4("via")
-    return IpsecSpec(fields.text_mapping("sites"), stages, networks, via)
+    via, local = (None if fields.value.get(name) is None else fields.address4(name) for name in ("via", "local"))
+    inside: dict[str, tuple[IPv4Address, ...]] = {}
+    begins: list[str] = []
+    for one in fields.objects("connections") if "connections" in fields.value else ():
+        site = one.text("site", None)
+        if one.boolean("begins"):
+            begins.append(connection_name(site, one.integer("number", MOST_GATEWAYS, default=1, minimum=1)))
+        if "inside" in one.value:
+            inside[site] = (*inside.get(site, ()), one.address4("inside"))
+    gateways = tuple(
+        GatewaySpec(one.text("cluster", None), one.text("host", None), one.address4("underlay"))
+        for one in (fields.objects("gateways") if "gateways" in fields.value else ())
+    )
+    return IpsecSpec(fields.text_mapping("sites"), stages, networks, via, gateways, local, inside, tuple(begins))
 
 
 def _etcd(fields: Fields) -> EtcdSpec:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from isthmus_agent.desired import addressing
 from isthmus_mesh import ipsec, matrix, openings
 from isthmus_mesh.encryption import Stage
 from isthmus_mesh.model import ModelError
@@ -47,9 +48,26 @@ REFUSED = {
     "no gateway": ({**ON, "sites": {**SITES, "cloud": {}}}, "sites.cloud.ipsec: it is missing, and a pair of cloud"),
     "not a host": (site("cloud", gateways=[{"host": "c2"}]), "'c2' is not a host of the mesh. Why: a gateway is"),
     "of another site": (site("cloud", gateways=[{"host": "o1"}]), "host o1 is at site onprem"),
-    "a second gateway": (
-        site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}]),
-        "sites.onprem.ipsec.gateways: a second gateway is not yet supported",
+    "a third gateway": (
+        site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}, {"host": "o3"}]),
+        "sites.onprem.ipsec.gateways: it names 3 gateways. Why: one carries the site, and a second one takes over",
+    ),
+    "a gateway twice": (
+        site("onprem", gateways=[{"host": "o1"}, {"host": "o1"}]),
+        "sites.onprem.ipsec.gateways: host o1 is named twice",
+    ),
+    "two at one address": (
+        site("onprem", gateways=[{"host": "o1", "address": "203.0.113.1"}, {"host": "o2", "address": "203.0.113.1"}]),
+        "sites.onprem.ipsec.gateways: o1 and o2 are both reached at 203.0.113.1",
+    ),
+    "a second of another site": (
+        site("onprem", gateways=[{"host": "o1"}, {"host": "c1"}]),
+        "sites.onprem.ipsec.gateways[1].host: host c1 is at site cloud",
+    ),
+    "another's second at the first's": (
+        {**PEER, "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {
+            "address": "203.0.113.9", "second": {"address": "203.0.113.9"}}}}}},
+        "sites.cloud.ipsec.peer.second.address: 203.0.113.9 is the first one's",
     ),
     "ours and not ours": (site("cloud", peer={"address": "203.0.113.9"}), "it has both gateways and peer"),
     "neither": (site("cloud", gateways=[]), "it has neither gateways nor peer"),
@@ -128,6 +146,7 @@ def test_hosts_get_the_gateway_and_gateways_a_connection_with_a_certificate() ->
             "authentication": "certificate",
             "begins": False,
             "ours": True,
+            "inside": "198.18.2.1",
             "certificate": "/etc/isthmus/pki/ipsec.crt",
             "ca": "/etc/isthmus/pki/trust/cloud.crt",
         }
@@ -143,6 +162,88 @@ def test_hosts_get_the_gateway_and_gateways_a_connection_with_a_certificate() ->
     assert (str(read.via), read.stage("cloud"), read.stage("onprem")) == ("198.18.1.1", Stage.DEMANDS, Stage.PLAIN)
     with pytest.raises(SpecError, match="stage"):
         NodeSpec.from_dict({**host, "ipsec": {**host["ipsec"], "far": {"cloud": {"stage": "x", "networks": []}}}})
+
+
+TWO = {
+    **ON,
+    "sites": {
+        "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o2"}, {"host": "o1"}]}},
+        "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "gateways": [{"host": "c1"}, {"host": "c2"}]}},
+    },
+}
+MORE = {"c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}
+
+
+def test_of_two_gateways_each_has_a_tunnel_with_each_and_hosts_know_both() -> None:
+    found = changed(more=MORE, **TWO)
+    both = [
+        {"cluster": "onprem", "host": "o2", "underlay": "198.18.1.2"},
+        {"cluster": "onprem", "host": "o1", "underlay": "198.18.1.1"},
+    ]
+    host = found.specs["o3"]["ipsec"]
+    assert (host["via"], host["gateways"]) == ("198.18.1.2", both), "first the one that the inventory names first"
+    for name in ("o1", "o2"):
+        gateway = found.specs[name]["ipsec"]
+        assert gateway["gateways"] == both
+        assert "via" not in gateway
+        assert [(ipsec.name_of(one), one["remote"], one["begins"]) for one in gateway["connections"]] == [
+            ("isthmus-cloud", "198.18.2.1", False),
+            ("isthmus-cloud_2", "198.18.2.2", False),
+        ]
+    text = ipsec.swanctl_conf(found.specs["c2"]["ipsec"]["connections"])
+    assert "  isthmus-onprem {\n" in text
+    assert "  isthmus-onprem_2 {\n" in text
+    (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
+    pairs = {(one["on"][:2], one["from"][:2]) for one in row["open"] if one["port"] == 4500}
+    assert len(pairs) == 8, "both ways between all of them"
+    assert ("udp", 500, "198.18.2.2") in openings.rules(found.specs["o1"], found.record)
+    read = NodeSpec.from_dict(found.specs["o1"]).ipsec
+    assert read is not None
+    assert [one.host for one in read.gateways] == ["o2", "o1"]
+    assert [one.host for one in read.others] == ["o2"]
+    assert {site: [str(one) for one in there] for site, there in read.inside.items()} == {
+        "cloud": ["198.18.2.1", "198.18.2.2"]
+    }
+    assert (str(read.local), read.via) == ("198.18.1.1", None)
+    (route,) = [one for one in found.routes if one["site"] == "onprem"]
+    assert route["via"] == "198.18.1.2"
+    assert route["why"].endswith("; when o2 is lost, via 198.18.1.1")
+
+
+def test_with_two_gateways_nothing_leaves_but_into_a_tunnel_or_to_one_of_them() -> None:
+    found = changed(more=MORE, **TWO)
+    host = ipsec.guard(found.specs["o3"]["ipsec"]) or ""
+    assert "ip daddr @far rt ip nexthop != { 198.18.1.2, 198.18.1.1 } counter drop" in host
+    gateway = (ipsec.guard(found.specs["o1"]["ipsec"]) or "").splitlines()
+    leaves = [line.strip() for line in gateway[gateway.index("  chain leaves {") :]]
+    assert leaves.index("ip daddr @far rt ip nexthop 198.18.1.2 accept") < leaves.index(
+        "ip saddr @near ip daddr @far counter drop"
+    )
+    assert "ip saddr @far ip daddr 198.18.1.1 accept" in leaves, "what the other one passes on to it"
+    alone = ipsec.guard(changed(**ON).specs["o1"]["ipsec"]) or ""
+    assert "nexthop" not in alone
+    assert "ip saddr @far ip daddr 198.18.1.1 accept" not in alone
+
+
+def test_a_second_gateway_comes_and_goes_without_a_change_of_the_first_s_tunnel() -> None:
+    one = {**TWO, "sites": {**TWO["sites"], "onprem": {"ipsec": {**TWO["sites"]["onprem"]["ipsec"], "gateways": [
+        {"host": "o2"}]}}}}  # fmt: skip
+    running = changed(more=MORE, **one)
+    found = changed(running, more=MORE, **TWO)
+    assert found.steps == ()
+    before, after_it = (each.specs["c1"]["ipsec"]["connections"] for each in (running, found))
+    assert after_it[: len(before)] == before
+    assert [ipsec.name_of(each) for each in after_it] == ["isthmus-onprem", "isthmus-onprem_2"]
+
+
+def test_one_of_two_gateways_that_is_forgotten_leaves_the_other() -> None:
+    running = changed(more=MORE, **TWO)
+    the_model = model({**estate(), **TWO}, {**hosts(), **MORE})
+    found = planned(the_model, running, forget=Forget(["c2"]))
+    gateway = found.specs["o1"]["ipsec"]
+    assert [one["remote"] for one in gateway["connections"]] == ["198.18.2.1"]
+    assert "198.18.2.2" not in (ipsec.guard(gateway) or "")
+    assert "gateways" not in found.specs["c1"]["ipsec"]
 
 
 def test_a_gateway_that_carries_no_etcd_trusts_the_other_sides_authority() -> None:
@@ -216,6 +317,36 @@ def test_a_gateway_that_is_not_ours_is_told_to_its_engineer() -> None:
     assert "via" not in specs["c1"]["ipsec"], "there the network leads to the gateway"
     assert ipsec.guard(specs["c1"]["ipsec"]) is None
     assert not any(one["name"] == "ipsec" for one in specs["o1"]["pki"]["certificates"])
+
+
+def test_two_gateways_of_others_have_a_tunnel_each_with_each_of_ours() -> None:
+    peer = {"address": "203.0.113.9", "id": "vpn.example.com", "second": {"address": "203.0.113.10"}}
+    keys = {**TWO, "sites": {**TWO["sites"], "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": peer}}}}
+    told = ipsec.other_sides(model({**estate(), **keys}, hosts()).ipsec)
+    assert [words[: words.index(", which begins")] for words in told] == [
+        "gateway of cloud (203.0.113.9): IKEv2 with 198.18.1.2",
+        "gateway of cloud (203.0.113.9): IKEv2 with 198.18.1.1",
+        "gateway of cloud (203.0.113.10): IKEv2 with 198.18.1.2",
+        "gateway of cloud (203.0.113.10): IKEv2 with 198.18.1.1",
+    ]
+    assert all("one of 4 tunnels" in words and "first of all one with 198.18.1.2" in words for words in told)
+    connections = changed(**keys).specs["o1"]["ipsec"]["connections"]
+    assert [(one["remote"], one["remote_id"]) for one in connections] == [
+        ("203.0.113.9", "vpn.example.com"),
+        ("203.0.113.10", "203.0.113.10"),
+    ]
+    assert not any("inside" in one for one in connections)
+    secrets = ipsec.secrets_conf(connections, {"cloud onprem": "one key"}) or ""
+    assert "ike-isthmus-cloud {" in secrets
+    assert "ike-isthmus-cloud_2 {" in secrets
+
+
+def test_strongswan_s_routes_come_after_the_mesh_s_own() -> None:
+    """What a gateway's workloads send to a host of another site is the mesh's before it is the tunnel's."""
+    assert f"routing_table_prio = {ipsec.RULE_PRIORITY}" in ipsec.strongswan_conf()
+    assert addressing.RULE_PRIORITY < addressing.IPSEC_RULE_PRIORITY < ipsec.RULE_PRIORITY
+    assert ipsec.RULE_PRIORITY < addressing.SIBLING_RULE_PRIORITY
+    assert addressing.STRONGSWAN_RULE_PRIORITY < addressing.IPSEC_RULE_PRIORITY
 
 
 def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
@@ -300,6 +431,11 @@ def test_the_example_s_data_centres_send_each_other_all_through_their_gateways()
     for host, gateway, far in (("fra-web-1", "192.0.2.5", "dub1"), ("dub-1", "198.51.100.5", "fra1")):
         assert found.specs[host]["ipsec"]["via"] == gateway
         assert set(found.specs[host]["ipsec"]["far"]) == {far}
-    (connection,) = found.specs["fra-gw-1"]["ipsec"]["connections"]
-    assert (connection["remote"], connection["authentication"]) == ("198.51.100.5", "certificate")
+        assert len(found.specs[host]["ipsec"]["gateways"]) == 2
+    for gateway in ("fra-gw-1", "fra-gw-2"):
+        connections = found.specs[gateway]["ipsec"]["connections"]
+        assert [(one["remote"], one["authentication"]) for one in connections] == [
+            ("198.51.100.5", "certificate"),
+            ("198.51.100.6", "certificate"),
+        ]
     assert "wireguard" in found.specs["fra-gw-1"], "to the other sites"

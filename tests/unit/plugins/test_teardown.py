@@ -100,6 +100,8 @@ def test_only_rules_of_our_protocol_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "732:\tfrom all ipproto udp dport 8472 lookup 732 proto 73\n"
         "733:\tfrom all fwmark 0x49/0xff lookup 733 proto 73\n"
         "729:\tfrom all fwmark 0x4e/0xff lookup 734 proto 73\n"
+        "734:\tfrom all fwmark 0x53/0xff lookup main proto 73\n"
+        "738:\tfrom all iif lo lookup 738 proto 73\n"
         "728:\tfrom all fwmark 0x4b/0xff lookup main proto 73\n"
         "810:\tfrom all fwmark 0x4b lookup main\n"
         "800:\tfrom 10.9.0.0/16 lookup 7301\n"
@@ -112,6 +114,8 @@ def test_only_rules_of_our_protocol_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "ip -4 rule delete priority 730 table 730 protocol 73",
         "ip -4 rule delete priority 732 table 732 protocol 73",
         "ip -4 rule delete priority 733 table 733 protocol 73",
+        "ip -4 rule delete priority 734 table main protocol 73",
+        "ip -4 rule delete priority 738 table 738 protocol 73",
     }
 
 

@@ -46,10 +46,10 @@ class Host:
     def run_command(self, command: list[str]) -> tuple[int, str, str]:
         return 0, self.answers[" ".join(command[:2])], ""
 
-    def problems(self, check: str) -> list[str]:
+    def problems(self, check: str, *arguments: object) -> list[str]:
         params = {"spec": self.spec, "record": self.plan.record, "services": [], "hosts": [], "timeout": 3}
         found = verify.Verifier(SimpleNamespace(params=params, run_command=self.run_command))
-        getattr(found, check)()
+        getattr(found, check)(*arguments)
         return list(found.problems)
 
 
@@ -95,3 +95,16 @@ def test_before_the_next_step_only_gateways_prove_their_tunnels(
     (tmp_path / "node.json").write_text(json.dumps(host.plan.specs["o2"]))
     assert host.problems("check_gateway_way") == []
     assert strongswan.UNIT in found
+
+
+def test_a_gateway_that_does_not_answer_and_tunnels_that_pass_nothing_are_named(host: Host) -> None:
+    there = {"host": "o2", "cluster": "onprem", "address": "198.18.1.2", "state": "up"}
+    good = {"gateways": [there], "lost": False, "tunnels": {"cloud": True}}
+    assert host.problems("check_led", {"gateways": good}) == []
+    assert host.problems("check_led", {"gateways": None}) == []
+    away = {**good, "gateways": [{**there, "state": "down"}], "tunnels": {"cloud": False}}
+    first, second = host.problems("check_led", {"gateways": away})
+    assert first.startswith("gateways: gateway o2 (198.18.1.2) of this site does not answer o1, so there is no second")
+    assert second.startswith("gateways: nothing passes through the tunnels of this gateway to site cloud")
+    (lost,) = host.problems("check_led", {"gateways": {**away, "lost": True, "tunnels": None}})
+    assert "so nothing reaches the sites behind gateways" in lost
