@@ -631,8 +631,14 @@ def natives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield found
 
 
+def all_drops(host: Host) -> dict[str, int]:
+    return dict(host.daemon.status()["datapath"]["drops"])
+
+
 def test_native_packets_go_into_wireguard_as_they_are_at_their_full_size(natives: Pair, tmp_path: Path) -> None:
     file = tmp_path / "wire.pcap"
+    # A probe may have been on its way when the first of the two was native and the other not yet.
+    before = [all_drops(host) for host in (natives.a, natives.b)]
     with capture(natives.a.node, file):
         assert natives.dial() == ["b", "10.101.0.2"]
         assert natives.client.do(
@@ -657,8 +663,8 @@ def test_native_packets_go_into_wireguard_as_they_are_at_their_full_size(natives
     assert SECRET not in seen
     for address in ("10.101.0.2", "10.102.0.2", "10.101.0.1", "10.102.0.1"):
         assert bytes(int(part) for part in address.split(".")) not in seen, f"{address} in clear"
+    assert [all_drops(host) for host in (natives.a, natives.b)] == before
     for host in (natives.a, natives.b):
-        assert sum(host.daemon.status()["datapath"]["drops"].values()) == 0
         assert ask(host.daemon.socket, "/v1/audit")["problems"] == []
 
 
