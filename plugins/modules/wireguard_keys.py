@@ -15,7 +15,7 @@ description:
   - Hosts of a site with C(inbound=false), and those that they open sessions to, need each other's public keys before
     any etcd can tell them, so that C(isthmus.mesh.site) collects these and plans with them (M(isthmus.mesh.plan)).
 extends_documentation_fragment:
-  - isthmus.mesh.attributes
+  - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
 author:
   - Isthmus contributors (@isthmus-mesh)
