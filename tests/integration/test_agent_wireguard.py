@@ -530,7 +530,9 @@ def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None
             assert (SECRET in file.read_bytes()) is (shown == "8472")
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["tunnel", "native"])
+@pytest.mark.parametrize(
+    "native", [pytest.param(False, id="tunnel"), pytest.param(True, id="native", marks=pytest.mark.slow)]
+)
 def test_a_stream_outlives_new_keys(tmp_path: Path, native: bool) -> None:
     """Host by host, stage by stage, and the kernel checks sources strictly. What a registrar publishes meanwhile is
     known to a host at its next step, and to both before the next stage."""
