@@ -322,13 +322,13 @@ def test_traffic_goes_on_without_agents_and_a_restart_changes_nothing(beside: Pa
     beside.client.do(
         "held = socket.create_connection(('10.102.0.2', 8080), 3); lines = held.makefile(); result = lines.readline()"
     )
-    before = beside.a.run("ip", "-d", "route", "show", "table", "all")
+    before = beside.a.run("ip", "-4", "-d", "route", "show", "table", "all")
     for how in (signal.SIGKILL, signal.SIGTERM):
         beside.a.daemon.stop(how)
         assert beside.dial() == ["b", "10.101.0.2"]
         beside.a.daemon.start()
         assert beside.client.do("held.sendall(b'abc?'); result = int(lines.readline()) > 0") is True
-    assert beside.a.run("ip", "-d", "route", "show", "table", "all") == before
+    assert beside.a.run("ip", "-4", "-d", "route", "show", "table", "all") == before
 
 
 def test_behind_a_router_packets_go_as_the_underlay_does(routed: Routed) -> None:
