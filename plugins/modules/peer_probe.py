@@ -133,7 +133,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, lis
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 
 AT_ONCE = 32
-PAUSE = 1  # seconds
+PAUSE = 1  # seconds until those who asked in vain ask again, as nobody tells when it would be answered
 
 
 def listen(module):

@@ -263,12 +263,18 @@ def test_a_peer_that_sends_in_clear_is_dropped_and_counted(sides: tuple[Side, Si
     assert left.node.drops()["not_encrypted"] == 0
 
 
+def _send(side: Side, to: object, port: int, what: str = "b'x'", device: str = "") -> None:
+    """A datagram from the host's own address, by a device when that is said."""
+    by = f"s.setsockopt(socket.SOL_SOCKET, 25, {device.encode()!r})\n" if device else ""
+    side.node.process().do(
+        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({side.node.underlay!r}, 0))\n"
+        f"{by}s.sendto({what}, ({str(to)!r}, {port})); result = 1"
+    )
+
+
 def test_what_is_no_overlay_packet_does_not_come_through(sides: tuple[Side, Side]) -> None:
     left, right = sides
-    left.node.process().do(
-        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
-        f"s.setsockopt(socket.SOL_SOCKET, 25, {left.device.encode()!r}); s.sendto(b'x', ({right.node.underlay!r}, 9))"
-    )
+    _send(left, right.node.underlay, 9, device=left.device)
     wait_for(lambda: right.node.drops()["not_overlay"] == 1, "the drop is counted")
 
 
@@ -282,10 +288,7 @@ def test_an_overlay_packet_to_another_host_is_not_sent_on(sides: tuple[Side, Sid
             peers={public: replace(side.wanted.peers[public], addresses=frozenset({*_far(side), ADVERTISED}))},
         )
         side.node.call(wireguard.configure, side.wanted, side.device)
-    left.node.process().do(
-        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
-        f"s.setsockopt(socket.SOL_SOCKET, 25, {left.device.encode()!r}); s.sendto(b'x', ('{ADVERTISED}', 8472))"
-    )
+    _send(left, ADVERTISED, 8472, device=left.device)
     wait_for(lambda: right.node.drops()["not_local_dest"] == 1, "the drop is counted")
 
 
@@ -541,10 +544,7 @@ def test_a_peer_cannot_send_in_another_nodes_name(within: tuple[Side, Side]) -> 
 
 def test_a_tunnelled_packet_of_a_node_that_is_native_inside_wireguard_is_dropped(within: tuple[Side, Side]) -> None:
     left, right = within
-    left.node.process().do(
-        f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(({left.node.underlay!r}, 0))\n"
-        f"s.sendto(vxlan(6, {left.node.mesh!r}, {right.node.mesh!r}), ({right.node.underlay!r}, 8472)); result = 1"
-    )
+    _send(left, right.node.underlay, 8472, f"vxlan(6, {left.node.mesh!r}, {right.node.mesh!r})")
     wait_for(lambda: right.node.drops()["wrong_way"] == 1, "the drop is counted")
 
 

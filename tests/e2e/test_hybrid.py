@@ -92,26 +92,11 @@ HOST_PORT = 8090
 # some seconds then, so that whoever looks sees it.
 DIES = "/run/web.dead"
 LIVING = """\
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
-spec:
-  nodeName: {node}
-  terminationGracePeriodSeconds: 1
-  containers:
-    - name: web
-      image: {image}
-      imagePullPolicy: Never
-      command: [{programs}/http_server, web]
-      env: [{{name: CLUSTER, value: {cluster}}}, {{name: PORT, value: "8080"}}]
-      readinessProbe: {{httpGet: {{path: /healthz, port: 8080}}, initialDelaySeconds: 5, periodSeconds: 1}}
-      livenessProbe:
-        exec: {{command: [sh, -c, "[ ! -e {dies} ]"]}}
-        periodSeconds: 1
-        timeoutSeconds: 10
-        failureThreshold: 1
-"""
+name: web, image: {image}, imagePullPolicy: Never, command: [{programs}/http_server, web],
+      env: [{{name: CLUSTER, value: {cluster}}}, {{name: PORT, value: "8080"}}],
+      readinessProbe: {{httpGet: {{path: /healthz, port: 8080}}, initialDelaySeconds: 5, periodSeconds: 1}},
+      livenessProbe: {{exec: {{command: [sh, -c, "[ ! -e {dies} ]"]}}, periodSeconds: 1, timeoutSeconds: 10,
+                      failureThreshold: 1}}"""
 # Pods and machines behind one name that has no address of its own: who serves it is said by DNS alone.
 HEADLESS = """\
 ---
@@ -314,7 +299,8 @@ def test_a_headless_service_of_pods_and_machines_is_resolved_in_a_pod(hybrid: Hy
 @pytest.mark.slow
 def test_a_container_that_its_liveness_probe_ends_is_no_backend_until_it_serves_again(hybrid: Hybrid) -> None:
     estate, name, node = hybrid.estate, "living", hybrid.nodes[0]
-    values = {"image": TOOLS_IMAGE, "programs": demo_pods.PROGRAMS, "cluster": hybrid.kube.name, "dies": DIES}
+    container = LIVING.format(image=TOOLS_IMAGE, programs=demo_pods.PROGRAMS, cluster=hybrid.kube.name, dies=DIES)
+    pod = POD.format(name=name, node=node, before="[]", container=container, more="")
 
     def used() -> set[str]:
         return hybrid.used(EDGE, (NAMESPACE, name))
@@ -331,7 +317,7 @@ def test_a_container_that_its_liveness_probe_ends_is_no_backend_until_it_serves_
         hybrid.kube.kubectl("delete", "service,pod", name, where, "--ignore-not-found", "--now")
 
     with hybrid.undone(gone):
-        hybrid.kube.apply(ALONE.format(name=name) + LIVING.format(name=name, node=node, **values))
+        hybrid.kube.apply(ALONE.format(name=name) + pod)
         hybrid.until("machines use the pod", lambda: used() == {node}, 120)
         hybrid.until("it answers them", answers)
         assert restarts() == 0

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from bpf.topology import Inside, InsideError, wait_for
 from integration.test_agent_kernel import CLIENT
-from integration.test_agent_native import Host, Routed, routed
+from integration.test_agent_native import Host, Routed, masquerades_by_itself, routed
 from isthmus_agent.cli.client import ask
 from isthmus_mesh.spec import spec_hash
 
@@ -104,14 +104,7 @@ def test_nothing_is_masqueraded_inside_the_mesh_whatever_other_rules_there_are(r
     both = routed.both
     masquerade(both.a, True)
     both.b.node.process("web").do(f"serve_tcp('b', {both.b.node.underlay!r}, 8081); result = 1")
-    for words in (
-        "flush ruleset",
-        "add table ip nat",
-        "add chain ip nat post { type nat hook postrouting priority 100; }",
-        "add rule ip nat post masquerade",
-    ):
-        both.a.run("nft", words)
-    wait_for(lambda: "table ip isthmus" in both.a.run("nft", "list", "tables"), "our table is back", 5)
+    masquerades_by_itself(both.a)
     assert seen(client, "10.102.0.2", 8080).split() == ["b", "10.101.0.2"]
     assert seen(client, both.b.node.underlay, 8081).split() == ["b", "10.101.0.2"], "a host of the mesh"
     assert seen(client) == both.a.node.underlay

@@ -305,16 +305,21 @@ def test_agents_that_have_nothing_to_do_tell_the_kernel_nothing(beside: Pair) ->
     assert told == []
 
 
-def test_no_rule_of_the_host_masquerades_workloads(beside: Pair) -> None:
-    """Also after a reload of the host's own rules, which takes ours away."""
+def masquerades_by_itself(host: Host, what: str = "") -> None:
+    """The host's own rules are loaded anew and masquerade; the agent's are back."""
     for words in (
         "flush ruleset",
         "add table ip nat",
         "add chain ip nat post { type nat hook postrouting priority 100; }",
-        "add rule ip nat post oifname eth0 masquerade",
+        f"add rule ip nat post {what} masquerade",
     ):
-        beside.a.run("nft", words)
-    wait_for(lambda: "table ip isthmus" in beside.a.run("nft", "list", "tables"), "our table is back", 5)
+        host.run("nft", words)
+    wait_for(lambda: "table ip isthmus" in host.run("nft", "list", "tables"), "our table is back", 5)
+
+
+def test_no_rule_of_the_host_masquerades_workloads(beside: Pair) -> None:
+    """Also after a reload of the host's own rules, which takes ours away."""
+    masquerades_by_itself(beside.a, "oifname eth0")
     assert beside.dial() == ["b", "10.101.0.2"]
 
 

@@ -313,31 +313,40 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield found
 
 
-def test_traffic_is_encrypted_also_at_full_size(both: Pair, tmp_path: Path) -> None:
-    file = tmp_path / "wire.pcap"
-    with capture(both.a.node, file):
-        assert both.dial() == ["b", "10.101.0.2"]
-        # TCP segments as large as the path takes, and the largest datagram that may not be fragmented.
-        assert both.client.do(
-            "s = socket.create_connection(('10.102.0.2', 8080), 3); lines = s.makefile(); lines.readline()\n"
-            f"s.sendall({SECRET!r} * 20000 + b'?'); result = int(lines.readline())"
-        ) > 20000 * len(SECRET)
-        segment = both.client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)")
-        assert segment == PATH_MTU - 52  # IP, TCP with timestamps
-        both.b.node.process("web").do("serve_udp('b', '10.102.0.2', 5353); result = 1")
-        both.client.do(
-            "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.setsockopt(socket.IPPROTO_IP, 10, 2)\n"
-            "u.bind(('10.101.0.2', 0)); u.settimeout(3)"
-        )
-        datagram = f"{SECRET!r}.ljust({PATH_MTU} - 28, b'.')"  # IP, UDP
-        both.client.do(f"u.sendto({datagram}, ('10.102.0.2', 5353)); result = u.recv(100).decode()")
-        with pytest.raises(OSError, match="too long"):
-            both.client.do(f"u.sendto({datagram} + b'.', ('10.102.0.2', 5353))")
-    assert set(udp_ports(file)) == {str(PORT)}, "no VXLAN header in clear"
+def send_at_full_size(pair: Pair, mtu: int) -> None:
+    """TCP segments as large as the path takes, and the largest datagram that may not be fragmented."""
+    assert pair.dial() == ["b", "10.101.0.2"]
+    assert pair.client.do(
+        "s = socket.create_connection(('10.102.0.2', 8080), 3); lines = s.makefile(); lines.readline()\n"
+        f"s.sendall({SECRET!r} * 20000 + b'?'); result = int(lines.readline())"
+    ) > 20000 * len(SECRET)
+    segment = pair.client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)")
+    assert segment == mtu - 52  # IP, TCP with timestamps
+    pair.b.node.process("web").do("serve_udp('b', '10.102.0.2', 5353); result = 1")
+    pair.client.do(
+        "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.setsockopt(socket.IPPROTO_IP, 10, 2)\n"
+        "u.bind(('10.101.0.2', 0)); u.settimeout(3)"
+    )
+    datagram = f"{SECRET!r}.ljust({mtu} - 28, b'.')"  # IP, UDP
+    pair.client.do(f"u.sendto({datagram}, ('10.102.0.2', 5353)); result = u.recv(100).decode()")
+    with pytest.raises(OSError, match="too long"):
+        pair.client.do(f"u.sendto({datagram} + b'.', ('10.102.0.2', 5353))")
+
+
+def assert_nothing_in_clear(file: Path) -> None:
+    """Neither what was sent nor an address of the mesh."""
     seen = file.read_bytes()
     assert SECRET not in seen
     for address in ("10.101.0.2", "10.102.0.2", "10.101.0.1", "10.102.0.1"):
         assert bytes(int(part) for part in address.split(".")) not in seen, f"{address} in clear"
+
+
+def test_traffic_is_encrypted_also_at_full_size(both: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "wire.pcap"
+    with capture(both.a.node, file):
+        send_at_full_size(both, PATH_MTU)
+    assert set(udp_ports(file)) == {str(PORT)}, "no VXLAN header in clear"
+    assert_nothing_in_clear(file)
 
 
 def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
@@ -642,29 +651,11 @@ def test_native_packets_go_into_wireguard_as_they_are_at_their_full_size(natives
     # A probe may have been on its way when the first of the two was native and the other not yet.
     before = [all_drops(host) for host in (natives.a, natives.b)]
     with capture(natives.a.node, file):
-        assert natives.dial() == ["b", "10.101.0.2"]
-        assert natives.client.do(
-            "s = socket.create_connection(('10.102.0.2', 8080), 3); lines = s.makefile(); lines.readline()\n"
-            f"s.sendall({SECRET!r} * 20000 + b'?'); result = int(lines.readline())"
-        ) > 20000 * len(SECRET)
-        segment = natives.client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)")
-        assert segment == NATIVE_MTU - 52  # IP, TCP with timestamps
-        natives.b.node.process("web").do("serve_udp('b', '10.102.0.2', 5353); result = 1")
-        natives.client.do(
-            "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.setsockopt(socket.IPPROTO_IP, 10, 2)\n"
-            "u.bind(('10.101.0.2', 0)); u.settimeout(3)"
-        )
-        datagram = f"{SECRET!r}.ljust({NATIVE_MTU} - 28, b'.')"  # IP, UDP
-        natives.client.do(f"u.sendto({datagram}, ('10.102.0.2', 5353)); result = u.recv(100).decode()")
-        with pytest.raises(OSError, match="too long"):
-            natives.client.do(f"u.sendto({datagram} + b'.', ('10.102.0.2', 5353))")
+        send_at_full_size(natives, NATIVE_MTU)
     assert set(udp_ports(file)) == {str(PORT)}, "nothing in clear"
     # WireGuard's header and tag, and the packet as it is, padded to 16 bytes: no VXLAN around it.
     assert max(sizes_in_wireguard(file)) == 32 + NATIVE_MTU
-    seen = file.read_bytes()
-    assert SECRET not in seen
-    for address in ("10.101.0.2", "10.102.0.2", "10.101.0.1", "10.102.0.1"):
-        assert bytes(int(part) for part in address.split(".")) not in seen, f"{address} in clear"
+    assert_nothing_in_clear(file)
     assert [all_drops(host) for host in (natives.a, natives.b)] == before
     for host in (natives.a, natives.b):
         assert ask(host.daemon.socket, "/v1/audit")["problems"] == []

@@ -80,8 +80,8 @@ async def swanctl(*words: str) -> str | None:
 
 class Tunnels:
     """`passes` is kept true while `run` runs; `changed` is called when it turns. `local` is the gateway's own address
-    in its site's networks. `read` answers the prefixes that
-    strongSwan leads into its tunnels, or raises NetworkError."""
+    in its site's networks. `read` answers the prefixes that strongSwan leads into its tunnels, or raises
+    NetworkError."""
 
     def __init__(self, own: IpsecSpec, local: Address, read: ReadRoutes, changed: Callable[[], None]) -> None:
         self._own = own

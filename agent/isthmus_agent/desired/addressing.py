@@ -17,6 +17,7 @@ from isthmus_mesh import identity
 from isthmus_mesh.encryption import Stage
 from isthmus_mesh.ipsec import MARK as STRONGSWAN
 from isthmus_mesh.spec import (
+    LEAST_MTU,
     OVERLAY_OVERHEAD,
     WIREGUARD_OVERHEAD,
     WIREGUARD_PORT,
@@ -61,6 +62,7 @@ STRONGSWAN_RULE_PRIORITY = 734
 NATIVE = 0x4E
 """Mark of what came without a tunnel (ISTHMUS_MARK_NATIVE)."""
 MAIN = 254
+EVERYWHERE = IPv4Network("0.0.0.0/0")
 YIELDING = 730
 """Metric of a route that stands back for the one of somebody else to the same range."""
 
@@ -109,6 +111,11 @@ class Remote:
     def sends_inside(self) -> bool:
         """We send to it without a tunnel inside WireGuard."""
         return self.native >= Stage.SENDS and self.stage is Stage.DEMANDS
+
+    @property
+    def sends_bare(self) -> bool:
+        """We send to it without a tunnel."""
+        return self.sends_native or self.sends_inside
 
     @property
     def ranges(self) -> tuple[IPv4Network, ...]:
@@ -368,7 +375,7 @@ def peers(nodes: tuple[Remote, ...], encrypted: frozenset[Address] = frozenset()
             node.cluster_id,
             node.endpoint,
             is_encrypted=address in encrypted,
-            is_native=node.native is Stage.DEMANDS and (node.sends_native or node.sends_inside),
+            is_native=node.native is Stage.DEMANDS and node.sends_bare,
         )
         for node in nodes
         for address in (*node.underlay, node.endpoint)
@@ -387,7 +394,7 @@ def path_mtu(
     underlay = min(own_underlay, other_underlay) if other_underlay else own_underlay
     if gateways:
         underlay = through_gateways(underlay)
-    inner = max(576, underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
+    inner = max(LEAST_MTU, underlay - OVERLAY_OVERHEAD - (WIREGUARD_OVERHEAD if encrypted else 0))
     return min(inner, configured) if configured is not None else inner
 
 
@@ -423,7 +430,7 @@ def gateway_routes(spec: NodeSpec, found: Led, underlay_mtu: int) -> Iterator[Ro
     own = spec.ipsec
     if own is None or (found.via is None and not found.lost):
         return
-    mtu = max(576, through_gateways(underlay_mtu))
+    mtu = max(LEAST_MTU, through_gateways(underlay_mtu))
     for site, stage in own.stages.items():
         for network in own.networks[site] if stage >= Stage.SENDS else ():
             if own.local is None or site in found.around:
@@ -434,7 +441,7 @@ def gateway_routes(spec: NodeSpec, found: Led, underlay_mtu: int) -> Iterator[Ro
 
 def _mtu(spec: NodeSpec, node: Remote, own_underlay: int) -> int:
     """Of the path to a node, as packets are sent to it."""
-    if node.sends_native or node.sends_inside:
+    if node.sends_bare:
         return _native_mtu(node, own_underlay)
     return path_mtu(own_underlay, node.mtu, spec.overlay.mtu, node.stage > Stage.PLAIN, node.gateways > Stage.PLAIN)
 
@@ -446,7 +453,7 @@ def mtus(spec: NodeSpec, nodes: Iterable[Remote], own_underlay: int) -> dict[tup
 
 def _native_mtu(node: Remote, own_underlay: int) -> int:
     underlay = min(own_underlay, node.mtu) if node.mtu else own_underlay
-    return max(576, underlay - (WIREGUARD_OVERHEAD if node.takes_inside else 0))
+    return max(LEAST_MTU, underlay - (WIREGUARD_OVERHEAD if node.takes_inside else 0))
 
 
 def loose_ranges(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) -> tuple[IPv4Network, ...]:
@@ -502,14 +509,13 @@ def routes(
         ours = node.cluster == spec.cluster.name
         mtu = _mtu(spec, node, underlay_mtu)
         natively: dict[str, Any] = {"wireguard": device} if node.takes_inside else {"toward": node.endpoint}
-        sends = node.sends_native or node.sends_inside
-        way = natively if sends else {}
+        way = natively if node.sends_bare else {}
         for target in set(node.ranges):
             pods_of_ours = ours and is_pod_range(spec, target)
             if not (is_node and pods_of_ours):
                 found.add(Route(target, source, mtu, MAIN, metric=YIELDING if pods_of_ours else 0, **way))
             found.add(Route(target, source, mtu, TABLE, **way))
-            if (node.takes_native or node.takes_inside) and not sends:
+            if (node.takes_native or node.takes_inside) and not node.sends_bare:
                 found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, **natively))
         for address in {*node.underlay, node.endpoint}:
             found.add(Route(IPv4Network(address), source, mtu, TABLE, **way))
@@ -524,10 +530,8 @@ def routes(
     for blocked in {*spec.service_ranges4, *spec.mesh_ranges4} - set(loose):
         found.add(Route(blocked, unreachable=True))
     found.update(Route(each, table=TABLE, throw=True) for each in pods)
-    if spec.node.masquerade:
-        found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, throw=True))
-    else:
-        found.add(Route(IPv4Network("0.0.0.0/0"), table=TABLE, unreachable=True))
+    is_open = spec.node.masquerade
+    found.add(Route(EVERYWHERE, table=TABLE, throw=is_open, unreachable=not is_open))
     found.update(gateway_routes(spec, gateways or Led(), underlay_mtu))
     return frozenset(found)
 
@@ -552,22 +556,21 @@ def rules(spec: NodeSpec, pods: tuple[IPv4Network, ...]) -> frozenset[Rule]:
         Rule(spec.node.range4, TABLE, RULE_PRIORITY),
         *(Rule(each, PODS_TABLE, PODS_RULE_PRIORITY) for each in pods),
     }
-    everywhere = IPv4Network("0.0.0.0/0")
     if pods:
-        found.add(Rule(everywhere, MAIN, MASQUERADED_RULE_PRIORITY, mark=MASQUERADED))
+        found.add(Rule(EVERYWHERE, MAIN, MASQUERADED_RULE_PRIORITY, mark=MASQUERADED))
     if spec.ipsec is not None and spec.ipsec.via is not None:
-        found.add(Rule(everywhere, IPSEC_TABLE, IPSEC_RULE_PRIORITY))
+        found.add(Rule(EVERYWHERE, IPSEC_TABLE, IPSEC_RULE_PRIORITY))
         if pods:
-            found.add(Rule(everywhere, IPSEC_TABLE, MASQUERADED_IPSEC_RULE_PRIORITY, mark=MASQUERADED))
+            found.add(Rule(EVERYWHERE, IPSEC_TABLE, MASQUERADED_IPSEC_RULE_PRIORITY, mark=MASQUERADED))
     elif spec.ipsec is not None and spec.ipsec.gateways:
         second = spec.ipsec.gateways[0].underlay != spec.ipsec.local
         found |= {
-            Rule(everywhere, MAIN, STRONGSWAN_RULE_PRIORITY, mark=STRONGSWAN),
-            Rule(everywhere, IPSEC_TABLE, IPSEC_RULE_PRIORITY, own=second),
-            Rule(everywhere, SIBLING_TABLE, SIBLING_RULE_PRIORITY, own=second),
+            Rule(EVERYWHERE, MAIN, STRONGSWAN_RULE_PRIORITY, mark=STRONGSWAN),
+            Rule(EVERYWHERE, IPSEC_TABLE, IPSEC_RULE_PRIORITY, own=second),
+            Rule(EVERYWHERE, SIBLING_TABLE, SIBLING_RULE_PRIORITY, own=second),
         }
     if spec.native is not None and spec.native.changing:
-        found.add(Rule(everywhere, NATIVE_TABLE, NATIVE_RULE_PRIORITY, mark=NATIVE))
+        found.add(Rule(EVERYWHERE, NATIVE_TABLE, NATIVE_RULE_PRIORITY, mark=NATIVE))
     return frozenset(found)
 
 

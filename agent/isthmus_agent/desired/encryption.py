@@ -18,7 +18,7 @@ from isthmus_mesh.encryption import Stage
 from isthmus_mesh.spec import WIREGUARD_DEVICES, NodeSpec
 from isthmus_mesh.wire import public_key_problem
 
-from isthmus_agent.desired.addressing import Remote
+from isthmus_agent.desired.addressing import EVERYWHERE, Remote
 from isthmus_agent.desired.datapath import Address, Route, Rule, WireGuardPeer
 from isthmus_agent.state.model import NodeKey
 
@@ -178,12 +178,11 @@ def rules(spec: NodeSpec) -> frozenset[Rule]:
     in. Of what came natively it is looked up before the way to the sender, which may still be the tunnel."""
     if spec.wireguard is None:
         return frozenset()
-    everywhere = IPv4Network("0.0.0.0/0")
     backs = [BACK[tunnel.device] for tunnel in spec.wireguard.tunnels]
     found = {
-        Rule(everywhere, TABLE, RULE_PRIORITY, destination_port=spec.overlay.port),
-        *(Rule(everywhere, back.table, back.table, mark=back.mark) for back in backs),
+        Rule(EVERYWHERE, TABLE, RULE_PRIORITY, destination_port=spec.overlay.port),
+        *(Rule(EVERYWHERE, back.table, back.table, mark=back.mark) for back in backs),
     }
     if spec.native is not None and any(spec.wireguard.stage(site) is Stage.DEMANDS for site in spec.native.stages):
-        found.update(Rule(everywhere, back.table, INSIDE_RULE_PRIORITY, mark=back.mark) for back in backs)
+        found.update(Rule(EVERYWHERE, back.table, INSIDE_RULE_PRIORITY, mark=back.mark) for back in backs)
     return frozenset(found)

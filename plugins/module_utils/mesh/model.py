@@ -1088,9 +1088,9 @@ class _Reader:
             if top["encryption"] is INVALID or top["site_pairs"] is INVALID:
                 continue
             bare = [
-                f"{other} ({encryption.of(sorted_pair(site, other))})"
+                f"{other} ({way})"
                 for other in others
-                if encryption.of(sorted_pair(site, other)) not in ("wireguard", None)
+                if (way := encryption.of(sorted_pair(site, other))) not in ("wireguard", None)
             ]
             if bare:
                 self.problem(

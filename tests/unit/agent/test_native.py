@@ -38,6 +38,17 @@ def computed(own: NodeSpec, underlay: int = 1500, **node: Any) -> Desired:
     return desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(underlay))
 
 
+AT_EACH_STAGE = pytest.mark.parametrize(
+    ("word", "sends", "takes", "refuses_the_tunnel"),
+    [
+        ("plain", False, False, False),
+        ("accepts", False, True, False),
+        ("sends", True, True, False),
+        ("demands", True, True, True),
+    ],
+)
+
+
 def routes(found: Desired, prefix: str, table: int) -> set[Route]:
     return {one for one in found.datapath.routes if one.prefix == ip_network(prefix) and one.table == table}
 
@@ -78,15 +89,7 @@ def test_the_mtu_of_a_native_path_is_that_of_the_smaller_underlay(own: int, othe
     assert {one.mtu for one in routes(found, "10.102.0.0/28", MAIN)} == {mtu}
 
 
-@pytest.mark.parametrize(
-    ("word", "sends", "takes", "refuses_the_tunnel"),
-    [
-        ("plain", False, False, False),
-        ("accepts", False, True, False),
-        ("sends", True, True, False),
-        ("demands", True, True, True),
-    ],
-)
+@AT_EACH_STAGE
 def test_neighbouring_stages_understand_each_other(
     word: str, sends: bool, takes: bool, refuses_the_tunnel: bool
 ) -> None:
@@ -147,15 +150,7 @@ def inside(stage: str | None, encryption: str = "demands", **node: Any) -> Desir
     return computed(own, wireguard_public_key=CLOUD_KEY, **node)
 
 
-@pytest.mark.parametrize(
-    ("word", "sends", "takes", "refuses_the_tunnel"),
-    [
-        ("plain", False, False, False),
-        ("accepts", False, True, False),
-        ("sends", True, True, False),
-        ("demands", True, True, True),
-    ],
-)
+@AT_EACH_STAGE
 def test_a_node_of_a_native_site_with_encryption_is_reached_inside_wireguard(
     word: str, sends: bool, takes: bool, refuses_the_tunnel: bool
 ) -> None:
