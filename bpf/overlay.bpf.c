@@ -385,7 +385,7 @@ static __always_inline enum isthmus_drop take_inside(struct __sk_buff *skb, cons
 	if (!entry || !(entry->flags & ISTHMUS_IPCACHE_INSIDE))
 		return ISTHMUS_DROP_NOT_OVERLAY;
 	/* From host to host everything comes by the underlay; only replies of workloads are ours. */
-	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE : !bpf_map_lookup_elem(&local, &seen.dst))
+	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE : !is_local(&seen.dst))
 		return ISTHMUS_DROP_NOT_LOCAL_DEST;
 	seen.identity = entry->identity;
 	seen.cluster_id = entry->cluster_id;
@@ -445,6 +445,26 @@ static __always_inline bool is_of_host(const struct isthmus_addr *addr)
 	return entry && entry->flags & ISTHMUS_IPCACHE_NODE && addr_is_zero(&entry->tunnel);
 }
 
+static __always_inline bool is_pod(const struct isthmus_ipcache_value *entry)
+{
+	return entry && (entry->flags & (ISTHMUS_IPCACHE_CNI | ISTHMUS_IPCACHE_NODE)) == ISTHMUS_IPCACHE_CNI;
+}
+
+/*
+ * Whether a packet by the underlay is the CNI's and not ours: between pods of this
+ * host's own Kubernetes cluster, between these and its nodes, and between pods and what
+ * is not in the mesh, which not every CNI masquerades. A host of the cluster that is no
+ * node may have a route of its own to the pods; their way to it is the mesh's.
+ */
+static __always_inline bool is_left_to_cni(const struct isthmus_ipcache_value *from,
+					   const struct isthmus_ipcache_value *to)
+{
+	if (is_pod(to) && (!from || from->flags & ISTHMUS_IPCACHE_CNI ||
+			   (from->flags & ISTHMUS_IPCACHE_NODE && from->cluster_id == config.cluster_id)))
+		return true;
+	return is_pod(from) && (!to || to->flags & ISTHMUS_IPCACHE_CNI);
+}
+
 /*
  * Whether a packet may come from the node at @endpoint. Where the underlay leads
  * to it directly, the sender is who has its link-layer address; one whose address
@@ -480,7 +500,8 @@ static __always_inline bool may_come_from(struct __sk_buff *skb, const struct is
 /*
  * On the underlay devices of a host that has nodes it talks to without a tunnel.
  * The sender's identity is that of the source address. What is neither to nor
- * from an address of the mesh goes by untouched, to programs of others too.
+ * from an address of the mesh, and what is the CNI's, goes by untouched, to programs
+ * of others too.
  */
 SEC("tc")
 int underlay_ingress(struct __sk_buff *skb)
@@ -508,6 +529,8 @@ int underlay_ingress(struct __sk_buff *skb)
 	is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
 	/* To the host itself everything comes by the underlay; only replies of workloads are ours. */
 	if (to_underlay && (!(is_native || is_inside) || entry->flags & ISTHMUS_IPCACHE_NODE))
+		return TC_ACT_UNSPEC;
+	if (is_left_to_cni(entry, ipcache_lookup(&seen.dst)))
 		return TC_ACT_UNSPEC;
 	if (!is_native) {
 		if (is_icmp_error(skb, &ip))
@@ -537,7 +560,7 @@ int underlay_ingress(struct __sk_buff *skb)
  * natively only for where that is agreed, whatever became of routes and rules, that
  * nothing at all leaves in clear for what is behind WireGuard, and that nobody on this
  * host sends in another node's name. Packets that are only forwarded are not ours: a
- * host may be its site's router.
+ * host may be its site's router; neither are those of the CNI.
  */
 SEC("tc")
 int underlay_egress(struct __sk_buff *skb)
@@ -560,6 +583,8 @@ int underlay_egress(struct __sk_buff *skb)
 		is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
 		/* From host to host everything goes by the underlay. */
 		if (ip.saddr == here->underlay4 && (!is_inside || entry->flags & ISTHMUS_IPCACHE_NODE))
+			return TC_ACT_UNSPEC;
+		if (is_left_to_cni(ipcache_lookup(&source), entry))
 			return TC_ACT_UNSPEC;
 		if (is_inside)
 			return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);

@@ -982,6 +982,7 @@ def _ipcache_value(entry: IpcacheEntry) -> bytes:
         | (abi.IPCACHE_ENCRYPTED if entry.is_encrypted else 0)
         | (abi.IPCACHE_NATIVE if entry.is_native else 0)
         | (abi.IPCACHE_INSIDE if entry.is_inside else 0)
+        | (abi.IPCACHE_CNI if entry.is_cni else 0)
     )
     return abi.IPCACHE_VALUE.pack(tunnel, entry.identity, entry.cluster_id, flags)
 
@@ -1061,7 +1062,8 @@ def _value_words(name: str, value: bytes) -> str:
         kind = " node" if flags & abi.IPCACHE_NODE else " fixed" if flags & abi.IPCACHE_FIXED else ""
         closed = " encrypted" if flags & abi.IPCACHE_ENCRYPTED else ""
         native = " native" if flags & abi.IPCACHE_NATIVE else " inside" if flags & abi.IPCACHE_INSIDE else ""
-        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}{native}"
+        cni = " cni" if flags & abi.IPCACHE_CNI else ""
+        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}{native}{cni}"
     if name == "workloads":
         addr4, addr6 = abi.WORKLOAD_VALUE.unpack(value)
         return str(abi.unpack_address(addr4 if addr4 != abi.NO_ADDRESS else addr6))

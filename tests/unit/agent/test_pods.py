@@ -94,8 +94,8 @@ def test_pods_of_this_node_are_local_with_their_identity() -> None:
     assert found.pods.identities == {addr("10.244.1.5"): FIRST + 50}
     datapath = found.datapath
     assert datapath.local[addr("10.244.1.5")] == FIRST + 50
-    assert datapath.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None)
-    assert datapath.ipcache[net("10.244.2.7/32")] == IpcacheEntry(FIRST + 51, 1, addr("198.18.1.12"))
+    assert datapath.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None, is_cni=True)
+    assert datapath.ipcache[net("10.244.2.7/32")] == IpcacheEntry(FIRST + 51, 1, addr("198.18.1.12"), is_cni=True)
     assert addr("10.244.2.7") not in datapath.local
     assert datapath.addresses == {SOURCE, addr("10.101.0.2")}, "pods' addresses are the CNI's"
     assert not found.refused
@@ -315,7 +315,7 @@ def test_no_peer_takes_an_address_of_our_pods() -> None:
         put(items, wire.IPIdentityPair(claimed, (2 << 16) + 1, "198.18.2.11"), "cloud")
     put(items, wire.IPIdentityPair("10.244.0.0", (2 << 16) + 1, "198.18.2.11", prefix_length=15), "cloud")
     found = compute(items).datapath
-    assert found.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None)
+    assert found.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None, is_cni=True)
     assert {each for each in found.ipcache if each.overlaps(net("10.244.0.0/16"))} == {
         net("10.244.1.5/32"),
         net("10.244.2.7/32"),
