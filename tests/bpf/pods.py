@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two Kubernetes nodes of two clusters, or of one: pods are network namespaces behind a bridge, as the standard bridge CNI makes
-them, with its masquerading, kube-proxy's mark and a NodePort. What the datapath should be comes from the agent's own
-`desired`, out of documents as a registrar publishes them."""
+"""Two Kubernetes nodes of two clusters, or of one: pods are network namespaces behind a bridge, as the standard bridge
+CNI makes them, with its masquerading, kube-proxy's mark and a NodePort. What the datapath should be comes from the
+agent's own `desired`, out of documents as a registrar publishes them."""
 
 from __future__ import annotations
 
