@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The overlay: tc programs on the collect-metadata VXLAN device, one on the
- * WireGuard device that its packets come through from some peers, and two on
- * the underlay devices where packets go without a tunnel to some.
+ * The overlay: tc programs on the collect-metadata VXLAN device, on the WireGuard
+ * device that its packets go through to some peers, and on the underlay devices
+ * where packets go without a tunnel to some.
  *
  * The numeric identity of the sender travels in the VNI (Cilium's format).
  * What is not IPv4 is dropped and counted: the device is NOARP and no neighbour
@@ -423,6 +423,24 @@ int wireguard_ingress(struct __sk_buff *skb)
 			return drop(skb, is_overlay ? ISTHMUS_DROP_NOT_LOCAL_DEST : reason);
 	}
 	skb->mark = skb->ifindex == device->second ? ISTHMUS_MARK_DECRYPTED_SECOND : ISTHMUS_MARK_DECRYPTED;
+	return TC_ACT_OK;
+}
+
+/*
+ * Nothing goes into WireGuard with an address that is not ours, as nothing does over the
+ * overlay: a pod that is not published, or whatever a host's own rules made of a source.
+ */
+SEC("tc")
+int wireguard_egress(struct __sk_buff *skb)
+{
+	struct isthmus_addr source;
+	struct iphdr ip;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+		return TC_ACT_OK;	/* allowed IPs have no such address */
+	source = addr_from_v4(ip.saddr);
+	if (!bpf_map_lookup_elem(&local, &source))
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_SOURCE);
 	return TC_ACT_OK;
 }
 

@@ -30,7 +30,7 @@ from bpf.topology import InsideError, Node, capture, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.agent.kernel import HostKernel
 from isthmus_agent.netlink import wireguard
-from isthmus_mesh import wire
+from isthmus_mesh import keys, wire
 from isthmus_mesh.spec import NodeSpec
 
 Both = tuple[KubernetesNode, KubernetesNode]
@@ -76,9 +76,9 @@ def _published(each: KubernetesNode, publics: dict[str, str]) -> None:
 class Estate:
     """Both nodes, with agents' kernels."""
 
-    def __init__(self, both: Both, keys: dict[str, Path], stack: contextlib.ExitStack) -> None:
+    def __init__(self, both: Both, private: dict[str, Path], stack: contextlib.ExitStack) -> None:
         self.both = both
-        self.keys = keys
+        self.private = private
         self.kernels: dict[str, HostKernel] = {}
         for each in both:
             each.node.call(_room_for_sockets)
@@ -97,7 +97,7 @@ class Estate:
         (other,) = [one.spec.cluster.site for one in self.both if one is not each]
         own = document["cluster"]["site"]
         document["wireguard"] = {
-            "key": str(self.keys[each.name]),
+            "key": str(self.private[each.name]),
             "port": 51871,
             "plain_sites": [own] if own != other else [],
             "sites": SITES,
@@ -132,15 +132,15 @@ class Estate:
 def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands") -> Iterator[Estate]:
     with contextlib.ExitStack() as stack:
         both = stack.enter_context(kubernetes_nodes(load=False, one_cluster=one_cluster))
-        keys, publics = {}, {}
+        private, publics = {}, {}
         for each in both:
-            keys[each.name] = tmp_path / each.name
-            made_key = subprocess.run(["wg", "genkey"], check=True, capture_output=True, text=True).stdout
-            keys[each.name].write_text(made_key)
-            publics[each.name] = wireguard.public_key(str(keys[each.name]))
+            private[each.name] = tmp_path / each.name
+            key = subprocess.run(["wg", "genkey"], check=True, capture_output=True, text=True).stdout
+            private[each.name].write_text(key)
+            publics[each.name] = wireguard.public_key(str(private[each.name]))
         for each in both:
             _published(each, publics)
-        made = Estate(both, keys, stack)
+        made = Estate(both, private, stack)
         for each in both:
             made.stage(each, stage)
         yield made
@@ -283,6 +283,8 @@ def test_a_node_port_with_a_remote_backend_sends_as_the_node(
     client = left.process(left.pods[1])
     for address in (left.gateway, left.node.underlay):
         assert _ask(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert _ask(right.node.process(), left.node.underlay, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert _ask(right.node.process("web"), left.node.mesh, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
     assert (right.pods[0].address, 6) in _identities(right)
     assert drops() == NOTHING
 
@@ -394,6 +396,26 @@ def test_what_comes_in_clear_with_an_address_of_the_mesh_is_dropped_and_counted(
 def _mac(node: Node) -> str:
     shown = node.call(subprocess.run, ["ip", "-j", "link", "show", "eth0"], capture_output=True, text=True)
     return str(json.loads(shown.stdout)[0]["address"])
+
+
+def test_a_pod_that_is_not_published_neither_sends_nor_receives(
+    made: Estate, drops: Callable[[], list[dict[str, int]]]
+) -> None:
+    left, right = made.both
+    pod = left.pods[1]
+    key = keys.ip_key(pod.address)
+    published = left.documents.pop(key)
+    made.apply(left)
+    try:
+        send = "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{}', 9000))"
+        left.process(pod).do(send.format(right.node.mesh))
+        wait_for(lambda: drops() == [{"not_local_source": 1}, {}], "its packet is dropped at home")
+        right.node.process().do(send.format(pod.address))
+        wait_for(lambda: drops()[0].get("not_local_dest") == 1, "what comes for it is dropped")
+    finally:
+        left.documents[key] = published
+        made.apply(left)
+    assert _ask(left.process(pod), right.node.workload, 9000) == f"b-web {pod.address}"
 
 
 def test_pods_from_pools_of_the_cni_are_reached_one_by_one(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def ipcache(
                     is_encrypted=tunnel in encrypted,
                     is_native=tunnel in native,
                     is_inside=tunnel in inside,
-                    is_cni=ours and is_pod_range(spec, network),
+                    is_cni=ours and isinstance(network, IPv4Network) and is_pod_range(spec, network),
                 )
         some = [node for node in nodes if (node.cluster == spec.cluster.name) == ours]
         found.update(_of_nodes(spec, some, encrypted))

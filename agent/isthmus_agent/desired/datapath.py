@@ -161,8 +161,9 @@ other marks that are ours are in bpf/include/abi.h."""
 class BarePods:
     """Packets of this host's pods and its own range come and go without a tunnel by `devices` of WireGuard, as they do
     over the overlay. What kube-proxy masquerades there has the host's address in the mesh, `mesh`, as these devices
-    have none. Replies of pods to what was sent to one of `underlay`, the host's own addresses there (a NodePort), leave
-    as the underlay does, by the mark MASQUERADED: the overlay's program, which sees to that, is not on their way."""
+    have none. Replies to what was sent to one of `underlay`, the host's own addresses there, and led to a pod or a
+    backend elsewhere (a NodePort), leave as the underlay does, by the mark MASQUERADED: the overlay's program, which
+    sees to that, is not on their way, and what came out of WireGuard would go back there by its mark."""
 
     devices: tuple[str, ...]
     mesh: IPv4Address

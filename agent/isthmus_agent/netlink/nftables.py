@@ -74,6 +74,7 @@ _HOOK_PREROUTING, _HOOK_FORWARD, _HOOK_POSTROUTING = 0, 2, 4
 _ACCEPT = 1
 _REGISTER = 1
 _META_MARK, _META_IN, _META_OUT = 3, 6, 7
+_CT_DIRECTION = 1
 _CT_SOURCE, _CT_DESTINATION = 19, 20  # of IPv4
 _CT_ORIGINAL, _CT_REPLY = 0, 1
 _SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
@@ -221,9 +222,11 @@ def _bare_rules(bare: BarePods) -> Iterator[_Rule]:
     for address in sorted(bare.underlay):
         yield _rule(
             _PREROUTING,
-            f"replies of pods to what came to {address}",
-            _is_local(_SOURCE),
-            _connection(_CT_DESTINATION, _CT_ORIGINAL) + _compare(address.packed),
+            f"replies of backends to what came to {address}",
+            _expression("ct", _number(1, _REGISTER), _number(2, _CT_DIRECTION)),
+            _compare(bytes((_CT_REPLY,))),
+            _connection(_CT_DESTINATION, _CT_ORIGINAL),
+            _compare(address.packed),
             _mark(MASQUERADED),
         )
     for name in bare.devices:
