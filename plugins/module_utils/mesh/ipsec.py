@@ -550,11 +550,11 @@ def guard(own: Mapping[str, Any]) -> str | None:
     near_gateways = gateways_of(own)
     if not far or not (local or near_gateways):
         return None
-    hops = ", ".join(near_gateways)
+    hops = _listed(near_gateways)
     near_set, far_set = ", ".join(own["networks"]), ", ".join(far)
     if local:
         ports = ", ".join(str(port) for port in IPSEC_PORTS)
-        gateways = ", ".join(sorted({one["remote"] for one in connections}))
+        gateways = _listed({one["remote"] for one in connections})
         out = f"ip saddr {local} ip daddr {{ {gateways} }} udp sport {{ {ports} }} accept"
         back = f"ip saddr {{ {gateways} }} ip daddr {local} udp dport {{ {ports} }} accept"
         chains = [
@@ -600,6 +600,11 @@ def guard(own: Mapping[str, Any]) -> str | None:
     # One transaction: at no moment the table is not there.
     lines = [f"table ip {GUARD}", f"delete table ip {GUARD}", *_block(f"table ip {GUARD}", [*sets, *chains])]
     return _HEADER + "\n".join(lines) + "\n"
+
+
+def _listed(addresses: Iterable[str]) -> str:
+    """As the program nft lists a set, so that what it says can be compared with what it was given."""
+    return ", ".join(sorted(addresses, key=IPv4Address))
 
 
 # What somebody else sets
