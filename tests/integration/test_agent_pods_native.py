@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from bpf.pods import NAMES, KubernetesNode, kubernetes_nodes, spec_document
-from bpf.test_pods import _ask, _serve
-from bpf.test_pods_native import MESH, _seen
+from bpf.reaching import dial, serve
+from bpf.test_pods_native import MESH, listed
 from bpf.topology import InsideError, capture, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_wireguard import FIRST, PORT, Host, hold, new_key
@@ -76,7 +76,7 @@ def estate(tmp_path: Path) -> Iterator[Estate]:
                 hosts.append(make(each, tmp_path / cluster, pairs[cluster][0], publics))
                 hosts[-1].start_wireguard()
                 hosts[-1].daemon.start()
-            _serve(nodes)
+            serve(nodes)
             yield Estate(nodes, hosts)
         finally:
             for host in hosts:
@@ -90,10 +90,10 @@ def test_pods_are_native_inside_wireguard_whatever_restarts(estate: Estate, tmp_
 
     def both_ways() -> None:
         pod, far = left.pods[0].address, right.pods[0].address
-        assert _ask(client, far, 8080) == f"b-pod0 {pod}"
-        assert _ask(client, right.node.workload, 9000) == f"b-web {pod}"
-        assert _ask(back, left.node.workload, 9000) == f"a-web {far}"
-        assert _ask(back, left.node.underlay, 9000) == f"a-underlay {far}"
+        assert dial(client, far, 8080) == f"b-pod0 {pod}"
+        assert dial(client, right.node.workload, 9000) == f"b-web {pod}"
+        assert dial(back, left.node.workload, 9000) == f"a-web {far}"
+        assert dial(back, left.node.underlay, 9000) == f"a-underlay {far}"
 
     file = tmp_path / "wire.pcap"
     with capture(left.node, file):
@@ -116,8 +116,8 @@ def test_pods_are_native_inside_wireguard_whatever_restarts(estate: Estate, tmp_
         both_ways()
         a.kill_wireguard()
         with pytest.raises(InsideError):
-            _ask(client, right.pods[0].address, 8080)
+            dial(client, right.pods[0].address, 8080)
         a.start_wireguard(FIRST)
         wait_for(lambda: a.encryption()["state"] == "encrypted", "there is a session again")
         both_ways()
-    assert _seen(file, *MESH) == []
+    assert listed(file, *MESH) == []
