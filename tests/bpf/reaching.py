@@ -72,3 +72,13 @@ def on_one_node(here: KubernetesNode) -> None:
     assert dial(client, here.node.underlay, 9000) == f"{name}-underlay {pod.address}"
     assert dial(here.node.process("web"), pod.address, 8080) == f"{name}-pod0 {here.node.workload}"
     assert dial(here.node.process(), pod.address, 8080) == f"{name}-pod0 {here.gateway}"
+
+
+def outlives_reloads(near: KubernetesNode, far: KubernetesNode) -> None:
+    """A pod's connection to a workload, and new ones, while the CNI writes its rules anew."""
+    client = near.process(near.pods[0])
+    client.do(f"old = socket.create_connection(('{far.node.workload}', 9000), 5); result = line(old)")
+    for _ in range(3):
+        near.cni()
+        assert client.do("old.sendall(b'x?'); result = line(old)")
+        assert dial(client, far.node.workload, 9000) == f"{far.node.name}-web {near.pods[0].address}"

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pytest
 from bpf.pods import CLUSTER_IP, HOST_PORT, NODE_PORT, OUTSIDE, REMOTE_NODE_PORT, KubernetesNode, kubernetes_nodes
-from bpf.reaching import Both, dial, every_way, identities, no_drops, on_one_node, serve, serve_in_pods
+from bpf.reaching import (
+    Both,
+    dial,
+    every_way,
+    identities,
+    no_drops,
+    on_one_node,
+    outlives_reloads,
+    serve,
+    serve_in_pods,
+)
 from bpf.topology import PATIENCE, TCP, InsideError, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.agent.kernel import HostKernel
@@ -147,12 +157,7 @@ def test_a_host_port_is_reached_from_the_mesh_and_from_elsewhere(both: Both, mas
 def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> None:
     left, right = both
     serve(both)
-    client = left.process(left.pods[0])
-    client.do(f"old = socket.create_connection(('{right.node.workload}', 9000), 5); result = line(old)")
-    for _ in range(3):
-        left.cni()
-        assert client.do("old.sendall(b'x?'); result = line(old)")
-        assert dial(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    outlives_reloads(left, right)
     no_drops(both)
 
 

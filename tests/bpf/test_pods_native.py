@@ -24,7 +24,7 @@ from bpf.pods import (
     kubernetes_nodes,
     spec_document,
 )
-from bpf.reaching import Both, dial, every_way, identities, no_drops, on_one_node, serve
+from bpf.reaching import Both, dial, every_way, identities, no_drops, on_one_node, outlives_reloads, serve
 from bpf.test_native import RAW
 from bpf.topology import InsideError, Node, capture, wait_for
 from isthmus_agent import netlink
@@ -63,7 +63,7 @@ def _is_ready() -> bool:
     return shown.returncode == 0
 
 
-def _published(each: KubernetesNode, publics: dict[str, str]) -> None:
+def publish_keys(each: KubernetesNode, publics: dict[str, str]) -> None:
     """The nodes' keys in what a node knows."""
     for key, value in each.documents.items():
         if "/nodes/" in key:
@@ -138,7 +138,7 @@ def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands") ->
             private[each.name].write_text(key)
             publics[each.name] = wireguard.public_key(str(private[each.name]))
         for each in both:
-            _published(each, publics)
+            publish_keys(each, publics)
         made = Estate(both, private, stack)
         for each in both:
             made.stage(each, stage)
@@ -291,12 +291,7 @@ def test_flows_and_new_connections_survive_reloads_of_the_others(
     both: Both, drops: Callable[[], list[dict[str, int]]]
 ) -> None:
     left, right = both
-    client = left.process(left.pods[0])
-    client.do(f"old = socket.create_connection(('{right.node.workload}', 9000), 5); result = line(old)")
-    for _ in range(3):
-        left.cni()
-        assert client.do("old.sendall(b'x?'); result = line(old)")
-        assert dial(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    outlives_reloads(left, right)
     assert drops() == NOTHING
 
 

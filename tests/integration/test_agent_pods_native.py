@@ -7,18 +7,17 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from bpf.pods import NAMES, KubernetesNode, kubernetes_nodes, spec_document
 from bpf.reaching import dial, serve
-from bpf.test_pods_native import MESH, listed
+from bpf.test_pods_native import MESH, listed, publish_keys
 from bpf.topology import InsideError, capture, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_wireguard import FIRST, PORT, Host, hold, new_key
 from isthmus_agent.cli.client import ask
-from isthmus_mesh import wire
 from isthmus_mesh.spec import spec_hash
 
 pytestmark = pytest.mark.root
@@ -55,11 +54,7 @@ def make(each: KubernetesNode, directory: Path, private: str, publics: dict[str,
     document["workloads"][0]["cgroup"] = {"path": "web"}
     document["hash"] = spec_hash(document)
     (directory / "node.json").write_text(json.dumps(document))
-    for name, value in each.documents.items():
-        if "/nodes/" in name:
-            node = wire.Node.from_json(value)
-            known = replace(node, wireguard_public_key=publics[node.cluster], encryption_key=255)
-            each.documents[name] = known.to_json().encode()
+    publish_keys(each, publics)
     host = hold(each.node, cluster, directory, private)
     host.publish(each.documents)
     return host
@@ -68,9 +63,9 @@ def make(each: KubernetesNode, directory: Path, private: str, publics: dict[str,
 @pytest.fixture
 def estate(tmp_path: Path) -> Iterator[Estate]:
     pairs = {cluster: new_key() for cluster in SITES}
-    publics = {cluster: public for cluster, (_, public) in pairs.items()}
     hosts: list[Host] = []
     with kubernetes_nodes(load=False) as nodes:
+        publics = {each.name: pairs[cluster][1] for each, cluster in zip(nodes, SITES, strict=True)}
         try:
             for each, cluster in zip(nodes, SITES, strict=True):
                 hosts.append(make(each, tmp_path / cluster, pairs[cluster][0], publics))
