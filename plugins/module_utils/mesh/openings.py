@@ -243,6 +243,22 @@ def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: b
     return [str(network) for network in collapse_addresses(map(IPv4Network, found))]
 
 
+def needs_routes(own: Mapping[str, Any]) -> bool:
+    """Whether packets come to a host, by its spec as JSON, natively in clear, so that the network has to lead them."""
+    sites = own["native"]["sites"].values() if own.get("native") else ()
+    return any(native(own, site) is not Stage.PLAIN and encrypts(own, site) is not Stage.DEMANDS for site in sites)
+
+
+def pods_at(document: Mapping[str, Any], sites: Collection[str]) -> list[str]:
+    """Ranges of a cluster's pods that lie behind its hosts at some sites: all of them where all of its nodes are there,
+    so that a node that comes is in them as well, else what is known of these nodes (`pod_cidrs`)."""
+    nodes = [entry for entry in document["hosts"].values() if "kubernetes_node" in entry]
+    here = [entry for entry in nodes if entry["site"] in sites]
+    if here and len(here) == len(nodes):
+        return pod_ranges(document)
+    return [text for entry in here for text in entry.get("pod_cidrs", ())]
+
+
 def _members(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (document["hosts"][name] for name in document["etcd"]["members"] if name in document["hosts"])
 

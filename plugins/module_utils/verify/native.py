@@ -6,12 +6,16 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import json
+from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import packets
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.echoes import echoed, unanswered
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
 BY_THE_NETWORK = (
@@ -100,9 +104,38 @@ def check_native_way(verifier: Verifier) -> None:
                 f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. "
                 + (THROUGH_WIREGUARD if openings.encrypts(installed, site) is Stage.DEMANDS else BY_THE_NETWORK),
             )
+    _check_pods(verifier, source, {key for key, site in expected.items() if _goes_in_clear(installed, site)} - tried)
     # One of each site tells enough, and rather one that tells something.
     unreached.sort(key=lambda one: (one["site"], not one["sure"]))
     verifier.unreached = [next(of_site) for _site, of_site in itertools.groupby(unreached, lambda one: one["site"])]
+
+
+def _goes_in_clear(installed: Mapping[str, Any], site: str) -> bool:
+    """Whether the network is to lead packets to hosts of a site, and none are sent so yet."""
+    return openings.native(installed, site) is Stage.ACCEPTS and openings.encrypts(installed, site) is not Stage.DEMANDS
+
+
+def _check_pods(verifier: Verifier, source: str, nodes: Collection[tuple[str, str]]) -> None:
+    """A pod on each of these nodes: the network may know the way to a node and not that to its pods. One that does not
+    answer through the tunnel either proves nothing, as a network policy may forbid echoes."""
+    if not nodes:
+        return
+    told = verifier.bundle("isthmus_agent.cli.client").ask(verifier.SOCKET, "/v1/pods")
+    for one in told["others"]:
+        if (one["cluster"], one["node"]) not in nodes:
+            continue
+        words = ""
+        for address in one["addresses"]:
+            # A pod's own device may carry less than the way to its node, which the first packet learns.
+            words = _reach_natively(verifier, source, address) and _reach_natively(verifier, source, address)
+            if not words:
+                break
+        verifier.check(
+            "routing",
+            not words or echoed(source, one["addresses"], verifier.timeout / 3),
+            f"pods on {one['node']} of cluster {one['cluster']} ({', '.join(one['addresses'])}) are not reached "
+            f"natively, and through the tunnel they are: {words}. {BY_THE_NETWORK}",
+        )
 
 
 def _try_natively(verifier: Verifier, stage: Stage, source: str, target: str) -> tuple[str, bool]:
