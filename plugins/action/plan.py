@@ -55,7 +55,7 @@ class ActionModule(ActionBase):
                 "exposed": {"type": "dict", "default": {}},
                 "try_native": {"type": "bool", "default": False},
                 "keys": {"type": "dict", "default": {}},
-                "pods": {"type": "dict", "default": {}},
+                "pods": {"type": "dict"},
                 "basis": {"type": "dict"},
                 "proofs": {"type": "list", "elements": "dict", "default": []},
                 "version": {"type": "str"},
@@ -92,7 +92,7 @@ class ActionModule(ActionBase):
                 options["try_native"],
                 _proofs(plain(options["proofs"], "proofs")),
                 plain(options["keys"], "keys"),
-                plain(options["pods"], "pods"),
+                None if options["pods"] is None else plain(options["pods"], "pods"),
             )
             refuse_foreign_services(
                 found.services,

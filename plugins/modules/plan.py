@@ -87,9 +87,9 @@ options:
   pods:
     description:
       - Ranges that Kubernetes deals pods' addresses from on the hosts in RV(routed), lists by host, as
-        M(isthmus.mesh.kubernetes_probe) found them. Of others those of the record count.
+        M(isthmus.mesh.kubernetes_probe) found them. Of others those of the record count. When it is given, hosts are
+        warned of whose ranges nobody knows.
     type: dict
-    default: {}
   proofs:
     description:
       - The proofs of the run so far of which way packets can go between sites with C(routing=auto), as the filter

@@ -84,7 +84,7 @@ def test_nodes_that_are_native_in_clear_have_their_pods_ranges_in_the_record(tmp
     assert (early["host"], early["kubeconfig"], early.get("seen")) == ("b1", "/kube/a", None)
     assert len(late["seen"]) == 3
     assert known() == {"a1": ["10.244.1.0/24"], "a2": ["10.244.2.0/24"]}
-    assert "which of 10.244.0.0/16 are pods' ranges on a3 (cluster a) is not known yet" in " ".join(said(first).split())
+    assert "which of 10.244.0.0/16 are pods' ranges on a3 (cluster a) is not known, so" in " ".join(said(first).split())
     # A node has got its range: a plan tells it, a run knows it.
     (tmp_path / "pods").write_text(json.dumps({f"a{number}": [f"10.244.{number}.0/24"] for number in (1, 2, 3)}))
     told = said(site.run(name="plan"))

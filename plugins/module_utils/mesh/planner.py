@@ -120,7 +120,8 @@ def plan(
     tried again. `proofs` are those of the run so far: a run plans again after each, from all that its first plan was
     made from and with its `now`, so that what it has done is planned as it was. `keys` are public keys of WireGuard by
     host and UDP port, as they were found on hosts now (`Plan.keyed`, `record`). `pods` are the ranges that Kubernetes
-    deals pods' addresses from on hosts that are its nodes, as it says now (`Plan.routed`, `record`).
+    deals pods' addresses from on hosts that are its nodes, as it says now (`Plan.routed`, `record`); None: it was not
+    asked, else of those that neither it nor the record knows is a warning.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
     return _Planner(
@@ -136,7 +137,7 @@ def plan(
         try_native,
         proofs,
         keys or {},
-        pods or {},
+        pods,
     ).run()
 
 
@@ -155,7 +156,7 @@ class _Planner:
         try_native: bool,
         proofs: auto.Proofs,
         keys: Mapping[str, Mapping[str, str]],
-        pods: Mapping[str, Sequence[str]],
+        pods: Mapping[str, Sequence[str]] | None,
     ) -> None:
         self.record = record
         self.keys = keys
@@ -285,7 +286,7 @@ class _Planner:
             self.now,
             self.exposed,
             self.keys,
-            self.pods,
+            self.pods or {},
         )
         documents = {}
         for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
@@ -316,12 +317,13 @@ class _Planner:
             }
             yield from nodes
             unknown = [host for host, entry in nodes.items() if "pod_cidrs" not in entry]
-            if unknown:
+            if unknown and self.pods is not None:
                 self.warnings.append(
                     f"which of {', '.join(pod_ranges(document))} are pods' ranges on {', '.join(unknown)} (cluster "
-                    f"{cluster}) is not known yet, so that routers, BGP and VPCs of their site have no routes to pods. "
-                    "Next: isthmus.mesh.site asks Kubernetes before it changes anything; where it has no podCIDRs, as "
-                    "the CNI has pools of its own, the CNI must tell the network, unless all hosts are on one subnet"
+                    f"{cluster}) is not known, so that neither routers nor BGP nor a VPC get routes to pods there. Next: "
+                    "if Kubernetes could not be asked (Pending says why), run again when it answers; if its nodes have "
+                    "no podCIDRs, as the CNI has pools of its own, have the CNI tell the network, unless all hosts are "
+                    "on one subnet"
                 )
 
     # Sites to which nobody outside opens anything
