@@ -274,8 +274,9 @@ def only_encrypted(
 
 
 def with_strays(state: MeshState, nodes: tuple[Remote, ...]) -> tuple[Remote, ...]:
-    """Native nodes with the addresses of theirs that lie in no node's range of their cluster: where the CNI has pools
-    of its own, routes and WireGuard have to know each of them."""
+    """Native nodes with the addresses of theirs that lie in no node's range of their cluster, in clear also in another
+    one's: where the CNI has pools of its own, routes and WireGuard, which takes no address from two nodes, have to know
+    each of them."""
     holders = {
         (node.cluster, str(address)): number
         for number, node in enumerate(nodes)
@@ -285,13 +286,14 @@ def with_strays(state: MeshState, nodes: tuple[Remote, ...]) -> tuple[Remote, ..
     if not holders:
         return nodes
     dealt = _dealt(nodes)
+    own = {number: _dealt([nodes[number]]).get(nodes[number].cluster, {}) for number in set(holders.values())}
     found: dict[int, list[IPv4Network]] = {}
     for (cluster, text), pair in state.ips.items():
         number = holders.get((cluster, pair.host_ip))
         if number is None or "/" in text or ":" in text:
             continue
         address = IPv4Address(text)
-        if not _is_dealt(address, dealt[cluster]):
+        if not _is_dealt(address, own[number] if nodes[number].takes_native else dealt[cluster]):
             found.setdefault(number, []).append(IPv4Network(address))
     if not found:
         return nodes

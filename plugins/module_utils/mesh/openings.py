@@ -49,7 +49,8 @@ TABLE = (
     ),
     Row(
         "all of IP",
-        "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other",
+        "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other, and of pods "
+        "where Kubernetes nodes are",
         "those ranges, at their hosts",
         "native packets, where they are not inside WireGuard ([routing.md](routing.md))",
     ),

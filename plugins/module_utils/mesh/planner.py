@@ -320,10 +320,10 @@ class _Planner:
             if unknown and self.pods is not None:
                 self.warnings.append(
                     f"which of {', '.join(pod_ranges(document))} are pods' ranges on {', '.join(unknown)} (cluster "
-                    f"{cluster}) is not known, so that neither routers nor BGP nor a VPC get routes to pods there. Next: "
-                    "if Kubernetes could not be asked (Pending says why), run again when it answers; if its nodes have "
-                    "no podCIDRs, as the CNI has pools of its own, have the CNI tell the network, unless all hosts are "
-                    "on one subnet"
+                    f"{cluster}) is not known, so that neither routers nor BGP nor a VPC get routes to pods there. "
+                    "Next: if Kubernetes could not be asked (Pending says why), run again when it answers; if its "
+                    "nodes have no podCIDRs, as the CNI has pools of its own, have the CNI tell the network, unless "
+                    "all hosts are on one subnet"
                 )
 
     # Sites to which nobody outside opens anything

@@ -258,6 +258,17 @@ def test_of_a_hybrid_site_only_its_own_hosts_have_rules_for_pods() -> None:
     assert keep.bare.networks == {net("10.101.0.16/28"), net("10.101.0.32/28")}
 
 
+def test_pods_of_pools_have_routes_to_where_they_are_whoevers_range_they_are_in() -> None:
+    items = documents()
+    put(items, wire.IPIdentityPair("10.102.0.17", (2 << 16) + 1, "198.18.2.11"), "cloud")
+    items[keys.node_key("cloud", "cloud-2", cached=True)] = mesh.node("cloud", 2).to_json().encode()
+    assert mesh.node("cloud", 2).ipv4_alloc_cidr == net("10.102.0.16/28")
+    found = in_clear(items, cloud="demands").datapath
+    way = {"mtu": 1500, "table": 730}
+    assert Route(net("10.102.0.16/28"), SOURCE, toward=addr("198.18.2.12"), **way) in found.routes  # type: ignore[arg-type]
+    assert Route(net("10.102.0.17/32"), SOURCE, toward=addr("198.18.2.11"), **way) in found.routes  # type: ignore[arg-type]
+
+
 def test_a_machine_reaches_pods_natively_in_clear() -> None:
     found = in_clear(documents(), kube_spec("onprem-3", is_node=False), onprem="demands").datapath
     for number in (1, 2):
