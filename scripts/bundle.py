@@ -30,6 +30,7 @@ BUILD = ROOT / "build"
 BUNDLES = BUILD / "bundle"
 COLLECTIONS = BUILD / "collections"
 AGENT_REQUIREMENTS = ROOT / "requirements" / "agent.txt"
+INSTALL = ROOT / "scripts" / "bundle_install.py"
 # What a collection consists of (the rest of the repository is for those who work on it).
 SHIPPED = ("meta", "plugins", "roles", "playbooks", "extensions", "docs", "inventories", "changelogs", "LICENSES")
 SHIPPED_FILES = ("README.md", "LICENSE", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "galaxy.yml")
@@ -217,11 +218,6 @@ def own_wheel(version: str) -> Path:
 # --- the bundle ----------------------------------------------------------------------------------
 
 
-def requirement_line(wheel: Path) -> str:
-    name, version = wheel.name.split("-")[:2]
-    return f"{name.replace('_', '-')}=={version} --hash=sha256:{sha256(wheel)}\n"
-
-
 def make_bundle(arch: str, python: str) -> None:
     """One archive in build/bundle, and its line in bundle.json; nothing when it is there from the same inputs."""
     version = project_version()
@@ -229,7 +225,7 @@ def make_bundle(arch: str, python: str) -> None:
     library = libbpf(arch)
     members: dict[str, bytes] = {f"wheels/{wheel.name}": wheel.read_bytes() for wheel in wheels}
     members["lib/libbpf.so.1"] = library.read_bytes()
-    members["requirements.txt"] = "".join(requirement_line(wheel) for wheel in wheels).encode()
+    members["install.py"] = INSTALL.read_bytes()
     total = hashlib.sha256()
     for name, content in sorted(members.items()):
         total.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())

@@ -46,7 +46,6 @@ PACKAGES = (
     "libelf1",  # libbpf needs it
     "nftables",
     "python3",
-    "python3-venv",
     "wireguard-tools",
     "zlib1g",
 )
@@ -120,13 +119,9 @@ def install(root: Path, entry: dict[str, Any], version: str) -> str:
     with tarfile.open(BUNDLES / entry["archive"]) as archive:
         archive.extractall(payload)  # noqa: S202 - we made it
     chroot = ("chroot", str(root), "/usr/bin/env", "-i", "PATH=/usr/bin:/bin", "PYTHONHASHSEED=0", "LC_ALL=C.UTF-8")
-    run(*chroot, f"/usr/bin/python{PYTHON}", "-m", "venv", home)
+    run(*chroot, f"/usr/bin/python{PYTHON}", "-m", "venv", "--without-pip", home)
     python = f"{home}/bin/python"
-    run(
-        *(*chroot, python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"),
-        *("--no-index", "--no-cache-dir", "--no-warn-script-location", "--find-links", "/payload/wheels"),
-        *("--require-hashes", "--requirement", "/payload/requirements.txt"),
-    )
+    run(*chroot, python, "/payload/install.py")
     shutil.copyfile(payload / "lib" / "libbpf.so.1", root / home.lstrip("/") / "lib" / "libbpf.so.1")
     shutil.copyfile(payload / "bundle.json", root / home.lstrip("/") / "bundle.json")
     # The root file system of a container is read-only: what is not compiled here is compiled at every start. By hash,

@@ -169,7 +169,7 @@ def alone(module):
                     module.fail_json(
                         msg=f"Another process has been installing a bundle in {bundle.ROOT} of {platform.node()} for "
                         f"{PATIENCE} s: of another run, or of one that died. Nothing was changed. Next: look there for "
-                        "a pip that does not end (`ps -ef`), end it, and run again."
+                        "an install.py that does not end (`ps -ef`), end it, and run again."
                     )
                 time.sleep(0.2)
         yield
@@ -190,16 +190,8 @@ def install(module, home, interpreter, sha256):
     with tempfile.TemporaryDirectory(dir=module.tmpdir) as payload:
         with tarfile.open(module.params["archive"]) as archive:
             archive.extractall(payload)  # noqa: S202 - its sha256 is the manifest's
-        run(module, [interpreter, "-m", "venv", home], "make the virtual environment")
-        run(
-            module,
-            [
-                *(home + "/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"),
-                *("--no-index", "--no-cache-dir", "--no-warn-script-location", "--find-links", payload + "/wheels"),
-                *("--require-hashes", "--requirement", payload + "/requirements.txt"),
-            ],
-            "install the bundle's wheels",
-        )
+        run(module, [interpreter, "-m", "venv", "--without-pip", home], "make the virtual environment")
+        run(module, [home + "/bin/python", payload + "/install.py"], "install the bundle's wheels")
         os.makedirs(home + "/lib", exist_ok=True)
         shutil.copyfile(payload + "/lib/libbpf.so.1", home + "/lib/libbpf.so.1")
         os.chmod(home + "/lib/libbpf.so.1", 0o644)
