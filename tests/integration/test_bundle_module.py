@@ -57,6 +57,8 @@ def test_two_installations_at_once_make_one_whole_environment(tmp_path: Path) ->
     modules = {path.relative_to(packages) for path in packages.rglob("*.py")}
     compiled = {path.parent.parent / f"{path.name.split('.')[0]}.py" for path in packages.rglob("*.pyc")}
     assert {packages / path for path in modules} == compiled
-    done = subprocess.run([str(tmp_path / "isthmus"), "--help"], capture_output=True, text=True, check=False)
+    assert (tmp_path / "isthmus").read_text().startswith(f"#!/opt/isthmus/{home.name}/bin/python\n")
+    command = [str(home / "bin" / "python"), str(tmp_path / "isthmus"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "datapath" in done.stdout, done.stderr
     assert run_module("bundle", arguments, places=places)["changed"] is False
