@@ -257,7 +257,8 @@ def test_before_packets_go_natively_a_pod_of_each_node_has_to_be_reached_so(
     monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, _route: {"others": others, "pods": None})
     natively: set[str] = set()
     through: set[str] = set()
-    mesh = {entry["mesh4"] for name, entry in host.plan.record["clusters/onprem"]["hosts"].items()}
+    entries = host.plan.record["clusters/onprem"]["hosts"]
+    mesh = {entry["mesh4"] for entry in entries.values()}
 
     def reach(_verifier: Verifier, _source: str, target: str) -> str:
         return "" if target in natively | mesh else "no answer"
@@ -273,6 +274,11 @@ def test_before_packets_go_natively_a_pod_of_each_node_has_to_be_reached_so(
         native_checks.check_native_way(verifier)
         return verifier.problems
 
+    through |= {"10.244.2.5"}
+    assert found() == [], "machines have no pods"
+    for name, entry in entries.items():
+        entry["kubernetes_node"] = name
+    through.clear()
     assert found() == [], "neither way: a network policy may forbid it"
     through |= {"10.244.1.6", "10.244.2.5", "10.244.3.5"}
     natively |= {"10.244.1.5"}

@@ -224,10 +224,13 @@ def _hidden(own: Mapping[str, Any], site: str) -> bool:
     return Stage.DEMANDS in (encrypts(own, site), native(own, site))
 
 
-def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False) -> list[str]:
+def native_sources(
+    own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False, dealt: bool = False
+) -> list[str]:
     """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order: those of
-    hosts and, where some are Kubernetes nodes, of their cluster's pods, which only Kubernetes deals to nodes. What is
-    `outside` the host does not see those inside WireGuard."""
+    hosts and, where some are Kubernetes nodes, of their cluster's pods, which only Kubernetes deals to nodes, with
+    `dealt` those of them that it is known to have dealt. What is `outside` the host does not see those inside
+    WireGuard."""
     here = own["node"]["range4"]
     found: list[str] = []
     for document in documents_of(record).values():
@@ -239,7 +242,10 @@ def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: b
             and not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)
         ]
         found += [entry["range4"] for entry in entries]
-        if any(entry.get("kubernetes_node") for entry in entries):
+        nodes = [entry for entry in entries if entry.get("kubernetes_node")]
+        if dealt:
+            found += [text for entry in nodes for text in entry.get("pod_cidrs", ())]
+        elif nodes:
             found += pod_ranges(document)
     return [str(network) for network in collapse_addresses(map(IPv4Network, found))]
 

@@ -32,7 +32,7 @@ def check_bgp(verifier: Verifier) -> None:
         lacks = [network for network in ranges if network not in sent]
         verifier.check("bgp", not lacks, f"router {address} is not sent {', '.join(lacks)}, but {sent}; {SITE}")
         received += frr.routes(verifier.module, address, "routes")
-    wanted = openings.native_sources(verifier.spec, verifier.record, outside=True)
+    wanted = openings.native_sources(verifier.spec, verifier.record, outside=True, dealt=True)
     unknown = uncovered(wanted, received)
     if unknown and len(lacking) < len(own["routers"]):
         verifier.warnings.append(

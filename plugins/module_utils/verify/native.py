@@ -75,8 +75,8 @@ def check_native_way(verifier: Verifier) -> None:
     with open(verifier.NODE, encoding="utf-8") as file:
         installed = json.load(file)
     source = installed["node"]["mesh4"]
-    places = {
-        (cluster, name): entry["mesh4"]
+    entries = {
+        (cluster, name): entry
         for cluster, document in openings.documents_of(verifier.record).items()
         for name, entry in document["hosts"].items()
     }
@@ -89,7 +89,7 @@ def check_native_way(verifier: Verifier) -> None:
     unreached = []
     with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
         asked = {
-            key: pool.submit(_try_natively, verifier, openings.native(installed, site), source, places[key])
+            key: pool.submit(_try_natively, verifier, openings.native(installed, site), source, entries[key]["mesh4"])
             for key, site in expected.items()
         }
         for (cluster, name), site in expected.items():
@@ -104,13 +104,18 @@ def check_native_way(verifier: Verifier) -> None:
                 f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. "
                 + (THROUGH_WIREGUARD if openings.encrypts(installed, site) is Stage.DEMANDS else BY_THE_NETWORK),
             )
-    _check_pods(verifier, source, {key for key, site in expected.items() if _goes_in_clear(installed, site)} - tried)
+    nodes = {
+        key
+        for key, site in expected.items()
+        if "kubernetes_node" in entries[key] and _is_to_go_in_clear(installed, site)
+    }
+    _check_pods(verifier, source, nodes)
     # One of each site tells enough, and rather one that tells something.
     unreached.sort(key=lambda one: (one["site"], not one["sure"]))
     verifier.unreached = [next(of_site) for _site, of_site in itertools.groupby(unreached, lambda one: one["site"])]
 
 
-def _goes_in_clear(installed: Mapping[str, Any], site: str) -> bool:
+def _is_to_go_in_clear(installed: Mapping[str, Any], site: str) -> bool:
     """Whether the network is to lead packets to hosts of a site, and none are sent so yet."""
     return openings.native(installed, site) is Stage.ACCEPTS and openings.encrypts(installed, site) is not Stage.DEMANDS
 

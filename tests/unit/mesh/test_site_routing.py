@@ -120,6 +120,10 @@ def test_routers_are_told_of_pods_when_kubernetes_has_said_where_they_are() -> N
     assert told["onprem", "10.244.0.0/16"]["like"] == ["198.18.2.9", "198.18.2.10"]
     assert not any(one["to"].startswith("10.244") for one in first.routes if one["site"] == "cloud")
     assert told["onprem", "10.244.0.0/16"] in first.routes, "known from the inventory"
+    # A firewall lets all pods in, whichever node they are on; routers know those of nodes.
+    for dealt, ranges in ((False, {"10.244.0.0/16"}), (True, {"10.244.1.0/24", "10.244.2.0/24"})):
+        sources = openings.native_sources(found.specs["o1"], found.record, outside=True, dealt=dealt)
+        assert {text for text in sources if text.startswith("10.244")} == ranges
     # What was found stays, also where Kubernetes is not asked.
     again = with_nodes(found, **ON, pods={})
     assert (again.record, again.routes, again.warnings) == (found.record, found.routes, ())
