@@ -366,7 +366,8 @@ class EtcdClient:
     takes up to `timeout` seconds per endpoint. Calls that may be repeated safely go once around all endpoints; a
     transaction, a member change and the like are tried once, because after a lost answer nobody knows whether it was
     done. Raises the errors of `kvstore.errors`, OSError for unreadable PEM files. `last_header` is that of the latest
-    answer. `max_receive`: bytes of one answer; EtcdTooLarge for a larger one.
+    answer; `answers` is set by an answer, and cleared by a call that finds nobody. `max_receive`: bytes of one answer;
+    EtcdTooLarge for a larger one.
     """
 
     def __init__(
@@ -392,7 +393,7 @@ class EtcdClient:
         self._connections: dict[str, _Connection] = {}
         self._retired: set[_Connection] = set()
         self._stamp_checked = clock()
-        self._answers = asyncio.Event()
+        self.answers = asyncio.Event()
         self.last_header: Header | None = None
 
     async def __aenter__(self) -> EtcdClient:
@@ -407,10 +408,6 @@ class EtcdClient:
     def endpoint(self) -> str:
         """The endpoint that the next call goes to first."""
         return self.endpoints[self._current % len(self.endpoints)]
-
-    async def answered(self) -> None:
-        """Return when etcd answers a call of this client: at once, unless the latest one found nobody."""
-        await self._answers.wait()
 
     async def close(self) -> None:
         """Close all connections; calls under way end with an error."""
@@ -486,10 +483,10 @@ class EtcdClient:
             except grpc.aio.AioRpcError as error:
                 failure = error_of(endpoint, what, error.code(), error.details() or "")
                 if isinstance(failure, EtcdUnavailable):
-                    self._answers.clear()
+                    self.answers.clear()
                 raise failure from None
         self.last_header = _checked_header(endpoint, what, answer)
-        self._answers.set()
+        self.answers.set()
         return answer
 
     async def _call(

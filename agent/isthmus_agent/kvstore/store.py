@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from .client import INACTIVITY_TIMEOUT, PAGE, PROGRESS_INTERVAL, EtcdClient, KeyValue, RangeResult, WatchBatch
 from .errors import EtcdChanged, EtcdError, EtcdTooLarge, EtcdUnavailable
-from .tasks import end, within
+from .tasks import end, wait_set
 
 log = logging.getLogger(__name__)
 
@@ -245,8 +245,7 @@ class PrefixStore:
         most of `max_delay`. The jitter that stays is for etcd, which all agents find again at the same time.
         """
         until = self._clock() + delay
-        with contextlib.suppress(asyncio.TimeoutError):
-            await within(self.client.answered(), delay)
+        await wait_set(self.client.answers, delay)
         return min(max(until - self._clock(), 0.0), random.uniform(0, _TOGETHER))  # noqa: S311 - jitter, no secret
 
     def _lost(self, error: EtcdError) -> None:
