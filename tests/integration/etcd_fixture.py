@@ -44,12 +44,15 @@ _GIVEN: set[int] = set()
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on and that this process did not give away before.
+    """A TCP port of loopback that nobody listens on and that no process of this run of the tests gave away before.
 
-    Below the ports that the kernel gives to outgoing connections, any of which could take it before its server does.
+    Below the ports that the kernel gives to outgoing connections, any of which could take it before its server does;
+    each of pytest-xdist's workers has its own share of them for the same reason.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        port = random.randrange(15000, 32000)  # noqa: S311 - no secret
+        port = random.randrange(15000 + worker, 32000, workers)  # noqa: S311 - no secret
         with socket.socket() as sock:
             try:
                 sock.bind(("127.0.0.1", port))
