@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n?", re.DOTALL)
 KINDS = ("x509", "x509ca", "private")
 SYSCTLS = "/proc/sys/net/ipv4"
+KERNEL, USER_SPACE = "kernel", "user space"
+"""Who does ESP."""
 FORWARDING, ACCEPTS_REDIRECTS = "ip_forward", "conf/all/accept_redirects"
 
 
@@ -44,6 +46,7 @@ class Gateway:
         self.given = secrets
         self.names = [ipsec.name_of(one) for one in self.connections]
         self.renewed = False  # certificates, or the authorities that are trusted
+        self.kernel = False  # does ESP
 
     def swanctl(self, *words: str, must: bool = True) -> str:
         code, out, err = self.module.run_command([strongswan.SWANCTL, *words])
@@ -87,7 +90,7 @@ class Gateway:
                 if (kind, os.path.basename(path)) not in wanted:
                     self.renewed |= self.changes.absent(path, secret=kind == "private")
         differs = self.renewed
-        conf = ipsec.swanctl_conf(self.connections, counts)
+        conf = ipsec.swanctl_conf(self.connections, counts, self.kernel)
         differs |= self.changes.file(strongswan.CONNECTIONS, conf)
         secrets = self.secrets()
         if secrets is None:
@@ -111,21 +114,15 @@ class Gateway:
         lacking = strongswan.packages(gateway=True)
         for name in lacking:
             self.changes.note(f"package {name}", "", "installed")
-        if not self.module.check_mode:
-            if lacking:
-                packages.install(self.module, lacking, "install strongSwan by hand")
-            if not os.path.exists(strongswan.TUN) and self.module.get_bin_path(
-                "modprobe", opt_dirs=["/usr/sbin", "/sbin"]
-            ):
-                self.module.run_command(["modprobe", "tun"])
-            if not os.path.exists(strongswan.TUN):
-                self.module.fail_json(
-                    msg=f"{strongswan.TUN} is not there, so strongSwan cannot make its device. Nothing was changed of "
-                    "the gateway. Next: load the module tun; in a container, let it have that device"
-                )
+        if lacking and not self.module.check_mode:
+            packages.install(self.module, lacking, "install strongSwan by hand")
+        self.kernel = strongswan.kernel_does_esp(self.module)
+        if not self.kernel and not self.module.check_mode:
+            self.check_tun()
         check_addresses(self.module, self.own["networks"])
         forward(self.module, self.changes, self.systemd, self.own["local"])
-        settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf())
+        settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf(self.kernel))
+        settings |= self.interfaces()
         differs = self.files()
         state = self.systemd.show([strongswan.UNIT])[strongswan.UNIT]
         if state.get("UnitFileState") != "enabled" or state.get("ActiveState") != "active" or settings:
@@ -138,12 +135,59 @@ class Gateway:
                 self.systemd.run("enable", "--quiet", strongswan.UNIT)
                 self.systemd.run("restart", strongswan.UNIT)  # reads all that there is
             return
+        if self.kernel:
+            self.follow()
         missing = set(self.names) - strongswan.loaded(self.swanctl("--list-conns"))
         if missing and not differs:
             self.changes.note("strongSwan's connections", "", "\n".join(sorted(missing)))
         if (missing or differs) and not self.module.check_mode:
             self.load(before)
         self.begin(strongswan.established(self.swanctl("--list-sas")))
+
+    def check_tun(self) -> None:
+        if not os.path.exists(strongswan.TUN) and self.module.get_bin_path("modprobe", opt_dirs=["/usr/sbin", "/sbin"]):
+            self.module.run_command(["modprobe", "tun"])
+        if not os.path.exists(strongswan.TUN):
+            self.module.fail_json(
+                msg=f"{strongswan.TUN} is not there, so strongSwan cannot make its device. Nothing was changed of "
+                "the gateway. Next: load the module tun; in a container, let it have that device"
+            )
+
+    def interfaces(self) -> bool:
+        """Those of ESP in the kernel, made when strongSwan begins; in user space it makes its device itself, which has
+        the same name. Answers whether strongSwan has to begin anew."""
+        unit = units.Units.path(strongswan.ROUTES_UNIT)
+        if self.kernel:
+            self.changes.directory(os.path.dirname(strongswan.DROP_IN))
+            found = [
+                self.changes.file(
+                    strongswan.INTERFACES, ipsec.interfaces_script(self.own, strongswan.INTERFACES), mode=0o755
+                ),
+                self.changes.file(strongswan.DROP_IN, drop_in()),
+                self.changes.file(unit, routes_unit()),
+            ]
+            if any(found) and not self.module.check_mode:
+                self.systemd.run("daemon-reload")
+                self.systemd.run("enable", "--quiet", strongswan.ROUTES_UNIT)
+            return any(found)
+        if os.path.exists(unit) and not self.module.check_mode:
+            self.systemd.run("disable", "--now", "--quiet", strongswan.ROUTES_UNIT)
+        if os.path.exists(strongswan.INTERFACES) and not self.module.check_mode:
+            self.module.run_command([strongswan.INTERFACES, "end"])
+        found = [self.changes.absent(path) for path in (strongswan.DROP_IN, unit, strongswan.INTERFACES)]
+        if any(found) and not self.module.check_mode:
+            self.systemd.run("daemon-reload")
+        return any(found)
+
+    def follow(self) -> None:
+        """The routes' unit runs, which begins with strongSwan."""
+        state = self.systemd.show([strongswan.ROUTES_UNIT])[strongswan.ROUTES_UNIT]
+        if state.get("UnitFileState") != "enabled" or state.get("ActiveState") != "active":
+            was = f"{state.get('UnitFileState') or 'absent'}, {state.get('ActiveState')}"
+            self.changes.note(f"unit {strongswan.ROUTES_UNIT}", was, "enabled, active")
+            if not self.module.check_mode:
+                self.systemd.run("enable", "--quiet", strongswan.ROUTES_UNIT)
+                self.systemd.run("restart", strongswan.ROUTES_UNIT)
 
     def begin(self, there: Mapping[str, set[str]]) -> None:
         """A tunnel that the other side refused is not asked for again by strongSwan."""
@@ -187,6 +231,7 @@ class Gateway:
         for kind in KINDS:
             gone += [self.changes.absent(path, secret=kind == "private") for path in ours(kind)]
         gone.append(self.changes.absent(strongswan.SETTINGS))
+        self.interfaces()
         if any(gone) and not self.module.check_mode:
             for name in sorted(before):
                 self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
@@ -195,7 +240,9 @@ class Gateway:
 
 def left() -> bool:
     """Whether there is anything here that `apply` made."""
-    places = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, units.Units.path(strongswan.GUARD_UNIT))
+    own = (strongswan.ROUTES_UNIT, strongswan.GUARD_UNIT)
+    files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES, strongswan.DROP_IN)
+    places = (*files, *(units.Units.path(name) for name in own))
     return any(os.path.lexists(path) for path in places)
 
 
@@ -303,6 +350,44 @@ def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
             )
 
 
+def drop_in() -> str:
+    """For strongSwan's unit: its interfaces are there while it is, as its device in user space would be."""
+    return f"""\
+# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
+[Service]
+ExecStartPre=-{strongswan.INTERFACES} begin
+ExecStopPost=-{strongswan.INTERFACES} end
+"""
+
+
+def routes_unit() -> str:
+    return f"""\
+# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
+[Unit]
+Description=Isthmus mesh: routes into the tunnels between gateways
+Documentation=https://github.com/isthmus-mesh/isthmus
+After={strongswan.UNIT}
+PartOf={strongswan.UNIT}
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart={strongswan.INTERFACES} follow
+Restart=always
+RestartSec=1
+CapabilityBoundingSet=CAP_NET_ADMIN
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateDevices=yes
+PrivateTmp=yes
+RestrictAddressFamilies=AF_UNIX AF_NETLINK
+
+[Install]
+WantedBy={strongswan.UNIT}
+"""
+
+
 def check_near(module: AnsibleModule, via: str) -> None:
     """The rules know a gateway as the next hop, and nothing else could keep a router in between from another way."""
     code, out, _err = module.run_command(["ip", "-json", "route", "get", via])
@@ -377,8 +462,9 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
 
 def apply(
     module: AnsibleModule, changes: Changes, section: Mapping[str, Any] | None, secrets: Mapping[str, str]
-) -> list[str]:
-    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels.
+) -> tuple[list[str], str | None]:
+    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels, and who does
+    ESP on a gateway, None on other hosts.
 
     Fails the module with words when it cannot be so."""
     own = section or {"far": {}}
@@ -396,4 +482,5 @@ def apply(
         gateway.remove()
     if text is None:
         guard(module, changes, systemd, None)
-    return gateway.names
+    does_esp = KERNEL if gateway.kernel else USER_SPACE
+    return gateway.names, does_esp if own.get("local") else None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""WireGuard between two real `isthmusd` processes on two nodes, by `wireguard-go`, with no etcd anywhere. What is on
-the wire is looked at with tcpdump on the veth pair between the nodes."""
+"""WireGuard between two real `isthmusd` processes on two nodes, by `wireguard-go` or, on the stock kernel, by the
+kernel, with no etcd anywhere. What is on the wire is looked at with tcpdump on the veth pair between the nodes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 import agent_mesh as mesh
 import pytest
 from bpf.topology import Inside, Node, bare_nodes, capture, wait_for
+from integration import kernel_devices
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
 from integration.test_agent_native import PING
@@ -70,6 +71,8 @@ class Host:
         ).stdout
 
     def start_wireguard(self, device: str = FIRST) -> None:
+        if kernel_devices.STOCK:
+            return  # the agent makes it
         self.programs[device] = subprocess.Popen(
             self.inside("wireguard-go", "-f", device),
             stdout=subprocess.DEVNULL,
@@ -352,8 +355,9 @@ def test_traffic_is_encrypted_also_at_full_size(both: Pair, tmp_path: Path) -> N
 def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
     both.dial()
     status = both.a.daemon.status()
+    implementation = "kernel" if kernel_devices.STOCK and kernel_devices.makes("wireguard") else "wireguard-go"
     assert status["wireguard"] == {
-        "implementation": "wireguard-go",
+        "implementation": implementation,
         "device": "isthmus-wg0",
         "public_key": public_of(both.a.private),
         "port": PORT,
@@ -366,7 +370,7 @@ def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
     assert (found["state"], found["reason"]) == ("encrypted", None)
     assert found["handshake_age"] < 180
     shown = text.status(status)
-    assert f"wireguard  wireguard-go, UDP {PORT}, public key {public_of(both.a.private)} made " in shown
+    assert f"wireguard  {implementation}, UDP {PORT}, public key {public_of(both.a.private)} made " in shown
     assert ", 1 peer" in shown
     assert "encrypted, handshake" in shown
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two sites with a gateway or two each, by real strongSwan with ESP in user space: namespaces are the gateways, a host
-of each site and the network between them, on which tcpdump sees what goes there."""
+"""Two sites with a gateway or two each, by real strongSwan with ESP in the kernel or, where that has none, in user
+space: namespaces are the gateways, a host of each site and the network between them, on which tcpdump sees what goes
+there."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 from bpf.topology import wait_for
+from integration import kernel_devices
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import pki
 from isthmus_agent.agent.tunnels import given_up
@@ -55,6 +57,8 @@ ADDRESSES = {
 GATEWAYS = ("o1", "o2", "c1", "c2")
 """Of sites with two."""
 ROUTER = {"198.18.1": "198.18.1.254", "198.18.2": "198.18.2.254"}
+KERNEL = kernel_devices.makes("xfrm", "dev", "lo", "if_id", "1")
+"""It does ESP."""
 SYSTEMCTL = Path(__file__).with_name("fake_gateway_systemctl.py")
 
 _ECHO = """
@@ -110,6 +114,8 @@ class Machine:
     holder: subprocess.Popen[bytes]
     place: Path
     spec: dict[str, Any] = field(default_factory=dict)
+    esp: str | None = None
+    """Who does it, as the module said."""
 
     def words(self, *command: str) -> list[str]:
         return ["nsenter", "-t", str(self.holder.pid), "-n", "-m", *command]
@@ -143,13 +149,15 @@ class Machine:
         self.spec = spec
         path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
         before = str(self.place / "ipsec-before.json")
-        return run_module(
+        result = run_module(
             "ipsec",
             {"spec": spec, **options},
             check=check,
             places={"strongswan.BEFORE": before},
             inside=self.words("env", f"PATH={path}"),
         )
+        self.esp = result.get("esp")
+        return result
 
     def lead(self, routes: Collection[Route], rules: Collection[Rule]) -> None:
         """These routes and rules, as the agent makes them."""
@@ -354,6 +362,12 @@ def established(net: Net) -> bool:
     return net["o1"].tunnel() and net["c1"].tunnel()
 
 
+def leads_out(one: Machine, kind: str) -> bool:
+    """Whether there is a route into the tunnels, by a device of this kind."""
+    there = one.run("ip", "-d", "link", "show", "ipsec0", check=False).stdout
+    return f" {kind} " in there and "dev ipsec0" in one.run("ip", "route", "show", "table", "220", check=False).stdout
+
+
 def again(net: Net) -> bool:
     """Packets of hosts pass, with what the agent of the gateway that begins does until then."""
     net["c1"].ask_again()
@@ -369,6 +383,10 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
 
     net.apply(found)
     wait_for(lambda: established(net), "the tunnel", 15)
+    for name in ("o1", "c1"):
+        kind = "xfrm" if KERNEL else "tun"
+        wait_for(partial(leads_out, net[name], kind), f"a route into a device of {kind}", 15)
+        assert net[name].esp == ("kernel" if KERNEL else "user space")
     assert net["o2"].echo("c2") == "", "as before"
     assert net["o1"].echo("c1", 1400) == "", "packets of the full size between the gateways"
     net.apply(found, 1)
@@ -380,6 +398,8 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         for here, there in (("o2", "c2"), ("o2", "c1"), ("o1", "c2"), ("c1", "o1"), ("c2", "o2")):
             assert net[here].echo(there, 1400) == "", (here, there)
     assert in_clear(after) == 0
+    # 64 bytes around a packet of 1400, and Ethernet's 14 (docs/ipsec.md).
+    assert (packets(after, "greater 1478") > 0, packets(after, "greater 1479")) == (True, 0)
 
     # Whatever routes there are: neither hosts nor gateways send beside the tunnel.
     net["o2"].run("ip", "route", "del", "198.18.2.0/24")
@@ -390,6 +410,15 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
             assert net[here].echo(there) != "", (here, there)
     assert in_clear(closed) == 0
 
+    if KERNEL:
+        # Neither is anything sent by an interface without a tunnel: the kernel has no policy for it.
+        net["o1"].run("/etc/isthmus/ipsec-interfaces", "begin")
+        net["o1"].run("ip", "route", "add", "198.18.2.0/24", "dev", "ipsec0")
+        with net.capture() as closed:
+            assert net["o1"].echo("c2") != ""
+        net["o1"].run("/etc/isthmus/ipsec-interfaces", "end")
+        assert packets(closed, "icmp") == 0
+        assert in_clear(closed) == 0
     net["o1"].run("systemctl", "start", "strongswan.service")
     net.lead("o2", "c2")
     wait_for(lambda: again(net), "the tunnel is back by itself", 20)
@@ -413,9 +442,13 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     for name in ("o1", "o2"):
         assert net[name].run("nft", "list", "ruleset").stdout.strip() == ""
         left = net[name].run(
-            "sh", "-c", "ls /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/*.nft", check=False
+            "bash",
+            "-c",
+            "ls -d /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/ip* /etc/systemd/system/{i*,*/isthmus*}",
+            check=False,
         )
         assert left.stdout.strip() == ""
+        assert "ipsec" not in net[name].run("ip", "link").stdout
 
 
 def test_pre_shared_keys_and_what_is_said_when_the_sides_differ(net: Net) -> None:

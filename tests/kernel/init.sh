@@ -12,4 +12,5 @@ for module in /modules/*.ko; do /bin/busybox insmod "$module"; done
 /bin/busybox mount -t overlay -o lowerdir=/host,upperdir=/layer/upper,workdir=/layer/work root /new
 # shellcheck source=/dev/null
 . /settings
-exec /bin/busybox switch_root /new /bin/sh "$ROOT/tests/kernel/guest.sh" "$ROOT" "$BIN" "$MODULES"
+# shellcheck disable=SC2086
+exec /bin/busybox switch_root /new /bin/sh "$ROOT/tests/kernel/guest.sh" "$ROOT" "$BIN" "$MODULES" $TESTS

@@ -4,6 +4,8 @@ and netfilter are given."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -373,6 +375,37 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
     assert "cacerts = isthmus-cloud.pem\n" in passive
     assert "cacerts = isthmus-cloud.pem,isthmus-cloud.1.pem\n" in ipsec.swanctl_conf(certified, {"cloud": 2})
     assert "start_action = none" in passive
+
+
+def test_with_esp_in_the_kernel_each_of_two_tunnels_has_its_own_way_in() -> None:
+    """As the kernel has one policy for the same networks and interface, and it names one of the gateways."""
+    gateway = changed(more=MORE, **TWO).specs["o1"]["ipsec"]
+    text = ipsec.swanctl_conf(gateway["connections"], kernel=True)
+    assert re.findall(r"if_id_in = (\d+)", text) == ["73", "74"]
+    assert re.findall(r"if_id_out = (\d+)", text) == ["73", "73"], "what is sent goes by the newest of them"
+    assert text.count("set_mark_out = 0x53") == 2
+    assert "if_id" not in ipsec.swanctl_conf(gateway["connections"])
+    assert "load = no" in ipsec.strongswan_conf(kernel=True)
+    assert "allow_peer_ts" not in ipsec.strongswan_conf(kernel=True)
+    rules = ipsec.guard(gateway) or ""
+    assert 'iifname "ipsec0" accept' in rules
+    assert 'iifname "isthmus-ipsec1" accept' in rules
+    alone = ipsec.guard(changed(**ON).specs["o1"]["ipsec"]) or ""
+    assert "isthmus-ipsec1" not in alone
+
+
+def test_the_interfaces_script_is_one_that_bash_reads() -> None:
+    text = ipsec.interfaces_script(changed(more=MORE, **TWO).specs["o1"]["ipsec"], "/etc/isthmus/x")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert "# usage: /etc/isthmus/x begin | end | follow\n" in text
+    for line in (
+        "ip link add ipsec0 type xfrm dev lo if_id 73",
+        "ip link add isthmus-ipsec1 type xfrm dev lo if_id 74",
+        "ip link set ipsec0 mtu 1400 addrgenmode none",
+    ):
+        assert f"    {line}\n" in text
+    assert "dev ipsec0 proto static src 198.18.1.1 table 220\n" in text
+    assert '($2 == "0x49" || $2 == "0x4a")' in text
 
 
 def test_a_gateway_that_was_stolen_is_trusted_no_more_and_what_it_led_to_stays_closed() -> None:
