@@ -40,9 +40,13 @@ class Run:
     hosts: dict[str, Recap]
 
     @property
-    def changed(self) -> dict[str, int]:
-        """Hosts that changed, with how many tasks did."""
-        return {name: recap.changed for name, recap in self.hosts.items() if recap.changed}
+    def changed(self) -> dict[str, list[str]]:
+        """Hosts that changed, with the tasks that did."""
+        found: dict[str, list[str]] = {name: [] for name, recap in self.hosts.items() if recap.changed}
+        for task in re.split(r"^(?:TASK|RUNNING HANDLER) \[", self.output, flags=re.M)[1:]:
+            for name in sorted(set(re.findall(r"^changed: \[(\S+?)(?: -> \S+)?\]", task, re.M)).intersection(found)):
+                found[name].append(task.splitlines()[0].rstrip("* ").removesuffix("]"))
+        return found
 
     def problems(self, host: str) -> str:
         """The message of a host's failed task, in one line; "" when none failed."""

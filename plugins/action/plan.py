@@ -16,20 +16,19 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp, ipse
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.address_plan import with_fixes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.auto import Verdict
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Pair, pair
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.forgetting import Forget
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import (
-    Forget,
-    Plan,
-    plan,
-    refuse_foreign_services,
-    refuse_other_version,
-)
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import Plan, plan
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import (
     Record,
     RecordError,
     format_time,
     merge,
     parse_time,
+)
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.refusals import (
+    refuse_foreign_services,
+    refuse_other_version,
 )
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.batches import SerialError, serial_of, split
 from ansible_collections.isthmus.mesh.plugins.plugin_utils.bundles import collection_version

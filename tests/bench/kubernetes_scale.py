@@ -235,6 +235,7 @@ async def bench(directory: Path) -> None:
                 write = await writes(kube)
                 say(f"cold start until all is published: {cold:.1f} s")
                 say(f"baseline: {plain:.1f} s to read all of it and {write:.1f} s to write as many keys")
+                say(f"ratio: {cold / (plain + write):.1f} times the baseline")
                 say(f"its processor time: {used:.1f} s")
                 watched, wrote = await changes(kube, api, access)
                 for what, figures in (("API call to a bare watch (baseline)", watched), ("event to etcd's key", wrote)):

@@ -97,7 +97,7 @@ def test_a_site_behind_a_translation_opens_everything_itself(estate: Estate, tmp
     estate.converged()
     wanted = variant(tmp_path / "wanted", behind)
     shown = " ".join(play("plan", inventory=wanted).output.split())
-    assert "site edge: its hosts open all sessions themselves" in shown
+    assert "site edge: new, its hosts open all sessions themselves" in shown
     wire = Wire(estate, tmp_path)
     bridge = estate.lab.site(SITE).bridge
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.isthmus.mesh.plugins.modules import verify
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.pods import check_pods
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import Verifier
 from bpf.pods import CLUSTER_IP, KubernetesNode, Pod, kubernetes_nodes, spec_document
 from bpf.topology import Inside, wait_for
 from integration.etcd_fixture import Ca
@@ -129,8 +130,8 @@ def namespaces_of_pods(estate: Estate, tmp_path: Path, monkeypatch: pytest.Monke
         source = f"/proc/{os.getpid()}/fd/{pod.netns}"
         subprocess.run(["mount", "--bind", source, place / f"cni-{number}"], check=True)
     monkeypatch.setattr(namespaces, "paths", lambda: sorted(place.iterdir()))
-    monkeypatch.setattr(verify, "SOCKET", estate.daemon.socket)
-    monkeypatch.setattr(verify, "PAUSE", 0.1)
+    monkeypatch.setattr(Verifier, "SOCKET", estate.daemon.socket)
+    monkeypatch.setattr(Verifier, "PAUSE", 0.1)
     yield
     for mounted in place.glob("cni-*"):
         subprocess.run(["umount", mounted], check=True)
@@ -145,8 +146,8 @@ def found_by_verify(estate: Estate) -> tuple[list[str], int]:
     left, right = estate.left, estate.right
     hosts = [{"name": "cloud-1", "cluster": "cloud", "mesh4": right.node.mesh}]
     spec = spec_document(left.node, left.range)
-    verifier = verify.Verifier(Module({"spec": spec, "record": {}, "services": [], "hosts": hosts, "timeout": 1}))
-    left.node.call(verifier.check_pods)
+    verifier = Verifier(Module({"spec": spec, "record": {}, "services": [], "hosts": hosts, "timeout": 1}))
+    left.node.call(check_pods, verifier)
     return verifier.problems, verifier.proofs["pods"]
 
 

@@ -24,7 +24,8 @@ from integration.etcd_fixture import Ca, require_etcd
 from integration.module_runner import ModuleFailed, run_module
 from integration.test_etcd_members import FAKE, Host
 from isthmus_agent.kvstore import EtcdError, SyncEtcd
-from isthmus_mesh.planner import Forget, Plan
+from isthmus_mesh.forgetting import Forget
+from isthmus_mesh.planner import Plan
 from unit.mesh.estates import model, planned
 
 CLUSTERS = {"o1": "onprem", "o2": "onprem", "o3": "onprem", "c1": "cloud"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from isthmus_agent import pki, revocation
-from isthmus_mesh.planner import Forget
+from isthmus_mesh.forgetting import Forget
 from playbook import Recap, recaps
 from unit.mesh.estates import estate, hosts, model, planned
 

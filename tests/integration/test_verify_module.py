@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
+from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_trouble, etcd_unit, packets
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify import agent as agent_checks
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify import host as host_checks
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
 from ansible_collections.isthmus.mesh.plugins.modules import verify
 from integration.etcd_fixture import EtcdServer
 from isthmus_agent import etcd_admin, pki, revocation
@@ -63,17 +66,17 @@ class Host:
         for name, document in self.plan.record.items():
             server.etcdctl("put", KEYS + name, json.dumps(document))
 
-    def verifier(self) -> verify.Verifier:
+    def verifier(self) -> Verifier:
         record = dict(self.plan.record)
         hosts = [{"name": HOST, "cluster": "cloud", "mesh4": self.spec["node"]["mesh4"]}]
         params = {"spec": self.spec, "record": record, "services": [], "hosts": hosts, "timeout": 3, "scope": "mesh"}
         params |= {"controller_time": None, "max_clock_skew": 120}
-        return verify.Verifier(Module(params))
+        return Verifier(Module(params))
 
     def problems(self, *kinds: str) -> list[str]:
         """All that a whole run finds, of these kinds."""
         found = self.verifier()
-        found.run()
+        verify.run(found)
         return [words for words in found.problems if words.split(":")[0] in kinds]
 
 
@@ -89,9 +92,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
 @pytest.fixture
 def host(server: EtcdServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     found = Host(server, tmp_path)
-    monkeypatch.setattr(verify, "PKI", str(found.pki))
-    monkeypatch.setattr(verify, "NODE", str(found.node))
-    monkeypatch.setattr(verify, "SOCKET", tmp_path / "agent.sock")
+    monkeypatch.setattr(Verifier, "PKI", str(found.pki))
+    monkeypatch.setattr(Verifier, "NODE", str(found.node))
+    monkeypatch.setattr(Verifier, "SOCKET", tmp_path / "agent.sock")
     try:
         yield found
     finally:
@@ -154,13 +157,13 @@ def test_a_damaged_specification_is_named(host: Host, text: str, words: str) -> 
 
 
 def test_an_etcd_that_does_not_serve_is_told_with_the_way_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify.etcd_trouble.etcd_unit, "DATA", str(host.server.data))
+    monkeypatch.setattr(etcd_unit, "DATA", str(host.server.data))
     host.server.stop()
     try:
         (words,) = host.problems("etcd")
         assert words.startswith("etcd: member c1 does not serve: ")
         assert words.endswith("Next: see `journalctl -u isthmus-etcd` there")
-        monkeypatch.setattr(verify.etcd_trouble, "SEGMENT", 1 << 62)
+        monkeypatch.setattr(etcd_trouble, "SEGMENT", 1 << 62)
         (words,) = host.problems("etcd")
         assert "The file system of" in words
     finally:
@@ -176,17 +179,17 @@ def test_an_alarm_is_told_with_the_way_back(host: Host, monkeypatch: pytest.Monk
 def test_a_clock_that_is_a_day_off_is_told(host: Host) -> None:
     found = host.verifier()
     found.module.params["controller_time"] = "2020-01-01T00:00:00Z"
-    found.check_clock()
+    host_checks.check_clock(found)
     (words,) = found.problems
     assert words.startswith("clock: The clock is ")
     assert " s ahead of the controller's" in words
 
 
 def test_what_nobody_thought_of_hides_nothing_else(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def surprise(_verifier: verify.Verifier) -> None:
+    def surprise(_verifier: Verifier) -> None:
         raise RuntimeError("a surprise")
 
-    monkeypatch.setattr(verify.Verifier, "check_certificates", surprise)
+    monkeypatch.setattr(host_checks, "check_certificates", surprise)
     host.node.write_text("[]")
     (found,) = host.problems("certificates")
     assert found.startswith("certificates: this could not be looked at to the end: RuntimeError: a surprise; ")
@@ -233,7 +236,7 @@ def test_how_the_registrar_stands_with_kubernetes_is_told(
     document = {"peers": [], "kubernetes": None if api is None else {**known, **api}}
     monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, _route: document)
     verifier = host.verifier()
-    verifier.check_kubernetes()
+    agent_checks.check_kubernetes(verifier)
     assert [found.startswith(begin) for found, begin in zip(verifier.problems, words, strict=True)] == [True] * len(
         words
     )
@@ -255,7 +258,7 @@ def test_between_batches_only_the_host_itself_is_looked_at(host: Host, monkeypat
     def found(**more: Any) -> list[str]:
         verifier = host.verifier()
         verifier.module.params |= {"scope": "host", "before": before, **more}
-        verifier.run()
+        verify.run(verifier)
         return verifier.problems
 
     host.server.etcdctl("del", "--prefix", KEYS)
@@ -275,15 +278,15 @@ def test_between_batches_only_the_host_itself_is_looked_at(host: Host, monkeypat
 
 
 def test_between_batches_a_member_that_does_not_serve_is_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dead(_verifier: verify.Verifier) -> None:
+    def dead(_verifier: Verifier) -> None:
         """Not what this is about."""
 
-    monkeypatch.setattr(verify.Verifier, "check_own_agent", dead)
+    monkeypatch.setattr(agent_checks, "check_own_agent", dead)
     member = {**host.spec["member"], "client_url": "https://127.0.0.1:1", "client_urls": {HOST: "https://127.0.0.1:1"}}
     host.node.write_text(json.dumps({**host.spec, "member": member}))
     verifier = host.verifier()
     verifier.module.params |= {"scope": "host", "before": None}
-    verifier.run()
+    verify.run(verifier)
     (words,) = verifier.problems
     assert words.startswith(f"etcd: member {HOST} does not serve: ")
 
@@ -304,7 +307,7 @@ def test_a_list_of_revoked_certificates_that_is_older_than_the_records_is_named(
         document = {**verifier.record["clusters/cloud"], **({"crl": crl} if crl else {})}
         verifier.record = {**verifier.record, "clusters/cloud": document}
         verifier.module.params |= {"scope": scope, "before": None}
-        verifier.run()
+        verify.run(verifier)
         return [words for words in verifier.problems if "revoked.crl" in words]
 
     assert found(None) == []
@@ -319,7 +322,7 @@ def test_a_list_of_revoked_certificates_that_is_older_than_the_records_is_named(
     file.write_bytes(revocation.to_der(newer, authority.pem, "here"))
     assert found(older) == found(newer) == []
     environment.write_text("")
-    assert found(newer) == [f"etcd: {environment} does not tell etcd to read {file}; {verify.SITE}"]
+    assert found(newer) == [f"etcd: {environment} does not tell etcd to read {file}; {SITE}"]
     file.write_bytes(b"no list")
     assert len(found(newer)) == 2
 
@@ -327,12 +330,12 @@ def test_a_list_of_revoked_certificates_that_is_older_than_the_records_is_named(
 def test_tcp_is_proven_by_any_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        verify.packets.knock("127.0.0.1", port, 2)
-    verify.packets.knock("127.0.0.1", port, 2)  # refused now
+        packets.knock("127.0.0.1", port, 2)
+    packets.knock("127.0.0.1", port, 2)  # refused now
 
     def silence(*_arguments: Any) -> socket.socket:
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr(verify.packets.socket, "create_connection", silence)
-    with pytest.raises(verify.packets.NoAnswer, match=f"no answer from TCP port {port}: timed out"):
-        verify.packets.knock("127.0.0.1", port, 2)
+    monkeypatch.setattr(packets.socket, "create_connection", silence)
+    with pytest.raises(packets.NoAnswer, match=f"no answer from TCP port {port}: timed out"):
+        packets.knock("127.0.0.1", port, 2)

@@ -182,3 +182,8 @@ class Fields:
 def sorted_mapping(value: Mapping[str, _T]) -> dict[str, _T]:
     """Keys in byte order, as Go marshals a map."""
     return {key: value[key] for key in sorted(value, key=lambda text: text.encode("utf-8"))}
+
+
+def filled(**entries: Any) -> dict[str, Any]:
+    """Those that say anything: a document without them stays as it was written before there were such."""
+    return {name: value for name, value in entries.items() if value}

@@ -242,6 +242,16 @@ def forgotten_hosts(documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[st
     }
 
 
+def pod_ranges(document: Mapping[str, Any]) -> list[str]:
+    """Ranges of pods in the document of a cluster; none where it is no Kubernetes cluster."""
+    return list(document.get("kubernetes", {"pod_ranges": ()})["pod_ranges"])
+
+
+def cluster_ips(document: Mapping[str, Any]) -> list[str]:
+    """The range of Kubernetes' ClusterIPs in the document of a cluster, if it is a Kubernetes cluster."""
+    return [document["kubernetes"]["service_range"]] if "kubernetes" in document else []
+
+
 def newer_schema(where: str, document: Any, roster: Any = None) -> str:
     """Why a document must be neither built on nor replaced: a newer isthmus.mesh wrote it. Empty when it may be.
 

@@ -7,8 +7,9 @@ import copy
 from datetime import datetime, timezone
 from typing import Any
 
+from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import Model, read_model
-from isthmus_mesh.planner import Forget, Plan, plan
+from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, merge
 
 VERSION = "1.0.0"

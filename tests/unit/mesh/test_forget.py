@@ -11,8 +11,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Forget, Plan
+from isthmus_mesh.planner import Plan
 from isthmus_mesh.record import RecordError, merge
 from unit.mesh.estates import NOW, estate, hosts, model, planned
 

@@ -10,8 +10,9 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
+from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Forget, Plan, plan
+from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from isthmus_mesh.spec import ClusterDocument, HostSpec, NodeSpec, SpecError, is_cluster_document, spec_hash
 from unit.mesh.estates import NOW, VERSION, estate, hosts, model

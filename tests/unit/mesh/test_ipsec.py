@@ -12,8 +12,9 @@ import pytest
 from isthmus_agent.desired import addressing
 from isthmus_mesh import ipsec, matrix, openings
 from isthmus_mesh.encryption import Stage
+from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Forget, Plan
+from isthmus_mesh.planner import Plan
 from isthmus_mesh.spec import NodeSpec, SpecError
 from unit.mesh.estates import estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from isthmus_mesh.documents import ServiceDefinition
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Plan, plan, refuse_foreign_services
+from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, merge
+from isthmus_mesh.refusals import refuse_foreign_services
 from isthmus_mesh.spec import NodeSpec, spec_hash
 from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned, web
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from isthmus_mesh import vpc
+from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import Forget, Plan, plan
+from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory

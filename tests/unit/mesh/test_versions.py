@@ -9,8 +9,9 @@ from datetime import timedelta
 import pytest
 from isthmus_mesh import versions
 from isthmus_mesh.model import ModelError
-from isthmus_mesh.planner import plan, refuse_other_version
+from isthmus_mesh.planner import plan
 from isthmus_mesh.record import Record, merge
+from isthmus_mesh.refusals import refuse_other_version
 from unit.mesh.estates import NOW, VERSION, model, planned
 
 # Section 11 of Semantic Versioning 2.0.0, and numbers that text would order wrongly.

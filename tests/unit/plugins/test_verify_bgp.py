@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import frr
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
-from ansible_collections.isthmus.mesh.plugins.modules import verify
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.bgp import check_bgp
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import Verifier
 from isthmus_mesh import bgp
 from unit.mesh import estates
 
@@ -34,13 +35,13 @@ class Host:
     def routes(self, _module: Any, router: str, kind: str) -> list[str]:
         return (self.sent if kind == "advertised-routes" else self.received).get(router, [])
 
-    def checked(self, own: Any = OWN) -> verify.Verifier:
+    def checked(self, own: Any = OWN) -> Verifier:
         params = {
             **{"spec": self.plan.specs["c1"], "record": self.plan.record, "bgp": own},
             **{"services": [], "hosts": [], "timeout": 3},
         }
-        found = verify.Verifier(SimpleNamespace(params=params))
-        found.check_bgp()
+        found = Verifier(SimpleNamespace(params=params))
+        check_bgp(found)
         return found
 
 

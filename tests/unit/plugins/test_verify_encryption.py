@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.isthmus.mesh.plugins.modules import verify
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify import encryption, verifier
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import Verifier
 from unit.mesh import estates
 
 ON = {"encryption": "wireguard"}
@@ -26,13 +27,13 @@ class Host:
         self.implementation: str | None = "kernel"
         self.greeted: list[Any] = []
         (place / "node.json").write_text(json.dumps(self.plan.specs["c1"]))
-        monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
-        monkeypatch.setattr(verify, "PAUSE", 0)
+        monkeypatch.setattr(Verifier, "NODE", str(place / "node.json"))
+        monkeypatch.setattr(Verifier, "PAUSE", 0)
         modules = {
             "isthmus_agent.cli.client": SimpleNamespace(ask=lambda _socket, _what: self.status()),
             "isthmus_agent.netlink.wireguard": SimpleNamespace(greet=lambda *words: self.greeted.append(words)),
         }
-        monkeypatch.setattr(verify, "bundle_module", lambda _module, name: modules[name])
+        monkeypatch.setattr(verifier, "bundle_module", lambda _module, name: modules[name])
 
     def status(self) -> dict[str, Any]:
         nodes = [
@@ -42,7 +43,7 @@ class Host:
         ]
         return {"nodes": nodes, "wireguard": {"implementation": self.implementation}}
 
-    def verifier(self, silent: str = "") -> verify.Verifier:
+    def verifier(self, silent: str = "") -> Verifier:
         hosts = [{"name": name, "cluster": "onprem"} for name in ("o1", "o2", "o3") if name != silent]
         params = {
             "spec": self.plan.specs["c1"],
@@ -51,16 +52,16 @@ class Host:
             "hosts": hosts,
             "timeout": 3,
         }
-        return verify.Verifier(SimpleNamespace(params=params))
+        return Verifier(SimpleNamespace(params=params))
 
     def encrypted(self, silent: str = "") -> list[str]:
         found = self.verifier(silent)
-        found.check_encrypted()
+        encryption.check_encrypted(found)
         return list(found.problems)
 
     def changing(self) -> list[str]:
         found = self.verifier()
-        found.check_changing()
+        encryption.check_changing(found)
         return list(found.problems)
 
 

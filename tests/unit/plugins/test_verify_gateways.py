@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import packets, strongswan
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
-from ansible_collections.isthmus.mesh.plugins.modules import verify
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify import gateways
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import Verifier
 from unit.mesh import estates
 from unit.mesh.test_ipsec import ON
 
@@ -33,7 +34,7 @@ class Host:
         }
         self.refused = ""
         (place / "node.json").write_text(json.dumps(self.spec))
-        monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
+        monkeypatch.setattr(Verifier, "NODE", str(place / "node.json"))
         monkeypatch.setattr(strongswan, "SWANCTL", "/bin/sh")
         monkeypatch.setattr(packets, "path_mtu", lambda *_: 1400)
         monkeypatch.setattr(packets, "echo", self.echo)
@@ -48,8 +49,8 @@ class Host:
 
     def problems(self, check: str, *arguments: object) -> list[str]:
         params = {"spec": self.spec, "record": self.plan.record, "services": [], "hosts": [], "timeout": 3}
-        found = verify.Verifier(SimpleNamespace(params=params, run_command=self.run_command))
-        getattr(found, check)(*arguments)
+        found = Verifier(SimpleNamespace(params=params, run_command=self.run_command))
+        getattr(gateways, check)(found, *arguments)
         return list(found.problems)
 
 

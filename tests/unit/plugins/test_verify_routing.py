@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import packets
-from ansible_collections.isthmus.mesh.plugins.modules import verify
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify import native, overlay, verifier
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import Verifier
 from unit.mesh import estates
 
 NATIVE = {"way": "native", "stage": "demands", "mtu": 1500}
@@ -32,15 +34,15 @@ class Host:
         self.deaf: set[str] = set()
         self.echoes: list[tuple[str, str, int, int]] = []
         (place / "node.json").write_text(json.dumps(self.plan.specs["c1"]))
-        monkeypatch.setattr(verify, "NODE", str(place / "node.json"))
+        monkeypatch.setattr(Verifier, "NODE", str(place / "node.json"))
         client = SimpleNamespace(ask=lambda _socket, _what: self.status())
-        monkeypatch.setattr(verify, "bundle_module", lambda _module, _name: client)
+        monkeypatch.setattr(verifier, "bundle_module", lambda _module, _name: client)
         monkeypatch.setattr(packets, "path_mtu", lambda _from, to, _mark=0: self.carried.get(to, 1500))
         monkeypatch.setattr(packets, "echo", self.echo)
 
     def echo(self, source: str, target: str, size: int, _timeout: float, mark: int = 0) -> None:
         self.echoes.append((source, target, size, mark))
-        if target in self.silent or (mark == verify.NATIVE_MARK and target in self.cut):
+        if target in self.silent or (mark == native.NATIVE_MARK and target in self.cut):
             raise packets.NoAnswer("no answer to 3 packets of 1500 bytes")
 
     def status(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class Host:
         ]
         return {"nodes": nodes, "wireguard": None}
 
-    def looked(self, check: str, asked: bool = True) -> Any:
+    def looked(self, check: Callable[..., None], asked: bool = True) -> Any:
         hosts = [{"name": f"o{n}", "cluster": "onprem", "mesh4": f"10.101.0.{16 * n - 15}"} for n in (1, 2, 3)]
         params = {
             "spec": self.plan.specs["c1"],
@@ -64,16 +66,16 @@ class Host:
             "hosts": hosts if asked else [],
             "timeout": 3,
         }
-        found = verify.Verifier(SimpleNamespace(params=params))
-        found.look("routing", getattr(found, check))
+        found = Verifier(SimpleNamespace(params=params))
+        found.look("routing", check)
         return found
 
-    def problems(self, check: str) -> list[str]:
-        return list(self.looked(check, asked=check == "check_native").problems)
+    def problems(self, check: Callable[..., None]) -> list[str]:
+        return list(self.looked(check, asked=check is native.check_native).problems)
 
     def unreached(self) -> Any:
         """Of hosts that it is asked for whether they are reached natively."""
-        found = self.looked("check_native_way")
+        found = self.looked(native.check_native_way)
         assert found.problems == []
         return found.unreached
 
@@ -89,12 +91,12 @@ def on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def test_every_host_is_reached_natively(host: Host) -> None:
-    assert host.problems("check_native") == []
+    assert host.problems(native.check_native) == []
 
 
 def test_a_host_that_the_tunnel_leads_to_is_named(host: Host) -> None:
     host.said["o2"] = {"way": "tunnel", "stage": "plain", "mtu": 1450}
-    (found,) = host.problems("check_native")
+    (found,) = host.problems(native.check_native)
     assert found.startswith(
         "routing: packets to o2 of cluster onprem (site onprem) do not go natively as the inventory"
     )
@@ -103,7 +105,7 @@ def test_a_host_that_the_tunnel_leads_to_is_named(host: Host) -> None:
 
 def test_a_way_whose_mtu_was_cut_is_named(host: Host) -> None:
     host.carried["10.101.0.17"] = 1400
-    (found,) = host.problems("check_native")
+    (found,) = host.problems(native.check_native)
     assert (
         "the way to o2 of cluster onprem (site onprem) carries only 1400 bytes, and the devices at both ends 1500"
         in (found)
@@ -111,16 +113,16 @@ def test_a_way_whose_mtu_was_cut_is_named(host: Host) -> None:
 
 
 def test_a_pair_on_its_way_is_not_native_yet(on_the_way: Host) -> None:
-    assert all("it is being turned on or off (accepts)" in words for words in on_the_way.problems("check_native"))
-    assert len(on_the_way.problems("check_native")) == 3
+    assert all("it is being turned on or off (accepts)" in words for words in on_the_way.problems(native.check_native))
+    assert len(on_the_way.problems(native.check_native)) == 3
 
 
 def test_before_a_step_each_host_is_reached_natively_by_packets_of_full_size(on_the_way: Host) -> None:
-    assert on_the_way.problems("check_native_way") == []
+    assert on_the_way.problems(native.check_native_way) == []
     wanted = {("10.102.0.1", f"10.101.0.{16 * n - 15}", 1500, 0x4E) for n in (1, 2, 3)}
     assert set(on_the_way.echoes) == wanted
     on_the_way.silent.add("10.101.0.17")
-    (found,) = on_the_way.problems("check_native_way")
+    (found,) = on_the_way.problems(native.check_native_way)
     assert found.startswith(
         "routing: o2 of cluster onprem (site onprem) is not reached natively: no answer to 3 packets of 1500 bytes. "
         "The network between the hosts must route the ranges of workloads"
@@ -128,13 +130,13 @@ def test_before_a_step_each_host_is_reached_natively_by_packets_of_full_size(on_
 
 
 def test_a_host_whose_pairs_do_not_change_has_nothing_to_prove(host: Host) -> None:
-    assert host.problems("check_native_way") == []
+    assert host.problems(native.check_native_way) == []
     assert host.echoes == []
 
 
 def test_a_host_that_packets_do_not_reach_natively_any_more_is_named(host: Host) -> None:
     host.silent.add("10.101.0.17")
-    (found,) = host.problems("check_native")
+    (found,) = host.problems(native.check_native)
     assert found.startswith(
         "routing: o2 of cluster onprem (site onprem) is not reached natively: no answer to 3 packets"
     )
@@ -146,14 +148,14 @@ def test_of_a_host_that_is_to_be_reached_inside_wireguard_it_is_said_what_that_n
 ) -> None:
     host = Host(tmp_path, monkeypatch, running=False, encryption="wireguard")
     host.silent.add("10.101.0.17")
-    (found,) = host.problems("check_native")
+    (found,) = host.problems(native.check_native)
     assert "reached natively: no answer to 3 packets of 1500 bytes. It is to be reached so inside WireGuard" in found
     assert "routers" not in found
     way = Host(tmp_path, monkeypatch, running=True, encryption="wireguard")
-    assert way.problems("check_native_way") == []
+    assert way.problems(native.check_native_way) == []
     assert {one[3] for one in way.echoes} == {0x4E}
     way.silent.add("10.101.0.17")
-    (found,) = way.problems("check_native_way")
+    (found,) = way.problems(native.check_native_way)
     assert "It is to be reached so inside WireGuard" in found
 
 
@@ -190,7 +192,7 @@ def test_a_host_that_was_left_behind_proves_nothing(host: Host, tmp_path: Path) 
     assert (found["why"], found["sure"]) == ("packets to it are not led natively yet", False)
     assert host.echoes == []
     (tmp_path / "node.json").unlink()
-    assert host.looked("check_native_way").unreached is None
+    assert host.looked(native.check_native_way).unreached is None
 
 
 def test_what_is_lost_on_the_way_is_measured_and_told_and_no_problem(
@@ -204,17 +206,17 @@ def test_what_is_lost_on_the_way_is_measured_and_told_and_no_problem(
 
     monkeypatch.setattr(packets, "lost", lost)
     host.carried["10.101.0.17"] = 1400
-    found = host.looked("measure_loss")
+    found = host.looked(overlay.measure_loss)
     assert asked == [({"10.101.0.1": 1500, "10.101.0.17": 1400, "10.101.0.33": 1500}, 20, 0.02)]
     assert (found.problems, found.loss) == ([], {"sent": 60, "lost": {"o1": 3, "o3": 20}})
     (words,) = found.remarks
     assert "packets of full size from c1 are lost on the way, or their answers are: to o1 3 of 20." in words
     monkeypatch.setattr(packets, "lost", lambda _source, sizes, *_more: dict.fromkeys(sizes, 0))
-    found = host.looked("measure_loss")
+    found = host.looked(overlay.measure_loss)
     assert (found.loss, found.remarks) == ({"sent": 60, "lost": {}}, [])
-    monkeypatch.setattr(verify, "LOSS_MOST", 15)
+    monkeypatch.setattr(overlay, "LOSS_MOST", 15)
     monkeypatch.setattr(packets, "lost", lost)
-    host.looked("measure_loss")
+    host.looked(overlay.measure_loss)
     assert asked[-1][1] == 5, "fewer to each in a large mesh"
 
 
@@ -226,9 +228,9 @@ def packets_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 def test_packets_of_full_size_are_those_of_the_routes_and_nobody_may_fragment_them(packets_only: Host) -> None:
     packets_only.said["o2"] = {"way": "tunnel", "stage": "plain", "mtu": 1450}
-    assert packets_only.looked("check_packets").problems == []
+    assert packets_only.looked(overlay.check_packets).problems == []
     sent = {(to, size, mark) for _from, to, size, mark in packets_only.echoes if size != 84}
-    whole = verify.WHOLE_MARK
+    whole = overlay.WHOLE_MARK
     assert sent == {("10.101.0.1", 1500, whole), ("10.101.0.17", 1450, whole), ("10.101.0.33", 1500, whole)}
 
 
@@ -244,7 +246,7 @@ def test_a_way_that_loses_packets_of_full_size_is_named_with_what_it_carries(
             raise packets.NoAnswer(f"no answer to 3 packets of {size} bytes")
 
     monkeypatch.setattr(packets, "echo", cut)
-    (found,) = packets_only.looked("check_packets").problems
+    (found,) = packets_only.looked(overlay.check_packets).problems
     assert found.startswith(
         "packets: o2 (10.101.0.17): an echo of full size over the overlay, not to be fragmented: no "
     )
@@ -254,14 +256,14 @@ def test_a_way_that_loses_packets_of_full_size_is_named_with_what_it_carries(
 def test_a_tunnel_whose_smaller_mtu_is_known_is_named(packets_only: Host) -> None:
     packets_only.said["o2"] = {"way": "tunnel", "stage": "plain", "mtu": 1450}
     packets_only.carried["10.101.0.17"] = 1400
-    (found,) = packets_only.looked("check_packets").problems
+    (found,) = packets_only.looked(overlay.check_packets).problems
     assert "the way carries only 1400 bytes, and routes 1450: a router in between has said so" in found
 
 
 def test_the_side_that_is_not_heard_names_the_direction_that_is_cut(packets_only: Host) -> None:
     packets_only.silent.add("10.101.0.17")
-    assert not any("one direction" in words for words in packets_only.looked("check_packets").problems)
+    assert not any("one direction" in words for words in packets_only.looked(overlay.check_packets).problems)
     packets_only.deaf.add("o2")
-    told = [words for words in packets_only.looked("check_packets").problems if "cut in one direction" in words]
+    told = [words for words in packets_only.looked(overlay.check_packets).problems if "cut in one direction" in words]
     assert len(told) == 1
     assert "o2 does not hear c1, c1 hears o2" in told[0]

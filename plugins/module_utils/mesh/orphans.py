@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Orphans: what the record has and the inventory lacks. It still runs and keeps what it has, so that nothing of the
+inventory may stand in its way. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from .address_plan import Space
+from .model import Cluster, Model
+from .record import Record, cluster_ips, pod_ranges
+from .schema import Problem
+
+
+def check(
+    model: Model, record: Record, known: Mapping[str, Mapping[str, Any]], prune: AbstractSet[str]
+) -> list[Problem]:
+    """What of the model overlaps orphans, or has their names. `known` are the clusters of the record that are there,
+    `prune` are the full names of what is to go."""
+    found = _Check(model, record, known, prune)
+    found.check()
+    return found.problems
+
+
+def pods(cluster: Cluster, doc: Mapping[str, Any], prune: AbstractSet[str]) -> list[IPv4Network]:
+    """Ranges of pods that the record has and the inventory lacks, and that are not to go."""
+    wanted = () if cluster.kubernetes is None else cluster.kubernetes.pod_ranges
+    return [
+        IPv4Network(text)
+        for text in pod_ranges(doc)
+        if f"pods/{cluster.name}/{text}" not in prune
+        and not any(IPv4Network(text).subnet_of(network) for network in wanted)
+    ]
+
+
+def problem(where: str, what: str, orphan: str, such_as: str = "") -> Problem:
+    """Of something of the model that stands in the way of an orphan."""
+    return Problem(
+        where,
+        f"{what}, which the record knows and the inventory lacks",
+        "what is absent from the inventory still runs",
+        f"choose another{such_as}, or remove that {orphan.partition('/')[0]} with isthmus_prune={orphan}",
+    )
+
+
+class _Check:
+    def __init__(
+        self, model: Model, record: Record, known: Mapping[str, Mapping[str, Any]], prune: AbstractSet[str]
+    ) -> None:
+        self.model = model
+        self.record = record
+        self.known = known
+        self.prune = prune
+        self.problems: list[Problem] = []
+
+    def problem(self, where: str, what: str, orphan: str, such_as: str = "") -> None:
+        self.problems.append(problem(where, what, orphan, such_as))
+
+    def check(self) -> None:
+        """What the model has against what only the record knows: it still runs and keeps what it has."""
+        orphaned = sorted(set(self.known) - set(self.model.clusters))
+        for name in orphaned:
+            if f"cluster/{name}" not in self.prune:
+                self.check_cluster(name, self.known[name])
+        for cluster in self.model.clusters.values():
+            if not cluster.absent and cluster.name in self.known:
+                self.check_kubernetes(cluster, self.known[cluster.name])
+        hosts: dict[IPv4Address, tuple[str, str]] = {}
+        for name, doc in self.known.items():
+            if f"cluster/{name}" in self.prune or (name in self.model.clusters and self.model.clusters[name].absent):
+                continue
+            for host, entry in doc["hosts"].items():
+                if host in self.model.hosts or f"host/{host}" in self.prune:
+                    continue
+                orphan = f"cluster/{name}" if name in orphaned else f"host/{host}"
+                for key in ("underlay4", "advertise4"):
+                    hosts[IPv4Address(entry[key])] = f"host {host} of cluster {name}", orphan
+        for host in self.model.hosts.values():
+            for address, variable in host.addresses.items():
+                if address in hosts and not host.absent:
+                    owner, orphan = hosts[address]
+                    self.problem(f"host {host.name}.{variable}", f"{address} is also an address of {owner}", orphan)
+        for cluster in self.model.clusters.values():
+            for address, (owner, orphan) in hosts.items():
+                for network in () if cluster.absent else cluster.ranges:
+                    if address in network:
+                        self.problem(
+                            f"isthmus_estate.clusters.{cluster.name}",
+                            f"{network} holds {address} of {owner}",
+                            orphan,
+                            self.such_as(cluster, network),
+                        )
+
+    def check_cluster(self, name: str, doc: Mapping[str, Any]) -> None:
+        orphan = f"cluster/{name}"
+        outer = [*pod_ranges(doc), *cluster_ips(doc)]
+        for cluster in self.model.clusters.values():
+            if not cluster.absent and cluster.id == doc["id"]:
+                self.problem(
+                    f"isthmus_estate.clusters.{cluster.name}.id", f"{cluster.id} is the id of cluster {name}", orphan
+                )
+        for host in self.model.hosts.values():
+            if host.name in doc["hosts"] and not host.absent:
+                self.problem(
+                    f"host {host.name}.isthmus_cluster", f"{host.cluster}, but the host runs in cluster {name}", orphan
+                )
+        for text in (*doc["workload_ranges"], doc["service_range"], *outer):
+            self.check_range(IPv4Network(text), f"of cluster {name}", orphan)
+
+    def check_kubernetes(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
+        """Of a cluster that the inventory has: ranges of Kubernetes that it lacks."""
+        whole, words = f"kubernetes/{cluster.name}", f"of Kubernetes in cluster {cluster.name}"
+        if cluster.kubernetes is None:
+            for text in () if whole in self.prune else (*pod_ranges(doc), *cluster_ips(doc)):
+                self.check_range(IPv4Network(text), words, whole)
+            return
+        for network in pods(cluster, doc, self.prune):
+            self.check_range(network, words, f"pods/{cluster.name}/{network}", cluster.kubernetes.pod_ranges)
+
+    def check_range(self, old: IPv4Network, owner: str, orphan: str, apart_from: Iterable[IPv4Network] = ()) -> None:
+        """No range of the model overlaps it but those that stand in its place, and no host is in it."""
+        for cluster in self.model.clusters.values():
+            for new in () if cluster.absent else cluster.ranges:
+                if new.overlaps(old) and new not in apart_from:
+                    self.problem(
+                        f"isthmus_estate.clusters.{cluster.name}",
+                        f"{new} overlaps {old} {owner}",
+                        orphan,
+                        self.such_as(cluster, new),
+                    )
+        for host in self.model.hosts.values():
+            for address, variable in () if host.absent else host.addresses.items():
+                if address in old:
+                    self.problem(f"host {host.name}.{variable}", f"{address} lies in {old} {owner}", orphan)
+
+    def such_as(self, cluster: Cluster, network: IPv4Network) -> str:
+        """A free range that could stand in place of the cluster's."""
+        kind = next(claim.kind for claim in cluster.claims if claim.network == network)
+        found = Space.of(self.model, self.record).deal(network.prefixlen, kind)
+        return "" if found is None else f", such as {found}"
