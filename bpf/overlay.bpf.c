@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The overlay: tc programs on the collect-metadata VXLAN device, one on the
- * WireGuard device that its packets come through from some peers, and two on
- * the underlay devices where packets go without a tunnel to some.
+ * The overlay: tc programs on the collect-metadata VXLAN device, on the WireGuard
+ * device that its packets go through to some peers, and on the underlay devices
+ * where packets go without a tunnel to some.
  *
  * The numeric identity of the sender travels in the VNI (Cilium's format).
  * What is not IPv4 is dropped and counted: the device is NOARP and no neighbour
@@ -385,7 +385,7 @@ static __always_inline enum isthmus_drop take_inside(struct __sk_buff *skb, cons
 	if (!entry || !(entry->flags & ISTHMUS_IPCACHE_INSIDE))
 		return ISTHMUS_DROP_NOT_OVERLAY;
 	/* From host to host everything comes by the underlay; only replies of workloads are ours. */
-	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE : !bpf_map_lookup_elem(&local, &seen.dst))
+	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE : !is_local(&seen.dst))
 		return ISTHMUS_DROP_NOT_LOCAL_DEST;
 	seen.identity = entry->identity;
 	seen.cluster_id = entry->cluster_id;
@@ -426,6 +426,24 @@ int wireguard_ingress(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
+/*
+ * Nothing goes into WireGuard with an address that is not ours, as nothing does over the
+ * overlay: a pod that is not published, or whatever a host's own rules made of a source.
+ */
+SEC("tc")
+int wireguard_egress(struct __sk_buff *skb)
+{
+	struct isthmus_addr source;
+	struct iphdr ip;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+		return TC_ACT_OK;	/* allowed IPs have no such address */
+	source = addr_from_v4(ip.saddr);
+	if (!bpf_map_lookup_elem(&local, &source))
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_SOURCE);
+	return TC_ACT_OK;
+}
+
 /* Errors about packets of ours come from any router on the way; the stack compares them with its sockets. */
 static __always_inline bool is_icmp_error(const struct __sk_buff *skb, const struct iphdr *ip)
 {
@@ -443,6 +461,26 @@ static __always_inline bool is_of_host(const struct isthmus_addr *addr)
 	const struct isthmus_ipcache_value *entry = ipcache_lookup(addr);
 
 	return entry && entry->flags & ISTHMUS_IPCACHE_NODE && addr_is_zero(&entry->tunnel);
+}
+
+static __always_inline bool is_pod(const struct isthmus_ipcache_value *entry)
+{
+	return entry && (entry->flags & (ISTHMUS_IPCACHE_CNI | ISTHMUS_IPCACHE_NODE)) == ISTHMUS_IPCACHE_CNI;
+}
+
+/*
+ * Whether a packet by the underlay is the CNI's and not ours: between pods of this
+ * host's own Kubernetes cluster, between these and its nodes, and between pods and what
+ * is not in the mesh, which not every CNI masquerades. A host of the cluster that is no
+ * node may have a route of its own to the pods; their way to it is the mesh's.
+ */
+static __always_inline bool is_left_to_cni(const struct isthmus_ipcache_value *from,
+					   const struct isthmus_ipcache_value *to)
+{
+	if (is_pod(to) && (!from || from->flags & ISTHMUS_IPCACHE_CNI ||
+			   (from->flags & ISTHMUS_IPCACHE_NODE && from->cluster_id == config.cluster_id)))
+		return true;
+	return is_pod(from) && (!to || to->flags & ISTHMUS_IPCACHE_CNI);
 }
 
 /*
@@ -480,7 +518,8 @@ static __always_inline bool may_come_from(struct __sk_buff *skb, const struct is
 /*
  * On the underlay devices of a host that has nodes it talks to without a tunnel.
  * The sender's identity is that of the source address. What is neither to nor
- * from an address of the mesh goes by untouched, to programs of others too.
+ * from an address of the mesh, and what is the CNI's, goes by untouched, to programs
+ * of others too.
  */
 SEC("tc")
 int underlay_ingress(struct __sk_buff *skb)
@@ -508,6 +547,8 @@ int underlay_ingress(struct __sk_buff *skb)
 	is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
 	/* To the host itself everything comes by the underlay; only replies of workloads are ours. */
 	if (to_underlay && (!(is_native || is_inside) || entry->flags & ISTHMUS_IPCACHE_NODE))
+		return TC_ACT_UNSPEC;
+	if (is_left_to_cni(entry, ipcache_lookup(&seen.dst)))
 		return TC_ACT_UNSPEC;
 	if (!is_native) {
 		if (is_icmp_error(skb, &ip))
@@ -537,7 +578,7 @@ int underlay_ingress(struct __sk_buff *skb)
  * natively only for where that is agreed, whatever became of routes and rules, that
  * nothing at all leaves in clear for what is behind WireGuard, and that nobody on this
  * host sends in another node's name. Packets that are only forwarded are not ours: a
- * host may be its site's router.
+ * host may be its site's router; neither are those of the CNI.
  */
 SEC("tc")
 int underlay_egress(struct __sk_buff *skb)
@@ -560,6 +601,8 @@ int underlay_egress(struct __sk_buff *skb)
 		is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
 		/* From host to host everything goes by the underlay. */
 		if (ip.saddr == here->underlay4 && (!is_inside || entry->flags & ISTHMUS_IPCACHE_NODE))
+			return TC_ACT_UNSPEC;
+		if (is_left_to_cni(ipcache_lookup(&source), entry))
 			return TC_ACT_UNSPEC;
 		if (is_inside)
 			return drop(skb, ISTHMUS_DROP_NOT_ENCRYPTED);

@@ -46,7 +46,7 @@ E2E_ORDER = (
     *("test_wireguard", "test_ipsec", "test_native", "test_bgp"),
     *("test_failures", "test_safety", "test_preflight", "test_generations", "test_batches", "test_versions"),
     *("test_members", "test_backup", "test_losses", "test_restore", "test_forget", "test_boundaries", "test_chaos"),
-    *("test_hybrid", "test_hybrid_long", "test_in_cluster", "test_provider", "test_teardown"),
+    *("test_hybrid", "test_hybrid_native", "test_hybrid_long", "test_in_cluster", "test_provider", "test_teardown"),
 )
 
 # Integration tests that take longest first: workers get them file by file, and the last one runs alone.

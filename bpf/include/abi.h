@@ -34,6 +34,7 @@ _Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
 #define ISTHMUS_IPCACHE_ENCRYPTED	(1 << 2)	/* packets to its tunnel go through WireGuard or not at all */
 #define ISTHMUS_IPCACHE_NATIVE	(1 << 3)	/* packets may go to it and come from it by the underlay, without a tunnel */
 #define ISTHMUS_IPCACHE_INSIDE	(1 << 4)	/* the same inside WireGuard, and by nothing else */
+#define ISTHMUS_IPCACHE_CNI	(1 << 5)	/* a pod of this host's own Kubernetes cluster; with NODE: one of its nodes */
 
 struct isthmus_lpm_key {
 	__u32 prefixlen;		/* of the 128-bit form: v4 length + 96 */

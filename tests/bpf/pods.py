@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two Kubernetes nodes of two clusters: pods are network namespaces behind a bridge, as the standard bridge CNI makes
-them, with its masquerading, kube-proxy's mark and a NodePort. What the datapath should be comes from the agent's own
-`desired`, out of documents as a registrar publishes them."""
+"""Two Kubernetes nodes of two clusters, or of one: pods are network namespaces behind a bridge, as the standard bridge
+CNI makes them, with its masquerading, kube-proxy's mark and a NodePort. What the datapath should be comes from the
+agent's own `desired`, out of documents as a registrar publishes them."""
 
 from __future__ import annotations
 
@@ -102,17 +102,19 @@ class KubernetesNode:
     spec: NodeSpec
     documents: dict[str, bytes]
     pods: list[Pod]
+    name: str
+    prefix: str
     cgroups: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     namespaces: dict[PodAddress, int] = field(default_factory=dict)
     remote: Pod = field(init=False)
 
     @property
     def range(self) -> str:
-        return f"10.24{3 + self.node.cluster_id}.1.0/24"
+        return f"{self.prefix}.0/24"
 
     @property
     def gateway(self) -> str:
-        return f"10.24{3 + self.node.cluster_id}.1.1"
+        return f"{self.prefix}.1"
 
     def nft(self, text: str) -> str:
         return self.node.call(
@@ -188,28 +190,33 @@ def _pair(node: Node, address: str, number: int) -> wire.IPIdentityPair:
     return wire.IPIdentityPair(address, number, node.underlay, namespace="shop", pod_name="api")
 
 
-def spec_document(node: Node, pods: str) -> dict[str, Any]:
-    """The specification of a node whose pod CIDR is `pods`."""
+def spec_document(node: Node, pods: str, host: str = "") -> dict[str, Any]:
+    """The specification of a node whose pod CIDR is `pods`, the first of its cluster or `host`."""
     plain = mesh.spec_document()
     name = NAMES[node.cluster_id]
+    host = host or f"{name}-1"
     return mesh.spec_document(
-        host=f"{name}-1",
+        host=host,
         cluster={
             **plain["cluster"],
             "name": name,
             "id": node.cluster_id,
-            "workload_ranges4": [f"10.10{node.cluster_id}.0.0/16"],
+            "site": name,
+            "workload_ranges4": [str(IPv4Network(node.prefix).supernet(new_prefix=16))],
             "service_range4": f"10.11{node.cluster_id}.0.0/16",
-            "kubernetes": {"pod_ranges4": [pods.replace(".1.0/24", ".0.0/16")], "service_range4": "10.96.0.0/16"},
+            "kubernetes": {
+                "pod_ranges4": [str(IPv4Network(pods).supernet(new_prefix=16))],
+                "service_range4": "10.96.0.0/16",
+            },
         },
         node={
             **plain["node"],
-            "name": f"{name}-1",
+            "name": host,
             "underlay4": node.underlay,
             "advertise4": node.underlay,
             "range4": node.prefix,
             "mesh4": node.mesh,
-            "kubernetes_node": f"{name}-1",
+            "kubernetes_node": host,
         },
         workloads=[{**plain["workloads"][0], "address4": node.workload}],
     )
@@ -225,7 +232,7 @@ def _published(both: list[KubernetesNode], own: int) -> dict[str, bytes]:
         if cached:
             found[keys.cluster_config_key(name)] = wire.ClusterConfig(id=node.cluster_id, cached=True).to_json()
         said = wire.Node(
-            name=f"{name}-1",
+            name=each.name,
             cluster=name,
             cluster_id=node.cluster_id,
             addresses=(
@@ -234,7 +241,7 @@ def _published(both: list[KubernetesNode], own: int) -> dict[str, bytes]:
             ),
             ipv4_alloc_cidr=IPv4Network(node.prefix),
             ipv4_secondary_alloc_cidrs=(IPv4Network(each.range),),
-            annotations={"isthmus.io/kubernetes-node": f"{name}-1"},
+            annotations={"isthmus.io/kubernetes-node": each.name},
         )
         found[keys.node_key(name, said.name, cached)] = said.to_json()
         addresses = {node.workload: node.identity, **{pod.address: pod.identity for pod in each.pods}}
@@ -259,21 +266,27 @@ def _published(both: list[KubernetesNode], own: int) -> dict[str, bytes]:
 
 
 @contextlib.contextmanager
-def kubernetes_nodes(load: bool = True) -> Iterator[tuple[KubernetesNode, KubernetesNode]]:
-    """Two nodes with two pods each, everything applied; removed whatever happens."""
+def kubernetes_nodes(load: bool = True, one_cluster: bool = False) -> Iterator[tuple[KubernetesNode, KubernetesNode]]:
+    """Two nodes with two pods each, everything applied; removed whatever happens. In `one_cluster` the CNI has routes
+    between the nodes' pods."""
     with bare_nodes() as nodes, contextlib.ExitStack() as stack:
         both = []
         for node in nodes:
-            prefix = f"10.24{3 + node.cluster_id}.1"
-            pods = [Pod(f"{prefix}.{5 + number}", (node.cluster_id << 16) + 400 + number) for number in (0, 1)]
+            prefix, name = f"10.24{3 + node.cluster_id}.1", f"{NAMES[node.cluster_id]}-1"
+            if one_cluster and both:
+                prefix, name, node.cluster_id = "10.244.2", "onprem-2", both[0].node.cluster_id
+            first = (node.cluster_id << 16) + 400 + 10 * len(both)
+            pods = [Pod(f"{prefix}.{5 + number}", first + number) for number in (0, 1)]
             for pod in pods:
                 stack.callback(pod.stop)
             both.append(
                 KubernetesNode(
                     node,
-                    NodeSpec.from_dict(spec_document(node, f"{prefix}.0/24")),
+                    NodeSpec.from_dict(spec_document(node, f"{prefix}.0/24", name)),
                     {},
                     pods,
+                    name,
+                    prefix,
                     {("shop", "web"): ((node.cgroup / "web").stat().st_ino,)},
                 )
             )
@@ -284,6 +297,8 @@ def kubernetes_nodes(load: bool = True) -> Iterator[tuple[KubernetesNode, Kubern
             each.wire_pods()
             each.cni()
         left, right = both
+        for each, other in ((left, right), (right, left)) if one_cluster else ():
+            each.node.call(_route, other.range, other.node.underlay)
 
         def outside(index: int, node: Node) -> None:
             with IPRoute() as ipr:
@@ -298,6 +313,11 @@ def kubernetes_nodes(load: bool = True) -> Iterator[tuple[KubernetesNode, Kubern
                 each.node.datapath = each.wanted().datapath
                 each.node.load()
         yield left, right
+
+
+def _route(prefix: str, gateway: str) -> None:
+    with IPRoute() as ipr:
+        ipr.route("add", dst=prefix, gateway=gateway)
 
 
 def _leave(node: Node) -> None:

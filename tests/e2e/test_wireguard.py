@@ -22,7 +22,7 @@ from playbook import play
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
 PAIRS = (("onprem", "cloud"), ("onprem", "edge"))
-NETWORKS = {"onprem": "198.18.1.0/24", "cloud": "198.18.2.0/24", "edge": "198.18.3.0/24"}
+NETWORKS = {site: f"198.18.{number}.0/24" for number, site in enumerate(("onprem", "cloud", "edge", "kube"), 1)}
 NAME = b"web.shop.svc.clusterset.local"
 """In every request of a customer."""
 

@@ -252,6 +252,11 @@ def make_host(node: Node, cluster: str, directory: Path, private: str) -> Host:
         etcd={"endpoints": ["https://127.0.0.1:1"], "ca": str(ca.crt), "cert": str(crt), "key": str(etcd_key)},
     )
     (directory / "node.json").write_text(json.dumps(spec))
+    return hold(node, cluster, directory, private)
+
+
+def hold(node: Node, cluster: str, directory: Path, private: str) -> Host:
+    """A host whose specification is written."""
     run = Path("/run/wireguard")
     run.mkdir(mode=0o755, exist_ok=True)
     holder = subprocess.Popen(

@@ -68,7 +68,7 @@ CGROUP_PROGRAMS = (
 MOST_AT_A_HOOK = 64
 """Programs that a hook of a cgroup can have: BPF_CGROUP_MAX_PROGS of kernel/bpf/cgroup.c."""
 OVERLAY_PROGRAMS = {"overlay_ingress": TC_INGRESS, "overlay_egress": TC_EGRESS}
-WIREGUARD_PROGRAMS = {"wireguard_ingress": TC_INGRESS}
+WIREGUARD_PROGRAMS = {"wireguard_ingress": TC_INGRESS, "wireguard_egress": TC_EGRESS}
 UNDERLAY_PROGRAMS = {"underlay_ingress": TC_INGRESS, "underlay_egress": TC_EGRESS}
 
 # Fixed, so that a new agent replaces the old one's filter in one step.
@@ -407,7 +407,7 @@ class BpfDatapath:
         self._attach_tc(OVERLAY_PROGRAMS, ifindex)
 
     def attach_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> None:
-        """Puts the program on the WireGuard devices, whose packets are for the overlay's UDP `port`, and lets the
+        """Puts the programs on the WireGuard devices, whose packets are for the overlay's UDP `port`, and lets the
         overlay's programs send through them: until then they drop what is to be encrypted. `devices` are the
         interface indexes of the first one and the second one, 0 for none."""
         for ifindex in filter(None, devices):
@@ -458,7 +458,7 @@ class BpfDatapath:
         return problems
 
     def audit_wireguard(self, devices: Collection[int], port: int, wanted: WireGuard) -> list[str]:
-        """What of the WireGuard devices' program is missing, in words; arguments as of attach_wireguard()."""
+        """What of the WireGuard devices' programs is missing, in words; arguments as of attach_wireguard()."""
         there = [each for each in devices if each]
         problems = [words for each in there for words in self._audit_tc(WIREGUARD_PROGRAMS, each)]
         if self._maps["wireguard"].get(abi.U32.pack(0)) != _wireguard_value(devices, port, wanted):
@@ -982,6 +982,7 @@ def _ipcache_value(entry: IpcacheEntry) -> bytes:
         | (abi.IPCACHE_ENCRYPTED if entry.is_encrypted else 0)
         | (abi.IPCACHE_NATIVE if entry.is_native else 0)
         | (abi.IPCACHE_INSIDE if entry.is_inside else 0)
+        | (abi.IPCACHE_CNI if entry.is_cni else 0)
     )
     return abi.IPCACHE_VALUE.pack(tunnel, entry.identity, entry.cluster_id, flags)
 
@@ -1061,7 +1062,8 @@ def _value_words(name: str, value: bytes) -> str:
         kind = " node" if flags & abi.IPCACHE_NODE else " fixed" if flags & abi.IPCACHE_FIXED else ""
         closed = " encrypted" if flags & abi.IPCACHE_ENCRYPTED else ""
         native = " native" if flags & abi.IPCACHE_NATIVE else " inside" if flags & abi.IPCACHE_INSIDE else ""
-        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}{native}"
+        cni = " cni" if flags & abi.IPCACHE_CNI else ""
+        return f"identity {identity} cluster {cluster_id}{via}{kind}{closed}{native}{cni}"
     if name == "workloads":
         addr4, addr6 = abi.WORKLOAD_VALUE.unpack(value)
         return str(abi.unpack_address(addr4 if addr4 != abi.NO_ADDRESS else addr6))

@@ -33,6 +33,7 @@ from isthmus_mesh.wire import KUBERNETES_NODE, SITE, UNDERLAY_MTU, Node, NodeAdd
 from isthmus_agent.desired.datapath import (
     MASQUERADED,
     Address,
+    BarePods,
     IpcacheEntry,
     KeepSource,
     Native,
@@ -91,6 +92,7 @@ class Remote:
     dials_in: bool = False  # it opens the sessions of WireGuard
     is_kept: bool = False  # this host opens them
     is_laid_down: bool = False  # by `site`, whatever etcd tells
+    strays: tuple[IPv4Network, ...] = ()  # of a native node's pods outside of `cidrs`, from pools of its CNI
 
     @property
     def takes_native(self) -> bool:
@@ -123,6 +125,7 @@ class Remote:
         special = (self.mesh, self.health, self.ingress)
         return (
             *self.cidrs,
+            *self.strays,
             *(
                 IPv4Network(address)
                 for address in special
@@ -270,6 +273,48 @@ def only_encrypted(
     return (tuple(found), tuple(told)) if told else (nodes, ())
 
 
+def with_strays(state: MeshState, nodes: tuple[Remote, ...]) -> tuple[Remote, ...]:
+    """Native nodes with the addresses of theirs that lie in no node's range of their cluster: where the CNI has pools
+    of its own, routes and WireGuard have to know each of them."""
+    holders = {
+        (node.cluster, str(address)): number
+        for number, node in enumerate(nodes)
+        if node.native > Stage.PLAIN
+        for address in (*node.underlay, node.endpoint)
+    }
+    if not holders:
+        return nodes
+    dealt = _dealt(nodes)
+    found: dict[int, list[IPv4Network]] = {}
+    for (cluster, text), pair in state.ips.items():
+        number = holders.get((cluster, pair.host_ip))
+        if number is None or "/" in text or ":" in text:
+            continue
+        address = IPv4Address(text)
+        if not _is_dealt(address, dealt[cluster]):
+            found.setdefault(number, []).append(IPv4Network(address))
+    if not found:
+        return nodes
+    return tuple(
+        replace(node, strays=tuple(collapse_addresses(found[number]))) if number in found else node
+        for number, node in enumerate(nodes)
+    )
+
+
+def _dealt(nodes: Iterable[Remote]) -> dict[str, dict[int, set[int]]]:
+    """Ranges of nodes by cluster and mask."""
+    found: dict[str, dict[int, set[int]]] = {}
+    for node in nodes:
+        of_cluster = found.setdefault(node.cluster, {})
+        for cidr in node.cidrs:
+            of_cluster.setdefault(int(cidr.netmask), set()).add(int(cidr.network_address))
+    return found
+
+
+def _is_dealt(address: IPv4Address, of_cluster: Mapping[int, set[int]]) -> bool:
+    return any(int(address) & mask in networks for mask, networks in of_cluster.items())
+
+
 def own_addresses(spec: NodeSpec) -> frozenset[Address]:
     """What the overlay device carries: the mesh address and every workload's."""
     return frozenset({spec.node.mesh4, *(workload.address4 for workload in spec.workloads)})
@@ -334,15 +379,20 @@ def ipcache(
                     is_encrypted=tunnel in encrypted,
                     is_native=tunnel in native,
                     is_inside=tunnel in inside,
+                    is_cni=ours and isinstance(network, IPv4Network) and is_pod_range(spec, network),
                 )
-        found.update(_of_nodes([node for node in nodes if (node.cluster == spec.cluster.name) == ours], encrypted))
+        some = [node for node in nodes if (node.cluster == spec.cluster.name) == ours]
+        found.update(_of_nodes(spec, some, encrypted))
     # This host last: nothing published by anyone may move our own addresses elsewhere.
     for own_address, number in local.items():
-        found[IPv4Network(str(own_address))] = IpcacheEntry(number, spec.cluster.id, None, is_node=own_address in mine)
+        network = IPv4Network(str(own_address))
+        is_node = own_address in mine
+        is_cni = spec.node.kubernetes_node is not None if is_node else is_pod_range(spec, network)
+        found[network] = IpcacheEntry(number, spec.cluster.id, None, is_node=is_node, is_cni=is_cni)
     return found
 
 
-def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Network, IpcacheEntry]:
+def _of_nodes(spec: NodeSpec, nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Network, IpcacheEntry]:
     found: dict[Network, IpcacheEntry] = {}
     for node in nodes:
         way: dict[str, bool] = {
@@ -350,8 +400,11 @@ def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Ne
             "is_native": node.takes_native,
             "is_inside": node.takes_inside,
         }
+        ours = node.cluster == spec.cluster.name
+        is_kubernetes_node = ours and spec.cluster.kubernetes is not None and not node.is_machine
         for cidr in node.cidrs:
-            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint, **way)
+            is_cni = ours and is_pod_range(spec, cidr)
+            found[cidr] = IpcacheEntry(identity.WORLD, node.cluster_id, node.endpoint, is_cni=is_cni, **way)
         special = (
             (node.health, identity.HEALTH),
             (node.ingress, identity.INGRESS),
@@ -362,7 +415,12 @@ def _of_nodes(nodes: Iterable[Remote], encrypted: frozenset[Address]) -> dict[Ne
                 found[IPv4Network(address)] = IpcacheEntry(number, node.cluster_id, node.endpoint, is_fixed=True, **way)
         for address in (*node.underlay, node.endpoint):
             found[IPv4Network(address)] = IpcacheEntry(
-                identity.REMOTE_NODE, node.cluster_id, node.endpoint, is_node=True, **way
+                identity.REMOTE_NODE,
+                node.cluster_id,
+                node.endpoint,
+                is_node=True,
+                is_cni=is_kubernetes_node,
+                **way,
             )
     return found
 
@@ -460,19 +518,16 @@ def loose_ranges(spec: NodeSpec, state: MeshState, nodes: tuple[Remote, ...]) ->
     """Ranges of the mesh in which some address of another node lies in no node's range: a CNI has pools of its own
     there. All of such a range is led over the overlay, where the ipcache knows the node of each address."""
     endpoints: dict[str, set[str]] = {}
-    dealt: dict[str, dict[int, set[int]]] = {}  # by cluster, mask of the length
     for node in nodes:
         endpoints.setdefault(node.cluster, set()).update(str(each) for each in (node.endpoint, *node.underlay))
-        of_cluster = dealt.setdefault(node.cluster, {})
-        for cidr in node.cidrs:
-            of_cluster.setdefault(int(cidr.netmask), set()).add(int(cidr.network_address))
+    dealt = _dealt(nodes)
     found: set[IPv4Network] = set()
     ranges = (*spec.mesh_ranges4, *pod_ranges(spec))
     for (cluster, text), pair in state.ips.items():
         if pair.host_ip not in endpoints.get(cluster, ()) or "/" in text or ":" in text:
             continue
         address = IPv4Address(text)
-        if not any(int(address) & mask in networks for mask, networks in dealt[cluster].items()):
+        if not _is_dealt(address, dealt[cluster]):
             found.update(each for each in ranges if address in each)
     return tuple(sorted(found))
 
@@ -520,7 +575,7 @@ def routes(
         for address in {*node.underlay, node.endpoint}:
             found.add(Route(IPv4Network(address), source, mtu, TABLE, **way))
             if _is_led_from_pods(spec, node):
-                found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE))
+                found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE, **way))
     narrowest = min((_mtu(spec, node, underlay_mtu) for node in nodes), default=0)
     for wide in loose:
         pods_of_ours = is_pod_range(spec, wide)
@@ -599,7 +654,15 @@ def keep_source(
         for address in {*node.underlay, node.endpoint} - encrypted
     )
     mesh = _unmasqueraded(spec, nodes, pods) if spec.node.masquerade else None
-    return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere, frozenset(members), mesh)
+    bare = _bare_pods(spec) if pods else None
+    return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere, frozenset(members), mesh, bare)
+
+
+def _bare_pods(spec: NodeSpec) -> BarePods | None:
+    if spec.native is None or spec.wireguard is None:
+        return None
+    devices = tuple(tunnel.device for tunnel in spec.wireguard.tunnels)
+    return BarePods(devices, spec.node.mesh4, frozenset({spec.node.underlay4, spec.node.advertise4}))
 
 
 def _unmasqueraded(spec: NodeSpec, nodes: tuple[Remote, ...], pods: tuple[IPv4Network, ...]) -> frozenset[IPv4Network]:

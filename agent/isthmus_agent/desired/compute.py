@@ -102,6 +102,7 @@ def desired(
     ranges = memory.of("pod ranges", (pods,), lambda: pods.ranges)
     loose = memory.of("loose", (spec, nodes, state.ips), lambda: addressing.loose_ranges(spec, state, nodes))
     local = memory.of("local", (spec, state.ips, pods), lambda: addressing.local_identities(spec, state, pods))
+    nodes = memory.of("strays", (nodes, state.ips), lambda: addressing.with_strays(state, nodes))
     encrypted = memory.of(
         "encryption", (spec, nodes, facts.public_keys), lambda: encryption(spec, nodes, facts.public_keys)
     )

@@ -50,7 +50,8 @@ class IpcacheEntry:
     """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node. `is_fixed`: another
     address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard.
     `is_native`: packets may come from it and go to it without a tunnel, by the underlay. `is_inside`: the same inside
-    WireGuard."""
+    WireGuard. `is_cni`: a pod of this host's own Kubernetes cluster or, with `is_node`, one of its nodes: what goes
+    between these is the CNI's."""
 
     identity: int
     cluster_id: int
@@ -60,6 +61,7 @@ class IpcacheEntry:
     is_encrypted: bool = False
     is_native: bool = False
     is_inside: bool = False
+    is_cni: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +158,24 @@ other marks that are ours are in bpf/include/abi.h."""
 
 
 @dataclass(frozen=True, slots=True)
+class BarePods:
+    """Packets of this host's pods and its own range come and go without a tunnel by `devices` of WireGuard, as they do
+    over the overlay. What kube-proxy masquerades there has the host's address in the mesh, `mesh`, as these devices
+    have none. Replies to what was sent to one of `underlay`, the host's own addresses there, and led to a pod or a
+    backend elsewhere (a NodePort), leave as the underlay does, by the mark MASQUERADED: the overlay's program, which
+    sees to that, is not on their way, and what came out of WireGuard would go back there by its mark."""
+
+    devices: tuple[str, ...]
+    mesh: IPv4Address
+    underlay: frozenset[IPv4Address]
+
+
+@dataclass(frozen=True, slots=True)
 class KeepSource:
     """What nobody on this host may masquerade: packets between `local` and the overlay, packets from `host` to `local`,
     and from `local` to pods of the cluster's other nodes, in `pods`; with `native` all packets from `host`, which leave
-    for the mesh or not at all. And what of `local` was masqueraded to `members` already: it gets the mark MASQUERADED.
+    for the mesh or not at all, and with `bare` what of pods goes without a tunnel. And what of `local` was masqueraded
+    to `members` already: it gets the mark MASQUERADED.
 
     `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps; `pods`
     are the ranges of the cluster's pods; `members` hold, without overlaps, underlay addresses to which pods' packets go
@@ -172,6 +188,7 @@ class KeepSource:
     pods: frozenset[IPv4Network] = frozenset()
     members: frozenset[IPv4Network] = frozenset()
     mesh: frozenset[IPv4Network] | None = None
+    bare: BarePods | None = None
 
 
 @dataclass(frozen=True, slots=True)

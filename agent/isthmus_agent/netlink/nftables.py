@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
 
-from isthmus_agent.desired.datapath import MASQUERADED, KeepSource
+from isthmus_agent.desired.datapath import MASQUERADED, BarePods, KeepSource
 from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
 from isthmus_agent.netlink.messages import attribute, attributes
@@ -74,6 +74,7 @@ _HOOK_PREROUTING, _HOOK_FORWARD, _HOOK_POSTROUTING = 0, 2, 4
 _ACCEPT = 1
 _REGISTER = 1
 _META_MARK, _META_IN, _META_OUT = 3, 6, 7
+_CT_DIRECTION = 1
 _CT_SOURCE, _CT_DESTINATION = 19, 20  # of IPv4
 _CT_ORIGINAL, _CT_REPLY = 0, 1
 _SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
@@ -127,8 +128,8 @@ def _address(offset: int) -> bytes:
     return _expression("payload", _number(1, _REGISTER), _number(2, 1), _number(3, offset), _number(4, 4))
 
 
-def _not_marked() -> bytes:
-    return _meta(_META_MARK) + _mask(struct.pack("=I", MASQUERADE_MARK)) + _compare(bytes(4))
+def _not_marked(how: int = _EQUAL) -> bytes:
+    return _meta(_META_MARK) + _mask(struct.pack("=I", MASQUERADE_MARK)) + _compare(bytes(4), how)
 
 
 def _device(key: int, name: str, how: int = _EQUAL) -> bytes:
@@ -169,6 +170,12 @@ def _keep() -> bytes:
     return _address(_SOURCE) + _expression("nat", _number(1, 0), _number(2, _IPV4), _number(3, _REGISTER))
 
 
+def _send_as(address: IPv4Address) -> bytes:
+    """`snat to <address>`."""
+    immediate = _expression("immediate", _number(1, _REGISTER), _value(2, address.packed))
+    return immediate + _expression("nat", _number(1, 0), _number(2, _IPV4), _number(3, _REGISTER))
+
+
 def _count() -> bytes:
     return _expression("counter")
 
@@ -203,9 +210,36 @@ def _rule(chain: _Chain, words: str, *expressions: bytes) -> _Rule:
     return _Rule(chain.name, body, f"{words} [{hashlib.sha256(body).hexdigest()[:8]}]")
 
 
+def _ways(wanted: KeepSource, device: str) -> Iterator[tuple[str, bytes, int]]:
+    """By which packets between pods and the mesh go and come: (words, what matches them, where pods' addresses are)."""
+    for name in (device, *(wanted.bare.devices if wanted.bare is not None else ())):
+        words = "" if name == device else f" by {name}"
+        yield f"into the mesh{words}", _device(_META_OUT, name), _SOURCE
+        yield f"out of the mesh{words}", _device(_META_IN, name), _DESTINATION
+
+
+def _bare_rules(bare: BarePods) -> Iterator[_Rule]:
+    for address in sorted(bare.underlay):
+        yield _rule(
+            _PREROUTING,
+            f"replies of backends to what came to {address}",
+            _expression("ct", _number(1, _REGISTER), _number(2, _CT_DIRECTION)),
+            _compare(bytes((_CT_REPLY,))),
+            _connection(_CT_DESTINATION, _CT_ORIGINAL),
+            _compare(address.packed),
+            _mark(MASQUERADED),
+        )
+    for name in bare.devices:
+        going = _device(_META_OUT, name)
+        yield _rule(
+            _POSTROUTING, f"masqueraded by kube-proxy, by {name}", going, _not_marked(_UNEQUAL), _send_as(bare.mesh)
+        )
+
+
 def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
-    going, coming = _device(_META_OUT, device), _device(_META_IN, device)
-    natively = _rule(_POSTROUTING, "from this host's mesh addresses", _within(_SOURCE, wanted.host), _keep())
+    ways = tuple(_ways(wanted, device))
+    unmarked = _not_marked() if wanted.bare is not None else b""
+    natively = _rule(_POSTROUTING, "from this host's mesh addresses", _within(_SOURCE, wanted.host), unmarked, _keep())
     outside = _rule(
         _POSTROUTING,
         "from this host's mesh addresses to outside the mesh",
@@ -229,9 +263,12 @@ def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
             for words, offset in (("to", _DESTINATION), ("from", _SOURCE))
         ),
         *((outside,) if wanted.mesh is not None else ()),
+        *(_bare_rules(wanted.bare) if wanted.bare is not None else ()),
         *((natively,) if wanted.native else ()),
-        _rule(_POSTROUTING, "into the mesh", going, _not_marked(), _is_local(_SOURCE), _keep()),
-        _rule(_POSTROUTING, "out of the mesh", coming, _not_marked(), _is_local(_DESTINATION), _keep()),
+        *(
+            _rule(_POSTROUTING, words, matched, _not_marked(), _is_local(offset), _keep())
+            for words, matched, offset in ways
+        ),
         _rule(
             _POSTROUTING,
             "from this host's mesh addresses to its pods",
@@ -252,10 +289,11 @@ def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
             )
             for pods in sorted(wanted.pods)
         ),
-        _rule(_FORWARD_FIRST, "into the mesh", going, _count()),
-        _rule(_FORWARD_FIRST, "out of the mesh", coming, _count()),
-        _rule(_FORWARD_LAST, "into the mesh", going, _count()),
-        _rule(_FORWARD_LAST, "out of the mesh", coming, _count()),
+        *(
+            _rule(chain, words, matched, _count())
+            for chain in (_FORWARD_FIRST, _FORWARD_LAST)
+            for words, matched, _offset in ways
+        ),
     )
 
 

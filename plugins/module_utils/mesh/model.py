@@ -1114,7 +1114,6 @@ class _Reader:
         """Pairs of sites that cannot be native as they are said to be."""
         split: list[str] = []
         encrypted: list[str] = []
-        native: set[str] = set()
         in_clear: set[str] = set()
         for pair in pairs_of(sites):
             way = routing.of(pair)
@@ -1122,7 +1121,6 @@ class _Reader:
             if way is None:
                 split.append(name)
             elif way == NATIVE:
-                native.update(pair)
                 if encryption.of(pair) == GATEWAY:
                     encrypted.append(name)
                 elif encryption.of(pair) == "none":
@@ -1143,16 +1141,17 @@ class _Reader:
                 "what goes from gateway to gateway has the tunnel inside it so far",
                 "set `routing: tunnel`, `encryption: wireguard` or `encryption: none` for these pairs in site_pairs",
             )
-        here = {name: host for name, host in sorted(hosts.items()) if host.site in native and not host.absent}
+        here = {name: host for name, host in sorted(hosts.items()) if host.site in in_clear and not host.absent}
         nodes = [name for name, host in here.items() if host.kubernetes_node is not None]
         if nodes:
             self.problem(
                 where,
-                f"{_listed(nodes)} would be reached natively and are Kubernetes nodes",
-                "the way to pods is the tunnel so far, where it is not the CNI's",
-                "set `routing: tunnel` for their sites",
+                f"{_listed(nodes)} would be reached natively in clear and are Kubernetes nodes",
+                "which pods are on which node only Kubernetes knows, and no network is told so far",
+                "set `routing: tunnel` in site_pairs for the pairs of their sites that are not encrypted, or "
+                "`encryption: wireguard`, inside which they can be native",
             )
-        behind = [name for name, host in here.items() if host.advertise != host.underlay and host.site in in_clear]
+        behind = [name for name, host in here.items() if host.advertise != host.underlay]
         if behind:
             self.problem(
                 where,

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from . import ipsec, spec
 from .encryption import Keys, Pair, Stage
+from .record import pod_ranges
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Clusters' documents by cluster."""
@@ -223,18 +224,23 @@ def _hidden(own: Mapping[str, Any], site: str) -> bool:
 
 
 def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False) -> list[str]:
-    """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order. What is
+    """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order: those of
+    hosts and, where some are Kubernetes nodes, of their cluster's pods, which only Kubernetes deals to nodes. What is
     `outside` the host does not see those inside WireGuard."""
     here = own["node"]["range4"]
-    found = [
-        IPv4Network(entry["range4"])
-        for document in documents_of(record).values()
-        for entry in document["hosts"].values()
-        if entry["range4"] != here
-        and native(own, entry["site"]) is not Stage.PLAIN
-        and not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)
-    ]
-    return [str(network) for network in collapse_addresses(found)]
+    found: list[str] = []
+    for document in documents_of(record).values():
+        entries = [
+            entry
+            for entry in document["hosts"].values()
+            if entry["range4"] != here
+            and native(own, entry["site"]) is not Stage.PLAIN
+            and not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)
+        ]
+        found += [entry["range4"] for entry in entries]
+        if any(entry.get("kubernetes_node") for entry in entries):
+            found += pod_ranges(document)
+    return [str(network) for network in collapse_addresses(map(IPv4Network, found))]
 
 
 def _members(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

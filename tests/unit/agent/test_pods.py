@@ -6,13 +6,15 @@ onprem is a Kubernetes cluster here: onprem-1 (this host) and onprem-2 are nodes
 
 from __future__ import annotations
 
+import base64
 import random
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 
 import agent_mesh as mesh
 import pytest
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
-from isthmus_agent.desired.datapath import MASQUERADED, Frontend, IpcacheEntry, KeepSource, Route, Rule
+from isthmus_agent.desired.datapath import MASQUERADED, BarePods, Frontend, IpcacheEntry, KeepSource, Route, Rule
 from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.desired.reports import backends_here, workload_reports
 from isthmus_agent.state.decoder import Decoder
@@ -94,8 +96,8 @@ def test_pods_of_this_node_are_local_with_their_identity() -> None:
     assert found.pods.identities == {addr("10.244.1.5"): FIRST + 50}
     datapath = found.datapath
     assert datapath.local[addr("10.244.1.5")] == FIRST + 50
-    assert datapath.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None)
-    assert datapath.ipcache[net("10.244.2.7/32")] == IpcacheEntry(FIRST + 51, 1, addr("198.18.1.12"))
+    assert datapath.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None, is_cni=True)
+    assert datapath.ipcache[net("10.244.2.7/32")] == IpcacheEntry(FIRST + 51, 1, addr("198.18.1.12"), is_cni=True)
     assert addr("10.244.2.7") not in datapath.local
     assert datapath.addresses == {SOURCE, addr("10.101.0.2")}, "pods' addresses are the CNI's"
     assert not found.refused
@@ -157,6 +159,82 @@ def test_routes_rules_and_what_is_not_masqueraded_on_a_node() -> None:
         # What was masqueraded to where packets from pods are led by table 731 goes on.
         members=frozenset({net("198.18.1.13/32"), net("198.18.2.11/32")}),
     )
+
+
+WIREGUARD = {
+    "key": "/etc/isthmus/pki/wireguard.key",
+    "port": 51871,
+    "plain_sites": [],
+    "sites": {"onprem": "onprem", "cloud": "cloud"},
+}
+SITES = {"onprem": "onprem", "cloud": "cloud"}
+
+
+def inside(stage: str, items: dict[str, bytes], spec: NodeSpec | None = None, **more: object) -> Desired:
+    """All sites native inside WireGuard at a stage; nodes have keys."""
+    native = {"sites": SITES, "stages": {"onprem": stage, "cloud": stage}}
+    for number, key in enumerate(sorted(key for key in items if "/nodes/" in key), 1):
+        public = base64.b64encode(bytes([number]) * 32).decode()
+        items[key] = replace(wire.Node.from_json(items[key]), wireguard_public_key=public).to_json().encode()
+    return compute(items, kube_spec(wireguard=WIREGUARD, native=native, **more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("stage", "sends"), [("accepts", False), ("sends", True), ("demands", True)])
+def test_a_node_that_is_native_inside_wireguard_leads_pods_there(stage: str, sends: bool) -> None:
+    found = inside(stage, documents()).datapath
+    way: dict[str, object] = {"mtu": 1420, "wireguard": "isthmus-wg0"} if sends else {"mtu": 1370}
+    for prefix, tables in (
+        ("10.102.0.0/28", {254, 730}),
+        ("198.18.2.11/32", {730, 731}),
+        ("198.18.1.13/32", {730, 731}),  # a machine of the cluster
+        ("198.18.1.12/32", {730}),  # a node of it: the way of pods is the CNI's
+        ("10.244.2.0/24", {730}),
+    ):
+        wanted = {Route(net(prefix), SOURCE, table=table, **way) for table in tables}  # type: ignore[arg-type]
+        given = {one for one in found.routes if one.prefix == net(prefix) and one.table in (254, 730, 731)}
+        assert given == wanted, prefix
+    cni = {str(network) for network, entry in found.ipcache.items() if entry.is_cni}
+    assert cni == {
+        "10.244.1.5/32",
+        "10.244.2.7/32",
+        "10.244.2.0/24",
+        "198.18.1.11/32",
+        "198.18.1.12/32",
+    }
+    keep = found.keep_source
+    assert keep is not None
+    assert keep.bare == BarePods(("isthmus-wg0",), SOURCE, frozenset({addr("198.18.1.11")}))
+    assert keep.members == frozenset(), "what was masqueraded ended with encryption"
+
+
+def test_only_a_node_that_is_native_inside_wireguard_has_rules_for_pods_there() -> None:
+    encrypted = compute(documents(), kube_spec(wireguard=WIREGUARD)).datapath.keep_source
+    assert encrypted is not None
+    assert encrypted.bare is None
+    native = {"sites": SITES, "stages": {"cloud": "demands"}}
+    machine = compute(documents(), kube_spec("onprem-3", False, wireguard=WIREGUARD, native=native)).datapath
+    assert machine.keep_source is not None
+    assert machine.keep_source.bare is None
+    own = machine.ipcache[net("198.18.1.13/32")]
+    assert (own.is_node, own.is_cni) == (True, False), "pods come to it by the mesh alone"
+
+
+@pytest.mark.parametrize("stage", ["plain", "demands"])
+def test_pods_of_pools_are_allowed_ips_and_routes_one_by_one(stage: str) -> None:
+    items = _pools(documents())
+    put(items, pod("10.244.9.4", 2))
+    put(items, pod("10.244.9.5", 2))
+    put(items, pod("10.244.1.77", 1))
+    put(items, wire.IPIdentityPair("10.102.77.5", (2 << 16) + 1, "198.18.2.11"), "cloud")
+    found = inside(stage, items).datapath
+    (device,) = found.wireguard
+    allowed = {str(one) for peer in device.peers.values() for one in (*peer.addresses, *peer.ranges)}
+    strays = {"10.244.9.4/31", "10.244.2.7", "10.102.77.5"}
+    assert (strays <= allowed) is (stage == "demands")
+    assert "10.244.1.77" not in allowed
+    over = {str(one.prefix) for one in found.routes if one.wireguard and one.table == 730}
+    assert ({"10.244.9.4/31", "10.244.2.7/32", "10.102.77.5/32"} <= over) is (stage == "demands")
+    assert Route(net("10.102.77.5/32"), SOURCE, 1420, 254, wireguard="isthmus-wg0") in found.routes or stage == "plain"
 
 
 def test_what_was_masqueraded_ends_where_nothing_may_go_in_clear() -> None:
@@ -315,7 +393,7 @@ def test_no_peer_takes_an_address_of_our_pods() -> None:
         put(items, wire.IPIdentityPair(claimed, (2 << 16) + 1, "198.18.2.11"), "cloud")
     put(items, wire.IPIdentityPair("10.244.0.0", (2 << 16) + 1, "198.18.2.11", prefix_length=15), "cloud")
     found = compute(items).datapath
-    assert found.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None)
+    assert found.ipcache[net("10.244.1.5/32")] == IpcacheEntry(FIRST + 50, 1, None, is_cni=True)
     assert {each for each in found.ipcache if each.overlaps(net("10.244.0.0/16"))} == {
         net("10.244.1.5/32"),
         net("10.244.2.7/32"),

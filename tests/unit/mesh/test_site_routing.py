@@ -76,7 +76,7 @@ def test_sides_that_differ_are_refused_until_the_pair_is_said() -> None:
     ("host", "words"),
     [
         ({"isthmus_advertise": "192.0.2.7"}, "x1 would be reached natively and have another isthmus_advertise"),
-        ({"isthmus_kubernetes_node": "x1"}, "x1 would be reached natively and are Kubernetes nodes"),
+        ({"isthmus_kubernetes_node": "x1"}, "x1 would be reached natively in clear and are Kubernetes nodes"),
     ],
 )
 def test_hosts_that_cannot_be_reached_natively_are_named(host: dict[str, Any], words: str) -> None:
@@ -94,6 +94,33 @@ def test_hosts_that_cannot_be_reached_natively_are_named(host: dict[str, Any], w
     with pytest.raises(ModelError, match=words):
         changed(more=more, **ON, clusters=keys["clusters"])
     assert changed(more=more, clusters=keys["clusters"]).specs
+
+
+def test_kubernetes_nodes_are_native_inside_wireguard_and_firewalls_let_their_pods_in() -> None:
+    keys = estate()
+    keys["clusters"]["cloud"]["kubernetes"] = {
+        "api_server": "https://192.0.2.9:6443",
+        "pod_ranges": ["10.244.0.0/16"],
+        "service_range": "10.96.0.0/16",
+    }
+    more = {
+        "c1": {**hosts()["c1"], "isthmus_kubernetes_node": False},
+        "x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9"},
+    }
+    found = changed(more=more, **INSIDE, clusters=keys["clusters"])
+    stages = {"cloud": "demands", "onprem": "demands"}
+    assert {host: one["native"]["stages"] for host, one in found.specs.items()} == dict.fromkeys(found.specs, stages)
+    assert found.specs["x1"]["node"]["kubernetes_node"] == "x1"
+    assert found.routes == ()
+    for host in ("o1", "c1", "x1"):
+        sources = openings.native_sources(found.specs[host], found.record)
+        assert ("10.244.0.0/16" in sources) is (host != "x1"), host
+        assert openings.native_sources(found.specs[host], found.record, outside=True) == []
+    here = {"sites": ["cloud", "cloud"], "encryption": "none"}
+    with pytest.raises(ModelError, match="x1 would be reached natively in clear"):
+        changed(more=more, **INSIDE, clusters=keys["clusters"], site_pairs=[here])
+    tunnel = changed(more=more, **INSIDE, clusters=keys["clusters"], site_pairs=[{**here, "routing": "tunnel"}])
+    assert tunnel.specs["x1"]["native"]["stages"] == {"onprem": "demands"}
 
 
 def test_a_new_estate_is_native_from_the_first_packet() -> None:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The lab's Kubernetes cluster native inside WireGuard with every other site, and among its own hosts: on, pods and
+machines both ways, what is on the wire, and off again, while customers on machines and in a pod notice nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+import yaml
+from demo import EDGE, ONPREM_CLIENT
+from demo_hybrid import CLIENT
+from e2e.test_native import AT_ONCE, ways
+from e2e.test_wireguard import capture, packets, states
+from estate_tools import Estate
+from hybrid_tools import MACHINE, Hybrid, joined, machine_service_in_pods_and_at_a_node_port
+from kubernetes_lab import HYBRID, Kubernetes
+from playbook import INVENTORY, play
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
+
+COUNT = 50  # requests of each kind
+MTU = 1420  # 1500, less 80 of WireGuard
+
+
+@pytest.fixture(scope="module")
+def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
+    assert estate.lab.hosts.keys() < kubernetes.lab.hosts.keys()
+    with joined(kubernetes) as made:
+        yield made
+
+
+def inside(place: Path) -> Path:
+    """The lab's inventory with the cluster, whose pairs are native inside WireGuard; the machines' are as they were."""
+    shutil.copytree(INVENTORY, place / "lab")
+    file = place / "lab" / "group_vars" / "all.yml"
+    variables = yaml.safe_load(file.read_text())
+    estate = variables["isthmus_estate"]
+    for site in ("kube", *estate["sites"]):
+        how = {"routing": "native", "encryption": "wireguard"}
+        estate["site_pairs"].append({"sites": ["kube", site], **how})
+    file.write_text(yaml.safe_dump(variables))
+    return Path(shutil.copytree(HYBRID, place / "hybrid"))
+
+
+@contextlib.contextmanager
+def nobody_notices(hybrid: Hybrid) -> Iterator[None]:
+    """Machines that ask the service by its name, and a pod that asks it by its ClusterIP."""
+    estate = hybrid.estate
+    with (
+        estate.unnoticed(estate.edge, estate.onprem, interval=0.02),
+        estate.unnoticed(hybrid.client, url=f"http://{hybrid.service_address}/", interval=0.02),
+    ):
+        yield
+
+
+def both_ways(hybrid: Hybrid) -> None:
+    """Pods and machines reach each other, and each is seen by its own address."""
+    estate = hybrid.estate
+    pod, machine = hybrid.pod_address(CLIENT), estate.address(MACHINE, "web")
+    for url in (f"http://{machine}:8080/", hybrid.underlay_url()):
+        result = hybrid.client.requests(url, COUNT)
+        assert (result["answers"], set(result["peers"])) == ({f"onprem/{MACHINE}": COUNT}, {pod}), (url, result)
+    for node in hybrid.nodes:
+        server, url = f"{hybrid.kube.name}/web-{node}", f"http://{hybrid.pod_address(f'web-{node}')}:8080/"
+        for customer, own in (
+            (estate.onprem, estate.address(ONPREM_CLIENT, "client")),
+            (estate.edge, estate.address(EDGE, "client")),
+            (hybrid.client, pod),  # of its own node, and of the other one over the CNI's way
+        ):
+            result = customer.requests(url, COUNT)
+            assert (result["answers"], set(result["peers"])) == ({server: COUNT}, {own}), (url, own, result)
+
+
+def in_clear(hybrid: Hybrid) -> list[bytes]:
+    """What headers of packets between pods and the machines that are asked look like in clear."""
+    estate = hybrid.estate
+    pods = [hybrid.pod_address(name) for name in (CLIENT, *(f"web-{node}" for node in hybrid.nodes))]
+    machines = [
+        estate.address(MACHINE, "web"),
+        estate.address(ONPREM_CLIENT, "client"),
+        str(estate.lab.hosts[MACHINE].address),
+    ]
+    return [
+        b"".join(IPv4Address(str(address)).packed for address in order)
+        for pair in itertools.product(pods, machines)
+        for order in (pair, pair[::-1])
+    ]
+
+
+def test_pods_are_native_inside_wireguard_and_nobody_notices(hybrid: Hybrid, tmp_path: Path) -> None:
+    estate = hybrid.estate
+    wanted = inside(tmp_path / "wanted")
+    shown = " ".join(play("plan", inventory=wanted).output.split())
+    assert "kube and onprem: path native inside WireGuard (now being turned on), encryption wireguard" in shown
+    clear, before = in_clear(hybrid), tmp_path / "before.pcap"
+    with capture(before, ("kube", "onprem")):
+        both_ways(hybrid)
+    assert packets(before, "udp port 8472") > COUNT
+    seen = before.read_bytes()
+    assert len([words for words in clear if words in seen]) > 2, "this is how addresses in clear look"
+    try:
+        with nobody_notices(hybrid):
+            play("site", *AT_ONCE, inventory=wanted, seconds=1800)
+        assert play("site", inventory=wanted).changed == {}
+        play("verify", inventory=wanted)
+        for node in hybrid.nodes:
+            assert set(ways(estate, node).values()) == {"native"}, node
+            assert set(states(estate, node).values()) <= {"encrypted", "idle"}, node
+            route = estate.lab.exec(node, ["ip", "route", "get", str(estate.address(MACHINE, "web"))]).stdout
+            assert "dev isthmus-wg0" in route, route
+            assert f"mtu {MTU}" in route, route
+        there = ways(estate, EDGE)
+        assert {way for host, way in there.items() if host.startswith("kube")} == {"native"}
+        assert {way for host, way in there.items() if not host.startswith("kube")} == {"tunnel"}
+        file = tmp_path / "wire.pcap"
+        with capture(file, ("kube", "onprem")):
+            both_ways(hybrid)
+        assert packets(file, "udp port 8472") == 0, "nothing through the tunnel"
+        assert packets(file, "udp port 51871") > COUNT
+        seen = file.read_bytes()
+        assert [words for words in clear if words in seen] == [], "addresses of pods and machines in clear"
+        machine_service_in_pods_and_at_a_node_port(hybrid)
+        # An agent that starts anew changes nothing for anybody.
+        with nobody_notices(hybrid):
+            for host in (hybrid.nodes[0], ONPREM_CLIENT):
+                estate.lab.exec(host, ["systemctl", "restart", "isthmusd.service"])
+        with nobody_notices(hybrid):
+            play("site", *AT_ONCE, inventory=HYBRID, seconds=1800)
+        play("verify", inventory=HYBRID)
+        for node in hybrid.nodes:
+            assert set(ways(estate, node).values()) == {"tunnel"}, node
+            assert set(states(estate, node).values()) == {"plain"}, node
+        both_ways(hybrid)
+    finally:
+        play("site", *AT_ONCE, inventory=HYBRID, seconds=1800)
+    hybrid.everywhere(hybrid.members, (EDGE, *hybrid.nodes))
