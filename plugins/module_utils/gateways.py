@@ -116,7 +116,6 @@ class Gateway:
             self.changes.note(f"package {name}", "", "installed")
         if lacking and not self.module.check_mode:
             packages.install(self.module, lacking, "install strongSwan by hand")
-        self.kernel = strongswan.kernel_does_esp(self.module)
         if not self.kernel and not self.module.check_mode:
             self.check_tun()
         check_addresses(self.module, self.own["networks"])
@@ -400,8 +399,10 @@ def check_near(module: AnsibleModule, via: str) -> None:
         )
 
 
-def guard_unit() -> str:
-    """Before the network is up, so that nothing leaves in clear at boot."""
+def guard_unit(kernel: bool) -> str:
+    """Before the network is up, so that nothing leaves in clear at boot. `kernel`: it does ESP."""
+    more = f"-{strongswan.NFT} -f {strongswan.GUARD_OF_KERNEL}"
+    start, again = (f"\nExecStart={more}", f"\nExecReload={more}") if kernel else ("", "")
     return f"""\
 # Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
 [Unit]
@@ -418,8 +419,8 @@ ReloadPropagatedFrom=nftables.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={strongswan.NFT} -f {strongswan.GUARD}
-ExecReload={strongswan.NFT} -f {strongswan.GUARD}
+ExecStart={strongswan.NFT} -f {strongswan.GUARD}{start}
+ExecReload={strongswan.NFT} -f {strongswan.GUARD}{again}
 ExecStop=-{strongswan.NFT} delete table ip {ipsec.GUARD}
 
 [Install]
@@ -427,8 +428,8 @@ WantedBy=sysinit.target
 """
 
 
-def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None) -> None:
-    """The rules, in the file and in the kernel; None: there are none."""
+def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None, kernel: bool) -> None:
+    """The rules, in the files and in the kernel; None: there are none. `kernel`: it does ESP."""
     path = units.Units.path(strongswan.GUARD_UNIT)
     if text is None:
         if os.path.exists(path) and not module.check_mode:
@@ -436,6 +437,7 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         if changes.absent(path) and not module.check_mode:
             systemd.run("daemon-reload")
         changes.absent(strongswan.GUARD)
+        changes.absent(strongswan.GUARD_OF_KERNEL)
         return
     lacking = strongswan.packages(gateway=False)
     for name in lacking:
@@ -443,7 +445,11 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
     if lacking and not module.check_mode:
         packages.install(module, lacking, "install nftables by hand")
     file = changes.file(strongswan.GUARD, text)
-    unit = changes.file(path, guard_unit())
+    if kernel:
+        file |= changes.file(strongswan.GUARD_OF_KERNEL, ipsec.guard_of_kernel())
+    else:
+        file |= changes.absent(strongswan.GUARD_OF_KERNEL)
+    unit = changes.file(path, guard_unit(kernel))
     if unit and not module.check_mode:
         systemd.run("daemon-reload")
     state = systemd.show([strongswan.GUARD_UNIT])[strongswan.GUARD_UNIT]
@@ -452,9 +458,9 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         state.get("UnitFileState") != "enabled"
         or state.get("ActiveState") != "active"
         or file
-        or there != strongswan.guard_rules(text)
+        or there != strongswan.guard_wanted(text)
     ):
-        changes.note(f"nft table ip {ipsec.GUARD}", "\n".join(there), "\n".join(strongswan.guard_rules(text)))
+        changes.note(f"nft table ip {ipsec.GUARD}", "\n".join(there), "\n".join(strongswan.guard_wanted(text)))
         if not module.check_mode:
             systemd.run("enable", "--quiet", strongswan.GUARD_UNIT)
             systemd.run("restart" if state.get("ActiveState") != "active" else "reload", strongswan.GUARD_UNIT)
@@ -473,14 +479,15 @@ def apply(
     for via in ipsec.gateways_of(own):
         check_near(module, via)
     gateway = Gateway(module, changes, systemd, own, secrets)
+    gateway.kernel = bool(own.get("local")) and strongswan.kernel_does_esp(module)
     # What is closed is closed before a tunnel changes, and opened after it.
     if text is not None:
-        guard(module, changes, systemd, text)
+        guard(module, changes, systemd, text, gateway.kernel)
     if own.get("local"):
         gateway.apply()
     elif os.path.exists(strongswan.CONNECTIONS) or os.path.exists(strongswan.BEFORE):
         gateway.remove()
     if text is None:
-        guard(module, changes, systemd, None)
+        guard(module, changes, systemd, None, False)
     does_esp = KERNEL if gateway.kernel else USER_SPACE
     return gateway.names, does_esp if own.get("local") else None

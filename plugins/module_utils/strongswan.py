@@ -23,6 +23,8 @@ CONNECTIONS = f"{DIRECTORY}/conf.d/isthmus.conf"
 SECRETS = f"{DIRECTORY}/conf.d/isthmus-secrets.conf"
 SYSCTL = "/etc/sysctl.d/60-isthmus-ipsec.conf"
 GUARD = "/etc/isthmus/ipsec.nft"
+GUARD_OF_KERNEL = "/etc/isthmus/ipsec-kernel.nft"
+"""Added to them where the kernel does ESP."""
 GUARD_UNIT = "isthmus-ipsec.service"
 INTERFACES = "/etc/isthmus/ipsec-interfaces"
 """The script of `ipsec.interfaces_script`, where the kernel does ESP."""
@@ -126,6 +128,11 @@ def guard_in_kernel(module: AnsibleModule) -> list[str]:
         return []
     code, out, _err = module.run_command([NFT, "-s", "-n", "list", "table", "ip", ipsec.GUARD])
     return guard_rules(out) if code == 0 else []
+
+
+def guard_wanted(text: str) -> list[str]:
+    """Rules of the table on this host, by the text of `ipsec.guard`."""
+    return ([ipsec.ENCRYPTED] if os.path.exists(GUARD_OF_KERNEL) else []) + guard_rules(text)
 
 
 def guard_rules(text: str) -> list[str]:

@@ -79,8 +79,8 @@ def charon(wanted):
 
 
 def guard(wanted):
-    (command,) = lines(GUARD, "ExecStart" if wanted else "ExecStop")
-    subprocess.run(command.split(), check=wanted)
+    for command in lines(GUARD, "ExecStart" if wanted else "ExecStop"):
+        subprocess.run(command.split(), check=wanted)
     mark(GUARD, "active").touch() if wanted else mark(GUARD, "active").unlink(missing_ok=True)
 
 

@@ -719,6 +719,17 @@ def guard(own: Mapping[str, Any]) -> str | None:
     return _HEADER + "\n".join(lines) + "\n"
 
 
+ENCRYPTED = "rt ipsec exists accept"
+"""The kernel shows a packet to the rules once more before it encrypts it, and then by the device that carries the
+tunnel."""
+
+
+def guard_of_kernel() -> str:
+    """What is added to `guard` where the kernel does ESP. In a file of its own, as a kernel without IPsec refuses it:
+    there the table stays as `guard` has it, and nothing leaves."""
+    return _HEADER + f"insert rule ip {GUARD} leaves {ENCRYPTED}\n"
+
+
 # What somebody else sets
 
 
