@@ -666,12 +666,12 @@ def guard(own: Mapping[str, Any]) -> str | None:
     near_gateways = gateways_of(own)
     if not far or not (local or near_gateways):
         return None
-    hops = ", ".join(near_gateways)
+    hops = _listed(near_gateways)
     near_set, far_set = ", ".join(own["networks"]), ", ".join(far)
     if local:
         ways = [DEVICE, SECOND_DEVICE] if any("number" in one for one in connections) else [DEVICE]
         ports = ", ".join(str(port) for port in IPSEC_PORTS)
-        gateways = ", ".join(sorted({one["remote"] for one in connections}))
+        gateways = _listed({one["remote"] for one in connections})
         out = f"ip saddr {local} ip daddr {{ {gateways} }} udp sport {{ {ports} }} accept"
         back = f"ip saddr {{ {gateways} }} ip daddr {local} udp dport {{ {ports} }} accept"
         chains = [
@@ -728,6 +728,11 @@ def guard_of_kernel() -> str:
     """What is added to `guard` where the kernel does ESP. In a file of its own, as a kernel without IPsec refuses it:
     there the table stays as `guard` has it, and nothing leaves."""
     return _HEADER + f"insert rule ip {GUARD} leaves {ENCRYPTED}\n"
+
+
+def _listed(addresses: Iterable[str]) -> str:
+    """As the program nft lists a set, so that what it says can be compared with what it was given."""
+    return ", ".join(sorted(addresses, key=IPv4Address))
 
 
 # What somebody else sets

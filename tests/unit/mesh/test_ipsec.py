@@ -216,7 +216,7 @@ def test_of_two_gateways_each_has_a_tunnel_with_each_and_hosts_know_both() -> No
 def test_with_two_gateways_nothing_leaves_but_into_a_tunnel_or_to_one_of_them() -> None:
     found = changed(more=MORE, **TWO)
     host = ipsec.guard(found.specs["o3"]["ipsec"]) or ""
-    assert "ip daddr @far rt ip nexthop != { 198.18.1.2, 198.18.1.1 } counter drop" in host
+    assert "ip daddr @far rt ip nexthop != { 198.18.1.1, 198.18.1.2 } counter drop" in host, "as nft lists it"
     gateway = (ipsec.guard(found.specs["o1"]["ipsec"]) or "").splitlines()
     leaves = [line.strip() for line in gateway[gateway.index("  chain leaves {") :]]
     assert leaves.index("ip daddr @far rt ip nexthop 198.18.1.2 accept") < leaves.index(
