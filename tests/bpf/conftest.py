@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from bpf.topology import Node, two_nodes
 
+pytest.register_assert_rewrite("bpf.reaching")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -17,13 +17,22 @@ from pathlib import Path
 
 import pytest
 from bpf.pods import CLUSTER_IP, HOST_PORT, NODE_PORT, OUTSIDE, REMOTE_NODE_PORT, KubernetesNode, kubernetes_nodes
-from bpf.topology import PATIENCE, TCP, Inside, InsideError, wait_for
+from bpf.reaching import (
+    Both,
+    dial,
+    every_way,
+    identities,
+    no_drops,
+    on_one_node,
+    outlives_reloads,
+    serve,
+    serve_in_pods,
+)
+from bpf.topology import PATIENCE, TCP, InsideError, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.agent.kernel import HostKernel
 from isthmus_agent.desired.datapath import Backend
 from isthmus_mesh import documents, keys, wire
-
-Both = tuple[KubernetesNode, KubernetesNode]
 
 
 @pytest.fixture
@@ -32,127 +41,66 @@ def both() -> Iterator[Both]:
         yield found
 
 
-def _ask(client: Inside, address: str, port: int, bound: str = "") -> str:
-    """What the server says: its name and the client's address as it sees it."""
-    source = f", ('{bound}', 0)" if bound else ""
-    return str(client.do(f"s = socket.create_connection(('{address}', {port}), 5{source}); result = line(s)"))
-
-
-def _serve_in_pods(both: Both) -> None:
-    for each in both:
-        for number, pod in enumerate(each.pods):
-            name = f"{each.node.name}-pod{number}"
-            each.process(pod).do(
-                f"serve_tcp('{name}', '{pod.address}', 8080); serve_udp('{name}', '{pod.address}', 5353)"
-            )
-
-
-def _serve(both: Both) -> None:
-    """In pods, on the host's mesh and underlay address, and as the workload `web`."""
-    _serve_in_pods(both)
-    for each in both:
-        name, node = each.node.name, each.node
-        node.process().do(
-            f"serve_tcp('{name}-mesh', '{node.mesh}', 9000); serve_tcp('{name}-underlay', '{node.underlay}', 9000)"
-        )
-        node.process("web").do(f"serve_tcp('{name}-web', '{node.workload}', 9000)")
-
-
-def _identities(node: KubernetesNode) -> set[tuple[str, int]]:
-    return {(str(each.destination), each.identity) for each in node.node.bpf.counters().identities}
-
-
-def _no_drops(both: Both) -> None:
-    for each in both:
-        assert not any(each.node.drops().values()), (each.node.name, each.node.drops())
-
-
 @pytest.mark.parametrize("rp_filter", ["0", "1"])
 def test_every_direction_keeps_source_and_identity(both: Both, rp_filter: str) -> None:
     left, right = both
     for each in both:
         for device in ("all", "default", "eth0", "isthmus0", "cni0"):
             each.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
-    _serve(both)
+    serve(both)
     for near, far in ((left, right), (right, left)):
-        pod = near.pods[0]
-        name = far.node.name
-        client = near.process(pod)
-        # pod -> pod, workload, host by mesh and by underlay address
-        assert _ask(client, far.pods[0].address, 8080) == f"{name}-pod0 {pod.address}"
-        assert _ask(client, far.node.workload, 9000) == f"{name}-web {pod.address}"
-        assert _ask(client, far.node.mesh, 9000) == f"{name}-mesh {pod.address}"
-        assert _ask(client, far.node.underlay, 9000) == f"{name}-underlay {pod.address}"
-        assert {
-            (destination, pod.identity)
-            for destination in (far.pods[0].address, far.node.workload, far.node.mesh, far.node.underlay)
-        } <= _identities(far)
-        # host and workload -> pod
-        target = far.pods[1]
-        assert _ask(near.node.process(), target.address, 8080) == f"{name}-pod1 {near.node.mesh}"
-        assert (
-            _ask(near.node.process(), target.address, 8080, near.node.underlay) == f"{name}-pod1 {near.node.underlay}"
-        )
-        assert _ask(near.node.process("web"), target.address, 8080) == f"{name}-pod1 {near.node.workload}"
-        assert {(target.address, 6), (target.address, near.node.identity)} <= _identities(far)
-    _no_drops(both)
+        every_way(near, far)
+    no_drops(both)
 
 
 def test_on_one_node_host_workloads_and_pods_reach_each_other(both: Both) -> None:
     left, _ = both
-    _serve(both)
-    pod = left.pods[0]
-    client = left.process(pod)
-    assert _ask(client, left.pods[1].address, 8080) == f"a-pod1 {pod.address}"
-    assert _ask(client, left.node.workload, 9000) == f"a-web {pod.address}"
-    assert _ask(client, left.node.mesh, 9000) == f"a-mesh {pod.address}"
-    assert _ask(client, left.node.underlay, 9000) == f"a-underlay {pod.address}"
-    assert _ask(left.node.process("web"), pod.address, 8080) == f"a-pod0 {left.node.workload}"
-    assert _ask(left.node.process(), pod.address, 8080) == f"a-pod0 {left.gateway}"
-    _no_drops(both)
+    serve(both)
+    on_one_node(left)
+    no_drops(both)
 
 
 def test_what_is_not_the_meshs_is_masqueraded_as_before(both: Both) -> None:
     left, right = both
     right.node.process().do(f"serve_tcp('outside', '{OUTSIDE}', 9000)")
-    assert _ask(left.process(left.pods[0]), OUTSIDE, 9000) == f"outside {left.node.underlay}"
+    assert dial(left.process(left.pods[0]), OUTSIDE, 9000) == f"outside {left.node.underlay}"
 
 
 def test_without_our_table_the_source_is_lost(both: Both) -> None:
     """The other tests can fail: the rules of this topology do masquerade."""
     left, right = both
-    _serve(both)
+    serve(both)
     for each in both:
         each.nft("delete table ip isthmus")
-    assert _ask(left.process(left.pods[0]), right.node.workload, 9000) == f"b-web {left.node.mesh}"
-    assert _ask(left.node.process("web"), right.pods[0].address, 8080) == f"b-pod0 {right.gateway}"
+    assert dial(left.process(left.pods[0]), right.node.workload, 9000) == f"b-web {left.node.mesh}"
+    assert dial(left.node.process("web"), right.pods[0].address, 8080) == f"b-pod0 {right.gateway}"
 
 
 @pytest.mark.parametrize("rp_filter", ["0", "1"])
 def test_a_node_port_is_masqueraded_as_before_from_the_mesh_and_from_elsewhere(both: Both, rp_filter: str) -> None:
     """Towards the node's underlay address nothing of the mesh is on the way, in no direction."""
     left, right = both
-    _serve(both)
+    serve(both)
     for device in ("all", "default", "eth0", "isthmus0"):
         right.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", rp_filter)
     client = right.node.process()
-    assert _ask(client, left.node.mesh, NODE_PORT) == f"a-pod0 {left.gateway}"
-    seen = _identities(right)
-    assert _ask(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
-    assert _identities(right) == seen, "nothing came over the overlay"
-    _no_drops(both)
+    assert dial(client, left.node.mesh, NODE_PORT) == f"a-pod0 {left.gateway}"
+    seen = identities(right)
+    assert dial(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
+    assert identities(right) == seen, "nothing came over the overlay"
+    no_drops(both)
 
 
 def test_a_node_port_with_a_remote_backend_sends_as_the_node(both: Both) -> None:
     """Ingress traffic, by an EndpointSlice with backends of the mesh: kube-proxy masquerades, with an address that the
     other side knows."""
     left, right = both
-    _serve(both)
+    serve(both)
     client = left.process(left.pods[1])
     for address in (left.gateway, left.node.underlay):
-        assert _ask(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
-    assert (right.pods[0].address, 6) in _identities(right)
-    _no_drops(both)
+        assert dial(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert (right.pods[0].address, 6) in identities(right)
+    no_drops(both)
 
 
 def test_pods_of_the_clusters_other_nodes_see_who_asks() -> None:
@@ -173,49 +121,44 @@ def test_pods_of_the_clusters_other_nodes_see_who_asks() -> None:
         right.node.call(other_node)
         right.node.process().do(f"serve_tcp('far', '{far}', 8080); serve_tcp('far', '{far}', 8081)")
         client = left.process(pod)
-        assert _ask(client, far, 8080) == f"far {pod.address}"
+        assert dial(client, far, 8080) == f"far {pod.address}"
         # What kube-proxy marked is its own.
         left.nft(
             "add table ip marks\nadd chain ip marks prerouting { type filter hook prerouting priority 0; }\n"
             "add rule ip marks prerouting tcp dport 8081 meta mark set meta mark | 0x4000"
         )
-        assert _ask(client, far, 8081) == f"far {left.node.underlay}"
+        assert dial(client, far, 8081) == f"far {left.node.underlay}"
         left.nft("delete table ip isthmus")
-        assert _ask(client, far, 8080) == f"far {left.node.underlay}", "the CNI of this test does masquerade"
+        assert dial(client, far, 8080) == f"far {left.node.underlay}", "the CNI of this test does masquerade"
 
 
 @pytest.mark.parametrize("masquerades_all", [True, False], ids=["as flannel", "as bridge"])
 def test_a_host_port_is_reached_from_the_mesh_and_from_elsewhere(both: Both, masquerades_all: bool) -> None:
     """From the mesh the pod sees who asks; from elsewhere what it sees without the mesh."""
     left, right = both
-    _serve(both)
+    serve(both)
     left.cni(masquerades_all)
     left.host_port()
     far, pod = right.node.process(), right.pods[0]
-    assert _ask(far, left.node.mesh, HOST_PORT) == f"a-pod0 {right.node.mesh}"
-    assert _ask(right.process(pod), left.node.mesh, HOST_PORT) == f"a-pod0 {pod.address}"
-    assert _ask(right.process(pod), left.node.underlay, HOST_PORT) == f"a-pod0 {pod.address}"
+    assert dial(far, left.node.mesh, HOST_PORT) == f"a-pod0 {right.node.mesh}"
+    assert dial(right.process(pod), left.node.mesh, HOST_PORT) == f"a-pod0 {pod.address}"
+    assert dial(right.process(pod), left.node.underlay, HOST_PORT) == f"a-pod0 {pod.address}"
     # A pod of the node asks for it too, also the one that has it.
     for each in left.pods:
         for address in (left.node.mesh, left.node.underlay, left.gateway):
-            assert _ask(left.process(each), address, HOST_PORT) == f"a-pod0 {left.gateway}"
+            assert dial(left.process(each), address, HOST_PORT) == f"a-pod0 {left.gateway}"
     # What comes in is counted before the node's own rules lead it to the pod.
-    assert {(left.node.mesh, pod.identity), (left.node.underlay, pod.identity)} <= _identities(left)
+    assert {(left.node.mesh, pod.identity), (left.node.underlay, pod.identity)} <= identities(left)
     seen = left.gateway if masquerades_all else right.node.underlay
-    assert _ask(far, left.node.underlay, HOST_PORT) == f"a-pod0 {seen}"
-    _no_drops(both)
+    assert dial(far, left.node.underlay, HOST_PORT) == f"a-pod0 {seen}"
+    no_drops(both)
 
 
 def test_flows_and_new_connections_survive_reloads_of_the_others(both: Both) -> None:
     left, right = both
-    _serve(both)
-    client = left.process(left.pods[0])
-    client.do(f"old = socket.create_connection(('{right.node.workload}', 9000), 5); result = line(old)")
-    for _ in range(3):
-        left.cni()
-        assert client.do("old.sendall(b'x?'); result = line(old)")
-        assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
-    _no_drops(both)
+    serve(both)
+    outlives_reloads(left, right)
+    no_drops(both)
 
 
 _SERVICE = "10.96.0.41"  # of the node's own cluster alone, with the other node's underlay address as its backend
@@ -291,7 +234,7 @@ def test_what_pods_have_with_underlay_addresses_before_the_agent_goes_on(rp_filt
         )
         assert flows.go_on("old") == [masqueraded] * 2
         assert flows.begin("newer") == [kept] * 4
-        _no_drops(both)
+        no_drops(both)
         # Where nothing may go in clear, they end.
         keep = left.node.datapath.keep_source
         assert keep is not None
@@ -332,10 +275,10 @@ def test_what_pods_have_with_a_host_that_joins_goes_on() -> None:
 def test_what_a_firewall_drops_while_it_is_forwarded_is_counted(both: Both) -> None:
     """An `accept` of ours would not help: in netfilter a drop anywhere wins. So it is told."""
     left, right = both
-    _serve(both)
+    serve(both)
     keep = left.node.datapath.keep_source
     client = left.process(left.pods[0])
-    assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    assert dial(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
     assert left.node.call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
     left.nft("add table ip filter\nadd chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
     client.do(f"u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{right.node.workload}', 9000))")
@@ -351,7 +294,7 @@ def test_what_a_firewall_drops_while_it_is_forwarded_is_counted(both: Both) -> N
 def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(both: Both) -> None:
     """Devices of pods have 1500 bytes, the way between nodes 1450: the node tells the pod, once."""
     left, right = both
-    _serve(both)
+    serve(both)
     client = left.process(left.pods[0])
     size = 16 << 20
     total = client.do(
@@ -363,7 +306,7 @@ def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(both: Both) -> None:
     assert client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)") == 1450 - 40 - 12
     for each in both:
         assert (each.node.counter("FragCreates"), each.node.counter("ReasmReqds")) == (0, 0)
-    _no_drops(both)
+    no_drops(both)
 
 
 CLIENTS = ("pod", "host network", "older than the agent")
@@ -372,7 +315,7 @@ CLIENTS = ("pod", "host network", "older than the agent")
 def test_a_cluster_ip_leads_to_backends_of_both_clusters_from_everywhere() -> None:
     with kubernetes_nodes(load=False) as both:
         left, _ = both
-        _serve_in_pods(both)
+        serve_in_pods(both)
         old = left.process(left.pods[1])
         for each in both:
             each.node.datapath = each.wanted().datapath
@@ -392,7 +335,7 @@ def test_a_cluster_ip_leads_to_backends_of_both_clusters_from_everywhere() -> No
                 peers.update((tuple(answer[1]), tuple(answer[3])))
             assert tcp == udp == {"a-pod0", "b-pod0"}, name
             assert peers == {(CLUSTER_IP, 80), (CLUSTER_IP, 53)}, name
-        _no_drops(both)
+        no_drops(both)
 
 
 @contextlib.contextmanager
@@ -412,14 +355,14 @@ def _namespaces_kept(node: KubernetesNode, place: Path) -> Iterator[None]:
 
 def test_sockets_to_a_backend_that_is_gone_end_in_pods_too(both: Both, tmp_path: Path) -> None:
     left, right = both
-    _serve(both)
+    serve(both)
     with _namespaces_kept(left, tmp_path):
         own = keys.service_key("onprem", "shop", "api")
         left.documents[own] = json.dumps({**json.loads(left.documents[own]), "backends": {}}).encode()
         left.apply()
         clients = [left.process(left.pods[0]), left.process(left.pods[1]), left.node.process()]
         for client in clients:
-            assert _ask(client, CLUSTER_IP, 80).startswith("b-pod0")
+            assert dial(client, CLUSTER_IP, 80).startswith("b-pod0")
             client.do(f"direct = socket.create_connection(('{right.pods[0].address}', 8080), 5); line(direct)")
         gone = Backend(ip_address(right.pods[0].address), 8080, TCP, 2, ip_address(right.node.underlay))
         cookies = left.node.bpf.sockets_of([gone])
@@ -464,7 +407,7 @@ result = [line(s), line(m), u.recvfrom(100)[0].decode().split()[0]]
 
 def test_a_sidecar_sees_the_service_addresses_that_its_pod_dials(both: Both, tmp_path: Path) -> None:
     left, _ = both
-    _serve_in_pods(both)
+    serve_in_pods(both)
     for pod in left.pods:
         left.process(pod).do(_DIALLED)
         pod.pool.submit(
@@ -488,7 +431,7 @@ def test_a_sidecar_sees_the_service_addresses_that_its_pod_dials(both: Both, tmp
         assert clients[1].do(_DIAL) == [f"{CLUSTER_IP} 80", f"{CLUSTER_IP} 80", "sidecar"]
         assert {answer.split()[0] for answer in clients[0].do(_DIAL)} <= backends, "the other pod is as before"
     # What is no service address is dialled as ever, with the pod's own address.
-    assert _ask(clients[1], both[1].pods[0].address, 8080) == f"b-pod0 {alone}"
+    assert dial(clients[1], both[1].pods[0].address, 8080) == f"b-pod0 {alone}"
     del left.documents[keys.untranslated_key(str(alone))]
     left.apply()
     assert {answer.split()[0] for answer in clients[1].do(_DIAL)} <= backends

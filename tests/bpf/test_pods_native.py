@@ -24,8 +24,8 @@ from bpf.pods import (
     kubernetes_nodes,
     spec_document,
 )
+from bpf.reaching import Both, dial, every_way, identities, no_drops, on_one_node, outlives_reloads, serve
 from bpf.test_native import RAW
-from bpf.test_pods import _ask, _identities, _no_drops, _serve
 from bpf.topology import InsideError, Node, capture, wait_for
 from isthmus_agent import netlink
 from isthmus_agent.agent.kernel import HostKernel
@@ -33,7 +33,6 @@ from isthmus_agent.netlink import wireguard
 from isthmus_mesh import keys, wire
 from isthmus_mesh.spec import NodeSpec
 
-Both = tuple[KubernetesNode, KubernetesNode]
 CLONE_NEWNS = 0x20000
 DEVICE = wireguard.DEVICE
 MTU = 1420
@@ -64,7 +63,7 @@ def _is_ready() -> bool:
     return shown.returncode == 0
 
 
-def _published(each: KubernetesNode, publics: dict[str, str]) -> None:
+def publish_keys(each: KubernetesNode, publics: dict[str, str]) -> None:
     """The nodes' keys in what a node knows."""
     for key, value in each.documents.items():
         if "/nodes/" in key:
@@ -139,7 +138,7 @@ def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands") ->
             private[each.name].write_text(key)
             publics[each.name] = wireguard.public_key(str(private[each.name]))
         for each in both:
-            _published(each, publics)
+            publish_keys(each, publics)
         made = Estate(both, private, stack)
         for each in both:
             made.stage(each, stage)
@@ -150,7 +149,7 @@ def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands") ->
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Estate]:
     """Two nodes of two clusters, native inside WireGuard."""
     with estate(tmp_path_factory.mktemp("native")) as found:
-        _serve(found.both)
+        serve(found.both)
         yield found
 
 
@@ -181,7 +180,7 @@ def drops(both: Both) -> Callable[[], list[dict[str, int]]]:
     return since
 
 
-def _seen(file: Path, *expression: str) -> list[str]:
+def listed(file: Path, *expression: str) -> list[str]:
     shown = subprocess.run(["tcpdump", "-nr", str(file), *expression], check=True, capture_output=True, text=True)
     return shown.stdout.splitlines()
 
@@ -199,25 +198,11 @@ def test_every_direction_keeps_source_and_identity_and_nothing_is_in_clear(
     file = tmp_path / "wire.pcap"
     with capture(left.node, file):
         for near, far in ((left, right), (right, left)):
+            every_way(near, far)
             pod = near.pods[0]
-            name = far.node.name
-            client = near.process(pod)
-            assert _ask(client, far.pods[0].address, 8080) == f"{name}-pod0 {pod.address}"
-            assert _ask(client, far.node.workload, 9000) == f"{name}-web {pod.address}"
-            assert _ask(client, far.node.mesh, 9000) == f"{name}-mesh {pod.address}"
-            assert _ask(client, far.node.underlay, 9000) == f"{name}-underlay {pod.address}"
-            assert _ask(client, CLUSTER_IP, 80).split()[1] == pod.address
-            assert {
-                (destination, pod.identity)
-                for destination in (far.pods[0].address, far.node.workload, far.node.mesh, far.node.underlay)
-            } <= _identities(far)
-            target, host = far.pods[1], near.node
-            assert _ask(host.process(), target.address, 8080) == f"{name}-pod1 {host.mesh}"
-            assert _ask(host.process(), target.address, 8080, host.underlay) == f"{name}-pod1 {host.underlay}"
-            assert _ask(host.process("web"), target.address, 8080) == f"{name}-pod1 {host.workload}"
-            assert {(target.address, 6), (target.address, host.identity)} <= _identities(far)
-    assert _seen(file, *MESH) == []
-    assert len(_seen(file, "udp port 51871")) > 50
+            assert dial(near.process(pod), CLUSTER_IP, 80).split()[1] == pod.address
+    assert listed(file, *MESH) == []
+    assert len(listed(file, "udp port 51871")) > 50
     assert drops() == NOTHING
     assert made.audit() == []
 
@@ -227,15 +212,8 @@ def test_on_one_node_and_to_outside_everything_is_as_before(
 ) -> None:
     left, right = both
     right.node.process().do(f"serve_tcp('outside', '{OUTSIDE}', 9000)")
-    pod = left.pods[0]
-    client = left.process(pod)
-    assert _ask(client, left.pods[1].address, 8080) == f"a-pod1 {pod.address}"
-    assert _ask(client, left.node.workload, 9000) == f"a-web {pod.address}"
-    assert _ask(client, left.node.mesh, 9000) == f"a-mesh {pod.address}"
-    assert _ask(client, left.node.underlay, 9000) == f"a-underlay {pod.address}"
-    assert _ask(left.node.process("web"), pod.address, 8080) == f"a-pod0 {left.node.workload}"
-    assert _ask(left.node.process(), pod.address, 8080) == f"a-pod0 {left.gateway}"
-    assert _ask(client, OUTSIDE, 9000) == f"outside {left.node.underlay}"
+    on_one_node(left)
+    assert dial(left.process(left.pods[0]), OUTSIDE, 9000) == f"outside {left.node.underlay}"
     assert drops() == NOTHING
 
 
@@ -251,8 +229,8 @@ def test_what_the_cni_does_not_masquerade_goes_out_and_comes_in(
             "add table ip kept\nadd chain ip kept post { type nat hook postrouting priority 50; }\n"
             f"add rule ip kept post ip daddr {OUTSIDE} snat to ip saddr"
         )
-        assert _ask(left.process(left.pods[0]), OUTSIDE, 9001) == f"outside {left.pods[0].address}"
-        assert _ask(right.node.process(), left.pods[0].address, 8080, OUTSIDE) == f"a-pod0 {left.gateway}"
+        assert dial(left.process(left.pods[0]), OUTSIDE, 9001) == f"outside {left.pods[0].address}"
+        assert dial(right.node.process(), left.pods[0].address, 8080, OUTSIDE) == f"a-pod0 {left.gateway}"
         assert drops() == NOTHING
     finally:
         left.nft("delete table ip kept")
@@ -265,14 +243,14 @@ def test_a_node_port_is_masqueraded_as_before_from_the_mesh_and_from_elsewhere(
     """Towards the node's underlay address nothing of the mesh is on the way, in no direction."""
     left, right = both
     client = right.node.process()
-    assert _ask(client, left.node.mesh, NODE_PORT) == f"a-pod0 {left.gateway}"
-    seen = _identities(right)
+    assert dial(client, left.node.mesh, NODE_PORT) == f"a-pod0 {left.gateway}"
+    seen = identities(right)
     file = tmp_path / "wire.pcap"
     with capture(right.node, file):
-        assert _ask(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
+        assert dial(client, left.node.underlay, NODE_PORT) == f"a-pod0 {left.gateway}"
     there = f"src host {left.node.underlay} and tcp src port {NODE_PORT}"
-    assert len(_seen(file, there)) > 1, "also the replies"
-    assert _identities(right) == seen
+    assert len(listed(file, there)) > 1, "also the replies"
+    assert identities(right) == seen
     assert drops() == NOTHING
 
 
@@ -282,10 +260,10 @@ def test_a_node_port_with_a_remote_backend_sends_as_the_node(
     left, right = both
     client = left.process(left.pods[1])
     for address in (left.gateway, left.node.underlay):
-        assert _ask(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
-    assert _ask(right.node.process(), left.node.underlay, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
-    assert _ask(right.node.process("web"), left.node.mesh, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
-    assert (right.pods[0].address, 6) in _identities(right)
+        assert dial(client, address, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert dial(right.node.process(), left.node.underlay, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert dial(right.node.process("web"), left.node.mesh, REMOTE_NODE_PORT) == f"b-pod0 {left.node.mesh}"
+    assert (right.pods[0].address, 6) in identities(right)
     assert drops() == NOTHING
 
 
@@ -298,11 +276,11 @@ def test_a_host_port_is_reached_from_the_mesh_and_from_elsewhere(
     left.host_port()
     try:
         far, pod = right.node.process(), right.pods[0]
-        assert _ask(far, left.node.mesh, HOST_PORT) == f"a-pod0 {right.node.mesh}"
-        assert _ask(right.process(pod), left.node.mesh, HOST_PORT) == f"a-pod0 {pod.address}"
-        assert _ask(right.process(pod), left.node.underlay, HOST_PORT) == f"a-pod0 {pod.address}"
+        assert dial(far, left.node.mesh, HOST_PORT) == f"a-pod0 {right.node.mesh}"
+        assert dial(right.process(pod), left.node.mesh, HOST_PORT) == f"a-pod0 {pod.address}"
+        assert dial(right.process(pod), left.node.underlay, HOST_PORT) == f"a-pod0 {pod.address}"
         seen = left.gateway if masquerades_all else right.node.underlay
-        assert _ask(far, left.node.underlay, HOST_PORT) == f"a-pod0 {seen}"
+        assert dial(far, left.node.underlay, HOST_PORT) == f"a-pod0 {seen}"
         assert drops() == NOTHING
     finally:
         left.nft("delete table ip host-port")
@@ -313,12 +291,7 @@ def test_flows_and_new_connections_survive_reloads_of_the_others(
     both: Both, drops: Callable[[], list[dict[str, int]]]
 ) -> None:
     left, right = both
-    client = left.process(left.pods[0])
-    client.do(f"old = socket.create_connection(('{right.node.workload}', 9000), 5); result = line(old)")
-    for _ in range(3):
-        left.cni()
-        assert client.do("old.sendall(b'x?'); result = line(old)")
-        assert _ask(client, right.node.workload, 9000) == f"b-web {left.pods[0].address}"
+    outlives_reloads(left, right)
     assert drops() == NOTHING
 
 
@@ -344,9 +317,9 @@ def test_pods_packets_never_leave_in_clear(tmp_path: Path, gone: str) -> None:
     """Whatever becomes of routes, and whoever leads them elsewhere."""
     with estate(tmp_path) as made:
         left, right = made.both
-        _serve(made.both)
+        serve(made.both)
         client = left.process(left.pods[0])
-        assert _ask(client, right.pods[0].address, 8080) == f"b-pod0 {left.pods[0].address}"
+        assert dial(client, right.pods[0].address, 8080) == f"b-pod0 {left.pods[0].address}"
         file = tmp_path / "wire.pcap"
 
         def ip(*words: str) -> None:
@@ -359,9 +332,9 @@ def test_pods_packets_never_leave_in_clear(tmp_path: Path, gone: str) -> None:
                 ip("route", "flush", "table", table, "proto", "73")
             ip("route", "add", right.range, "via", right.node.underlay)
             with pytest.raises(InsideError, match="timed out"):
-                _ask(client, right.pods[0].address, 8080)
+                dial(client, right.pods[0].address, 8080)
             assert left.node.drops()["not_encrypted"] > 0
-        assert _seen(file, f"net {left.range} or net {right.range}") == []
+        assert listed(file, f"net {left.range} or net {right.range}") == []
 
 
 @pytest.mark.parametrize(
@@ -415,13 +388,13 @@ def test_a_pod_that_is_not_published_neither_sends_nor_receives(
     finally:
         left.documents[key] = published
         made.apply(left)
-    assert _ask(left.process(pod), right.node.workload, 9000) == f"b-web {pod.address}"
+    assert dial(left.process(pod), right.node.workload, 9000) == f"b-web {pod.address}"
 
 
 def test_pods_from_pools_of_the_cni_are_reached_one_by_one(tmp_path: Path) -> None:
     """The nodes have no pod CIDRs: WireGuard and the routes know each address."""
     with estate(tmp_path) as made:
-        _serve(made.both)
+        serve(made.both)
         left, right = made.both
         for each in made.both:
             for key, value in each.documents.items():
@@ -430,17 +403,17 @@ def test_pods_from_pools_of_the_cni_are_reached_one_by_one(tmp_path: Path) -> No
                     each.documents[key] = node.to_json().encode()
             made.apply(each)
         pod = left.pods[0]
-        assert _ask(left.process(pod), right.pods[0].address, 8080) == f"b-pod0 {pod.address}"
-        assert _ask(right.node.process("web"), pod.address, 8080) == f"a-pod0 {right.node.workload}"
+        assert dial(left.process(pod), right.pods[0].address, 8080) == f"b-pod0 {pod.address}"
+        assert dial(right.node.process("web"), pod.address, 8080) == f"a-pod0 {right.node.workload}"
         (allowed,) = left.node.call(wireguard.peer_states, DEVICE).values()
         assert {str(each) for each in allowed.addresses} >= {right.pods[0].address} | {right.node.underlay}
-        _no_drops(made.both)
+        no_drops(made.both)
 
 
 def test_within_one_cluster_pods_are_the_cnis_and_the_rest_is_inside(tmp_path: Path) -> None:
     with estate(tmp_path, one_cluster=True) as made:
         left, right = made.both
-        _serve(made.both)
+        serve(made.both)
         for each in made.both:
             each.cni(masquerades_all=False)
         before = [each.node.drops() for each in made.both]
@@ -450,18 +423,18 @@ def test_within_one_cluster_pods_are_the_cnis_and_the_rest_is_inside(tmp_path: P
                 pod, name = near.pods[0], far.node.name
                 client, host = near.process(pod), near.node
                 # pod -> pod and node's pod -> the other node: the CNI's, in clear
-                assert _ask(client, far.pods[0].address, 8080) == f"{name}-pod0 {pod.address}"
-                assert _ask(client, far.node.underlay, 9000) == f"{name}-underlay {host.underlay}"
+                assert dial(client, far.pods[0].address, 8080) == f"{name}-pod0 {pod.address}"
+                assert dial(client, far.node.underlay, 9000) == f"{name}-underlay {host.underlay}"
                 # node -> pod, by the CNI's way too
-                assert _ask(host.process(), far.pods[0].address, 8080, host.underlay).startswith(f"{name}-pod0 ")
-                assert _ask(host.process(), far.pods[0].address, 8080, near.gateway).startswith(f"{name}-pod0 ")
+                assert dial(host.process(), far.pods[0].address, 8080, host.underlay).startswith(f"{name}-pod0 ")
+                assert dial(host.process(), far.pods[0].address, 8080, near.gateway).startswith(f"{name}-pod0 ")
                 # what has an address of the mesh
-                assert _ask(client, far.node.workload, 9000) == f"{name}-web {pod.address}"
-                assert _ask(client, far.node.mesh, 9000) == f"{name}-mesh {pod.address}"
-                assert _ask(host.process("web"), far.pods[1].address, 8080) == f"{name}-pod1 {host.workload}"
-                assert _ask(host.process("web"), far.node.workload, 9000) == f"{name}-web {host.workload}"
-        assert _seen(file, "net 10.101.0.0/16 or net 10.102.0.0/16 or udp port 8472") == []
-        assert len(_seen(file, f"host {left.pods[0].address} and host {right.pods[0].address}")) > 5
+                assert dial(client, far.node.workload, 9000) == f"{name}-web {pod.address}"
+                assert dial(client, far.node.mesh, 9000) == f"{name}-mesh {pod.address}"
+                assert dial(host.process("web"), far.pods[1].address, 8080) == f"{name}-pod1 {host.workload}"
+                assert dial(host.process("web"), far.node.workload, 9000) == f"{name}-web {host.workload}"
+        assert listed(file, "net 10.101.0.0/16 or net 10.102.0.0/16 or udp port 8472") == []
+        assert len(listed(file, f"host {left.pods[0].address} and host {right.pods[0].address}")) > 5
         assert [each.node.drops() for each in made.both] == before
         assert made.audit() == []
 
@@ -471,7 +444,7 @@ def test_flows_of_pods_outlive_turning_it_on_and_off(tmp_path: Path) -> None:
     cluster as this node, when it began while native packets were taken."""
     with estate(tmp_path, stage="plain") as made:
         left, right = made.both
-        _serve(made.both)
+        serve(made.both)
         _check_sources(made.both, "1")
         clients = {
             "pod to pod": (left.process(left.pods[0]), right.pods[0].address, 8080),
@@ -490,7 +463,7 @@ def test_flows_of_pods_outlive_turning_it_on_and_off(tmp_path: Path) -> None:
                     settled = [one.node.drops() for one in made.both]
                     for what, (client, address, port) in clients.items():
                         assert client.do("old.sendall(b'x' * 5000 + b'?'); result = line(old)"), (what, each.name, word)
-                        assert _ask(client, address, port), (what, each.name, word)
+                        assert dial(client, address, port), (what, each.name, word)
                     assert [one.node.drops() for one in made.both] == settled, (each.name, word)
             way = left.node.call(
                 subprocess.run, ["ip", "route", "get", right.pods[0].address], capture_output=True, text=True

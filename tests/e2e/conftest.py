@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 from estate_tools import Estate
+from hybrid_tools import Hybrid, joined
 from isthmus_lab import Lab
+from kubernetes_lab import Kubernetes
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,11 @@ def estate(mesh: Lab) -> Iterator[Estate]:
     yield made
     made.put_right()
     made.converged()
+
+
+@pytest.fixture(scope="module")
+def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
+    """The lab's Kubernetes cluster in that estate, and out of it again after the file's tests."""
+    assert estate.lab.hosts.keys() < kubernetes.lab.hosts.keys()
+    with joined(kubernetes) as made:
+        yield made

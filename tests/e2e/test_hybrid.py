@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 
 import demo_pods
 import pytest
 from demo import EDGE
 from demo_hybrid import CLIENT, NAMESPACE, SERVICE_URL, HybridStory
-from estate_tools import ETCD_HOSTS, Estate
+from estate_tools import ETCD_HOSTS
 from hybrid_tools import (
     MACHINE,
     NODE_IS_DOWN,
     Hybrid,
     a_deployment_scales_under_load,
     a_node_is_drained_under_load,
-    joined,
     machine_service_in_pods_and_at_a_node_port,
     tell,
 )
@@ -112,13 +110,6 @@ spec:
   ports: [{{name: http, port: 8080}}]
 """
 LOOK_UP = "import socket, sys; print(*{one[4][0] for one in socket.getaddrinfo(sys.argv[1], 80, socket.AF_INET)})"
-
-
-@pytest.fixture(scope="module")
-def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
-    assert estate.lab.hosts.keys() < kubernetes.lab.hosts.keys()
-    with joined(kubernetes) as made:
-        yield made
 
 
 def test_a_second_run_changes_nothing(hybrid: Hybrid) -> None:

@@ -17,22 +17,14 @@ from demo import EDGE, ONPREM_CLIENT
 from demo_hybrid import CLIENT
 from e2e.test_native import AT_ONCE, ways
 from e2e.test_wireguard import capture, packets, states
-from estate_tools import Estate
-from hybrid_tools import MACHINE, Hybrid, joined, machine_service_in_pods_and_at_a_node_port
-from kubernetes_lab import HYBRID, Kubernetes
+from hybrid_tools import MACHINE, Hybrid, machine_service_in_pods_and_at_a_node_port
+from kubernetes_lab import HYBRID
 from playbook import INVENTORY, play
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
 COUNT = 50  # requests of each kind
 MTU = 1420  # 1500, less 80 of WireGuard
-
-
-@pytest.fixture(scope="module")
-def hybrid(estate: Estate, kubernetes: Kubernetes) -> Iterator[Hybrid]:
-    assert estate.lab.hosts.keys() < kubernetes.lab.hosts.keys()
-    with joined(kubernetes) as made:
-        yield made
 
 
 def inside(place: Path) -> Path:

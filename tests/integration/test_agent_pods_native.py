@@ -7,18 +7,17 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from bpf.pods import NAMES, KubernetesNode, kubernetes_nodes, spec_document
-from bpf.test_pods import _ask, _serve
-from bpf.test_pods_native import MESH, _seen
+from bpf.reaching import dial, serve
+from bpf.test_pods_native import MESH, listed, publish_keys
 from bpf.topology import InsideError, capture, wait_for
 from integration.etcd_fixture import Ca
 from integration.test_agent_wireguard import FIRST, PORT, Host, hold, new_key
 from isthmus_agent.cli.client import ask
-from isthmus_mesh import wire
 from isthmus_mesh.spec import spec_hash
 
 pytestmark = pytest.mark.root
@@ -55,11 +54,7 @@ def make(each: KubernetesNode, directory: Path, private: str, publics: dict[str,
     document["workloads"][0]["cgroup"] = {"path": "web"}
     document["hash"] = spec_hash(document)
     (directory / "node.json").write_text(json.dumps(document))
-    for name, value in each.documents.items():
-        if "/nodes/" in name:
-            node = wire.Node.from_json(value)
-            known = replace(node, wireguard_public_key=publics[node.cluster], encryption_key=255)
-            each.documents[name] = known.to_json().encode()
+    publish_keys(each, publics)
     host = hold(each.node, cluster, directory, private)
     host.publish(each.documents)
     return host
@@ -68,15 +63,15 @@ def make(each: KubernetesNode, directory: Path, private: str, publics: dict[str,
 @pytest.fixture
 def estate(tmp_path: Path) -> Iterator[Estate]:
     pairs = {cluster: new_key() for cluster in SITES}
-    publics = {cluster: public for cluster, (_, public) in pairs.items()}
     hosts: list[Host] = []
     with kubernetes_nodes(load=False) as nodes:
+        publics = {each.name: pairs[cluster][1] for each, cluster in zip(nodes, SITES, strict=True)}
         try:
             for each, cluster in zip(nodes, SITES, strict=True):
                 hosts.append(make(each, tmp_path / cluster, pairs[cluster][0], publics))
                 hosts[-1].start_wireguard()
                 hosts[-1].daemon.start()
-            _serve(nodes)
+            serve(nodes)
             yield Estate(nodes, hosts)
         finally:
             for host in hosts:
@@ -90,10 +85,10 @@ def test_pods_are_native_inside_wireguard_whatever_restarts(estate: Estate, tmp_
 
     def both_ways() -> None:
         pod, far = left.pods[0].address, right.pods[0].address
-        assert _ask(client, far, 8080) == f"b-pod0 {pod}"
-        assert _ask(client, right.node.workload, 9000) == f"b-web {pod}"
-        assert _ask(back, left.node.workload, 9000) == f"a-web {far}"
-        assert _ask(back, left.node.underlay, 9000) == f"a-underlay {far}"
+        assert dial(client, far, 8080) == f"b-pod0 {pod}"
+        assert dial(client, right.node.workload, 9000) == f"b-web {pod}"
+        assert dial(back, left.node.workload, 9000) == f"a-web {far}"
+        assert dial(back, left.node.underlay, 9000) == f"a-underlay {far}"
 
     file = tmp_path / "wire.pcap"
     with capture(left.node, file):
@@ -116,8 +111,8 @@ def test_pods_are_native_inside_wireguard_whatever_restarts(estate: Estate, tmp_
         both_ways()
         a.kill_wireguard()
         with pytest.raises(InsideError):
-            _ask(client, right.pods[0].address, 8080)
+            dial(client, right.pods[0].address, 8080)
         a.start_wireguard(FIRST)
         wait_for(lambda: a.encryption()["state"] == "encrypted", "there is a session again")
         both_ways()
-    assert _seen(file, *MESH) == []
+    assert listed(file, *MESH) == []
