@@ -230,10 +230,10 @@ class Gateway:
         for kind in KINDS:
             gone += [self.changes.absent(path, secret=kind == "private") for path in ours(kind)]
         gone.append(self.changes.absent(strongswan.SETTINGS))
-        self.interfaces()
         if any(gone) and not self.module.check_mode:
             for name in sorted(before):
                 self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
+        self.interfaces()
         as_before(self.module, self.changes, self.systemd)
 
 

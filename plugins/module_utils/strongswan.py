@@ -141,8 +141,8 @@ def guard_rules(text: str) -> list[str]:
     for line in text.splitlines():
         words = line.strip()
         if words.endswith((" accept", " drop")):
-            # Of one address nft makes no set.
-            told.append(re.sub(r"\{ ([^ ,]+) \}", r"\1", words))
+            # Of one address nft makes no set. And that a packet is to be encrypted is a number to it, listed by -n.
+            told.append(re.sub(r"\{ ([^ ,]+) \}", r"\1", words).replace("rt ipsec 1 ", "rt ipsec exists "))
     return told
 
 

@@ -556,19 +556,14 @@ set -u
 
 begin() {{
     end
-    leftovers
 {make}
 }}
 
+# Also of what a strongSwan that died left in the kernel: no other one ends it.
 end() {{
     for device in {devices}; do
         ip -d link show dev "$device" type xfrm 2>/dev/null | grep -q . && ip link delete dev "$device"
     done
-    return 0
-}}
-
-# What a strongSwan that died left in the kernel: no other one ends it.
-leftovers() {{
     ip xfrm policy list | awk '
         /^src / {{ what = $1 " " $2 " " $3 " " $4 }}
         $1 == "dir" {{ what = what " dir " $2 }}
@@ -577,6 +572,7 @@ leftovers() {{
         /^src / {{ what = $1 " " $2 " " $3 " " $4 }}
         $1 == "proto" {{ what = what " proto " $2 " spi " $4 }}
         $1 == "if_id" && ({ours}) {{ print "xfrm state delete " what }}' | ip -force -batch -
+    return 0
 }}
 
 # Networks that the tunnels lead to, and those that there are routes to.
