@@ -11,7 +11,7 @@ import argparse
 import fcntl
 import gzip
 import hashlib
-import io
+import importlib.metadata
 import json
 import os
 import platform
@@ -25,11 +25,16 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import installer
+from installer.destinations import SchemeDictionaryDestination
+from installer.sources import WheelFile
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 BUNDLES = BUILD / "bundle"
 COLLECTIONS = BUILD / "collections"
 AGENT_REQUIREMENTS = ROOT / "requirements" / "agent.txt"
+HOME = "/opt/isthmus"  # of the environments on hosts
 # What a collection consists of (the rest of the repository is for those who work on it).
 SHIPPED = ("meta", "plugins", "roles", "playbooks", "extensions", "docs", "inventories", "changelogs", "LICENSES")
 SHIPPED_FILES = ("README.md", "LICENSE", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "galaxy.yml")
@@ -217,9 +222,26 @@ def own_wheel(version: str) -> Path:
 # --- the bundle ----------------------------------------------------------------------------------
 
 
-def requirement_line(wheel: Path) -> str:
-    name, version = wheel.name.split("-")[:2]
-    return f"{name.replace('_', '-')}=={version} --hash=sha256:{sha256(wheel)}\n"
+def executable(path: Path) -> bool:
+    return path.parent.name == "bin" or ".so" in path.suffixes
+
+
+def install(wheels: Iterable[Path], home: str, python: str, place: Path) -> None:
+    """Lay down below `place` what the wheels put into the environment `home` of a host, compiled when this machine's
+    Python is of that version. A host then needs no pip, which takes longer than all else of an installation."""
+    packages = place / "lib" / f"python{python}" / "site-packages"
+    schemes = {"purelib": packages, "platlib": packages, "scripts": place / "bin", "data": place, "headers": place}
+    destination = SchemeDictionaryDestination(
+        {name: str(path) for name, path in schemes.items()}, interpreter=f"{home}/bin/python", script_kind="posix"
+    )
+    for path in wheels:
+        with WheelFile.open(path) as wheel:
+            installer.install(wheel, destination, additional_metadata={"INSTALLER": b"isthmus.mesh\n"})
+    for file in place.rglob("*"):
+        os.utime(file, (EPOCH, EPOCH))
+    if python == f"{sys.version_info.major}.{sys.version_info.minor}":
+        compileall = (sys.executable, "-m", "compileall", "-q", "-s", str(place), "-p", home, str(place))
+        run(*compileall, PYTHONHASHSEED="0")
 
 
 def make_bundle(arch: str, python: str) -> None:
@@ -227,13 +249,7 @@ def make_bundle(arch: str, python: str) -> None:
     version = project_version()
     wheels = sorted([own_wheel(version), *wheelhouse(arch, python).glob("*.whl")], key=lambda path: path.name)
     library = libbpf(arch)
-    members: dict[str, bytes] = {f"wheels/{wheel.name}": wheel.read_bytes() for wheel in wheels}
-    members["lib/libbpf.so.1"] = library.read_bytes()
-    members["requirements.txt"] = "".join(requirement_line(wheel) for wheel in wheels).encode()
-    total = hashlib.sha256()
-    for name, content in sorted(members.items()):
-        total.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
-    digest = total.hexdigest()
+    digest = digest_of([*wheels, library], f"installer {importlib.metadata.version('installer')}")
     BUNDLES.mkdir(parents=True, exist_ok=True)
     archive = BUNDLES / f"isthmus-{version}-{arch}-py{python}.tar.gz"
     platforms = read_platforms()
@@ -242,20 +258,24 @@ def make_bundle(arch: str, python: str) -> None:
         say(f"{archive.name}: up to date")
         return
     about = {"version": version, "digest": digest, "arch": arch, "python": python}
-    members["bundle.json"] = (json.dumps(about, indent=2) + "\n").encode()
     for old in BUNDLES.glob(f"isthmus-*-{arch}-py{python}.tar.gz"):
         old.unlink()
     part = archive.with_suffix(".part")
-    with (
-        part.open("wb") as raw,
-        # mtime in gzip's header too; wheels are compressed already, so a low level loses nothing.
-        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=1, mtime=EPOCH) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
-        for name, content in sorted(members.items()):
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime, info.mode = len(content), EPOCH, 0o755 if name.endswith(".so.1") else 0o644
-            tar.addfile(info, io.BytesIO(content))
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        place = Path(temporary)
+        install(wheels, f"{HOME}/{version}-{digest[:8]}", python, place)
+        shutil.copyfile(library, place / "lib" / "libbpf.so.1")
+        (place / "bundle.json").write_text(json.dumps(about, indent=2) + "\n")
+        with (
+            part.open("wb") as raw,
+            gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=EPOCH) as packed,  # in its header
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar,
+        ):
+            for path in sorted(path for path in place.rglob("*") if not path.is_dir()):
+                info = tarfile.TarInfo(str(path.relative_to(place)))
+                info.size, info.mtime, info.mode = path.stat().st_size, EPOCH, 0o755 if executable(path) else 0o644
+                with path.open("rb") as content:
+                    tar.addfile(info, content)
     part.rename(archive)
     size = archive.stat().st_size
     entry = {"arch": arch, "python": python, "archive": archive.name, "size": size}

@@ -36,7 +36,6 @@ PYTHON = "3.11"  # of rootfs.SUITE
 NAME = "localhost/isthmus"
 """What an import calls it; a registry's copy has the name that the operator gives."""
 USER = 10073  # plugins/module_utils/in_cluster.py
-HOME = "/opt/isthmus"
 
 PACKAGES = (
     "ca-certificates",
@@ -46,7 +45,6 @@ PACKAGES = (
     "libelf1",  # libbpf needs it
     "nftables",
     "python3",
-    "python3-venv",
     "wireguard-tools",
     "zlib1g",
 )
@@ -114,27 +112,18 @@ def offered() -> dict[str, Any]:
 
 def install(root: Path, entry: dict[str, Any], version: str) -> str:
     """Install the bundle below `root`, Debian's part unpacked, as `isthmus.mesh.bundle` does on a machine; where."""
-    home = f"{HOME}/{version}-{entry['digest'][:8]}"
-    payload = root / "payload"
-    payload.mkdir()
-    with tarfile.open(BUNDLES / entry["archive"]) as archive:
-        archive.extractall(payload)  # noqa: S202 - we made it
+    home = f"{bundle.HOME}/{version}-{entry['digest'][:8]}"
     chroot = ("chroot", str(root), "/usr/bin/env", "-i", "PATH=/usr/bin:/bin", "PYTHONHASHSEED=0", "LC_ALL=C.UTF-8")
-    run(*chroot, f"/usr/bin/python{PYTHON}", "-m", "venv", home)
+    run(*chroot, f"/usr/bin/python{PYTHON}", "-m", "venv", "--without-pip", home)
     python = f"{home}/bin/python"
-    run(
-        *(*chroot, python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"),
-        *("--no-index", "--no-cache-dir", "--no-warn-script-location", "--find-links", "/payload/wheels"),
-        *("--require-hashes", "--requirement", "/payload/requirements.txt"),
-    )
-    shutil.copyfile(payload / "lib" / "libbpf.so.1", root / home.lstrip("/") / "lib" / "libbpf.so.1")
-    shutil.copyfile(payload / "bundle.json", root / home.lstrip("/") / "bundle.json")
+    with tarfile.open(BUNDLES / entry["archive"]) as archive:
+        archive.extractall(root / home.lstrip("/"))  # noqa: S202 - we made it
     # The root file system of a container is read-only: what is not compiled here is compiled at every start. By hash,
     # because in the image all files are of one date.
     compileall = ("-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash")
     run(*chroot, python, *compileall, home, f"/usr/lib/python{PYTHON}")
     run(*chroot, python, "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography")
-    (root / HOME.lstrip("/") / "current").symlink_to(home)
+    (root / bundle.HOME.lstrip("/") / "current").symlink_to(home)
     return home
 
 
@@ -164,7 +153,7 @@ def layer(root: Path) -> bytes:
             else:
                 archive.addfile(info)
 
-        for path in paths_below(root / HOME.lstrip("/")):
+        for path in paths_below(root / bundle.HOME.lstrip("/")):
             put(path)
         library = root / "usr" / "lib" / f"python{PYTHON}"
         for path in paths_below(library):
@@ -173,7 +162,7 @@ def layer(root: Path) -> bytes:
         command = tarfile.TarInfo("usr/local/bin/isthmus")
         command.type, command.linkname, command.mode, command.mtime = (
             tarfile.SYMTYPE,
-            f"{HOME}/current/bin/isthmus",
+            f"{bundle.HOME}/current/bin/isthmus",
             0o777,
             EPOCH,
         )
@@ -220,8 +209,10 @@ def write(target: Path, layers: list[bytes], version: str, digest: str) -> None:
                 "os": "linux",
                 "created": created,
                 "config": {
-                    "Env": [f"PATH={HOME}/current/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-                    "Cmd": [f"{HOME}/current/bin/isthmus", "--help"],
+                    "Env": [
+                        f"PATH={bundle.HOME}/current/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+                    ],
+                    "Cmd": [f"{bundle.HOME}/current/bin/isthmus", "--help"],
                     "Labels": labels,
                 },
                 "rootfs": {

@@ -611,7 +611,7 @@ def defragment(spec: NodeSpec, connect: EtcdConnector) -> str:
 
 
 def _until(step: Callable[[], T | None], timeout: float) -> T | None:
-    """Repeat until the step gives something; pauses grow from 0.2 to 2 s, with jitter. None after ``timeout`` s."""
+    """Repeat until the step gives something; pauses grow from 0.2 to 1 s, with jitter. None after ``timeout`` s."""
     deadline = time.monotonic() + timeout
     pause = 0.2
     while True:
@@ -619,7 +619,7 @@ def _until(step: Callable[[], T | None], timeout: float) -> T | None:
         if result is not None or time.monotonic() > deadline:
             return result
         time.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 - spreads retries, keeps no secret
-        pause = min(pause * 1.5, 2.0)
+        pause = min(pause * 1.5, 1.0)
 
 
 # --- access rights

@@ -78,7 +78,6 @@ import os
 import platform
 import shutil
 import tarfile
-import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -169,7 +168,7 @@ def alone(module):
                     module.fail_json(
                         msg=f"Another process has been installing a bundle in {bundle.ROOT} of {platform.node()} for "
                         f"{PATIENCE} s: of another run, or of one that died. Nothing was changed. Next: look there for "
-                        "a pip that does not end (`ps -ef`), end it, and run again."
+                        "a compileall that does not end (`ps -ef`), end it, and run again."
                     )
                 time.sleep(0.2)
         yield
@@ -187,25 +186,16 @@ def install(module, home, interpreter, sha256):
             "Make the bundle anew with `make bundle`."
         )
     shutil.rmtree(home, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=module.tmpdir) as payload:
-        with tarfile.open(module.params["archive"]) as archive:
-            archive.extractall(payload)  # noqa: S202 - its sha256 is the manifest's
-        run(module, [interpreter, "-m", "venv", home], "make the virtual environment")
-        run(
-            module,
-            [
-                *(home + "/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"),
-                *("--no-index", "--no-cache-dir", "--no-warn-script-location", "--find-links", payload + "/wheels"),
-                *("--require-hashes", "--requirement", payload + "/requirements.txt"),
-            ],
-            "install the bundle's wheels",
-        )
-        os.makedirs(home + "/lib", exist_ok=True)
-        shutil.copyfile(payload + "/lib/libbpf.so.1", home + "/lib/libbpf.so.1")
-        os.chmod(home + "/lib/libbpf.so.1", 0o644)
-        run(module, [home + "/bin/python", "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography"], "import it")
-        shutil.copyfile(payload + "/bundle.json", home + "/.bundle.json")
-    os.chmod(home + "/.bundle.json", 0o644)
+    run(module, [interpreter, "-m", "venv", "--without-pip", home], "make the virtual environment")
+    with tarfile.open(module.params["archive"]) as archive:
+        for member in archive:
+            if member.name == "bundle.json":
+                member.name = ".bundle.json"
+            archive.extract(member, home)  # its sha256 is the manifest's
+    python = home + "/bin/python"
+    # Of a bundle that was made with another Python nothing is compiled, and an agent may not write there.
+    run(module, [python, "-m", "compileall", "-q", home + "/lib"], "compile it")
+    run(module, [python, "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography"], "import it")
     os.sync()
     os.replace(home + "/.bundle.json", home + "/bundle.json")
 

@@ -581,8 +581,8 @@ def selinux_doubts():
     ]
 
 
-def packages_missing(module, interpreter, spec):
-    """Packages by the distribution's names: the name server, what the venv is made with, libbpf's libelf, WireGuard."""
+def packages_missing(module, spec):
+    """Packages by the distribution's names: the name server, libbpf's libelf, WireGuard."""
     debian = packages.manager(module) == "apt-get"
     missing = []
     # None of them starts a service: Debian's dnsmasq-base has no unit, and Fedora's presets leave dnsmasq's off.
@@ -590,8 +590,6 @@ def packages_missing(module, interpreter, spec):
         missing.append("dnsmasq-base" if debian else "dnsmasq")
     if not glob.glob("/usr/lib*/libelf.so.1") + glob.glob("/usr/lib/*/libelf.so.1"):
         missing.append("libelf1" if debian else "elfutils-libelf")
-    if debian and module.run_command([interpreter, "-c", "import ensurepip"])[0] != 0:
-        missing.append("python3-venv")
     if spec.get("wireguard") is not None:
         if not os.access(wireguard.TOOL, os.X_OK):
             missing.append("wireguard-tools")
@@ -600,19 +598,18 @@ def packages_missing(module, interpreter, spec):
     return missing
 
 
-def install(module, changes, missing, interpreter, spec):
+def install(module, changes, missing, spec):
     """The missing packages are there; in check mode they are named only."""
     for name in missing:
         changes.note(f"package {name}", "", "installed")
     if not missing or module.check_mode:
         return
     packages.install(module, missing, "install the packages by hand")
-    lacking = packages_missing(module, interpreter, spec)
+    lacking = packages_missing(module, spec)
     if lacking:
         module.fail_json(
             msg=f"{' '.join(lacking)} was installed, but what is needed of it is not there ({DNSMASQ}, libelf.so.1, "
-            f"ensurepip of {interpreter}, {wireguard.TOOL}, {wireguard.USER_SPACE}). Next: install that by hand and "
-            "run again."
+            f"{wireguard.TOOL}, {wireguard.USER_SPACE}). Next: install that by hand and run again."
         )
 
 
@@ -672,7 +669,7 @@ def main():
     if chosen is None:
         problems.append(bundle.missing_words(spec["host"], arch, present, platforms))
     else:
-        missing = packages_missing(module, chosen[1], spec)
+        missing = packages_missing(module, spec)
     problems += sorted({bundle.downgrade_words(spec["host"], item["version"]) for item in platforms} - {""})
     if missing and packages.manager(module) is None:
         problems.append(
@@ -688,7 +685,7 @@ def main():
     changes = Changes(module)
     if module.params["install"]:
         doubts = []  # they were told when the host was probed
-        install(module, changes, missing, chosen[1], spec)
+        install(module, changes, missing, spec)
     facts = {
         "problems": [],
         "arch": arch,

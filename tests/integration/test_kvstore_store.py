@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from integration.etcd_fixture import EtcdServer
-from isthmus_agent.kvstore import EtcdClient, Limits, PrefixStore, canary_rule, canary_value, same_history
+from isthmus_agent.kvstore import EtcdClient, EtcdError, Limits, PrefixStore, canary_rule, canary_value, same_history
+from isthmus_agent.kvstore.tasks import end
 
 CANARY = "synced/p"
 
@@ -136,6 +137,36 @@ def test_compaction_under_a_cut_off_store_leads_to_a_new_list(server: EtcdServer
             await until(lambda: store.connected, "connected again")
             assert store.lists > lists
             assert store.epoch == 0
+
+    with server:
+        asyncio.run(run())
+
+
+def test_prefixes_are_found_again_together(server: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that etcd answers after an outage ends the waiting of those that had drawn longer."""
+    monkeypatch.setattr("isthmus_agent.kvstore.store.random.uniform", lambda _least, most: most)
+
+    async def run() -> None:
+        client = server.client()
+        async with running(client) as often, contextlib.AsyncExitStack() as stack:
+            rarely = PrefixStore(client, "q/", rule=same_history)
+            task = asyncio.create_task(rarely.run())
+            stack.push_async_callback(lambda: end([task]))
+            await until(lambda: often.connected and rarely.connected, "watching")
+            failures = 0
+            lost = rarely._lost
+
+            def count(error: EtcdError) -> None:
+                nonlocal failures
+                failures += 1
+                lost(error)
+
+            monkeypatch.setattr(rarely, "_lost", count)
+            server.stop()
+            await until(lambda: failures == 6, "six failures: the next delay is 6.4 s", 20)
+            server.start()
+            await until(lambda: often.connected, "the first is there again", 20)
+            await until(lambda: rarely.connected, "the other one as well", 3.0)
 
     with server:
         asyncio.run(run())

@@ -187,7 +187,14 @@ class Story:
             self.say("requests run everywhere; the site onprem is cut off")
             with self.undone(lambda: self.lab.restore("onprem")):
                 self.lab.cut("onprem")
-                self.hold(12)
+                self.until(
+                    "agents on both sides of the cut use the backends on theirs",
+                    lambda: (
+                        self.used(EDGE) == self.used(cloud) == self.of_cluster("cloud")
+                        and self.used(ONPREM_CLIENT) == self.of_cluster("onprem")
+                    ),
+                )
+                self.hold(4)
                 results = {(n, k): customers[n].result(f"cut-{k}", stop=True) for n, k in runs}
                 after = {name: customers[name].requests(URL, 200) for name in customers}
             for name in ("edge", "cloud"):
@@ -253,7 +260,7 @@ class Story:
         with self.undone(etcd_back):
             self.lab.exec(EDGE, ["systemctl", "disable", "--now", "--quiet", "isthmus-etcd.service"])
             for customer, kind in others:
-                customer.start(f"boot-{kind}", URL, count=count, interval=0.008, keep_alive=kind == "kept")
+                customer.start(f"boot-{kind}", URL, count=count, interval=0.005, keep_alive=kind == "kept")
             began = time.monotonic()
             self.lab.reboot(EDGE, hard=True)
             self.say(f"{EDGE} is up again after {time.monotonic() - began:.1f} s")

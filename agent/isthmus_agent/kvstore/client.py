@@ -392,6 +392,7 @@ class EtcdClient:
         self._connections: dict[str, _Connection] = {}
         self._retired: set[_Connection] = set()
         self._stamp_checked = clock()
+        self._answers = asyncio.Event()
         self.last_header: Header | None = None
 
     async def __aenter__(self) -> EtcdClient:
@@ -406,6 +407,10 @@ class EtcdClient:
     def endpoint(self) -> str:
         """The endpoint that the next call goes to first."""
         return self.endpoints[self._current % len(self.endpoints)]
+
+    async def answered(self) -> None:
+        """Return when etcd answers a call of this client: at once, unless the latest one found nobody."""
+        await self._answers.wait()
 
     async def close(self) -> None:
         """Close all connections; calls under way end with an error."""
@@ -479,8 +484,12 @@ class EtcdClient:
                 metadata = _REQUIRE_LEADER if method.startswith(("KV/", "Lease/")) else None
                 answer = await call(request, timeout=timeout, metadata=metadata)
             except grpc.aio.AioRpcError as error:
-                raise error_of(endpoint, what, error.code(), error.details() or "") from None
+                failure = error_of(endpoint, what, error.code(), error.details() or "")
+                if isinstance(failure, EtcdUnavailable):
+                    self._answers.clear()
+                raise failure from None
         self.last_header = _checked_header(endpoint, what, answer)
+        self._answers.set()
         return answer
 
     async def _call(

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .client import INACTIVITY_TIMEOUT, PAGE, PROGRESS_INTERVAL, EtcdClient, KeyValue, RangeResult, WatchBatch
-from .errors import EtcdChanged, EtcdError, EtcdTooLarge
-from .tasks import end
+from .errors import EtcdChanged, EtcdError, EtcdTooLarge, EtcdUnavailable
+from .tasks import end, within
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ MIN_DELAY = 0.2
 MAX_DELAY = 30.0
 _HEALTHY = 60.0
 _UNTRUSTED_INTERVAL = 1.0
+_TOGETHER = 1.0
 
 _CANARY_FIELD = re.compile(r"(?:^|\s)cluster_id=(\S*)")
 _HEX = re.compile(r"[0-9a-f]{16}")
@@ -213,7 +214,10 @@ class PrefixStore:
         await waiter
 
     async def run(self) -> None:
-        """List and watch for ever; after any error list again, after 0.2 s to `max_delay` with full jitter."""
+        """List and watch for ever; after any error list again, after 0.2 s to `max_delay` with full jitter.
+
+        When nobody answered, and etcd answers another call of the client meanwhile, within a second of that.
+        """
         failures = 0
         while True:
             began = self._clock()
@@ -224,11 +228,26 @@ class PrefixStore:
                 continue
             except EtcdError as error:
                 self._lost(error)
+                nobody = isinstance(error, EtcdUnavailable)
             if self._clock() - began >= _HEALTHY:
                 failures = 0
             limit = min(self._max_delay, MIN_DELAY * 2 ** min(failures, 16))
             failures += 1
-            await asyncio.sleep(random.uniform(0, limit))  # noqa: S311 - jitter, no secret
+            delay = random.uniform(0, limit)  # noqa: S311 - jitter, no secret
+            if nobody:
+                delay = await self._until_answered(delay)
+            await asyncio.sleep(delay)
+
+    async def _until_answered(self, delay: float) -> float:
+        """Wait up to `delay` seconds for etcd to answer the client; returns how long is left to wait.
+
+        An agent follows some twenty prefixes: after an outage the unluckiest of them would hold up what all know for
+        most of `max_delay`. The jitter that stays is for etcd, which all agents find again at the same time.
+        """
+        until = self._clock() + delay
+        with contextlib.suppress(asyncio.TimeoutError):
+            await within(self.client.answered(), delay)
+        return min(max(until - self._clock(), 0.0), random.uniform(0, _TOGETHER))  # noqa: S311 - jitter, no secret
 
     def _lost(self, error: EtcdError) -> None:
         if self.error is None or self.connected:
