@@ -66,6 +66,7 @@ import socket, struct, sys
 target, size, payload = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
 sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, do
+sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, int(sys.argv[4]))
 sock.settimeout(1)
 body = struct.pack("!BBHHH", 8, 0, 0, 7, 1) + payload.ljust(size - 28, b".")
 total = sum(struct.unpack(f"!{len(body) // 2}H", body))
@@ -126,9 +127,9 @@ class Machine:
             self.words("env", f"PATH={path}", *command), check=check, capture_output=True, text=True, timeout=60
         )
 
-    def echo(self, target: str, size: int = 84) -> str:
+    def echo(self, target: str, size: int = 84, ttl: int = 64) -> str:
         """Empty when it was answered."""
-        done = self.run(sys.executable, "-c", _ECHO, ADDRESSES[target], str(size), PAYLOAD, check=False)
+        done = self.run(sys.executable, "-c", _ECHO, ADDRESSES[target], str(size), PAYLOAD, str(ttl), check=False)
         return "" if done.returncode == 0 else done.stderr.strip() or "no answer"
 
     @contextlib.contextmanager
@@ -414,6 +415,19 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     assert (in_clear(after), beside(after)) == (0, [])
     # 64 bytes around a packet of 1400, and Ethernet's 14 (docs/ipsec.md).
     assert (packets(after, "greater 1478") > 0, packets(after, "greater 1479")) == (True, 0)
+
+    # What a gateway says of a packet has the packet in it, and it may say it by an address of another network.
+    net["o1"].run("ip", "addr", "add", "203.0.113.1/32", "dev", "eth0")
+    net["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"], "src", "203.0.113.1")
+    net["o1"].run("systemctl", "stop", "isthmus-ipsec-routes.service")
+    net["o1"].run("ip", "route", "flush", "table", "220")
+    dropped = net["o1"].dropped()
+    with net.capture() as told:
+        assert net["c2"].echo("o2", ttl=2) != "", "it is not to go further than to the other gateway"
+    assert (in_clear(told), beside(told)) == (0, [])
+    assert net["o1"].dropped() > dropped
+    net["o1"].run("ip", "addr", "del", "203.0.113.1/32", "dev", "eth0")
+    net["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"])
 
     # Whatever routes there are: neither hosts nor gateways send beside the tunnel.
     net["o2"].run("ip", "route", "del", "198.18.2.0/24")

@@ -586,17 +586,21 @@ routes() {{
 }}
 
 level() {{
-    local wanted now
+    local seen wanted now network
+    seen=$(ip xfrm policy list dir out; ip route show table {table} dev {device} 2>/dev/null)
+    [ "$seen" != "$known" ] || return
     wanted=$(tunnels) && now=$(routes) || return
-    comm -23 <(echo "$wanted") <(echo "$now") | while read -r network; do
-        [ -z "$network" ] || ip route replace "$network" dev {device} proto static src {local} table {table}
-    done
-    comm -13 <(echo "$wanted") <(echo "$now") | while read -r network; do
-        [ -z "$network" ] || ip route delete "$network" dev {device} proto static table {table}
-    done
+    known=$seen
+    while read -r network; do
+        [ -z "$network" ] || ip route replace "$network" dev {device} proto static src {local} table {table} || known=
+    done < <(comm -23 <(echo "$wanted") <(echo "$now"))
+    while read -r network; do
+        [ -z "$network" ] || ip route delete "$network" dev {device} proto static table {table} || known=
+    done < <(comm -13 <(echo "$wanted") <(echo "$now"))
 }}
 
 follow() {{
+    known=  # what there was when they were made level
     exec 3< <(exec ip xfrm monitor policy)
     # Long enough for it to listen: what was before that is found without it.
     local patience=0.2 status
@@ -678,6 +682,7 @@ def guard(own: Mapping[str, Any]) -> str | None:
                     f'oifname "{DEVICE}" accept',
                     *([out] if gateways else []),
                     *([f"ip daddr @far rt ip nexthop {hops} accept"] if hops else []),
+                    f"ip daddr @far icmp type {{ {_TOLD} }} counter drop",
                     "ip saddr @near ip daddr @far counter drop",
                 ],
             ),
@@ -713,6 +718,11 @@ def guard(own: Mapping[str, Any]) -> str | None:
     # One transaction: at no moment the table is not there.
     lines = [f"table ip {GUARD}", f"delete table ip {GUARD}", *_block(f"table ip {GUARD}", [*sets, *chains])]
     return _HEADER + "\n".join(lines) + "\n"
+
+
+_TOLD = "3, 11, 12"
+"""ICMP's numbers of what is said of a packet (destination unreachable, time exceeded, parameter problem): it has the
+packet in it, and a gateway may say it by an address that is in none of its site's networks."""
 
 
 ENCRYPTED = "rt ipsec exists accept"

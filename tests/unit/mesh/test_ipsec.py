@@ -220,6 +220,9 @@ def test_with_two_gateways_nothing_leaves_but_into_a_tunnel_or_to_one_of_them() 
     gateway = (ipsec.guard(found.specs["o1"]["ipsec"]) or "").splitlines()
     leaves = [line.strip() for line in gateway[gateway.index("  chain leaves {") :]]
     assert leaves.index("ip daddr @far rt ip nexthop 198.18.1.2 accept") < leaves.index(
+        "ip daddr @far icmp type { 3, 11, 12 } counter drop"
+    )
+    assert leaves.index("ip daddr @far rt ip nexthop 198.18.1.2 accept") < leaves.index(
         "ip saddr @near ip daddr @far counter drop"
     )
     assert "ip saddr @far ip daddr 198.18.1.1 accept" in leaves, "what the other one passes on to it"
