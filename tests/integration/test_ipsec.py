@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpf.topology import wait_for
+from bpf.topology import PATIENCE, wait_for
 from integration import kernel_devices
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import pki
@@ -222,7 +222,8 @@ def machine(name: str, place: Path) -> Machine:
     shutil.copy(SYSTEMCTL, place / "bin")
     mounts = (
         f"mount -t overlay overlay -o lowerdir=/etc,upperdir={place}/upper,workdir={place}/work /etc && "
-        "mount -t tmpfs tmpfs /run && mkdir -p /etc/isthmus/pki/trust && echo ready && exec sleep 600"
+        "mount -t tmpfs tmpfs /run && mkdir -p /etc/isthmus/pki/trust && echo ready && "
+        f"exec sleep {600 * PATIENCE}"
     )
     holder = subprocess.Popen(
         ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", mounts], stdout=subprocess.PIPE

@@ -63,7 +63,7 @@ SUITES = (
         (
             f"{IPSEC}::test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside_it",
             f"{IPSEC}::test_each_host_reaches_each_of_the_other_site_over_two_gateways_each",
-            f"{IPSEC}::test_when_a_gateway_is_lost_the_other_takes_over_and_nothing_goes_in_clear",
+            f"{IPSEC}::test_when_a_gateway_is_lost_the_other_takes_over_and_nothing_goes_in_clear[o1]",
             f"{IPSEC}::test_a_gateway_without_strongswan_leads_over_the_other_and_none_goes_back_and_forth",
         ),
         900,
