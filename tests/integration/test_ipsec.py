@@ -123,9 +123,8 @@ class Machine:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
-        return subprocess.run(
-            self.words("env", f"PATH={path}", *command), check=check, capture_output=True, text=True, timeout=60
-        )
+        words = self.words("env", f"PATH={path}", *command)
+        return subprocess.run(words, check=check, capture_output=True, text=True, timeout=60 * PATIENCE)
 
     def echo(self, target: str, size: int = 84, ttl: int = 64) -> str:
         """Empty when it was answered."""
