@@ -32,7 +32,7 @@ This is what the demo does on this machine:
                     the agent's bundle and the collection's artifact (0.1 GB)
   network           namespaces islab-*, link islab0, route 198.18.0.0/16; processes in the cgroup isthmus-lab
 
-About 6 minutes the first time, 3 after that on two cores.
+About 6 minutes the first time, 2 after that on two cores.
 TEXT
 [ "$LAB" = machines ] || cat <<TEXT
 

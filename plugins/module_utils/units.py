@@ -345,6 +345,7 @@ class Systemd:
         "ExecMainStatus",
         "Result",
         "NRestarts",
+        "Job",
     )
 
     def __init__(self, module: AnsibleModule) -> None:
@@ -403,6 +404,7 @@ class Units:
         self.systemd = Systemd(module)
         self.reload = False
         self.states: dict[str, str] = {}
+        self.enabled: set[str] = set()
 
     def write(self, files: Mapping[str, str | None]) -> None:
         """Write unit files (`None`: must not exist); an unwanted unit is stopped and disabled first."""
@@ -419,11 +421,28 @@ class Units:
     def path(name: str) -> str:
         return f"{UNIT_DIRECTORY}/{name}"
 
-    def daemon_reload(self, names: Iterable[str]) -> None:
-        """Make systemd read the files when it has not, also when an earlier run was interrupted before this step."""
-        stale = any(unit.get("NeedDaemonReload") == "yes" for unit in self.systemd.show(names).values())
+    def daemon_reload(self, names: Iterable[str], enabled: Iterable[str] = ()) -> None:
+        """Make systemd read the files when it has not, also when an earlier run was interrupted before this step.
+
+        Those of `names` that are in `enabled` are enabled with it: each `enable` of its own would have it read all
+        files once more.
+        """
+        states = self.systemd.show(names)
+        stale = any(unit.get("NeedDaemonReload") == "yes" for unit in states.values())
+        stale |= self._enable({name: states[name] for name in enabled}, "--no-reload")
         if (self.reload or stale) and not self.module.check_mode:
             self.systemd.run("daemon-reload")
+
+    def _enable(self, states: Mapping[str, Mapping[str, str]], *options: str) -> bool:
+        """Enable the units that are not; whether there were any."""
+        off = {name: state.get("UnitFileState") or "absent" for name, state in states.items()}
+        off = {name: state for name, state in off.items() if state not in ("enabled", "enabled-runtime", "static")}
+        for name, state in off.items():
+            self.changes.note(f"unit {name}", state, "enabled")
+        self.enabled.update(off)
+        if off and not self.module.check_mode:
+            self.systemd.run("enable", "--quiet", *options, *off)
+        return bool(off)
 
     def running(self, name: str, config: str | None = None, reads: str = "", wrong: str = "") -> bool:
         """`name` is enabled and active; restarted when its process was started with another configuration than
@@ -433,12 +452,7 @@ class Units:
         state = self.systemd.show([name])[name]
         before = state.get("ActiveState", "inactive")
         self.states[name] = before
-        changed = False
-        if state.get("UnitFileState") not in ("enabled", "enabled-runtime", "static"):
-            changed = True
-            self.changes.note(f"unit {name}", state.get("UnitFileState") or "absent", "enabled")
-            if not self.module.check_mode:
-                self.systemd.run("enable", "--quiet", name)
+        changed = name in self.enabled or self._enable({name: state})
         reason = None
         if before not in ("active", "reloading"):
             reason = f"it is {before}"
@@ -462,9 +476,8 @@ class Units:
         failed: dict[str, Any] = {}
         while waiting:
             states = self.systemd.show(waiting)
-            # A unit with a pending start job still shows its old state for a moment, so ask for jobs as well.
-            code, out, _err = self.module.run_command(["systemctl", "list-jobs", "--no-legend", "--plain"])
-            pending = {line.split()[1] for line in out.splitlines() if len(line.split()) > 1} if code == 0 else set()
+            # A unit whose start waits in the queue still shows its old state for a moment.
+            pending = {name for name in waiting if states[name].get("Job", "0") not in ("", "0")}
             still = []
             for name in waiting:
                 self.states[name] = states[name].get("ActiveState", "unknown")
@@ -482,5 +495,5 @@ class Units:
                 }
                 break
             if waiting:
-                time.sleep(0.2)
+                time.sleep(0.3)
         return failed

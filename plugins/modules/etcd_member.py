@@ -383,12 +383,8 @@ class MemberModule:
                 etcd_unit.DEFRAG_TIMER: etcd_unit.defrag_timer(),
             }
         )
-        self.units.daemon_reload([etcd_unit.SERVICE, etcd_unit.DEFRAG_SERVICE, etcd_unit.DEFRAG_TIMER])
-        state = self.units.systemd.show([etcd_unit.SERVICE])[etcd_unit.SERVICE].get("UnitFileState")
-        if state != "enabled":
-            self.changes.note(f"unit {etcd_unit.SERVICE}", state or "absent", "enabled")
-            if not self.module.check_mode:
-                self.units.systemd.run("enable", "--quiet", etcd_unit.SERVICE)
+        enabled = (etcd_unit.SERVICE, etcd_unit.DEFRAG_TIMER)
+        self.units.daemon_reload([*enabled, etcd_unit.DEFRAG_SERVICE], enabled)
         self.units.running(etcd_unit.DEFRAG_TIMER)
 
     def acts(self):

@@ -199,7 +199,7 @@ def main():
     runner.write(unit_files)
     names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
     names += [unit for unit, config in tunnels.items() if config is not None]
-    runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names])
+    runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names], names)
 
     runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)

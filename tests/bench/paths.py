@@ -127,24 +127,20 @@ class Paths(Bench):
             for host, other, number in ends:
                 device, network = VXLAN
                 remote = self.lab.hosts[other].address
-                self.ip(
-                    host,
-                    "link",
-                    "add",
-                    device,
-                    "type",
-                    "vxlan",
-                    "id",
-                    "4242",
-                    "remote",
-                    str(remote),
-                    "dstport",
-                    "14789",
-                )
+                tunnel = ["type", "vxlan", "id", "4242", "remote", str(remote), "dstport", "14789"]
+                self.ip(host, "link", "add", device, *tunnel)
                 self.ip(host, "address", "add", f"{network}.{number}/24", "dev", device)
                 self.ip(host, "link", "set", device, "mtu", "1450", "up")
                 device, network = WIREGUARD
-                self.lab.exec(host, ["wireguard-go", device])
+                # A unit of its own: what a command of the lab leaves behind ends with the command.
+                run = ["systemd-run", "--quiet", "--collect", f"--unit={device}"]
+                self.lab.exec(host, [*run, "/usr/bin/wireguard-go", "--foreground", device])
+                socket = ["test", "-S", f"/run/wireguard/{device}.sock"]
+                self.until(
+                    f"wireguard-go of {host} listens",
+                    lambda host=host, socket=socket: self.lab.exec(host, socket, check=False).returncode == 0,
+                    10,
+                )
                 self.lab.exec(host, ["sh", "-c", f"umask 077; wg genkey > /run/{device}.key"])
                 self.lab.exec(host, ["wg", "set", device, "listen-port", "15000", "private-key", f"/run/{device}.key"])
                 self.ip(host, "address", "add", f"{network}.{number}/24", "dev", device)
@@ -158,8 +154,8 @@ class Paths(Bench):
             yield
         finally:
             for host, _, _ in ends:
-                for device, _ in (VXLAN, WIREGUARD):
-                    self.lab.exec(host, ["ip", "link", "delete", device], check=False)
+                self.lab.exec(host, ["systemctl", "stop", f"{WIREGUARD[0]}.service"], check=False)
+                self.lab.exec(host, ["ip", "link", "delete", VXLAN[0]], check=False)
                 self.lab.exec(host, ["rm", "-f", f"/run/{WIREGUARD[0]}.key"])
 
     def ip(self, host: str, *words: str) -> None:

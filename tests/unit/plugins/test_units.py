@@ -193,6 +193,34 @@ def test_a_process_that_read_a_file_edited_by_hand_is_started_anew(
     assert done == ([("restart", "--no-block", "isthmusd.service")] if anew else [])
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_systemd_reads_its_files_once_for_all_units_that_are_enabled(
+    monkeypatch: pytest.MonkeyPatch, check: bool
+) -> None:
+    module: Any = SimpleNamespace(check_mode=check)
+    changes = Changes(module)
+    runner = units.Units(module, changes)
+    on = {"isthmus-dns.service"}
+    done: list[tuple[str, ...]] = []
+
+    def run(*words: str) -> None:
+        done.append(words)
+        if words[0] == "enable":
+            on.update(words[3:])
+
+    def show(names: Any) -> Any:
+        return {name: {"ActiveState": "active", "UnitFileState": "enabled" if name in on else ""} for name in names}
+
+    monkeypatch.setattr(runner.systemd, "show", show)
+    monkeypatch.setattr(runner.systemd, "run", run)
+    names = ["isthmus-dns.service", "isthmusd.service", "isthmus-dns-reload.path"]
+    runner.daemon_reload([*names, "isthmus-bpffs.service"], names)
+    assert [runner.running(name) for name in names] == [False, True, True]
+    assert done == ([] if check else [("enable", "--quiet", "--no-reload", *names[1:]), ("daemon-reload",)])
+    noted = [entry["after_header"] for entry in changes.result()["diff"]]
+    assert len(noted) == len(set(noted)) == 2, noted
+
+
 @pytest.mark.parametrize(
     ("dns", "domain", "differs"),
     [
