@@ -4,6 +4,7 @@ nothing leave by another way."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -175,6 +176,8 @@ class Gateway:
             self.module.run_command([strongswan.INTERFACES, "end"])
         found = [self.changes.absent(path) for path in (strongswan.DROP_IN, unit, strongswan.INTERFACES)]
         if any(found) and not self.module.check_mode:
+            with contextlib.suppress(OSError):  # others' settings of the unit are there
+                os.rmdir(os.path.dirname(strongswan.DROP_IN))
             self.systemd.run("daemon-reload")
         return any(found)
 

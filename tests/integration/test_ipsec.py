@@ -475,7 +475,8 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         left = net[name].run(
             "bash",
             "-c",
-            "ls -d /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/ip* /etc/systemd/system/{i*,*/isthmus*}",
+            "ls -d /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/ip* "
+            "/etc/systemd/system/{i*,*/isthmus*,strongswan.service.d}",
             check=False,
         )
         assert left.stdout.strip() == ""
