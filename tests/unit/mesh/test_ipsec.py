@@ -4,11 +4,15 @@ and netfilter are given."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bpf.topology import wait_for
 from isthmus_agent.desired import addressing
 from isthmus_mesh import ipsec, matrix, openings
 from isthmus_mesh.encryption import Stage
@@ -410,6 +414,64 @@ def test_the_interfaces_script_is_one_that_bash_reads() -> None:
         assert f"    {line}\n" in text
     assert "dev ipsec0 proto static src 198.18.1.1 table 220 ||" in text
     assert '($2 == "0x49" || $2 == "0x4a")' in text
+
+
+_IP = """\
+#!/bin/bash
+# Stands for `ip` of a kernel that does ESP. What there is is in files.
+cd "{place}"
+case "$*" in
+    "xfrm policy list dir out") cat policies ;;
+    "xfrm monitor policy") exec tail -n 0 -f --pid "$PPID" events ;;
+    "route show table 220 dev ipsec0"*) cat routes ;;
+    "route replace "*)
+        [ ! -e refused ] || {{ echo refused >> said; exit 2; }}
+        echo "${{3%/32}} scope link src 198.18.1.1" >> routes ;;
+    "route delete "*) sed -i "\\|^${{3%/32}} |d" routes ;;
+    *) echo "not known: $*" >> said; exit 1 ;;
+esac
+"""
+_POLICY = "src 198.18.1.0/24 dst {} \n\tdir out priority 375423 ptype main \n\tif_id {}\n"
+
+
+def test_routes_come_and_go_with_the_policies_of_the_kernel(tmp_path: Path) -> None:
+    """Those of other tunnels of strongSwan are not ours, and what failed is tried again."""
+    text = ipsec.interfaces_script(changed(more=MORE, **TWO).specs["o1"]["ipsec"], "x")
+    for name, content in (("x", text), ("ip", _IP.format(place=tmp_path))):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    for name in ("policies", "events", "routes", "said"):
+        (tmp_path / name).touch()
+    (tmp_path / "refused").touch()
+
+    def has(*networks: str) -> bool:
+        return sorted(line.split()[0] for line in (tmp_path / "routes").read_text().splitlines()) == sorted(networks)
+
+    def happens(policies: str) -> None:
+        (tmp_path / "policies").write_text(policies)
+        with (tmp_path / "events").open("a") as events:
+            events.write("an event\n")
+
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    follower = subprocess.Popen([tmp_path / "x", "follow"], env={**os.environ, "PATH": path}, start_new_session=True)
+    try:
+        both = _POLICY.format("198.18.2.0/24", "0x49") + _POLICY.format("203.0.113.7/32", "0x49")
+        all_of_them = both + _POLICY.format("192.0.2.0/24", "0x7")
+        happens(all_of_them)
+        wait_for(lambda: "refused" in (tmp_path / "said").read_text(), "the first routes are tried", 15)
+        (tmp_path / "refused").unlink()
+        happens(all_of_them)
+        wait_for(lambda: has("198.18.2.0/24", "203.0.113.7"), "a route for each network of ours", 15)
+        happens(_POLICY.format("198.18.2.0/24", "0x49"))
+        wait_for(lambda: has("198.18.2.0/24"), "the other one's goes", 15)
+        (tmp_path / "routes").write_text("")
+        wait_for(lambda: has("198.18.2.0/24"), "one that somebody took away comes again, without an event", 15)
+        happens("")
+        wait_for(has, "and the last one goes", 15)
+        assert "not known" not in (tmp_path / "said").read_text()
+    finally:
+        os.killpg(follower.pid, signal.SIGKILL)
+        follower.wait(10)
 
 
 def test_a_gateway_that_was_stolen_is_trusted_no_more_and_what_it_led_to_stays_closed() -> None:
