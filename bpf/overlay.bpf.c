@@ -274,7 +274,8 @@ static __always_inline bool is_local(const struct isthmus_addr *addr)
 	if (bpf_map_lookup_elem(&local, addr))
 		return true;
 	entry = ipcache_lookup(addr);
-	return entry && addr_is_zero(&entry->tunnel) && !(entry->flags & ISTHMUS_IPCACHE_NODE) &&
+	return entry && addr_is_zero(&entry->tunnel) &&
+	       !(entry->flags & (ISTHMUS_IPCACHE_NODE | ISTHMUS_IPCACHE_FIXED)) &&
 	       entry->cluster_id == config.cluster_id;
 }
 
@@ -469,6 +470,16 @@ static __always_inline bool is_pod(const struct isthmus_ipcache_value *entry)
 }
 
 /*
+ * Whether an address that is not in `local` is one that the CNI deals to pods of this
+ * node: none is published there, or not yet, so that nothing of the mesh may come from
+ * it or go to it.
+ */
+static __always_inline bool is_unpublished(const struct isthmus_ipcache_value *entry)
+{
+	return is_pod(entry) && entry->flags & ISTHMUS_IPCACHE_FIXED && addr_is_zero(&entry->tunnel);
+}
+
+/*
  * Whether a packet by the underlay is the CNI's and not ours: between pods of this
  * host's own Kubernetes cluster, between these and its nodes, and between pods and what
  * is not in the mesh, which not every CNI masquerades. A host of the cluster that is no
@@ -524,11 +535,11 @@ static __always_inline bool may_come_from(struct __sk_buff *skb, const struct is
 SEC("tc")
 int underlay_ingress(struct __sk_buff *skb)
 {
-	const struct isthmus_ipcache_value *entry;
+	const struct isthmus_ipcache_value *entry, *receiver;
 	const struct isthmus_native *here;
 	struct isthmus_ident_key seen = {};
 	struct isthmus_addr source;
-	bool to_underlay, is_native, is_inside;
+	bool to_underlay, is_published, is_native, is_inside;
 	struct iphdr ip;
 	__u32 index = 0;
 
@@ -538,7 +549,9 @@ int underlay_ingress(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	seen.dst = addr_from_v4(ip.daddr);
 	to_underlay = ip.daddr == here->underlay4;
-	if (!to_underlay && !bpf_map_lookup_elem(&local, &seen.dst))
+	receiver = ipcache_lookup(&seen.dst);
+	is_published = to_underlay || bpf_map_lookup_elem(&local, &seen.dst);
+	if (!is_published && !is_unpublished(receiver))
 		return TC_ACT_UNSPEC;
 
 	source = addr_from_v4(ip.saddr);
@@ -548,7 +561,7 @@ int underlay_ingress(struct __sk_buff *skb)
 	/* To the host itself everything comes by the underlay; only replies of workloads are ours. */
 	if (to_underlay && (!(is_native || is_inside) || entry->flags & ISTHMUS_IPCACHE_NODE))
 		return TC_ACT_UNSPEC;
-	if (is_left_to_cni(entry, ipcache_lookup(&seen.dst)))
+	if (is_left_to_cni(entry, receiver))
 		return TC_ACT_UNSPEC;
 	if (!is_native) {
 		if (is_icmp_error(skb, &ip))
@@ -565,6 +578,8 @@ int underlay_ingress(struct __sk_buff *skb)
 	}
 	if (!may_come_from(skb, &entry->tunnel, here->ifindex))
 		return drop(skb, ISTHMUS_DROP_BAD_SOURCE);
+	if (!is_published)
+		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
 
 	seen.identity = entry->identity;
 	seen.cluster_id = entry->cluster_id;
@@ -578,7 +593,8 @@ int underlay_ingress(struct __sk_buff *skb)
  * natively only for where that is agreed, whatever became of routes and rules, that
  * nothing at all leaves in clear for what is behind WireGuard, and that nobody on this
  * host sends in another node's name. Packets that are only forwarded are not ours: a
- * host may be its site's router; neither are those of the CNI.
+ * host may be its site's router; neither are those of the CNI. A pod of this node that
+ * is not published sends nothing into the mesh.
  */
 SEC("tc")
 int underlay_egress(struct __sk_buff *skb)
@@ -595,8 +611,8 @@ int underlay_egress(struct __sk_buff *skb)
 	    bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
 		return TC_ACT_UNSPEC;
 	source = addr_from_v4(ip.saddr);
+	destination = addr_from_v4(ip.daddr);
 	if (bpf_map_lookup_elem(&local, &source)) {
-		destination = addr_from_v4(ip.daddr);
 		entry = ipcache_lookup(&destination);
 		is_inside = entry && entry->flags & ISTHMUS_IPCACHE_INSIDE;
 		/* From host to host everything goes by the underlay. */
@@ -610,9 +626,12 @@ int underlay_egress(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		return drop(skb, ISTHMUS_DROP_WRONG_WAY);
 	}
+	entry = ipcache_lookup(&source);
+	if (is_unpublished(entry))
+		return is_left_to_cni(entry, ipcache_lookup(&destination)) ?
+			       TC_ACT_UNSPEC : drop(skb, ISTHMUS_DROP_NOT_LOCAL_SOURCE);
 	if (skb->ingress_ifindex)
 		return TC_ACT_UNSPEC;
-	entry = ipcache_lookup(&source);
 	if (entry && !(entry->flags & ISTHMUS_IPCACHE_NODE))
 		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_SOURCE);
 	return TC_ACT_UNSPEC;

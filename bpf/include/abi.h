@@ -30,7 +30,10 @@ struct isthmus_ipcache_value {
 _Static_assert(sizeof(struct isthmus_ipcache_value) == 24, "ipcache value");
 
 #define ISTHMUS_IPCACHE_NODE	(1 << 0)	/* an underlay address of a node */
-#define ISTHMUS_IPCACHE_FIXED	(1 << 1)	/* a node's mesh, health or ingress address: it never moves */
+/* A node's mesh, health or ingress address: it never moves; with CNI, the range of this node's pods: only those of them
+ * that are published, in `local`, send and receive.
+ */
+#define ISTHMUS_IPCACHE_FIXED	(1 << 1)
 #define ISTHMUS_IPCACHE_ENCRYPTED	(1 << 2)	/* packets to its tunnel go through WireGuard or not at all */
 #define ISTHMUS_IPCACHE_NATIVE	(1 << 3)	/* packets may go to it and come from it by the underlay, without a tunnel */
 #define ISTHMUS_IPCACHE_INSIDE	(1 << 4)	/* the same inside WireGuard, and by nothing else */

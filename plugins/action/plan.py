@@ -55,6 +55,7 @@ class ActionModule(ActionBase):
                 "exposed": {"type": "dict", "default": {}},
                 "try_native": {"type": "bool", "default": False},
                 "keys": {"type": "dict", "default": {}},
+                "pods": {"type": "dict"},
                 "basis": {"type": "dict"},
                 "proofs": {"type": "list", "elements": "dict", "default": []},
                 "version": {"type": "str"},
@@ -91,6 +92,7 @@ class ActionModule(ActionBase):
                 options["try_native"],
                 _proofs(plain(options["proofs"], "proofs")),
                 plain(options["keys"], "keys"),
+                None if options["pods"] is None else plain(options["pods"], "pods"),
             )
             refuse_foreign_services(
                 found.services,
@@ -150,6 +152,7 @@ class ActionModule(ActionBase):
             trials=[[dict(trial) for trial in each] for each in found.trials],
             told=list(found.told),
             keyed=list(found.keyed),
+            routed=list(found.routed),
             basis=basis,
             proofs=plain(options["proofs"], "proofs"),
             serial=serial,

@@ -15,7 +15,7 @@ description:
   - A configuration that differs is checked by C(vtysh) first, then made to run by its differences only, so that
     sessions stay, and written when the sessions that were there are there again. Otherwise the former one runs on, and
     the module fails. Only what the daemons themselves need (BFD for the first or no router any more) restarts FRR.
-  - Nothing that routers send reaches the kernel, and nothing but the host's range leaves.
+  - Nothing that routers send reaches the kernel, and nothing but the host's range and those of its pods leaves.
   - FRR that somebody else has configured is refused and left as it is.
   - With O(state=absent) FRR is as it was before; where it came with the mesh it is stopped and stays installed.
 extends_documentation_fragment:
@@ -52,6 +52,11 @@ options:
             description: Whether BFD watches the session.
             type: bool
             default: false
+      pods:
+        description: Of a Kubernetes node, the ranges of its pods, which it announces as well.
+        type: list
+        elements: str
+        default: []
   passwords:
     description: By address of a router, the password of the session (TCP MD5, RFC 2385).
     type: dict
@@ -246,6 +251,7 @@ def main():
                             "bfd": {"type": "bool", "default": False},
                         },
                     },
+                    "pods": {"type": "list", "elements": "str", "default": []},
                 },
             },
             "passwords": {"type": "dict", "default": {}, "no_log": True},

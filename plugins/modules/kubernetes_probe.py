@@ -60,6 +60,13 @@ nodes:
   returned: success
   type: list
   elements: str
+pods:
+  description:
+    - By host, the IPv4 ranges that Kubernetes deals the addresses of its node's pods from (C(podCIDRs)); none of a node
+      where the CNI has pools of its own. Only those within the declared ranges.
+  returned: success
+  type: dict
+  sample: {kube-2: [10.244.1.0/24]}
 """
 
 import ipaddress
@@ -117,6 +124,19 @@ def has_joined(api):
     return (role["metadata"].get("labels") or {}).get(ownership.MANAGED_BY) == ownership.MANAGER
 
 
+def pod_cidrs(nodes, record):
+    """By host, the ranges of its node's pods."""
+    hosts = declared_nodes(record)
+    declared = [ipaddress.ip_network(text) for text in record["kubernetes"]["pod_ranges"]]
+    found = {}
+    for node in nodes:
+        given = map(ipaddress.ip_network, (node.get("spec") or {}).get("podCIDRs") or ())
+        own = [one for one in given if one.version == 4 and any(one.subnet_of(each) for each in declared)]
+        if own and node["metadata"]["name"] in hosts:
+            found[hosts[node["metadata"]["name"]]] = [str(one) for one in sorted(own)]
+    return found
+
+
 def range_findings(nodes, service, record):
     """What Kubernetes deals outside of the declared ranges."""
     outer = record["kubernetes"]
@@ -166,13 +186,12 @@ def rights_problem(api, record):
 
 
 def ask(module, record, prepares):
-    """(problems, warnings, server, nodes); raises what kubernetes_api does."""
+    """(problems, warnings, server, nodes as Kubernetes has them); raises what kubernetes_api does."""
     api = kubernetes.connect(module)
     nodes = api.items("/api/v1/nodes")
     wrong = kubernetes.wrong_cluster(api.server, nodes, record, module.params["seen"])
-    names = sorted(node["metadata"]["name"] for node in nodes)
     if wrong:
-        return [wrong + "."], [], api.server, names
+        return [wrong + "."], [], api.server, nodes
     doubts, strangers = node_findings(nodes, record), unknown_nodes(nodes, record)
     try:
         service = api.get("/api/v1/namespaces/default/services/kubernetes")
@@ -180,11 +199,11 @@ def ask(module, record, prepares):
         service = None  # nothing else needs that right
     doubts += range_findings(nodes, service, record)
     if not prepares:
-        return [], doubts + strangers, api.server, names
+        return [], doubts + strangers, api.server, nodes
     problems = doubts + rights_problem(api, record)
     if strangers and not has_joined(api):
-        return problems + strangers, [], api.server, names
-    return problems, strangers, api.server, names
+        return problems + strangers, [], api.server, nodes
+    return problems, strangers, api.server, nodes
 
 
 def main():
@@ -210,7 +229,14 @@ def main():
         )
     for words in doubts:
         module.warn(words)
-    module.exit_json(changed=False, problems=[], pending=pending, server=server, nodes=nodes)
+    module.exit_json(
+        changed=False,
+        problems=[],
+        pending=pending,
+        server=server,
+        nodes=sorted(node["metadata"]["name"] for node in nodes),
+        pods=pod_cidrs(nodes, record),
+    )
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ options:
         found them. Of others those of the record count.
     type: dict
     default: {}
+  pods:
+    description:
+      - Ranges that Kubernetes deals pods' addresses from on the hosts in RV(routed), lists by host, as
+        M(isthmus.mesh.kubernetes_probe) found them. Of others those of the record count. When it is given, hosts are
+        warned of whose ranges nobody knows.
+    type: dict
   proofs:
     description:
       - The proofs of the run so far of which way packets can go between sites with C(routing=auto), as the filter
@@ -131,6 +137,11 @@ EXAMPLES = r"""
 RETURN = r"""
 keyed:
   description: Hosts whose public keys of WireGuard others need before any etcd tells them.
+  returned: success
+  type: list
+  elements: str
+routed:
+  description: Hosts that are Kubernetes nodes and native in clear, so that the network has to know their pods' ranges.
   returned: success
   type: list
   elements: str
@@ -258,8 +269,8 @@ bgp:
     - What hosts of sites with C(bgp) are told (C(hosts), for M(isthmus.mesh.bgp), by name). Those of which only the
       record has the C(bgp) of their site have C(kept) there, and are left as they are.
     - What somebody sets on each of the routers, as C(routers) and in words (C(lines)). A router has C(address),
-      C(as_number), C(bfd), C(site), its C(neighbours) with what each C(announces), and the ranges of which it C(sends)
-      them what it knows. Passwords are in neither.
+      C(as_number), C(bfd), C(site), its C(neighbours) with what each C(announces) and, of a Kubernetes node, the ranges
+      of its C(pods), and the ranges of which it C(sends) them what it knows. Passwords are in neither.
   returned: success
   type: dict
   contains:

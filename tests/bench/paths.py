@@ -67,13 +67,13 @@ print(json.dumps({name: statistics.median(times) * 1e6 for name, times in found.
 """
 
 
-def change(key: str, value: str) -> Callable[[dict[str, Any], Any], None]:
-    """The inventory with another word for the pair of sites that is measured."""
+def change(**words: str) -> Callable[[dict[str, Any], Any], None]:
+    """The inventory with other words for the pair of sites that is measured."""
 
     def edit(estate: dict[str, Any], _: Any) -> None:
         for pair in estate["site_pairs"]:
             if set(pair["sites"]) == {"cloud", "onprem"}:
-                pair[key] = value
+                pair.update(words)
 
     return edit
 
@@ -162,10 +162,11 @@ class Paths(Bench):
         self.lab.exec(host, ["ip", *words])
 
     @contextlib.contextmanager
-    def estate_with(self, key: str, value: str) -> Iterator[None]:
+    def estate_with(self, **words: str) -> Iterator[None]:
         with tempfile.TemporaryDirectory() as directory:
-            wanted = variant(Path(directory) / "wanted", change(key, value))
-            self.say(f"site turns {key}: {value} on between onprem and cloud")
+            wanted = variant(Path(directory) / "wanted", change(**words))
+            told = ", ".join(f"{key}: {value}" for key, value in words.items())
+            self.say(f"site turns {told} on between onprem and cloud")
             with self.undone(lambda: play("site", seconds=1800)):
                 play("site", inventory=wanted, seconds=1800)
                 yield
@@ -191,11 +192,15 @@ class Paths(Bench):
         self.measure("tunnel", "vxlan", "plain VXLAN")
 
     def wireguard(self) -> None:
-        with self.estate_with("encryption", "wireguard"):
-            self.measure("WireGuard", "wireguard", "plain wireguard-go")
+        with self.estate_with(encryption="wireguard"):
+            self.measure("tunnel inside WireGuard", "wireguard", "plain wireguard-go")
+
+    def native_in_wireguard(self) -> None:
+        with self.estate_with(encryption="wireguard", routing="native"):
+            self.measure("native inside WireGuard", "wireguard", "plain wireguard-go")
 
     def native(self) -> None:
-        with self.router_knows(), self.estate_with("routing", "native"):
+        with self.router_knows(), self.estate_with(routing="native"):
             self.measure("native", "bare", "the bare network")
 
     def gateways(self) -> None:
@@ -207,7 +212,7 @@ class Paths(Bench):
 
             def encrypted(estate: dict[str, Any], groups: Any) -> None:
                 with_gateways(estate, groups)
-                change("encryption", "ipsec-gateway")(estate, groups)
+                change(encryption="ipsec-gateway")(estate, groups)
 
             variant(on, encrypted)
             self.say("site leads onprem and cloud to their gateways")
@@ -240,7 +245,7 @@ class Paths(Bench):
         told = self.ask(FROM, "status")["gateways"]["gateways"]
         return any((one["host"], one["state"]) == (gateway, "used") for one in told)
 
-    STEPS = ("tunnel", "native", "wireguard", "gateways")
+    STEPS = ("tunnel", "native", "wireguard", "native_in_wireguard", "gateways")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Kubernetes nodes that are native inside WireGuard: pods' packets go into it as they are, with their own addresses,
-and what is the CNI's goes by as before. By the kernel's WireGuard where it has one, else by wireguard-go."""
+"""Kubernetes nodes that are native, in clear and inside WireGuard: pods' packets go by the underlay or into it as they
+are, with their own addresses, and what is the CNI's goes by as before. By the kernel's WireGuard where it has one, else
+by wireguard-go."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ from isthmus_mesh.spec import NodeSpec
 
 CLONE_NEWNS = 0x20000
 DEVICE = wireguard.DEVICE
-MTU = 1420
+INSIDE, CLEAR = "inside", "clear"
+MTU = {INSIDE: 1420, CLEAR: 1500}
+ON_THE_WIRE = {INSIDE: "udp port 51871", CLEAR: "net 10.244.0.0/16 or net 10.245.0.0/16"}
 SITES = {"onprem": "onprem", "cloud": "cloud"}
 
 
@@ -73,15 +76,16 @@ def publish_keys(each: KubernetesNode, publics: dict[str, str]) -> None:
 
 
 class Estate:
-    """Both nodes, with agents' kernels."""
+    """Both nodes, with agents' kernels. `private`: the file of each one's key, none where nothing is encrypted."""
 
     def __init__(self, both: Both, private: dict[str, Path], stack: contextlib.ExitStack) -> None:
         self.both = both
         self.private = private
+        self.how = INSIDE if private else CLEAR
         self.kernels: dict[str, HostKernel] = {}
         for each in both:
             each.node.call(_room_for_sockets)
-            if not each.node.call(_kernel_has_wireguard):
+            if private and not each.node.call(_kernel_has_wireguard):
                 process = each.node.call(_wireguard_go)
                 stack.callback(process.wait, 10)
                 stack.callback(process.kill)
@@ -91,16 +95,17 @@ class Estate:
             stack.callback(each.node.call, kernel.close)
 
     def spec(self, each: KubernetesNode, stage: str) -> NodeSpec:
-        """Encrypted, and at a stage of native routing, to the other node's site, which may be this one."""
+        """At a stage of native routing to the other node's site, which may be this one."""
         document = spec_document(each.node, each.range, each.name)
         (other,) = [one.spec.cluster.site for one in self.both if one is not each]
         own = document["cluster"]["site"]
-        document["wireguard"] = {
-            "key": str(self.private[each.name]),
-            "port": 51871,
-            "plain_sites": [own] if own != other else [],
-            "sites": SITES,
-        }
+        if self.private:
+            document["wireguard"] = {
+                "key": str(self.private[each.name]),
+                "port": 51871,
+                "plain_sites": [own] if own != other else [],
+                "sites": SITES,
+            }
         if stage != "plain":
             document["native"] = {"sites": SITES, "stages": {other: stage}}
         return NodeSpec.from_dict(document)
@@ -128,16 +133,16 @@ class Estate:
 
 
 @contextlib.contextmanager
-def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands") -> Iterator[Estate]:
+def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands", how: str = INSIDE) -> Iterator[Estate]:
     with contextlib.ExitStack() as stack:
         both = stack.enter_context(kubernetes_nodes(load=False, one_cluster=one_cluster))
         private, publics = {}, {}
-        for each in both:
+        for each in both if how == INSIDE else ():
             private[each.name] = tmp_path / each.name
             key = subprocess.run(["wg", "genkey"], check=True, capture_output=True, text=True).stdout
             private[each.name].write_text(key)
             publics[each.name] = wireguard.public_key(str(private[each.name]))
-        for each in both:
+        for each in both if how == INSIDE else ():
             publish_keys(each, publics)
         made = Estate(both, private, stack)
         for each in both:
@@ -145,18 +150,21 @@ def estate(tmp_path: Path, one_cluster: bool = False, stage: str = "demands") ->
         yield made
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Estate]:
-    """Two nodes of two clusters, native inside WireGuard."""
-    with estate(tmp_path_factory.mktemp("native")) as found:
+@pytest.fixture(scope="module", params=[INSIDE, CLEAR])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Estate]:
+    """Two nodes of two clusters, native inside WireGuard or in clear."""
+    with estate(tmp_path_factory.mktemp("native"), how=request.param) as found:
         serve(found.both)
         yield found
+
+
+inside, clear = (pytest.mark.parametrize("made", [how], indirect=True) for how in (INSIDE, CLEAR))
 
 
 def _check_sources(both: Both, how: str) -> None:
     """Sets `rp_filter` everywhere."""
     for each in both:
-        for device in ("all", "default", "eth0", "isthmus0", "cni0", DEVICE):
+        for device in ("all", "default", "eth0", "isthmus0", "cni0", *([DEVICE] if each.spec.wireguard else [])):
             each.node.sysctl(f"net.ipv4.conf.{device}.rp_filter", how)
 
 
@@ -190,7 +198,7 @@ MESH = ("net 10.101.0.0/16 or net 10.102.0.0/16 or net 10.244.0.0/16 or net 10.2
 
 
 @pytest.mark.parametrize("rp_filter", ["1", "0"])
-def test_every_direction_keeps_source_and_identity_and_nothing_is_in_clear(
+def test_every_direction_keeps_source_and_identity_and_nothing_goes_another_way(
     made: Estate, drops: Callable[[], list[dict[str, int]]], tmp_path: Path, rp_filter: str
 ) -> None:
     left, right = made.both
@@ -201,8 +209,8 @@ def test_every_direction_keeps_source_and_identity_and_nothing_is_in_clear(
             every_way(near, far)
             pod = near.pods[0]
             assert dial(near.process(pod), CLUSTER_IP, 80).split()[1] == pod.address
-    assert listed(file, *MESH) == []
-    assert len(listed(file, "udp port 51871")) > 50
+    assert listed(file, *(MESH if made.how == INSIDE else ("udp port 8472 or udp port 51871",))) == []
+    assert len(listed(file, ON_THE_WIRE[made.how])) > 50
     assert drops() == NOTHING
     assert made.audit() == []
 
@@ -296,9 +304,9 @@ def test_flows_and_new_connections_survive_reloads_of_the_others(
 
 
 def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(
-    both: Both, drops: Callable[[], list[dict[str, int]]]
+    made: Estate, drops: Callable[[], list[dict[str, int]]]
 ) -> None:
-    left, right = both
+    left, right = both = made.both
     client = left.process(left.pods[0])
     size = 4 << 20
     total = client.do(
@@ -306,7 +314,7 @@ def test_a_bulk_transfer_between_pods_finds_the_paths_mtu(
         f"s.sendall(bytes({size} - 1) + b'?'); result = int(line(s))"
     )
     assert total == size
-    assert client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)") == MTU - 40 - 12
+    assert client.do("result = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)") == MTU[made.how] - 40 - 12
     for each in both:
         assert (each.node.counter("FragCreates"), each.node.counter("ReasmReqds")) == (0, 0)
     assert drops() == NOTHING
@@ -337,6 +345,7 @@ def test_pods_packets_never_leave_in_clear(tmp_path: Path, gone: str) -> None:
         assert listed(file, f"net {left.range} or net {right.range}") == []
 
 
+@inside
 @pytest.mark.parametrize(
     ("source", "target", "reason"),
     [
@@ -354,12 +363,42 @@ def test_what_comes_in_clear_with_an_address_of_the_mesh_is_dropped_and_counted(
     """Only somebody on the path can send it."""
     left, right = both
     places = {"left": left, "right": right}
-    # A raw frame goes by the egress program too: from an address of the node's own it would not let it out.
-    right.node.bpf.forget_underlay()
-    packet = f"datagram({source.format(**places)!r}, {target.format(**places)!r})"
-    try:
-        right.node.process().do(RAW + f"frame({_mac(left.node)!r}, {_mac(right.node)!r}, {packet}); result = 1")
+    with sent_raw(left, right, source.format(**places), target.format(**places)):
         wait_for(lambda: drops()[0] == {reason: 1}, f"{reason} is counted")
+
+
+@clear
+@pytest.mark.parametrize(
+    ("source", "target", "sender", "reason"),
+    [
+        ("{right.pods[0].address}", "{left.pods[0].address}", "02:00:00:00:00:66", "bad_source"),
+        ("{right.node.workload}", "{left.pods[0].address}", "02:00:00:00:00:66", "bad_source"),
+        ("{right.pods[0].address}", "{left.node.underlay}", "02:00:00:00:00:66", "bad_source"),
+        ("{left.node.workload}", "{left.pods[0].address}", "", "bad_source"),
+        ("{right.pods[0].address}", "{left.prefix}.77", "", "not_local_dest"),
+        ("192.0.2.1", "{left.node.mesh}", "", "unknown_peer"),
+    ],
+)
+def test_what_comes_with_another_source_than_the_senders_is_dropped_and_counted(
+    both: Both, drops: Callable[[], list[dict[str, int]]], source: str, target: str, sender: str, reason: str
+) -> None:
+    left, right = both
+    places = {"left": left, "right": right}
+    with sent_raw(left, right, source.format(**places), target.format(**places), sender):
+        wait_for(lambda: drops()[0] == {reason: 1}, f"{reason} is counted")
+
+
+@contextlib.contextmanager
+def sent_raw(left: KubernetesNode, right: KubernetesNode, source: str, target: str, sender: str = "") -> Iterator[None]:
+    """A frame that the right node puts on the wire, with its own link-layer address or another."""
+    # It goes by the egress program too: from an address of the node's own that would not let it out.
+    right.node.bpf.forget_underlay()
+    packet = f"datagram({source!r}, {target!r})"
+    try:
+        right.node.process().do(
+            RAW + f"frame({_mac(left.node)!r}, {sender or _mac(right.node)!r}, {packet}); result = 1"
+        )
+        yield
     finally:
         index = right.node.call(netlink.overlay_index)
         device = right.node.call(socket.if_nametoindex, "eth0")
@@ -381,8 +420,11 @@ def test_a_pod_that_is_not_published_neither_sends_nor_receives(
     made.apply(left)
     try:
         send = "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'x', ('{}', 9000))"
-        left.process(pod).do(send.format(right.node.mesh))
+        client = left.process(pod)
+        client.do(send.format(right.node.mesh))
         wait_for(lambda: drops() == [{"not_local_source": 1}, {}], "its packet is dropped at home")
+        assert dial(client, left.pods[0].address, 8080) == f"a-pod0 {pod.address}", "on its node it is reached"
+        assert drops() == [{"not_local_source": 1}, {}]
         right.node.process().do(send.format(pod.address))
         wait_for(lambda: drops()[0].get("not_local_dest") == 1, "what comes for it is dropped")
     finally:
@@ -391,9 +433,10 @@ def test_a_pod_that_is_not_published_neither_sends_nor_receives(
     assert dial(left.process(pod), right.node.workload, 9000) == f"b-web {pod.address}"
 
 
-def test_pods_from_pools_of_the_cni_are_reached_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [INSIDE, CLEAR])
+def test_pods_from_pools_of_the_cni_are_reached_one_by_one(tmp_path: Path, how: str) -> None:
     """The nodes have no pod CIDRs: WireGuard and the routes know each address."""
-    with estate(tmp_path) as made:
+    with estate(tmp_path, how=how) as made:
         serve(made.both)
         left, right = made.both
         for each in made.both:
@@ -405,13 +448,15 @@ def test_pods_from_pools_of_the_cni_are_reached_one_by_one(tmp_path: Path) -> No
         pod = left.pods[0]
         assert dial(left.process(pod), right.pods[0].address, 8080) == f"b-pod0 {pod.address}"
         assert dial(right.node.process("web"), pod.address, 8080) == f"a-pod0 {right.node.workload}"
-        (allowed,) = left.node.call(wireguard.peer_states, DEVICE).values()
-        assert {str(each) for each in allowed.addresses} >= {right.pods[0].address} | {right.node.underlay}
+        if how == INSIDE:
+            (allowed,) = left.node.call(wireguard.peer_states, DEVICE).values()
+            assert {str(each) for each in allowed.addresses} >= {right.pods[0].address} | {right.node.underlay}
         no_drops(made.both)
 
 
-def test_within_one_cluster_pods_are_the_cnis_and_the_rest_is_inside(tmp_path: Path) -> None:
-    with estate(tmp_path, one_cluster=True) as made:
+@pytest.mark.parametrize("how", [INSIDE, CLEAR])
+def test_within_one_cluster_pods_are_the_cnis_and_the_rest_is_native(tmp_path: Path, how: str) -> None:
+    with estate(tmp_path, one_cluster=True, how=how) as made:
         left, right = made.both
         serve(made.both)
         for each in made.both:
@@ -433,28 +478,44 @@ def test_within_one_cluster_pods_are_the_cnis_and_the_rest_is_inside(tmp_path: P
                 assert dial(client, far.node.mesh, 9000) == f"{name}-mesh {pod.address}"
                 assert dial(host.process("web"), far.pods[1].address, 8080) == f"{name}-pod1 {host.workload}"
                 assert dial(host.process("web"), far.node.workload, 9000) == f"{name}-web {host.workload}"
-        assert listed(file, "net 10.101.0.0/16 or net 10.102.0.0/16 or udp port 8472") == []
+        assert listed(file, "udp port 8472") == []
+        in_clear = listed(file, "net 10.101.0.0/16 or net 10.102.0.0/16")
+        assert (in_clear == []) is (how == INSIDE)
         assert len(listed(file, f"host {left.pods[0].address} and host {right.pods[0].address}")) > 5
         assert [each.node.drops() for each in made.both] == before
         assert made.audit() == []
 
 
-def test_flows_of_pods_outlive_turning_it_on_and_off(tmp_path: Path) -> None:
-    """Node by node, stage by stage, and the kernel checks sources strictly; also what kube-proxy sends to the other
-    cluster as this node, when it began while native packets were taken."""
-    with estate(tmp_path, stage="plain") as made:
+@pytest.mark.parametrize("how", [INSIDE, CLEAR])
+@pytest.mark.parametrize("rp_filter", ["1", "0"])
+def test_flows_of_pods_outlive_turning_it_on_and_off(tmp_path: Path, how: str, rp_filter: str) -> None:
+    """Node by node, stage by stage, also where the kernel checks sources strictly; in clear also what kube-proxy sends
+    to the other cluster as this node, when it began while native packets were taken."""
+    with estate(tmp_path, stage="plain", how=how) as made:
         left, right = made.both
         serve(made.both)
-        _check_sources(made.both, "1")
+        _check_sources(made.both, rp_filter)
         clients = {
             "pod to pod": (left.process(left.pods[0]), right.pods[0].address, 8080),
             "pod to underlay": (left.process(left.pods[0]), right.node.underlay, 9000),
             "workload to pod": (right.node.process("web"), left.pods[1].address, 8080),
+            "underlay to pod": (right.node.process(), left.pods[1].address, 8080),
         }
-        for client, address, port in clients.values():
+        if rp_filter == "0":  # what comes by another device than the tunnel
+            clients["underlay to a node port"] = right.node.process(), left.node.underlay, NODE_PORT
+        bound = {"underlay to pod": right.node.underlay}
+        node_port = "pod to a node port of its node"
+
+        def begin(what: str) -> None:
+            client, address, port = clients[what]
+            source = f", ('{bound[what]}', 0)" if what in bound else ""
             client.do(
-                f"old = socket.create_connection(('{address}', {port}), 5); old.settimeout(10); result = line(old)"
+                f"old = socket.create_connection(('{address}', {port}), 5{source}); old.settimeout(10); "
+                "result = line(old)"
             )
+
+        for what in clients:
+            begin(what)
         up, down = ["accepts", "sends", "demands"], ["sends", "accepts", "plain"]
         for stages, order in ((up, (left, right)), (down, (right, left))):
             for word in stages:
@@ -463,9 +524,30 @@ def test_flows_of_pods_outlive_turning_it_on_and_off(tmp_path: Path) -> None:
                     settled = [one.node.drops() for one in made.both]
                     for what, (client, address, port) in clients.items():
                         assert client.do("old.sendall(b'x' * 5000 + b'?'); result = line(old)"), (what, each.name, word)
-                        assert dial(client, address, port), (what, each.name, word)
+                        assert dial(client, address, port, bound.get(what, "")), (what, each.name, word)
                     assert [one.node.drops() for one in made.both] == settled, (each.name, word)
+                if how == CLEAR and node_port not in clients:
+                    clients[node_port] = left.process(left.pods[1]), left.node.underlay, REMOTE_NODE_PORT
+                    begin(node_port)
             way = left.node.call(
                 subprocess.run, ["ip", "route", "get", right.pods[0].address], capture_output=True, text=True
             ).stdout
-            assert (DEVICE in way) is (stages is up)
+            assert ((DEVICE if how == INSIDE else "via") in way) is (stages is up), way
+
+
+@pytest.mark.parametrize("rp_filter", ["1", "0"])
+def test_what_the_cni_masqueraded_before_the_agent_came_goes_on_natively(tmp_path: Path, rp_filter: str) -> None:
+    with contextlib.ExitStack() as stack:
+        left, right = both = stack.enter_context(kubernetes_nodes(load=False))
+        right.node.process().do(f"serve_tcp('old', '{right.node.underlay}', 9000)")
+        client = left.process(left.pods[0])
+        words = f"old = socket.create_connection(('{right.node.underlay}', 9000), 5); result = line(old)"
+        assert client.do(words) == f"old {left.node.underlay}"
+        made = Estate(both, {}, stack)
+        for each in both:
+            made.stage(each, "demands")
+        _check_sources(both, rp_filter)
+        assert client.do("old.sendall(b'x' * 5000 + b'?'); result = line(old)")
+        assert dial(client, right.node.underlay, 9000) == f"old {left.pods[0].address}", "new ones have the pod's"
+        assert client.do("old.sendall(b'x' * 5000 + b'?'); result = line(old)")
+        no_drops(both)

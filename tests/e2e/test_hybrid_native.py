@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lab's Kubernetes cluster native inside WireGuard with every other site, and among its own hosts: on, pods and
-machines both ways, what is on the wire, and off again, while customers on machines and in a pod notice nothing."""
+"""The lab's Kubernetes cluster native inside WireGuard with every other site, and in clear with one of them over a
+router with static routes, and among its own hosts: on, pods and machines both ways, what is on the wire, and off again,
+while customers on machines and in a pod notice nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -15,9 +18,10 @@ import pytest
 import yaml
 from demo import EDGE, ONPREM_CLIENT
 from demo_hybrid import CLIENT
-from e2e.test_native import AT_ONCE, ways
+from e2e.test_native import AT_ONCE, router, ways
 from e2e.test_wireguard import capture, packets, states
 from hybrid_tools import MACHINE, Hybrid, machine_service_in_pods_and_at_a_node_port
+from isthmus_lab import ROUTER
 from kubernetes_lab import HYBRID
 from playbook import INVENTORY, play
 
@@ -29,12 +33,20 @@ MTU = 1420  # 1500, less 80 of WireGuard
 
 def inside(place: Path) -> Path:
     """The lab's inventory with the cluster, whose pairs are native inside WireGuard; the machines' are as they were."""
+    return _with_pairs(place, lambda sites: ("kube", *sites), {"routing": "native", "encryption": "wireguard"})
+
+
+def in_clear_with_onprem(place: Path) -> Path:
+    """The same, native in clear with onprem and among the cluster's own hosts, and in the tunnel with the others."""
+    return _with_pairs(place, lambda _sites: ("kube", "onprem"), {"routing": "native"})
+
+
+def _with_pairs(place: Path, chosen: Callable[[Iterable[str]], Iterable[str]], how: dict[str, str]) -> Path:
     shutil.copytree(INVENTORY, place / "lab")
     file = place / "lab" / "group_vars" / "all.yml"
     variables = yaml.safe_load(file.read_text())
     estate = variables["isthmus_estate"]
-    for site in ("kube", *estate["sites"]):
-        how = {"routing": "native", "encryption": "wireguard"}
+    for site in chosen(estate["sites"]):
         estate["site_pairs"].append({"sites": ["kube", site], **how})
     file.write_text(yaml.safe_dump(variables))
     return Path(shutil.copytree(HYBRID, place / "hybrid"))
@@ -131,4 +143,75 @@ def test_pods_are_native_inside_wireguard_and_nobody_notices(hybrid: Hybrid, tmp
         both_ways(hybrid)
     finally:
         play("site", *AT_ONCE, inventory=HYBRID, seconds=1800)
+    hybrid.everywhere(hybrid.members, (EDGE, *hybrid.nodes))
+
+
+@contextlib.contextmanager
+def routes_of(shown: str) -> Iterator[Callable[[str], None]]:
+    """Adds to the router those routes of a plan whose words have a text in them; nothing of it is left."""
+    told = re.findall(r"routers of \w+: (\S+) via (\S+) \(([^)]*)", shown)
+    added: list[str] = []
+
+    def add(words: str) -> None:
+        for network, address, why in told:
+            if words in why:
+                router("add", network, "via", address)
+                added.append(network)
+        assert added, told
+
+    try:
+        yield add
+    finally:
+        for network in added:
+            subprocess.run(
+                ["nsenter", f"--net=/run/netns/{ROUTER}", "ip", "route", "del", network], capture_output=True
+            )
+
+
+def test_pods_are_native_in_clear_over_a_router_and_nobody_notices(hybrid: Hybrid, tmp_path: Path) -> None:
+    estate = hybrid.estate
+    wanted = in_clear_with_onprem(tmp_path / "wanted")
+    shown = " ".join(play("plan", inventory=wanted).output.split())
+    assert "kube and onprem: path native (now being turned on), encryption none" in shown
+    for node in hybrid.nodes:
+        pods = ".".join(hybrid.pod_address(f"web-{node}").split(".")[:3])
+        assert f"routers of kube: {pods}.0/24 via {estate.lab.hosts[node].address} (pods on {node}" in shown
+    assert "routers of onprem: 10.244.0.0/16 over the way to" in shown
+    tunnel = "udp port 8472 and net 198.18.1.0/24 and net 198.18.4.0/24"
+    natively = "(net 10.244.0.0/16 and net 10.101.0.0/16)"
+    with routes_of(shown) as add:
+        try:
+            # The router knows the hosts' ranges and not the pods': nothing is sent there, and the run says why.
+            add("workloads of")
+            with nobody_notices(hybrid):
+                run = play("site", *AT_ONCE, inventory=wanted, seconds=1800, check=False)
+            told = " ".join(run.output.split())
+            assert re.search(r"pods on kube-\d of cluster kube \([0-9., ]+\) are not reached natively", told)
+            assert "tunnel" in ways(estate, ONPREM_CLIENT).values()
+            add("pods on")
+            with nobody_notices(hybrid):
+                play("site", *AT_ONCE, inventory=wanted, seconds=1800)
+            assert play("site", inventory=wanted).changed == {}
+            play("verify", inventory=wanted)
+            for node in hybrid.nodes:
+                there = ways(estate, node)
+                assert {way for host, way in there.items() if host.startswith(("kube", "onprem"))} == {"native"}, node
+                assert {way for host, way in there.items() if not host.startswith(("kube", "onprem"))} == {"tunnel"}
+            file = tmp_path / "wire.pcap"
+            with capture(file, ("kube", "onprem"), also=natively):
+                both_ways(hybrid)
+            assert packets(file, tunnel) == 0, "nothing through the tunnel"
+            assert packets(file, natively) > COUNT
+            machine_service_in_pods_and_at_a_node_port(hybrid)
+            with nobody_notices(hybrid):
+                for host in (hybrid.nodes[0], ONPREM_CLIENT):
+                    estate.lab.exec(host, ["systemctl", "restart", "isthmusd.service"])
+            with nobody_notices(hybrid):
+                play("site", *AT_ONCE, inventory=HYBRID, seconds=1800)
+            play("verify", inventory=HYBRID)
+            for node in hybrid.nodes:
+                assert set(ways(estate, node).values()) == {"tunnel"}, node
+            both_ways(hybrid)
+        finally:
+            play("site", *AT_ONCE, inventory=HYBRID, seconds=1800)
     hybrid.everywhere(hybrid.members, (EDGE, *hybrid.nodes))

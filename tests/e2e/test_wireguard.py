@@ -34,13 +34,19 @@ def encrypted(estate: dict[str, Any], _: Any) -> None:
 
 
 @contextlib.contextmanager
-def capture(file: Path, sites: tuple[str, str], device: str = "any") -> Iterator[None]:
-    """Every packet between two sites, whole, into `file`; by a site's bridge only what the router passes on, and not
-    what hosts of the site send each other."""
+def capture(file: Path, sites: tuple[str, str], device: str = "any", also: str = "") -> Iterator[None]:
+    """Every packet between two sites, and `also` others, whole, into `file`; by a site's bridge only what the router
+    passes on, and not what hosts of the site send each other."""
     one, other = (NETWORKS[site] for site in sites)
     options = ["-U", "--immediate-mode", "-n", "-s", "0", "-p", "-i", device, "-w", str(file)]
     process = subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{ROUTER}", "tcpdump", *options, f"net {one} and net {other}"],
+        [
+            "nsenter",
+            f"--net=/run/netns/{ROUTER}",
+            "tcpdump",
+            *options,
+            f"net {one} and net {other}{f' or {also}' if also else ''}",
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -114,7 +114,8 @@ def pki_replace(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
-    """What the modules of a Kubernetes cluster answer; `away` is a file while its API is."""
+    """What the modules of a Kubernetes cluster answer; `away` is a file while its API is, `pods` one with the ranges of
+    its nodes."""
     path = PLACE / "hosts" / HOST / "kubernetes.crt"
     if NAME == "preflight":
         here = "kubernetes" in given["spec"]["cluster"]
@@ -131,7 +132,8 @@ def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
         return {"credential": {"host": HOST, "csr": "CSR", "reason": reason, "ca": None if reason else "CA"}}
     pending = "https://api does not answer" if (PLACE / "away").exists() else ""
     if NAME == "kubernetes_probe":
-        return {"pending": pending, "problems": []}
+        dealt = (PLACE / "pods").read_text() if (PLACE / "pods").exists() and not pending else "{}"
+        return {"pending": pending, "problems": [], "pods": json.loads(dealt)}
     if given["state"] == "absent":
         return {"pending": pending, "removed": [] if pending else ["clusterrole/isthmus-registrar"]}
     if pending:

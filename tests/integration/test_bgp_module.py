@@ -142,6 +142,20 @@ def test_from_nothing_to_a_session_that_changes_keep_and_back(pair: tuple[Machin
     router.until(lambda: "10.101.0.0/27" not in router.routes(), "the router has no way to the host any more", 5)
 
 
+def test_a_kubernetes_node_announces_its_pods_as_well(pair: tuple[Machine, Machine]) -> None:
+    host, router = pair
+    told(host)
+    host.until(lambda: ups(host), "there is a session")
+    up, node = ups(host), {**OWN, "pods": ["10.99.9.0/24", "10.244.1.0/24"]}
+    assert told(host, node)["changed"]
+    ranges = {"10.99.9.0/24", "10.101.0.0/28", "10.244.1.0/24"}
+    router.until(lambda: {to for to, via in router.routes().items() if via == "198.18.9.11"} == ranges, "all are there")
+    assert (told(host, node)["changed"], ups(host)) == (False, up)
+    assert told(host)["changed"]
+    router.until(lambda: not {"10.99.9.0/24", "10.244.1.0/24"} & router.routes().keys(), "they are withdrawn")
+    assert "10.101.0.0/28" in router.routes()
+
+
 def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tuple[Machine, Machine]) -> None:
     host, router = pair
     assert "there is no session with any router" in failure(host, {**OWN, "as_number": 65102})

@@ -447,6 +447,7 @@ def test_the_bearer_token_of_an_awx_credential(hosts: Hosts, monkeypatch: pytest
     for way in ({"SSL_CA_CERT": str(api.ca.crt), "VERIFY_SSL": "True"}, {"VERIFY_SSL": "False"}):
         told = probe(**way)
         assert (told["pending"], told["server"], told["nodes"]) == ("", api.url, ["k1", "k2"]), way
+        assert told["pods"] == {"k1": ["10.244.1.0/24"], "k2": ["10.244.2.0/24"]}, way
     # A registrar is to trust the server by some authority.
     access = {"estate": "lab", "cluster": "kube", "record": hosts.record()}
     with pytest.raises(ModuleFailed, match="verifies no certificate, so that nobody knows by which authority"):

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from integration.test_batches_playbook import Site, fake
+from integration.test_batches_playbook import Site, fake, said
 
 FAKED = ("kubernetes_access", "kubernetes_credential", "kubernetes_probe", "teardown")
 
@@ -67,6 +67,38 @@ def test_a_kubernetes_cluster_from_nothing_to_out_again(tmp_path: Path) -> None:
     (removed,) = site.calls("kubernetes_access")
     assert (removed["state"], removed["host"], removed["cluster"]) == ("absent", "b1", "a")
     assert "Pending: Kubernetes of cluster a still lets the registrars in that left" in away.output
+
+
+def test_nodes_that_are_native_in_clear_have_their_pods_ranges_in_the_record(tmp_path: Path) -> None:
+    site = Hybrid(tmp_path)
+    site.estate = {"routing": "native"}
+
+    def known() -> dict[str, Any]:
+        hosts = json.loads((tmp_path / "record").read_text())["clusters/a"]["hosts"]
+        return {name: entry["pod_cidrs"] for name, entry in hosts.items() if "pod_cidrs" in entry}
+
+    (tmp_path / "pods").write_text(json.dumps({"a1": ["10.244.1.0/24"], "a2": ["10.244.2.0/24"]}))
+    first = site.run()
+    assert first.status == 0, first.output
+    early, late = site.calls("kubernetes_probe")
+    assert (early["host"], early["kubeconfig"], early.get("seen")) == ("b1", "/kube/a", None)
+    assert len(late["seen"]) == 3
+    assert known() == {"a1": ["10.244.1.0/24"], "a2": ["10.244.2.0/24"]}
+    assert "which of 10.244.0.0/16 are pods' ranges on a3 (cluster a) is not known, so" in " ".join(said(first).split())
+    # A node has got its range: a plan tells it, a run knows it.
+    (tmp_path / "pods").write_text(json.dumps({f"a{number}": [f"10.244.{number}.0/24"] for number in (1, 2, 3)}))
+    told = said(site.run(name="plan"))
+    assert "10.244.3.0/24 via" in told
+    assert len(known()) == 2
+    assert site.run().status == 0
+    whole = {f"a{number}": [f"10.244.{number}.0/24"] for number in (1, 2, 3)}
+    assert known() == whole
+    # While the API is away, and in a run for others, what was found counts.
+    (tmp_path / "away").touch()
+    for more in ((), ("--limit", "b1,b2,b3,c1")):
+        again = site.run(*more)
+        assert (again.status, again.changed, known()) == (0, {}, whole), again.output
+    assert site.calls("kubernetes_probe") == [], "no host of the cluster is in the run"
 
 
 def test_a_problem_of_kubernetes_stops_before_anything_is_changed(tmp_path: Path) -> None:

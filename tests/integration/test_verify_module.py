@@ -15,6 +15,7 @@ import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_trouble, etcd_unit, packets
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify import agent as agent_checks
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify import host as host_checks
+from ansible_collections.isthmus.mesh.plugins.module_utils.verify import native as native_checks
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
 from ansible_collections.isthmus.mesh.plugins.modules import verify
 from integration.etcd_fixture import EtcdServer
@@ -240,6 +241,55 @@ def test_how_the_registrar_stands_with_kubernetes_is_told(
     assert [found.startswith(begin) for found, begin in zip(verifier.problems, words, strict=True)] == [True] * len(
         words
     )
+
+
+def test_before_packets_go_natively_a_pod_of_each_node_has_to_be_reached_so(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network may know the way to a node and not the one to its pods. Of one that nothing reaches nobody knows."""
+    by_stage = {"sites": {"onprem": "onprem", "cloud": "cloud"}, "stages": {"onprem": "accepts"}}
+    host.node.write_text(json.dumps({**host.spec, "native": by_stage}))
+    others = [
+        {"cluster": "onprem", "node": "o1", "addresses": ["10.244.1.5", "10.244.1.6"]},
+        {"cluster": "onprem", "node": "o2", "addresses": ["10.244.2.5"]},
+        {"cluster": "cloud", "node": "c2", "addresses": ["10.244.3.5"]},  # its site is not native
+    ]
+    monkeypatch.setattr("isthmus_agent.cli.client.ask", lambda _path, _route: {"others": others, "pods": None})
+    natively: set[str] = set()
+    through: set[str] = set()
+    entries = host.plan.record["clusters/onprem"]["hosts"]
+    mesh = {entry["mesh4"] for entry in entries.values()}
+
+    def reach(_verifier: Verifier, _source: str, target: str) -> str:
+        return "" if target in natively | mesh else "no answer"
+
+    def echoed(_source: str, addresses: list[str], _timeout: float) -> str:
+        return "" if through & set(addresses) else "no answer"
+
+    monkeypatch.setattr(native_checks, "_reach_natively", reach)
+    monkeypatch.setattr(native_checks, "echoed", echoed)
+
+    def found() -> list[str]:
+        verifier = host.verifier()
+        native_checks.check_native_way(verifier)
+        return verifier.problems
+
+    through |= {"10.244.2.5"}
+    assert found() == [], "machines have no pods"
+    for name, entry in entries.items():
+        entry["kubernetes_node"] = name
+    through.clear()
+    assert found() == [], "neither way: a network policy may forbid it"
+    through |= {"10.244.1.6", "10.244.2.5", "10.244.3.5"}
+    natively |= {"10.244.1.5"}
+    (words,) = found()
+    assert words.startswith("routing: pods on o2 of cluster onprem (10.244.2.5) are not reached natively, and through")
+    natively |= {"10.244.2.5"}
+    assert found() == []
+    natively.clear()
+    by_stage["stages"]["onprem"] = "sends"
+    host.node.write_text(json.dumps({**host.spec, "native": by_stage}))
+    assert found() == [], "packets go natively"
 
 
 def test_between_batches_only_the_host_itself_is_looked_at(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,11 +165,11 @@ def test_what_a_removed_host_needed_goes_when_the_others_were_changed(cloud: Clo
 def test_ports_close_when_the_last_step_of_encryption_is_done(cloud: Cloud) -> None:
     assert cloud.run().status == 0
     cloud.estate = {"encryption": "wireguard"}
-    (cloud.place / "fail" / "verify c1 encryption").touch()
+    (cloud.place / "fail" / "verify c1 step").touch()
     halfway = cloud.run("-e", "isthmus_serial=100%")
     assert halfway.status == 2, halfway.output
     assert set(cloud.opened(cloud.b)) == {2379, 8472, 51871}
-    (cloud.place / "fail" / "verify c1 encryption").unlink()
+    (cloud.place / "fail" / "verify c1 step").unlink()
     done = cloud.run("-e", "isthmus_serial=100%")
     assert done.status == 0, done.output
     assert set(cloud.opened(cloud.b)) == {2379, 51871}

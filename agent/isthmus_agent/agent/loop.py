@@ -483,11 +483,11 @@ class Agent:
         self._expired.extend(expired)
         datapath = replace(found.datapath, services=services)
         self._log_refused(found)
-        self.desired = found
         began = time.monotonic()
         changed, self._network_changed = self._network_changed, False
         if changed:
             await self.kernel_call(self.kernel.network_changed)
+        self.desired = found  # whoever asks the kernel's thread from here on is answered after it
         if not self._started or self.progress.error:
             # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
             done = await self.kernel_call(self.kernel.start, datapath)

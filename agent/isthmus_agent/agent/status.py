@@ -570,8 +570,9 @@ def _backend(placed: Placed, view: ServiceView, reading: Reading | None) -> dict
 
 async def services(agent: Agent) -> dict[str, Any]:
     """The document of `GET /v1/services`. Counts are since the backend's map entry was made."""
-    reading = await read_kernel(agent)
     views = agent.desired.views if agent.desired is not None else ()
+    # After what is shown was decided: the kernel's thread has made it so before it reads.
+    reading = await read_kernel(agent)
     return {
         "services": [
             {

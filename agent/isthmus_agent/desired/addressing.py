@@ -274,8 +274,9 @@ def only_encrypted(
 
 
 def with_strays(state: MeshState, nodes: tuple[Remote, ...]) -> tuple[Remote, ...]:
-    """Native nodes with the addresses of theirs that lie in no node's range of their cluster: where the CNI has pools
-    of its own, routes and WireGuard have to know each of them."""
+    """Native nodes with the addresses of theirs that lie in no node's range of their cluster, in clear also in another
+    one's: where the CNI has pools of its own, routes and WireGuard, which takes no address from two nodes, have to know
+    each of them."""
     holders = {
         (node.cluster, str(address)): number
         for number, node in enumerate(nodes)
@@ -285,13 +286,14 @@ def with_strays(state: MeshState, nodes: tuple[Remote, ...]) -> tuple[Remote, ..
     if not holders:
         return nodes
     dealt = _dealt(nodes)
+    own = {number: _dealt([nodes[number]]).get(nodes[number].cluster, {}) for number in set(holders.values())}
     found: dict[int, list[IPv4Network]] = {}
     for (cluster, text), pair in state.ips.items():
         number = holders.get((cluster, pair.host_ip))
         if number is None or "/" in text or ":" in text:
             continue
         address = IPv4Address(text)
-        if not _is_dealt(address, dealt[cluster]):
+        if not _is_dealt(address, own[number] if nodes[number].takes_native else dealt[cluster]):
             found.setdefault(number, []).append(IPv4Network(address))
     if not found:
         return nodes
@@ -357,10 +359,12 @@ def ipcache(
     nodes: tuple[Remote, ...],
     local: Mapping[Address, int],
     encrypted: frozenset[Address] = frozenset(),
+    pods: tuple[IPv4Network, ...] = (),
 ) -> dict[Network, IpcacheEntry]:
     """Address to identity and tunnel endpoint, for every address of the mesh but the underlay of strangers.
 
-    `local`: what `local_identities` found. `encrypted`: underlay addresses that only WireGuard may lead to."""
+    `local`: what `local_identities` found. `encrypted`: underlay addresses that only WireGuard may lead to. `pods`: the
+    ranges of this node's pods. Without a tunnel the programs have to know those that are not published as well."""
     native = {address for node in nodes if node.takes_native for address in (*node.underlay, node.endpoint)}
     inside = {address for node in nodes if node.takes_inside for address in (*node.underlay, node.endpoint)}
     mine = {spec.node.underlay4, spec.node.advertise4}
@@ -369,9 +373,9 @@ def ipcache(
     found: dict[Network, IpcacheEntry] = {}
     published = [entry for entry in _published(state) if entry[0] in ids]
     for ours in (False, True):  # later ones win: no peer's node takes an address of our own cluster
-        pods = () if ours else pod_ranges(spec)
+        dealt = () if ours else pod_ranges(spec)
         for cluster, network, number, tunnel in published:
-            if (cluster == spec.cluster.name) == ours and not any(network.overlaps(each) for each in pods):
+            if (cluster == spec.cluster.name) == ours and not any(network.overlaps(each) for each in dealt):
                 found[network] = IpcacheEntry(
                     number,
                     ids[cluster],
@@ -384,6 +388,8 @@ def ipcache(
         some = [node for node in nodes if (node.cluster == spec.cluster.name) == ours]
         found.update(_of_nodes(spec, some, encrypted))
     # This host last: nothing published by anyone may move our own addresses elsewhere.
+    for own_range in pods if spec.native is not None else ():
+        found[own_range] = IpcacheEntry(identity.WORLD, spec.cluster.id, None, is_fixed=True, is_cni=True)
     for own_address, number in local.items():
         network = IPv4Network(str(own_address))
         is_node = own_address in mine
@@ -654,15 +660,24 @@ def keep_source(
         for address in {*node.underlay, node.endpoint} - encrypted
     )
     mesh = _unmasqueraded(spec, nodes, pods) if spec.node.masquerade else None
-    bare = _bare_pods(spec) if pods else None
+    bare = _bare_pods(spec, nodes) if pods else None
     return KeepSource(spec.node.range4, local, spec.native is not None, elsewhere, frozenset(members), mesh, bare)
 
 
-def _bare_pods(spec: NodeSpec) -> BarePods | None:
-    if spec.native is None or spec.wireguard is None:
+def _bare_pods(spec: NodeSpec, nodes: tuple[Remote, ...]) -> BarePods | None:
+    """What goes between pods of the own Kubernetes cluster is the CNI's."""
+    if spec.native is None:
         return None
-    devices = tuple(tunnel.device for tunnel in spec.wireguard.tunnels)
-    return BarePods(devices, spec.node.mesh4, frozenset({spec.node.underlay4, spec.node.advertise4}))
+    devices = tuple(tunnel.device for tunnel in spec.wireguard.tunnels) if spec.wireguard is not None else ()
+    underlay = frozenset({spec.node.underlay4, spec.node.advertise4}) if devices else frozenset()
+    networks = collapse_addresses(
+        each
+        for node in nodes
+        for each in (node.ranges if node.takes_native else ())
+        if node.cluster != spec.cluster.name or not is_pod_range(spec, each)
+    )
+    found = BarePods(devices, spec.node.mesh4, underlay, frozenset(networks))
+    return found if found.devices or found.networks else None
 
 
 def _unmasqueraded(spec: NodeSpec, nodes: tuple[Remote, ...], pods: tuple[IPv4Network, ...]) -> frozenset[IPv4Network]:

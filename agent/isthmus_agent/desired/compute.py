@@ -131,8 +131,8 @@ def desired(
         services=found.table,
         ipcache=memory.of(
             "ipcache",
-            (spec, nodes, state.ips, state.configs, local, encrypted),
-            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.sent),
+            (spec, nodes, state.ips, state.configs, local, encrypted, ranges),
+            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.sent, ranges),
         ),
         peers=memory.of("peers", (nodes, encrypted), lambda: addressing.peers(nodes, encrypted.demanded)),
         routes=memory.of(

@@ -51,7 +51,7 @@ class IpcacheEntry:
     address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard.
     `is_native`: packets may come from it and go to it without a tunnel, by the underlay. `is_inside`: the same inside
     WireGuard. `is_cni`: a pod of this host's own Kubernetes cluster or, with `is_node`, one of its nodes: what goes
-    between these is the CNI's."""
+    between these is the CNI's; with `is_fixed` all that the CNI deals to pods of this node, published or not."""
 
     identity: int
     cluster_id: int
@@ -160,14 +160,16 @@ other marks that are ours are in bpf/include/abi.h."""
 @dataclass(frozen=True, slots=True)
 class BarePods:
     """Packets of this host's pods and its own range come and go without a tunnel by `devices` of WireGuard, as they do
-    over the overlay. What kube-proxy masquerades there has the host's address in the mesh, `mesh`, as these devices
-    have none. Replies to what was sent to one of `underlay`, the host's own addresses there, and led to a pod or a
-    backend elsewhere (a NodePort), leave as the underlay does, by the mark MASQUERADED: the overlay's program, which
-    sees to that, is not on their way, and what came out of WireGuard would go back there by its mark."""
+    over the overlay, and to and from `networks`, which do not overlap, by the underlay. What kube-proxy masquerades
+    there has the host's address in the mesh, `mesh`: WireGuard's devices have none, and what goes by the underlay now
+    may go over the overlay later. Replies to what was sent to one of `underlay`, the host's own addresses there, and
+    led to a pod or a backend elsewhere (a NodePort), leave as the underlay does, by the mark MASQUERADED: the overlay's
+    program, which sees to that, is not on their way, and what came out of WireGuard would go back there by its mark."""
 
     devices: tuple[str, ...]
     mesh: IPv4Address
     underlay: frozenset[IPv4Address]
+    networks: frozenset[IPv4Network] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

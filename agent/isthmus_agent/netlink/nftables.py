@@ -35,6 +35,7 @@ TABLE = "isthmus"
 SET = "local"
 MEMBERS = "members"
 MESH = "mesh"
+BARE = "bare"
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
 _NETLINK_NETFILTER = 12
@@ -51,7 +52,7 @@ _BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # a transaction is sent whole
 _DUMPS = 5
 _MANY = 512  # elements; an attribute holds 64 KiB
-_SET_IDS = {SET: 1, MEMBERS: 2, MESH: 3}  # within a transaction
+_SET_IDS = {SET: 1, MEMBERS: 2, MESH: 3, BARE: 4}  # within a transaction
 
 # Messages.
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
@@ -216,6 +217,12 @@ def _ways(wanted: KeepSource, device: str) -> Iterator[tuple[str, bytes, int]]:
         words = "" if name == device else f" by {name}"
         yield f"into the mesh{words}", _device(_META_OUT, name), _SOURCE
         yield f"out of the mesh{words}", _device(_META_IN, name), _DESTINATION
+    if wanted.bare is not None and wanted.bare.networks:
+        for words, offset, key, pods in (
+            ("into", _DESTINATION, _META_OUT, _SOURCE),
+            ("out of", _SOURCE, _META_IN, _DESTINATION),
+        ):
+            yield f"{words} the mesh natively", _device(key, device, _UNEQUAL) + _address(offset) + _is_in(BARE), pods
 
 
 def _bare_rules(bare: BarePods) -> Iterator[_Rule]:
@@ -229,10 +236,35 @@ def _bare_rules(bare: BarePods) -> Iterator[_Rule]:
             _compare(address.packed),
             _mark(MASQUERADED),
         )
-    for name in bare.devices:
-        going = _device(_META_OUT, name)
+    going = {f"by {name}": _device(_META_OUT, name) for name in bare.devices}
+    if bare.networks:
+        # However it goes: netfilter would drop what was masqueraded for another device.
+        going["natively"] = _address(_DESTINATION) + _is_in(BARE)
+    for words, matched in going.items():
         yield _rule(
-            _POSTROUTING, f"masqueraded by kube-proxy, by {name}", going, _not_marked(_UNEQUAL), _send_as(bare.mesh)
+            _POSTROUTING, f"masqueraded by kube-proxy, {words}", matched, _not_marked(_UNEQUAL), _send_as(bare.mesh)
+        )
+    if bare.networks:
+        yield _rule(
+            _POSTROUTING,
+            "from pods to members",
+            _is_local(_SOURCE),
+            _not_marked(),
+            _address(_DESTINATION),
+            _is_in(MEMBERS),
+            _keep(),
+        )
+        # Not what was sent to a port of this node, which is the CNI's.
+        yield _rule(
+            _POSTROUTING,
+            "from members to pods",
+            _address(_SOURCE),
+            _is_in(MEMBERS),
+            _not_marked(),
+            _is_local(_DESTINATION),
+            _connection(_CT_DESTINATION, _CT_ORIGINAL),
+            _is_in(SET),
+            _keep(),
         )
 
 
@@ -493,7 +525,8 @@ def _chain_body(chain: _Chain) -> bytes:
 
 def _sets(wanted: KeepSource) -> dict[str, frozenset[IPv4Network]]:
     outside = {} if wanted.mesh is None else {MESH: wanted.mesh}
-    return {SET: wanted.local, MEMBERS: wanted.members, **outside}
+    natively = {BARE: wanted.bare.networks} if wanted.bare is not None and wanted.bare.networks else {}
+    return {SET: wanted.local, MEMBERS: wanted.members, **outside, **natively}
 
 
 def _set_parts(name: str, networks: Sequence[IPv4Network]) -> Iterator[tuple[int, int, bytes]]:

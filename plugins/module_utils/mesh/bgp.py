@@ -52,8 +52,8 @@ class Settings:
 class Planned:
     """`hosts` by name: what `isthmus.mesh.bgp` gets; {"kept": True} on hosts of sites of which only the record knows
     that they speak BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`,
-    `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`), and what it `sends` them.
-    `sites` is the roster's."""
+    `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`, of a Kubernetes node also the
+    ranges of its `pods`), and what it `sends` them. `sites` is the roster's."""
 
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routers: tuple[Mapping[str, Any], ...] = ()
@@ -172,11 +172,13 @@ def planned(
             if name not in hosts or hosts[name].absent or entry["site"] not in present:
                 continue
             own = speaker(sites[entry["site"]], hosts[name].bgp)
+            pods = {"pods": collapsed(entry["pod_cidrs"])} if entry.get("pod_cidrs") else {}
             found[name] = {
                 "as_number": own.as_number,
                 "routers": [
                     {"address": str(one.address), "as_number": one.as_number, "bfd": one.bfd} for one in own.routers
                 ],
+                **pods,
             }
             for one in own.routers:
                 routers.setdefault((entry["site"], one.address, one.as_number, one.bfd), []).append(
@@ -185,6 +187,7 @@ def planned(
                         "address": entry["underlay4"],
                         "as_number": own.as_number,
                         "announces": entry["range4"],
+                        **pods,
                     }
                 )
     sends = collapsed(taken)
@@ -215,7 +218,8 @@ def lines(routers: Iterable[Mapping[str, Any]]) -> list[str]:
     told = []
     for router in routers:
         most = [
-            f"{one['address']} (AS {one['as_number']}, {one['host']}) with {one['announces']}"
+            f"{one['address']} (AS {one['as_number']}, {one['host']}) with "
+            f"{' and '.join([one['announces'], *one.get('pods', ())])}"
             for one in router["neighbours"][:_MOST_LINES]
         ]
         if len(router["neighbours"]) > _MOST_LINES:
@@ -223,8 +227,9 @@ def lines(routers: Iterable[Mapping[str, Any]]) -> list[str]:
         bfd = ", each with BFD (single hop)" if router["bfd"] else ""
         told.append(
             f"router {router['address']} of {router['site']}, AS {router['as_number']}: IPv4 unicast neighbours"
-            f"{bfd}: {'; '.join(most)}. Take from each that range only, with the neighbour as next hop; send them what "
-            f"lies in {', '.join(router['sends'])}; keep their routes while they restart (graceful restart, RFC 4724)."
+            f"{bfd}: {'; '.join(most)}. Take from each these ranges only, with the neighbour as next hop; send them "
+            f"what lies in {', '.join(router['sends'])}; keep their routes while they restart (graceful restart, RFC "
+            "4724)."
         )
     return told
 
@@ -235,6 +240,11 @@ def lines(routers: Iterable[Mapping[str, Any]]) -> list[str]:
 def collapsed(networks: Iterable[str]) -> list[str]:
     """The same ranges in as few as possible, in order."""
     return [str(network) for network in collapse_addresses(IPv4Network(text) for text in networks)]
+
+
+def announced(own: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    """The host's ranges, in order: its own and those of its pods."""
+    return sorted([spec["node"]["range4"], *own.get("pods", ())], key=IPv4Network)
 
 
 def openings(own: Mapping[str, Any]) -> list[tuple[str, int, str]]:
@@ -252,7 +262,7 @@ def frr_conf(own: Mapping[str, Any], spec: Mapping[str, Any], passwords: Mapping
     """`/etc/frr/frr.conf`. `passwords` by address of a router. In the order in which FRR shows what runs.
 
     `bgp no-rib`: nothing that is learnt goes to zebra, so nor into the kernel."""
-    address, announced = spec["node"]["underlay4"], spec["node"]["range4"]
+    address, ranges = spec["node"]["underlay4"], announced(own, spec)
     taken = collapsed(spec["mesh_ranges4"])
     text = [MARK, "frr defaults traditional", "log syslog informational", "bgp no-rib", "!"]
     text += [
@@ -274,7 +284,7 @@ def frr_conf(own: Mapping[str, Any], spec: Mapping[str, Any], passwords: Mapping
             text.append(f"{name} password {passwords[router['address']]}")
         text.append(f"{name} update-source {address}")
         text.append(f"{name} timers connect {RETRY}")
-    text += [" !", " address-family ipv4 unicast", f"  network {announced}"]
+    text += [" !", " address-family ipv4 unicast", *(f"  network {network}" for network in ranges)]
     for router in own["routers"]:
         name = f"  neighbor {router['address']}"
         text.append(f"{name} activate")
@@ -282,7 +292,10 @@ def frr_conf(own: Mapping[str, Any], spec: Mapping[str, Any], passwords: Mapping
         text.append(f"{name} allowas-in 1")
         text.append(f"{name} prefix-list {TAKEN} in")
         text.append(f"{name} prefix-list {ANNOUNCED} out")
-    text += [" exit-address-family", "exit", "!", f"ip prefix-list {ANNOUNCED} seq 5 permit {announced}"]
+    text += [" exit-address-family", "exit", "!"]
+    text += [
+        f"ip prefix-list {ANNOUNCED} seq {5 * number} permit {network}" for number, network in enumerate(ranges, 1)
+    ]
     text += [
         f"ip prefix-list {TAKEN} seq {5 * number} permit {network}{'' if network.endswith('/32') else ' le 32'}"
         for number, network in enumerate(taken, 1)

@@ -65,6 +65,7 @@ def _lines(record: Record) -> dict[str, str]:
         for host, entry in sorted(doc["hosts"].items()):
             labels = "".join(f", {key}={value}" for key, value in sorted(entry["labels"].items()))
             node = f", Kubernetes node {entry['kubernetes_node']}" if "kubernetes_node" in entry else ""
+            node += f" with pods in {', '.join(entry['pod_cidrs'])}" if "pod_cidrs" in entry else ""
             advertise = "" if entry["advertise4"] == entry["underlay4"] else f", dialled at {entry['advertise4']}"
             known = "".join(f", {key} on UDP {port}" for port, key in sorted(entry.get("public_keys", {}).items()))
             found[f"host {host}"] = (

@@ -5,7 +5,7 @@ cluster that it is. Pure."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network
@@ -37,6 +37,7 @@ class ClusterDocuments:
         now: datetime,
         exposed: Mapping[str, Mapping[str, Any]],
         keys: Mapping[str, Mapping[str, str]],
+        pods: Mapping[str, Sequence[str]],
     ) -> None:
         self.model = model
         self.record = record
@@ -48,6 +49,7 @@ class ClusterDocuments:
         self.now = now
         self.exposed = exposed
         self.keys = keys
+        self.pods = pods
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.orphans: list[str] = []
@@ -297,7 +299,11 @@ class ClusterDocuments:
                     node = old.get("kubernetes_node")
                 entry = self.host(host, ranges[host.name], old, released)
                 keys = self.keys_of(host.name, old)
-                entries[host.name] = {**entry, **filled(kubernetes_node=node, public_keys=keys)}
+                pods = self.pods_of(host.name, old) if node is not None else []
+                entries[host.name] = {
+                    **entry,
+                    **filled(kubernetes_node=node, pod_cidrs=pods, public_keys=keys),
+                }
         return entries, released
 
     def host(
@@ -345,6 +351,11 @@ class ClusterDocuments:
             "state": "present",
             "workloads": {key: workloads[key] for key in sorted(workloads)},
         }
+
+    def pods_of(self, host: str, old: Mapping[str, Any] | None) -> list[str]:
+        """The host's `pod_cidrs` in the record."""
+        found = self.pods[host] if host in self.pods else (old or {}).get("pod_cidrs", ())
+        return [str(network) for network in sorted(IPv4Network(text) for text in found)]
 
     def keys_of(self, host: str, old: Mapping[str, Any] | None) -> dict[str, str]:
         """The host's `public_keys` in the record."""

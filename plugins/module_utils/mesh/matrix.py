@@ -11,7 +11,7 @@ from typing import Any
 
 from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
 from .ipsec import GATEWAY, Ipsec
-from .openings import Documents, Opening, between, is_in_cluster, wireguard_ports
+from .openings import Documents, Opening, between, is_in_cluster, pods_at, wireguard_ports
 from .routing import AUTO, NATIVE, TUNNEL
 from .spec import IPSEC_OVERHEAD, IPSEC_PORTS, OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, through_gateways
 
@@ -165,24 +165,41 @@ def routes(documents: Documents, ways: Ways, native_ways: Ways) -> Iterator[dict
     for document in documents.values():
         for host, entry in document["hosts"].items():
             hosts.setdefault(entry["site"], []).append((host, entry))
-    native: dict[str, set[str]] = {}
-    for one, other in native_ways:
-        following = (_taken(each, (one, other))[1] for each in (ways, native_ways))
-        if any(way is not Stage.PLAIN and stage is not Stage.DEMANDS for stage, way in _together(*following)):
-            native.setdefault(one, set()).add(other)
-            native.setdefault(other, set()).add(one)
+    native = in_clear(ways, native_ways)
     for site in sorted(native.keys() & hosts.keys()):
         far = sorted((native[site] - {site}) & hosts.keys())
         senders = [*far, *([f"hosts of {site} on other subnets"] if site in native[site] and hosts[site][1:] else [])]
         for host, entry in hosts[site] if senders else ():
-            why = f"workloads of {host}, for packets from {_listed(senders)}"
-            yield {"site": site, "to": entry["range4"], "via": entry["underlay4"], "like": [], "why": why}
+            for what, ranges in (("workloads of", [entry["range4"]]), ("pods on", entry.get("pod_cidrs", ()))):
+                why = f"{what} {host}, for packets from {_listed(senders)}"
+                for text in ranges:
+                    yield {"site": site, "to": text, "via": entry["underlay4"], "like": [], "why": why}
         for other in far:
             like = [entry["underlay4"] for _host, entry in hosts[other]]
             ranges = (IPv4Network(entry["range4"]) for _host, entry in hosts[other])
             for network in collapse_addresses(ranges):
                 why = f"workloads of hosts of {other}"
                 yield {"site": site, "to": str(network), "via": None, "like": like, "why": why}
+            for document in documents.values():
+                nodes = [
+                    entry["underlay4"]
+                    for _host, entry in hosts[other]
+                    if entry in document["hosts"].values() and "kubernetes_node" in entry
+                ]
+                for network in collapse_addresses(map(IPv4Network, pods_at(document, [other]))):
+                    why = f"pods on nodes of {document['name']}"
+                    yield {"site": site, "to": str(network), "via": None, "like": nodes, "why": why}
+
+
+def in_clear(ways: Ways, native_ways: Ways) -> dict[str, set[str]]:
+    """To which sites, by site, packets go natively in clear at some stage that follows."""
+    found: dict[str, set[str]] = {}
+    for one, other in native_ways:
+        following = (_taken(each, (one, other))[1] for each in (ways, native_ways))
+        if any(way is not Stage.PLAIN and stage is not Stage.DEMANDS for stage, way in _together(*following)):
+            found.setdefault(one, set()).add(other)
+            found.setdefault(other, set()).add(one)
+    return found
 
 
 def routes_to_gateways(ipsec: Ipsec, ipsec_ways: Ways) -> Iterator[dict[str, Any]]:

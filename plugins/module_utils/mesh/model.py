@@ -1142,15 +1142,6 @@ class _Reader:
                 "set `routing: tunnel`, `encryption: wireguard` or `encryption: none` for these pairs in site_pairs",
             )
         here = {name: host for name, host in sorted(hosts.items()) if host.site in in_clear and not host.absent}
-        nodes = [name for name, host in here.items() if host.kubernetes_node is not None]
-        if nodes:
-            self.problem(
-                where,
-                f"{_listed(nodes)} would be reached natively in clear and are Kubernetes nodes",
-                "which pods are on which node only Kubernetes knows, and no network is told so far",
-                "set `routing: tunnel` in site_pairs for the pairs of their sites that are not encrypted, or "
-                "`encryption: wireguard`, inside which they can be native",
-            )
         behind = [name for name, host in here.items() if host.advertise != host.underlay]
         if behind:
             self.problem(

@@ -49,7 +49,8 @@ TABLE = (
     ),
     Row(
         "all of IP",
-        "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other",
+        "ranges of workloads (`range4` of each host in the plan) of sites that are native to each other, and of pods "
+        "where Kubernetes nodes are",
         "those ranges, at their hosts",
         "native packets, where they are not inside WireGuard ([routing.md](routing.md))",
     ),
@@ -223,10 +224,13 @@ def _hidden(own: Mapping[str, Any], site: str) -> bool:
     return Stage.DEMANDS in (encrypts(own, site), native(own, site))
 
 
-def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False) -> list[str]:
+def native_sources(
+    own: Mapping[str, Any], record: Mapping[str, Any], outside: bool = False, dealt: bool = False
+) -> list[str]:
     """Ranges from which native packets come to a host's range, by its spec as JSON, collapsed, in order: those of
-    hosts and, where some are Kubernetes nodes, of their cluster's pods, which only Kubernetes deals to nodes. What is
-    `outside` the host does not see those inside WireGuard."""
+    hosts and, where some are Kubernetes nodes, of their cluster's pods, which only Kubernetes deals to nodes, with
+    `dealt` those of them that it is known to have dealt. What is `outside` the host does not see those inside
+    WireGuard."""
     here = own["node"]["range4"]
     found: list[str] = []
     for document in documents_of(record).values():
@@ -238,9 +242,28 @@ def native_sources(own: Mapping[str, Any], record: Mapping[str, Any], outside: b
             and not (outside and encrypts(own, entry["site"]) is Stage.DEMANDS)
         ]
         found += [entry["range4"] for entry in entries]
-        if any(entry.get("kubernetes_node") for entry in entries):
+        nodes = [entry for entry in entries if entry.get("kubernetes_node")]
+        if dealt:
+            found += [text for entry in nodes for text in entry.get("pod_cidrs", ())]
+        elif nodes:
             found += pod_ranges(document)
     return [str(network) for network in collapse_addresses(map(IPv4Network, found))]
+
+
+def needs_routes(own: Mapping[str, Any]) -> bool:
+    """Whether packets come to a host, by its spec as JSON, natively in clear, so that the network has to lead them."""
+    sites = own["native"]["sites"].values() if own.get("native") else ()
+    return any(native(own, site) is not Stage.PLAIN and encrypts(own, site) is not Stage.DEMANDS for site in sites)
+
+
+def pods_at(document: Mapping[str, Any], sites: Collection[str]) -> list[str]:
+    """Ranges of a cluster's pods that lie behind its hosts at some sites: all of them where all of its nodes are there,
+    so that a node that comes is in them as well, else what is known of these nodes (`pod_cidrs`)."""
+    nodes = [entry for entry in document["hosts"].values() if "kubernetes_node" in entry]
+    here = [entry for entry in nodes if entry["site"] in sites]
+    if here and len(here) == len(nodes):
+        return pod_ranges(document)
+    return [text for entry in here for text in entry.get("pod_cidrs", ())]
 
 
 def _members(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ names is an orphan, stays in the record, and other hosts' specs still know it. T
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -64,7 +64,8 @@ class Plan:
     routing, `ipsec` those of the gateways' tunnels, `keys` those of WireGuard. `vpcs` is what VPCs get (vpc.py), `bgp`
     what hosts and routers do (bgp.py). `trials` are those of pairs with `routing: auto` (auto.py) by the number of the
     proof: `sites`, and `hosts` with `cluster`, `site` and `mesh4`; `told` is what the proofs of this run have decided,
-    in words. `keyed` are hosts whose public keys of WireGuard others need before any etcd tells them."""
+    in words. `keyed` are hosts whose public keys of WireGuard others need before any etcd tells them, `routed`
+    Kubernetes nodes of which the network has to know the ranges of pods."""
 
     specs: Mapping[str, Mapping[str, Any]]
     record: Mapping[str, Any]
@@ -92,6 +93,7 @@ class Plan:
     trials: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     told: tuple[str, ...] = ()
     keyed: tuple[str, ...] = ()
+    routed: tuple[str, ...] = ()
 
 
 def plan(
@@ -107,6 +109,7 @@ def plan(
     try_native: bool = False,
     proofs: auto.Proofs = (),
     keys: Mapping[str, Mapping[str, str]] | None = None,
+    pods: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
     """Plan the whole estate.
 
@@ -116,11 +119,25 @@ def plan(
     found to be reachable now (`record`). `try_native`: pairs with `routing: auto` that came back to the tunnel are
     tried again. `proofs` are those of the run so far: a run plans again after each, from all that its first plan was
     made from and with its `now`, so that what it has done is planned as it was. `keys` are public keys of WireGuard by
-    host and UDP port, as they were found on hosts now (`Plan.keyed`, `record`).
+    host and UDP port, as they were found on hosts now (`Plan.keyed`, `record`). `pods` are the ranges that Kubernetes
+    deals pods' addresses from on hosts that are its nodes, as it says now (`Plan.routed`, `record`); None: it was not
+    asked, else of those that neither it nor the record knows is a warning.
     Raises ModelError with all problems when model and record do not go together or space has run out.
     """
     return _Planner(
-        model, record, now, version, by, prune, forget, rotate, exposed or {}, try_native, proofs, keys or {}
+        model,
+        record,
+        now,
+        version,
+        by,
+        prune,
+        forget,
+        rotate,
+        exposed or {},
+        try_native,
+        proofs,
+        keys or {},
+        pods,
     ).run()
 
 
@@ -139,9 +156,11 @@ class _Planner:
         try_native: bool,
         proofs: auto.Proofs,
         keys: Mapping[str, Mapping[str, str]],
+        pods: Mapping[str, Sequence[str]] | None,
     ) -> None:
         self.record = record
         self.keys = keys
+        self.pods = pods
         self.exposed = exposed
         self.try_native = try_native
         self.proofs = proofs
@@ -180,6 +199,7 @@ class _Planner:
             {pair: (now, *rest) for pair, (now, rest) in found.items()} for found in staged.ways
         )
         self.check_in_cluster(present, *staged.ways)
+        routed = tuple(self.routed(present, set(matrix.in_clear(stages, native_stages))))
         vpcs = self.vpcs(present, staged.running, [*staged.possible, *staged.states])
         speaking = self.speaking(present)
         roster = self.roster(documents, staged.states[0], vpcs, speaking)
@@ -251,6 +271,7 @@ class _Planner:
             trials=staged.trials,
             told=tuple(auto.told(staged.courses, matrix.name)),
             keyed=tuple(sorted(self.keyed(present, specs))),
+            routed=routed,
         )
 
     def documents(self) -> dict[str, dict[str, Any]]:
@@ -265,6 +286,7 @@ class _Planner:
             self.now,
             self.exposed,
             self.keys,
+            self.pods or {},
         )
         documents = {}
         for name in sorted(set(self.model.clusters) | set(self.record.clusters)):
@@ -283,6 +305,26 @@ class _Planner:
                 document = self.revisions.stamped(entries, old)
             documents[name] = self.revisions.settled(document, CLUSTERS + name, old)
         return documents
+
+    # Kubernetes nodes that are native in clear
+
+    def routed(self, present: Mapping[str, Mapping[str, Any]], sites: Collection[str]) -> Iterator[str]:
+        for cluster, document in sorted(present.items()):
+            nodes = {
+                host: entry
+                for host, entry in sorted(document["hosts"].items())
+                if "kubernetes_node" in entry and entry["site"] in sites
+            }
+            yield from nodes
+            unknown = [host for host, entry in nodes.items() if "pod_cidrs" not in entry]
+            if unknown and self.pods is not None:
+                self.warnings.append(
+                    f"which of {', '.join(pod_ranges(document))} are pods' ranges on {', '.join(unknown)} (cluster "
+                    f"{cluster}) is not known, so that neither routers nor BGP nor a VPC get routes to pods there. "
+                    "Next: if Kubernetes could not be asked (Pending says why), run again when it answers; if its "
+                    "nodes have no podCIDRs, as the CNI has pools of its own, have the CNI tell the network, unless "
+                    "all hosts are on one subnet"
+                )
 
     # Sites to which nobody outside opens anything
 

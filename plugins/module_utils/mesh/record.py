@@ -42,7 +42,8 @@ A cluster that was removed keeps its document as a tombstone: `"state": "absent"
 copy on a member that was away cannot bring it back. `released` addresses are not dealt again for 30 days.
 `forgotten` names hosts, also of a cluster that is absent, that were lost and take no part until they are
 joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). `kubernetes` is the Kubernetes
-cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`. `departed` are
+cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`, and where it was
+native in clear `"pod_cidrs": ["10.244.1.0/24"]`, which the network has to lead to it. `departed` are
 removed hosts, of any cluster, that carried an etcd member and whose certificates this cluster's CA has
 still to revoke. A document may lack all four; `identity_labels` lacks where Cilium's default filter alone counts.
 A cluster whose control plane is in it has `"control_plane": "in_cluster"`, no hosts (its nodes are dealt with by
@@ -381,6 +382,7 @@ def _check_host(entry: Fields) -> None:
     entry.network4("range4")
     entry.text("site", None)
     entry.optional_text("kubernetes_node")
+    entry.networks4("pod_cidrs")
     entry.text_mapping("labels")
     for address in ("mesh4", "underlay4", "advertise4"):
         entry.address4(address)

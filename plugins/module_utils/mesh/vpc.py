@@ -298,6 +298,7 @@ def _ranges(documents: Mapping[str, Mapping[str, Any]], sites: Iterable[str]) ->
             yield from document.get("kubernetes", {"pod_ranges": ()})["pod_ranges"]
         else:
             yield from (entry["range4"] for entry in document["hosts"].values() if entry["site"] in wanted)
+            yield from openings.pods_at(document, wanted)
 
 
 def _holding(vpc: Vpc, state: State, far: Iterable[str]) -> _Holding:
@@ -309,8 +310,10 @@ def _holding(vpc: Vpc, state: State, far: Iterable[str]) -> _Holding:
     if ROUTES in vpc.manage:
         for gateway in vpc.gateways:
             found.routes.update(dict.fromkeys(_ranges(documents, gateway.sites), ("gateway", gateway.gateway)))
-        for _cluster, _name, entry in _at(documents, [vpc.site, *far]):
+        for _cluster, name, entry in _at(documents, [vpc.site, *far]):
             found.routes[entry["range4"]] = ("via", entry["underlay4"])
+            if entry.get("pod_cidrs") and openings.needs_routes(state.spec_of(name)):
+                found.routes.update(dict.fromkeys(entry["pod_cidrs"], ("via", entry["underlay4"])))
     if FIREWALL in vpc.manage:
         record = {f"clusters/{name}": document for name, document in documents.items()}
         for name in _who(documents, vpc.site):

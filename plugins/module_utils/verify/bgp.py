@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import frr
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.bgp import uncovered
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.bgp import announced, uncovered
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
 
 SESSION_SECONDS = 7  # within which FRR tries to connect, so that it is seen why it cannot
@@ -18,7 +18,7 @@ def check_bgp(verifier: Verifier) -> None:
     if not own or own.get("kept"):
         return
     lacking = frr.await_sessions(verifier.module, own, SESSION_SECONDS)
-    announced = verifier.spec["node"]["range4"]
+    ranges = announced(own, verifier.spec)
     received = []
     for address in (router["address"] for router in own["routers"]):
         if not verifier.check(
@@ -29,9 +29,10 @@ def check_bgp(verifier: Verifier) -> None:
         ):
             continue
         sent = frr.routes(verifier.module, address, "advertised-routes")
-        verifier.check("bgp", announced in sent, f"router {address} is not sent {announced}, but {sent}; {SITE}")
+        lacks = [network for network in ranges if network not in sent]
+        verifier.check("bgp", not lacks, f"router {address} is not sent {', '.join(lacks)}, but {sent}; {SITE}")
         received += frr.routes(verifier.module, address, "routes")
-    wanted = openings.native_sources(verifier.spec, verifier.record, outside=True)
+    wanted = openings.native_sources(verifier.spec, verifier.record, outside=True, dealt=True)
     unknown = uncovered(wanted, received)
     if unknown and len(lacking) < len(own["routers"]):
         verifier.warnings.append(

@@ -6,12 +6,16 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import json
+from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import packets
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.echoes import echoed, unanswered
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
 BY_THE_NETWORK = (
@@ -71,8 +75,8 @@ def check_native_way(verifier: Verifier) -> None:
     with open(verifier.NODE, encoding="utf-8") as file:
         installed = json.load(file)
     source = installed["node"]["mesh4"]
-    places = {
-        (cluster, name): entry["mesh4"]
+    entries = {
+        (cluster, name): entry
         for cluster, document in openings.documents_of(verifier.record).items()
         for name, entry in document["hosts"].items()
     }
@@ -85,7 +89,7 @@ def check_native_way(verifier: Verifier) -> None:
     unreached = []
     with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
         asked = {
-            key: pool.submit(_try_natively, verifier, openings.native(installed, site), source, places[key])
+            key: pool.submit(_try_natively, verifier, openings.native(installed, site), source, entries[key]["mesh4"])
             for key, site in expected.items()
         }
         for (cluster, name), site in expected.items():
@@ -100,9 +104,43 @@ def check_native_way(verifier: Verifier) -> None:
                 f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. "
                 + (THROUGH_WIREGUARD if openings.encrypts(installed, site) is Stage.DEMANDS else BY_THE_NETWORK),
             )
+    nodes = {
+        key
+        for key, site in expected.items()
+        if "kubernetes_node" in entries[key] and _is_to_go_in_clear(installed, site)
+    }
+    _check_pods(verifier, source, nodes)
     # One of each site tells enough, and rather one that tells something.
     unreached.sort(key=lambda one: (one["site"], not one["sure"]))
     verifier.unreached = [next(of_site) for _site, of_site in itertools.groupby(unreached, lambda one: one["site"])]
+
+
+def _is_to_go_in_clear(installed: Mapping[str, Any], site: str) -> bool:
+    """Whether the network is to lead packets to hosts of a site, and none are sent so yet."""
+    return openings.native(installed, site) is Stage.ACCEPTS and openings.encrypts(installed, site) is not Stage.DEMANDS
+
+
+def _check_pods(verifier: Verifier, source: str, nodes: Collection[tuple[str, str]]) -> None:
+    """A pod on each of these nodes: the network may know the way to a node and not that to its pods. One that does not
+    answer through the tunnel either proves nothing, as a network policy may forbid echoes."""
+    if not nodes:
+        return
+    told = verifier.bundle("isthmus_agent.cli.client").ask(verifier.SOCKET, "/v1/pods")
+    for one in told["others"]:
+        if (one["cluster"], one["node"]) not in nodes:
+            continue
+        words = ""
+        for address in one["addresses"]:
+            # A pod's own device may carry less than the way to its node, which the first packet learns.
+            words = _reach_natively(verifier, source, address) and _reach_natively(verifier, source, address)
+            if not words:
+                break
+        verifier.check(
+            "routing",
+            not words or echoed(source, one["addresses"], verifier.timeout / 3),
+            f"pods on {one['node']} of cluster {one['cluster']} ({', '.join(one['addresses'])}) are not reached "
+            f"natively, and through the tunnel they are: {words}. {BY_THE_NETWORK}",
+        )
 
 
 def _try_natively(verifier: Verifier, stage: Stage, source: str, target: str) -> tuple[str, bool]:

@@ -11,12 +11,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import agent_mesh as mesh
 import pytest
 from isthmus_agent.agent import kernel as kernel_module
-from isthmus_agent.agent import loop
+from isthmus_agent.agent import loop, status
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server
@@ -123,6 +124,22 @@ async def become_ready(agent: Agent, kernel: FakeKernel) -> None:
     finally:
         applier.cancel()
         await asyncio.wait([applier])
+
+
+def test_services_are_shown_as_the_kernel_has_them():
+    """What is decided while the kernel's thread answers is made so after that, and not shown before."""
+    agent: Any = SimpleNamespace(
+        desired=SimpleNamespace(views=()),
+        progress=SimpleNamespace(applied=Datapath(1)),
+        kernel=SimpleNamespace(read=lambda: None),
+    )
+
+    async def kernel_call(function: Callable[[], None]) -> None:
+        agent.desired = SimpleNamespace(views=("decided, and not made yet",))
+        function()
+
+    agent.kernel_call = kernel_call
+    assert asyncio.run(status.services(agent)) == {"services": []}
 
 
 def test_a_pod_is_ready_when_its_datapath_is_there(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from isthmus_mesh.documents import Untranslated
 from isthmus_mesh.spec import NodeSpec
 
 SOURCE = IPv4Address("10.101.0.1")
+SPEC3 = IPv4Address("10.101.0.33")
 FIRST = 1 << 16
 
 
@@ -195,6 +196,7 @@ def test_a_node_that_is_native_inside_wireguard_leads_pods_there(stage: str, sen
         assert given == wanted, prefix
     cni = {str(network) for network, entry in found.ipcache.items() if entry.is_cni}
     assert cni == {
+        "10.244.1.0/24",
         "10.244.1.5/32",
         "10.244.2.7/32",
         "10.244.2.0/24",
@@ -217,6 +219,65 @@ def test_only_a_node_that_is_native_inside_wireguard_has_rules_for_pods_there() 
     assert machine.keep_source.bare is None
     own = machine.ipcache[net("198.18.1.13/32")]
     assert (own.is_node, own.is_cni) == (True, False), "pods come to it by the mesh alone"
+
+
+def in_clear(items: dict[str, bytes], spec: NodeSpec | None = None, **stages: str) -> Desired:
+    return compute(
+        items, replace(spec or kube_spec(), native=mesh.spec(native={"sites": SITES, "stages": stages}).native)
+    )
+
+
+@pytest.mark.parametrize(("stage", "sends"), [("accepts", False), ("sends", True), ("demands", True)])
+def test_a_node_that_is_native_in_clear_leads_pods_by_the_underlay(stage: str, sends: bool) -> None:
+    found = in_clear(documents(), onprem=stage, cloud=stage).datapath
+    for prefix, tables, far in (
+        ("10.102.0.0/28", {254, 730}, "198.18.2.11"),
+        ("198.18.2.11/32", {730, 731}, "198.18.2.11"),
+        ("198.18.1.13/32", {730, 731}, "198.18.1.13"),  # a machine of the cluster
+        ("198.18.1.12/32", {730}, "198.18.1.12"),  # a node of it: the way of pods is the CNI's
+        ("10.244.2.0/24", {730}, "198.18.1.12"),
+    ):
+        way: dict[str, object] = {"mtu": 1500, "toward": addr(far)} if sends else {"mtu": 1450}
+        wanted = {Route(net(prefix), SOURCE, table=table, **way) for table in tables}  # type: ignore[arg-type]
+        given = {one for one in found.routes if one.prefix == net(prefix) and one.table in (254, 730, 731)}
+        assert given == wanted, prefix
+    # What is not published of this node's pods neither sends nor receives.
+    assert found.ipcache[net("10.244.1.0/24")] == IpcacheEntry(2, 1, None, is_fixed=True, is_cni=True)
+    keep = found.keep_source
+    assert keep is not None
+    # All of the mesh but pods of the own Kubernetes cluster, whose source is the CNI's matter.
+    ranges = frozenset(collapse_addresses(map(net, ("10.101.0.16/28", "10.101.0.32/28", "10.102.0.0/28"))))
+    assert keep.bare == BarePods((), SOURCE, frozenset(), ranges)
+    assert keep.members == {net("198.18.1.13/32"), net("198.18.2.11/32")}
+
+
+def test_of_a_hybrid_site_only_its_own_hosts_have_rules_for_pods() -> None:
+    keep = in_clear(documents(), onprem="demands").datapath.keep_source
+    assert keep is not None
+    assert keep.bare is not None
+    assert keep.bare.networks == {net("10.101.0.16/28"), net("10.101.0.32/28")}
+
+
+def test_pods_of_pools_have_routes_to_where_they_are_whoevers_range_they_are_in() -> None:
+    items = documents()
+    put(items, wire.IPIdentityPair("10.102.0.17", (2 << 16) + 1, "198.18.2.11"), "cloud")
+    items[keys.node_key("cloud", "cloud-2", cached=True)] = mesh.node("cloud", 2).to_json().encode()
+    assert mesh.node("cloud", 2).ipv4_alloc_cidr == net("10.102.0.16/28")
+    found = in_clear(items, cloud="demands").datapath
+    way = {"mtu": 1500, "table": 730}
+    assert Route(net("10.102.0.16/28"), SOURCE, toward=addr("198.18.2.12"), **way) in found.routes  # type: ignore[arg-type]
+    assert Route(net("10.102.0.17/32"), SOURCE, toward=addr("198.18.2.11"), **way) in found.routes  # type: ignore[arg-type]
+
+
+def test_a_machine_reaches_pods_natively_in_clear() -> None:
+    found = in_clear(documents(), kube_spec("onprem-3", is_node=False), onprem="demands").datapath
+    for number in (1, 2):
+        way = {"mtu": 1500, "toward": addr(f"198.18.1.1{number}")}
+        assert Route(net(f"10.244.{number}.0/24"), SPEC3, table=730, **way) in found.routes  # type: ignore[arg-type]
+        # A route of the operator's own goes before.
+        assert Route(net(f"10.244.{number}.0/24"), SPEC3, metric=730, **way) in found.routes  # type: ignore[arg-type]
+    assert found.keep_source is not None
+    assert found.keep_source.bare is None
 
 
 @pytest.mark.parametrize("stage", ["plain", "demands"])

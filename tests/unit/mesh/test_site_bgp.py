@@ -11,6 +11,7 @@ from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan
 from isthmus_mesh.record import RecordError, merge
 from unit.mesh.estates import estate, hosts, model, planned
+from unit.mesh.test_site_routing import DEALT, with_nodes
 
 ROUTER = {"address": "198.18.1.254", "as_number": 65000}
 BGP = {"as_number": 65101, "routers": [ROUTER]}
@@ -147,6 +148,28 @@ def test_only_the_hosts_range_leaves_and_only_the_meshs_ranges_enter() -> None:
     watched = {"as_number": 1, "routers": [{**ROUTER, "bfd": True}]}
     assert bgp.openings(watched) == [("tcp", 179, "198.18.1.254"), ("udp", 3784, "198.18.1.254")]
     assert bgp.openings(bgp.of_conf(bgp.frr_conf(watched, found.specs["o1"], {}))) == bgp.openings(watched)
+
+
+def test_kubernetes_nodes_announce_their_pods_as_soon_as_the_record_knows_them() -> None:
+    keys: dict[str, Any] = {"routing": "native", "sites": {"onprem": {}, "cloud": {"bgp": BGP}}}
+    first = with_nodes(**keys)
+    assert "pods" not in first.bgp.hosts["x1"]
+    found = with_nodes(first, **keys, pods=DEALT)
+    assert (found.bgp.hosts["x1"]["pods"], "pods" in found.bgp.hosts["c1"]) == (["10.244.1.0/24"], False)
+    (line,) = bgp.lines(found.bgp.routers)
+    assert "198.18.2.9 (AS 65101, x1) with 10.102.0.16/28 and 10.244.1.0/24" in line
+    own = {**found.bgp.hosts["x1"], "pods": ["10.244.1.0/24", "9.9.9.0/24"]}
+    conf = bgp.frr_conf(own, found.specs["x1"], {})
+    shown = [line.strip() for line in conf.splitlines() if "network " in line or "isthmus-announced seq" in line]
+    assert shown == [
+        "no bgp network import-check",
+        "network 9.9.9.0/24",
+        "network 10.102.0.16/28",
+        "network 10.244.1.0/24",
+        "ip prefix-list isthmus-announced seq 5 permit 9.9.9.0/24",
+        "ip prefix-list isthmus-announced seq 10 permit 10.102.0.16/28",
+        "ip prefix-list isthmus-announced seq 15 permit 10.244.1.0/24",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -72,54 +72,117 @@ def test_sides_that_differ_are_refused_until_the_pair_is_said() -> None:
     assert native(found.specs) == {"c1": {}, **{name: {"onprem": "demands"} for name in ("o1", "o2", "o3")}}
 
 
-@pytest.mark.parametrize(
-    ("host", "words"),
-    [
-        ({"isthmus_advertise": "192.0.2.7"}, "x1 would be reached natively and have another isthmus_advertise"),
-        ({"isthmus_kubernetes_node": "x1"}, "x1 would be reached natively in clear and are Kubernetes nodes"),
-    ],
-)
-def test_hosts_that_cannot_be_reached_natively_are_named(host: dict[str, Any], words: str) -> None:
-    keys = estate()
-    keys["clusters"]["cloud"]["kubernetes"] = {
-        "api_server": "https://192.0.2.9:6443",
-        "pod_ranges": ["10.244.0.0/16"],
-        "service_range": "10.96.0.0/16",
+def test_hosts_that_cannot_be_reached_natively_are_named() -> None:
+    more = {"x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", "isthmus_advertise": "192.0.2.7"}}
+    with pytest.raises(ModelError, match="x1 would be reached natively and have another isthmus_advertise"):
+        changed(more=more, **ON)
+    assert changed(more=more).specs
+
+
+KUBERNETES = {
+    "api_server": "https://192.0.2.9:6443",
+    "pod_ranges": ["10.244.0.0/16"],
+    "service_range": "10.96.0.0/16",
+}
+NODES = {
+    "c1": {**hosts()["c1"], "isthmus_kubernetes_node": False},
+    "x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9"},
+    "x2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.10"},
+}
+
+
+def with_nodes(previous: Plan | None = None, more: Any = None, pods: Any = None, **keys: Any) -> Plan:
+    """As `changed`, with cloud a Kubernetes cluster that has the nodes x1 and x2; `pods` are their ranges."""
+    clusters = estate()["clusters"]
+    clusters["cloud"]["kubernetes"] = KUBERNETES
+    wanted = model({**estate(), "clusters": clusters, **keys}, {**hosts(), **NODES, **(more or {})})
+    record = merge([{"cluster": "onprem", "documents": previous.record}] if previous else [])
+    return plan(wanted, record, NOW, VERSION, pods=pods)
+
+
+DEALT = {"x1": ["10.244.1.0/24"], "x2": ["10.244.2.0/24"]}
+
+
+def test_routers_are_told_of_pods_when_kubernetes_has_said_where_they_are() -> None:
+    first = with_nodes(**ON)
+    assert (first.routed, first.warnings) == (("x1", "x2"), ()), "Kubernetes was not asked yet"
+    (words,) = with_nodes(**ON, pods={"x1": DEALT["x1"]}).warnings
+    assert words.startswith("which of 10.244.0.0/16 are pods' ranges on x2 (cluster cloud) is not known, so that")
+    found = with_nodes(**ON, pods=DEALT)
+    assert found.warnings == ()
+    assert found.record["clusters/cloud"]["hosts"]["x2"]["pod_cidrs"] == ["10.244.2.0/24"]
+    told = {(one["site"], one["to"]): one for one in found.routes}
+    assert told["cloud", "10.244.1.0/24"]["via"] == "198.18.2.9"
+    assert (
+        told["cloud", "10.244.2.0/24"]["why"] == "pods on x2, for packets from onprem, hosts of cloud on other subnets"
+    )
+    # All nodes are at one site: a node that comes is in the same range.
+    assert told["onprem", "10.244.0.0/16"]["like"] == ["198.18.2.9", "198.18.2.10"]
+    assert not any(one["to"].startswith("10.244") for one in first.routes if one["site"] == "cloud")
+    assert told["onprem", "10.244.0.0/16"] in first.routes, "known from the inventory"
+    # A firewall lets all pods in, whichever node they are on; routers know those of nodes.
+    for dealt, ranges in ((False, {"10.244.0.0/16"}), (True, {"10.244.1.0/24", "10.244.2.0/24"})):
+        sources = openings.native_sources(found.specs["o1"], found.record, outside=True, dealt=dealt)
+        assert {text for text in sources if text.startswith("10.244")} == ranges
+    # What was found stays, also where Kubernetes is not asked.
+    again = with_nodes(found, **ON, pods={})
+    assert (again.record, again.routes, again.warnings) == (found.record, found.routes, ())
+
+
+def test_of_a_cluster_at_several_sites_routers_elsewhere_get_its_nodes_one_by_one() -> None:
+    more = {"x2": {**NODES["x2"], "isthmus_site": "edge", "ansible_host": "198.18.3.9"}}
+    found = with_nodes(**ON, more=more, pods=DEALT, sites={"onprem": {}, "cloud": {}, "edge": {}})
+    like = {one["to"]: one["like"] for one in found.routes if one["site"] == "onprem" and one["via"] is None}
+    assert (like["10.244.1.0/24"], like["10.244.2.0/24"]) == (["198.18.2.9"], ["198.18.3.9"])
+    assert "10.244.0.0/16" not in like
+
+
+def test_pods_of_nodes_that_no_network_leads_to_are_not_asked_for() -> None:
+    for keys in ({}, INSIDE, {"routing": "auto"}):
+        found = with_nodes(**keys, pods={})
+        assert (found.routed, found.warnings) == ((), ()), keys
+        assert not any(one["to"].startswith("10.244") for one in found.routes)
+    hybrid = with_nodes(routing="hybrid")
+    assert hybrid.routed == ("x1", "x2"), "hosts of the site may be on several subnets"
+    assert {one["site"] for one in with_nodes(routing="hybrid", pods=DEALT).routes if "10.244" in one["to"]} == {
+        "cloud"
     }
-    denied = {name: {**one, "isthmus_kubernetes_node": False} for name, one in hosts().items() if name == "c1"}
-    more = {**denied, "x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", **host}}
-    if "isthmus_advertise" in host:
-        del keys["clusters"]["cloud"]["kubernetes"]
-        more = {"x1": more["x1"]}
-    with pytest.raises(ModelError, match=words):
-        changed(more=more, **ON, clusters=keys["clusters"])
-    assert changed(more=more, clusters=keys["clusters"]).specs
+
+
+def test_nodes_are_turned_to_native_in_clear_and_back_in_steps() -> None:
+    found = with_nodes(with_nodes(), **ON, pods=DEALT)
+    assert [bool(step.proven) for step in found.steps] == [True, True]
+    assert found.specs["x1"]["native"]["stages"]["onprem"] == "accepts"
+    back = with_nodes(after(found, 2))
+    assert [step.specs["x1"].get("native", {}).get("stages", {}) for step in back.steps] == [
+        {"cloud": "accepts", "onprem": "accepts"},
+        {},
+    ]
+    assert back.routed == ("x1", "x2"), "until it is over"
+
+
+@pytest.mark.parametrize("ranges", ["10.244.1.0/24", ["nonsense"], {"10.244.1.0/24": True}])
+def test_a_record_with_other_ranges_of_pods_is_refused(ranges: Any) -> None:
+    record = with_nodes(**ON, pods=DEALT).record
+    record["clusters/cloud"]["hosts"]["x1"]["pod_cidrs"] = ranges
+    with pytest.raises(RecordError, match="pod_cidrs"):
+        merge([{"cluster": "onprem", "documents": record}])
 
 
 def test_kubernetes_nodes_are_native_inside_wireguard_and_firewalls_let_their_pods_in() -> None:
-    keys = estate()
-    keys["clusters"]["cloud"]["kubernetes"] = {
-        "api_server": "https://192.0.2.9:6443",
-        "pod_ranges": ["10.244.0.0/16"],
-        "service_range": "10.96.0.0/16",
-    }
-    more = {
-        "c1": {**hosts()["c1"], "isthmus_kubernetes_node": False},
-        "x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9"},
-    }
-    found = changed(more=more, **INSIDE, clusters=keys["clusters"])
+    found = with_nodes(**INSIDE)
     stages = {"cloud": "demands", "onprem": "demands"}
     assert {host: one["native"]["stages"] for host, one in found.specs.items()} == dict.fromkeys(found.specs, stages)
     assert found.specs["x1"]["node"]["kubernetes_node"] == "x1"
     assert found.routes == ()
     for host in ("o1", "c1", "x1"):
         sources = openings.native_sources(found.specs[host], found.record)
-        assert ("10.244.0.0/16" in sources) is (host != "x1"), host
+        assert "10.244.0.0/16" in sources, host
         assert openings.native_sources(found.specs[host], found.record, outside=True) == []
     here = {"sites": ["cloud", "cloud"], "encryption": "none"}
-    with pytest.raises(ModelError, match="x1 would be reached natively in clear"):
-        changed(more=more, **INSIDE, clusters=keys["clusters"], site_pairs=[here])
-    tunnel = changed(more=more, **INSIDE, clusters=keys["clusters"], site_pairs=[{**here, "routing": "tunnel"}])
+    clear = with_nodes(**INSIDE, site_pairs=[here])
+    assert (clear.specs["x1"]["native"]["stages"], clear.routed) == (stages, ("x1", "x2"))
+    tunnel = with_nodes(**INSIDE, site_pairs=[{**here, "routing": "tunnel"}])
     assert tunnel.specs["x1"]["native"]["stages"] == {"onprem": "demands"}
 
 

@@ -14,6 +14,7 @@ from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory
+from unit.mesh.test_site_routing import DEALT, NODES, with_nodes
 
 AWS = {"provider": "aws", "network": "vpc-1", "region": "eu-central-1", "manage": ["routes", "firewall"]}
 GATEWAYS = [{"gateway": "tgw-1", "sites": ["onprem"]}]
@@ -167,6 +168,28 @@ def test_native_packets_are_let_in_by_the_ranges_they_come_from() -> None:
     # A running estate lets both in until the last step is done.
     (call,) = changed(changed(cloud=AWS), cloud=AWS, routing="native").vpcs.calls
     assert [rule.get("port") for rule in call["meanwhile"]["rules"]] == [None, 2379, 8472]
+
+
+def test_pods_have_routes_to_their_nodes_while_packets_go_natively_in_clear() -> None:
+    def ways(found: Plan, when: str = "") -> dict[str, str | None]:
+        (call,) = found.vpcs.calls
+        held = call[when] if when else call
+        return {one["destination"]: one.get("via") for one in held["routes"] if one["destination"].startswith("10.244")}
+
+    sites: dict[str, Any] = {"onprem": {}, "cloud": {"vpc": AWS}}
+    pods = {"10.244.1.0/24": "198.18.2.9", "10.244.2.0/24": "198.18.2.10"}
+    before = with_nodes(sites=sites)
+    found = with_nodes(before, sites=sites, routing="native", pods=DEALT)
+    assert (ways(found), ways(found, "meanwhile")) == (pods, pods), "before packets go so"
+    # Back in the tunnel they are the CNI's, who may lead them elsewhere.
+    back = with_nodes(with_nodes(sites=sites, routing="native", pods=DEALT), sites=sites)
+    assert (ways(back), ways(back, "meanwhile")) == ({}, pods)
+    assert ways(with_nodes(sites=sites, pods=DEALT)) == {}
+    # A gateway to several sites leads to all pods there, as far as they are known.
+    gateways = [{"gateway": "tgw-1", "sites": ["cloud"]}]
+    sites = {"onprem": {"vpc": {**AWS, "gateways": gateways}}, "cloud": {}, "edge": {}}
+    more = {"x2": {**NODES["x2"], "isthmus_site": "edge", "ansible_host": "198.18.3.9"}}
+    assert ways(with_nodes(sites=sites, more=more, pods=DEALT, routing="native")) == {"10.244.1.0/24": None}
 
 
 def test_a_vpc_leaves_by_state_or_by_name_and_else_is_an_orphan() -> None:
