@@ -4,6 +4,7 @@ nothing leave by another way."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n?", re.DOTALL)
 KINDS = ("x509", "x509ca", "private")
 SYSCTLS = "/proc/sys/net/ipv4"
+KERNEL, USER_SPACE = "kernel", "user space"
+"""Who does ESP."""
 FORWARDING, ACCEPTS_REDIRECTS = "ip_forward", "conf/all/accept_redirects"
 
 
@@ -44,6 +47,7 @@ class Gateway:
         self.given = secrets
         self.names = [ipsec.name_of(one) for one in self.connections]
         self.renewed = False  # certificates, or the authorities that are trusted
+        self.kernel = False  # does ESP
 
     def swanctl(self, *words: str, must: bool = True) -> str:
         code, out, err = self.module.run_command([strongswan.SWANCTL, *words])
@@ -87,7 +91,7 @@ class Gateway:
                 if (kind, os.path.basename(path)) not in wanted:
                     self.renewed |= self.changes.absent(path, secret=kind == "private")
         differs = self.renewed
-        conf = ipsec.swanctl_conf(self.connections, counts)
+        conf = ipsec.swanctl_conf(self.connections, counts, self.kernel)
         differs |= self.changes.file(strongswan.CONNECTIONS, conf)
         secrets = self.secrets()
         if secrets is None:
@@ -111,21 +115,14 @@ class Gateway:
         lacking = strongswan.packages(gateway=True)
         for name in lacking:
             self.changes.note(f"package {name}", "", "installed")
-        if not self.module.check_mode:
-            if lacking:
-                packages.install(self.module, lacking, "install strongSwan by hand")
-            if not os.path.exists(strongswan.TUN) and self.module.get_bin_path(
-                "modprobe", opt_dirs=["/usr/sbin", "/sbin"]
-            ):
-                self.module.run_command(["modprobe", "tun"])
-            if not os.path.exists(strongswan.TUN):
-                self.module.fail_json(
-                    msg=f"{strongswan.TUN} is not there, so strongSwan cannot make its device. Nothing was changed of "
-                    "the gateway. Next: load the module tun; in a container, let it have that device"
-                )
+        if lacking and not self.module.check_mode:
+            packages.install(self.module, lacking, "install strongSwan by hand")
+        if not self.kernel and not self.module.check_mode:
+            self.check_tun()
         check_addresses(self.module, self.own["networks"])
         forward(self.module, self.changes, self.systemd, self.own["local"])
-        settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf())
+        settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf(self.kernel))
+        settings |= self.interfaces()
         differs = self.files()
         state = self.systemd.show([strongswan.UNIT])[strongswan.UNIT]
         if state.get("UnitFileState") != "enabled" or state.get("ActiveState") != "active" or settings:
@@ -138,12 +135,61 @@ class Gateway:
                 self.systemd.run("enable", "--quiet", strongswan.UNIT)
                 self.systemd.run("restart", strongswan.UNIT)  # reads all that there is
             return
+        if self.kernel:
+            self.follow()
         missing = set(self.names) - strongswan.loaded(self.swanctl("--list-conns"))
         if missing and not differs:
             self.changes.note("strongSwan's connections", "", "\n".join(sorted(missing)))
         if (missing or differs) and not self.module.check_mode:
             self.load(before)
         self.begin(strongswan.established(self.swanctl("--list-sas")))
+
+    def check_tun(self) -> None:
+        if not os.path.exists(strongswan.TUN) and self.module.get_bin_path("modprobe", opt_dirs=["/usr/sbin", "/sbin"]):
+            self.module.run_command(["modprobe", "tun"])
+        if not os.path.exists(strongswan.TUN):
+            self.module.fail_json(
+                msg=f"{strongswan.TUN} is not there, so strongSwan cannot make its device. Nothing was changed of "
+                "the gateway. Next: load the module tun; in a container, let it have that device"
+            )
+
+    def interfaces(self) -> bool:
+        """Those of ESP in the kernel, made when strongSwan begins; in user space it makes its device itself, which has
+        the same name. Answers whether strongSwan has to begin anew."""
+        unit = units.Units.path(strongswan.ROUTES_UNIT)
+        if self.kernel:
+            self.changes.directory(os.path.dirname(strongswan.DROP_IN))
+            found = [
+                self.changes.file(
+                    strongswan.INTERFACES, ipsec.interfaces_script(self.own, strongswan.INTERFACES), mode=0o755
+                ),
+                self.changes.file(strongswan.DROP_IN, drop_in()),
+                self.changes.file(unit, routes_unit()),
+            ]
+            if any(found) and not self.module.check_mode:
+                self.systemd.run("daemon-reload")
+                self.systemd.run("enable", "--quiet", strongswan.ROUTES_UNIT)
+            return any(found)
+        if os.path.exists(unit) and not self.module.check_mode:
+            self.systemd.run("disable", "--now", "--quiet", strongswan.ROUTES_UNIT)
+        if os.path.exists(strongswan.INTERFACES) and not self.module.check_mode:
+            self.module.run_command([strongswan.INTERFACES, "end"])
+        found = [self.changes.absent(path) for path in (strongswan.DROP_IN, unit, strongswan.INTERFACES)]
+        if any(found) and not self.module.check_mode:
+            with contextlib.suppress(OSError):  # others' settings of the unit are there
+                os.rmdir(os.path.dirname(strongswan.DROP_IN))
+            self.systemd.run("daemon-reload")
+        return any(found)
+
+    def follow(self) -> None:
+        """The routes' unit runs, which begins with strongSwan."""
+        state = self.systemd.show([strongswan.ROUTES_UNIT])[strongswan.ROUTES_UNIT]
+        if state.get("UnitFileState") != "enabled" or state.get("ActiveState") != "active":
+            was = f"{state.get('UnitFileState') or 'absent'}, {state.get('ActiveState')}"
+            self.changes.note(f"unit {strongswan.ROUTES_UNIT}", was, "enabled, active")
+            if not self.module.check_mode:
+                self.systemd.run("enable", "--quiet", strongswan.ROUTES_UNIT)
+                self.systemd.run("restart", strongswan.ROUTES_UNIT)
 
     def begin(self, there: Mapping[str, set[str]]) -> None:
         """A tunnel that the other side refused is not asked for again by strongSwan."""
@@ -190,12 +236,15 @@ class Gateway:
         if any(gone) and not self.module.check_mode:
             for name in sorted(before):
                 self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
+        self.interfaces()
         as_before(self.module, self.changes, self.systemd)
 
 
 def left() -> bool:
     """Whether there is anything here that `apply` made."""
-    places = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, units.Units.path(strongswan.GUARD_UNIT))
+    own = (strongswan.ROUTES_UNIT, strongswan.GUARD_UNIT)
+    files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES, strongswan.DROP_IN)
+    places = (*files, *(units.Units.path(name) for name in own))
     return any(os.path.lexists(path) for path in places)
 
 
@@ -303,6 +352,44 @@ def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
             )
 
 
+def drop_in() -> str:
+    """For strongSwan's unit: its interfaces are there while it is, as its device in user space would be."""
+    return f"""\
+# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
+[Service]
+ExecStartPre=-{strongswan.INTERFACES} begin
+ExecStopPost=-{strongswan.INTERFACES} end
+"""
+
+
+def routes_unit() -> str:
+    return f"""\
+# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
+[Unit]
+Description=Isthmus mesh: routes into the tunnels between gateways
+Documentation=https://github.com/isthmus-mesh/isthmus
+After={strongswan.UNIT}
+PartOf={strongswan.UNIT}
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart={strongswan.INTERFACES} follow
+Restart=always
+RestartSec=1
+CapabilityBoundingSet=CAP_NET_ADMIN
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateDevices=yes
+PrivateTmp=yes
+RestrictAddressFamilies=AF_UNIX AF_NETLINK
+
+[Install]
+WantedBy={strongswan.UNIT}
+"""
+
+
 def check_near(module: AnsibleModule, via: str) -> None:
     """The rules know a gateway as the next hop, and nothing else could keep a router in between from another way."""
     code, out, _err = module.run_command(["ip", "-json", "route", "get", via])
@@ -315,8 +402,10 @@ def check_near(module: AnsibleModule, via: str) -> None:
         )
 
 
-def guard_unit() -> str:
-    """Before the network is up, so that nothing leaves in clear at boot."""
+def guard_unit(kernel: bool) -> str:
+    """Before the network is up, so that nothing leaves in clear at boot. `kernel`: it does ESP."""
+    more = f"-{strongswan.NFT} -f {strongswan.GUARD_OF_KERNEL}"
+    start, again = (f"\nExecStart={more}", f"\nExecReload={more}") if kernel else ("", "")
     return f"""\
 # Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
 [Unit]
@@ -333,8 +422,8 @@ ReloadPropagatedFrom=nftables.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={strongswan.NFT} -f {strongswan.GUARD}
-ExecReload={strongswan.NFT} -f {strongswan.GUARD}
+ExecStart={strongswan.NFT} -f {strongswan.GUARD}{start}
+ExecReload={strongswan.NFT} -f {strongswan.GUARD}{again}
 ExecStop=-{strongswan.NFT} delete table ip {ipsec.GUARD}
 
 [Install]
@@ -342,8 +431,8 @@ WantedBy=sysinit.target
 """
 
 
-def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None) -> None:
-    """The rules, in the file and in the kernel; None: there are none."""
+def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None, kernel: bool) -> None:
+    """The rules, in the files and in the kernel; None: there are none. `kernel`: it does ESP."""
     path = units.Units.path(strongswan.GUARD_UNIT)
     if text is None:
         if os.path.exists(path) and not module.check_mode:
@@ -351,6 +440,7 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         if changes.absent(path) and not module.check_mode:
             systemd.run("daemon-reload")
         changes.absent(strongswan.GUARD)
+        changes.absent(strongswan.GUARD_OF_KERNEL)
         return
     lacking = strongswan.packages(gateway=False)
     for name in lacking:
@@ -358,7 +448,11 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
     if lacking and not module.check_mode:
         packages.install(module, lacking, "install nftables by hand")
     file = changes.file(strongswan.GUARD, text)
-    unit = changes.file(path, guard_unit())
+    if kernel:
+        file |= changes.file(strongswan.GUARD_OF_KERNEL, ipsec.guard_of_kernel())
+    else:
+        file |= changes.absent(strongswan.GUARD_OF_KERNEL)
+    unit = changes.file(path, guard_unit(kernel))
     if unit and not module.check_mode:
         systemd.run("daemon-reload")
     state = systemd.show([strongswan.GUARD_UNIT])[strongswan.GUARD_UNIT]
@@ -367,9 +461,9 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         state.get("UnitFileState") != "enabled"
         or state.get("ActiveState") != "active"
         or file
-        or there != strongswan.guard_rules(text)
+        or there != strongswan.guard_wanted(text)
     ):
-        changes.note(f"nft table ip {ipsec.GUARD}", "\n".join(there), "\n".join(strongswan.guard_rules(text)))
+        changes.note(f"nft table ip {ipsec.GUARD}", "\n".join(there), "\n".join(strongswan.guard_wanted(text)))
         if not module.check_mode:
             systemd.run("enable", "--quiet", strongswan.GUARD_UNIT)
             systemd.run("restart" if state.get("ActiveState") != "active" else "reload", strongswan.GUARD_UNIT)
@@ -377,8 +471,9 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
 
 def apply(
     module: AnsibleModule, changes: Changes, section: Mapping[str, Any] | None, secrets: Mapping[str, str]
-) -> list[str]:
-    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels.
+) -> tuple[list[str], str | None]:
+    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels, and who does
+    ESP on a gateway, None on other hosts.
 
     Fails the module with words when it cannot be so."""
     own = section or {"far": {}}
@@ -387,13 +482,15 @@ def apply(
     for via in ipsec.gateways_of(own):
         check_near(module, via)
     gateway = Gateway(module, changes, systemd, own, secrets)
+    gateway.kernel = bool(own.get("local")) and strongswan.kernel_does_esp(module)
     # What is closed is closed before a tunnel changes, and opened after it.
     if text is not None:
-        guard(module, changes, systemd, text)
+        guard(module, changes, systemd, text, gateway.kernel)
     if own.get("local"):
         gateway.apply()
     elif os.path.exists(strongswan.CONNECTIONS) or os.path.exists(strongswan.BEFORE):
         gateway.remove()
     if text is None:
-        guard(module, changes, systemd, None)
-    return gateway.names
+        guard(module, changes, systemd, None, False)
+    does_esp = KERNEL if gateway.kernel else USER_SPACE
+    return gateway.names, does_esp if own.get("local") else None

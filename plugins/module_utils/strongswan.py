@@ -23,7 +23,13 @@ CONNECTIONS = f"{DIRECTORY}/conf.d/isthmus.conf"
 SECRETS = f"{DIRECTORY}/conf.d/isthmus-secrets.conf"
 SYSCTL = "/etc/sysctl.d/60-isthmus-ipsec.conf"
 GUARD = "/etc/isthmus/ipsec.nft"
+GUARD_OF_KERNEL = "/etc/isthmus/ipsec-kernel.nft"
+"""Added to them where the kernel does ESP."""
 GUARD_UNIT = "isthmus-ipsec.service"
+INTERFACES = "/etc/isthmus/ipsec-interfaces"
+"""The script of `ipsec.interfaces_script`, where the kernel does ESP."""
+DROP_IN = f"/etc/systemd/system/{UNIT}.d/isthmus.conf"
+ROUTES_UNIT = "isthmus-ipsec-routes.service"
 BEFORE = "/var/lib/isthmus/ipsec-before.json"
 """Settings of the kernel as they were before this host was a gateway."""
 TUN = "/dev/net/tun"
@@ -50,6 +56,21 @@ _REASONS = (
         "the other gateway does not answer",
     ),
 )
+
+
+_TRY = """\
+ip link add isthmus-try type xfrm dev lo if_id 1 &&
+ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x1000 mode tunnel if_id 1 output-mark 1 \
+    encap espinudp 4500 4500 0.0.0.0 aead 'rfc4106(gcm(aes))' 0x{key} 128 &&
+ip xfrm policy add src 192.0.2.0/24 dst 198.51.100.0/24 dir out if_id 1 tmpl proto esp mode tunnel
+"""
+
+
+def kernel_does_esp(module: AnsibleModule) -> bool:
+    """By trying all that the tunnels need, in a network namespace that is gone afterwards."""
+    words = _TRY.format(key="00" * 36)  # of AES-256, with its salt
+    code, _out, _err = module.run_command(["unshare", "--net", "sh", "-c", words])
+    return bool(code == 0)
 
 
 def packages(gateway: bool) -> list[str]:
@@ -109,14 +130,19 @@ def guard_in_kernel(module: AnsibleModule) -> list[str]:
     return guard_rules(out) if code == 0 else []
 
 
+def guard_wanted(text: str) -> list[str]:
+    """Rules of the table on this host, by the text of `ipsec.guard`."""
+    return ([ipsec.ENCRYPTED] if os.path.exists(GUARD_OF_KERNEL) else []) + guard_rules(text)
+
+
 def guard_rules(text: str) -> list[str]:
     """Lines of a table that accept or drop, as nft prints them."""
     told = []
     for line in text.splitlines():
         words = line.strip()
         if words.endswith((" accept", " drop")):
-            # Of one address nft makes no set.
-            told.append(re.sub(r"\{ ([^ ,]+) \}", r"\1", words))
+            # Of one address nft makes no set. And that a packet is to be encrypted is a number to it, listed by -n.
+            told.append(re.sub(r"\{ ([^ ,]+) \}", r"\1", words).replace("rt ipsec 1 ", "rt ipsec exists "))
     return told
 
 

@@ -49,6 +49,11 @@ tunnels:
   type: list
   elements: str
   sample: [isthmus-cloud]
+esp:
+  description: Who encrypts a gateway's packets, V(kernel) or, where it cannot, strongSwan in V(user space).
+  returned: on a gateway
+  type: str
+  sample: kernel
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -65,8 +70,8 @@ def main():
         supports_check_mode=True,
     )
     changes = Changes(module)
-    names = gateways.apply(module, changes, module.params["spec"].get("ipsec"), module.params["secrets"])
-    module.exit_json(**changes.result(tunnels=names))
+    names, esp = gateways.apply(module, changes, module.params["spec"].get("ipsec"), module.params["secrets"])
+    module.exit_json(**changes.result(tunnels=names, **({"esp": esp} if esp else {})))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ UNITS = (
     "isthmus-resolved.service",
     *units.WIREGUARD,
     strongswan.GUARD_UNIT,
+    strongswan.ROUTES_UNIT,
     os.path.basename(BOOT),
     "isthmusd.service",
     BPFFS_UNIT,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Stands for `systemctl` and, called by that name, `journalctl` in the namespaces that are a gateway in a test: runs
-strongSwan and the unit of the rules as systemd would."""
+strongSwan, where the kernel does ESP also its interfaces and their routes, and the unit of the rules as systemd would.
+"""
 
 import re
 import signal
@@ -11,36 +12,63 @@ from pathlib import Path
 
 STATE = Path("/run/fake-systemd")
 STATE.mkdir(exist_ok=True)
-CHARON, GUARD = "strongswan.service", "isthmus-ipsec.service"
+CHARON, GUARD, ROUTES = "strongswan.service", "isthmus-ipsec.service", "isthmus-ipsec-routes.service"
 
 
 def mark(name, what):
     return STATE / f"{name}.{what}"
 
 
-def pid():
-    """Of strongSwan, 0 when it does not run."""
-    path = mark(CHARON, "pid")
+def pid(name=CHARON):
+    """0 when it does not run."""
+    path = mark(name, "pid")
     number = int(path.read_text()) if path.exists() else 0
     return number if number and Path(f"/proc/{number}/stat").exists() else 0
 
 
-def charon(wanted):
-    number = pid()
+def stop(name):
+    number = pid(name)
     if number:
-        Path(f"/proc/{number}")
         subprocess.run(["kill", f"-{signal.SIGTERM}", str(number)], check=True)
-        while pid():
+        while pid(name):
             time.sleep(0.02)
-    if not wanted:
-        return
+
+
+def start(name, command):
     process = subprocess.Popen(
-        ["setsid", "-f", "sh", "-c", f"echo $$ > {mark(CHARON, 'pid')}; exec /usr/sbin/charon-systemd"],
+        ["setsid", "-f", "sh", "-c", f"echo $$ > {mark(name, 'pid')}; exec {command}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     process.wait(10)
-    deadline = time.monotonic() + 10
+
+
+def lines(path, key):
+    """Commands of a unit's file, those that may fail without their sign."""
+    file = Path("/etc/systemd/system", path)
+    return re.findall(rf"^{key}=-?(.*)$", file.read_text(), re.MULTILINE) if file.exists() else []
+
+
+def routes(wanted):
+    stop(ROUTES)
+    for command in lines(ROUTES, "ExecStart") if wanted else ():
+        start(ROUTES, command)
+
+
+def charon(wanted):
+    more = f"{CHARON}.d/isthmus.conf"
+    routes(False)
+    stop(CHARON)
+    if mark(CHARON, "pid").exists():
+        for command in lines(more, "ExecStopPost"):
+            subprocess.run(command.split(), check=True)
+    if not wanted:
+        return
+    for command in lines(more, "ExecStartPre"):
+        subprocess.run(command.split(), check=True)
+    start(CHARON, "/usr/sbin/charon-systemd")
+    emulated = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+    deadline = time.monotonic() + (100 if emulated else 10)
     while (
         not Path("/run/charon.vici").exists()
         or subprocess.run(["/usr/sbin/swanctl", "--stats"], capture_output=True, check=False).returncode
@@ -48,17 +76,17 @@ def charon(wanted):
         assert time.monotonic() < deadline, "strongSwan does not start"
         time.sleep(0.05)
     subprocess.run(["/usr/sbin/swanctl", "--load-all", "--noprompt"], check=True, capture_output=True)
+    routes(mark(ROUTES, "enabled").exists())
 
 
 def guard(wanted):
-    text = Path("/etc/systemd/system", GUARD).read_text()
-    command = re.search(rf"^{'ExecStart' if wanted else 'ExecStop'}=-?(.*)$", text, re.MULTILINE)[1]
-    subprocess.run(command.split(), check=wanted)
+    for command in lines(GUARD, "ExecStart" if wanted else "ExecStop"):
+        subprocess.run(command.split(), check=wanted)
     mark(GUARD, "active").touch() if wanted else mark(GUARD, "active").unlink(missing_ok=True)
 
 
 def active(name):
-    return bool(pid()) if name == CHARON else mark(name, "active").exists()
+    return mark(name, "active").exists() if name == GUARD else bool(pid(name))
 
 
 def main(verb, *rest):
@@ -71,7 +99,7 @@ def main(verb, *rest):
         ]
         print("\n\n".join(blocks))
     for name in names if verb in ("enable", "disable", "restart", "start", "reload", "stop") else ():
-        run = charon if name == CHARON else guard
+        run = {CHARON: charon, GUARD: guard, ROUTES: routes}[name]
         if verb == "enable":
             mark(name, "enabled").touch()
         elif verb == "disable":

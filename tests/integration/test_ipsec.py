@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two sites with a gateway or two each, by real strongSwan with ESP in user space: namespaces are the gateways, a host
-of each site and the network between them, on which tcpdump sees what goes there."""
+"""Two sites with a gateway or two each, by real strongSwan with ESP in the kernel or, where that has none, in user
+space: namespaces are the gateways, a host of each site and the network between them, on which tcpdump sees what goes
+there."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpf.topology import wait_for
+from bpf.topology import PATIENCE, wait_for
+from integration import kernel_devices
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import pki
 from isthmus_agent.agent.tunnels import given_up
@@ -55,6 +57,8 @@ ADDRESSES = {
 GATEWAYS = ("o1", "o2", "c1", "c2")
 """Of sites with two."""
 ROUTER = {"198.18.1": "198.18.1.254", "198.18.2": "198.18.2.254"}
+KERNEL = kernel_devices.makes("xfrm", "dev", "lo", "if_id", "1")
+"""It does ESP."""
 SYSTEMCTL = Path(__file__).with_name("fake_gateway_systemctl.py")
 
 _ECHO = """
@@ -62,6 +66,7 @@ import socket, struct, sys
 target, size, payload = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
 sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, do
+sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, int(sys.argv[4]))
 sock.settimeout(1)
 body = struct.pack("!BBHHH", 8, 0, 0, 7, 1) + payload.ljust(size - 28, b".")
 total = sum(struct.unpack(f"!{len(body) // 2}H", body))
@@ -110,19 +115,20 @@ class Machine:
     holder: subprocess.Popen[bytes]
     place: Path
     spec: dict[str, Any] = field(default_factory=dict)
+    esp: str | None = None
+    """Who does it, as the module said."""
 
     def words(self, *command: str) -> list[str]:
         return ["nsenter", "-t", str(self.holder.pid), "-n", "-m", *command]
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
-        return subprocess.run(
-            self.words("env", f"PATH={path}", *command), check=check, capture_output=True, text=True, timeout=60
-        )
+        words = self.words("env", f"PATH={path}", *command)
+        return subprocess.run(words, check=check, capture_output=True, text=True, timeout=60 * PATIENCE)
 
-    def echo(self, target: str, size: int = 84) -> str:
+    def echo(self, target: str, size: int = 84, ttl: int = 64) -> str:
         """Empty when it was answered."""
-        done = self.run(sys.executable, "-c", _ECHO, ADDRESSES[target], str(size), PAYLOAD, check=False)
+        done = self.run(sys.executable, "-c", _ECHO, ADDRESSES[target], str(size), PAYLOAD, str(ttl), check=False)
         return "" if done.returncode == 0 else done.stderr.strip() or "no answer"
 
     @contextlib.contextmanager
@@ -143,13 +149,15 @@ class Machine:
         self.spec = spec
         path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
         before = str(self.place / "ipsec-before.json")
-        return run_module(
+        result = run_module(
             "ipsec",
             {"spec": spec, **options},
             check=check,
             places={"strongswan.BEFORE": before},
             inside=self.words("env", f"PATH={path}"),
         )
+        self.esp = result.get("esp")
+        return result
 
     def lead(self, routes: Collection[Route], rules: Collection[Rule]) -> None:
         """These routes and rules, as the agent makes them."""
@@ -167,6 +175,11 @@ class Machine:
         # Last, as a moment without a route is one in which packets are dropped.
         for table in {addressing.IPSEC_TABLE, addressing.SIBLING_TABLE} - {route.table for route in routes}:
             self.run("ip", "route", "flush", "table", str(table), check=False)
+
+    def xfrm(self) -> tuple[str, str]:
+        """Policies and states of the kernel's ESP, but policies of sockets, which go with these."""
+        policies = self.run("ip", "xfrm", "policy", "list", "nosock", check=False).stdout
+        return policies, self.run("ip", "xfrm", "state", "list", check=False).stdout
 
     def children(self) -> int:
         """How many tunnels are there."""
@@ -208,7 +221,8 @@ def machine(name: str, place: Path) -> Machine:
     shutil.copy(SYSTEMCTL, place / "bin")
     mounts = (
         f"mount -t overlay overlay -o lowerdir=/etc,upperdir={place}/upper,workdir={place}/work /etc && "
-        "mount -t tmpfs tmpfs /run && mkdir -p /etc/isthmus/pki/trust && echo ready && exec sleep 600"
+        "mount -t tmpfs tmpfs /run && mkdir -p /etc/isthmus/pki/trust && echo ready && "
+        f"exec sleep {600 * PATIENCE}"
     )
     holder = subprocess.Popen(
         ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", mounts], stdout=subprocess.PIPE
@@ -283,6 +297,16 @@ def in_clear(file: Path) -> int:
     return file.read_bytes().count(PAYLOAD.encode())
 
 
+def beside(file: Path) -> list[str]:
+    """What is neither IKE nor ESP, nor what the router answers to these (that a host is not there), nor of a network's
+    own multicast."""
+    carried = "udp and (port 500 or port 4500)"
+    refused = "icmp[icmptype] == icmp-unreach and icmp[17] == 17 and (icmp[30:2] == 500 or icmp[30:2] == 4500)"
+    what = f"ip and not igmp and not ({carried}) and not (src host {ROUTER['198.18.2']} and {refused})"
+    done = subprocess.run(["tcpdump", "-n", "-r", str(file), what], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
 @pytest.fixture
 def net(tmp_path: Path) -> Iterator[Net]:
     with contextlib.ExitStack() as stack:
@@ -354,6 +378,12 @@ def established(net: Net) -> bool:
     return net["o1"].tunnel() and net["c1"].tunnel()
 
 
+def leads_out(one: Machine, kind: str) -> bool:
+    """Whether there is a route into the tunnels, by a device of this kind."""
+    there = one.run("ip", "-d", "link", "show", "ipsec0", check=False).stdout
+    return f" {kind} " in there and "dev ipsec0" in one.run("ip", "route", "show", "table", "220", check=False).stdout
+
+
 def again(net: Net) -> bool:
     """Packets of hosts pass, with what the agent of the gateway that begins does until then."""
     net["c1"].ask_again()
@@ -369,6 +399,10 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
 
     net.apply(found)
     wait_for(lambda: established(net), "the tunnel", 15)
+    for name in ("o1", "c1"):
+        kind = "xfrm" if KERNEL else "tun"
+        wait_for(partial(leads_out, net[name], kind), f"a route into a device of {kind}", 15)
+        assert net[name].esp == ("kernel" if KERNEL else "user space")
     assert net["o2"].echo("c2") == "", "as before"
     assert net["o1"].echo("c1", 1400) == "", "packets of the full size between the gateways"
     net.apply(found, 1)
@@ -379,7 +413,22 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     with net.capture() as after:
         for here, there in (("o2", "c2"), ("o2", "c1"), ("o1", "c2"), ("c1", "o1"), ("c2", "o2")):
             assert net[here].echo(there, 1400) == "", (here, there)
-    assert in_clear(after) == 0
+    assert (in_clear(after), beside(after)) == (0, [])
+    # 64 bytes around a packet of 1400, and Ethernet's 14 (docs/ipsec.md).
+    assert (packets(after, "greater 1478") > 0, packets(after, "greater 1479")) == (True, 0)
+
+    # What a gateway says of a packet has the packet in it, and it may say it by an address of another network.
+    net["o1"].run("ip", "addr", "add", "203.0.113.1/32", "dev", "eth0")
+    net["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"], "src", "203.0.113.1")
+    net["o1"].run("systemctl", "stop", "isthmus-ipsec-routes.service")
+    net["o1"].run("ip", "route", "flush", "table", "220")
+    dropped = net["o1"].dropped()
+    with net.capture() as told:
+        assert net["c2"].echo("o2", ttl=2) != "", "it is not to go further than to the other gateway"
+    assert (in_clear(told), beside(told)) == (0, [])
+    assert net["o1"].dropped() > dropped
+    net["o1"].run("ip", "addr", "del", "203.0.113.1/32", "dev", "eth0")
+    net["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"])
 
     # Whatever routes there are: neither hosts nor gateways send beside the tunnel.
     net["o2"].run("ip", "route", "del", "198.18.2.0/24")
@@ -388,8 +437,16 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     with net.capture() as closed:
         for here, there in (("o2", "c2"), ("o1", "c2"), ("c2", "o2")):
             assert net[here].echo(there) != "", (here, there)
-    assert in_clear(closed) == 0
+    assert (in_clear(closed), beside(closed)) == (0, [])
 
+    if KERNEL:
+        # Neither is anything sent by an interface without a tunnel: the kernel has no policy for it.
+        net["o1"].run("/etc/isthmus/ipsec-interfaces", "begin")
+        net["o1"].run("ip", "route", "add", "198.18.2.0/24", "dev", "ipsec0")
+        with net.capture() as closed:
+            assert net["o1"].echo("c2") != ""
+        net["o1"].run("/etc/isthmus/ipsec-interfaces", "end")
+        assert (in_clear(closed), beside(closed)) == (0, [])
     net["o1"].run("systemctl", "start", "strongswan.service")
     net.lead("o2", "c2")
     wait_for(lambda: again(net), "the tunnel is back by itself", 20)
@@ -400,22 +457,33 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         net["o1"].run("systemctl", "start", "strongswan.service")
         wait_for(lambda: again(net), "a tunnel whose end died is made anew", 20)
     print(f"packets pass {time.monotonic() - began:.1f} s after strongSwan was killed")
-    assert in_clear(died) == 0
+    assert (in_clear(died), beside(died)) == (0, [])
 
     for one in net.machines.values():
         if one.name in found.steps[1].specs:
             spec = dict(found.steps[1].specs[one.name])
             assert not one.apply(spec, check=True)["changed"], one.name
             assert not one.apply(spec)["changed"], one.name
+    if KERNEL:
+        # A strongSwan that died takes nothing out of the kernel.
+        net["c1"].run("sh", "-c", "kill -9 $(cat /run/fake-systemd/strongswan.service.pid)")
+        assert all(net["c1"].xfrm()), net["c1"].xfrm()
     for one in net.machines.values():
         one.apply({"ipsec": None})
     assert net["o1"].run("cat", "/proc/sys/net/ipv4/ip_forward").stdout.strip() == "0"
-    for name in ("o1", "o2"):
+    for name in ("o1", "o2", "c1"):
         assert net[name].run("nft", "list", "ruleset").stdout.strip() == ""
         left = net[name].run(
-            "sh", "-c", "ls /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/*.nft", check=False
+            "bash",
+            "-c",
+            "ls -d /etc/swanctl/*/isthmus* /etc/strongswan.d/zz* /etc/isthmus/ip* "
+            "/etc/systemd/system/{i*,*/isthmus*,strongswan.service.d}",
+            check=False,
         )
         assert left.stdout.strip() == ""
+        assert "ipsec" not in net[name].run("ip", "link").stdout
+        assert net[name].run("ip", "route", "show", "table", "220", check=False).stdout == ""
+        assert net[name].xfrm() == ("", "")
 
 
 def test_pre_shared_keys_and_what_is_said_when_the_sides_differ(net: Net) -> None:
@@ -509,7 +577,7 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
         net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
         wait_for(partial(renewed, "c1", 0, [new]), "and it is made anew with them", 15)
         assert net["o2"].echo("c2") == ""
-    assert packets(wire, "icmp") == 0, "in clear"
+    assert (packets(wire, "icmp"), beside(wire)) == (0, []), "in clear"
 
 
 def numbers(one: Machine) -> list[str]:
@@ -607,7 +675,7 @@ def test_each_host_reaches_each_of_the_other_site_over_two_gateways_each(two: Ne
             for there in two.machines:
                 if here[0] != there[0]:
                     assert two[here].echo(there, 1400) == "", (here, there)
-    assert in_clear(wire) == 0
+    assert (in_clear(wire), beside(wire)) == (0, [])
     rules = two["o1"].run("ip", "rule").stdout.split("\n")
     assert [line.split(":")[0] for line in rules if "lookup 220" in line] == [str(ipsec.RULE_PRIORITY)], rules
     # As the agent has it for packets of the gateway's own workloads, to a host of the other site: they go over the
@@ -638,7 +706,7 @@ def test_when_a_gateway_is_lost_the_other_takes_over_and_nothing_goes_in_clear(t
         print(f"packets pass {time.monotonic() - began:.1f} s after {lost} was lost")
         ends = [(f"{lost[0]}2", "c3" if lost[0] == "o" else "o3"), ("c3" if lost[0] == "o" else "o3", f"{lost[0]}2")]
         wait_for(passes(two, *ends), "also to and from the one that took over", 3 * TAKEN_OVER)
-    assert in_clear(wire) == 0
+    assert (in_clear(wire), beside(wire)) == (0, [])
 
 
 def test_a_gateway_without_strongswan_leads_over_the_other_and_none_goes_back_and_forth(two: Net) -> None:
@@ -662,7 +730,7 @@ def test_a_gateway_without_strongswan_leads_over_the_other_and_none_goes_back_an
         two["o1"].run("systemctl", "start", "strongswan.service")
         wait_for(lambda: all_tunnels(two), "all tunnels", 30)
         assert passes(two)()
-    assert in_clear(wire) == 0
+    assert (in_clear(wire), beside(wire)) == (0, [])
 
 
 def test_a_gateway_whose_tunnels_are_there_and_pass_nothing_is_gone_around(two: Net) -> None:
@@ -688,7 +756,7 @@ def test_with_both_gateways_lost_hosts_drop_and_count_and_send_nothing_in_clear(
         # Neither do the rules hang on the routes, nor the routes on the rules.
         two["o3"].run("nft", "flush", "ruleset")
         assert two["o3"].echo("c3") != ""
-    assert in_clear(wire) == 0
+    assert (in_clear(wire), beside(wire)) == (0, [])
 
 
 # Slow: as the test of new keys.
@@ -719,7 +787,7 @@ def test_the_first_gateway_gets_packets_back_and_authenticates_anew_without_loss
         sent, lost = counted
         assert sent > 100
         assert lost == 0, f"{lost} of {sent} packets when it authenticated anew"
-    assert packets(wire, "icmp") == 0, "in clear"
+    assert (packets(wire, "icmp"), beside(wire)) == (0, []), "in clear"
 
 
 def authenticated(one: Machine, name: str, before: str) -> bool:

@@ -28,9 +28,17 @@ if TYPE_CHECKING:
 GATEWAY = "ipsec-gateway"
 CERTIFICATE, PSK = "certificate", "psk"
 DEVICE = "ipsec0"
-"""The TUN device of kernel-libipsec."""
+"""Leads into the tunnels: the TUN device of kernel-libipsec, or an interface of XFRM where the kernel does ESP."""
+SECOND_DEVICE = "isthmus-ipsec1"
+"""Another interface of XFRM, out of which packets of a site's second gateway come: the kernel takes packets from the
+one tunnel only that its policy names, and knows one policy for the same networks on the same interface."""
+IF_IDS = {DEVICE: 73, SECOND_DEVICE: 74}
+"""XFRM's numbers of the interfaces, which tunnels name."""
 MARK = 0x53
-"""Of packets of strongSwan's own sockets, which do not go through the tunnel. One byte, as all marks of the mesh."""
+"""Of packets of strongSwan's own sockets, and of ESP of the kernel, which do not go through the tunnel. One byte, as
+all marks of the mesh."""
+ROUTING_TABLE = 220
+"""strongSwan's own."""
 RULE_PRIORITY = 737
 """Of the rule that leads into the tunnels by strongSwan's table of routes. After the agent's: what the host's own
 workloads send to a host of another site is the mesh's first, and comes here inside it."""
@@ -450,14 +458,17 @@ def authority_files(cluster: str, count: int = 1) -> list[str]:
     return [f"isthmus-{cluster}{f'.{number}' if number else ''}.pem" for number in range(count)]
 
 
-def swanctl_conf(connections: Sequence[Mapping[str, Any]], authorities: Mapping[str, int] | None = None) -> str:
+def swanctl_conf(
+    connections: Sequence[Mapping[str, Any]], authorities: Mapping[str, int] | None = None, kernel: bool = False
+) -> str:
     """A fragment for /etc/swanctl/conf.d, without secrets. `authorities`: how many certificates each cluster's has, 1
-    where it does not say."""
-    lines = _block("connections", [line for one in connections for line in _of_connection(one, authorities or {})])
+    where it does not say. `kernel`: it does ESP."""
+    known = authorities or {}
+    lines = _block("connections", [line for one in connections for line in _of_connection(one, known, kernel)])
     return _HEADER + "\n".join(lines) + "\n"
 
 
-def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int]) -> list[str]:
+def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int], kernel: bool) -> list[str]:
     method = "auth = psk"
     local, remote = [f"id = {one['local_id']}"], [f"id = {one['remote_id']}"]
     if one["authentication"] == CERTIFICATE:
@@ -473,6 +484,7 @@ def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int]) -> li
         f"start_action = {'start' if one['begins'] else 'none'}",
         f"dpd_action = {'restart' if one['begins'] else 'clear'}",
         f"close_action = {'start' if one['begins'] else 'none'}",
+        *(_of_interfaces(one) if kernel else []),
     ]
     return _block(
         name_of(one),
@@ -494,6 +506,13 @@ def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int]) -> li
     )
 
 
+def _of_interfaces(one: Mapping[str, Any]) -> list[str]:
+    """Out of which interface of XFRM packets of the tunnel come, and into which they go. Those that carry them have the
+    mark of strongSwan's own: the route to the other gateway would lead into the tunnel too."""
+    comes = SECOND_DEVICE if one.get("number", 1) > 1 else DEVICE
+    return [f"if_id_in = {IF_IDS[comes]}", f"if_id_out = {IF_IDS[DEVICE]}", f"set_mark_out = {MARK:#x}"]
+
+
 def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> str | None:
     """The fragment with pre-shared keys, None where there are none. KeyError with the name of one that is missing."""
     wanted = [one for one in connections if one["authentication"] == PSK]
@@ -507,12 +526,12 @@ def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str,
     return _HEADER + "\n".join(_block("secrets", lines)) + "\n"
 
 
-def strongswan_conf() -> str:
-    """A fragment for /etc/strongswan.d: ESP in user space, whose device also leads to the other gateway's own address
-    (its sockets have a mark that keeps them out); a gateway that falls silent is noticed within 6 s: DPD_DELAY, and
-    four packets a second apart."""
+def strongswan_conf(kernel: bool = False) -> str:
+    """A fragment for /etc/strongswan.d: ESP in the kernel or in user space, whose device also leads to the other
+    gateway's own address (its sockets have a mark that keeps them out); a gateway that falls silent is noticed within
+    6 s: DPD_DELAY, and four packets a second apart."""
     plugins = [
-        *_block("kernel-libipsec", ["load = yes", "allow_peer_ts = yes"]),
+        *_block("kernel-libipsec", ["load = no"] if kernel else ["load = yes", "allow_peer_ts = yes"]),
         *_block("kernel-netlink", [f"fwmark = !{MARK:#x}"]),
         *_block("socket-default", [f"fwmark = {MARK:#x}"]),
     ]
@@ -525,6 +544,103 @@ def strongswan_conf() -> str:
         *_block("plugins", plugins),
     ]
     return _HEADER + "\n".join([*_block("charon", settings), *_block("charon-systemd", settings)]) + "\n"
+
+
+_INTERFACES = """\
+#!/bin/bash
+{header}#
+# The kernel does ESP, and these are the ways into it and out of it. strongSwan makes no routes to an interface of XFRM:
+# here they come and go with its policies, as they do with its tunnels in user space.
+# usage: {name} begin | end | follow
+set -u
+
+begin() {{
+    end
+{make}
+}}
+
+# Also of what a strongSwan that died left in the kernel: no other one ends it.
+end() {{
+    for device in {devices}; do
+        ip -d link show dev "$device" type xfrm 2>/dev/null | grep -q . && ip link delete dev "$device"
+    done
+    ip xfrm policy list | awk '
+        /^src / {{ what = $1 " " $2 " " $3 " " $4 }}
+        $1 == "dir" {{ what = what " dir " $2 }}
+        $1 == "if_id" && ({ours}) {{ print "xfrm policy delete " what " if_id " $2 }}' | ip -force -batch -
+    ip xfrm state list | awk '
+        /^src / {{ what = $1 " " $2 " " $3 " " $4 }}
+        $1 == "proto" {{ what = what " proto " $2 " spi " $4 }}
+        $1 == "if_id" && ({ours}) {{ print "xfrm state delete " what }}' | ip -force -batch -
+    return 0
+}}
+
+# Networks that the tunnels lead to, and those that there are routes to.
+tunnels() {{
+    ip xfrm policy list dir out |
+        awk '/^src / {{ network = $4 }} $1 == "if_id" && $2 == "{way_out:#x}" {{ print network }}' | sort -u
+}}
+routes() {{
+    ip route show table {table} dev {device} proto static 2>/dev/null |
+        awk '{{ print $1 ~ "/" ? $1 : $1 "/32" }}' | sort -u
+}}
+
+level() {{
+    local seen wanted now network
+    seen=$(ip xfrm policy list dir out; ip route show table {table} dev {device} 2>/dev/null)
+    [ "$seen" != "$known" ] || return
+    wanted=$(tunnels) && now=$(routes) || return
+    known=$seen
+    while read -r network; do
+        [ -z "$network" ] || ip route replace "$network" dev {device} proto static src {local} table {table} || known=
+    done < <(comm -23 <(echo "$wanted") <(echo "$now"))
+    while read -r network; do
+        [ -z "$network" ] || ip route delete "$network" dev {device} proto static table {table} || known=
+    done < <(comm -13 <(echo "$wanted") <(echo "$now"))
+}}
+
+follow() {{
+    known=  # what there was when they were made level
+    exec 3< <(exec ip xfrm monitor policy)
+    # Long enough for it to listen: what was before that is found without it.
+    local patience=0.2 status
+    while true; do
+        read -r -t "$patience" -u 3 _
+        status=$?
+        # More than 128: nothing in that time. Then it is looked at all the same, as the kernel may drop events.
+        [ "$status" -eq 0 ] || [ "$status" -gt 128 ] || return 1
+        while read -r -t 0.02 -u 3 _; do :; done
+        level
+        patience=5
+    done
+}}
+
+"$1"
+"""
+
+
+def interfaces_script(own: Mapping[str, Any], path: str) -> str:
+    """What makes a gateway's interfaces of XFRM and the routes into them, by its spec's `ipsec`; `path` is where it is.
+    Packets that a site sends by the one tunnel may come by the other one, so their sources are checked loosely."""
+    make = []
+    for device, number in IF_IDS.items():
+        make += [
+            f"ip link add {device} type xfrm dev lo if_id {number}",
+            f"ip link set {device} mtu {IPSEC_MTU} addrgenmode none",
+            f"echo 2 > /proc/sys/net/ipv4/conf/{device}/rp_filter",
+            f"ip link set {device} up",
+        ]
+    return _INTERFACES.format(
+        header=_HEADER,
+        name=path,
+        make="\n".join(f"    {line}" for line in make),
+        devices=" ".join(IF_IDS),
+        ours=" || ".join(f'$2 == "{number:#x}"' for number in IF_IDS.values()),
+        way_out=IF_IDS[DEVICE],
+        table=ROUTING_TABLE,
+        device=DEVICE,
+        local=own["local"],
+    )
 
 
 GUARD = "isthmus-ipsec"
@@ -553,6 +669,7 @@ def guard(own: Mapping[str, Any]) -> str | None:
     hops = _listed(near_gateways)
     near_set, far_set = ", ".join(own["networks"]), ", ".join(far)
     if local:
+        ways = [DEVICE, SECOND_DEVICE] if any("number" in one for one in connections) else [DEVICE]
         ports = ", ".join(str(port) for port in IPSEC_PORTS)
         gateways = _listed({one["remote"] for one in connections})
         out = f"ip saddr {local} ip daddr {{ {gateways} }} udp sport {{ {ports} }} accept"
@@ -565,6 +682,7 @@ def guard(own: Mapping[str, Any]) -> str | None:
                     f'oifname "{DEVICE}" accept',
                     *([out] if gateways else []),
                     *([f"ip daddr @far rt ip nexthop {hops} accept"] if hops else []),
+                    f"ip daddr @far icmp type {{ {_TOLD} }} counter drop",
                     "ip saddr @near ip daddr @far counter drop",
                 ],
             ),
@@ -572,7 +690,7 @@ def guard(own: Mapping[str, Any]) -> str | None:
                 "chain comes",
                 [
                     "type filter hook prerouting priority -300; policy accept;",
-                    f'iifname "{DEVICE}" accept',
+                    *(f'iifname "{device}" accept' for device in ways),
                     *([back] if gateways else []),
                     *([f"ip saddr @far ip daddr {local} accept"] if hops else []),
                     "ip saddr @far ip daddr @near counter drop",
@@ -600,6 +718,22 @@ def guard(own: Mapping[str, Any]) -> str | None:
     # One transaction: at no moment the table is not there.
     lines = [f"table ip {GUARD}", f"delete table ip {GUARD}", *_block(f"table ip {GUARD}", [*sets, *chains])]
     return _HEADER + "\n".join(lines) + "\n"
+
+
+_TOLD = "3, 11, 12"
+"""ICMP's numbers of what is said of a packet (destination unreachable, time exceeded, parameter problem): it has the
+packet in it, and a gateway may say it by an address that is in none of its site's networks."""
+
+
+ENCRYPTED = "rt ipsec exists accept"
+"""The kernel shows a packet to the rules once more before it encrypts it, and then by the device that carries the
+tunnel."""
+
+
+def guard_of_kernel() -> str:
+    """What is added to `guard` where the kernel does ESP. In a file of its own, as a kernel without IPsec refuses it:
+    there the table stays as `guard` has it, and nothing leaves."""
+    return _HEADER + f"insert rule ip {GUARD} leaves {ENCRYPTED}\n"
 
 
 def _listed(addresses: Iterable[str]) -> str:

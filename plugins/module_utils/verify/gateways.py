@@ -31,7 +31,7 @@ def check_gateways(verifier: Verifier) -> None:
     wanted = ipsec.guard(own)
     verifier.check(
         "gateways",
-        wanted is None or strongswan.guard_in_kernel(verifier.module) == strongswan.guard_rules(wanted),
+        wanted is None or strongswan.guard_in_kernel(verifier.module) == strongswan.guard_wanted(wanted),
         f"the rules that keep packets from other ways than the gateways' (`nft list table ip {ipsec.GUARD}`) are "
         f"not what the inventory gives; {SITE}",
     )

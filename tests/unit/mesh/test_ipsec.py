@@ -4,9 +4,15 @@ and netfilter are given."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bpf.topology import wait_for
 from isthmus_agent.desired import addressing
 from isthmus_mesh import ipsec, matrix, openings
 from isthmus_mesh.encryption import Stage
@@ -218,6 +224,9 @@ def test_with_two_gateways_nothing_leaves_but_into_a_tunnel_or_to_one_of_them() 
     gateway = (ipsec.guard(found.specs["o1"]["ipsec"]) or "").splitlines()
     leaves = [line.strip() for line in gateway[gateway.index("  chain leaves {") :]]
     assert leaves.index("ip daddr @far rt ip nexthop 198.18.1.2 accept") < leaves.index(
+        "ip daddr @far icmp type { 3, 11, 12 } counter drop"
+    )
+    assert leaves.index("ip daddr @far rt ip nexthop 198.18.1.2 accept") < leaves.index(
         "ip saddr @near ip daddr @far counter drop"
     )
     assert "ip saddr @far ip daddr 198.18.1.1 accept" in leaves, "what the other one passes on to it"
@@ -374,6 +383,95 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
     assert "cacerts = isthmus-cloud.pem\n" in passive
     assert "cacerts = isthmus-cloud.pem,isthmus-cloud.1.pem\n" in ipsec.swanctl_conf(certified, {"cloud": 2})
     assert "start_action = none" in passive
+
+
+def test_with_esp_in_the_kernel_each_of_two_tunnels_has_its_own_way_in() -> None:
+    """As the kernel has one policy for the same networks and interface, and it names one of the gateways."""
+    gateway = changed(more=MORE, **TWO).specs["o1"]["ipsec"]
+    text = ipsec.swanctl_conf(gateway["connections"], kernel=True)
+    assert re.findall(r"if_id_in = (\d+)", text) == ["73", "74"]
+    assert re.findall(r"if_id_out = (\d+)", text) == ["73", "73"], "what is sent goes by the newest of them"
+    assert text.count("set_mark_out = 0x53") == 2
+    assert "if_id" not in ipsec.swanctl_conf(gateway["connections"])
+    assert "load = no" in ipsec.strongswan_conf(kernel=True)
+    assert "allow_peer_ts" not in ipsec.strongswan_conf(kernel=True)
+    rules = ipsec.guard(gateway) or ""
+    assert 'iifname "ipsec0" accept' in rules
+    assert 'iifname "isthmus-ipsec1" accept' in rules
+    alone = ipsec.guard(changed(**ON).specs["o1"]["ipsec"]) or ""
+    assert "isthmus-ipsec1" not in alone
+
+
+def test_the_interfaces_script_is_one_that_bash_reads() -> None:
+    text = ipsec.interfaces_script(changed(more=MORE, **TWO).specs["o1"]["ipsec"], "/etc/isthmus/x")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert "# usage: /etc/isthmus/x begin | end | follow\n" in text
+    for line in (
+        "ip link add ipsec0 type xfrm dev lo if_id 73",
+        "ip link add isthmus-ipsec1 type xfrm dev lo if_id 74",
+        "ip link set ipsec0 mtu 1400 addrgenmode none",
+    ):
+        assert f"    {line}\n" in text
+    assert "dev ipsec0 proto static src 198.18.1.1 table 220 ||" in text
+    assert '($2 == "0x49" || $2 == "0x4a")' in text
+
+
+_IP = """\
+#!/bin/bash
+# Stands for `ip` of a kernel that does ESP. What there is is in files.
+cd "{place}"
+case "$*" in
+    "xfrm policy list dir out") cat policies ;;
+    "xfrm monitor policy") exec tail -n 0 -f --pid "$PPID" events ;;
+    "route show table 220 dev ipsec0"*) cat routes ;;
+    "route replace "*)
+        [ ! -e refused ] || {{ echo refused >> said; exit 2; }}
+        echo "${{3%/32}} scope link src 198.18.1.1" >> routes ;;
+    "route delete "*) sed -i "\\|^${{3%/32}} |d" routes ;;
+    *) echo "not known: $*" >> said; exit 1 ;;
+esac
+"""
+_POLICY = "src 198.18.1.0/24 dst {} \n\tdir out priority 375423 ptype main \n\tif_id {}\n"
+
+
+def test_routes_come_and_go_with_the_policies_of_the_kernel(tmp_path: Path) -> None:
+    """Those of other tunnels of strongSwan are not ours, and what failed is tried again."""
+    text = ipsec.interfaces_script(changed(more=MORE, **TWO).specs["o1"]["ipsec"], "x")
+    for name, content in (("x", text), ("ip", _IP.format(place=tmp_path))):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    for name in ("policies", "events", "routes", "said"):
+        (tmp_path / name).touch()
+    (tmp_path / "refused").touch()
+
+    def has(*networks: str) -> bool:
+        return sorted(line.split()[0] for line in (tmp_path / "routes").read_text().splitlines()) == sorted(networks)
+
+    def happens(policies: str) -> None:
+        (tmp_path / "policies").write_text(policies)
+        with (tmp_path / "events").open("a") as events:
+            events.write("an event\n")
+
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    follower = subprocess.Popen([tmp_path / "x", "follow"], env={**os.environ, "PATH": path}, start_new_session=True)
+    try:
+        both = _POLICY.format("198.18.2.0/24", "0x49") + _POLICY.format("203.0.113.7/32", "0x49")
+        all_of_them = both + _POLICY.format("192.0.2.0/24", "0x7")
+        happens(all_of_them)
+        wait_for(lambda: "refused" in (tmp_path / "said").read_text(), "the first routes are tried", 15)
+        (tmp_path / "refused").unlink()
+        happens(all_of_them)
+        wait_for(lambda: has("198.18.2.0/24", "203.0.113.7"), "a route for each network of ours", 15)
+        happens(_POLICY.format("198.18.2.0/24", "0x49"))
+        wait_for(lambda: has("198.18.2.0/24"), "the other one's goes", 15)
+        (tmp_path / "routes").write_text("")
+        wait_for(lambda: has("198.18.2.0/24"), "one that somebody took away comes again, without an event", 15)
+        happens("")
+        wait_for(has, "and the last one goes", 15)
+        assert "not known" not in (tmp_path / "said").read_text()
+    finally:
+        os.killpg(follower.pid, signal.SIGKILL)
+        follower.wait(10)
 
 
 def test_a_gateway_that_was_stolen_is_trusted_no_more_and_what_it_led_to_stays_closed() -> None:

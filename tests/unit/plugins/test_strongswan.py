@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import strongswan
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
 
 SAS = """\
 isthmus-cloud: #1, ESTABLISHED, IKEv2, 6fc8cad4fa3dd771_i 68a0fe899f38d738_r*
@@ -56,3 +57,4 @@ def test_rules_are_compared_as_nft_prints_them() -> None:
     written = "chain leaves {\n  ip daddr { 198.18.2.1 } udp sport { 500, 4500 } accept\n  policy accept;\n}"
     printed = "\t\tip daddr 198.18.2.1 udp sport { 500, 4500 } accept\n\t}"
     assert strongswan.guard_rules(written) == strongswan.guard_rules(printed) != []
+    assert strongswan.guard_rules("\t\trt ipsec 1 accept") == [ipsec.ENCRYPTED], "a number, as -n asks for"
