@@ -58,8 +58,8 @@ import json, socket, sys, time
 targets, port, size, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 block = bytes(1 << 20)
 best = dict.fromkeys(targets, 0.0)
-for _ in range(rounds):
-    for name, address in targets.items():
+for first in range(rounds):  # each begins with another one
+    for name, address in [*targets.items()][first % len(targets):] + [*targets.items()][:first % len(targets)]:
         connection = socket.create_connection((address, port), 10)
         began = time.perf_counter()
         for _ in range(size):

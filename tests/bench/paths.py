@@ -69,8 +69,8 @@ TURN = """
 import json, socket, statistics, sys, time
 targets, port, turns, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 found = {name: [] for name in targets}
-for _ in range(rounds):
-    for name, address in targets.items():
+for first in range(rounds):  # each begins with another one
+    for name, address in [*targets.items()][first % len(targets):] + [*targets.items()][:first % len(targets)]:
         connection = socket.create_connection((address, port), 10)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(turns):
