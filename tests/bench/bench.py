@@ -163,14 +163,14 @@ class Bench(Story):
 
 
 def measure(bench: Bench) -> int:
-    """Every step of a bench, then its table; the process's exit status."""
+    """Every step of a bench, or those that are named on the command line, then its table; the process's exit status."""
     try:
         bench.everywhere(bench.backends, (EDGE, ONPREM_CLIENT))
     except LabError as error:
         print(f"bench: {error}; next: make lab-up site", file=sys.stderr)
         return 1
     with bench.prepared():
-        steps: list[Callable[[], None]] = [getattr(bench, name) for name in bench.STEPS]
+        steps: list[Callable[[], None]] = [getattr(bench, name) for name in sys.argv[1:] or bench.STEPS]
         for step in steps:
             step()
     bench.table()
