@@ -268,8 +268,8 @@ WantedBy=multi-user.target
 
 
 def keeper_unit(program: str, rules: str, first: str) -> str:
-    """`isthmus-ipsec-keeper.service`: has a table of netfilter's rules, as the unit `first` has the same ones in another
-    table. It does not hang on nftables.service, which takes away all tables but this one when it is stopped."""
+    """`isthmus-ipsec-keeper.service`: has a table of netfilter's rules, as the unit `first` has the same ones in
+    another table. It does not hang on nftables.service, which takes away all tables but this one when it is stopped."""
     return (
         _HEADER
         + f"""\

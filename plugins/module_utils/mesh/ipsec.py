@@ -751,8 +751,8 @@ def kept(text: str, kernel: bool) -> str:
 _KEEPER = """\
 #!/usr/bin/python3
 {header}#
-# Makes the table of rules that is in a file, and has it as long as it runs: a table with the flag `owner` can be changed
-# and flushed by the socket that made it only, which libnftables keeps with its context, and goes with that.
+# Makes the table of rules that is in a file, and has it as long as it runs: a table with the flag `owner` can be
+# changed and flushed by the socket that made it only, which libnftables keeps with its context, and goes with that.
 # usage: {name} FILE
 import ctypes
 import os

@@ -20,8 +20,8 @@ TUNNEL = "isthmus-cloud: #1, ESTABLISHED, IKEv2, 1_i 2_r*\n  net: #1, reqid 1, I
 
 
 class Host:
-    """o1, the gateway of onprem. `answers` are those of commands, by their first two words, and of nft by the table that
-    it lists; `refused` is why the other gateway does not answer a packet, "" when it does."""
+    """o1, the gateway of onprem. `answers` are those of commands, by their first two words, and of nft by the table
+    that it lists; `refused` is why the other gateway does not answer a packet, "" when it does."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
         before = estates.planned(estates.model()) if running else None
