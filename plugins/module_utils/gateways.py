@@ -500,8 +500,8 @@ def keep(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: 
         module.fail_json(
             msg=f"{strongswan.KEEPER_UNIT} does not start: {systemd.journal(strongswan.KEEPER_UNIT) or err or out}. "
             f"The rules are there (`nft list table ip {ipsec.GUARD}`), but whoever flushes the ruleset, as each "
-            "restart of nftables.service does, would open the way in clear for a moment. No tunnel was changed. Next: see "
-            f"`journalctl -u {strongswan.KEEPER_UNIT}`; an old kernel or nftables is to be updated"
+            "restart of nftables.service does, would open the way in clear for a moment. No tunnel was changed. "
+            f"Next: see `journalctl -u {strongswan.KEEPER_UNIT}`; an old kernel or nftables is to be updated"
         )
 
 

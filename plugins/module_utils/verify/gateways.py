@@ -41,8 +41,8 @@ def check_gateways(verifier: Verifier) -> None:
         "gateways",
         wanted is None or f"table ip {ipsec.KEPT} ".encode() not in (read_bytes(strongswan.OPERATORS) or b""),
         f"{strongswan.OPERATORS} has the mesh's table {ipsec.KEPT}, perhaps from `nft list ruleset`: the kernel "
-        "refuses all of that file while the mesh's own table is there, so the next restart of nftables.service leaves this "
-        "host without its own rules. Next: take that table out of the file",
+        "refuses all of that file while the mesh's own table is there, so the next restart of nftables.service leaves "
+        "this host without its own rules. Next: take that table out of the file",
     )
 
 
