@@ -259,7 +259,7 @@ class Estate(Story):
             results = {
                 (c.host, kind): c.result(f"{name}-{kind}", stop=True) for c in customers for kind in ("new", "kept")
             }
-        failed = {who: (r["failed"], r["errors"], r["changes"][-4:]) for who, r in results.items() if r["failed"]}
+        failed = {who: (r["failed"], r["failures"], r["changes"][-4:]) for who, r in results.items() if r["failed"]}
         assert not failed, failed
         assert {who: r["connections"] for who, r in results.items() if who[1] == "kept" and r["connections"] != 1} == {}
         for who, r in results.items():

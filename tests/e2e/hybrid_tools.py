@@ -125,7 +125,7 @@ class Hybrid(HybridStory):
                 rates[customer.host] += rate
                 gap = max(result["longest_gap"] for result in found)
                 print(f"{customer.host} {kind}: {rate:.0f}/s, longest gap {gap:.2f} s")
-        failed = {who: (r["failed"], r["errors"], r["changes"][-4:]) for who, r in results.items() if r["failed"]}
+        failed = {who: (r["failed"], r["failures"], r["changes"][-4:]) for who, r in results.items() if r["failed"]}
         assert not failed, failed
         assert min(rates.values()) >= LOAD, rates
 

@@ -36,9 +36,9 @@ def inside(place: Path) -> Path:
     return _with_pairs(place, lambda sites: ("kube", *sites), {"routing": "native", "encryption": "wireguard"})
 
 
-def in_clear_with_onprem(place: Path) -> Path:
+def in_clear_with_onprem(place: Path, routing: str = "native") -> Path:
     """The same, native in clear with onprem and among the cluster's own hosts, and in the tunnel with the others."""
-    return _with_pairs(place, lambda _sites: ("kube", "onprem"), {"routing": "native"})
+    return _with_pairs(place, lambda _sites: ("kube", "onprem"), {"routing": routing})
 
 
 def _with_pairs(place: Path, chosen: Callable[[Iterable[str]], Iterable[str]], how: dict[str, str]) -> Path:
@@ -193,9 +193,16 @@ def test_pods_are_native_in_clear_over_a_router_and_nobody_notices(hybrid: Hybri
             told = " ".join(run.output.split())
             assert re.search(r"pods on kube-\d of cluster kube \([0-9., ]+\) are not reached natively", told)
             assert "tunnel" in ways(estate, ONPREM_CLIENT).values()
+            # Hosts that are to find out stay in the tunnel then, and are native when the router knows all.
+            tried = in_clear_with_onprem(tmp_path / "tried", "auto")
+            told = " ".join(play("site", *AT_ONCE, inventory=tried, seconds=1800).output.split())
+            assert re.search(
+                r"kube and onprem: tunnel \(routing: auto\), as \S+ does not reach kube-\d natively: pods on it", told
+            )
+            assert set(ways(estate, ONPREM_CLIENT).values()) == {"tunnel"}
             add("pods on")
             with nobody_notices(hybrid):
-                play("site", *AT_ONCE, inventory=wanted, seconds=1800)
+                play("site", *AT_ONCE, "-e", "isthmus_try_native=true", inventory=tried, seconds=1800)
             assert play("site", inventory=wanted).changed == {}
             play("verify", inventory=wanted)
             for node in hybrid.nodes:

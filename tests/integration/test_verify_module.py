@@ -284,8 +284,18 @@ def test_before_packets_go_natively_a_pod_of_each_node_has_to_be_reached_so(
     natively |= {"10.244.1.5"}
     (words,) = found()
     assert words.startswith("routing: pods on o2 of cluster onprem (10.244.2.5) are not reached natively, and through")
+    verifier = host.verifier()
+    verifier.hosts = [{"cluster": "onprem", "name": name, "mesh4": entry["mesh4"]} for name, entry in entries.items()]
+    native_checks.check_native_way(verifier)
+    assert verifier.problems == [], "with routing: auto it is no problem: it decides"
+    why = "pods on it (10.244.2.5) do not answer, and through the tunnel they do: no answer"
+    assert verifier.unreached == [
+        {"cluster": "onprem", "name": "o2", "site": "onprem", "why": why, "sure": True},
+    ]
     natively |= {"10.244.2.5"}
     assert found() == []
+    native_checks.check_native_way(verifier)
+    assert verifier.unreached == []
     natively.clear()
     by_stage["stages"]["onprem"] = "sends"
     host.node.write_text(json.dumps({**host.spec, "native": by_stage}))

@@ -134,6 +134,7 @@ class Job(threading.Thread):
         self.began = self.last_ok = time.monotonic()
         self.longest_gap = 0.0
         self.changes = []  # [seconds since start, who answered or which error], at each change
+        self.failures = []  # [when it began (UTC), what was done, error], the first hundred
         self.connection = None
 
     def run(self):
@@ -161,12 +162,15 @@ class Job(threading.Thread):
 
     def request(self, url):
         timeout = self.order.get("timeout", 2.0)
+        began, doing = time.strftime("%H:%M:%S", time.gmtime()), "asking"
         try:
             if self.connection is None:
+                doing = "connecting"
                 self.connection = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=timeout)
                 self.connection.connect()
                 self.connection.auto_open = 0  # a connection that was lost is an error, never opened again in silence
                 self.connections += 1
+                doing = "asking"
             self.connection.request("GET", url.path or "/")
             response = self.connection.getresponse()
             body = response.read()
@@ -191,6 +195,8 @@ class Job(threading.Thread):
             else:
                 self.failed += 1
                 self.errors[error] = self.errors.get(error, 0) + 1
+                if len(self.failures) < 100:
+                    self.failures.append([began, doing, error])
             what = who or error
             if not self.changes or self.changes[-1][1] != what:
                 if len(self.changes) < 10000:
@@ -202,7 +208,8 @@ class Job(threading.Thread):
                 self.gap(time.monotonic())
             return {
                 "ok": self.ok, "failed": self.failed, "answers": self.answers, "peers": self.peers,
-                "errors": self.errors, "longest_gap": round(self.longest_gap, 3), "changes": self.changes,
+                "errors": self.errors, "failures": self.failures, "changes": self.changes,
+                "longest_gap": round(self.longest_gap, 3),
                 "seconds": round(time.monotonic() - self.began, 3), "connections": self.connections,
             }
 

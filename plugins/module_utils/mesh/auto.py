@@ -111,7 +111,10 @@ def places(documents: Documents) -> Places:
     keys = ("site", "mesh4", "underlay4", "advertise4", "range4")
     for cluster, document in documents.items():
         for name, entry in document["hosts"].items():
-            found.setdefault(entry["site"], {})[name] = {"cluster": cluster, **{key: entry[key] for key in keys}}
+            place = {"cluster": cluster, **{key: entry[key] for key in keys}}
+            if "pod_cidrs" in entry:
+                place["pods"] = " ".join(entry["pod_cidrs"])
+            found.setdefault(entry["site"], {})[name] = place
     return found
 
 
@@ -127,8 +130,6 @@ def barred(documents: Documents) -> dict[str, str]:
         if is_in_cluster(document):
             found[document["site"]] = f"nodes of cluster {name}, which Kubernetes alone knows, take nothing else"
         for host, entry in sorted(document["hosts"].items()):
-            if "kubernetes_node" in entry:
-                found.setdefault(entry["site"], f"{host} is a Kubernetes node")
             if entry["advertise4"] != entry["underlay4"]:
                 found.setdefault(entry["site"], f"{host} has another isthmus_advertise than isthmus_underlay")
     return found

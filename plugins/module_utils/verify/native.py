@@ -15,7 +15,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.verify.echoes import 
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 NATIVE_MARK = 0x4E  # the agent's rules lead packets with it natively while that is turned on or off
 BY_THE_NETWORK = (
@@ -109,7 +109,18 @@ def check_native_way(verifier: Verifier) -> None:
         for key, site in expected.items()
         if "kubernetes_node" in entries[key] and _is_to_go_in_clear(installed, site)
     }
-    _check_pods(verifier, source, nodes)
+    for (cluster, name), addresses, words in _pods_reached(verifier, source, nodes):
+        if (cluster, name) not in tried:
+            verifier.check(
+                "routing",
+                not words,
+                f"pods on {name} of cluster {cluster} ({addresses}) are not reached natively, and through the tunnel "
+                f"they are: {words}. {BY_THE_NETWORK}",
+            )
+        elif words:
+            why = f"pods on it ({addresses}) do not answer, and through the tunnel they do: {words}"
+            site = expected[cluster, name]
+            unreached.append({"cluster": cluster, "name": name, "site": site, "why": why, "sure": True})
     # One of each site tells enough, and rather one that tells something.
     unreached.sort(key=lambda one: (one["site"], not one["sure"]))
     verifier.unreached = [next(of_site) for _site, of_site in itertools.groupby(unreached, lambda one: one["site"])]
@@ -120,9 +131,12 @@ def _is_to_go_in_clear(installed: Mapping[str, Any], site: str) -> bool:
     return openings.native(installed, site) is Stage.ACCEPTS and openings.encrypts(installed, site) is not Stage.DEMANDS
 
 
-def _check_pods(verifier: Verifier, source: str, nodes: Collection[tuple[str, str]]) -> None:
-    """A pod on each of these nodes: the network may know the way to a node and not that to its pods. One that does not
-    answer through the tunnel either proves nothing, as a network policy may forbid echoes."""
+def _pods_reached(
+    verifier: Verifier, source: str, nodes: Collection[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], str, str]]:
+    """Of each of these nodes with pods the addresses that were tried and, where none of these pods answers natively,
+    why: the network may know the way to a node and not that to its pods. Pods that do not answer through the tunnel
+    either prove nothing, as a network policy may forbid echoes."""
     if not nodes:
         return
     told = verifier.bundle("isthmus_agent.cli.client").ask(verifier.SOCKET, "/v1/pods")
@@ -135,12 +149,9 @@ def _check_pods(verifier: Verifier, source: str, nodes: Collection[tuple[str, st
             words = _reach_natively(verifier, source, address) and _reach_natively(verifier, source, address)
             if not words:
                 break
-        verifier.check(
-            "routing",
-            not words or echoed(source, one["addresses"], verifier.timeout / 3),
-            f"pods on {one['node']} of cluster {one['cluster']} ({', '.join(one['addresses'])}) are not reached "
-            f"natively, and through the tunnel they are: {words}. {BY_THE_NETWORK}",
-        )
+        if words and echoed(source, one["addresses"], verifier.timeout / 3):
+            words = ""
+        yield (one["cluster"], one["node"]), ", ".join(one["addresses"]), words
 
 
 def _try_natively(verifier: Verifier, stage: Stage, source: str, target: str) -> tuple[str, bool]:

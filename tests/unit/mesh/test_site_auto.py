@@ -27,12 +27,17 @@ OPEN = Verdict(None, (), "o3 did not answer")
 
 
 def site(
-    previous: Plan | None, *proofs: dict[Pair, Verdict], more: Any = None, again: bool = False, **keys: Any
+    previous: Plan | None,
+    *proofs: dict[Pair, Verdict],
+    more: Any = None,
+    again: bool = False,
+    pods: dict[str, list[str]] | None = None,
+    **keys: Any,
 ) -> Plan:
     """The plan of a run that has made these proofs so far."""
     wanted = model({**estate(), **AUTO, **keys}, {**hosts(), **(more or {})})
     record = Record() if previous is None else merge([dict(previous.record)])
-    return plan(wanted, record, NOW, VERSION, "alice", try_native=again, proofs=proofs)
+    return plan(wanted, record, NOW, VERSION, "alice", try_native=again, proofs=proofs, pods=pods)
 
 
 def to_the_end(found: Plan) -> Plan:
@@ -241,18 +246,28 @@ def test_when_both_ways_fail_nothing_is_chosen_for_good(chosen: Plan) -> None:
 
 
 def test_what_cannot_be_native_is_in_the_tunnel_and_the_matrix_says_why() -> None:
-    outer = {"api_server": "https://192.0.2.9:6443", "pod_ranges": ["10.244.0.0/16"], "service_range": "10.96.0.0/16"}
-    clusters = estate()["clusters"]
-    clusters["cloud"]["kubernetes"] = outer
-    node = site(None, clusters=clusters)
-    assert [trial["sites"] for trial in node.trials[1]] == [["onprem", "onprem"]]
-    assert "(auto: tunnel, as c1 is a Kubernetes node)" in matrix.lines(node.sites)[0]
     translated = site(None, more={"c1": {**hosts()["c1"], "isthmus_advertise": "192.0.2.7"}})
     assert "(auto: tunnel, as c1 has another isthmus_advertise" in matrix.lines(translated.sites)[0]
     encrypted = site(None, site_pairs=[{"sites": ["cloud", "onprem"], "encryption": "wireguard"}])
     assert [trial["sites"] for trial in encrypted.trials[1]] == [["onprem", "onprem"]]
     line = matrix.lines(encrypted.sites)[0]
     assert "(auto: tunnel, as it is encrypted, and has the tunnel inside that), encryption wireguard" in line
+
+
+def test_kubernetes_nodes_prove_it_and_other_ranges_of_pods_are_another_try() -> None:
+    outer = {"api_server": "https://192.0.2.9:6443", "pod_ranges": ["10.244.0.0/16"], "service_range": "10.96.0.0/16"}
+    clusters = estate()["clusters"]
+    clusters["cloud"]["kubernetes"] = outer
+    first = site(None, clusters=clusters, pods={"c1": ["10.244.1.0/24"]})
+    assert [trial["sites"] for trial in first.trials[1]] == [["cloud", "onprem"], ["onprem", "onprem"]]
+    assert [one["to"] for one in first.routes if "pods on c1" in one["why"]] == ["10.244.1.0/24"]
+    failed = to_the_end(
+        site(None, {}, {BETWEEN: FAILS, INSIDE: FAILS}, clusters=clusters, pods={"c1": ["10.244.1.0/24"]})
+    )
+    assert stages(failed)[-1] == {}
+    assert site(failed, clusters=clusters, pods={}).trials == ((),) * 6
+    other = site(failed, clusters=clusters, pods={"c1": ["10.244.7.0/24"]})
+    assert [trial["sites"] for trial in other.trials[1]] == [["cloud", "onprem"]]
 
 
 def test_encryption_leads_a_native_pair_into_the_tunnel_and_inside_it(chosen: Plan) -> None:

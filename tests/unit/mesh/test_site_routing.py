@@ -138,7 +138,7 @@ def test_of_a_cluster_at_several_sites_routers_elsewhere_get_its_nodes_one_by_on
 
 
 def test_pods_of_nodes_that_no_network_leads_to_are_not_asked_for() -> None:
-    for keys in ({}, INSIDE, {"routing": "auto"}):
+    for keys in ({}, INSIDE):
         found = with_nodes(**keys, pods={})
         assert (found.routed, found.warnings) == ((), ()), keys
         assert not any(one["to"].startswith("10.244") for one in found.routes)
