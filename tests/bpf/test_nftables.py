@@ -246,7 +246,7 @@ def test_what_the_rules_of_gateways_drop_is_counted_in_both_of_their_tables(call
     assert call(netlink.guard_drops) == 0
     call(_send_beside, 3)
     assert call(netlink.guard_drops) == 3
-    kept = rules.replace(f"table ip {ipsec.GUARD}", f"table ip {nftables.GUARDS[1]}")
+    kept = rules.replace(f"table ip {ipsec.GUARD}", f"table ip {ipsec.KEPT}")
     kept = kept.replace("priority 300", "priority 301")
     call(_nft, "-f", "-", text=kept)
     call(_send_beside, 2)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
 
-from isthmus_mesh.ipsec import GUARD
+from isthmus_mesh.ipsec import GUARD, KEPT
 
 from isthmus_agent.desired.datapath import MASQUERADED, BarePods, KeepSource
 from isthmus_agent.netlink import messages
@@ -38,7 +38,7 @@ SET = "local"
 MEMBERS = "members"
 MESH = "mesh"
 BARE = "bare"
-GUARDS = (GUARD, f"{GUARD}-kept")
+GUARDS = (GUARD, KEPT)
 """Tables with the rules of gateways, which are not the agent's. A packet that one drops does not come to the other."""
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
