@@ -209,6 +209,7 @@ sites:
       native packets its C(routing) is V(auto).
     - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
       or off, a stage for each step of the run, C(routing_now) and C(routing_steps) the same of native routing.
+    - C(kubernetes) are those of the two sites that have Kubernetes nodes.
   returned: success
   type: list
   elements: dict

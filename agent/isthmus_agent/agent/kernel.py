@@ -120,6 +120,9 @@ class Kernel(Protocol):
         """Put back what other programs took of our part of netfilter: (what differed, in words; packets between pods
         and the mesh that other filters dropped). NetworkError when that cannot be done."""
 
+    def guard_drops(self) -> int:
+        """Packets that the rules of gateways of this host dropped. NetworkError."""
+
     def steps(self) -> int:
         """A number that grows while a call gets on. The only method that may be called from another thread."""
 
@@ -462,6 +465,11 @@ class HostKernel:
         from isthmus_agent import netlink
 
         return netlink.mend_keep_source(self._keep_source, netlink.OVERLAY) if self._keep_source else ((), 0)
+
+    def guard_drops(self) -> int:
+        from isthmus_agent import netlink
+
+        return netlink.guard_drops()
 
     def _network_step(self) -> None:
         self._network_steps += 1

@@ -115,6 +115,7 @@ class Progress:
     sockets_ended: int = 0
     filtered: int = 0  # packets between pods and the mesh that other filters of this host dropped
     filtered_at: float | None = None  # when they last became more
+    guard_drops: int = 0  # packets that the rules of gateways of this host dropped
     last_good_written: float | None = None
     last_good_loaded: str = ""  # when what we started from was written
     restarts: int = 0  # of failed tasks
@@ -230,7 +231,7 @@ class Agent:
                 jobs["sessions"] = sessions.run
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
-        if native or self.spec.node.masquerade or self.spec.node.kubernetes_node is not None:
+        if ways or self.spec.node.masquerade or self.spec.node.kubernetes_node is not None:
             jobs["filters"] = self._follow_filters
         if self._probe:
             jobs["prober"] = self.prober.run
@@ -647,17 +648,21 @@ class Agent:
         while True:
             await asyncio.sleep(FILTERS_INTERVAL)
             try:
-                found, filtered = await self.kernel_call(self.kernel.mend_filters)
+                await self._mend_filters()
             except NetworkError as error:
                 logger.error("netfilter cannot be mended", extra=fields(error=str(error)))
                 await asyncio.sleep(FILTERS_RETRY)
-                continue
-            if found:
-                self.progress.repaired += len(found)
-                logger.warning("another program changed our part of netfilter; repaired", extra=fields(found=found))
-            if filtered > self.progress.filtered:
-                self.progress.filtered_at = time.time()
-            self.progress.filtered = filtered
+
+    async def _mend_filters(self) -> None:
+        found, filtered = await self.kernel_call(self.kernel.mend_filters)
+        if found:
+            self.progress.repaired += len(found)
+            logger.warning("another program changed our part of netfilter; repaired", extra=fields(found=found))
+        if filtered > self.progress.filtered:
+            self.progress.filtered_at = time.time()
+        self.progress.filtered = filtered
+        if self.spec.ipsec is not None:
+            self.progress.guard_drops = await self.kernel_call(self.kernel.guard_drops)
 
     async def _keep_last_good(self) -> None:
         while True:

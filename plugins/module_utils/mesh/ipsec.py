@@ -117,6 +117,16 @@ class Ipsec:
         """Where a pair is in the end."""
         return Stage.DEMANDS if pair in self.pairs else Stage.PLAIN
 
+    def recorded(self) -> dict[str, dict[str, list[str]]]:
+        """Of sites whose packets go through gateways, for the estate record: these in words, and the networks."""
+        found = {}
+        for site in sorted({site for both in self.pairs for site in both} & self.sites.keys()):
+            side = self.sites[site]
+            places = [f"{one.host} ({one.address})" for one in side.gateways]
+            places += [f"{one.identity} ({one.address})" for one in side.peers]
+            found[site] = {"gateways": places, "networks": [str(one) for one in side.networks]}
+        return found
+
     def without(self, hosts: Iterable[str]) -> Ipsec:
         """When these hosts were forgotten."""
         gone = set(hosts)

@@ -66,9 +66,11 @@ def rows(
     Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words.
     `closed` are sites to which nobody outside opens anything."""
     sizes: dict[str, int] = {}
+    with_nodes: set[str] = set()
     for document in documents.values():
         for entry in document["hosts"].values():
             sizes[entry["site"]] = sizes.get(entry["site"], 0) + 1
+            with_nodes |= {entry["site"]} if "kubernetes_node" in entry else set()
         if is_in_cluster(document):
             sizes[document["site"]] = sizes.get(document["site"], 0) + 2
     for one in pairs(sizes):
@@ -93,6 +95,7 @@ def rows(
             "auto": words,
             "routing_now": None if native_now is None else native_now.word,
             "routing_steps": _words(native_now, native_following),
+            "kubernetes": [site for site in dict.fromkeys(one) if site in with_nodes],
             "encryption": GATEWAY if ipsec_following[-1] is Stage.DEMANDS else encrypted,
             "now": None if now is None else now.word,
             "steps": _words(now, following),
@@ -323,7 +326,20 @@ def _trial(row: Mapping[str, Any]) -> str:
     return (
         f"native routing {_of(row)} is tried (auto){begun}, in steps of one run: (1) {_NATIVE_ON[Stage.ACCEPTS]}; "
         f"(2) {_NATIVE_ON[Stage.SENDS]}; (3) {_NATIVE_ON[Stage.DEMANDS]}. When one does not reach another, packets "
-        "stay in the tunnel, and the run says why. Connections stay"
+        "stay in the tunnel, and the run says why. Connections stay; a datagram that must not be fragmented and is "
+        "larger than the tunnel's MTU is refused to its sender when packets come back to the tunnel from step 2"
+        f"{_node_ports(row)}"
+    )
+
+
+def _node_ports(row: Mapping[str, Any]) -> str:
+    """What ends when native routing of a pair is turned on: netfilter drops what kube-proxy masqueraded for another
+    device."""
+    if not row["kubernetes"]:
+        return ""
+    return (
+        f"; a connection by a NodePort of Kubernetes nodes at {' or '.join(row['kubernetes'])} to a backend in another "
+        "cluster, which began before step 1, ends when packets go natively"
     )
 
 
@@ -362,7 +378,8 @@ def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[st
             on = row["routing"] == NATIVE
             now, steps = row["routing_now"], row["routing_steps"]
             shrinks = not on or Stage.PLAIN.word in steps
-            told.append(_change("native routing", row, on, now, steps, (_NATIVE_ON, _NATIVE_OFF), shrinks))
+            words = _change("native routing", row, on, now, steps, (_NATIVE_ON, _NATIVE_OFF), shrinks)
+            told.append(words + (_node_ports(row) if on else ""))
     return told
 
 

@@ -180,6 +180,32 @@ def test_what_others_do_to_netfilter_is_mended_and_what_they_drop_is_known(tmp_p
     assert agent.progress.filtered_at is not None
 
 
+@pytest.mark.parametrize("gateways", [True, False])
+def test_what_the_rules_of_gateways_drop_is_asked_where_there_are_such_rules(tmp_path, monkeypatch, gateways):
+    monkeypatch.setattr(loop, "FILTERS_INTERVAL", 0.001)
+    monkeypatch.setattr(loop, "FILTERS_RETRY", 0.001)
+    kernel = FakeKernel()
+    asked: list[Any] = []
+    answers: list[Any] = [7, NetworkError("no"), 8, 8]
+
+    def drops() -> int:
+        answer = answers[min(len(asked), 3)]
+        asked.append(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer)
+
+    rounds: list[Any] = [((), 0)] * 9
+    monkeypatch.setattr(kernel, "mend_filters", lambda: rounds.pop() if len(rounds) > 1 else rounds[0], raising=False)
+    monkeypatch.setattr(kernel, "guard_drops", drops, raising=False)
+    agent = an_agent(tmp_path, kernel)
+    if gateways:
+        agent.spec = mesh.spec(ipsec={"sites": {}, "networks": [], "far": {}})
+    asyncio.run(follow_filters(agent, rounds))
+    assert bool(asked) is gateways
+    assert agent.progress.guard_drops == (8 if gateways else 0)
+
+
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
     applier = asyncio.create_task(agent._applier())
     try:

@@ -19,6 +19,7 @@ from isthmus_mesh.encryption import Stage
 from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan
+from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.spec import NodeSpec, SpecError
 from unit.mesh.estates import estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory
@@ -244,6 +245,49 @@ def test_a_second_gateway_comes_and_goes_without_a_change_of_the_first_s_tunnel(
     before, after_it = (each.specs["c1"]["ipsec"]["connections"] for each in (running, found))
     assert after_it[: len(before)] == before
     assert [ipsec.name_of(each) for each in after_it] == ["isthmus-onprem", "isthmus-onprem_2"]
+
+
+def test_a_change_that_interrupts_a_running_pair_is_told() -> None:
+    interrupted = (
+        "gateways of site onprem: nothing passes its tunnels from when the first gateway at the ends of each has the "
+        "change until the second one has it"
+    )
+    running = changed(**ON)
+    assert "gateways of site onprem: new, o1 (198.18.1.1), for 198.18.1.0/24" in running.changes
+    assert changed(running, **ON).changes == ()
+    wider = changed(running, **site("onprem", networks=["198.18.1.0/24", "198.18.7.0/24"]))
+    assert wider.changes == (
+        "gateways of site onprem: o1 (198.18.1.1), for 198.18.1.0/24, 198.18.7.0/24 "
+        "(was o1 (198.18.1.1), for 198.18.1.0/24)",
+        interrupted,
+    )
+    another = changed(running, **site("onprem", gateways=[{"host": "o2"}]))
+    assert another.changes[1:] == (interrupted,)
+    second = changed(running, **site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}]))
+    assert second.changes == (
+        "gateways of site onprem: o1 (198.18.1.1), o2 (198.18.1.2), for 198.18.1.0/24 "
+        "(was o1 (198.18.1.1), for 198.18.1.0/24)",
+    ), "that interrupts nothing"
+    swapped = changed(second, **site("onprem", gateways=[{"host": "o2"}, {"host": "o1"}]))
+    assert swapped.changes[1:] == (interrupted,)
+    off = changed(running, sites=SITES)
+    assert "gateways of site onprem: removed (was o1 (198.18.1.1), for 198.18.1.0/24)" in off.changes
+    assert changed(after(off, len(off.steps)), sites=SITES).changes == ()
+
+
+@pytest.mark.parametrize(
+    ("gateways", "words"),
+    [
+        ({"onprem": {"gateways": ["o1 (198.18.1.1)"]}}, r"gateways\.onprem\.networks is missing"),
+        ({"onprem": {"gateways": [1], "networks": []}}, r"gateways\.onprem\.gateways is not a list of strings"),
+        (["onprem"], r"gateways is not an object"),
+    ],
+)
+def test_a_record_whose_gateways_are_damaged_is_refused(gateways: Any, words: str) -> None:
+    record = dict(changed(**ON).record)
+    record["roster"] = {**record["roster"], "gateways": gateways}
+    with pytest.raises(RecordError, match=words):
+        merge([record])
 
 
 def test_one_of_two_gateways_that_is_forgotten_leaves_the_other() -> None:
