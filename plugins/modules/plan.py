@@ -235,6 +235,13 @@ routers:
   returned: success
   type: list
   elements: str
+host_routes:
+  description:
+    - The routes of protocol 73 that the agents set on hosts by themselves when all steps are done, a line for each site
+      and what it has with another one, ranges in as few as possible.
+  returned: success
+  type: list
+  elements: str
 gateways:
   description: For each gateway of a site that is not ours, what its engineer sets for the tunnel, a line each.
   returned: success

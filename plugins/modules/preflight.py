@@ -114,6 +114,16 @@ ipsec:
   description: Whether the host had a part in tunnels between gateways of sites, or has something left of it.
   returned: success
   type: bool
+tunnels:
+  description:
+    - On a gateway those hosts that are gateways of other sites, with which it is to have tunnels, where it has had no
+      part in a tunnel with that site so far, each with the address at which it is reached.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - host: cloud-1
+      address: 203.0.113.7
 fsync:
   description:
     - How long durable writes take on the file system that will hold etcd's data, in milliseconds. V(none) where no
@@ -203,7 +213,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings, strangers
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec, openings, strangers
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import (
     IPSEC_OVERHEAD,
     IPSEC_PORTS,
@@ -636,7 +646,8 @@ def main():
     arch = platform.machine()
     installed = installed_spec()
     moves = installed is None or place(installed) != place(spec)
-    joins = moves or ways(installed) != ways(spec)
+    begun = ipsec.begun(spec, installed or {})
+    joins = moves or ways(installed) != ways(spec) or bool(begun)
     problems, doubts, syncs, walls = system_problems(module), [], None, []
     ours = firewall.MANAGED if module.params["firewall"] == "managed" else ()
     if os.geteuid() == 0:
@@ -705,6 +716,7 @@ def main():
         "fsync": syncs,
         "underlay_mtu": link.get("mtu"),
         "ipsec": gateways.left(),
+        "tunnels": [ipsec.other_end(one) for one in begun if one["ours"]],
         "kubernetes": kubernetes_facts(module, spec),
         "bgp": frr.ours(),
     }

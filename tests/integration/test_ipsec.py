@@ -6,6 +6,7 @@ there."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import listener
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets as packets_of
 from bpf.topology import PATIENCE, wait_for
 from integration import kernel_devices
 from integration.module_runner import ModuleFailed, run_module
@@ -504,6 +507,36 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         assert "ipsec" not in net[name].run("ip", "link").stdout
         assert net[name].run("ip", "route", "show", "table", "220", check=False).stdout == ""
         assert net[name].xfrm() == ("", "")
+
+
+_QUESTION = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets
+for port in (500, 4500):
+    print(port, packets.returned(sys.argv[2], sys.argv[3], port, 2))
+"""
+
+
+def test_a_third_gateway_asks_one_whose_strongswan_has_the_ports_and_tunnels_stay(net: Net) -> None:
+    """Before it has a tunnel of its own. What preflight asks is answered beside strongSwan, which it does not harm."""
+    found = with_pair()
+    certificates(net, found)
+    net.apply(found)
+    wait_for(lambda: established(net), "the tunnel", 15)
+    wait_for(lambda: net["o1"].echo("c1", 1400) == "", "packets through the tunnel", 15)
+    third = "203.0.113.1"
+    net.router.run("ip", "addr", "add", f"{third}/32", "dev", "lo")
+    before = numbers(net["o1"])
+    wanted = {"host": "o1", "seconds": 60 * PATIENCE, "tcp": [], "udp": [500, 4500]}
+    question = (sys.executable, "-c", _QUESTION, str(Path(packets_of.__file__).parents[5]), third, ADDRESSES["o1"])
+    with subprocess.Popen(net["o1"].words(sys.executable, "-I", listener.__file__, json.dumps(wanted))) as process:
+        try:
+            wait_for(lambda: net.router.run(*question, check=False).stdout == "500 o1\n4500 o1\n", "answers", 15)
+        finally:
+            process.kill()
+    assert numbers(net["o1"]) == before
+    assert net["o1"].echo("c1", 1400) == ""
 
 
 def test_pre_shared_keys_and_what_is_said_when_the_sides_differ(net: Net) -> None:

@@ -58,6 +58,8 @@ WORDS = {
     Stage.DEMANDS: "through the gateways, and nothing otherwise",
 }
 
+_IDENTITY = "isthmus-ipsec-"
+
 Complaint = Callable[[str, str, str, str], None]
 """Takes a problem: where, what, why, what to do next."""
 
@@ -74,7 +76,7 @@ class Gateway:
     @property
     def identity(self) -> str:
         """In IKE, and in its certificate."""
-        return f"isthmus-ipsec-{self.host}"
+        return f"{_IDENTITY}{self.host}"
 
 
 @dataclass(frozen=True)
@@ -444,6 +446,19 @@ def senders(own: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     """What a host, by its spec as JSON, lets in for IKE and ESP: protocol, port, source address."""
     found = _connections(own.get("ipsec"))
     return sorted(("udp", port, str(one["remote"])) for one in found for port in IPSEC_PORTS)
+
+
+def begun(own: Mapping[str, Any], before: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Connections of a gateway, by its spec as JSON, with sites of which it had no tunnel `before` (another spec, or
+    nothing), neither of its own nor over another gateway of its site. With others the rules of netfilter let nothing
+    but IKE through beside the tunnel."""
+    known = (before.get("ipsec") or {}).get("far", ())
+    return [one for one in _connections(own.get("ipsec")) if one["site"] not in known]
+
+
+def other_end(connection: Mapping[str, Any]) -> dict[str, str]:
+    """The gateway of ours on the other side: its `host`, and the `address` at which it is reached."""
+    return {"host": connection["remote_id"][len(_IDENTITY) :], "address": connection["remote"]}
 
 
 # What strongSwan and netfilter get

@@ -13,7 +13,14 @@ from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
 from .ipsec import GATEWAY, Ipsec
 from .openings import Documents, Opening, between, is_in_cluster, pods_at, wireguard_ports
 from .routing import AUTO, NATIVE, TUNNEL
-from .spec import IPSEC_OVERHEAD, IPSEC_PORTS, OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, through_gateways
+from .spec import (
+    IPSEC_OVERHEAD,
+    IPSEC_PORTS,
+    OVERLAY_OVERHEAD,
+    WIREGUARD_DEVICES,
+    WIREGUARD_OVERHEAD,
+    through_gateways,
+)
 
 UNDERLAY_MTU = 1500
 """Bytes; of an underlay that nobody has measured."""
@@ -237,6 +244,39 @@ def route_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
             told.append(f"routers of {site}: {route['to']} {hop} ({route['why']})")
         if len(those) > _MOST_LINES:
             told.append(f"routers of {site}: and {len(those) - _MOST_LINES} more, in `routes` of isthmus.mesh.plan")
+    return told
+
+
+def host_routes(
+    found: Sequence[Mapping[str, Any]], documents: Documents, ipsec: Ipsec, ipsec_ways: Ways, keys: Keys
+) -> list[str]:
+    """A line for each site of the first hundred of `rows`: what its hosts' agents set by themselves when all steps are
+    done, with these keys. Of ranges the workloads': pods of Kubernetes nodes are led as these."""
+    told = []
+    for row in found[:_MOST_LINES]:
+        over = "isthmus0"
+        if row["routing"] == NATIVE:
+            over = "the way to each host's underlay address"
+            if row["encryption"] == "wireguard":
+                over = WIREGUARD_DEVICES[keys.number]
+        elif row["routing"] == AUTO:
+            over += ", or as packets to the hosts go when that is proven"
+        one, other = row["sites"]
+        for here, there in dict.fromkeys(((one, other), (other, one))):
+            entries = (entry for document in documents.values() for entry in document["hosts"].values())
+            ranges = collapse_addresses(IPv4Network(entry["range4"]) for entry in entries if entry["site"] == there)
+            listed = _listed([str(network) for network in ranges])
+            if listed:
+                why = f"workloads of {'each other' if here == there else f'hosts of {there}'}"
+                told.append(f"hosts of {here}: {listed} over {over}, in tables main and 730 ({why})")
+            near, far = ipsec.sites.get(here), ipsec.sites.get(there)
+            if near is None or far is None or not near.gateways or not _taken(ipsec_ways, (one, other))[1][-1]:
+                continue
+            told.append(
+                f"hosts of {here}: {_listed([str(network) for network in far.networks])} via "
+                f"{near.gateways[0].underlay}, in table 736 (networks of {there} behind the gateways); on the gateway "
+                "itself into the tunnel, in strongSwan's table 220"
+            )
     return told
 
 

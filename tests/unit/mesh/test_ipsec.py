@@ -354,6 +354,24 @@ def test_the_matrix_has_the_smaller_mtu_and_the_gateways_ports() -> None:
     assert not any(port == 4500 for _protocol, port, _source in openings.rules(found.specs["o2"], found.record))
 
 
+def test_gateways_begin_with_sites_of_which_they_had_no_tunnel_before() -> None:
+    before = changed()
+    found = changed(before, **ON)
+    gateway, other = found.specs["c1"], found.specs["o1"]
+    (connection,) = ipsec.begun(gateway, before.specs["c1"])
+    assert ipsec.begun(gateway, {}) == [connection]
+    assert ipsec.other_end(connection) == {"host": "o1", "address": "198.18.1.1"}
+    assert [ipsec.other_end(one)["host"] for one in ipsec.begun(other, before.specs["o1"])] == ["c1"]
+    assert ipsec.begun(gateway, gateway) == []
+    assert {("udp", 500), ("udp", 4500)} <= set(openings.listens(gateway))
+    assert not {("udp", 500), ("udp", 4500)} & set(openings.listens(before.specs["c1"]))
+    # A second gateway of a site that has a tunnel: what it sends goes over the first one.
+    two = changed(after(found, 2), **site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}]))
+    assert two.specs["o2"]["ipsec"]["connections"]
+    assert ipsec.begun(two.specs["o2"], found.steps[-1].specs["o2"]) == []
+    assert ipsec.begun(two.specs["c1"], found.steps[-1].specs["c1"]) == []
+
+
 def test_a_gateway_that_is_not_ours_is_told_to_its_engineer() -> None:
     found = model({**estate(), **PEER}, {**hosts()})
     (words,) = ipsec.other_sides(found.ipsec)

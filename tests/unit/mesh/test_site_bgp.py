@@ -53,6 +53,10 @@ def test_each_host_of_the_site_announces_its_range_and_the_plan_says_what_to_set
         "198.18.1.1 (AS 65101, o1) with 10.101.0.0/28; 198.18.1.2 (AS 7, o2) with 10.101.0.16/28; "
     )
     assert "lies in 10.101.0.0/16, 10.102.0.0/16" in line
+    assert line.endswith(
+        ". Open: TCP 179 here from each of them, which connect; UDP 3784 here from each, and on each of them from "
+        "198.18.1.254."
+    )
     specs = planned(model({**estate(), "routing": "native"})).specs
     assert found.specs == specs, "the agent has no part in it"
     again = changed(
@@ -86,6 +90,7 @@ def test_a_rack_has_its_own_router() -> None:
     assert found.bgp.hosts["o3"]["as_number"] == 65101
     told = bgp.lines(found.bgp.routers)
     assert ["o3" in line for line in told] == [False, True]
+    assert all(line.endswith(". Open: TCP 179 here from each of them, which connect.") for line in told), "without BFD"
     alone = {"o1": rack, "o2": rack, "o3": rack}
     assert len(bgp.lines(changed(onprem={"as_number": 65101}, more=alone).bgp.routers)) == 1
 

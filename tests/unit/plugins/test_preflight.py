@@ -601,6 +601,29 @@ def test_hosts_are_asked_again_when_encryption_is_turned_on_or_off() -> None:
     assert preflight.openings.listens(ENCRYPTING)[:2] == [("udp", 8472), ("udp", 51871)]
 
 
+TUNNEL = {"site": "b", "remote": "192.0.2.9", "remote_id": "isthmus-ipsec-b1", "ours": True}
+FOREIGN = {"site": "c", "remote": "192.0.2.8", "remote_id": "192.0.2.8", "ours": False}
+
+
+def with_tunnels(*connections: dict[str, Any]) -> dict[str, Any]:
+    far = {one["site"]: {"stage": "accepts", "networks": []} for one in connections}
+    return {**SPEC, "ipsec": {"far": far, "connections": list(connections)}}
+
+
+def test_a_gateway_is_asked_on_ipsecs_ports_before_its_first_tunnel_with_a_site(host: Host) -> None:
+    """One that is not ours answers no question."""
+    spec = with_tunnels(TUNNEL, FOREIGN)
+    for installed, joins, tunnels in (
+        (SPEC, True, [{"host": "b1", "address": "192.0.2.9"}]),
+        (with_tunnels(FOREIGN), True, [{"host": "b1", "address": "192.0.2.9"}]),
+        (with_tunnels(TUNNEL), True, []),
+        (spec, False, []),
+    ):
+        host.member_of(installed)
+        found = host.run(spec=spec)
+        assert (found["joins"], found["tunnels"]) == (joins, tunnels), installed.get("ipsec")
+
+
 @pytest.mark.parametrize(
     ("spec", "kernel_has_it", "missing"),
     [
