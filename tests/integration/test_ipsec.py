@@ -198,6 +198,19 @@ class Machine:
         (chain,) = re.findall(r"chain leaves \{(.*?)\n\t\}", self.run("nft", "list", "ruleset").stdout, re.DOTALL)
         return sum(map(int, re.findall(r"counter packets (\d+) bytes \d+ drop", chain)))
 
+    def strangers(self) -> int:
+        """Packets of ESP that came for a tunnel that the machine had not yet, or no more."""
+        if KERNEL:
+            (line,) = re.findall(
+                r"^XfrmInNoStates\s+(\d+)", self.run("cat", "/proc/net/xfrm_stat").stdout, re.MULTILINE
+            )
+            return int(line)
+        return self.log().count("inbound ESP packet does not belong to an installed SA")
+
+    def log(self) -> str:
+        """What strongSwan said."""
+        return self.run("cat", "/run/charon.log").stdout
+
     def tunnel(self) -> bool:
         return "INSTALLED" in self.run("swanctl", "--list-sas", check=False).stdout
 
@@ -331,7 +344,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
             one.run("ip", "route", "add", "default", "via", ROUTER[prefix])
         for name in GATEWAYS:
             settings = made[name].place / "upper" / "strongswan.d"
-            log = "charon-systemd {\n  filelog {\n    log {\n      path = /run/charon.log\n      default = 1\n"
+            log = "charon-systemd {\n  filelog {\n    log {\n      path = /run/charon.log\n      default = 1\n      esp = 2\n"
             made[name].run("mkdir", "-p", "/etc/strongswan.d")
             made[name].run(
                 "sh", "-c", f"printf '{log}      flush_line = yes\n    }}\n  }}\n}}\n' > /etc/strongswan.d/t.conf"
@@ -531,7 +544,12 @@ def said(one: Machine, words: str) -> bool:
     return bool(wait_for(found, words, 20))
 
 
-# Slow: ESP in user space loses packets on a machine that has other work, and this one counts them.
+ANEW = 20
+"""Packets of 200 a second that a tunnel may cost that is made beside the one that is there, and takes its place: 0.1 s
+(docs/ipsec.md)."""
+
+
+# Slow: it makes nine tunnels, one after the other.
 @pytest.mark.slow
 def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net) -> None:
     """What strongSwan does by itself every hour, every 4 hours and every day, and what a run does with a certificate
@@ -548,6 +566,15 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
         now = numbers(net[host])
         return len(now) == 2 and now[which] != before[which]
 
+    def strangers() -> int:
+        return sum(net[name].strangers() for name in names)
+
+    def in_turn(old: str, new: str) -> bool:
+        """The one tunnel was there when the other one went."""
+        log, name = net["c1"].log(), names["c1"]
+        there, gone = log.find(f"IKE_SA {name}[{new}] established"), log.find(f"deleting IKE_SA {name}[{old}]")
+        return 0 < there < gone
+
     with net.capture() as wire:
         with net["o2"].stream("c2") as counted:
             for host, words, which in (
@@ -555,7 +582,6 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
                 ("c1", ("--child", "net"), 1),
                 ("o1", ("--ike", names["o1"]), 0),
                 ("c1", ("--ike", names["c1"]), 0),
-                ("c1", ("--ike", names["c1"], "--reauth"), 0),
             ):
                 before = numbers(net[host])
                 assert len(before) == 2, before
@@ -563,19 +589,28 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
                 wait_for(partial(renewed, host, which, before), f"{host}: {words}", 15)
         sent, lost = counted
         assert sent > 200
-        assert lost == 0, f"{lost} of {sent} packets"
+        assert (lost, strangers()) == (0, 0), f"of {sent} packets"
 
-        (old, _child) = numbers(net["c1"])
-        certificates(net, found)
-        for host in names:
-            assert net[host].apply(net[host].spec)["changed"]
-        wait_for(partial(renewed, "c1", 0, [old]), "a tunnel with the new certificates", 15)
-        (new, _child) = numbers(net["c1"])
-        log = net["c1"].run("cat", "/run/charon.log").stdout
-        assert 0 < log.find(f"{names['c1']}[{new}] established") < log.find(f"deleting IKE_SA {names['c1']}[{old}]")
-        assert net["o2"].echo("c2") == ""
-        net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
-        wait_for(partial(renewed, "c1", 0, [new]), "and it is made anew with them", 15)
+        def authenticate() -> None:
+            net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
+
+        def renew() -> None:
+            certificates(net, found)
+            for host in names:
+                assert net[host].apply(net[host].spec)["changed"]
+
+        for what in (authenticate, renew, authenticate):
+            (old, _child) = numbers(net["c1"])
+            before = strangers()
+            with net["o2"].stream("c2") as counted:
+                what()
+                wait_for(partial(renewed, "c1", 0, [old]), f"another tunnel: {what.__name__}", 15)
+            (new, _child) = numbers(net["c1"])
+            assert in_turn(old, new), what.__name__
+            sent, lost = counted
+            print(f"{what.__name__}: {lost} of {sent} packets lost")
+            assert lost <= ANEW, f"{what.__name__}: of {sent} packets"
+            assert lost == strangers() - before, "none is lost in another way"
         assert net["o2"].echo("c2") == ""
     assert (packets(wire, "icmp"), beside(wire)) == (0, []), "in clear"
 
