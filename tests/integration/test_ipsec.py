@@ -344,7 +344,8 @@ def net(tmp_path: Path) -> Iterator[Net]:
             one.run("ip", "route", "add", "default", "via", ROUTER[prefix])
         for name in GATEWAYS:
             settings = made[name].place / "upper" / "strongswan.d"
-            log = "charon-systemd {\n  filelog {\n    log {\n      path = /run/charon.log\n      default = 1\n      esp = 2\n"
+            levels = "default = 1\n      esp = 2\n"
+            log = f"charon-systemd {{\n  filelog {{\n    log {{\n      path = /run/charon.log\n      {levels}"
             made[name].run("mkdir", "-p", "/etc/strongswan.d")
             made[name].run(
                 "sh", "-c", f"printf '{log}      flush_line = yes\n    }}\n  }}\n}}\n' > /etc/strongswan.d/t.conf"
