@@ -155,15 +155,20 @@ class Gateway:
 
     def interfaces(self) -> bool:
         """Those of ESP in the kernel, made when strongSwan begins; in user space it makes its device itself, which has
-        the same name. Answers whether strongSwan has to begin anew."""
+        the same name. And the unit's drop-in. Answers whether strongSwan has to begin anew."""
         unit = units.Units.path(strongswan.ROUTES_UNIT)
-        if self.kernel:
+        gateway = "local" in self.own
+        if gateway:
+            self.changes.file(strongswan.BEGIN, ipsec.begin_script(self.connections), mode=0o755)
             self.changes.directory(os.path.dirname(strongswan.DROP_IN))
+        else:
+            self.changes.absent(strongswan.BEGIN)
+        if self.kernel:
             found = [
                 self.changes.file(
                     strongswan.INTERFACES, ipsec.interfaces_script(self.own, strongswan.INTERFACES), mode=0o755
                 ),
-                self.changes.file(strongswan.DROP_IN, drop_in()),
+                self.changes.file(strongswan.DROP_IN, drop_in(kernel=True)),
                 self.changes.file(unit, routes_unit()),
             ]
             if any(found) and not self.module.check_mode:
@@ -174,9 +179,14 @@ class Gateway:
             self.systemd.run("disable", "--now", "--quiet", strongswan.ROUTES_UNIT)
         if os.path.exists(strongswan.INTERFACES) and not self.module.check_mode:
             self.module.run_command([strongswan.INTERFACES, "end"])
-        found = [self.changes.absent(path) for path in (strongswan.DROP_IN, unit, strongswan.INTERFACES)]
+        found = [
+            self.changes.file(strongswan.DROP_IN, drop_in(kernel=False))
+            if gateway
+            else self.changes.absent(strongswan.DROP_IN),
+            *(self.changes.absent(path) for path in (unit, strongswan.INTERFACES)),
+        ]
         if any(found) and not self.module.check_mode:
-            with contextlib.suppress(OSError):  # others' settings of the unit are there
+            with contextlib.suppress(OSError):  # settings of the unit are there, ours or others'
                 os.rmdir(os.path.dirname(strongswan.DROP_IN))
             self.systemd.run("daemon-reload")
         return any(found)
@@ -243,7 +253,8 @@ class Gateway:
 def left() -> bool:
     """Whether there is anything here that `apply` made."""
     own = (strongswan.ROUTES_UNIT, strongswan.GUARD_UNIT, strongswan.KEEPER_UNIT)
-    files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES, strongswan.DROP_IN)
+    files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES)
+    files += (strongswan.BEGIN, strongswan.DROP_IN)
     places = (*files, *(units.Units.path(name) for name in own))
     return any(os.path.lexists(path) for path in places)
 
@@ -352,14 +363,15 @@ def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
             )
 
 
-def drop_in() -> str:
-    """For strongSwan's unit: its interfaces are there while it is, as its device in user space would be."""
+def drop_in(kernel: bool) -> str:
+    """For strongSwan's unit: the tunnels are asked for when it has read its connections; and where the `kernel` does
+    ESP its interfaces are there while it is, as its device in user space would be."""
+    begin, end = f"ExecStartPre=-{strongswan.INTERFACES} begin\n", f"ExecStopPost=-{strongswan.INTERFACES} end\n"
     return f"""\
 # Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
 [Service]
-ExecStartPre=-{strongswan.INTERFACES} begin
-ExecStopPost=-{strongswan.INTERFACES} end
-"""
+{begin if kernel else ""}ExecStartPost=-{strongswan.BEGIN}
+{end if kernel else ""}"""
 
 
 def routes_unit() -> str:

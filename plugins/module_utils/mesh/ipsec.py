@@ -507,7 +507,7 @@ def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int], kerne
         f"remote_ts = {','.join(one['remote_networks'])}",
         f"esp_proposals = {ESP_PROPOSAL}",
         f"rekey_time = {REKEY_CHILD}s",
-        f"start_action = {'start' if one['begins'] else 'none'}",
+        "start_action = none",
         f"dpd_action = {'restart' if one['begins'] else 'clear'}",
         f"close_action = {'start' if one['begins'] else 'none'}",
         *(_of_interfaces(one) if kernel else []),
@@ -537,6 +537,15 @@ def _of_interfaces(one: Mapping[str, Any]) -> list[str]:
     mark of strongSwan's own: the route to the other gateway would lead into the tunnel too."""
     comes = SECOND_DEVICE if one.get("number", 1) > 1 else DEVICE
     return [f"if_id_in = {IF_IDS[comes]}", f"if_id_out = {IF_IDS[DEVICE]}", f"set_mark_out = {MARK:#x}"]
+
+
+def begin_script(connections: Iterable[Mapping[str, Any]]) -> str:
+    """What asks for the tunnels when strongSwan begins, and waits for none. Not strongSwan by `start_action`: of a
+    connection with that it ends the tunnels before it takes others of its certificates."""
+    lines = [
+        f"swanctl --initiate --child net --ike {name_of(one)} --timeout -1" for one in connections if one["begins"]
+    ]
+    return "\n".join(["#!/bin/sh", f"{_HEADER}PATH=/usr/sbin:/usr/bin:/sbin:/bin", *lines]) + "\n"
 
 
 def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> str | None:

@@ -429,7 +429,8 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
         "    proposals = aes256gcm16-prfsha384-ecp384",
         "        local_ts = 198.18.1.0/24",
         "        remote_ts = 198.18.2.0/24",
-        "        start_action = start",
+        "        start_action = none",
+        "        close_action = start",
         "    keyingtries = 0",
     ):
         assert line in text.splitlines()
@@ -444,7 +445,15 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
     passive = ipsec.swanctl_conf(certified)
     assert "cacerts = isthmus-cloud.pem\n" in passive
     assert "cacerts = isthmus-cloud.pem,isthmus-cloud.1.pem\n" in ipsec.swanctl_conf(certified, {"cloud": 2})
-    assert "start_action = none" in passive
+    assert "close_action = none" in passive
+
+
+def test_the_end_that_begins_asks_for_its_tunnels_when_strongswan_begins() -> None:
+    found = changed(**ON).specs
+    assert "swanctl" not in ipsec.begin_script(found["o1"]["ipsec"]["connections"])
+    assert ipsec.begin_script(found["c1"]["ipsec"]["connections"]).splitlines()[-1] == (
+        "swanctl --initiate --child net --ike isthmus-onprem --timeout -1"
+    )
 
 
 def test_with_esp_in_the_kernel_each_of_two_tunnels_has_its_own_way_in() -> None:
