@@ -46,6 +46,7 @@ from .ipsec import read as read_ipsec
 from .routing import AUTO, NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
 from .vpc import Vpcs
+from .vpc import claims as claims_of_vpcs
 from .vpc import read as read_vpcs
 
 
@@ -247,7 +248,7 @@ class Model:
     `masquerade`: sites whose hosts give packets of workloads that leave the mesh their own address. `closed`: sites
     with `inbound: false`, to which nobody outside opens anything. `entries`: inventory hosts that stand for a cluster
     whose control plane is in it, by cluster: no part of the mesh. `networks`: what sites say of their own, behind their
-    gateways.
+    gateways and in their VPCs.
     """
 
     name: str
@@ -273,7 +274,7 @@ class Model:
 
     def digest(self) -> str:
         """sha256 in hex of all that the model says; warnings and the ways to APIs do not count."""
-        # What networks are, `ipsec` says.
+        # What networks there are, `ipsec` and `vpcs` say.
         content = {key: value for key, value in asdict(self).items() if key not in ("warnings", "entries", "networks")}
         # An estate without Kubernetes has the digest that it had before there was such a thing.
         for part, key in (
@@ -296,6 +297,9 @@ class Model:
             del content["encryption"]
         elif not self.encryption.sites:
             del content["encryption"]["sites"]
+        for entry in content["vpcs"]["sites"].values():
+            if not entry["ranges"]:
+                del entry["ranges"]
         if self.vpcs == Vpcs():
             del content["vpcs"]
         if self.routing == Routing():
@@ -403,7 +407,7 @@ class _Reader:
         ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"], read_hosts)
-        networks = tuple(sorted(set(claims_of_ipsec(top))))
+        networks = tuple(sorted({*claims_of_ipsec(top), *claims_of_vpcs(top)}))
         self.ranges(clusters, read_hosts, reserved, networks)
         services = self.services(top, clusters, read_hosts)
         if self.problems:

@@ -409,6 +409,77 @@ def test_what_only_the_record_knows_is_not_behind_a_gateway() -> None:
     planned(the_model, before)
 
 
+# VPCs
+
+
+def vpc(*ranges: str, network: str = "vpc-1", **more: Any) -> dict[str, Any]:
+    return {"vpc": {"provider": "aws", "network": network, "manage": ["routes"], "ranges": list(ranges)}, **more}
+
+
+V = "isthmus_estate.sites.{}.vpc.ranges"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            declare(cloud=vpc("10.101.0.0/20")),
+            f"{V.format('cloud')}: 10.101.0.0/20 and 10.101.0.0/16 ({C}.onprem.workload_ranges) overlap: they share "
+            "4096 addresses (10.101.0.0/20). Why: packets to what is there would be sent into the mesh. Next: cluster "
+            "onprem would have to be removed and added anew with 10.103.0.0/16 in place of 10.101.0.0/16",
+        ),
+        (
+            declare(cloud=vpc("10.112.0.0/15")),
+            "Until then leave range 10.112.0.0/15 of the VPC of site cloud out of the inventory.",
+        ),
+        (
+            declare(cloud=vpc("172.31.0.0/16"), office=appliance("172.31.4.0/24")),
+            f"{N.format('office')}: 172.31.4.0/24 and 172.31.0.0/16 ({V.format('cloud')}) overlap: they share 256 "
+            "addresses (172.31.4.0/24). Why: a packet goes to one place. Next: renumber what is behind the gateways of "
+            f"site office: 172.16.0.0/24 instead of 172.31.4.0/24 in {N.format('office')}; no host of the mesh is in "
+            "it. Until then leave range 172.31.0.0/16 of the VPC of site cloud out of the inventory.",
+        ),
+        (
+            declare(cloud=vpc("172.31.0.0/16"), office=appliance("172.30.0.0/15")),
+            f"Next: write 172.30.0.0/16 instead of 172.30.0.0/15 in {N.format('office')}: then range 172.31.0.0/16 of "
+            "the VPC of site cloud is not behind the gateways of site office.",
+        ),
+    ],
+)
+def test_ranges_of_vpcs_are_apart_from_the_mesh_and_from_other_sites(edit: Edit, words: str) -> None:
+    messages = refusal(edit, recorded())
+    assert [words in message for message in messages] == [True], messages
+
+
+def test_a_vpc_holds_its_hosts_its_vpn_and_what_a_cni_deals_from_it() -> None:
+    the_estate, the_hosts = with_kubernetes()
+    declare(
+        cloud=vpc("198.18.0.0/15", **gateway("c1", "198.18.2.0/24")),
+        hall=vpc(network="vpc-1", **appliance("198.19.0.0/24")),
+        kube=vpc("10.244.0.0/15", "10.96.0.0/16", network="vpc-2"),
+        other=vpc("198.19.128.0/17", network="vpc-3"),
+    )(the_estate, the_hosts)
+    the_estate["reserved_ranges"] = [{"name": "subnet", "range": "198.19.7.0/24"}]
+    the_model = model(the_estate, the_hosts)
+    found = address_plan(the_model, recorded(planned(the_model)), NOW, new=NewCluster("fresh", 3))
+    assert (found["problems"], found["overlaps"]) == ([], [])
+    assert ("198.18.0.0/15", "VPC", "cloud", 7) in {
+        tuple(one[key] for key in ("range", "kind", "owner", "used")) for one in found["ranges"]
+    }
+    the_estate["sites"]["onprem"] = vpc("10.103.0.0/16", "10.105.0.0/16", "10.115.0.0/16", network="vpc-4")
+    proposal = address_plan(model(the_estate, the_hosts), Record(), NOW, new=NewCluster("fresh", 3))["new_cluster"]
+    assert (proposal["workload_ranges"], proposal["service_range"]) == (["10.106.0.0/25"], "10.116.0.0/22")
+    # At another site's VPC pods are astray, and so is another site's VPN in a VPC that is not its own.
+    the_estate["sites"]["kube"], the_estate["sites"]["hall"] = {}, vpc(network="vpc-9", **appliance("198.19.0.0/24"))
+    the_estate["sites"]["other"] = vpc("10.244.0.0/15", network="vpc-3")
+    with pytest.raises(ModelError) as caught:
+        model(the_estate, the_hosts)
+    assert [problem.where for problem in caught.value.problems] == [
+        f"{C}.kube.kubernetes.pod_ranges",
+        N.format("hall"),
+    ]
+
+
 # A new cluster
 
 NETWORKS = st.integers(8, 28).flatmap(
