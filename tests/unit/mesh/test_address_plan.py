@@ -26,7 +26,18 @@ from isthmus_mesh.address_plan import (
     read_new_cluster,
     with_fixes,
 )
-from isthmus_mesh.addressing import HOST, RESERVED, SERVICES, WORKLOADS, Claim, count_free, free_subnets, overlaps
+from isthmus_mesh.addressing import (
+    HOST,
+    RESERVED,
+    SERVICES,
+    VPC,
+    VPN,
+    WORKLOADS,
+    Claim,
+    count_free,
+    free_subnets,
+    overlaps,
+)
 from isthmus_mesh.model import Model, ModelError, read_model
 from isthmus_mesh.planner import Plan
 from isthmus_mesh.record import Record, merge
@@ -416,7 +427,7 @@ def vpc(*ranges: str, network: str = "vpc-1", **more: Any) -> dict[str, Any]:
     return {"vpc": {"provider": "aws", "network": network, "manage": ["routes"], "ranges": list(ranges)}, **more}
 
 
-V = "isthmus_estate.sites.{}.vpc.ranges"
+IN_VPC = "isthmus_estate.sites.{}.vpc.ranges"
 
 
 @pytest.mark.parametrize(
@@ -424,8 +435,8 @@ V = "isthmus_estate.sites.{}.vpc.ranges"
     [
         (
             declare(cloud=vpc("10.101.0.0/20")),
-            f"{V.format('cloud')}: 10.101.0.0/20 and 10.101.0.0/16 ({C}.onprem.workload_ranges) overlap: they share "
-            "4096 addresses (10.101.0.0/20). Why: packets to what is there would be sent into the mesh. Next: cluster "
+            f"{IN_VPC.format('cloud')}: 10.101.0.0/20 and 10.101.0.0/16 ({C}.onprem.workload_ranges) overlap: they "
+            "share 4096 addresses (10.101.0.0/20). Why: packets to what is there would be sent into the mesh. Next: cluster "
             "onprem would have to be removed and added anew with 10.103.0.0/16 in place of 10.101.0.0/16",
         ),
         (
@@ -434,7 +445,7 @@ V = "isthmus_estate.sites.{}.vpc.ranges"
         ),
         (
             declare(cloud=vpc("172.31.0.0/16"), office=appliance("172.31.4.0/24")),
-            f"{N.format('office')}: 172.31.4.0/24 and 172.31.0.0/16 ({V.format('cloud')}) overlap: they share 256 "
+            f"{N.format('office')}: 172.31.4.0/24 and 172.31.0.0/16 ({IN_VPC.format('cloud')}) overlap: they share 256 "
             "addresses (172.31.4.0/24). Why: a packet goes to one place. Next: renumber what is behind the gateways of "
             f"site office: 172.16.0.0/24 instead of 172.31.4.0/24 in {N.format('office')}; no host of the mesh is in "
             "it. Until then leave range 172.31.0.0/16 of the VPC of site cloud out of the inventory.",
@@ -495,7 +506,9 @@ NETWORKS = st.integers(8, 28).flatmap(
         )
     )
 )
-CLAIMS = st.lists(st.tuples(NETWORKS, st.sampled_from([WORKLOADS, SERVICES, RESERVED, HOST])), max_size=40).map(
+CLAIMS = st.lists(
+    st.tuples(NETWORKS, st.sampled_from([WORKLOADS, SERVICES, RESERVED, VPN, VPC, HOST])), max_size=40
+).map(
     lambda drawn: [
         Claim(IPv4Network(network.network_address) if kind == HOST else network, f"{number}", kind, f"owner {number}")
         for number, (network, kind) in enumerate(drawn)
