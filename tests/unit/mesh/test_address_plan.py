@@ -436,8 +436,8 @@ IN_VPC = "isthmus_estate.sites.{}.vpc.ranges"
         (
             declare(cloud=vpc("10.101.0.0/20")),
             f"{IN_VPC.format('cloud')}: 10.101.0.0/20 and 10.101.0.0/16 ({C}.onprem.workload_ranges) overlap: they "
-            "share 4096 addresses (10.101.0.0/20). Why: packets to what is there would be sent into the mesh. Next: cluster "
-            "onprem would have to be removed and added anew with 10.103.0.0/16 in place of 10.101.0.0/16",
+            "share 4096 addresses (10.101.0.0/20). Why: packets to what is there would be sent into the mesh. Next: "
+            "cluster onprem would have to be removed and added anew with 10.103.0.0/16 in place of 10.101.0.0/16",
         ),
         (
             declare(cloud=vpc("10.112.0.0/15")),
