@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING, Any
 
+from .addressing import VPN, Claim
 from .encryption import Pair, Stage, pairs
 from .encryption import pair as sorted_pair
 from .schema import INVALID, not_yet, suggestion
@@ -181,8 +182,16 @@ def read(
     for site in used:
         if site in sides:
             _check_hosts(site, sides[site], hosts, problem)
-            _check_networks(site, sides, clusters, problem)
     return Ipsec(sides, tuple(through), {both: said[both] for both in sorted(said)})
+
+
+def claims(top: Mapping[str, Any]) -> Iterator[Claim]:
+    """What is behind the gateways of sites, whether a pair of sites goes through them or not, and also where something
+    else in that section cannot be read."""
+    for site, entry in ({} if top["sites"] in (None, INVALID) else top["sites"]).items():
+        given = entry["ipsec"]
+        for network in () if given in (None, INVALID) or given["networks"] is INVALID else given["networks"]:
+            yield Claim(network, f"isthmus_estate.sites.{site}.ipsec.networks", VPN, site, (site,))
 
 
 def _side(
@@ -326,29 +335,6 @@ def _check_hosts(site: str, side: Side, hosts: Mapping[str, Host], problem: Comp
             "inside the tunnel hosts have their own addresses",
             "remove isthmus_advertise; where others reach the gateway goes into ipsec.gateways[].address",
         )
-
-
-def _check_networks(site: str, sides: Mapping[str, Side], clusters: Mapping[str, Cluster], problem: Complaint) -> None:
-    where = f"isthmus_estate.sites.{site}.ipsec.networks"
-    for network in sides[site].networks:
-        for other in sorted(sides):
-            for far in sides[other].networks if other > site else ():
-                if network.overlaps(far):
-                    problem(
-                        where,
-                        f"{network} and {far} of site {other} overlap",
-                        "a packet goes to one place",
-                        "choose networks that are apart; a longer prefix does not help",
-                    )
-        for cluster in clusters.values():
-            for claim in cluster.claims:
-                if claim.network.overlaps(network):
-                    problem(
-                        where,
-                        f"{network} and {claim.network} ({claim.where}) overlap",
-                        "packets of the mesh are carried between these networks, they have no place in them",
-                        "leave the mesh's ranges out: the tunnel carries its packets all the same",
-                    )
 
 
 def _within(address: IPv4Address, networks: Iterable[IPv4Network]) -> bool:

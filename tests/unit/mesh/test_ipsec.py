@@ -85,7 +85,7 @@ REFUSED = {
     ),
     "overlap": (
         site("onprem", networks=["198.18.0.0/16"]),
-        "sites.cloud.ipsec.networks: 198.18.2.0/24 and 198.18.0.0/16 of site onprem overlap",
+        "sites.cloud.ipsec.networks: 198.18.2.0/24 and 198.18.0.0/16 (isthmus_estate.sites.onprem.ipsec.networks)",
     ),
     "the mesh's own": (
         site("onprem", networks=["198.18.1.0/24", "10.101.4.0/24"]),
