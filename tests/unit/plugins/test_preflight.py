@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -28,6 +29,8 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.listener import UNIT
 from ansible_collections.isthmus.mesh.plugins.modules import preflight
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 HERE = {
     "arch": platform.machine(),
@@ -384,6 +387,33 @@ def test_a_host_of_another_estate_is_told(host: Host) -> None:
     assert "The host is in the mesh of the estate other" in words
     assert "this is the estate lab" in words
     assert "`isthmus.mesh.teardown --limit db-1`" in words
+
+
+def test_what_the_copy_of_a_machine_would_have_is_told_without_the_private_key(host: Host) -> None:
+    """Also beside a problem, so that the run can tell all in one message."""
+    host.monkeypatch.setattr(preflight, "packages_missing", lambda *_arguments: [])
+    path = host.place / "wireguard.key"
+    spec = {**SPEC, "wireguard": {**SECTION, "key": str(path)}}
+    host.member_of({**SPEC, "host": "db-2"})
+    assert [host.run(spec=spec)[key] for key in ("installed", "public_keys")] == ["db-2", {}]
+    secret = base64.b64encode(bytes(range(1, 33))).decode()
+    path.write_text(secret + "\n")
+    public = X25519PrivateKey.from_private_bytes(bytes(range(1, 33))).public_key()
+    found = {str(path): base64.b64encode(public.public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()}
+    for lacking in ([], ["bpf_link"]):
+        host.monkeypatch.setattr(bpfprobe, "missing_features", lambda found=lacking: found)
+        answer = host.run(spec=spec)
+        assert (bool(answer["problems"]), answer["installed"], answer["public_keys"]) == (bool(lacking), "db-2", found)
+        assert secret not in json.dumps(answer)
+    host.monkeypatch.setattr(bpfprobe, "missing_features", list)
+    assert host.run()["public_keys"] == {}, "a key that nothing is encrypted with goes"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"estate": "lab"}', '{"estate": "lab", "host": ["db-2"]}'])
+def test_without_a_specification_a_host_is_no_copy(host: Host, content: str | None) -> None:
+    if content is not None:
+        (host.place / "node.json").write_text(content)
+    assert host.run()["installed"] is None
 
 
 @pytest.mark.parametrize(
