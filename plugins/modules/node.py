@@ -12,6 +12,8 @@ version_added: 1.0.0
 description:
   - Writes the host's specification and its copy of the estate record, the systemd units of the agent, the registrar
     (on etcd hosts), the name server and, where packets are encrypted and the kernel has no WireGuard, C(wireguard-go).
+  - At a boot addresses of the mesh are unreachable from before the network is up until the agent runs, by
+    C(isthmus-boot-routes.service), so that nothing which is for them leaves by the default route.
   - Joins the mesh's names to the host's own resolution.
   - Starts or restarts only what changed, and waits until it is ready. Renewed certificates need no restart.
   - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
@@ -116,10 +118,14 @@ DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 # file. Not the copy of the estate record: what the clusters wrote there since is no less true.
 PARTS = {
     SPEC: ((AGENT,), ""),
+    units.BOOT_ROUTES: ((), ""),
     DNSMASQ: ((DNS,), ""),
     resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
     bundle.CURRENT: ((AGENT, REGISTRAR), ""),
-    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, *units.WIREGUARD)},
+    **{
+        units.Units.path(name): ((name,), "")
+        for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, units.BOOT_ROUTES_UNIT, *units.WIREGUARD)
+    },
     **{units.Units.path(name): ((), "") for name in (BPFFS, DNS_RELOAD)},
 }
 
@@ -171,6 +177,7 @@ def main():
     }
     unit_files = {
         BPFFS: units.bpffs_unit(),
+        units.BOOT_ROUTES_UNIT: units.boot_routes_unit(),
         AGENT: units.agent_unit(agent_config, has_pods),
         REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
         **{unit: config and units.wireguard_unit(config, units.WIREGUARD[unit]) for unit, config in tunnels.items()},
@@ -179,7 +186,7 @@ def main():
         DNS_RELOAD: units.dns_reload_unit(),
         RESOLVED: units.resolved_unit(mesh_address, domain) if found.method == "resolved" else None,
     }
-    wanted = {SPEC: document(spec), DNSMASQ: dnsmasq}
+    wanted = {SPEC: document(spec), units.BOOT_ROUTES: units.boot_routes(spec), DNSMASQ: dnsmasq}
     wanted.update({units.Units.path(name): text for name, text in unit_files.items()})
     if found.method == "file":
         wanted[resolver.RESOLV_CONF] = resolver.joined_file(found.original)
@@ -195,12 +202,15 @@ def main():
     changes.directory(resolver.STATE_DIRECTORY)
     changes.file(SPEC, wanted[SPEC])
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
+    changes.file(units.BOOT_ROUTES, wanted[units.BOOT_ROUTES])
     changes.file(DNSMASQ, dnsmasq)
     runner.write(unit_files)
-    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
+    names = [units.BOOT_ROUTES_UNIT, DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
     names += [unit for unit, config in tunnels.items() if config is not None]
     runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names], names)
 
+    # Any start of another unit would start it too, once it is enabled.
+    runner.running(units.BOOT_ROUTES_UNIT)
     runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)
     if has_registrar:

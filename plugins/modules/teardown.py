@@ -79,7 +79,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
 DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
-PROTOCOL = "73"
+PROTOCOL = units.ROUTE_PROTOCOL
 TABLE = "isthmus"  # of nf_tables, for ip
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
@@ -97,6 +97,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
+    units.BOOT_ROUTES_UNIT,
     *units.WIREGUARD,
     strongswan.GUARD_UNIT,
     strongswan.ROUTES_UNIT,

@@ -272,5 +272,5 @@ def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
 
 
 def test_what_the_agent_marks_as_its_own_is_what_goes() -> None:
-    assert str(network.ROUTE_PROTOCOL) == teardown.PROTOCOL
+    assert str(network.ROUTE_PROTOCOL) == teardown.PROTOCOL == units.ROUTE_PROTOCOL
     assert nftables.TABLE == teardown.TABLE
