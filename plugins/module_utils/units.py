@@ -22,6 +22,8 @@ WIREGUARD = dict(zip(WIREGUARD_UNITS, WIREGUARD_DEVICES))
 """Units of wireguard-go, with the device that each makes."""
 BOOT_ROUTES = "/etc/isthmus/boot-routes"
 BOOT_ROUTES_UNIT = "isthmus-boot-routes.service"
+NETWORKD = "systemd-networkd.service"
+NETWORKD_DROP_IN = "/etc/systemd/networkd.conf.d/isthmus.conf"
 ROUTE_PROTOCOL = "73"
 """Of all our routes and rules (rtnetlink(7))."""
 _MAIN_TABLE = "254"
@@ -338,6 +340,17 @@ NoNewPrivileges=yes
 WantedBy=sysinit.target
 """
     )
+
+
+def networkd_drop_in() -> str:
+    """`NETWORKD_DROP_IN`: systemd-networkd leaves routes alone that it did not make (networkd.conf(5)). It would remove
+    those of `boot_routes` with each link that it sets up, so just before there is a default route."""
+    return _HEADER + "[Network]\nManageForeignRoutes=no\n"
+
+
+def has_networkd(state: Mapping[str, str]) -> bool:
+    """Whether systemd-networkd, of which `Systemd.show` says `state`, sets up links of this host at the next boot."""
+    return state.get("UnitFileState") in ("enabled", "enabled-runtime") or state.get("ActiveState") == "active"
 
 
 def resolved_unit(server: str, domain: str) -> str:

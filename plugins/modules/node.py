@@ -13,7 +13,8 @@ description:
   - Writes the host's specification and its copy of the estate record, the systemd units of the agent, the registrar
     (on etcd hosts), the name server and, where packets are encrypted and the kernel has no WireGuard, C(wireguard-go).
   - At a boot addresses of the mesh are unreachable from before the network is up until the agent runs, by
-    C(isthmus-boot-routes.service), so that nothing which is for them leaves by the default route.
+    C(isthmus-boot-routes.service), so that nothing which is for them leaves by the default route. Where
+    C(systemd-networkd) sets up the network, C(ManageForeignRoutes=no) keeps it from removing these routes then.
   - Joins the mesh's names to the host's own resolution.
   - Starts or restarts only what changed, and waits until it is ready. Renewed certificates need no restart.
   - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
@@ -97,6 +98,7 @@ standing:
 """
 
 import json
+import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, standing, units, wireguard
@@ -119,6 +121,7 @@ DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 PARTS = {
     SPEC: ((AGENT,), ""),
     units.BOOT_ROUTES: ((), ""),
+    units.NETWORKD_DROP_IN: ((), ""),
     DNSMASQ: ((DNS,), ""),
     resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
     bundle.CURRENT: ((AGENT, REGISTRAR), ""),
@@ -157,8 +160,8 @@ def main():
         confirm(module, generations, spec)
     runner = units.Units(module, changes)
 
-    resolved = runner.systemd.show(["systemd-resolved.service"])["systemd-resolved.service"]
-    found = resolver.probe(resolved.get("ActiveState") == "active")
+    theirs = runner.systemd.show(["systemd-resolved.service", units.NETWORKD])
+    found = resolver.probe(theirs["systemd-resolved.service"].get("ActiveState") == "active")
     mesh_address, domain = spec["node"]["mesh4"], spec["dns"]["domain"]
     dnsmasq = resolver.dnsmasq_conf(mesh_address, domain, resolver.upstream(found))
     bundle = module.params["bundle_digest"]
@@ -187,6 +190,7 @@ def main():
         RESOLVED: units.resolved_unit(mesh_address, domain) if found.method == "resolved" else None,
     }
     wanted = {SPEC: document(spec), units.BOOT_ROUTES: units.boot_routes(spec), DNSMASQ: dnsmasq}
+    wanted[units.NETWORKD_DROP_IN] = units.networkd_drop_in() if units.has_networkd(theirs[units.NETWORKD]) else None
     wanted.update({units.Units.path(name): text for name, text in unit_files.items()})
     if found.method == "file":
         wanted[resolver.RESOLV_CONF] = resolver.joined_file(found.original)
@@ -203,6 +207,11 @@ def main():
     changes.file(SPEC, wanted[SPEC])
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
     changes.file(units.BOOT_ROUTES, wanted[units.BOOT_ROUTES])
+    if wanted[units.NETWORKD_DROP_IN] is not None:
+        changes.directory(os.path.dirname(units.NETWORKD_DROP_IN))
+        changes.file(units.NETWORKD_DROP_IN, wanted[units.NETWORKD_DROP_IN])
+    else:
+        changes.absent(units.NETWORKD_DROP_IN)
     changes.file(DNSMASQ, dnsmasq)
     runner.write(unit_files)
     names = [units.BOOT_ROUTES_UNIT, DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])

@@ -56,6 +56,7 @@ notes:
     - /var/lib/isthmus/etcd is emptied and stays, because something is mounted there
 """
 
+import contextlib
 import os
 import pwd
 import re
@@ -158,6 +159,7 @@ class Teardown:
         self.timer()
         self.resolver()
         self.units()
+        self.networkd()
         self.distribution_unit()
         self.gateway()
         self.device()
@@ -227,6 +229,14 @@ class Teardown:
             self.gone(f"mount {BPFFS}")
             if not self.module.check_mode:
                 self.command("umount", BPFFS)
+
+    def networkd(self):
+        """Its own settings again, from its next start on."""
+        if self.changes.absent(units.NETWORKD_DROP_IN):
+            self.removed.append(units.NETWORKD_DROP_IN)
+            if not self.module.check_mode:
+                with contextlib.suppress(OSError):  # others' settings are there
+                    os.rmdir(os.path.dirname(units.NETWORKD_DROP_IN))
 
     def distribution_unit(self):
         """The distribution's own etcd unit as it was before we masked it; off when the package came with us."""

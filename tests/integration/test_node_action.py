@@ -225,6 +225,25 @@ def test_the_next_run_gives_a_host_of_an_earlier_version_its_routes_of_the_boot(
     assert host.read(file) == text
 
 
+def test_networkd_leaves_our_routes_alone_where_it_sets_up_the_network(host: Host) -> None:
+    file = "/etc/systemd/networkd.conf.d/isthmus.conf"
+    host.play()
+    assert host.read(file) == "", "nobody reads it"
+    host.run("sh", "-c", "touch /etc/systemd/system/systemd-networkd.service")
+    (host.place / "enabled" / "systemd-networkd.service").touch()
+    assert host.play("--check").recap.changed == 1
+    assert host.read(file) == ""
+    assert host.play().recap.changed == 1
+    assert "ManageForeignRoutes=no" in host.read(file)
+    assert host.play().recap.changed == 0
+    assert host.run("isthmus", "rollback", "1").stderr == ""
+    assert host.read(file) == ""
+    assert host.play().recap.changed == 1
+    (host.place / "enabled" / "systemd-networkd.service").unlink()
+    assert host.play().recap.changed == 1
+    assert host.read(file) == ""
+
+
 def test_a_connection_that_cannot_be_reset_confirms_at_once(host: Host) -> None:
     assert host.play(connection="local").recap.changed == 1
     assert host.states() == {0: "confirmed", 1: "confirmed"}

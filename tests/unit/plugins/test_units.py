@@ -173,6 +173,22 @@ def test_the_boots_routes_are_those_of_the_specification() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("state", "sets_up"),
+    [
+        ({"UnitFileState": "enabled", "ActiveState": "inactive"}, True),
+        ({"UnitFileState": "enabled-runtime", "ActiveState": "inactive"}, True),
+        ({"UnitFileState": "disabled", "ActiveState": "active"}, True),
+        ({"UnitFileState": "disabled", "ActiveState": "inactive"}, False),
+        ({"UnitFileState": "masked", "ActiveState": "inactive"}, False),
+        ({"LoadState": "not-found"}, False),
+    ],
+    ids=str,
+)
+def test_it_is_told_whether_networkd_sets_up_links(state: dict[str, str], sets_up: bool) -> None:
+    assert units.has_networkd(state) is sets_up
+
+
 def test_the_configuration_is_seen_in_the_process() -> None:
     digest = units.config_digest("a", "b")
     assert digest != units.config_digest("ab", "")
