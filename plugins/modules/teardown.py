@@ -100,6 +100,7 @@ UNITS = (
     "isthmus-resolved.service",
     units.BOOT_ROUTES_UNIT,
     *units.WIREGUARD,
+    strongswan.KEEPER_UNIT,
     strongswan.GUARD_UNIT,
     strongswan.ROUTES_UNIT,
     os.path.basename(BOOT),

@@ -25,6 +25,7 @@ FILES = {
     "isthmus-bpffs.service": units.bpffs_unit(),
     "isthmus-boot-routes.service": units.boot_routes_unit(),
     "isthmus-wireguard.service": units.wireguard_unit("0123", "isthmus-wg0"),
+    "isthmus-ipsec-keeper.service": units.keeper_unit("/bin/true", "/etc/isthmus/x", "isthmus-ipsec.service"),
     "isthmus-resolved.service": units.resolved_unit("10.0.0.1", "clusterset.local"),
 }
 
@@ -84,6 +85,7 @@ DAEMONS = {
             "isthmus-registrar.service",
             "isthmus-dns.service",
             "isthmus-wireguard.service",
+            "isthmus-ipsec-keeper.service",
         )
     },
     etcd_unit.SERVICE: etcd_unit.service("/usr/bin/etcd", "0123"),
