@@ -296,7 +296,7 @@ def test_a_foreign_link_of_our_name_is_told(host: Host, link: dict[str, Any], wo
     ("sections", "least", "around"),
     [
         ({}, 626, "inside VXLAN."),
-        ({"wireguard": {"port": 51871}}, 706, "inside VXLAN and WireGuard."),
+        ({"wireguard": {"key": "/none/wireguard.key", "port": 51871}}, 706, "inside VXLAN and WireGuard."),
         ({"ipsec": {"far": {}}}, 726, "inside VXLAN and the tunnel between gateways."),
     ],
     ids=["tunnel", "wireguard", "gateways"],
