@@ -133,7 +133,6 @@ def gateways(both: Pair) -> list[dict[str, str]]:
     return [first, {"cluster": "onprem", "host": "onprem-9", "underlay": SECOND}]
 
 
-@slow
 def test_the_second_gateway_takes_over_and_the_first_gets_packets_back(tmp_path: Path) -> None:
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
         first, second = (each["underlay"] for each in gateways(both))
