@@ -445,15 +445,9 @@ WantedBy=sysinit.target
 
 def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None, kernel: bool) -> None:
     """The rules, in the files and in the kernel; None: there are none. `kernel`: it does ESP."""
-    path = units.Units.path(strongswan.GUARD_UNIT)
     if text is None:
-        unkeep(module, changes, systemd)
-        if os.path.exists(path) and not module.check_mode:
-            systemd.run("disable", "--now", "--quiet", strongswan.GUARD_UNIT)
-        if changes.absent(path) and not module.check_mode:
-            systemd.run("daemon-reload")
-        changes.absent(strongswan.GUARD)
-        changes.absent(strongswan.GUARD_OF_KERNEL)
+        unload(module, changes, systemd, strongswan.KEEPER_UNIT, strongswan.KEEPER, strongswan.KEPT)
+        unload(module, changes, systemd, strongswan.GUARD_UNIT, strongswan.GUARD, strongswan.GUARD_OF_KERNEL)
         return
     lacking = strongswan.packages(gateway=False)
     for name in lacking:
@@ -465,7 +459,7 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         file |= changes.file(strongswan.GUARD_OF_KERNEL, ipsec.guard_of_kernel())
     else:
         file |= changes.absent(strongswan.GUARD_OF_KERNEL)
-    unit = changes.file(path, guard_unit(kernel))
+    unit = changes.file(units.Units.path(strongswan.GUARD_UNIT), guard_unit(kernel))
     if unit and not module.check_mode:
         systemd.run("daemon-reload")
     state = systemd.show([strongswan.GUARD_UNIT])[strongswan.GUARD_UNIT]
@@ -517,14 +511,15 @@ def keep(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: 
         )
 
 
-def unkeep(module: AnsibleModule, changes: Changes, systemd: units.Systemd) -> None:
-    path = units.Units.path(strongswan.KEEPER_UNIT)
+def unload(module: AnsibleModule, changes: Changes, systemd: units.Systemd, name: str, *files: str) -> None:
+    """A unit that loads rules is off and away, and what it reads."""
+    path = units.Units.path(name)
     if os.path.exists(path) and not module.check_mode:
-        systemd.run("disable", "--now", "--quiet", strongswan.KEEPER_UNIT)
+        systemd.run("disable", "--now", "--quiet", name)
     if changes.absent(path) and not module.check_mode:
         systemd.run("daemon-reload")
-    changes.absent(strongswan.KEEPER)
-    changes.absent(strongswan.KEPT)
+    for file in files:
+        changes.absent(file)
 
 
 def apply(

@@ -24,10 +24,10 @@ set -e
 mount --make-rprivate /
 for one in /run /etc/systemd/network; do mount -t tmpfs tmpfs $one; done
 mount -t sysfs -o ro sysfs /sys
-mkdir -p /run/systemd/netif /run/systemd/networkd.conf.d
+mkdir -p /run/systemd/netif
 chown systemd-network:systemd-network /run/systemd/netif
 cp {place}/eth0.network /etc/systemd/network/
-cp {place}/*.conf /run/systemd/networkd.conf.d/ 2>/dev/null || true
+cp -r {place}/networkd.conf.d /run/systemd/
 ip link set lo up
 ip -batch {place}/boot-routes
 exec {networkd}
@@ -75,8 +75,9 @@ def test_networkd_sets_up_a_link_and_the_mesh_stays_unreachable(tmp_path: Path, 
         pytest.fail(f"{NETWORKD} is missing; it is part of Debian's systemd package")
     (tmp_path / "boot-routes").write_text(ROUTES)
     (tmp_path / "eth0.network").write_text(LINK)
+    (tmp_path / "networkd.conf.d").mkdir()
     if ours:
-        (tmp_path / "isthmus.conf").write_text(units.networkd_drop_in())
+        (tmp_path / "networkd.conf.d" / "isthmus.conf").write_text(units.networkd_drop_in())
     with networkd(tmp_path) as host:
         assert host.unreachable() == {"10.101.0.0/16", "10.111.0.0/16"}
         host.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
