@@ -430,6 +430,21 @@ def test_native_is_tried_inside_wireguard_in_turn_with_encryption(
         assert at_each(site(after(found, number), *every, **wanted))[-1][1] != "plain" or number == len(steps) - 1
 
 
+def test_hosts_that_become_a_site_bring_no_proof_and_are_tried_inside_wireguard_when_all_is_in_it(chosen: Plan) -> None:
+    """They were native in clear by `auto`: nothing of that is so in the pair that encryption is turned on for."""
+    moved = {"isthmus_cluster": "onprem", "isthmus_site": "plant", "ansible_host": "198.18.1.3"}
+    keys = {
+        "sites": {"cloud": {}, "onprem": {}, "plant": {}},
+        "site_pairs": [{"sites": ["cloud", "plant"], "encryption": "wireguard"}],
+    }
+    found = site(chosen, more={"o3": moved}, **keys)
+    assert at_each(found, "cloud plant") == [*ENCRYPTING, INTO_WIREGUARD[0]]
+    assert ["cloud", "plant"] in [trial["sites"] for trial in found.trials[4]]
+    assert any("c1 and o3 (routing)" in words for words in found.warnings)
+    (told,) = [line for line in matrix.changes(found.sites, found.keys) if line.startswith("native routing of cloud")]
+    assert "in steps of one run: (4) every host of the two takes native packets too" in told
+
+
 def test_what_failed_in_clear_is_tried_anew_when_encryption_is_turned(chosen: Plan) -> None:
     """And the other way round: neither says anything of the other."""
     failed = to_the_end(site(None, {}, {BETWEEN: FAILS}))
