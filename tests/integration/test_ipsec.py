@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -127,6 +127,77 @@ while not select.select([sys.stdin], [], [], 0)[0]:
 hear(time.monotonic() + 2)
 print(sent, sent - len(answered))
 """
+
+
+_ANSWERING = """
+import socket
+with socket.create_server(("", 8080)) as listening:
+    print("listening", flush=True)
+    with listening.accept()[0] as connection:
+        while piece := connection.recv(65536):
+            connection.sendall(piece)
+"""
+_HELD = """
+import select, socket, sys
+target, payload, patience, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), 0
+with socket.create_connection((target, 8080), patience) as sock, sock.makefile("rb") as answers:
+    print("connected", flush=True)
+    while sys.stdin.readline():
+        first, ended = number, False
+        while not ended:
+            ended = bool(select.select([sys.stdin], [], [], 0.005)[0])
+            piece = f"{payload} {number} ".ljust(3000, ".").encode()
+            sock.sendall(piece)
+            if answers.read(len(piece)) != piece:
+                sys.exit(f"piece {number} did not come back as it was")
+            number += 1
+        sys.stdin.readline()
+        print(number - first, flush=True)
+"""
+
+
+@dataclass
+class Held:
+    """A connection of TCP to a machine that sends back what it is sent."""
+
+    process: subprocess.Popen[str]
+
+    def told(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the connection broke: {self.process.communicate()[1]}"
+        return line.strip()
+
+    def say(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+
+    def begin(self) -> None:
+        """Pieces of two full packets go there and come back from now on, one after the other, up to 200 a second."""
+        self.say("begin")
+
+    def end(self) -> None:
+        """The last one came back, and each was what had been sent."""
+        self.say("end")
+        print(f"{self.told()} pieces of the connection came back")
+
+
+@contextlib.contextmanager
+def held(here: Machine, there: Machine) -> Iterator[Held]:
+    far = there.words(sys.executable, "-c", _ANSWERING)
+    near = here.words(sys.executable, "-c", _HELD, ADDRESSES[there.name], PAYLOAD, str(20 * PATIENCE))
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(subprocess.Popen(far, stdout=pipe, text=True))
+        stack.callback(server.kill)
+        assert server.stdout is not None
+        assert server.stdout.readline() == "listening\n"
+        client = stack.enter_context(subprocess.Popen(near, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        stack.callback(client.kill)
+        found = Held(client)
+        assert found.told() == "connected"
+        yield found
 
 
 @dataclass
@@ -275,6 +346,11 @@ class Net:
     machines: dict[str, Machine]
     router: Machine
     tmp: Path
+    stack: contextlib.ExitStack
+    """Of what ends with it."""
+
+    def held(self, here: str, there: str) -> Held:
+        return self.stack.enter_context(held(self[here], self[there]))
 
     def __getitem__(self, name: str) -> Machine:
         return self.machines[name]
@@ -374,7 +450,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
                 "sh", "-c", f"printf '{log}      flush_line = yes\n    }}\n  }}\n}}\n' > /etc/strongswan.d/t.conf"
             )
             assert settings.exists()
-        yield Net(made, router, tmp_path)
+        yield Net(made, router, tmp_path, stack)
 
 
 def authority(cluster: str, now: datetime) -> pki.Authority:
@@ -434,6 +510,8 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         assert net["o2"].echo("c2") == ""
     assert in_clear(before) == 2, "this is how it looks in clear"
 
+    connection = net.held("o2", "c2")
+    connection.begin()
     net.apply(found)
     wait_for(lambda: established(net), "the tunnel", 15)
     for name in ("o1", "c1"):
@@ -450,6 +528,8 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     with net.capture() as after:
         for here, there in (("o2", "c2"), ("o2", "c1"), ("o1", "c2"), ("c1", "o1"), ("c2", "o2")):
             assert net[here].echo(there, 1400) == "", (here, there)
+    connection.end()
+    assert [net[name].dropped() for name in ("o1", "o2", "c1", "c2")] == [0, 0, 0, 0]
     assert (in_clear(after), beside(after)) == (0, [])
     # 64 bytes around a packet of 1400, and Ethernet's 14 (docs/ipsec.md).
     assert (packets(after, "greater 1478") > 0, packets(after, "greater 1479")) == (True, 0)
@@ -506,12 +586,24 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
             spec = dict(found.steps[1].specs[one.name])
             assert not one.apply(spec, check=True)["changed"], one.name
             assert not one.apply(spec)["changed"], one.name
+
+    connection.begin()
+    off = with_pair(replace(found, record=found.steps[1].record), encryption="none")
+    net.apply(off)
+    for name, far in (("c2", "198.18.1.0/24"), ("o2", "198.18.2.0/24")):
+        net[name].run("ip", "route", "del", far)
+        assert net["o2"].echo("c2") == "", f"without the route of {name}"
+    for name in ("o1", "c1"):
+        net[name].apply(dict(off.steps[0].specs[name]))
     if KERNEL:
         # A strongSwan that died takes nothing out of the kernel.
         net["c1"].run("sh", "-c", "kill -9 $(cat /run/fake-systemd/strongswan.service.pid)")
         assert all(net["c1"].xfrm()), net["c1"].xfrm()
     for one in net.machines.values():
         one.apply({"ipsec": None})
+    with net.capture() as clear:
+        connection.end()
+    assert in_clear(clear) > 0, "as it was before"
     assert net["o1"].run("cat", "/proc/sys/net/ipv4/ip_forward").stdout.strip() == "0"
     for name in ("o1", "o2", "c1"):
         assert net[name].run("nft", "list", "ruleset").stdout.strip() == ""
