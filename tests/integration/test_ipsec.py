@@ -32,8 +32,9 @@ from isthmus_agent.desired import addressing
 from isthmus_agent.desired.datapath import Route, Rule
 from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import ipsec
+from isthmus_mesh.model import Model
 from isthmus_mesh.planner import Plan
-from isthmus_mesh.spec import NodeSpec
+from isthmus_mesh.spec import IPSEC_MTU, NodeSpec
 from unit.mesh.estates import estate, hosts, model, planned
 
 pytestmark = [
@@ -478,13 +479,17 @@ def certificates(net: Net, found: Plan, stranger: str = "") -> None:
             (place / "trust" / f"{cluster}.crt").write_text(known.pem)
 
 
-def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
+def read(sites: Any = None, **pair: Any) -> Model:
     the_hosts = {
         **hosts(),
         **{f"c{last}": {"isthmus_cluster": "cloud", "ansible_host": f"198.18.2.{last}"} for last in (2, 3)},
     }
     keys = {"sites": sites or SITES, "site_pairs": [{**PAIR, **pair}]}
-    return planned(model({**estate(), **keys}, the_hosts), previous)
+    return model({**estate(), **keys}, the_hosts)
+
+
+def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
+    return planned(read(sites, **pair), previous)
 
 
 def established(net: Net) -> bool:
@@ -818,6 +823,153 @@ def test_a_gateway_behind_a_router_of_the_site_is_refused(net: Net) -> None:
     spec["ipsec"] = {**spec["ipsec"], "via": "198.18.2.1"}
     with pytest.raises(ModuleFailed, match=r"gateway 198\.18\.2\.1 is not on a network of this host"):
         net["o2"].apply(spec)
+
+
+TOLD = re.compile(
+    r"gateway of \S+ \((?P<here>\S+)\): IKEv2 with (?P<there>\S+), which begins; "
+    r"identity (?P<here_id>\S+) here, (?P<there_id>\S+) \(FQDN\) there; "
+    r"pre-shared key \(what isthmus_ipsec_secrets has for '(?P<secret>[^']+)'\)\. "
+    r"IKE: AES-(?P<ike>\d+)-GCM with (?P<ike_icv>\d+) bytes ICV, PRF HMAC-SHA-(?P<prf>\d+), "
+    r"Diffie-Hellman group (?P<ike_group>\d+) \(ECP \d+\), lifetime more than (?P<ike_life>\d+) s\. "
+    r"ESP: tunnel mode, AES-(?P<esp>\d+)-GCM with (?P<esp_icv>\d+) bytes ICV, "
+    r"perfect forward secrecy with group (?P<esp_group>\d+), lifetime more than (?P<esp_life>\d+) s, "
+    r"NAT traversal \(ESP in UDP\) on\. Open: UDP (?P<ports>\d+ and \d+) to and from (?P<open>\S+)\. "
+    r"Traffic selectors \(one child\): here (?P<near>\S+(, \S+)*); there (?P<far>\S+(, \S+)*)\. Routes .* "
+    r"MTU (?P<mtu>\d+) inside, TCP MSS (?P<mss>\d+)\. Dead peer detection on"
+)
+"""What the plan says to the engineer of a gateway that is not ours."""
+GROUPS = {"19": "ecp256", "20": "ecp384", "21": "ecp521"}
+"""Of Diffie and Hellman, by IANA's number."""
+_FOREIGN = """
+charon-systemd {{
+  plugins {{
+    kernel-libipsec {{
+      load = {user_space}
+      allow_peer_ts = yes
+    }}
+    kernel-netlink {{
+      fwmark = {no_mark}
+    }}
+    socket-default {{
+      fwmark = {mark}
+    }}
+  }}
+}}
+"""
+"""How it does ESP, of which nothing is said to it: as it is made."""
+
+
+def foreign(one: Machine, words: str, key: str) -> re.Match[str]:
+    """A gateway that is not ours, by what the plan says of it and this key, and with strongSwan's own choice of all
+    else."""
+    told = TOLD.match(words)
+    assert told is not None, words
+    ike = f"aes{told['ike']}gcm{told['ike_icv']}-prfsha{told['prf']}-{GROUPS[told['ike_group']]}"
+    ports = told["ports"].replace(" and ", ", ")
+    files = {
+        "strongswan.d/foreign.conf": _FOREIGN.format(
+            user_space="no" if KERNEL else "yes", mark="0" if KERNEL else "0x42", no_mark="0" if KERNEL else "!0x42"
+        ),
+        "swanctl/conf.d/foreign.conf": f"""
+connections {{
+  ours {{
+    version = 2
+    local_addrs = {told["here"]}
+    remote_addrs = {told["there"]}
+    proposals = {ike}
+    rekey_time = {int(told["ike_life"]) + 1}s
+    dpd_delay = 1s
+    local {{
+      auth = psk
+      id = {told["here_id"]}
+    }}
+    remote {{
+      auth = psk
+      id = fqdn:{told["there_id"]}
+    }}
+    children {{
+      networks {{
+        mode = tunnel
+        local_ts = {told["near"]}
+        remote_ts = {told["far"]}
+        esp_proposals = aes{told["esp"]}gcm{told["esp_icv"]}-{GROUPS[told["esp_group"]]}
+        rekey_time = {int(told["esp_life"]) + 1}s
+      }}
+    }}
+  }}
+}}
+secrets {{
+  ike-ours {{
+    id-1 = {told["here_id"]}
+    id-2 = fqdn:{told["there_id"]}
+    secret = "{key}"
+  }}
+}}
+""",
+        "firewall.nft": f"""
+table ip firewall {{
+  chain comes {{
+    type filter hook input priority 0
+    ip saddr {told["open"]} udp dport {{ {ports} }} accept
+    ip daddr {told["here"]} drop
+  }}
+  chain leaves {{
+    type filter hook output priority 0
+    ip daddr {told["open"]} udp sport {{ {ports} }} accept
+    ip saddr {told["here"]} drop
+  }}
+}}
+""",
+    }
+    for name, text in files.items():
+        place = one.place / "upper" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    one.run("ip", "addr", "add", f"{told['here']}/32", "dev", "eth0")
+    one.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    one.run("nft", "-f", "/etc/firewall.nft")
+    one.run("systemctl", "start", "strongswan.service")
+    return told
+
+
+def dead_peer_detection(one: Machine) -> bool:
+    return re.search("sending DPD request.*parsed INFORMATIONAL response", one.log(), re.DOTALL) is not None
+
+
+def test_a_gateway_that_is_not_ours_and_a_second_one_are_set_up_by_the_words_of_the_plan(net: Net) -> None:
+    """o3 and c3 are machines that are none of the mesh. c1 and c2 are lost to each other."""
+    peer = {"address": "203.0.113.9", "id": "vpn.example.com", "second": {"address": "203.0.113.10"}}
+    sites = {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": peer}}}
+    found = with_pair(sites=sites)
+    said_to_them = ipsec.other_sides(read(sites).ipsec)
+    for name, words in zip(("c1", "c2"), said_to_them, strict=True):
+        told = foreign(net[name], words, "one key")
+        net.router.run("ip", "route", "add", told["here"], "via", ADDRESSES[name])
+    net["o1"].apply(dict(found.specs["o1"]), secrets={told["secret"]: "one key"})
+    (route,) = [one for one in found.routes if one["site"] == "onprem"]
+    net["o3"].run("ip", "route", "add", route["to"], "via", route["via"])
+    net["c3"].run("ip", "route", "add", told["far"], "via", ADDRESSES["c1"])
+    wait_for(lambda: net["o1"].children() == 2, "a tunnel with each of them", 15)
+    newest(net["o1"], "isthmus-cloud")
+    size = int(told["mtu"])
+    assert (size, int(told["mss"])) == (IPSEC_MTU, IPSEC_MTU - 40)
+    with net.capture() as wire:
+        for here, there in (("o3", "c3"), ("c3", "o3"), ("o1", "c3"), ("c3", "o1")):
+            assert net[here].echo(there, size) == "", (here, there)
+        for name in ("c1", "c2"):
+            wait_for(partial(dead_peer_detection, net[name]), f"{name} asks and is answered", 15)
+
+        net["c1"].run("ip", "link", "set", "eth0", "down")
+        net["c3"].run("ip", "route", "replace", told["far"], "via", ADDRESSES["c2"])
+        assert net["o3"].echo("c3") != "", "nobody has noticed"
+        wait_for(passes(net), "ours notices, and sends by the other tunnel", 3 * TAKEN_OVER)
+        assert net["o1"].children() == 1
+        net["c1"].run("ip", "link", "set", "eth0", "up")
+        net["c1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.2"])
+        wait_for(lambda: net["o1"].children() == 2, "the tunnel is made anew", 15)
+        assert passes(net)()
+    assert (in_clear(wire), beside(wire)) == (0, [])
+    assert packets(wire, "udp port 4500") > 0
 
 
 def restarts(one: Machine, times: int) -> None:
