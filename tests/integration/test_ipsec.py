@@ -972,6 +972,44 @@ def test_a_gateway_that_is_not_ours_and_a_second_one_are_set_up_by_the_words_of_
     assert packets(wire, "udp port 4500") > 0
 
 
+_TOO_LARGE = """
+import select, socket, struct, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, do
+sock.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+sock.connect((sys.argv[1], 9))
+sock.send(sys.argv[2].encode().ljust(1500 - 28, b"."))
+poll = select.poll()
+poll.register(sock, 0)
+if not poll.poll(int(sys.argv[3]) * 1000):
+    sys.exit("nothing was said of it")
+for level, kind, data in sock.recvmsg(1500, 512, socket.MSG_ERRQUEUE)[1]:
+    _error, _origin, told, code, _pad, mtu, _more = struct.unpack_from("=IBBBBII", data)  # struct sock_extended_err
+    print(told, code, mtu, socket.inet_ntoa(data[20:24]))
+"""
+
+
+def test_a_gateway_tells_machines_that_are_none_of_the_mesh_what_the_tunnel_carries(net: Net) -> None:
+    """o3 and c3, which know of nothing but a route. The kernel gives a socket only what it can match."""
+    found = with_pair()
+    certificates(net, found)
+    for name in ("o1", "c1"):
+        net[name].apply(dict(found.specs[name]))
+    for name, site in (("o3", "onprem"), ("c3", "cloud")):
+        (route,) = [one for one in found.routes if one["site"] == site]
+        net[name].run("ip", "route", "add", route["to"], "via", route["via"])
+    wait_for(lambda: established(net), "the tunnel", 15)
+    wait_for(passes(net), "packets through the tunnel", 15)
+    with net.capture() as wire:
+        for here, there, gateway in (("o3", "c3", "o1"), ("c3", "o3", "c1")):
+            words = (sys.executable, "-c", _TOO_LARGE, ADDRESSES[there], PAYLOAD, str(5 * PATIENCE))
+            said = net[here].run(*words, check=False)
+            assert said.stdout == f"3 4 {IPSEC_MTU} {ADDRESSES[gateway]}\n", said
+            assert net[here].echo(there, IPSEC_MTU) == ""
+            assert net[here].echo(there, IPSEC_MTU + 1) != "", "it is not sent any more"
+    assert (in_clear(wire), beside(wire)) == (0, [])
+
+
 def restarts(one: Machine, times: int) -> None:
     """nftables.service is restarted and reloaded, again and again: its commands and those of the unit of the mesh's
     rules that follows, in systemd's order."""
