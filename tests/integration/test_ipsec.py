@@ -1010,6 +1010,42 @@ def test_a_gateway_tells_machines_that_are_none_of_the_mesh_what_the_tunnel_carr
     assert (in_clear(wire), beside(wire)) == (0, [])
 
 
+def cut(one: Machine, source: str) -> None:
+    chain = f"chain c {{ type filter hook prerouting priority -400; ip saddr {ADDRESSES[source]} counter drop; }}"
+    one.run("nft", f"table ip cut {{ {chain}; }}")
+
+
+@pytest.mark.parametrize(
+    ("deaf", "silent"), [("o1", "c1"), pytest.param("c1", "o1", marks=pytest.mark.slow)], ids=["answers", "begins"]
+)
+def test_a_tunnel_that_is_cut_one_way_is_back_by_itself_and_nothing_goes_beside_it(
+    net: Net, deaf: str, silent: str
+) -> None:
+    """What the one gateway sends does not come to the other: the one that answers, or the one that begins."""
+    found = with_pair()
+    certificates(net, found)
+    net.apply(found)
+    net.lead("o2", "c2")
+    wait_for(lambda: established(net), "the tunnel", 15)
+    wait_for(passes(net, ("o2", "c2")), "packets through the tunnel", 15)
+    with net.capture() as wire:
+        cut(net[deaf], silent)
+        for here, there in (("o2", "c2"), ("c2", "o2")):
+            assert net[here].echo(there) != ""
+        wait_for(lambda: not net[deaf].tunnel(), "who hears nothing gives up", 15)
+        before = net[deaf].dropped()
+        near, far = ("o2", "c2") if deaf == "o1" else ("c2", "o2")
+        assert net[near].echo(far) != ""
+        assert net[deaf].dropped() > before, "it is counted"
+        assert net[far].echo(near) != ""
+        net[deaf].run("nft", "delete", "table", "ip", "cut")
+        began = time.monotonic()
+        wait_for(lambda: again(net), "packets pass again", 20)
+        print(f"packets pass {time.monotonic() - began:.1f} s after it was mended")
+        assert passes(net, ("o2", "c2"), ("c2", "o2"))()
+    assert (in_clear(wire), beside(wire)) == (0, [])
+
+
 def restarts(one: Machine, times: int) -> None:
     """nftables.service is restarted and reloaded, again and again: its commands and those of the unit of the mesh's
     rules that follows, in systemd's order."""
