@@ -47,6 +47,8 @@ PAIRS: dict[tuple[str, str], dict[str, str]] = {
     ("cloud", "depot"): {"routing": "native", "encryption": "wireguard"},
     **{(site, "edge"): {"encryption": "wireguard"} for site in ("onprem", "plant", "cloud", "depot")},
 }
+OUTER = {"VXLAN": "udp port 8472", "WireGuard": "udp port 51871 and not port 8472", "ESP": "udp port 4500"}
+"""Filters. The source port of VXLAN is any above 32768."""
 PAYLOAD = b"isthmus, unread!"
 """What pings carry, again and again."""
 
@@ -191,9 +193,9 @@ def proven(estate: Estate, wanted: Path, place: Path) -> None:
         seen = passed_on if by_gateway else part(file, from_to(estate, found, sites), "-".join(sites))
         content = seen.read_bytes()
         in_clear = [words for words in clear(estate, members, sites) if words in content]
-        counted = {port: packets(seen, f"udp port {port}") for port in (8472, 51871, 4500)}
-        used = {"wireguard": {51871}, "ipsec-gateway": {4500}, "none": {8472} if way == "tunnel" else set()}[encryption]
-        assert {port for port, count in counted.items() if count} == used, f"{sites}: {counted}"
+        counted = {name: packets(seen, what) for name, what in OUTER.items()}
+        used = {"wireguard": {"WireGuard"}, "ipsec-gateway": {"ESP"}, "none": {"VXLAN"} if way == "tunnel" else set()}
+        assert {name for name, count in counted.items() if count} == used[encryption], f"{sites}: {counted}"
         assert bool(in_clear) is (encryption == "none"), f"{sites}: {in_clear}"
     outside_address = str(estate.lab.site("cloud").gateway)
     for host, answered in (("cloud-2", True), ("cloud-1", False)):
