@@ -323,6 +323,22 @@ def test_no_rule_of_the_host_masquerades_workloads(beside: Pair) -> None:
     assert beside.dial() == ["b", "10.101.0.2"]
 
 
+@pytest.mark.parametrize("beside", ["plain"], indirect=True)
+def test_no_rule_of_the_host_masquerades_workloads_in_the_tunnel(beside: Pair) -> None:
+    """Where nobody translates sources there is no table of ours, and the kernel follows no connections for it."""
+    assert beside.a.run("nft", "list", "ruleset") == ""
+    masquerades_by_itself(beside.a)
+    assert beside.dial() == ["b", "10.101.0.2"]
+    assert sum(beside.b.dropped().values()) == 0
+    assert ask(beside.a.daemon.socket, "/v1/audit")["problems"] == []
+    beside.a.daemon.stop()
+    beside.a.run("nft", "delete", "table", "ip", "isthmus")
+    with contextlib.suppress(InsideError):  # an address that may not send this is dropped
+        assert beside.dial(1) != ["b", "10.101.0.2"]
+    beside.a.daemon.start()
+    assert beside.dial() == ["b", "10.101.0.2"], "made before the first packet"
+
+
 def test_traffic_goes_on_without_agents_and_a_restart_changes_nothing(beside: Pair) -> None:
     beside.client.do(
         "held = socket.create_connection(('10.102.0.2', 8080), 3); lines = held.makefile(); result = lines.readline()"

@@ -34,12 +34,13 @@ from isthmus_agent.agent.files import write_atomically
 from isthmus_agent.agent.kernel import Kernel
 from isthmus_agent.agent.log import fields
 from isthmus_agent.agent.names import NamesFile
-from isthmus_agent.agent.network_watch import NetworkWatch
+from isthmus_agent.agent.network_watch import ChainWatch, NetworkWatch
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.agent.sessions import Sessions
 from isthmus_agent.agent.tunnels import Tunnels
 from isthmus_agent.bpf.errors import BpfError
+from isthmus_agent.desired.addressing import keeps_source_always
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath, Network
 from isthmus_agent.desired.drain import DrainTracker
@@ -67,6 +68,9 @@ AUDIT_INTERVAL = 300.0
 MTU_INTERVAL = KEY_INTERVAL = 30.0
 FILTERS_INTERVAL = 2.0
 FILTERS_RETRY = 30.0
+CHAINS_INTERVAL = 30.0
+CHAINS_PAUSE = 0.05  # between two looks
+CHAINS_SHARE = 0.02  # of the time may go for looks, however often chains change
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
 LAST_GOOD_STOP = 5.0  # what a stop waits for a slow disk
@@ -115,6 +119,7 @@ class Progress:
     sockets_ended: int = 0
     filtered: int = 0  # packets between pods and the mesh that other filters of this host dropped
     filtered_at: float | None = None  # when they last became more
+    masqueraded: str = ""  # why other programs' rules may change the source of packets into the mesh
     last_good_written: float | None = None
     last_good_loaded: str = ""  # when what we started from was written
     restarts: int = 0  # of failed tasks
@@ -166,6 +171,7 @@ class Agent:
         self._key_problems: tuple[str, ...] = ()
         self._namespace_problems: tuple[str, ...] = ()
         self._network_changed = False  # not by us
+        self._chains_changed = asyncio.Event()
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
         self._fresh = False
@@ -230,8 +236,11 @@ class Agent:
                 jobs["sessions"] = sessions.run
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
-        if native or self.spec.node.masquerade or self.spec.node.kubernetes_node is not None:
+        if keeps_source_always(self.spec):
             jobs["filters"] = self._follow_filters
+        else:
+            jobs["chains"] = ChainWatch(self._chains_changed.set).run
+            jobs["filters"] = self._follow_chains
         if self._probe:
             jobs["prober"] = self.prober.run
         if self.tunnels is not None:
@@ -658,6 +667,25 @@ class Agent:
             if filtered > self.progress.filtered:
                 self.progress.filtered_at = time.time()
             self.progress.filtered = filtered
+
+    async def _follow_chains(self) -> None:
+        """Where our part of netfilter is a precaution it comes as soon as another program has a chain that translates
+        sources, and goes when there was none for a while. Of iptables that is not nf_tables' nobody tells."""
+        while True:
+            changed = await wait_set(self._chains_changed, CHAINS_INTERVAL)
+            self._chains_changed.clear()
+            began = time.monotonic()
+            words = ""
+            try:
+                done, _ = await self.kernel_call(self.kernel.mend_filters, not changed)
+                if done:
+                    logger.info("our part of netfilter follows that of others", extra=fields(changes=done))
+            except NetworkError as error:
+                words = str(error)
+                if words != self.progress.masqueraded:
+                    logger.warning("sources of packets cannot be kept", extra=fields(error=words))
+            self.progress.masqueraded = words
+            await asyncio.sleep(max(CHAINS_PAUSE, (time.monotonic() - began) / CHAINS_SHARE))
 
     async def _keep_last_good(self) -> None:
         while True:

@@ -21,7 +21,7 @@ from isthmus_agent.agent import loop, status
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server
-from isthmus_agent.agent.network_watch import NetworkWatch
+from isthmus_agent.agent.network_watch import ChainWatch, NetworkWatch
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import HostFacts, desired
 from isthmus_agent.desired.datapath import Datapath, Native, Route
@@ -178,6 +178,52 @@ def test_what_others_do_to_netfilter_is_mended_and_what_they_drop_is_known(tmp_p
     assert agent.progress.repaired == 1
     assert agent.progress.filtered == 3
     assert agent.progress.filtered_at is not None
+
+
+async def follow_chains(agent: Agent, answers: list[Any], looks: list[bool]) -> None:
+    job = asyncio.create_task(agent._follow_chains())
+    try:
+        await until(lambda: len(looks) == 2, "looked at though nobody told of a change")
+        agent._chains_changed.set()
+        await until(lambda: False in looks, "looked at as chains were changed")
+        answers.append(NetworkError("no NAT here"))
+        await until(lambda: bool(agent.progress.masqueraded), "it is told that it cannot be made")
+        assert agent.progress.masqueraded == "no NAT here"
+        answers.pop()
+        await until(lambda: not agent.progress.masqueraded, "it can be made now")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_a_precaution_follows_the_chains_of_others_and_a_refused_one_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHAINS_INTERVAL", 0.01)
+    monkeypatch.setattr(loop, "CHAINS_PAUSE", 0.001)
+    monkeypatch.setattr(loop, "CHAINS_SHARE", 1.0)
+    kernel = FakeKernel()
+    answers: list[Any] = [((), 0)]
+    looks: list[bool] = []
+
+    def mend(settled: bool) -> Any:
+        looks.append(settled)
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        return answers[-1]
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    agent = an_agent(tmp_path, kernel)
+    asyncio.run(follow_chains(agent, answers, looks))
+    assert looks[:2] == [True, True]
+    assert agent.progress.repaired == 0
+    assert not agent.progress.problems, "the network is all there"
+    agent.progress.masqueraded = "no NAT here"
+    assert any(words.endswith("host's own: no NAT here") for words in status.warnings(agent, [], None))
+
+
+def test_what_fills_sets_of_netfilter_wakes_nobody() -> None:
+    watch = ChainWatch(lambda: None)
+    kinds = {0xA02: True, 0xA03: True, 0xA05: True, 0xA08: True, 0xA06: False, 0xA0C: False, 0xA0F: False, 0x103: False}
+    assert {kind: watch._matters(kind, b"\2\0\0\0") for kind in kinds} == kinds
 
 
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
