@@ -113,7 +113,7 @@ bench: collection lab-up ## measure the estate and all paths on the lab, each fi
 
 bench-paths: collection lab-up ## measure the paths only: tunnel, native, WireGuard, gateways, beside the bare network and the same by hand
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }
-	@$(BIN)/python tests/bench/paths.py
+	@$(BIN)/python tests/bench/paths.py $(STEPS)
 
 bench-kubernetes: bpf ## measure a registrar with 10,000 pods in a real API server (PODS=1000 for fewer); gates nothing
 	@$(BIN)/python tests/bench/kubernetes_scale.py

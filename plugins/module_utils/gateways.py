@@ -242,7 +242,7 @@ class Gateway:
 
 def left() -> bool:
     """Whether there is anything here that `apply` made."""
-    own = (strongswan.ROUTES_UNIT, strongswan.GUARD_UNIT)
+    own = (strongswan.ROUTES_UNIT, strongswan.GUARD_UNIT, strongswan.KEEPER_UNIT)
     files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES, strongswan.DROP_IN)
     places = (*files, *(units.Units.path(name) for name in own))
     return any(os.path.lexists(path) for path in places)
@@ -435,6 +435,7 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
     """The rules, in the files and in the kernel; None: there are none. `kernel`: it does ESP."""
     path = units.Units.path(strongswan.GUARD_UNIT)
     if text is None:
+        unkeep(module, changes, systemd)
         if os.path.exists(path) and not module.check_mode:
             systemd.run("disable", "--now", "--quiet", strongswan.GUARD_UNIT)
         if changes.absent(path) and not module.check_mode:
@@ -467,6 +468,51 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         if not module.check_mode:
             systemd.run("enable", "--quiet", strongswan.GUARD_UNIT)
             systemd.run("restart" if state.get("ActiveState") != "active" else "reload", strongswan.GUARD_UNIT)
+    keep(module, changes, systemd, text, kernel)
+
+
+def keep(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str, kernel: bool) -> None:
+    """The rules once more, in a table that a process of ours has: whoever flushes the ruleset, as each restart of
+    nftables.service does, leaves no moment in which neither table is there. While this one is made anew, or its process
+    died, it is the other one that is there."""
+    unit = changes.file(
+        units.Units.path(strongswan.KEEPER_UNIT),
+        units.keeper_unit(strongswan.KEEPER, strongswan.KEPT, strongswan.GUARD_UNIT),
+    )
+    if unit and not module.check_mode:
+        systemd.run("daemon-reload")
+    differs = [
+        unit,
+        changes.file(strongswan.KEEPER, ipsec.keeper_program(strongswan.KEEPER), mode=0o755),
+        changes.file(strongswan.KEPT, ipsec.kept(text, kernel)),
+    ]
+    state = systemd.show([strongswan.KEEPER_UNIT])[strongswan.KEEPER_UNIT]
+    there, wanted = strongswan.guard_in_kernel(module, ipsec.KEPT), strongswan.guard_wanted(text)
+    runs = state.get("UnitFileState") == "enabled" and state.get("ActiveState") == "active"
+    if runs and not any(differs) and there == wanted:
+        return
+    changes.note(f"nft table ip {ipsec.KEPT}", "\n".join(there), "\n".join(wanted))
+    if module.check_mode:
+        return
+    systemd.run("enable", "--quiet", strongswan.KEEPER_UNIT)
+    code, out, err = module.run_command(["systemctl", "restart", strongswan.KEEPER_UNIT])
+    if code != 0:
+        module.fail_json(
+            msg=f"{strongswan.KEEPER_UNIT} does not start: {systemd.journal(strongswan.KEEPER_UNIT) or err or out}. "
+            f"The rules are there (`nft list table ip {ipsec.GUARD}`), but whoever flushes the ruleset, as each "
+            "restart of nftables.service does, would open the way in clear for a moment. No tunnel was changed. "
+            f"Next: see `journalctl -u {strongswan.KEEPER_UNIT}`; an old kernel or nftables is to be updated"
+        )
+
+
+def unkeep(module: AnsibleModule, changes: Changes, systemd: units.Systemd) -> None:
+    path = units.Units.path(strongswan.KEEPER_UNIT)
+    if os.path.exists(path) and not module.check_mode:
+        systemd.run("disable", "--now", "--quiet", strongswan.KEEPER_UNIT)
+    if changes.absent(path) and not module.check_mode:
+        systemd.run("daemon-reload")
+    changes.absent(strongswan.KEEPER)
+    changes.absent(strongswan.KEPT)
 
 
 def apply(

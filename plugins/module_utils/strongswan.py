@@ -26,6 +26,13 @@ GUARD = "/etc/isthmus/ipsec.nft"
 GUARD_OF_KERNEL = "/etc/isthmus/ipsec-kernel.nft"
 """Added to them where the kernel does ESP."""
 GUARD_UNIT = "isthmus-ipsec.service"
+KEPT = "/etc/isthmus/ipsec-kept.nft"
+"""All of them once more, for the table that a process keeps."""
+KEEPER = "/etc/isthmus/ipsec-keeper"
+"""The program of `ipsec.keeper_program`."""
+KEEPER_UNIT = "isthmus-ipsec-keeper.service"
+OPERATORS = "/etc/nftables.conf"
+"""What nftables.service of the distributions loads."""
 INTERFACES = "/etc/isthmus/ipsec-interfaces"
 """The script of `ipsec.interfaces_script`, where the kernel does ESP."""
 DROP_IN = f"/etc/systemd/system/{UNIT}.d/isthmus.conf"
@@ -122,11 +129,12 @@ def last_words(module: AnsibleModule, name: str) -> str:
     return ""
 
 
-def guard_in_kernel(module: AnsibleModule) -> list[str]:
-    """Rules of the mesh's table that closes other ways than the gateways', in order."""
+def guard_in_kernel(module: AnsibleModule, table: str = ipsec.GUARD) -> list[str]:
+    """Rules of the mesh's table that closes other ways than the gateways', in order, or of its other one
+    (`ipsec.KEPT`)."""
     if not os.path.exists(NFT):
         return []
-    code, out, _err = module.run_command([NFT, "-s", "-n", "list", "table", "ip", ipsec.GUARD])
+    code, out, _err = module.run_command([NFT, "-s", "-n", "list", "table", "ip", table])
     return guard_rules(out) if code == 0 else []
 
 

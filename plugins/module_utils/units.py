@@ -267,6 +267,38 @@ WantedBy=multi-user.target
     )
 
 
+def keeper_unit(program: str, rules: str, first: str) -> str:
+    """`isthmus-ipsec-keeper.service`: has a table of netfilter's rules, as the unit `first` has the same ones in
+    another table. It does not hang on nftables.service, which takes away all tables but this one when it is stopped."""
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Isthmus mesh: nothing between sites beside the gateways, whoever flushes rules
+Documentation=https://github.com/isthmus-mesh/isthmus
+After={first}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={program} {rules}
+Restart=always
+RestartSec=1
+CapabilityBoundingSet=CAP_NET_ADMIN
+ProtectProc=invisible
+ProtectKernelTunables=yes
+{_SANDBOX}SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_NETLINK
+OOMScoreAdjust=-500
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+
+
 def bpffs_unit() -> str:
     """`isthmus-bpffs.service`: systemd mounts bpffs itself on a host, but not in a container.
 

@@ -15,7 +15,8 @@ description:
     read what changed. Tunnels that did not change stay as they are.
   - On every host of a site whose packets go through gateways, and through nothing else any more, loads rules of
     netfilter (C(table ip isthmus-ipsec)) that drop what would leave by another way. They are there from boot on
-    (C(isthmus-ipsec.service)).
+    (C(isthmus-ipsec.service)), and once more in a table that stays when somebody flushes the ruleset
+    (C(isthmus-ipsec-keeper.service), C(table ip isthmus-ipsec-kept)), which takes Linux 5.12 and nftables 1.0.
   - Takes away what the specification does not name any more. Connections, secrets and settings of strongSwan that are
     not the mesh's are not touched.
   - Does not wait for a tunnel, which needs the other side too; M(isthmus.mesh.verify) tells why one is not there.

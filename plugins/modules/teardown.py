@@ -98,6 +98,7 @@ UNITS = (
     "isthmus-registrar.service",
     "isthmus-resolved.service",
     *units.WIREGUARD,
+    strongswan.KEEPER_UNIT,
     strongswan.GUARD_UNIT,
     strongswan.ROUTES_UNIT,
     os.path.basename(BOOT),

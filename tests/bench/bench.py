@@ -58,8 +58,8 @@ import json, socket, sys, time
 targets, port, size, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 block = bytes(1 << 20)
 best = dict.fromkeys(targets, 0.0)
-for _ in range(rounds):
-    for name, address in targets.items():
+for first in range(rounds):  # each begins with another one
+    for name, address in [*targets.items()][first % len(targets):] + [*targets.items()][:first % len(targets)]:
         connection = socket.create_connection((address, port), 10)
         began = time.perf_counter()
         for _ in range(size):
@@ -163,14 +163,14 @@ class Bench(Story):
 
 
 def measure(bench: Bench) -> int:
-    """Every step of a bench, then its table; the process's exit status."""
+    """Every step of a bench, or those that are named on the command line, then its table; the process's exit status."""
     try:
         bench.everywhere(bench.backends, (EDGE, ONPREM_CLIENT))
     except LabError as error:
         print(f"bench: {error}; next: make lab-up site", file=sys.stderr)
         return 1
     with bench.prepared():
-        steps: list[Callable[[], None]] = [getattr(bench, name) for name in bench.STEPS]
+        steps: list[Callable[[], None]] = [getattr(bench, name) for name in sys.argv[1:] or bench.STEPS]
         for step in steps:
             step()
     bench.table()

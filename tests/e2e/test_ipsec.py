@@ -147,7 +147,8 @@ def test_gateways_go_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Pat
         for host in hosts:
             assert stages(estate, host) == set(), host
             left = (
-                "nft list table ip isthmus-ipsec || ls /etc/swanctl/*/isthmus* || ip rule | grep 736: || "
+                "nft list table ip isthmus-ipsec || nft list table ip isthmus-ipsec-kept || "
+                "ls /etc/swanctl/*/isthmus* || ip rule | grep 736: || "
                 "ip route show table 736 | grep . || systemctl is-active strongswan.service"
             )
             done = estate.lab.exec(host, ["sh", "-c", left], check=False)

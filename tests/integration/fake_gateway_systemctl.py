@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Stands for `systemctl` and, called by that name, `journalctl` in the namespaces that are a gateway in a test: runs
-strongSwan, where the kernel does ESP also its interfaces and their routes, and the unit of the rules as systemd would.
+strongSwan, where the kernel does ESP also its interfaces and their routes, and the units of the rules as systemd would.
 """
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 STATE = Path("/run/fake-systemd")
 STATE.mkdir(exist_ok=True)
 CHARON, GUARD, ROUTES = "strongswan.service", "isthmus-ipsec.service", "isthmus-ipsec-routes.service"
+KEEPER = "isthmus-ipsec-keeper.service"
+PATIENCE = 10 if "QEMU TCG" in Path("/proc/cpuinfo").read_text() else 1
 
 
 def mark(name, what):
@@ -67,8 +70,7 @@ def charon(wanted):
     for command in lines(more, "ExecStartPre"):
         subprocess.run(command.split(), check=True)
     start(CHARON, "/usr/sbin/charon-systemd")
-    emulated = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
-    deadline = time.monotonic() + (100 if emulated else 10)
+    deadline = time.monotonic() + 10 * PATIENCE
     while (
         not Path("/run/charon.vici").exists()
         or subprocess.run(["/usr/sbin/swanctl", "--stats"], capture_output=True, check=False).returncode
@@ -85,6 +87,18 @@ def guard(wanted):
     mark(GUARD, "active").touch() if wanted else mark(GUARD, "active").unlink(missing_ok=True)
 
 
+def keeper(wanted):
+    stop(KEEPER)
+    for command in lines(KEEPER, "ExecStart") if wanted else ():
+        place = mark(KEEPER, "notify")
+        place.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.bind(str(place))
+            told.settimeout(10 * PATIENCE)
+            start(KEEPER, f"env NOTIFY_SOCKET={place} {command}")
+            assert told.recv(100) == b"READY=1"
+
+
 def active(name):
     return mark(name, "active").exists() if name == GUARD else bool(pid(name))
 
@@ -99,7 +113,7 @@ def main(verb, *rest):
         ]
         print("\n\n".join(blocks))
     for name in names if verb in ("enable", "disable", "restart", "start", "reload", "stop") else ():
-        run = {CHARON: charon, GUARD: guard, ROUTES: routes}[name]
+        run = {CHARON: charon, GUARD: guard, ROUTES: routes, KEEPER: keeper}[name]
         if verb == "enable":
             mark(name, "enabled").touch()
         elif verb == "disable":

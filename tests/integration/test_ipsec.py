@@ -59,6 +59,22 @@ GATEWAYS = ("o1", "o2", "c1", "c2")
 ROUTER = {"198.18.1": "198.18.1.254", "198.18.2": "198.18.2.254"}
 KERNEL = kernel_devices.makes("xfrm", "dev", "lo", "if_id", "1")
 """It does ESP."""
+KEEPER = "isthmus-ipsec-keeper.service"
+NFTABLES = Path("/lib/systemd/system/nftables.service")
+"""The distribution's."""
+OPERATORS = """\
+#!/usr/sbin/nft -f
+
+flush ruleset
+
+table inet filter {
+\tchain input {
+\t\ttype filter hook input priority filter;
+\t\ttcp dport 2323 drop
+\t}
+}
+"""
+"""What it loads, as Debian's own file begins."""
 SYSTEMCTL = Path(__file__).with_name("fake_gateway_systemctl.py")
 
 _ECHO = """
@@ -99,7 +115,10 @@ print("begun", flush=True)
 while not select.select([sys.stdin], [], [], 0)[0]:
     body = struct.pack("!BBHHH", 8, 0, 0, 9, sent)
     total = sum(struct.unpack("!4H", body))
-    sock.sendto(body[:2] + struct.pack("!H", ~total & 0xFFFF) + body[4:], (sys.argv[1], 0))
+    try:
+        sock.sendto(body[:2] + struct.pack("!H", ~total & 0xFFFF) + body[4:], (sys.argv[1], 0))
+    except PermissionError:
+        pass  # rules of this host dropped it
     sent += 1
     hear(time.monotonic() + 0.005)
 hear(time.monotonic() + 2)
@@ -195,7 +214,8 @@ class Machine:
 
     def dropped(self) -> int:
         """Packets that the rules kept from leaving."""
-        (chain,) = re.findall(r"chain leaves \{(.*?)\n\t\}", self.run("nft", "list", "ruleset").stdout, re.DOTALL)
+        listed = self.run("nft", "list", "table", "ip", ipsec.GUARD).stdout
+        (chain,) = re.findall(r"chain leaves \{(.*?)\n\t\}", listed, re.DOTALL)
         return sum(map(int, re.findall(r"counter packets (\d+) bytes \d+ drop", chain)))
 
     def tunnel(self) -> bool:
@@ -203,7 +223,7 @@ class Machine:
 
     def close(self) -> None:
         with contextlib.suppress(subprocess.SubprocessError):
-            self.run("systemctl", "stop", "strongswan.service", check=False)
+            self.run("systemctl", "stop", "strongswan.service", KEEPER, check=False)
             # What strongSwan said outlives the namespace, for who reads why a test failed.
             self.run("cp", "/run/charon.log", str(self.place), check=False)
         self.holder.kill()
@@ -629,6 +649,63 @@ def test_a_gateway_behind_a_router_of_the_site_is_refused(net: Net) -> None:
         net["o2"].apply(spec)
 
 
+def restarts(one: Machine, times: int) -> None:
+    """nftables.service is restarted and reloaded, again and again: its commands and those of the unit of the mesh's
+    rules that follows, in systemd's order."""
+    guard = one.run("cat", "/etc/systemd/system/isthmus-ipsec.service").stdout
+
+    def commands(text: str, key: str) -> str:
+        told = re.findall(rf"^{key}=(-?)(.*)$", text, re.MULTILINE)
+        assert told, key
+        return "".join(f"{command}{' 2>/dev/null || true' if may_fail else ''}\n" for may_fail, command in told)
+
+    operators = NFTABLES.read_text()
+    stop = commands(guard, "ExecStop") + commands(operators, "ExecStop")
+    start = commands(operators, "ExecStart") + commands(guard, "ExecStart")
+    again = commands(operators, "ExecReload") + commands(guard, "ExecReload")
+    one.run("sh", "-ec", f"for round in $(seq {times}); do\n{stop}{start}{again}done")
+    assert "tcp dport 2323 drop" in one.run("nft", "list", "ruleset").stdout
+
+
+def test_nothing_leaves_in_clear_while_nftables_is_restarted_or_its_ruleset_flushed(net: Net) -> None:
+    """Hosts have no other routes than over the router, so nothing but rules keeps packets from leaving, and there is no
+    tunnel. c2 has no rules: it answers what comes."""
+    found = with_pair(ipsec_authentication="psk")
+    secret = {"cloud onprem": "one key"}
+    for name in ("o1", "o2"):
+        net[name].apply(dict(found.specs[name]), secrets=secret)
+        net[name].run("sh", "-c", f"cat > /etc/nftables.conf <<'E'\n{OPERATORS}E")
+    net["o1"].run("systemctl", "stop", "strongswan.service")
+
+    def sent_beside(restarted: str, times: int) -> int:
+        """Packets of o2 that left for the other site."""
+        with net.capture() as wire, net["o2"].stream("c2") as counted:
+            restarts(net[restarted], times)
+        sent, unanswered = counted
+        left = packets(wire, f"icmp and src host {ADDRESSES['o2']}")
+        print(f"{restarted}: {left} of {sent} packets left, {sent - unanswered} of them were answered")
+        assert sent > times
+        assert unanswered >= sent - left
+        return left
+
+    # A host that is no gateway, and then the gateway, which forwards.
+    for restarted in ("o2", "o1"):
+        one = net[restarted]
+        assert sent_beside(restarted, 50) == 0
+        with net.capture() as wire:
+            one.run("nft", "flush", "ruleset")
+            assert net["o2"].echo("c2") != ""
+        assert (in_clear(wire), beside(wire)) == (0, [])
+
+        one.run("systemctl", "stop", KEEPER)
+        assert sent_beside(restarted, 10) > 0, "without the table that is kept"
+        for check in (True, False):
+            told = one.apply(one.spec, check=check, secrets=secret)["diff"]
+            assert f"nft table ip {ipsec.KEPT}" in [entry["after_header"] for entry in told]
+        assert not one.apply(one.spec, check=True, secrets=secret)["changed"]
+        net.lead("o2")
+
+
 TAKEN_OVER = 10  # seconds (docs/ipsec.md)
 
 
@@ -754,6 +831,7 @@ def test_with_both_gateways_lost_hosts_drop_and_count_and_send_nothing_in_clear(
             assert two["o3"].echo("c3") != ""
         assert two["o3"].dropped() == before + 3
         # Neither do the rules hang on the routes, nor the routes on the rules.
+        two["o3"].run("systemctl", "stop", KEEPER)
         two["o3"].run("nft", "flush", "ruleset")
         assert two["o3"].echo("c3") != ""
     assert (in_clear(wire), beside(wire)) == (0, [])

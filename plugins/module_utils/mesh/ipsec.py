@@ -12,6 +12,7 @@ leaves for the other site by another way.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
@@ -645,6 +646,8 @@ def interfaces_script(own: Mapping[str, Any], path: str) -> str:
 
 GUARD = "isthmus-ipsec"
 """netfilter's table that lets nothing leave in clear."""
+KEPT = "isthmus-ipsec-kept"
+"""Another one with the same rules, which belongs to a process: `nft flush ruleset` leaves it where it is."""
 
 
 def guard(own: Mapping[str, Any]) -> str | None:
@@ -734,6 +737,56 @@ def guard_of_kernel() -> str:
     """What is added to `guard` where the kernel does ESP. In a file of its own, as a kernel without IPsec refuses it:
     there the table stays as `guard` has it, and nothing leaves."""
     return _HEADER + f"insert rule ip {GUARD} leaves {ENCRYPTED}\n"
+
+
+def kept(text: str, kernel: bool) -> str:
+    """`guard`'s text for the table `KEPT`. A packet comes to it after the other one, which counts what it drops.
+    `kernel`: it does ESP."""
+    rules = text.replace(f"table ip {GUARD}", f"table ip {KEPT}")
+    rules = rules.replace(f"table ip {KEPT} {{\n", f"table ip {KEPT} {{\n  flags owner;\n")
+    rules = re.sub(r"priority (-?\d+);", lambda found: f"priority {int(found[1]) + 1};", rules)
+    return rules + (f"insert rule ip {KEPT} leaves {ENCRYPTED}\n" if kernel else "")
+
+
+_KEEPER = """\
+#!/usr/bin/python3
+{header}#
+# Makes the table of rules that is in a file, and has it as long as it runs: a table with the flag `owner` can be
+# changed and flushed by the socket that made it only, which libnftables keeps with its context, and goes with that.
+# usage: {name} FILE
+import ctypes
+import os
+import signal
+import socket
+import sys
+
+library = ctypes.CDLL("libnftables.so.1")
+library.nft_ctx_new.argtypes = [ctypes.c_uint32]
+library.nft_ctx_new.restype = ctypes.c_void_p
+library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+context = library.nft_ctx_new(0)
+
+with open(sys.argv[1], encoding="ascii") as file:
+    lines = file.readlines()
+# A kernel without IPsec refuses the rule that is inserted: then the others are there, and nothing leaves.
+for wanted in (lines, [line for line in lines if not line.startswith("insert ")]):
+    if library.nft_run_cmd_from_buffer(context, "".join(wanted).encode()) == 0:
+        break
+else:
+    sys.exit("The table was refused. It takes Linux 5.12 and nftables 1.0 or newer.")
+
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    address = os.environ["NOTIFY_SOCKET"]
+    notify.connect("\\0" + address[1:] if address.startswith("@") else address)
+    notify.send(b"READY=1")
+while True:
+    signal.pause()
+"""
+
+
+def keeper_program(path: str) -> str:
+    """What has the table `KEPT`; `path` is where it is."""
+    return _KEEPER.format(header=_HEADER, name=path)
 
 
 def _listed(addresses: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import packets, strongswan
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import CHANGING, Stage
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
@@ -29,11 +30,19 @@ def check_gateways(verifier: Verifier) -> None:
             f"({entry['stage']}); {SITE}",
         )
     wanted = ipsec.guard(own)
+    for table in (ipsec.GUARD, ipsec.KEPT):
+        verifier.check(
+            "gateways",
+            wanted is None or strongswan.guard_in_kernel(verifier.module, table) == strongswan.guard_wanted(wanted),
+            f"the rules that keep packets from other ways than the gateways' (`nft list table ip {table}`) are "
+            f"not what the inventory gives; {SITE}",
+        )
     verifier.check(
         "gateways",
-        wanted is None or strongswan.guard_in_kernel(verifier.module) == strongswan.guard_wanted(wanted),
-        f"the rules that keep packets from other ways than the gateways' (`nft list table ip {ipsec.GUARD}`) are "
-        f"not what the inventory gives; {SITE}",
+        wanted is None or f"table ip {ipsec.KEPT} ".encode() not in (read_bytes(strongswan.OPERATORS) or b""),
+        f"{strongswan.OPERATORS} has the mesh's table {ipsec.KEPT}, perhaps from `nft list ruleset`: the kernel "
+        "refuses all of that file while the mesh's own table is there, so the next restart of nftables.service leaves "
+        "this host without its own rules. Next: take that table out of the file",
     )
 
 

@@ -32,7 +32,7 @@ def check_units(verifier: Verifier) -> None:
     if gateways.get("connections"):
         names.append(strongswan.UNIT)
     if ipsec.guard(gateways) is not None:
-        names.append(strongswan.GUARD_UNIT)
+        names += [strongswan.GUARD_UNIT, strongswan.KEEPER_UNIT]
     for name, found in units.Systemd(verifier.module).show(names).items():
         state = found.get("ActiveState")
         verifier.check(

@@ -402,6 +402,28 @@ def test_with_esp_in_the_kernel_each_of_two_tunnels_has_its_own_way_in() -> None
     assert "isthmus-ipsec1" not in alone
 
 
+def test_the_table_that_is_kept_has_the_same_rules_and_comes_second() -> None:
+    found = changed(more=MORE, **TWO)
+    for host, kernel in (("o1", False), ("o1", True), ("o3", False)):
+        text = ipsec.guard(found.specs[host]["ipsec"]) or ""
+        kept = ipsec.kept(text, kernel)
+        assert kept.count("  flags owner;\n") == 1
+        assert f"table ip {ipsec.KEPT} {{\n  flags owner;\n" in kept
+        assert not re.search(rf"\b{ipsec.GUARD}(?!-kept)\b", kept)
+        assert [int(number) for number in re.findall(r"priority (\S+);", kept)] == [
+            int(number) + 1 for number in re.findall(r"priority (\S+);", text)
+        ]
+        rules = [line for line in kept.splitlines() if line.endswith((" drop", " accept"))]
+        wanted = [line for line in text.splitlines() if line.endswith((" drop", " accept"))]
+        assert rules == wanted + [f"insert rule ip {ipsec.KEPT} leaves {ipsec.ENCRYPTED}"] * kernel
+
+
+def test_the_program_that_keeps_it_is_one_that_python_reads() -> None:
+    text = ipsec.keeper_program("/etc/isthmus/x")
+    compile(text, "x", "exec")
+    assert "# usage: /etc/isthmus/x FILE\n" in text
+
+
 def test_the_interfaces_script_is_one_that_bash_reads() -> None:
     text = ipsec.interfaces_script(changed(more=MORE, **TWO).specs["o1"]["ipsec"], "/etc/isthmus/x")
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)

@@ -24,6 +24,7 @@ FILES = {
     "isthmus-dns-reload.service": units.dns_reload_unit(),
     "isthmus-bpffs.service": units.bpffs_unit(),
     "isthmus-wireguard.service": units.wireguard_unit("0123", "isthmus-wg0"),
+    "isthmus-ipsec-keeper.service": units.keeper_unit("/bin/true", "/etc/isthmus/x", "isthmus-ipsec.service"),
     "isthmus-resolved.service": units.resolved_unit("10.0.0.1", "clusterset.local"),
 }
 
@@ -83,6 +84,7 @@ DAEMONS = {
             "isthmus-registrar.service",
             "isthmus-dns.service",
             "isthmus-wireguard.service",
+            "isthmus-ipsec-keeper.service",
         )
     },
     etcd_unit.SERVICE: etcd_unit.service("/usr/bin/etcd", "0123"),

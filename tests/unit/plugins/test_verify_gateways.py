@@ -20,8 +20,8 @@ TUNNEL = "isthmus-cloud: #1, ESTABLISHED, IKEv2, 1_i 2_r*\n  net: #1, reqid 1, I
 
 
 class Host:
-    """o1, the gateway of onprem. `answers` are those of commands, by their first two words; `refused` is why the other
-    gateway does not answer a packet, "" when it does."""
+    """o1, the gateway of onprem. `answers` are those of commands, by their first two words, and of nft by the table
+    that it lists; `refused` is why the other gateway does not answer a packet, "" when it does."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
         before = estates.planned(estates.model()) if running else None
@@ -29,13 +29,14 @@ class Host:
         self.spec = self.plan.specs["o1"]
         self.answers = {
             "/bin/sh --list-sas": TUNNEL,
-            "/usr/sbin/nft -s": ipsec.guard(self.spec["ipsec"]) or "",
+            **{table: ipsec.guard(self.spec["ipsec"]) or "" for table in (ipsec.GUARD, ipsec.KEPT)},
             "journalctl -u": "",
         }
         self.refused = ""
         (place / "node.json").write_text(json.dumps(self.spec))
         monkeypatch.setattr(Verifier, "NODE", str(place / "node.json"))
         monkeypatch.setattr(strongswan, "SWANCTL", "/bin/sh")
+        monkeypatch.setattr(strongswan, "OPERATORS", str(place / "nftables.conf"))
         monkeypatch.setattr(packets, "path_mtu", lambda *_: 1400)
         monkeypatch.setattr(packets, "echo", self.echo)
 
@@ -45,7 +46,7 @@ class Host:
             raise packets.NoAnswer(self.refused)
 
     def run_command(self, command: list[str]) -> tuple[int, str, str]:
-        return 0, self.answers[" ".join(command[:2])], ""
+        return 0, self.answers[command[-1] if command[0] == strongswan.NFT else " ".join(command[:2])], ""
 
     def problems(self, check: str, *arguments: object) -> list[str]:
         params = {"spec": self.spec, "record": self.plan.record, "services": [], "hosts": [], "timeout": 3}
@@ -79,10 +80,21 @@ def test_a_tunnel_in_which_nobody_answers_is_named(host: Host) -> None:
     assert "the other gateway does not answer in it: no answer to 3 packets of 1400 bytes" in found
 
 
-def test_rules_that_somebody_took_away_are_named(host: Host) -> None:
-    host.answers["/usr/sbin/nft -s"] = ""
+@pytest.mark.parametrize("table", [ipsec.GUARD, ipsec.KEPT])
+def test_rules_that_somebody_took_away_are_named(host: Host, table: str) -> None:
+    host.answers[table] = ""
     (found,) = host.problems("check_gateways")
     assert found.startswith("gateways: the rules that keep packets from other ways")
+    assert f"`nft list table ip {table}`" in found
+
+
+def test_a_file_of_the_operator_that_the_kernel_would_refuse_is_named(host: Host, tmp_path: Path) -> None:
+    file = tmp_path / "nftables.conf"
+    file.write_text(f"flush ruleset\ntable ip {ipsec.GUARD} {{\n}}\n")
+    assert host.problems("check_gateways") == [], "what replaces and is replaced"
+    file.write_text(f"flush ruleset\ntable ip {ipsec.KEPT} {{ # progname python3\n\tflags owner\n}}\n")
+    (found,) = host.problems("check_gateways")
+    assert found.startswith(f"gateways: {file} has the mesh's table {ipsec.KEPT}")
 
 
 def test_before_the_next_step_only_gateways_prove_their_tunnels(
