@@ -18,6 +18,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.auto import Verd
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Pair, pair
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.forgetting import Forget
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.model import Model, ModelError, read_model
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.openings import documents_of
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.planner import Plan, plan
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.record import (
     Record,
@@ -127,6 +128,9 @@ class ActionModule(ActionBase):
             matrix=matrix.lines(found.sites),
             routes=[dict(route) for route in found.routes],
             routers=matrix.route_lines(found.routes),
+            host_routes=matrix.host_routes(
+                found.sites, documents_of(found.record), model.ipsec, found.ipsec, found.keys[-1]
+            ),
             gateways=ipsec.other_sides(model.ipsec),
             turned=matrix.changes(found.sites, found.keys),
             vpc={

@@ -51,5 +51,6 @@ notes:
     provider's own tools take them - environment, profile, instance role; AWX's credential types set the environment.
     No option takes a secret, so none is in an inventory, a log or on a host.
   - Throttled calls are made again, ever more slowly.
-  - Permissions, quotas and what was not tried on the real cloud are in the collection's C(docs/vpc.md).
+  - Permissions, quotas and what was not tried on the real cloud are in the collection's C(docs/vpc_aws.md),
+    C(docs/vpc_google.md) and C(docs/vpc_azure.md).
 """

@@ -35,6 +35,8 @@ _value:
   elements: str
 """
 
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
+
 
 def blocked_ports(members):
     """Grouped by what does not answer, with the hosts that asked. What the run itself will open is none of them."""
@@ -55,8 +57,10 @@ def blocked_ports(members):
 
 
 def _remedy(result, host, port, how):
+    is_gateways = port in [f"udp/{number}" for number in IPSEC_PORTS]
+    told_by = ("isthmus_underlay", "ipsec.gateways[].address" if is_gateways else "isthmus_advertise")
     if " answers there" in how:
-        return f"Next: correct isthmus_underlay or isthmus_advertise of {host}, or what forwards the address to it."
+        return f"Next: correct {' or '.join(told_by)} of {host}, or what forwards the address to it."
     if result is None:
         return (
             f"{host} is not in this run, so its firewalls were not looked at: see there (`ufw status`, `firewall-cmd "
@@ -70,7 +74,7 @@ def _remedy(result, host, port, how):
     return (
         f"No firewall was found on {host} that would be in the way: look between the two (a router, a cloud's security "
         f"group, a rule in another table: `nft list ruleset` on {host}), and whether the address is {host}'s "
-        "(isthmus_underlay, isthmus_advertise). docs/ports.md lists who must reach what."
+        f"({', '.join(told_by)}). docs/ports.md lists who must reach what."
     )
 
 

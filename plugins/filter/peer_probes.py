@@ -16,6 +16,8 @@ description:
     port that it needs, is asked from where it will be used, by few hosts each.
   - Of two hosts one at least is new; only hosts that were entered and answer are asked. When a run is for a part of the
     hosts, a new one also asks the running etcd of its cluster, of which one member must answer.
+  - Gateways of two sites ask each other on the ports of IPsec when neither has had a part in a tunnel between the two
+    sites so far. Later nothing but IKE gets through beside the tunnel, which proves itself.
 options:
   _input:
     description:
@@ -50,6 +52,7 @@ _value:
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Stage, from_document, keys_of, pair
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.openings import wireguard_ports
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 
 FROM_EACH_CLUSTER = 3
 
@@ -57,25 +60,29 @@ FROM_EACH_CLUSTER = 3
 def peer_probes(members, record, run):
     """The overlay's port, or WireGuard's where the two sites encrypt, from one host of every site at least; etcd's
     client port from the cluster's hosts and from up to `FROM_EACH_CLUSTER` of a peering cluster's etcd hosts; its peer
-    port from the other members. Nothing between sites whose gateways have a tunnel, or are to have one. Hosts of a
-    site to which nobody outside opens anything ask others for WireGuard's ports only, and are asked by none of them."""
-    heard, joining = {}, set()
+    port from the other members. Between sites whose gateways have a tunnel, or are to have one, IPsec's from gateway to
+    gateway, and nothing else. Hosts of a site to which nobody outside opens anything ask others for WireGuard's ports
+    only, and are asked by none of them."""
+    heard, joining, begun = {}, set(), {}
     for variables in members:
         name = variables["inventory_hostname"]
         if "listening" in variables.get("__preflight_listener", {}):
             heard[name] = variables["__preflight_listener"]["listening"]
-        if variables.get("__preflight_result", {}).get("joins"):
+        result = variables.get("__preflight_result", {})
+        if result.get("joins"):
             joining.add(name)
-    questions = _Questions(record, heard, joining, run)
+        begun[name] = {one["host"]: one["address"] for one in result.get("tunnels", ())}
+    questions = _Questions(record, heard, joining, begun, run)
     return {host: questions.of(host) for host in questions.places if host in heard}
 
 
 class _Questions:
-    """`heard`: what each host that answers has said of its ports; `places`: cluster document and entry by host."""
+    """`heard`: what each host that answers has said of its ports; `begun`: by gateway, the addresses of those with
+    which it is to have its first tunnels; `places`: cluster document and entry by host."""
 
-    def __init__(self, record, heard, joining, run):
+    def __init__(self, record, heard, joining, begun, run):
         self.overlay = record["roster"]["overlay_port"]
-        self.heard, self.joining, self.run = heard, joining, run
+        self.heard, self.joining, self.begun, self.run = heard, joining, begun, run
         self.places = {
             name: (document, entry)
             for key, document in sorted(record.items())
@@ -101,7 +108,8 @@ class _Questions:
             if name == host or not {name, host} & self.joining:
                 continue
             if self.gateways.get(pair(here["site"], self.places[name][1]["site"]), Stage.PLAIN) is not Stage.PLAIN:
-                continue  # by the tunnel, which is not there yet
+                found += self.of_gateway(host, name)  # all else by the tunnel, which is not there yet
+                continue
             if self.is_inside(self.places[name][1]["site"], here["site"]):
                 continue
             document = self.places[name][0]
@@ -125,6 +133,18 @@ class _Questions:
             found += [self.target(here, one, "tcp", port, "etcd", enough=True) for one in outside]
         return found
 
+    def of_gateway(self, host, name):
+        """What a gateway asks another one before there is a tunnel between their sites. When one of the two has a part
+        in one already, its rules let only IKE through beside it."""
+        if host not in self.begun.get(name, ()) or name not in self.begun.get(host, ()):
+            return []
+        here, address = self.places[host][1], self.begun[host][name]
+        return [
+            self.target(here, name, "udp", port, "listener", address=address)
+            for port in IPSEC_PORTS
+            if self.heard[name].get(f"udp/{port}") == "listener"
+        ]
+
     def is_inside(self, site, other):
         """Whether hosts of a site open all sessions with those of another one, and all else goes through these."""
         return site != other and site in self.closed
@@ -135,11 +155,11 @@ class _Questions:
         overlay = [] if Stage.DEMANDS in (stage, native) else [("udp", self.overlay)]
         return overlay + ([] if stage is Stage.PLAIN else self.tunnels)
 
-    def target(self, here, name, protocol, port, answers, enough=False):
+    def target(self, here, name, protocol, port, answers, enough=False, address=None):
         document, entry = self.places[name]
         return {
             "host": name,
-            "address": entry["underlay4" if entry["site"] == here["site"] else "advertise4"],
+            "address": address or entry["underlay4" if entry["site"] == here["site"] else "advertise4"],
             "protocol": protocol,
             "port": port,
             "answers": answers,

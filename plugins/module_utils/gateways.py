@@ -155,15 +155,20 @@ class Gateway:
 
     def interfaces(self) -> bool:
         """Those of ESP in the kernel, made when strongSwan begins; in user space it makes its device itself, which has
-        the same name. Answers whether strongSwan has to begin anew."""
+        the same name. And the unit's drop-in. Answers whether strongSwan has to begin anew."""
         unit = units.Units.path(strongswan.ROUTES_UNIT)
-        if self.kernel:
+        gateway = "local" in self.own
+        if gateway:
+            self.changes.file(strongswan.BEGIN, ipsec.begin_script(self.connections), mode=0o755)
             self.changes.directory(os.path.dirname(strongswan.DROP_IN))
+        else:
+            self.changes.absent(strongswan.BEGIN)
+        if self.kernel:
             found = [
                 self.changes.file(
                     strongswan.INTERFACES, ipsec.interfaces_script(self.own, strongswan.INTERFACES), mode=0o755
                 ),
-                self.changes.file(strongswan.DROP_IN, drop_in()),
+                self.changes.file(strongswan.DROP_IN, drop_in(kernel=True)),
                 self.changes.file(unit, routes_unit()),
             ]
             if any(found) and not self.module.check_mode:
@@ -174,9 +179,14 @@ class Gateway:
             self.systemd.run("disable", "--now", "--quiet", strongswan.ROUTES_UNIT)
         if os.path.exists(strongswan.INTERFACES) and not self.module.check_mode:
             self.module.run_command([strongswan.INTERFACES, "end"])
-        found = [self.changes.absent(path) for path in (strongswan.DROP_IN, unit, strongswan.INTERFACES)]
+        found = [
+            self.changes.file(strongswan.DROP_IN, drop_in(kernel=False))
+            if gateway
+            else self.changes.absent(strongswan.DROP_IN),
+            *(self.changes.absent(path) for path in (unit, strongswan.INTERFACES)),
+        ]
         if any(found) and not self.module.check_mode:
-            with contextlib.suppress(OSError):  # others' settings of the unit are there
+            with contextlib.suppress(OSError):  # settings of the unit are there, ours or others'
                 os.rmdir(os.path.dirname(strongswan.DROP_IN))
             self.systemd.run("daemon-reload")
         return any(found)
@@ -243,7 +253,8 @@ class Gateway:
 def left() -> bool:
     """Whether there is anything here that `apply` made."""
     own = (strongswan.ROUTES_UNIT, strongswan.GUARD_UNIT, strongswan.KEEPER_UNIT)
-    files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES, strongswan.DROP_IN)
+    files = (strongswan.CONNECTIONS, strongswan.BEFORE, strongswan.GUARD, strongswan.INTERFACES)
+    files += (strongswan.BEGIN, strongswan.DROP_IN)
     places = (*files, *(units.Units.path(name) for name in own))
     return any(os.path.lexists(path) for path in places)
 
@@ -352,14 +363,15 @@ def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
             )
 
 
-def drop_in() -> str:
-    """For strongSwan's unit: its interfaces are there while it is, as its device in user space would be."""
+def drop_in(kernel: bool) -> str:
+    """For strongSwan's unit: the tunnels are asked for when it has read its connections; and where the `kernel` does
+    ESP its interfaces are there while it is, as its device in user space would be."""
+    begin, end = f"ExecStartPre=-{strongswan.INTERFACES} begin\n", f"ExecStopPost=-{strongswan.INTERFACES} end\n"
     return f"""\
 # Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
 [Service]
-ExecStartPre=-{strongswan.INTERFACES} begin
-ExecStopPost=-{strongswan.INTERFACES} end
-"""
+{begin if kernel else ""}ExecStartPost=-{strongswan.BEGIN}
+{end if kernel else ""}"""
 
 
 def routes_unit() -> str:
@@ -433,15 +445,9 @@ WantedBy=sysinit.target
 
 def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: str | None, kernel: bool) -> None:
     """The rules, in the files and in the kernel; None: there are none. `kernel`: it does ESP."""
-    path = units.Units.path(strongswan.GUARD_UNIT)
     if text is None:
-        unkeep(module, changes, systemd)
-        if os.path.exists(path) and not module.check_mode:
-            systemd.run("disable", "--now", "--quiet", strongswan.GUARD_UNIT)
-        if changes.absent(path) and not module.check_mode:
-            systemd.run("daemon-reload")
-        changes.absent(strongswan.GUARD)
-        changes.absent(strongswan.GUARD_OF_KERNEL)
+        unload(module, changes, systemd, strongswan.KEEPER_UNIT, strongswan.KEEPER, strongswan.KEPT)
+        unload(module, changes, systemd, strongswan.GUARD_UNIT, strongswan.GUARD, strongswan.GUARD_OF_KERNEL)
         return
     lacking = strongswan.packages(gateway=False)
     for name in lacking:
@@ -453,7 +459,7 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         file |= changes.file(strongswan.GUARD_OF_KERNEL, ipsec.guard_of_kernel())
     else:
         file |= changes.absent(strongswan.GUARD_OF_KERNEL)
-    unit = changes.file(path, guard_unit(kernel))
+    unit = changes.file(units.Units.path(strongswan.GUARD_UNIT), guard_unit(kernel))
     if unit and not module.check_mode:
         systemd.run("daemon-reload")
     state = systemd.show([strongswan.GUARD_UNIT])[strongswan.GUARD_UNIT]
@@ -505,14 +511,15 @@ def keep(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text: 
         )
 
 
-def unkeep(module: AnsibleModule, changes: Changes, systemd: units.Systemd) -> None:
-    path = units.Units.path(strongswan.KEEPER_UNIT)
+def unload(module: AnsibleModule, changes: Changes, systemd: units.Systemd, name: str, *files: str) -> None:
+    """A unit that loads rules is off and away, and what it reads."""
+    path = units.Units.path(name)
     if os.path.exists(path) and not module.check_mode:
-        systemd.run("disable", "--now", "--quiet", strongswan.KEEPER_UNIT)
+        systemd.run("disable", "--now", "--quiet", name)
     if changes.absent(path) and not module.check_mode:
         systemd.run("daemon-reload")
-    changes.absent(strongswan.KEEPER)
-    changes.absent(strongswan.KEPT)
+    for file in files:
+        changes.absent(file)
 
 
 def apply(

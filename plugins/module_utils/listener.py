@@ -6,8 +6,8 @@ Run as a program of its own, with a JSON document as its only argument: `host`, 
 
 TCP: who connects is told `GREETING` and the host's name. UDP: a datagram that begins with `MARK` comes back with the
 host's name behind it, from the port that it was sent to. Datagrams are read from a raw socket, which sees what the
-host's firewall has let in whoever has the port: also where the kernel's VXLAN device or WireGuard, which answer nobody,
-have it.
+host's firewall has let in whoever has the port: also where the kernel's VXLAN device, WireGuard or strongSwan, which do
+not answer such a one, have it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import sys
 import time
 
 # For a VXLAN device: without the flag of a valid network identifier (RFC 7348), so that it drops the datagram. Of
-# WireGuard's messages none has type 0.
-MARK = b"\0\0\0\0\0\0\0\0isthmus-preflight "
+# WireGuard's messages none has type 0. Of IKE's none has an initiator's SPI of 0 (RFC 7296, section 3.1), which on port
+# 4500 comes after four bytes of 0 (RFC 3948).
+MARK = b"\0\0\0\0\0\0\0\0\0\0\0\0isthmus-preflight "
 GREETING = b"isthmus-preflight "
 
 UNIT = "isthmus-preflight.service"

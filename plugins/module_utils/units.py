@@ -20,6 +20,13 @@ UNIT_DIRECTORY = "/etc/systemd/system"
 CONFIG_VARIABLE = "ISTHMUS_CONFIG"
 WIREGUARD = dict(zip(WIREGUARD_UNITS, WIREGUARD_DEVICES))
 """Units of wireguard-go, with the device that each makes."""
+BOOT_ROUTES = "/etc/isthmus/boot-routes"
+BOOT_ROUTES_UNIT = "isthmus-boot-routes.service"
+NETWORKD = "systemd-networkd.service"
+NETWORKD_DROP_IN = "/etc/systemd/networkd.conf.d/isthmus.conf"
+ROUTE_PROTOCOL = "73"
+"""Of all our routes and rules (rtnetlink(7))."""
+_MAIN_TABLE = "254"
 
 # What every unit of ours gives up. Capabilities, paths and address families are named unit by unit.
 _SANDBOX = """\
@@ -320,6 +327,62 @@ RemainAfterExit=yes
 ExecStart=/bin/mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 """
     )
+
+
+def boot_routes(spec: Mapping[str, Any]) -> str:
+    """`BOOT_ROUTES`, which `ip -batch` reads: the ranges of a host's specification that are unreachable where nothing
+    longer matches, each as the agent has it (`desired.addressing.routes`). The agent finds them as its own.
+
+    It leads some of them over the overlay instead, of clusters whose CNI has pools of its own; what these are it knows
+    from etcd, and before it runs there is no overlay. Its own cluster's pods are in none, where they are the CNI's.
+    """
+    ranges = sorted({*spec["service_ranges4"], *spec["mesh_ranges4"]})
+    return _HEADER + "".join(
+        f"route add unreachable {each} table {_MAIN_TABLE} protocol {ROUTE_PROTOCOL}\n" for each in ranges
+    )
+
+
+def boot_routes_unit() -> str:
+    """`isthmus-boot-routes.service`: nothing that is for the mesh leaves by the default route at a boot, when the
+    network is up and the agent is not yet.
+
+    What is there already stays, be it the agent's own or somebody else's, whom the agent names; `ip` does the others
+    and ends with an error, which is none. Nothing is taken away when the unit ends: the routes are the agent's.
+    """
+    return (
+        _HEADER
+        + f"""\
+[Unit]
+Description=Isthmus mesh: its addresses are unreachable until the agent runs
+Documentation=https://github.com/isthmus-mesh/isthmus
+DefaultDependencies=no
+After=local-fs.target
+Before=network-pre.target isthmusd.service shutdown.target
+Wants=network-pre.target
+Conflicts=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=-/sbin/ip -force -batch {BOOT_ROUTES}
+CapabilityBoundingSet=CAP_NET_ADMIN
+NoNewPrivileges=yes
+
+[Install]
+WantedBy=sysinit.target
+"""
+    )
+
+
+def networkd_drop_in() -> str:
+    """`NETWORKD_DROP_IN`: systemd-networkd leaves routes alone that it did not make (networkd.conf(5)). It would remove
+    those of `boot_routes` with each link that it sets up, so just before there is a default route."""
+    return _HEADER + "[Network]\nManageForeignRoutes=no\n"
+
+
+def has_networkd(state: Mapping[str, str]) -> bool:
+    """Whether systemd-networkd, of which `Systemd.show` says `state`, sets up links of this host at the next boot."""
+    return state.get("UnitFileState") in ("enabled", "enabled-runtime") or state.get("ActiveState") == "active"
 
 
 def resolved_unit(server: str, domain: str) -> str:

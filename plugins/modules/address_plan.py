@@ -93,9 +93,9 @@ plan:
       type: dict
     ranges:
       description:
-        - Ranges with C(range), C(kind) (C(workloads), C(services), C(pods), C(ClusterIPs) or C(reserved)), C(owner),
-          C(where) it is declared, number of C(addresses), and how many hosts, services or host addresses have it in
-          use (C(used)).
+        - Ranges with C(range), C(kind) (C(workloads), C(services), C(pods), C(ClusterIPs), C(VPN) of what is behind the
+          gateways of a site, C(VPC), or C(reserved)), C(owner), C(where) it is declared, number of C(addresses), and
+          how many hosts, services or host addresses have it in use (C(used)).
       type: list
       elements: dict
     underlay:

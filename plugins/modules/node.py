@@ -12,6 +12,9 @@ version_added: 1.0.0
 description:
   - Writes the host's specification and its copy of the estate record, the systemd units of the agent, the registrar
     (on etcd hosts), the name server and, where packets are encrypted and the kernel has no WireGuard, C(wireguard-go).
+  - At a boot addresses of the mesh are unreachable from before the network is up until the agent runs, by
+    C(isthmus-boot-routes.service), so that nothing which is for them leaves by the default route. Where
+    C(systemd-networkd) sets up the network, C(ManageForeignRoutes=no) keeps it from removing these routes then.
   - Joins the mesh's names to the host's own resolution.
   - Starts or restarts only what changed, and waits until it is ready. Renewed certificates need no restart.
   - The agent's datapath is pinned in the kernel, so a restart of the agent interrupts no connection.
@@ -95,6 +98,7 @@ standing:
 """
 
 import json
+import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import bundle, resolver, standing, units, wireguard
@@ -116,10 +120,15 @@ DNSMASQ = "/etc/isthmus/dnsmasq.conf"
 # file. Not the copy of the estate record: what the clusters wrote there since is no less true.
 PARTS = {
     SPEC: ((AGENT,), ""),
+    units.BOOT_ROUTES: ((), ""),
+    units.NETWORKD_DROP_IN: ((), ""),
     DNSMASQ: ((DNS,), ""),
     resolver.RESOLV_CONF: ((DNS,), resolver.MARK),
     bundle.CURRENT: ((AGENT, REGISTRAR), ""),
-    **{units.Units.path(name): ((name,), "") for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, *units.WIREGUARD)},
+    **{
+        units.Units.path(name): ((name,), "")
+        for name in (AGENT, REGISTRAR, DNS, DNS_PATH, RESOLVED, units.BOOT_ROUTES_UNIT, *units.WIREGUARD)
+    },
     **{units.Units.path(name): ((), "") for name in (BPFFS, DNS_RELOAD)},
 }
 
@@ -151,8 +160,8 @@ def main():
         confirm(module, generations, spec)
     runner = units.Units(module, changes)
 
-    resolved = runner.systemd.show(["systemd-resolved.service"])["systemd-resolved.service"]
-    found = resolver.probe(resolved.get("ActiveState") == "active")
+    theirs = runner.systemd.show(["systemd-resolved.service", units.NETWORKD])
+    found = resolver.probe(theirs["systemd-resolved.service"].get("ActiveState") == "active")
     mesh_address, domain = spec["node"]["mesh4"], spec["dns"]["domain"]
     dnsmasq = resolver.dnsmasq_conf(mesh_address, domain, resolver.upstream(found))
     bundle = module.params["bundle_digest"]
@@ -171,6 +180,7 @@ def main():
     }
     unit_files = {
         BPFFS: units.bpffs_unit(),
+        units.BOOT_ROUTES_UNIT: units.boot_routes_unit(),
         AGENT: units.agent_unit(agent_config, has_pods),
         REGISTRAR: units.registrar_unit(registrar_config) if has_registrar else None,
         **{unit: config and units.wireguard_unit(config, units.WIREGUARD[unit]) for unit, config in tunnels.items()},
@@ -179,7 +189,8 @@ def main():
         DNS_RELOAD: units.dns_reload_unit(),
         RESOLVED: units.resolved_unit(mesh_address, domain) if found.method == "resolved" else None,
     }
-    wanted = {SPEC: document(spec), DNSMASQ: dnsmasq}
+    wanted = {SPEC: document(spec), units.BOOT_ROUTES: units.boot_routes(spec), DNSMASQ: dnsmasq}
+    wanted[units.NETWORKD_DROP_IN] = units.networkd_drop_in() if units.has_networkd(theirs[units.NETWORKD]) else None
     wanted.update({units.Units.path(name): text for name, text in unit_files.items()})
     if found.method == "file":
         wanted[resolver.RESOLV_CONF] = resolver.joined_file(found.original)
@@ -195,12 +206,20 @@ def main():
     changes.directory(resolver.STATE_DIRECTORY)
     changes.file(SPEC, wanted[SPEC])
     changes.file("/etc/isthmus/estate.json", document(module.params["estate"]))
+    changes.file(units.BOOT_ROUTES, wanted[units.BOOT_ROUTES])
+    if wanted[units.NETWORKD_DROP_IN] is not None:
+        changes.directory(os.path.dirname(units.NETWORKD_DROP_IN))
+        changes.file(units.NETWORKD_DROP_IN, wanted[units.NETWORKD_DROP_IN])
+    else:
+        changes.absent(units.NETWORKD_DROP_IN)
     changes.file(DNSMASQ, dnsmasq)
     runner.write(unit_files)
-    names = [DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
+    names = [units.BOOT_ROUTES_UNIT, DNS, DNS_PATH, AGENT] + ([REGISTRAR] if has_registrar else [])
     names += [unit for unit, config in tunnels.items() if config is not None]
     runner.daemon_reload([BPFFS, DNS_RELOAD, RESOLVED, *names], names)
 
+    # Any start of another unit would start it too, once it is enabled.
+    runner.running(units.BOOT_ROUTES_UNIT)
     runner.running(DNS, dns_config, DNSMASQ)
     runner.running(DNS_PATH)
     if has_registrar:

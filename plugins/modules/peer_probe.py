@@ -10,8 +10,9 @@ module: peer_probe
 short_description: Prove that hosts reach each other's ports, before anything listens there
 version_added: 1.0.0
 description:
-  - With O(state=listening) the host answers on the ports that it will have in the mesh (the overlay's, and etcd's where
-    it is to have a member) for some seconds. Where something listens already nothing is put in its way.
+  - With O(state=listening) the host answers on the ports that it will have in the mesh (the overlay's, WireGuard's,
+    those of IPsec on a gateway of its site, and etcd's where it is to have a member) for some seconds. Where something
+    listens already nothing is put in its way.
   - With O(state=probed) the host asks others on theirs. A datagram must come back, a connection must be made to the
     host that is meant, and an etcd that runs already must have a certificate of its cluster's authority.
   - With O(state=stopped) the host answers no more.

@@ -209,6 +209,7 @@ sites:
       native packets its C(routing) is V(auto).
     - C(now) and C(steps) say where the encryption of the two is, and through which stages it goes while it is turned on
       or off, a stage for each step of the run, C(routing_now) and C(routing_steps) the same of native routing.
+    - C(kubernetes) are those of the two sites that have Kubernetes nodes.
   returned: success
   type: list
   elements: dict
@@ -231,6 +232,13 @@ routes:
     - {site: dc, to: 10.102.0.0/27, via: null, like: [198.51.100.21], why: workloads of hosts of hall}
 routers:
   description: RV(routes) in words, a line each.
+  returned: success
+  type: list
+  elements: str
+host_routes:
+  description:
+    - The routes of protocol 73 that the agents set on hosts by themselves when all steps are done, a line for each site
+      and what it has with another one, ranges in as few as possible.
   returned: success
   type: list
   elements: str

@@ -15,6 +15,7 @@ description:
     speed of the disk for etcd, on a Kubernetes node whether it forwards) and reports all problems in one message.
   - Warns on a host that joins of what may be in the way and was left alone (a firewall, SELinux, another program that
     writes resolv.conf, a disk that is slow for etcd).
+  - Returns what a copy of the machine would have too, so that hosts can be compared.
   - Changes nothing, unless O(install=true), and then only when there is no problem.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
@@ -114,6 +115,16 @@ ipsec:
   description: Whether the host had a part in tunnels between gateways of sites, or has something left of it.
   returned: success
   type: bool
+tunnels:
+  description:
+    - On a gateway those hosts that are gateways of other sites, with which it is to have tunnels, where it has had no
+      part in a tunnel with that site so far, each with the address at which it is reached.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - host: cloud-1
+      address: 203.0.113.7
 fsync:
   description:
     - How long durable writes take on the file system that will hold etcd's data, in milliseconds. V(none) where no
@@ -143,6 +154,20 @@ bgp:
   description: Whether FRR on the host is configured by M(isthmus.mesh.bgp).
   returned: success
   type: bool
+installed:
+  description:
+    - Host of this estate whose specification is on the host. Another one's is there on a copy of its machine. V(none)
+      where there is none.
+  returned: always
+  type: str
+  sample: db-1
+public_keys:
+  description:
+    - Public keys of the private ones of WireGuard that are on the host and that it would go on with, in base64, by the
+      private one's file.
+  returned: always
+  type: dict
+  sample: {"/etc/isthmus/pki/wireguard.key": "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="}
 problems:
   description: Every problem found; the module fails when there is one.
   returned: always
@@ -203,7 +228,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
     wireguard,
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
-from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import openings, strangers
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec, openings, strangers
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import (
     IPSEC_OVERHEAD,
     IPSEC_PORTS,
@@ -484,6 +509,16 @@ def installed_spec():
     return None
 
 
+def copied(spec, installed):
+    """What tells, beside what other hosts have, that the machine is a copy of one of them."""
+    own = (installed or {}).get("host") if (installed or {}).get("estate") == spec.get("estate") else None
+    keys = {one["key"]: wireguard.public_key(one["key"]) for one in openings.tunnels(spec)} if os.geteuid() == 0 else {}
+    return {
+        "installed": own if isinstance(own, str) else None,
+        "public_keys": {path: key for path, key in keys.items() if key is not None},
+    }
+
+
 def place(spec):
     """Where other hosts reach a host."""
     member = spec.get("member") or {}
@@ -636,7 +671,8 @@ def main():
     arch = platform.machine()
     installed = installed_spec()
     moves = installed is None or place(installed) != place(spec)
-    joins = moves or ways(installed) != ways(spec)
+    begun = ipsec.begun(spec, installed or {})
+    joins = moves or ways(installed) != ways(spec) or bool(begun)
     problems, doubts, syncs, walls = system_problems(module), [], None, []
     ours = firewall.MANAGED if module.params["firewall"] == "managed" else ()
     if os.geteuid() == 0:
@@ -681,6 +717,7 @@ def main():
             msg=f"{spec['host']} cannot join the mesh yet; nothing was changed on it. "
             + " ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1)),
             problems=problems,
+            **copied(spec, installed),
         )
     changes = Changes(module)
     if module.params["install"]:
@@ -705,8 +742,10 @@ def main():
         "fsync": syncs,
         "underlay_mtu": link.get("mtu"),
         "ipsec": gateways.left(),
+        "tunnels": [ipsec.other_end(one) for one in begun if one["ours"]],
         "kubernetes": kubernetes_facts(module, spec),
         "bgp": frr.ours(),
+        **copied(spec, installed),
     }
     for words in doubts:
         module.warn(f"{spec['host']}: {words}")

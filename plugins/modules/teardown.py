@@ -56,6 +56,7 @@ notes:
     - /var/lib/isthmus/etcd is emptied and stays, because something is mounted there
 """
 
+import contextlib
 import os
 import pwd
 import re
@@ -79,7 +80,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import WIREGUARD_DEVICES
 
 DEVICES = ("isthmus0", *WIREGUARD_DEVICES)
-PROTOCOL = "73"
+PROTOCOL = units.ROUTE_PROTOCOL
 TABLE = "isthmus"  # of nf_tables, for ip
 BPFFS = "/sys/fs/bpf"
 PINS = BPFFS + "/isthmus"
@@ -97,6 +98,7 @@ UNITS = (
     etcd_unit.DEFRAG_SERVICE,
     "isthmus-registrar.service",
     "isthmus-resolved.service",
+    units.BOOT_ROUTES_UNIT,
     *units.WIREGUARD,
     strongswan.KEEPER_UNIT,
     strongswan.GUARD_UNIT,
@@ -158,6 +160,7 @@ class Teardown:
         self.timer()
         self.resolver()
         self.units()
+        self.networkd()
         self.distribution_unit()
         self.gateway()
         self.device()
@@ -227,6 +230,14 @@ class Teardown:
             self.gone(f"mount {BPFFS}")
             if not self.module.check_mode:
                 self.command("umount", BPFFS)
+
+    def networkd(self):
+        """Its own settings again, from its next start on."""
+        if self.changes.absent(units.NETWORKD_DROP_IN):
+            self.removed.append(units.NETWORKD_DROP_IN)
+            if not self.module.check_mode:
+                with contextlib.suppress(OSError):  # others' settings are there
+                    os.rmdir(os.path.dirname(units.NETWORKD_DROP_IN))
 
     def distribution_unit(self):
         """The distribution's own etcd unit as it was before we masked it; off when the package came with us."""

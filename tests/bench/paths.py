@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lab"), str(ROOT / "tests" / "e2e")]
 
-from bench import PORT, ROUNDS, SINK, Bench, measure  # noqa: E402
+from bench import PORT, ROUNDS, SECONDS, SEND, SINK, Bench, measure  # noqa: E402
 from demo import ONPREM_CLIENT  # noqa: E402
 from installation import variant  # noqa: E402
 from isthmus_lab import ROUTER, Lab  # noqa: E402
@@ -34,7 +34,6 @@ GATEWAYS = {"onprem": ("onprem-2", "198.18.1.0/24"), "cloud": ("cloud-2", "198.1
 SECOND = "onprem-1"
 """The second gateway of onprem."""
 TAKEN_OVER = 10.0  # seconds (docs/ipsec.md)
-SECONDS = 1.0  # of sending, a round; a fixed size would be over in no time on the fast ways
 TURNS = 400  # a round, of one byte each way
 ECHO_PORT = PORT + 1
 # Devices by hand, their /24 and MTU. The second of VXLAN is inside WireGuard.
@@ -65,32 +64,14 @@ for _ in range(int(sys.argv[2])):
     connection.close()
 """
 
-# Mbit/s of one connection, the best round of each address; all has arrived when the time is taken.
-SEND = """
-import json, socket, sys, time
-targets, port, seconds, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
-block = bytes(1 << 20)
-best = dict.fromkeys(targets, 0.0)
-for first in range(rounds):  # each begins with another one
-    for name, address in [*targets.items()][first % len(targets):] + [*targets.items()][:first % len(targets)]:
-        connection = socket.create_connection((address, port), 10)
-        began, sent = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            connection.sendall(block)
-            sent += 1
-        connection.shutdown(socket.SHUT_WR)
-        connection.recv(1)
-        best[name] = max(best[name], sent * 8.388608 / (time.perf_counter() - began))
-print(json.dumps(best))
-"""
-
 # Median microseconds of a byte there and back over one connection, a round for each address in turn.
 TURN = """
 import json, socket, statistics, sys, time
 targets, port, turns, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 found = {name: [] for name in targets}
-for first in range(rounds):  # each begins with another one
-    for name, address in [*targets.items()][first % len(targets):] + [*targets.items()][:first % len(targets)]:
+order = [*targets.items()]
+for _ in range(rounds):
+    for name, address in order:
         connection = socket.create_connection((address, port), 10)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(turns):
@@ -99,6 +80,7 @@ for first in range(rounds):  # each begins with another one
             connection.recv(1)
             found[name].append(time.perf_counter() - began)
         connection.close()
+    order.append(order.pop(0))  # each round begins with another one
 print(json.dumps({name: statistics.median(times) * 1e6 for name, times in found.items()}))
 """
 

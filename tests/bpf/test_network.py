@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import socket
 import subprocess
 import time
@@ -11,11 +12,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
+import agent_mesh as mesh
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import units
 from bpf.topology import CLONE_NEWNET, PATIENCE
 from isthmus_agent import netlink
+from isthmus_agent.desired import addressing
 from isthmus_agent.desired.datapath import Datapath, Route, Rule
 from isthmus_agent.netlink import NetworkError
 from pyroute2 import IPRoute
@@ -163,6 +168,70 @@ def test_teardown_leaves_it_as_it_was(call: Call) -> None:
     assert "device isthmus0" in removed
     assert call(_everything) == before
     assert call(netlink.remove_network) == []
+
+
+SPEC = mesh.spec()
+FROM_THE_AGENT = Datapath(1, routes=addressing.routes(SPEC, (), 1500, ()))
+"""When etcd has told it of no other node."""
+MEMBER, OUTSIDE = "10.102.0.1", "10.200.0.1"
+
+
+def _boot(place: Path) -> str:
+    """What systemd runs before the network is up; answers what `ip` says."""
+    file = place / "boot-routes"
+    ranges = {name: [str(each) for each in getattr(SPEC, name)] for name in ("service_ranges4", "mesh_ranges4")}
+    file.write_text(units.boot_routes(ranges))
+    (line,) = [line for line in units.boot_routes_unit().splitlines() if line.startswith("ExecStart=")]
+    command = line.removeprefix("ExecStart=-").replace(units.BOOT_ROUTES, str(file)).split()
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+def _underlay() -> None:
+    """A device with an address, and the default route over it."""
+    _ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+    _ip("link", "set", "eth1", "up")
+    _ip("link", "set", "eth0", "up")
+    _ip("address", "add", "192.0.2.1/24", "dev", "eth0")
+    _ip("route", "add", "default", "via", "192.0.2.2")
+
+
+def _send(address: str) -> int:
+    """The errno of a datagram, 0 when it left."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(b"early", (address, 9))
+        except OSError as error:
+            return error.errno or -1
+    return 0
+
+
+def test_before_the_agent_runs_a_boot_has_its_routes(call: Call, tmp_path: Path) -> None:
+    assert call(_boot, tmp_path) == ""
+    call(_underlay)
+    assert [call(_send, address) for address in (MEMBER, OUTSIDE)] == [errno.EHOSTUNREACH, 0]
+    call(netlink.ensure_overlay)
+    assert set(call(netlink.apply_network, FROM_THE_AGENT).changes) == {
+        "add route unreachable 0.0.0.0/0 table 730",
+        "set isthmus0 up",
+    }, "all others are there, and are the agent's"
+    assert call(netlink.audit_network, FROM_THE_AGENT) == []
+    call(netlink.remove_network)
+    assert "unreachable" not in call(_everything)
+    assert call(_send, MEMBER) == 0, "this is what a host does without them"
+
+
+def test_what_is_there_already_a_boot_leaves(call: Call, tmp_path: Path) -> None:
+    """Also when the agent runs already, as on a host whose earlier version had no such unit."""
+    call(_underlay)
+    call(_ip, "route", "add", "10.101.0.0/16", "via", "192.0.2.2")  # the first of them
+    assert "File exists" in call(_boot, tmp_path)
+    routes = call(_ip, "route", "show")
+    assert "10.101.0.0/16 via 192.0.2.2 dev eth0" in routes
+    assert {line.split()[1] for line in routes.splitlines() if line.startswith("unreachable")} == {
+        str(each) for each in {*SPEC.service_ranges4, *SPEC.mesh_ranges4} - {ip_network("10.101.0.0/16")}
+    }
+    assert call(_boot, tmp_path)
+    assert call(_ip, "route", "show") == routes
 
 
 def test_foreign_objects_are_not_touched(call: Call) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from bpf.topology import CLONE_NEWNET
 from isthmus_agent import netlink
 from isthmus_agent.desired.datapath import Datapath, KeepSource
 from isthmus_agent.netlink import nftables
+from isthmus_mesh import ipsec
 
 Call = Callable[..., Any]
 
@@ -208,6 +211,50 @@ def test_what_another_program_took_is_put_back_without_an_audit(call: Call, dama
     assert len(found) == 1
     assert call(_nft, "list", "table", "ip", "isthmus") == before
     assert call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
+
+
+BEHIND = {
+    "networks": ["198.18.1.0/24"],
+    "far": {"cloud": {"stage": "demands", "networks": ["198.51.100.0/24"]}},
+    "via": "198.18.1.1",
+}
+"""The `ipsec` of a host whose packets go through a gateway."""
+
+
+def _send_beside(packets: int) -> None:
+    """To what is behind a gateway, and not over it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(packets):
+            with contextlib.suppress(PermissionError):  # what a rule says to who sends
+                sender.sendto(b"beside", ("198.51.100.7", 9))
+
+
+def test_what_the_rules_of_gateways_drop_is_counted_in_both_of_their_tables(call: Call) -> None:
+    assert call(netlink.guard_drops) == 0, "there are none"
+    for words in (
+        "link add wan type veth peer name lan",
+        "link set wan up",
+        "link set lan up",
+        "addr add 198.18.1.13/24 dev wan",
+        "route add 198.51.100.0/24 dev wan",
+    ):
+        call(subprocess.run, ["ip", *words.split()], check=True)
+    rules = ipsec.guard(BEHIND)
+    assert rules is not None
+    call(_nft, "-f", "-", text=FOREIGN.replace("inet isthmus", f"inet {ipsec.GUARD}"))
+    call(_nft, "add", "rule", "inet", ipsec.GUARD, "postrouting", "counter")
+    call(_nft, "-f", "-", text=rules)
+    assert call(netlink.guard_drops) == 0
+    call(_send_beside, 3)
+    assert call(netlink.guard_drops) == 3
+    kept = rules.replace(f"table ip {ipsec.GUARD}", f"table ip {ipsec.KEPT}")
+    kept = kept.replace("priority 300", "priority 301")
+    call(_nft, "-f", "-", text=kept)
+    call(_send_beside, 2)
+    assert call(netlink.guard_drops) == 5, "the first drops it, the second never sees it"
+    call(_nft, "delete", "table", "ip", ipsec.GUARD)
+    call(_send_beside, 4)
+    assert call(netlink.guard_drops) == 4, "of the one that is left"
 
 
 def test_what_the_kernel_refuses_is_told_and_the_table_stays(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,6 +343,10 @@ class Wire:
                 return [line for line in lines if self.MARKERS not in line]
             assert time.monotonic() < end, "the capture does not show what is sent past the tunnel"
 
+    def shows(self, address: str) -> bool:
+        """Whether a packet from or to an address was seen until the last look."""
+        return any(f"{address}." in line or f"{address}:" in line for line in self._read())
+
     def _read(self) -> list[str]:
         done = subprocess.run(["tcpdump", "-n", "-r", str(self._file)], capture_output=True, text=True, check=False)
         return done.stdout.splitlines()  # it complains of a packet that is being written; those before it are good

@@ -19,11 +19,11 @@ MOVING_FILES = re.compile(
     r"|/var/lib/isthmus/etcd/member/|/var/lib/isthmus/agent/last-known-good|/var/lib/isthmus/registrar/published"
     r"|/var/lib/(kubelet|containerd|kubernetes-etcd)/)"
 )
-# Units of sessions and of commands that look; `network-online.target` is passive: once something has waited for the
-# network it stays, until the machine boots again.
+# Units of sessions and of commands that look; `network-online.target` and `network-pre.target` are passive: once
+# something has waited for the network, or was to be there before it, they stay until the machine boots again.
 PASSING_UNITS = re.compile(
     r"(lab-exec-|session-|user-0|user@0|user-runtime-dir@|run-user-|init\.scope|systemd-tmpfiles-clean|run-r[0-9a-f]"
-    r"|run-u[0-9]|logrotate|apt-daily|dpkg-db-backup|e2scrub|fstrim|dev-|sys-|proc-|network-online\.target)"
+    r"|run-u[0-9]|logrotate|apt-daily|dpkg-db-backup|e2scrub|fstrim|dev-|sys-|proc-|network-(online|pre)\.target)"
 )
 MOVING_SYSCTLS = re.compile(r"tcp_fastopen_key|inet_peer|/random/|stable_secret|netfilter|nf_conntrack")
 MOVING_ATTRIBUTES = {"ifindex", "valid_life_time", "preferred_life_time", "link_index", "expires", "used"}

@@ -73,7 +73,7 @@ def test_limit_repairs_its_host_and_touches_no_other(estate: Estate) -> None:
             run = play("site", "--limit", limit)
             after = snapshot.take(estate.lab)
             assert set(run.hosts) == {limit}
-            assert run.changed == {limit: 1}
+            assert {host: len(tasks) for host, tasks in run.changed.items()} == {limit: 1}
             seen = snapshot.differences(before, after)
             assert [line for line in seen if not line.startswith(f"{limit}: ")] == []
             assert [line for line in seen if line.startswith(f"{limit}: files: {spoilt}: ")]
@@ -81,7 +81,7 @@ def test_limit_repairs_its_host_and_touches_no_other(estate: Estate) -> None:
         assert member_ids(estate) == members
     finally:
         run = play("site")
-    assert run.changed == {other: 1}
+    assert {host: len(tasks) for host, tasks in run.changed.items()} == {other: 1}
 
 
 def member_ids(estate: Estate) -> dict[str, list[str]]:

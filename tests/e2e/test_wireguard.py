@@ -5,7 +5,9 @@ the wire is looked at in the router's namespace, through which everything betwee
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import json
 import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address
@@ -25,6 +27,35 @@ PAIRS = (("onprem", "cloud"), ("onprem", "edge"))
 NETWORKS = {site: f"198.18.{number}.0/24" for number, site in enumerate(("onprem", "cloud", "edge", "kube"), 1)}
 NAME = b"web.shop.svc.clusterset.local"
 """In every request of a customer."""
+OUTSIDE = f"{Wire.MARKERS}255.1"
+"""In no range of the mesh, so it leaves by the default route; a `Wire` sees it, and takes it for no leak."""
+SENDER = """\
+import json, socket, sys
+told = {}
+for address in sys.argv[1:]:
+    for _ in range(10):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            try:
+                sender.sendto(b"early", (address, 9))
+            except OSError as error:
+                told.setdefault(address, []).append(error.errno)
+            else:
+                told.setdefault(address, []).append(0)
+with open("/root/early.json", "w") as file:
+    json.dump(told, file)
+"""
+SENDER_UNIT = """\
+[Unit]
+After=network.target
+Before=isthmusd.service
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 /root/early.py {addresses}
+
+[Install]
+WantedBy=multi-user.target
+"""
 
 
 def encrypted(estate: dict[str, Any], _: Any) -> None:
@@ -83,6 +114,22 @@ def states(estate: Estate, host: str) -> dict[str, str]:
     return {node["name"]: node["encryption"]["state"] for node in nodes if node["probe"] != "this host"}
 
 
+@contextlib.contextmanager
+def early_sender(estate: Estate, host: str, *addresses: str) -> Iterator[None]:
+    """At its next boot the host sends datagrams to addresses when the network is up and its agent is not: the agent's
+    unit waits until they are sent. What became of them is in /root/early.json."""
+    unit = "/etc/systemd/system/early.service"
+    files = {"/root/early.py": SENDER, unit: SENDER_UNIT.format(addresses=" ".join(addresses))}
+    try:
+        for path, text in files.items():
+            estate.lab.exec(host, ["sh", "-c", f"cat > {path}"], feed=text)
+        estate.lab.exec(host, ["sh", "-c", "rm -f /root/early.json; systemctl enable early.service"])
+        yield
+    finally:
+        gone = f"systemctl disable early.service; rm -f {' '.join(files)} /root/early.json; systemctl daemon-reload"
+        estate.lab.exec(host, ["sh", "-c", gone])
+
+
 def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path: Path) -> None:
     estate.converged()
     wanted = variant(tmp_path / "wanted", encrypted)
@@ -122,15 +169,22 @@ def test_encryption_goes_on_and_off_and_nobody_notices(estate: Estate, tmp_path:
             )
             with estate.unnoticed(estate.edge, estate.onprem):
                 pass
-            # When it comes up it has routes and neighbours before it has a session.
-            estate.lab.reboot("cloud-2", hard=True)
-            estate.until(
-                "a host that was reset reaches the others again",
-                lambda: (
-                    states(estate, "cloud-2").get(ONPREM_CLIENT) == "encrypted"
-                    and estate.used("cloud-2") == estate.used(ONPREM_CLIENT) == estate.backends
-                ),
-            )
+            # When it comes up it has routes and neighbours before it has a session, and an underlay before an agent.
+            spec = json.loads(estate.lab.exec(ONPREM_CLIENT, ["cat", "/etc/isthmus/node.json"]).stdout)
+            member = spec["node"]["mesh4"]
+            with early_sender(estate, "cloud-2", OUTSIDE, member):
+                estate.lab.reboot("cloud-2", hard=True)
+                estate.until(
+                    "a host that was reset reaches the others again",
+                    lambda: (
+                        states(estate, "cloud-2").get(ONPREM_CLIENT) == "encrypted"
+                        and estate.used("cloud-2") == estate.used(ONPREM_CLIENT) == estate.backends
+                    ),
+                )
+                told = json.loads(estate.lab.exec("cloud-2", ["cat", "/root/early.json"]).stdout)
+            assert told == {OUTSIDE: [0] * 10, member: [errno.EHOSTUNREACH] * 10}
+            assert wire.leaks() == []
+            assert wire.shows(OUTSIDE), "this is how it would have left"
         clear = in_clear(estate, tuple(estate.lab.hosts))
         for sites in PAIRS:
             assert packets(files[sites], "udp port 8472") == 0, f"{sites}: a VXLAN header in clear"

@@ -78,6 +78,8 @@ def charon(wanted):
         assert time.monotonic() < deadline, "strongSwan does not start"
         time.sleep(0.05)
     subprocess.run(["/usr/sbin/swanctl", "--load-all", "--noprompt"], check=True, capture_output=True)
+    for command in lines(more, "ExecStartPost"):
+        subprocess.run(command.split(), check=True)
     routes(mark(ROUTES, "enabled").exists())
 
 

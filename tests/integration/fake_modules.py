@@ -81,6 +81,18 @@ def wireguard_keys(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     return {"changed": any(port not in known for port in ports), "public_keys": found}
 
 
+def installed(spec: dict[str, Any]) -> dict[str, Any]:
+    """Whose specification and which public keys are on the host."""
+    place = PLACE / "hosts" / HOST
+    known = json.loads((place / "keys").read_text()) if (place / "keys").exists() else {}
+    first = spec.get("wireguard", {})
+    tunnels = [one for one in (first, first.get("second")) if one]
+    return {
+        "installed": json.loads((place / "node.json").read_text())["host"] if (place / "node.json").exists() else None,
+        "public_keys": {one["key"]: known[str(one["port"])] for one in tunnels if str(one["port"]) in known},
+    }
+
+
 def unreached(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Whom the host is asked for and does not reach natively: "FROM TO" in the file `cut`, "FROM TO unsure" when it
     does not through the tunnel either. Sites are named as clusters."""
@@ -123,6 +135,7 @@ def kubernetes(given: dict[str, Any]) -> dict[str, Any]:
             "packages": [],
             "bgp": (PLACE / "hosts" / HOST / "frr").exists(),
             "kubernetes": {"host": HOST, "addresses": [], "credential": path.exists()} if here else None,
+            **installed(given["spec"]),
         }
     if NAME == "kubernetes_credential" and given["signed"]:
         path.write_text(given["signed"]["certificates"][HOST])

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 from bpf.topology import bare_nodes, wait_for
 from integration.test_agent_native import SITES, Host, Pair, pair
+from isthmus_agent.cli import text
 from isthmus_agent.desired.addressing import IPSEC_RULE_PRIORITY, IPSEC_TABLE, SIBLING_TABLE
+from isthmus_mesh import ipsec
 from isthmus_mesh.spec import spec_hash
 
-# For the full run until it has passed.
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = pytest.mark.root
+slow = pytest.mark.slow  # for the full run until it has passed
 
 FAR = "198.51.100.0/24"
+NEAR = "198.51.100.7/32"
 
 
 SECOND = "198.18.0.77"
@@ -45,6 +48,7 @@ def behind_gateway(host: Host, via: str | None, **more: Any) -> None:
     host.daemon.start()
 
 
+@slow
 def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) -> None:
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
         gateway = str(both.b.node.underlay)
@@ -76,6 +80,34 @@ def test_what_is_behind_the_gateway_is_led_there_and_stays_so(tmp_path: Path) ->
         assert_no_program(both)
         behind_gateway(both.a, None)
         wait_for(gone, "route and rule are gone", 30)
+
+
+def test_what_the_rules_of_gateways_drop_is_told(tmp_path: Path) -> None:
+    with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
+        rules = tmp_path / "rules.nft"
+
+        def dropped() -> int:
+            return int(both.a.daemon.status()["gateways"]["dropped"])
+
+        behind_gateway(both.a, str(both.b.node.underlay))
+        rules.write_text(ipsec.guard(json.loads((both.a.daemon.directory / "node.json").read_text())["ipsec"]) or "")
+        both.a.run("nft", "-f", str(rules))
+        assert dropped() == 0
+        assert "dropped" not in text.status(both.a.daemon.status())
+        assert both.a.daemon.metrics()["isthmus_gateway_drops_total"] == 0
+        # Beside the gateway, as somebody's own route would lead it.
+        both.a.run("ip", "route", "add", NEAR, "dev", "eth0", "table", str(IPSEC_TABLE))
+        both.a.node.process().do(
+            "import contextlib\n"
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+            "for _ in range(3):\n"
+            "    with contextlib.suppress(PermissionError): s.sendto(b'beside', ('198.51.100.7', 9))\n"
+            "result = 1"
+        )
+        wait_for(lambda: dropped() == 3, "they are counted", 15)
+        assert both.a.daemon.metrics()["isthmus_gateway_drops_total"] == 3
+        assert "3 packets dropped that went beside them" in text.status(both.a.daemon.status())
+        assert "isthmus_gateway_drops_total" not in both.b.daemon.metrics(), "it has no such rules"
 
 
 def assert_no_program(both: Pair) -> None:
@@ -124,6 +156,7 @@ def test_the_second_gateway_takes_over_and_the_first_gets_packets_back(tmp_path:
         wait_for(lambda: "736:" not in both.a.run("ip", "rule"), "the rule is gone", 30)
 
 
+@slow
 def test_a_gateway_leads_over_the_other_one_while_nothing_passes_its_tunnels(tmp_path: Path) -> None:
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
         own = str(both.a.node.underlay)

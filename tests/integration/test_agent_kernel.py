@@ -4,6 +4,8 @@ etcd anywhere: what a mesh must do when every control plane is gone."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.root
 
 ROOT = Path(__file__).resolve().parents[2]
 VIP = "10.111.0.10"
+METRICS = 9968
 CLIENT = """
 import socket
 def dial(address="10.111.0.10", port=80, timeout=3):
@@ -84,7 +87,7 @@ class Daemon:
                     f"--run-dir={self.directory / 'run'}",
                     f"--pin-dir={self.node.pin_dir}",
                     f"--cgroup-root={self.node.cgroup}",
-                    "--metrics=none",
+                    f"--metrics=127.0.0.1:{METRICS}",
                 ],
                 env={**os.environ, "PYTHONPATH": str(self.version)},
                 stdout=log,
@@ -109,6 +112,17 @@ class Daemon:
 
     def probe(self, name: str) -> str:
         return str(next(node["probe"] for node in self.status()["nodes"] if node["name"] == name))
+
+    def metrics(self) -> dict[str, float]:
+        """What a scrape says, by name with labels."""
+
+        def scrape() -> str:
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", METRICS, timeout=5)) as connection:
+                connection.request("GET", "/metrics")
+                return connection.getresponse().read().decode()
+
+        samples = (line.rsplit(" ", 1) for line in self.node.call(scrape).splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         if self.process is not None:

@@ -32,6 +32,12 @@ def carries(host: Host, size: int) -> bool:
     return bool(way(host)["path_mtu"] == size)
 
 
+def metered(host: Host, kind: str) -> float | None:
+    """The MTU of the routes to the other one (`route`) or of the way there (`path`), as a scrape has it."""
+    (far,) = [node for node in host.daemon.status()["nodes"] if node["probe"] != "this host"]
+    return host.daemon.metrics().get(f'isthmus_{kind}_mtu_bytes{{cluster="{far["cluster"]}",node="{far["name"]}"}}')
+
+
 def warned(host: Host) -> list[str]:
     return [words for words in host.daemon.status()["warnings"] if "must not be fragmented" in words]
 
@@ -44,11 +50,13 @@ def test_a_way_that_is_cut_without_a_word_is_found_and_named_until_it_is_mended(
     for host in (a, b):
         wait_for(lambda host=host: carries(host, full), "the way carries what routes say", FOUND_WITHIN)  # type: ignore[misc]
         assert warned(host) == []
+        assert (metered(host, "route"), metered(host, "path")) == (full, full)
     routed.router("nft", "table ip cut { chain c { type filter hook forward priority 0; ip length > 1300 drop; }; }")
     wait_for(lambda: warned(a), "it is named at once", 15)
     wait_for(lambda: carries(a, 1300 - around), "what it carries is found", FOUND_WITHIN)
     found = way(a)
     assert (found["mtu"], found["lost"]) == (full, 1301 - around)
+    assert (metered(a, "route"), metered(a, "path")) == (full, 1300 - around)
     (words,) = warned(a)
     assert f"packets of {1301 - around} bytes and more are lost on the way to node cloud/cloud-1 or back" in words
     assert f"routes carry {full}, it carries {1300 - around}" in words
@@ -59,6 +67,7 @@ def test_a_way_that_is_cut_without_a_word_is_found_and_named_until_it_is_mended(
     wait_for(lambda: carries(a, full), "it is mended", FOUND_WITHIN)
     assert way(a)["lost"] is None
     assert warned(a) == []
+    assert metered(a, "path") == full
 
 
 @EVERY_WAY

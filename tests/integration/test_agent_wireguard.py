@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -37,6 +38,7 @@ PORT = 51871
 FIRST = WIREGUARD_DEVICES[0]
 PATH_MTU = 1370  # 1500, less 50 of VXLAN and 80 of WireGuard
 NATIVE_MTU = 1420
+DAY = 86400.0
 SECRET = b"isthmus-secret-payload"
 
 
@@ -89,6 +91,18 @@ class Host:
         """What status says of the other node."""
         (other,) = [one for one in self.daemon.status()["nodes"] if one["cluster"] != self.cluster]
         return dict(other["encryption"])
+
+    def encrypted_nodes(self) -> dict[str, float]:
+        """How many, by state, as a scrape says it."""
+        found = self.daemon.metrics()
+        states = ("encrypted", "idle", "closed")
+        return {state: found[f'isthmus_encrypted_nodes{{state="{state}"}}'] for state in states}
+
+    def key_ages(self) -> dict[str, float]:
+        """In seconds, by port, as a scrape says it."""
+        name = 'isthmus_wireguard_key_age_seconds{port="'
+        found = self.daemon.metrics().items()
+        return {each[len(name) :].removesuffix('"}'): age for each, age in found if each.startswith(name)}
 
     def probe(self) -> str:
         """What the agent's probes of the other node say."""
@@ -374,6 +388,9 @@ def test_status_says_who_is_encrypted_and_by_what(both: Pair) -> None:
     found = both.a.encryption()
     assert (found["state"], found["reason"]) == ("encrypted", None)
     assert found["handshake_age"] < 180
+    assert both.a.encrypted_nodes() == {"encrypted": 1, "idle": 0, "closed": 0}
+    (age,) = both.a.key_ages().items()
+    assert age == (str(PORT), pytest.approx(status["wireguard"]["key_age"], abs=60))
     shown = text.status(status)
     assert f"wireguard  {implementation}, UDP {PORT}, public key {public_of(both.a.private)} made " in shown
     assert ", 1 peer" in shown
@@ -421,6 +438,7 @@ def test_without_wireguard_go_nothing_goes_out_and_a_new_one_heals_both_ways(bot
             both.dial(1)
         wait_for(lambda: both.a.dropped() > before, "the drop is counted")
         assert both.a.encryption()["state"] == "closed"
+        assert both.a.encrypted_nodes() == {"encrypted": 0, "idle": 0, "closed": 1}
         assert any("isthmus-wg0 is missing" in words for words in both.a.daemon.status()["warnings"])
         both.a.start_wireguard()
         began = time.monotonic()
@@ -562,6 +580,8 @@ def test_a_stream_outlives_new_keys(tmp_path: Path, native: bool) -> None:
                 host.native("demands")
             host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
             private, public = new_key()
+            made = time.time() - DAY
+            os.utime(host.directory / WIREGUARD_KEYS[0], (made, made))
             (host.directory / WIREGUARD_KEYS[1]).write_text(private + "\n")
             publics[host.cluster] = {PORT: public_of(host.private), WIREGUARD_PORTS[1]: public}
         published = {host.cluster: (PORT,) for host in hosts}
@@ -600,6 +620,10 @@ def test_a_stream_outlives_new_keys(tmp_path: Path, native: bool) -> None:
                         far = ip_address(other.node.underlay)
                         for device in WIREGUARD_DEVICES:
                             host.node.call(greet, ip_address(host.node.underlay), [far], 8472, device)
+                        ages = host.key_ages()
+                        assert set(ages) == {str(port) for port in WIREGUARD_PORTS}
+                        assert DAY <= ages[str(PORT)] < DAY + 600
+                        assert 0 <= ages[str(WIREGUARD_PORTS[1])] < 600
                         wait_for(
                             lambda host=host: has_both_sessions(host), f"{host.cluster} at {keys_wanted}: sessions", 10
                         )
@@ -613,6 +637,7 @@ def test_a_stream_outlives_new_keys(tmp_path: Path, native: bool) -> None:
         for host in hosts:
             assert host.run("wg", "show", "interfaces").split() == [WIREGUARD_DEVICES[1]]
             assert host.daemon.status()["wireguard"]["port"] == WIREGUARD_PORTS[1]
+            assert set(host.key_ages()) == {str(WIREGUARD_PORTS[1])}, "the old key is gone"
             assert ask(host.daemon.socket, "/v1/audit")["problems"] == []
 
 

@@ -136,6 +136,37 @@ def test_check_mode_predicts_the_first_step(running: Site) -> None:
     assert (stages(running), proofs(running)) == (dict.fromkeys(HOSTS, "plain"), [])
 
 
+def test_a_copy_of_a_machine_is_refused_before_anything_is_changed(running: Site) -> None:
+    """It has the other one's specification, or only its key; in a run for the copy alone the record tells of the
+    other."""
+    running.estate = ON
+    record = (running.place / "record").read_bytes()
+    places = {host: running.place / "hosts" / host for host in HOSTS}
+    own = (places["b1"] / "node.json").read_bytes()
+    (places["b1"] / "node.json").write_bytes((places["a2"] / "node.json").read_bytes())
+    for options in (("--limit", "b1"), ("--check",), ()):
+        run = turned(running, *options)
+        assert (run.status, run.changed) == (2, {}), run.output
+        assert "b1 cannot join the mesh yet; nothing was changed on it. Its /etc/isthmus/node.json is that of a2" in (
+            said(run)
+        )
+        assert "`isthmus.mesh.teardown --limit b1`, and run again: it gets keys of its own." in said(run)
+        assert [running.calls(name) for name in ("bundle", "pki_request", "node")] == [[], [], []]
+    (places["b1"] / "node.json").unlink()
+    for host in ("a2", "b1"):
+        (places[host] / "keys").write_text(json.dumps({"51871": "KEY"}))
+    run = turned(running)
+    assert (run.status, run.changed) == (2, {}), run.output
+    key = "/etc/isthmus/pki/wireguard.key"
+    assert f"a2 ({key}) and b1 ({key}) have one private key of WireGuard; nothing was changed on any" in said(run)
+    assert [running.calls(name) for name in ("bundle", "pki_request", "node")] == [[], [], []]
+    assert (running.place / "record").read_bytes() == record
+    (places["b1"] / "keys").unlink()
+    (places["b1"] / "node.json").write_bytes(own)
+    joined = turned(running)
+    assert joined.status == 0, joined.output
+
+
 def both_stages(site: Site) -> tuple[Any, Any]:
     """Of encryption and of native routing, as the record has them."""
     roster = json.loads((site.place / "record").read_text())["roster"]

@@ -6,6 +6,7 @@ there."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils import listener
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets as packets_of
 from bpf.topology import PATIENCE, wait_for
 from integration import kernel_devices
 from integration.module_runner import ModuleFailed, run_module
@@ -218,6 +221,19 @@ class Machine:
         (chain,) = re.findall(r"chain leaves \{(.*?)\n\t\}", listed, re.DOTALL)
         return sum(map(int, re.findall(r"counter packets (\d+) bytes \d+ drop", chain)))
 
+    def strangers(self) -> int:
+        """Packets of ESP that came for a tunnel that the machine had not yet, or no more."""
+        if KERNEL:
+            (line,) = re.findall(
+                r"^XfrmInNoStates\s+(\d+)", self.run("cat", "/proc/net/xfrm_stat").stdout, re.MULTILINE
+            )
+            return int(line)
+        return self.log().count("inbound ESP packet does not belong to an installed SA")
+
+    def log(self) -> str:
+        """What strongSwan said."""
+        return self.run("cat", "/run/charon.log").stdout
+
     def tunnel(self) -> bool:
         return "INSTALLED" in self.run("swanctl", "--list-sas", check=False).stdout
 
@@ -351,7 +367,8 @@ def net(tmp_path: Path) -> Iterator[Net]:
             one.run("ip", "route", "add", "default", "via", ROUTER[prefix])
         for name in GATEWAYS:
             settings = made[name].place / "upper" / "strongswan.d"
-            log = "charon-systemd {\n  filelog {\n    log {\n      path = /run/charon.log\n      default = 1\n"
+            levels = "default = 1\n      esp = 2\n"
+            log = f"charon-systemd {{\n  filelog {{\n    log {{\n      path = /run/charon.log\n      {levels}"
             made[name].run("mkdir", "-p", "/etc/strongswan.d")
             made[name].run(
                 "sh", "-c", f"printf '{log}      flush_line = yes\n    }}\n  }}\n}}\n' > /etc/strongswan.d/t.conf"
@@ -441,12 +458,17 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     net["o1"].run("ip", "addr", "add", "203.0.113.1/32", "dev", "eth0")
     net["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"], "src", "203.0.113.1")
     net["o1"].run("systemctl", "stop", "isthmus-ipsec-routes.service")
-    net["o1"].run("ip", "route", "flush", "table", "220")
     dropped = net["o1"].dropped()
-    with net.capture() as told:
+
+    def drops() -> bool:
+        # More than once, as strongSwan in user space puts its route back when it has noticed the new address.
+        net["o1"].run("ip", "route", "flush", "table", "220")
         assert net["c2"].echo("o2", ttl=2) != "", "it is not to go further than to the other gateway"
+        return net["o1"].dropped() > dropped
+
+    with net.capture() as told:
+        wait_for(drops, "what is said of a packet is dropped", 15)
     assert (in_clear(told), beside(told)) == (0, [])
-    assert net["o1"].dropped() > dropped
     net["o1"].run("ip", "addr", "del", "203.0.113.1/32", "dev", "eth0")
     net["o1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.1"])
 
@@ -506,6 +528,36 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         assert net[name].xfrm() == ("", "")
 
 
+_QUESTION = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets
+for port in (500, 4500):
+    print(port, packets.returned(sys.argv[2], sys.argv[3], port, 2))
+"""
+
+
+def test_a_third_gateway_asks_one_whose_strongswan_has_the_ports_and_tunnels_stay(net: Net) -> None:
+    """Before it has a tunnel of its own. What preflight asks is answered beside strongSwan, which it does not harm."""
+    found = with_pair()
+    certificates(net, found)
+    net.apply(found)
+    wait_for(lambda: established(net), "the tunnel", 15)
+    wait_for(lambda: net["o1"].echo("c1", 1400) == "", "packets through the tunnel", 15)
+    third = "203.0.113.1"
+    net.router.run("ip", "addr", "add", f"{third}/32", "dev", "lo")
+    before = numbers(net["o1"])
+    wanted = {"host": "o1", "seconds": 60 * PATIENCE, "tcp": [], "udp": [500, 4500]}
+    question = (sys.executable, "-c", _QUESTION, str(Path(packets_of.__file__).parents[5]), third, ADDRESSES["o1"])
+    with subprocess.Popen(net["o1"].words(sys.executable, "-I", listener.__file__, json.dumps(wanted))) as process:
+        try:
+            wait_for(lambda: net.router.run(*question, check=False).stdout == "500 o1\n4500 o1\n", "answers", 15)
+        finally:
+            process.kill()
+    assert numbers(net["o1"]) == before
+    assert net["o1"].echo("c1", 1400) == ""
+
+
 def test_pre_shared_keys_and_what_is_said_when_the_sides_differ(net: Net) -> None:
     found = with_pair(ipsec_authentication="psk")
     secret = {"cloud onprem": "one key"}
@@ -551,7 +603,12 @@ def said(one: Machine, words: str) -> bool:
     return bool(wait_for(found, words, 20))
 
 
-# Slow: ESP in user space loses packets on a machine that has other work, and this one counts them.
+ANEW = 20
+"""Packets of 200 a second that a tunnel may cost that is made beside the one that is there, and takes its place: 0.1 s
+(docs/ipsec.md)."""
+
+
+# Slow: it makes nine tunnels, one after the other.
 @pytest.mark.slow
 def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net) -> None:
     """What strongSwan does by itself every hour, every 4 hours and every day, and what a run does with a certificate
@@ -568,6 +625,15 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
         now = numbers(net[host])
         return len(now) == 2 and now[which] != before[which]
 
+    def strangers() -> int:
+        return sum(net[name].strangers() for name in names)
+
+    def in_turn(old: str, new: str) -> bool:
+        """The one tunnel was there when the other one went."""
+        log, name = net["c1"].log(), names["c1"]
+        there, gone = log.find(f"IKE_SA {name}[{new}] established"), log.find(f"deleting IKE_SA {name}[{old}]")
+        return 0 < there < gone
+
     with net.capture() as wire:
         with net["o2"].stream("c2") as counted:
             for host, words, which in (
@@ -575,7 +641,6 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
                 ("c1", ("--child", "net"), 1),
                 ("o1", ("--ike", names["o1"]), 0),
                 ("c1", ("--ike", names["c1"]), 0),
-                ("c1", ("--ike", names["c1"], "--reauth"), 0),
             ):
                 before = numbers(net[host])
                 assert len(before) == 2, before
@@ -583,19 +648,33 @@ def test_new_keys_cost_no_packet_and_new_certificates_are_used_at_once(net: Net)
                 wait_for(partial(renewed, host, which, before), f"{host}: {words}", 15)
         sent, lost = counted
         assert sent > 200
-        assert lost == 0, f"{lost} of {sent} packets"
+        assert (lost, strangers()) == (0, 0), f"of {sent} packets"
 
-        (old, _child) = numbers(net["c1"])
-        certificates(net, found)
-        for host in names:
-            assert net[host].apply(net[host].spec)["changed"]
-        wait_for(partial(renewed, "c1", 0, [old]), "a tunnel with the new certificates", 15)
-        (new, _child) = numbers(net["c1"])
-        log = net["c1"].run("cat", "/run/charon.log").stdout
-        assert 0 < log.find(f"{names['c1']}[{new}] established") < log.find(f"deleting IKE_SA {names['c1']}[{old}]")
-        assert net["o2"].echo("c2") == ""
-        net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
-        wait_for(partial(renewed, "c1", 0, [new]), "and it is made anew with them", 15)
+        def authenticate() -> None:
+            net["c1"].run("swanctl", "--rekey", "--ike", names["c1"], "--reauth")
+
+        def renew() -> None:
+            certificates(net, found)
+            for host in names:
+                assert net[host].apply(net[host].spec)["changed"]
+
+        for what in (authenticate, renew, authenticate):
+            (old, _child) = numbers(net["c1"])
+            unknown = strangers()
+            with net["o2"].stream("c2") as counted:
+                what()
+                wait_for(partial(renewed, "c1", 0, [old]), f"another tunnel: {what.__name__}", 15)
+            (new, _child) = numbers(net["c1"])
+            assert in_turn(old, new), what.__name__
+            sent, lost = counted
+            print(f"{what.__name__}: {lost} of {sent} packets lost")
+            assert lost <= ANEW, f"{what.__name__}: of {sent} packets"
+            assert lost == strangers() - unknown, "none is lost in another way"
+
+        before = numbers(net["c1"])
+        certificates(net, found, stranger="c1")
+        assert net["c1"].apply(net["c1"].spec)["changed"]
+        assert numbers(net["c1"]) == before, "what is there stays where the other gateway refuses the new one"
         assert net["o2"].echo("c2") == ""
     assert (packets(wire, "icmp"), beside(wire)) == (0, []), "in clear"
 
@@ -839,7 +918,7 @@ def test_with_both_gateways_lost_hosts_drop_and_count_and_send_nothing_in_clear(
 
 # Slow: as the test of new keys.
 @pytest.mark.slow
-def test_the_first_gateway_gets_packets_back_and_authenticates_anew_without_loss(two: Net) -> None:
+def test_the_first_gateway_gets_packets_back_without_loss_and_authenticates_anew(two: Net) -> None:
     two["o1"].run("ip", "link", "set", "eth0", "down")
     two.follow(down=["o1"])
     wait_for(lambda: all(two[one].children() < 2 for one in ("o1", "c1", "c2")), "its tunnels are given up", 30)
@@ -855,16 +934,18 @@ def test_the_first_gateway_gets_packets_back_and_authenticates_anew_without_loss
         sent, lost = counted
         assert sent > 100
         assert lost == 0, f"{lost} of {sent} packets when it came back"
-        with two["o3"].stream("c3") as counted:
-            for name in ("isthmus-onprem", "isthmus-onprem_2"):
-                (before,) = strongswan_numbers(two["c1"], name)
+        for name in ("isthmus-onprem", "isthmus-onprem_2"):
+            (before,) = strongswan_numbers(two["c1"], name)
+            unknown = sum(two[one].strangers() for one in GATEWAYS)
+            with two["o3"].stream("c3") as counted:
                 two["c1"].run("swanctl", "--rekey", "--ike", name, "--reauth")
                 wait_for(partial(authenticated, two["c1"], name, before), f"{name} anew", 30)
                 for _ in range(20):
                     assert two["o3"].echo("c3", 1400) == ""
-        sent, lost = counted
-        assert sent > 100
-        assert lost == 0, f"{lost} of {sent} packets when it authenticated anew"
+            sent, lost = counted
+            assert sent > 100
+            assert lost <= ANEW, f"of {sent} packets when {name} authenticated anew"
+            assert lost == sum(two[one].strangers() for one in GATEWAYS) - unknown, "none is lost in another way"
     assert (packets(wire, "icmp"), beside(wire)) == (0, []), "in clear"
 
 

@@ -127,6 +127,8 @@ class Host:
                 "node": {"mesh4": "10.101.0.1"},
                 "dns": {"domain": "clusterset.local"},
                 "registrar": None,
+                "service_ranges4": ["10.111.0.0/16"],
+                "mesh_ranges4": ["10.101.0.0/16"],
                 "hash": "a" * 64,
                 **spec,
             },
@@ -147,7 +149,8 @@ class Host:
 
     def files(self) -> str:
         """What makes a generation, as it is."""
-        script = "cd /etc; sha256sum isthmus/node.json isthmus/dnsmasq.conf resolv.conf systemd/system/*.*"
+        names = "isthmus/node.json isthmus/boot-routes isthmus/dnsmasq.conf resolv.conf systemd/system/*.*"
+        script = f"cd /etc; sha256sum {names}"
         return self.run("sh", "-c", script).stdout
 
     def generations(self) -> dict[int, dict[str, Any]]:
@@ -191,6 +194,54 @@ def test_a_change_is_confirmed_over_a_new_connection_and_a_converged_run_makes_n
     predicted = host.play("--check", hash="b" * 64)
     assert predicted.recap.changed == 1
     assert host.current() == 1
+
+
+def test_the_next_run_gives_a_host_of_an_earlier_version_its_routes_of_the_boot(host: Host) -> None:
+    host.play()
+    unit, file = "/etc/systemd/system/isthmus-boot-routes.service", "/etc/isthmus/boot-routes"
+    text = host.read(file)
+    assert "unreachable 10.101.0.0/16" in text
+    assert "isthmus-boot-routes.service" in {path.name for path in (host.place / "enabled").iterdir()}
+    host.run("sh", "-c", f"systemctl disable --now isthmus-boot-routes.service; rm {unit} {file}")
+    predicted = host.play("--check", "--diff")
+    assert predicted.recap.changed == 1
+    assert "+route add unreachable 10.101.0.0/16" in predicted.output
+    assert host.read(file) == ""
+    (host.place / "calls").unlink()
+    assert host.play().recap.changed == 1
+    assert host.read(file) == text
+    enabled = "enable isthmus-boot-routes.service"
+    assert [line for line in host.lines("calls") if line.startswith(("enable", "daemon-reload", "restart"))] == [
+        enabled,
+        "daemon-reload",
+        "restart isthmus-boot-routes.service",
+    ], "and no agent is started anew"
+    assert host.play().recap.changed == 0
+    wider = {"mesh_ranges4": ["10.101.0.0/16", "10.102.0.0/16"]}
+    assert host.play(hash="b" * 64, **wider).recap.changed == 1
+    assert "unreachable 10.102.0.0/16" in host.read(file)
+    done = host.run("isthmus", "rollback", "1")
+    assert done.stderr == ""
+    assert host.read(file) == text
+
+
+def test_networkd_leaves_our_routes_alone_where_it_sets_up_the_network(host: Host) -> None:
+    file = "/etc/systemd/networkd.conf.d/isthmus.conf"
+    host.play()
+    assert host.read(file) == "", "nobody reads it"
+    host.run("sh", "-c", "touch /etc/systemd/system/systemd-networkd.service")
+    (host.place / "enabled" / "systemd-networkd.service").touch()
+    assert host.play("--check").recap.changed == 1
+    assert host.read(file) == ""
+    assert host.play().recap.changed == 1
+    assert "ManageForeignRoutes=no" in host.read(file)
+    assert host.play().recap.changed == 0
+    assert host.run("isthmus", "rollback", "1").stderr == ""
+    assert host.read(file) == ""
+    assert host.play().recap.changed == 1
+    (host.place / "enabled" / "systemd-networkd.service").unlink()
+    assert host.play().recap.changed == 1
+    assert host.read(file) == ""
 
 
 def test_a_connection_that_cannot_be_reset_confirms_at_once(host: Host) -> None:
@@ -237,7 +288,7 @@ def test_a_first_installation_leaves_nothing_when_it_is_taken_back(host: Host) -
     assert "generation 0 is restored" in " ".join(run.output.split())
     assert host.read("/etc/resolv.conf") == before
     assert host.run("find", "/etc/systemd/system", "!", "-type", "d").stdout == ""
-    assert host.run("test", "-e", "/etc/isthmus/node.json").returncode == 1
+    assert host.run("sh", "-c", "ls /etc/isthmus/node.json /etc/isthmus/boot-routes 2>&1").stdout.count("No such") == 2
     assert list((host.place / "enabled").iterdir()) == []
     assert [line for line in host.lines("journal") if line.startswith("isthmus:")] == [], "nothing failed on the way"
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.isthmus.mesh.plugins.module_utils import listener, packets
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
 from etcd_fixture import Ca, EtcdServer
 from module_runner import run_module
 from playbook import recaps
@@ -64,6 +65,8 @@ class Hosts:
         self.place, self.tag = place, uuid.uuid4().hex[:6]
         self.record, self.joins = record(), set(NAMES)
         self.firewalls: dict[str, Any] = {}
+        self.specs = {name: spec(name) for name in NAMES}
+        self.tunnels: dict[str, Any] = {}
         collections = place / "collections" / "ansible_collections" / "isthmus"
         collections.mkdir(parents=True)
         (collections / "mesh").symlink_to(ROOT)
@@ -103,6 +106,17 @@ class Hosts:
     def inside(self, name: str, *words: str) -> str:
         return self.command("ip", "netns", "exec", self.space(name), *words)
 
+    def gateways(self, *names: str) -> None:
+        """These two hosts, of two sites, are to have the first tunnel between these."""
+        for name, other in (names, names[::-1]):
+            connection = {"remote": NAMES[other][1], "remote_id": f"isthmus-ipsec-{other}", "site": NAMES[other][0]}
+            self.specs[name]["ipsec"] = {"connections": [connection]}
+            self.tunnels[name] = [ipsec.other_end(one) for one in ipsec.begun(self.specs[name], {})]
+        self.record["roster"]["ipsec"] = {
+            "all": "plain",
+            "pairs": {" ".join(sorted(NAMES[name][0] for name in names)): "accepts"},
+        }
+
     def drop(self, name: str, *rule: str) -> None:
         self.inside(name, "nft", "add table inet test")
         self.inside(name, "nft", "add chain inet test input { type filter hook input priority 0; }")
@@ -136,8 +150,12 @@ class Hosts:
             name: {
                 "ansible_connection": "local",
                 "ansible_python_interpreter": str(self.place / name / "bin" / "python"),
-                "spec": spec(name),
-                "found": {"joins": name in self.joins, "firewalls": self.firewalls.get(name, [])},
+                "spec": self.specs[name],
+                "found": {
+                    "joins": name in self.joins,
+                    "firewalls": self.firewalls.get(name, []),
+                    "tunnels": self.tunnels.get(name, []),
+                },
             }
             for name in NAMES
         }
@@ -244,6 +262,24 @@ def test_a_host_joins_hosts_whose_overlay_runs(hosts: Hosts) -> None:
     hosts.drop("b1", "udp", "dport", str(OVERLAY), "drop")
     hosts.drop("a1", "udp", "dport", str(OVERLAY), "drop")
     assert "UDP 8472 of a1 (10.9.0.1) does not answer from a2" in hosts.refused()
+
+
+def test_gateways_are_asked_on_ipsecs_ports_by_those_of_the_other_site_before_their_tunnel(hosts: Hosts) -> None:
+    hosts.gateways("a1", "b1")
+    found = hosts.asked()
+    assert {name: one["blocked"] for name, one in found.items()} == {name: [] for name in NAMES}
+    # Two ports each way, and nothing else between the sites; a2 and a1 each other's overlay, and a2 a1's etcd.
+    assert {name: one["answered"] for name, one in found.items()} == {"a1": 2 + 1, "a2": 2, "b1": 2}
+    hosts.drop("b1", "ip", "saddr", NAMES["a1"][1], "udp", "dport", "4500", "drop")
+    hosts.drop("a1", "udp", "dport", "{ 500, 4500 }", "drop")
+    hosts.firewalls["a1"] = [
+        {"name": "ufw", "commands": {"udp/500": "ufw allow 500/udp"}, "words": "ufw is active.", "managed": True}
+    ]
+    message = hosts.refused("--check")
+    words = "UDP 4500 of {} does not answer from {}: no answer to 3 datagrams. No firewall was found on {} that"
+    assert words.format("b1 (10.9.0.3)", "a1 (10.9.0.1)", "b1") in message
+    assert words.format("a1 (10.9.0.1)", "b1 (10.9.0.3)", "a1") in message
+    assert message.count(" does not answer") == 2, "the run opens UDP 500 of a1 itself"
 
 
 def test_nothing_is_asked_of_a_mesh_that_nobody_joins(hosts: Hosts) -> None:

@@ -121,6 +121,9 @@ class Kernel(Protocol):
         and the mesh that other filters dropped). NetworkError when that cannot be done. Not `settled`: others are
         changing netfilter right now."""
 
+    def guard_drops(self) -> int:
+        """Packets that the rules of gateways of this host dropped. NetworkError."""
+
     def steps(self) -> int:
         """A number that grows while a call gets on. The only method that may be called from another thread."""
 
@@ -465,6 +468,11 @@ class HostKernel:
         if self._keep_source is None:
             return (), 0
         return netlink.mend_keep_source(self._keep_source, netlink.OVERLAY, settled)
+
+    def guard_drops(self) -> int:
+        from isthmus_agent import netlink
+
+        return netlink.guard_drops()
 
     def _network_step(self) -> None:
         self._network_steps += 1

@@ -120,6 +120,7 @@ class Progress:
     filtered: int = 0  # packets between pods and the mesh that other filters of this host dropped
     filtered_at: float | None = None  # when they last became more
     masqueraded: str = ""  # why other programs' rules may change the source of packets into the mesh
+    guard_drops: int = 0  # packets that the rules of gateways of this host dropped
     last_good_written: float | None = None
     last_good_loaded: str = ""  # when what we started from was written
     restarts: int = 0  # of failed tasks
@@ -241,6 +242,8 @@ class Agent:
         else:
             jobs["chains"] = ChainWatch(self._chains_changed.set).run
             jobs["filters"] = self._follow_chains
+        if self.spec.ipsec is not None:
+            jobs["guard-drops"] = self._follow_guard_drops
         if self._probe:
             jobs["prober"] = self.prober.run
         if self.tunnels is not None:
@@ -667,6 +670,15 @@ class Agent:
             if filtered > self.progress.filtered:
                 self.progress.filtered_at = time.time()
             self.progress.filtered = filtered
+
+    async def _follow_guard_drops(self) -> None:
+        while True:
+            await asyncio.sleep(FILTERS_INTERVAL)
+            try:
+                self.progress.guard_drops = await self.kernel_call(self.kernel.guard_drops)
+            except NetworkError as error:
+                logger.error("what the rules of gateways drop cannot be read", extra=fields(error=str(error)))
+                await asyncio.sleep(FILTERS_RETRY)
 
     async def _follow_chains(self) -> None:
         """Where our part of netfilter is a precaution it comes as soon as another program has a chain that translates

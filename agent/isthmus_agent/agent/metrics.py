@@ -43,6 +43,12 @@ class _Snapshot:
                 "Packets between pods and the mesh that other filters of this host dropped.",
                 progress.filtered,
             )
+        if agent.spec.ipsec is not None:
+            yield _counter(
+                "isthmus_gateway_drops",
+                "Packets that the rules of gateways of this host dropped: they would have gone beside the tunnel.",
+                progress.guard_drops,
+            )
         age = agent.watcher.age()
         if age is not None:
             yield _gauge("isthmus_etcd_age_seconds", "Since own etcd last answered.", age)

@@ -220,7 +220,7 @@ def gateways_of(agent: Agent) -> dict[str, Any] | None:
     """How packets go to sites that are behind gateways; None where none does. `gateways`: of a site that has two, the
     others than this host, with `state` used, up, down or waiting (up again, and not used before it has been for a
     while). `lost`: there are two, and neither answers. `tunnels`: on a gateway by site whether packets pass through its
-    own, null before it is known; null on other hosts."""
+    own, null before it is known; null on other hosts. `dropped`: packets that the rules of gateways dropped here."""
     own = agent.spec.ipsec
     if own is None:
         return None
@@ -245,6 +245,7 @@ def gateways_of(agent: Agent) -> dict[str, Any] | None:
         "tunnels": None
         if own.local is None
         else {site: None if passes is None else site in passes for site in sorted(own.stages)},
+        "dropped": agent.progress.guard_drops,
     }
 
 

@@ -123,6 +123,8 @@ def _gateways(found: dict[str, Any]) -> str:
     told = [f"{one['host']} {one['state']}" for one in found["gateways"]]
     passing = {True: "open", False: "closed", None: "not known yet"}
     told += [f"tunnels to {site} {passing[open_]}" for site, open_ in (found["tunnels"] or {}).items()]
+    if dropped := found["dropped"]:
+        told.append(f"{dropped} packet{'' if dropped == 1 else 's'} dropped that went beside them")
     return ", ".join(told)
 
 

@@ -24,7 +24,7 @@ from isthmus_agent.netlink.network import (
     underlay_mtu,
     underlay_ways,
 )
-from isthmus_agent.netlink.nftables import mend_keep_source
+from isthmus_agent.netlink.nftables import guard_drops, mend_keep_source
 from isthmus_agent.netlink.probe import missing_features
 from isthmus_agent.netlink.sockets import destroy_pods_sockets, destroy_sockets
 
@@ -41,6 +41,7 @@ __all__ = [
     "destroy_pods_sockets",
     "destroy_sockets",
     "ensure_overlay",
+    "guard_drops",
     "mend_keep_source",
     "missing_features",
     "namespaces",

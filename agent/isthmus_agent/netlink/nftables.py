@@ -28,6 +28,8 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from types import TracebackType
 
+from isthmus_mesh.ipsec import GUARD, KEPT
+
 from isthmus_agent.desired.datapath import MASQUERADED, BarePods, KeepSource
 from isthmus_agent.netlink import messages
 from isthmus_agent.netlink.errors import NetworkError
@@ -38,6 +40,8 @@ SET = "local"
 MEMBERS = "members"
 MESH = "mesh"
 BARE = "bare"
+GUARDS = (GUARD, KEPT)
+"""Tables with the rules of gateways, which are not the agent's. A packet that one drops does not come to the other."""
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
 _NETLINK_NETFILTER = 12
@@ -674,3 +678,15 @@ def mend_keep_source(wanted: KeepSource, device: str, settled: bool = True) -> t
         return (), 0
     first, last = real.forwarded
     return (), max(0, first - last)
+
+
+def guard_drops() -> int:
+    """Packets that the rules of gateways of this host dropped since they were loaded. Only a drop has a counter there.
+    NetworkError."""
+    with _Netfilter() as netfilter:
+        return sum(
+            _packets(rule.get(_RULE_EXPRESSIONS, b""))
+            for name in GUARDS
+            for rule in netfilter.dump(_GETRULE, _text(_RULE_TABLE, name))
+            if _name(rule.get(_RULE_TABLE)) == name  # kernels that do not filter
+        )

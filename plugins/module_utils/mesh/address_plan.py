@@ -3,7 +3,7 @@
 and how far ranges, identities and cluster ids reach.
 
 Pure: (model, record) -> words and numbers, the same for the same input. It proposes; nothing here renumbers. Known is
-what the inventory and the record name, so a proposal is as good as `reserved_ranges`.
+what the inventory and the record name, so a proposal is as good as `reserved_ranges` and what sites say of theirs.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from ipaddress import IPv4Network, collapse_addresses, summarize_address_range
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses, summarize_address_range
 from typing import Any
 
 from . import jsontext, schema
 from .addressing import (
+    BESIDE,
     CLUSTER_IPS,
     HOST,
     PODS,
     RESERVED,
     SERVICES,
+    VPC,
+    VPN,
     WORKLOADS,
     Claim,
+    astray,
     count_free,
     free_subnets,
     host_capacity,
+    may_share,
     overlaps,
     shared,
 )
@@ -189,6 +194,7 @@ def known_claims(model: Model, record: Record) -> list[Claim]:
     """All that has a place: the model's, and what only the record knows and still runs (the planner's orphans)."""
     found = [claim for cluster in model.clusters.values() for claim in cluster.claims]
     found += model.reserved
+    found += model.networks
     found += [claim for host in model.hosts.values() for claim in host.claims]
     for name, doc in _running(record).items():
         cluster = model.clusters.get(name)
@@ -198,19 +204,23 @@ def known_claims(model: Model, record: Record) -> list[Claim]:
         for host, entry in doc["hosts"].items():
             if host not in model.hosts:
                 addresses = {IPv4Network(entry[key]) for key in ("underlay4", "advertise4")}
-                found += [Claim(address, f"{_IN_RECORD}{name}, host {host}", HOST, host) for address in addresses]
+                where, site = f"{_IN_RECORD}{name}, host {host}", (entry["site"],)
+                found += [Claim(address, where, HOST, host, site) for address in addresses]
     return sorted(set(found))
 
 
 def clashes(claims: Iterable[Claim]) -> list[tuple[Claim, Claim]]:
     """Pairs that may not overlap and do, the one that holds the other first.
 
-    Reserved ranges may hold hosts and each other, and what the inventory says of a Kubernetes cluster may take the
-    place of what the record has. Two hosts with one address are no matter of ranges: the model refuses them."""
+    What the inventory says of a Kubernetes cluster may take the place of what the record has. Two hosts with one
+    address are no matter of ranges: the model refuses them."""
+    everything = list(claims)
+    vpns = [claim for claim in everything if claim.kind == VPN]
     return [
         (outer, inner)
-        for outer, inner in overlaps(claims)
-        if not {outer.kind, inner.kind} <= {HOST, RESERVED}
+        for outer, inner in overlaps(everything)
+        if not may_share(outer, inner)
+        and (outer.kind != VPN or inner.kind != HOST or outer in astray(inner, vpns))
         and not (outer.kind == inner.kind and outer.owner == inner.owner and _is_orphan(outer, inner))
     ]
 
@@ -288,6 +298,8 @@ class _Fixes:
         if outer.owner == inner.owner and outer.kind == inner.kind and outer.kind in (WORKLOADS, PODS):
             words = f"leave {inner.network} out of {inner.where}: {outer.network} holds it"
             return self._result(inner, "drop", None, words, hosts=[], workloads=0, services=[])
+        if {outer.kind, inner.kind} <= set(BESIDE):
+            return self._behind_gateways(outer, inner)
         # The inner one is that which the refusal names.
         moving, other = min(((inner, outer), (outer, inner)), key=lambda pair: self._cost(*pair))
         if _is_orphan(moving):
@@ -298,15 +310,72 @@ class _Fixes:
             names = ", ".join(map(str, back))
             words = f"put {names} back into {moving.where} instead of {moving.network}: the cluster runs with it"
             return self._result(moving, "restore", back[0], words, hosts=[], workloads=0, services=[])
+        used = self._used(moving)
+        instead = self._instead(moving)
+        how = self._how(moving, used)
+        words = self._words(moving, other, how, self._free(moving, instead), used)
+        return self._result(moving, how, instead, words, **used)
+
+    def _instead(self, moving: Claim) -> IPv4Network | None:
+        """The free range that it gets, of its size."""
         if moving not in self.instead:
             if len(self.space.by_kind[moving.kind]) > 1:
                 self.space.by_kind[moving.kind].remove(moving.network)  # a mistake is nothing to be beside of
             self.instead[moving] = self.space.deal(moving.network.prefixlen, moving.kind)
-        used = self._used(moving)
-        instead = self.instead[moving]
-        how = self._how(moving, used)
-        words = self._words(moving, other, how, self._free(moving, instead), used)
-        return self._result(moving, how, instead, words, **used)
+        return self.instead[moving]
+
+    def _behind_gateways(self, outer: Claim, inner: Claim) -> dict[str, Any]:
+        """Where none is the mesh's, one is behind the gateways of a site: it does without the other, as long as none of
+        that site's hosts is there, else its machines get other addresses."""
+        rest = self._without(outer, inner) if outer.kind == VPN else None
+        if rest:
+            names = ", ".join(map(str, rest))
+            words = (
+                f"write {names} instead of {outer.network} in {outer.where}: then {_thing(inner)} is not behind the "
+                f"gateways of site {outer.owner}"
+            )
+            if inner.kind == RESERVED:
+                words += ". If it is behind them, take it out of reserved_ranges: what is there is kept free as it is"
+            elif inner.kind == HOST and not _is_orphan(inner):
+                words += f". If it is behind them, set isthmus_site of the host to {outer.owner}"
+            return self._result(outer, "narrow", None, words, hosts=[], workloads=0, services=[])
+        both = [one for one in (inner, outer) if one.kind == VPN]
+        moving = min(both, key=lambda one: len(self._used(one)["hosts"]))
+        other = inner if moving is outer else outer
+        used, instead = self._used(moving), self._instead(moving)
+        hosts = _names(used["hosts"], "host")
+        words = ""
+        if other.kind == HOST and not _is_orphan(other):
+            words = (
+                f"give host {other.owner} another address, or set its isthmus_site to {moving.owner} if it is behind "
+                "those gateways, or else: "
+            )
+        words += (
+            f"renumber what is behind the gateways of site {moving.owner}: {self._free(moving, instead)} instead of "
+            f"{moving.network} in {moving.where}"
+        )
+        words += f", and isthmus_underlay of {hosts} with it" if hosts else "; no host of the mesh is in it"
+        words += f". Until then leave {_thing(other)} out of the inventory"
+        return self._result(moving, "renumber", instead, words, **used)
+
+    def _without(self, vpn: Claim, other: Claim) -> list[IPv4Network]:
+        """What is left of it when the other is taken out; nothing where hosts of its own are there."""
+        # What network a host's own address is in is not known.
+        out = other.network.supernet(new_prefix=24) if other.kind == HOST else other.network
+        if out.prefixlen <= vpn.network.prefixlen or self._hosts_of_site(vpn.owner, out):
+            return []
+        return sorted(vpn.network.address_exclude(out))
+
+    def _hosts_of_site(self, site: str, network: IPv4Network) -> list[str]:
+        """Those with an own address in it."""
+        found = {name for name, host in self.model.hosts.items() if host.site == site and host.underlay in network}
+        for doc in self.running.values():
+            found |= {
+                name
+                for name, entry in doc["hosts"].items()
+                if name not in self.model.hosts and entry["site"] == site and IPv4Address(entry["underlay4"]) in network
+            }
+        return sorted(found)
 
     @staticmethod
     def _result(moving: Claim, how: str, instead: IPv4Network | None, words: str, **used: Any) -> dict[str, Any]:
@@ -321,7 +390,7 @@ class _Fixes:
 
     def _back(self, claim: Claim, other: Claim) -> list[IPv4Network]:
         """What the cluster runs with, where the inventory has changed it into something that overlaps."""
-        if _is_orphan(claim) or claim.owner not in self.running or claim.kind in (HOST, RESERVED):
+        if claim.kind in BESIDE or _is_orphan(claim) or claim.owner not in self.running:
             return []
         doc = [one for one in _recorded(claim.owner, self.running[claim.owner]) if one.kind == claim.kind]
         declared = self.model.clusters[claim.owner].claims
@@ -331,7 +400,7 @@ class _Fixes:
 
     def _cost(self, claim: Claim, other: Claim) -> int:
         """How much would change; Kubernetes' own ranges and what is not ours come last."""
-        if claim.kind in (HOST, RESERVED):
+        if claim.kind in BESIDE:
             return _IMMOVABLE
         if self._back(claim, other):
             return 0
@@ -343,6 +412,8 @@ class _Fixes:
 
     def _used(self, claim: Claim) -> dict[str, Any]:
         """Of what would get another address: hosts, the number of workloads, services."""
+        if claim.kind == VPN:
+            return {"hosts": self._hosts_of_site(claim.owner, claim.network), "workloads": 0, "services": []}
         doc = self.running.get(claim.owner, {"hosts": {}})
         cluster = self.model.clusters.get(claim.owner)
         if claim.kind == WORKLOADS:
@@ -394,6 +465,9 @@ class _Fixes:
             address = ", or give the host another address on its own network"
         elif _is_orphan(other):
             address = ", or remove what the inventory lacks with isthmus_prune"
+        elif other.kind == VPN and other.network.subnet_of(old):
+            needless = f"leave {other.network} out of {other.where} if it is the mesh's: the tunnel carries that anyway"
+            first, address = f"{needless}; or else: ", f", or {needless}"
         if how == "replace":
             words = f"write {free} instead of {old} in {moving.where}; nothing that the estate record knows is in {old}"
             if used["hosts"]:
@@ -490,7 +564,7 @@ class _Plan:
             used = sum(one.overlaps(claim.network) for one in self.node_ranges(claim.owner).values())
         elif claim.kind == SERVICES:
             used = len(_services(self.model, self.record, claim.owner))
-        elif claim.kind == RESERVED:
+        elif claim.kind in BESIDE:
             used = sum(one.subnet_of(claim.network) for one in self.space.hosts)
         return {**_side(claim), "addresses": claim.network.num_addresses, "used": used}
 
@@ -791,9 +865,10 @@ def _recorded(name: str, doc: Mapping[str, Any]) -> Iterator[Claim]:
         yield Claim(IPv4Network(text), where, WORKLOADS, name)
     yield Claim(IPv4Network(doc["service_range"]), where, SERVICES, name)
     if "kubernetes" in doc:
+        site = (doc["site"],)
         for text in doc["kubernetes"]["pod_ranges"]:
-            yield Claim(IPv4Network(text), where, PODS, name)
-        yield Claim(IPv4Network(doc["kubernetes"]["service_range"]), where, CLUSTER_IPS, name)
+            yield Claim(IPv4Network(text), where, PODS, name, site)
+        yield Claim(IPv4Network(doc["kubernetes"]["service_range"]), where, CLUSTER_IPS, name, site)
 
 
 def _held(claim: Claim, by: Iterable[Claim]) -> bool:
@@ -848,6 +923,8 @@ _KIND_WORDS = {
     PODS: "pod range {} of cluster {}",
     CLUSTER_IPS: "range of ClusterIPs {} of cluster {}",
     RESERVED: "reserved range {} ({})",
+    VPN: "range {} behind the gateways of site {}",
+    VPC: "range {} of the VPC of site {}",
     HOST: "the own address {} of host {}",
 }
 
@@ -928,7 +1005,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "Nothing overlaps, and the growth named has room."
     yield (
-        "Known is what inventory and record name. Networks of others (VPN, VPC, offices) belong into "
+        "Known is what inventory and record name. Other networks (offices, VPNs and VPCs that no site has) belong into "
         "isthmus_estate.reserved_ranges."
     )
 
@@ -950,7 +1027,7 @@ def _proposal(new: Mapping[str, Any]) -> Iterator[str]:
 def _in_use(entry: Mapping[str, Any]) -> str:
     if entry["used"] is None:
         return "dealt by Kubernetes"
-    unit = {WORKLOADS: "host", SERVICES: "service", RESERVED: "address of our hosts"}[entry["kind"]]
+    unit = {WORKLOADS: "host", SERVICES: "service"}.get(entry["kind"], "address of our hosts")
     count = entry["used"]
     plural = unit if count == 1 else unit.replace("address", "addresses") if " " in unit else f"{unit}s"
     return f"{count} {plural}"

@@ -8,18 +8,45 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
 WORKLOADS, SERVICES, PODS, CLUSTER_IPS = "workloads", "services", "pods", "ClusterIPs"
-HOST, RESERVED = "host", "reserved"
+HOST, RESERVED, VPN, VPC = "host", "reserved", "VPN", "VPC"
+BESIDE = (HOST, RESERVED, VPN, VPC)
+"""Kinds of what is not the mesh's: hosts reach it without the mesh. VPN is what is behind the gateways of a site."""
 
 
 @dataclass(frozen=True, order=True)
 class Claim:
     """A range that somebody has. `where` is its key path in the inventory, or words for its place in the record;
-    `kind` one of the above; `owner` the cluster, the host of an underlay address, or the name of a reserved range."""
+    `kind` one of the above; `owner` the cluster, the host of an underlay address, the name of a reserved range, or the
+    site of a VPN or VPC. `sites` are those that are known to be there, where that decides what it may share."""
 
     network: IPv4Network
     where: str
     kind: str
     owner: str
+    sites: tuple[str, ...] = ()
+
+
+def may_share(one: Claim, other: Claim) -> bool:
+    """Whether two may overlap, because they may be words for one place.
+
+    Ranges of the mesh share nothing but what a CNI deals to pods and services out of the VPC that it is in. What is
+    behind the gateways of a site may hold hosts of that site, its VPC, and reserved ranges with a host of the site in
+    them, and lie in any reserved range."""
+    kinds = {one.kind, other.kind}
+    at_one_site = not set(one.sites).isdisjoint(other.sites)
+    if not kinds <= set(BESIDE):
+        return at_one_site and VPC in kinds and not kinds.isdisjoint((PODS, CLUSTER_IPS))
+    if VPN not in kinds or at_one_site:
+        return True
+    reserved, vpn = (one, other) if one.kind == RESERVED else (other, one)
+    return reserved.kind == RESERVED and vpn.network.subnet_of(reserved.network)
+
+
+def astray(own: Claim, networks: Iterable[Claim]) -> list[Claim]:
+    """Those behind gateways of other sites that hold a host's own address. None where its own site has a network there:
+    then the two networks overlap, which is said of them."""
+    holding = [one for one in networks if one.kind == VPN and own.network.subnet_of(one.network)]
+    return [] if any(may_share(one, own) for one in holding) else holding
 
 
 def free_subnets(ranges: Iterable[IPv4Network], prefixlen: int, taken: Iterable[IPv4Network]) -> Iterator[IPv4Network]:

@@ -225,11 +225,14 @@ def lines(routers: Iterable[Mapping[str, Any]]) -> list[str]:
         if len(router["neighbours"]) > _MOST_LINES:
             most.append(f"and {len(router['neighbours']) - _MOST_LINES} more")
         bfd = ", each with BFD (single hop)" if router["bfd"] else ""
+        opened = f"TCP {PORT} here from each of them, which connect"
+        if router["bfd"]:
+            opened += f"; UDP {BFD_PORT} here from each, and on each of them from {router['address']}"
         told.append(
             f"router {router['address']} of {router['site']}, AS {router['as_number']}: IPv4 unicast neighbours"
             f"{bfd}: {'; '.join(most)}. Take from each these ranges only, with the neighbour as next hop; send them "
             f"what lies in {', '.join(router['sends'])}; keep their routes while they restart (graceful restart, RFC "
-            "4724)."
+            f"4724). Open: {opened}."
         )
     return told
 

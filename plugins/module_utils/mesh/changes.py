@@ -24,11 +24,34 @@ def changes(before: Record, after: Record) -> Iterator[str]:
             yield f"{name}: new, {new[name]}"
         elif name not in new:
             yield f"{name}: removed (was {old[name]})"
+            if name.startswith("masquerade of"):
+                yield f"{name}: connections from workloads' addresses to the outside end"
         elif old[name] != new[name]:
             yield f"{name}: {new[name]} (was {old[name]})"
             members = after.clusters.get(name.rpartition(" ")[2], {}).get("etcd", {}).get("members", ())
             if name.startswith("etcd of") and len(members) == 1:
                 yield f"{name}: its only member restarts, so that nothing can be written to it for some seconds"
+            site = name.rpartition(" ")[2]
+            if name.startswith("BGP of"):
+                yield f"{name}: FRR is restarted once on its hosts, {_RESTARTED[new[name].endswith(_BFD)]}"
+            if name == f"gateways of site {site}" and _made_anew(before, after, site):
+                yield (
+                    f"{name}: nothing passes its tunnels from when the first gateway at the ends of each has the "
+                    "change until the second one has it"
+                )
+
+
+_BFD = ", with BFD"
+_RESTARTED = {
+    True: "and routers keep the hosts' ranges meanwhile",
+    False: "of which BFD tells routers: they have the hosts' ranges again after some 6 s",
+}
+
+
+def _made_anew(before: Record, after: Record, site: str) -> bool:
+    """Whether a site's tunnels are: a second gateway comes and goes without that."""
+    old, new = ((record.roster or {})["gateways"][site] for record in (before, after))
+    return bool(old["networks"] != new["networks"] or old["gateways"][:1] != new["gateways"][:1])
 
 
 def _lines(record: Record) -> dict[str, str]:
@@ -99,7 +122,13 @@ def _lines(record: Record) -> dict[str, str]:
             found["keys of WireGuard"] = encryption.key_words(keys)
         found.update(vpc.recorded(roster.get("vpcs")))
         found.update({f"site {site}": "its hosts open all sessions themselves" for site in roster.get("closed", ())})
-        found.update({f"BGP of site {site}": "hosts announce their ranges" for site in roster.get("bgp", ())})
+        for site in roster.get("bgp", ()):
+            with_bfd = _BFD if site in roster.get("bfd", ()) else ""
+            found[f"BGP of site {site}"] = f"hosts announce their ranges{with_bfd}"
+        for site in roster.get("masquerade", ()):
+            found[f"masquerade of site {site}"] = "packets of workloads to the outside get their host's address"
+        for site, own in roster.get("gateways", {}).items():
+            found[f"gateways of site {site}"] = f"{', '.join(own['gateways'])}, for {', '.join(own['networks'])}"
     return found
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING, Any
 
+from .addressing import VPN, Claim
 from .encryption import Pair, Stage, pairs
 from .encryption import pair as sorted_pair
 from .schema import INVALID, not_yet, suggestion
@@ -58,6 +59,8 @@ WORDS = {
     Stage.DEMANDS: "through the gateways, and nothing otherwise",
 }
 
+_IDENTITY = "isthmus-ipsec-"
+
 Complaint = Callable[[str, str, str, str], None]
 """Takes a problem: where, what, why, what to do next."""
 
@@ -74,7 +77,7 @@ class Gateway:
     @property
     def identity(self) -> str:
         """In IKE, and in its certificate."""
-        return f"isthmus-ipsec-{self.host}"
+        return f"{_IDENTITY}{self.host}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,16 @@ class Ipsec:
     def stage(self, pair: Pair) -> Stage:
         """Where a pair is in the end."""
         return Stage.DEMANDS if pair in self.pairs else Stage.PLAIN
+
+    def recorded(self) -> dict[str, dict[str, list[str]]]:
+        """Of sites whose packets go through gateways, for the estate record: these in words, and the networks."""
+        found = {}
+        for site in sorted({site for both in self.pairs for site in both} & self.sites.keys()):
+            side = self.sites[site]
+            places = [f"{one.host} ({one.address})" for one in side.gateways]
+            places += [f"{one.identity} ({one.address})" for one in side.peers]
+            found[site] = {"gateways": places, "networks": [str(one) for one in side.networks]}
+        return found
 
     def without(self, hosts: Iterable[str]) -> Ipsec:
         """When these hosts were forgotten."""
@@ -169,8 +182,16 @@ def read(
     for site in used:
         if site in sides:
             _check_hosts(site, sides[site], hosts, problem)
-            _check_networks(site, sides, clusters, problem)
     return Ipsec(sides, tuple(through), {both: said[both] for both in sorted(said)})
+
+
+def claims(top: Mapping[str, Any]) -> Iterator[Claim]:
+    """What is behind the gateways of sites, whether a pair of sites goes through them or not, and also where something
+    else in that section cannot be read."""
+    for site, entry in ({} if top["sites"] in (None, INVALID) else top["sites"]).items():
+        given = entry["ipsec"]
+        for network in () if given in (None, INVALID) or given["networks"] is INVALID else given["networks"]:
+            yield Claim(network, f"isthmus_estate.sites.{site}.ipsec.networks", VPN, site, (site,))
 
 
 def _side(
@@ -316,29 +337,6 @@ def _check_hosts(site: str, side: Side, hosts: Mapping[str, Host], problem: Comp
         )
 
 
-def _check_networks(site: str, sides: Mapping[str, Side], clusters: Mapping[str, Cluster], problem: Complaint) -> None:
-    where = f"isthmus_estate.sites.{site}.ipsec.networks"
-    for network in sides[site].networks:
-        for other in sorted(sides):
-            for far in sides[other].networks if other > site else ():
-                if network.overlaps(far):
-                    problem(
-                        where,
-                        f"{network} and {far} of site {other} overlap",
-                        "a packet goes to one place",
-                        "choose networks that are apart; a longer prefix does not help",
-                    )
-        for cluster in clusters.values():
-            for claim in cluster.claims:
-                if claim.network.overlaps(network):
-                    problem(
-                        where,
-                        f"{network} and {claim.network} ({claim.where}) overlap",
-                        "packets of the mesh are carried between these networks, they have no place in them",
-                        "leave the mesh's ranges out: the tunnel carries its packets all the same",
-                    )
-
-
 def _within(address: IPv4Address, networks: Iterable[IPv4Network]) -> bool:
     return any(address in network for network in networks)
 
@@ -436,6 +434,19 @@ def senders(own: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     return sorted(("udp", port, str(one["remote"])) for one in found for port in IPSEC_PORTS)
 
 
+def begun(own: Mapping[str, Any], before: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Connections of a gateway, by its spec as JSON, with sites of which it had no tunnel `before` (another spec, or
+    nothing), neither of its own nor over another gateway of its site. With others the rules of netfilter let nothing
+    but IKE through beside the tunnel."""
+    known = (before.get("ipsec") or {}).get("far", ())
+    return [one for one in _connections(own.get("ipsec")) if one["site"] not in known]
+
+
+def other_end(connection: Mapping[str, Any]) -> dict[str, str]:
+    """The gateway of ours on the other side: its `host`, and the `address` at which it is reached."""
+    return {"host": connection["remote_id"][len(_IDENTITY) :], "address": connection["remote"]}
+
+
 # What strongSwan and netfilter get
 
 _HEADER = "# Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.\n"
@@ -482,7 +493,7 @@ def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int], kerne
         f"remote_ts = {','.join(one['remote_networks'])}",
         f"esp_proposals = {ESP_PROPOSAL}",
         f"rekey_time = {REKEY_CHILD}s",
-        f"start_action = {'start' if one['begins'] else 'none'}",
+        "start_action = none",
         f"dpd_action = {'restart' if one['begins'] else 'clear'}",
         f"close_action = {'start' if one['begins'] else 'none'}",
         *(_of_interfaces(one) if kernel else []),
@@ -512,6 +523,15 @@ def _of_interfaces(one: Mapping[str, Any]) -> list[str]:
     mark of strongSwan's own: the route to the other gateway would lead into the tunnel too."""
     comes = SECOND_DEVICE if one.get("number", 1) > 1 else DEVICE
     return [f"if_id_in = {IF_IDS[comes]}", f"if_id_out = {IF_IDS[DEVICE]}", f"set_mark_out = {MARK:#x}"]
+
+
+def begin_script(connections: Iterable[Mapping[str, Any]]) -> str:
+    """What asks for the tunnels when strongSwan begins, and waits for none. Not strongSwan by `start_action`: of a
+    connection with that it ends the tunnels before it takes others of its certificates."""
+    lines = [
+        f"swanctl --initiate --child net --ike {name_of(one)} --timeout -1" for one in connections if one["begins"]
+    ]
+    return "\n".join(["#!/bin/sh", f"{_HEADER}PATH=/usr/sbin:/usr/bin:/sbin:/bin", *lines]) + "\n"
 
 
 def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> str | None:

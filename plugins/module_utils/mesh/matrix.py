@@ -13,7 +13,14 @@ from .encryption import CHANGING, STAGES, Keys, Pair, Stage, pairs
 from .ipsec import GATEWAY, Ipsec
 from .openings import Documents, Opening, between, is_in_cluster, pods_at, wireguard_ports
 from .routing import AUTO, NATIVE, TUNNEL
-from .spec import IPSEC_OVERHEAD, IPSEC_PORTS, OVERLAY_OVERHEAD, WIREGUARD_OVERHEAD, through_gateways
+from .spec import (
+    IPSEC_OVERHEAD,
+    IPSEC_PORTS,
+    OVERLAY_OVERHEAD,
+    WIREGUARD_DEVICES,
+    WIREGUARD_OVERHEAD,
+    through_gateways,
+)
 
 UNDERLAY_MTU = 1500
 """Bytes; of an underlay that nobody has measured."""
@@ -66,9 +73,11 @@ def rows(
     Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words.
     `closed` are sites to which nobody outside opens anything."""
     sizes: dict[str, int] = {}
+    with_nodes: set[str] = set()
     for document in documents.values():
         for entry in document["hosts"].values():
             sizes[entry["site"]] = sizes.get(entry["site"], 0) + 1
+            with_nodes |= {entry["site"]} if "kubernetes_node" in entry else set()
         if is_in_cluster(document):
             sizes[document["site"]] = sizes.get(document["site"], 0) + 2
     for one in pairs(sizes):
@@ -93,6 +102,7 @@ def rows(
             "auto": words,
             "routing_now": None if native_now is None else native_now.word,
             "routing_steps": _words(native_now, native_following),
+            "kubernetes": [site for site in dict.fromkeys(one) if site in with_nodes],
             "encryption": GATEWAY if ipsec_following[-1] is Stage.DEMANDS else encrypted,
             "now": None if now is None else now.word,
             "steps": _words(now, following),
@@ -237,6 +247,39 @@ def route_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return told
 
 
+def host_routes(
+    found: Sequence[Mapping[str, Any]], documents: Documents, ipsec: Ipsec, ipsec_ways: Ways, keys: Keys
+) -> list[str]:
+    """A line for each site of the first hundred of `rows`: what its hosts' agents set by themselves when all steps are
+    done, with these keys. Of ranges the workloads': pods of Kubernetes nodes are led as these."""
+    told = []
+    for row in found[:_MOST_LINES]:
+        over = "isthmus0"
+        if row["routing"] == NATIVE:
+            over = "the way to each host's underlay address"
+            if row["encryption"] == "wireguard":
+                over = WIREGUARD_DEVICES[keys.number]
+        elif row["routing"] == AUTO:
+            over += ", or as packets to the hosts go when that is proven"
+        one, other = row["sites"]
+        for here, there in dict.fromkeys(((one, other), (other, one))):
+            entries = (entry for document in documents.values() for entry in document["hosts"].values())
+            ranges = collapse_addresses(IPv4Network(entry["range4"]) for entry in entries if entry["site"] == there)
+            listed = _listed([str(network) for network in ranges])
+            if listed:
+                why = f"workloads of {'each other' if here == there else f'hosts of {there}'}"
+                told.append(f"hosts of {here}: {listed} over {over}, in tables main and 730 ({why})")
+            near, far = ipsec.sites.get(here), ipsec.sites.get(there)
+            if near is None or far is None or not near.gateways or not _taken(ipsec_ways, (one, other))[1][-1]:
+                continue
+            told.append(
+                f"hosts of {here}: {_listed([str(network) for network in far.networks])} via "
+                f"{near.gateways[0].underlay}, in table 736 (networks of {there} behind the gateways); on the gateway "
+                "itself into the tunnel, in strongSwan's table 220"
+            )
+    return told
+
+
 def name(sites: Sequence[str]) -> str:
     return f"within {sites[0]}" if sites[0] == sites[1] else f"{sites[0]} and {sites[1]}"
 
@@ -323,7 +366,20 @@ def _trial(row: Mapping[str, Any]) -> str:
     return (
         f"native routing {_of(row)} is tried (auto){begun}, in steps of one run: (1) {_NATIVE_ON[Stage.ACCEPTS]}; "
         f"(2) {_NATIVE_ON[Stage.SENDS]}; (3) {_NATIVE_ON[Stage.DEMANDS]}. When one does not reach another, packets "
-        "stay in the tunnel, and the run says why. Connections stay"
+        "stay in the tunnel, and the run says why. Connections stay; a datagram that must not be fragmented and is "
+        "larger than the tunnel's MTU is refused to its sender when packets come back to the tunnel from step 2"
+        f"{_node_ports(row)}"
+    )
+
+
+def _node_ports(row: Mapping[str, Any]) -> str:
+    """What ends when native routing of a pair is turned on: netfilter drops what kube-proxy masqueraded for another
+    device."""
+    if not row["kubernetes"]:
+        return ""
+    return (
+        f"; a connection by a NodePort of Kubernetes nodes at {' or '.join(row['kubernetes'])} to a backend in another "
+        "cluster, which began before step 1, ends when packets go natively"
     )
 
 
@@ -362,7 +418,8 @@ def changes(found: Sequence[Mapping[str, Any]], keys: Sequence[Keys]) -> list[st
             on = row["routing"] == NATIVE
             now, steps = row["routing_now"], row["routing_steps"]
             shrinks = not on or Stage.PLAIN.word in steps
-            told.append(_change("native routing", row, on, now, steps, (_NATIVE_ON, _NATIVE_OFF), shrinks))
+            words = _change("native routing", row, on, now, steps, (_NATIVE_ON, _NATIVE_OFF), shrinks)
+            told.append(words + (_node_ports(row) if on else ""))
     return told
 
 

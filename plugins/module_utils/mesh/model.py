@@ -18,7 +18,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import jsontext, schema, versions
-from .addressing import CLUSTER_IPS, HOST, PODS, RESERVED, SERVICES, WORKLOADS, Claim, overlaps, shared
+from .addressing import (
+    BESIDE,
+    CLUSTER_IPS,
+    HOST,
+    PODS,
+    RESERVED,
+    SERVICES,
+    VPN,
+    WORKLOADS,
+    Claim,
+    astray,
+    may_share,
+    overlaps,
+    shared,
+)
 from .bgp import Settings as Bgp
 from .bgp import check as check_bgp
 from .bgp import settings as read_bgp
@@ -27,10 +41,12 @@ from .encryption import Pair
 from .encryption import pair as sorted_pair
 from .encryption import pairs as pairs_of
 from .ipsec import GATEWAY, Ipsec
+from .ipsec import claims as claims_of_ipsec
 from .ipsec import read as read_ipsec
 from .routing import AUTO, NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
 from .vpc import Vpcs
+from .vpc import claims as claims_of_vpcs
 from .vpc import read as read_vpcs
 
 
@@ -129,8 +145,9 @@ class Cluster:
         own.append(Claim(self.service_range, f"{where}.service_range", SERVICES, self.name))
         if self.kubernetes is not None:
             where = f"{where}.kubernetes"
-            own += [Claim(one, f"{where}.pod_ranges", PODS, self.name) for one in self.kubernetes.pod_ranges]
-            own.append(Claim(self.kubernetes.service_range, f"{where}.service_range", CLUSTER_IPS, self.name))
+            site = (self.site,)
+            own += [Claim(one, f"{where}.pod_ranges", PODS, self.name, site) for one in self.kubernetes.pod_ranges]
+            own.append(Claim(self.kubernetes.service_range, f"{where}.service_range", CLUSTER_IPS, self.name, site))
         return tuple(own)
 
     @property
@@ -178,7 +195,7 @@ class Host:
     @property
     def claims(self) -> tuple[Claim, ...]:
         return tuple(
-            Claim(IPv4Network(address), f"host {self.name}.{variable}", HOST, self.name)
+            Claim(IPv4Network(address), f"host {self.name}.{variable}", HOST, self.name, (self.site,))
             for address, variable in self.addresses.items()
         )
 
@@ -230,7 +247,8 @@ class Model:
 
     `masquerade`: sites whose hosts give packets of workloads that leave the mesh their own address. `closed`: sites
     with `inbound: false`, to which nobody outside opens anything. `entries`: inventory hosts that stand for a cluster
-    whose control plane is in it, by cluster: no part of the mesh.
+    whose control plane is in it, by cluster: no part of the mesh. `networks`: what sites say of their own, behind their
+    gateways and in their VPCs.
     """
 
     name: str
@@ -243,6 +261,7 @@ class Model:
     hosts: Mapping[str, Host]
     services: Mapping[str, Service]
     reserved: tuple[Claim, ...] = ()
+    networks: tuple[Claim, ...] = ()
     encryption: Encryption = Encryption()
     vpcs: Vpcs = field(default_factory=Vpcs)
     routing: Routing = field(default_factory=Routing)
@@ -255,7 +274,8 @@ class Model:
 
     def digest(self) -> str:
         """sha256 in hex of all that the model says; warnings and the ways to APIs do not count."""
-        content = {key: value for key, value in asdict(self).items() if key not in ("warnings", "entries")}
+        # What networks there are, `ipsec` and `vpcs` say.
+        content = {key: value for key, value in asdict(self).items() if key not in ("warnings", "entries", "networks")}
         # An estate without Kubernetes has the digest that it had before there was such a thing.
         for part, key in (
             ("clusters", "kubernetes"),
@@ -266,6 +286,8 @@ class Model:
             for entry in content[part].values():
                 if entry[key] is None:
                     del entry[key]
+        for claim in content["reserved"]:
+            del claim["sites"]  # follows from the hosts
         if not content["reserved"]:
             del content["reserved"]
         for entry in content["services"].values():
@@ -275,6 +297,9 @@ class Model:
             del content["encryption"]
         elif not self.encryption.sites:
             del content["encryption"]["sites"]
+        for entry in content["vpcs"]["sites"].values():
+            if not entry["ranges"]:
+                del entry["ranges"]
         if self.vpcs == Vpcs():
             del content["vpcs"]
         if self.routing == Routing():
@@ -381,17 +406,20 @@ class _Reader:
         self.closed(top, clusters, read_hosts, encryption)
         ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
-        reserved = self.reserved(top["reserved_ranges"])
-        self.ranges(clusters, read_hosts, reserved)
+        reserved = self.reserved(top["reserved_ranges"], read_hosts)
+        networks = tuple(sorted({*claims_of_ipsec(top), *claims_of_vpcs(top)}))
+        self.ranges(clusters, read_hosts, reserved, networks)
         services = self.services(top, clusters, read_hosts)
         if self.problems:
             readable = {key: schema.ESTATE.keys[key].default if top[key] is INVALID else top[key] for key in top}
             named = {**readable, "name": str(top["name"])}
             draft = self.model(
-                named, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec, speaking
+                named, clusters, read_hosts, reserved, networks, services, encryption, routing, vpcs, ipsec, speaking
             )
             raise ModelError(self.problems, self.conflicts, draft)
-        return self.model(top, clusters, read_hosts, reserved, services, encryption, routing, vpcs, ipsec, speaking)
+        return self.model(
+            top, clusters, read_hosts, reserved, networks, services, encryption, routing, vpcs, ipsec, speaking
+        )
 
     def model(
         self,
@@ -399,6 +427,7 @@ class _Reader:
         clusters: Mapping[str, Cluster],
         hosts: Mapping[str, Host],
         reserved: tuple[Claim, ...],
+        networks: tuple[Claim, ...],
         services: Mapping[str, Service],
         encryption: Encryption,
         routing: Routing,
@@ -419,6 +448,7 @@ class _Reader:
             hosts={name: hosts[name] for name in sorted(hosts)},
             services={name: services[name] for name in sorted(services)},
             reserved=reserved,
+            networks=networks,
             encryption=encryption,
             vpcs=vpcs,
             routing=routing,
@@ -1151,7 +1181,7 @@ class _Reader:
                 "set `routing: tunnel` for their sites, or `encryption: wireguard`, inside which they can be native",
             )
 
-    def reserved(self, given: Any) -> tuple[Claim, ...]:
+    def reserved(self, given: Any, hosts: Mapping[str, Host]) -> tuple[Claim, ...]:
         found: dict[str, Claim] = {}
         for index, entry in enumerate(() if given is INVALID else given):
             where = f"isthmus_estate.reserved_ranges[{index}]"
@@ -1160,24 +1190,34 @@ class _Reader:
             name = entry["name"]
             if name in found:
                 self.problem(f"{where}.name", f"{name!r} is there twice", "messages name ranges by it", "rename one")
-            found[name] = Claim(entry["range"], f"{where} ({name})", RESERVED, name)
+            inside = {host.site for host in hosts.values() if host.underlay in entry["range"]}
+            found[name] = Claim(entry["range"], f"{where} ({name})", RESERVED, name, tuple(sorted(inside)))
         return tuple(sorted(found.values()))
 
-    def ranges(self, clusters: Mapping[str, Cluster], hosts: Mapping[str, Host], reserved: tuple[Claim, ...]) -> None:
+    def ranges(
+        self,
+        clusters: Mapping[str, Cluster],
+        hosts: Mapping[str, Host],
+        reserved: tuple[Claim, ...],
+        networks: tuple[Claim, ...],
+    ) -> None:
         """No two ranges of the mesh overlap, none holds what is somebody else's (a host's underlay address, a reserved
-        range) or lies in it, pins lie in theirs."""
+        range, a network of a site) or lies in it, what is behind gateways of two sites is apart, pins lie in theirs."""
         named = [claim for cluster in clusters.values() for claim in cluster.claims]
-        for outer, inner in overlaps([*named, *reserved]):
-            if outer.kind == inner.kind == RESERVED:
+        for outer, inner in overlaps([*named, *reserved, *networks]):
+            if may_share(outer, inner):
                 continue
             first, second = (outer, inner) if inner.kind != RESERVED else (inner, outer)
+            count = sum(one.kind in BESIDE for one in (outer, inner))
             problem = Problem(
                 second.where,
                 f"{second.network} and {first.network} ({first.where}) overlap: they share "
                 f"{shared(first.network, second.network)}",
-                "packets to what is there would be sent into the mesh"
-                if first.kind == RESERVED
-                else "an address of the mesh belongs to one place",
+                (
+                    "an address of the mesh belongs to one place",
+                    "packets to what is there would be sent into the mesh",
+                    "a packet goes to one place",
+                )[count],
                 "choose ranges that are apart",
             )
             self.conflict(problem, outer, inner)
@@ -1186,12 +1226,14 @@ class _Reader:
         for host in hosts.values():
             for own in host.claims:
                 address = own.network.network_address
-                for claim in named:
+                for claim in (*named, *astray(own, networks)):
                     if address in claim.network:
                         problem = Problem(
                             own.where,
                             f"{address} lies in {claim.network} ({claim.where})",
-                            "packets between hosts would be sent into the mesh that they carry",
+                            f"packets to it would go to the gateway of {claim.owner}, and the host is at {host.site}"
+                            if claim.kind == VPN
+                            else "packets between hosts would be sent into the mesh that they carry",
                             "choose a range that holds no host's own address",
                         )
                         self.conflict(problem, claim, own)

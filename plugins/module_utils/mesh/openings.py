@@ -149,6 +149,7 @@ def listens(own: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Protocols and ports on which a host, by its spec as JSON, listens for others."""
     found = [("udp", own["overlay"]["port"])]
     found += [("udp", tunnel["port"]) for tunnel in tunnels(own)]
+    found += sorted({(protocol, port) for protocol, port, _source in ipsec.senders(own)})
     member = own.get("member")
     if member:
         found += [("tcp", urlsplit(member[url]).port or 0) for url in ("client_url", "peer_url")]

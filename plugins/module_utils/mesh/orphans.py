@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from .address_plan import Space
+from .addressing import HOST, PODS, WORKLOADS, Claim, astray, may_share
 from .model import Cluster, Model
 from .record import Record, cluster_ips, pod_ranges
 from .schema import Problem
@@ -77,7 +78,9 @@ class _Check:
                     continue
                 orphan = f"cluster/{name}" if name in orphaned else f"host/{host}"
                 for key in ("underlay4", "advertise4"):
-                    hosts[IPv4Address(entry[key])] = f"host {host} of cluster {name}", orphan
+                    words, site = f"host {host} of cluster {name}", (entry["site"],)
+                    hosts[IPv4Address(entry[key])] = words, orphan
+                    self.check_networks(Claim(IPv4Network(entry[key]), words, HOST, host, site), orphan)
         for host in self.model.hosts.values():
             for address, variable in host.addresses.items():
                 if address in hosts and not host.absent:
@@ -107,21 +110,30 @@ class _Check:
                 self.problem(
                     f"host {host.name}.isthmus_cluster", f"{host.cluster}, but the host runs in cluster {name}", orphan
                 )
-        for text in (*doc["workload_ranges"], doc["service_range"], *outer):
-            self.check_range(IPv4Network(text), f"of cluster {name}", orphan)
+        for text in (*doc["workload_ranges"], doc["service_range"]):
+            self.check_range(Claim(IPv4Network(text), f"of cluster {name}", WORKLOADS, name), orphan)
+        for text in outer:
+            self.check_range(Claim(IPv4Network(text), f"of cluster {name}", PODS, name, (doc["site"],)), orphan)
 
     def check_kubernetes(self, cluster: Cluster, doc: Mapping[str, Any]) -> None:
         """Of a cluster that the inventory has: ranges of Kubernetes that it lacks."""
         whole, words = f"kubernetes/{cluster.name}", f"of Kubernetes in cluster {cluster.name}"
+
+        def claim(network: IPv4Network) -> Claim:
+            return Claim(network, words, PODS, cluster.name, (cluster.site,))
+
         if cluster.kubernetes is None:
             for text in () if whole in self.prune else (*pod_ranges(doc), *cluster_ips(doc)):
-                self.check_range(IPv4Network(text), words, whole)
+                self.check_range(claim(IPv4Network(text)), whole)
             return
         for network in pods(cluster, doc, self.prune):
-            self.check_range(network, words, f"pods/{cluster.name}/{network}", cluster.kubernetes.pod_ranges)
+            self.check_range(claim(network), f"pods/{cluster.name}/{network}", cluster.kubernetes.pod_ranges)
 
-    def check_range(self, old: IPv4Network, owner: str, orphan: str, apart_from: Iterable[IPv4Network] = ()) -> None:
-        """No range of the model overlaps it but those that stand in its place, and no host is in it."""
+    def check_range(self, claim: Claim, orphan: str, apart_from: Iterable[IPv4Network] = ()) -> None:
+        """No range of the model overlaps it but those that stand in its place, and no host is in it. `where` of the
+        claim says whose it is."""
+        old, owner = claim.network, claim.where
+        self.check_networks(claim, orphan)
         for cluster in self.model.clusters.values():
             for new in () if cluster.absent else cluster.ranges:
                 if new.overlaps(old) and new not in apart_from:
@@ -135,6 +147,17 @@ class _Check:
             for address, variable in () if host.absent else host.addresses.items():
                 if address in old:
                     self.problem(f"host {host.name}.{variable}", f"{address} lies in {old} {owner}", orphan)
+
+    def check_networks(self, old: Claim, orphan: str) -> None:
+        """Nothing that sites say of their networks overlaps it."""
+        if old.kind == HOST:
+            for claim in astray(old, self.model.networks):
+                what = f"{claim.network} holds {old.network.network_address} of {old.where}"
+                self.problem(claim.where, what, orphan)
+            return
+        for claim in self.model.networks:
+            if claim.network.overlaps(old.network) and not may_share(claim, old):
+                self.problem(claim.where, f"{claim.network} overlaps {old.network} {old.where}", orphan)
 
     def such_as(self, cluster: Cluster, network: IPv4Network) -> str:
         """A free range that could stand in place of the cluster's."""

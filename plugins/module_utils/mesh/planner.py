@@ -364,6 +364,11 @@ class _Planner:
         self.removed += found.removed
         return found
 
+    def with_bfd(self, speaking: Speaking) -> list[str]:
+        """Sites some of whose routers have it; of those that are kept as the record has it."""
+        kept = {site for site in (self.record.roster or {}).get("bfd", ()) if f"bgp/{site}" in speaking.orphans}
+        return sorted(kept | {router["site"] for router in speaking.routers if router["bfd"]})
+
     # Clusters whose control plane is in them
 
     def check_in_cluster(
@@ -572,7 +577,14 @@ class _Planner:
             "clusters": {name: {"id": doc["id"], "state": doc["state"]} for name, doc in sorted(documents.items())},
             "services": {key: services[key] for key in sorted(services)},
             **state.documents(),
-            **filled(vpcs=vpcs.document, bgp=list(speaking.sites), closed=list(self.model.closed)),
+            **filled(
+                vpcs=vpcs.document,
+                bgp=list(speaking.sites),
+                bfd=self.with_bfd(speaking),
+                closed=list(self.model.closed),
+                masquerade=list(self.model.masquerade),
+                gateways=self.model.ipsec.recorded(),
+            ),
             "hash": self.digest,
         }
         own = {"revision", "when", "by"}

@@ -10,7 +10,8 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
      "clusters": {"onprem": {"id": 1, "state": "present"}},
      "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
      "vpcs": {"sites": {"cloud": {"provider": "aws", "network": "vpc-1", "region": "eu-central-1"}}, "peerings": []},
-     "bgp": ["cloud"], "closed": ["edge"],
+     "bgp": ["cloud"], "bfd": ["cloud"], "closed": ["edge"], "masquerade": ["onprem"],
+     "gateways": {"onprem": {"gateways": ["onprem-1 (198.18.1.11)"], "networks": ["198.18.1.0/24"]}},
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
 
 `clusters/<name>`::
@@ -34,6 +35,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
 
 `closed` are sites to which nobody outside opens anything, if there are some; a host then may have `"public_keys":
 {"51871": "<base64>"}`, of WireGuard by UDP port, for those that need them before any etcd tells them.
+`bfd`, `masquerade` and `gateways` are what was applied, so that a plan can tell what a change of them interrupts.
 `encryption` and `routing` say the stage of each pair of sites, if any is not in the clear through the tunnel
 (encryption.py); `auto` of pairs that choose their way and came back to the tunnel the two hosts between which native
 packets did not come through: {"cloud onprem": ["cloud-1", "onprem-2"]}.
@@ -307,8 +309,12 @@ def _check(where: str, name: str, document: Any) -> int:
                 fields.fail("auto", "is not two hosts for two sites")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
-        fields.texts("bgp")
-        fields.texts("closed")
+        for key in ("bgp", "bfd", "closed", "masquerade"):
+            fields.texts(key)
+        for _site, own in _entries(fields, "gateways") if "gateways" in fields.value else ():
+            _there(own, "gateways", "networks")
+            own.texts("gateways")
+            own.texts("networks")
         return revision
     if not name.startswith(CLUSTERS) or fields.text("name", None) != name[len(CLUSTERS) :]:
         raise RecordError(f"{where}: the document is not the one that its name says")

@@ -651,6 +651,11 @@ VPC = Table(
             "opened on the hosts.",
             REQUIRED,
         ),
+        "ranges": Key(
+            Listing(Range(8, 32, "no range of the mesh may overlap it")),
+            "Ranges of the VPC itself, for the address plan ([addresses.md](addresses.md)): the provider is not asked.",
+            (),
+        ),
         "region": Key(_WORD, "AWS: region.", None, "that of profile or environment"),
         "profile": Key(_WORD, "AWS: name of a profile on the controller.", None, "that of the environment"),
         "project": Key(_WORD, "Google: project.", None, "that of the credentials"),

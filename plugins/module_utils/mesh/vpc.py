@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from ipaddress import IPv4Network
 from typing import Any
 
 from . import openings
+from .addressing import VPC, Claim
 from .encryption import Pair
 from .encryption import pair as sorted_pair
 from .schema import INVALID, suggestion
@@ -58,6 +60,7 @@ class Vpc:
     route_tables: tuple[str, ...] = ()
     route_limit: int | None = None
     gateways: tuple[Gateway, ...] = ()
+    ranges: tuple[IPv4Network, ...] = ()
     absent: bool = False
 
 
@@ -124,6 +127,7 @@ def read(top: Mapping[str, Any], problem: Complaint) -> Vpcs:
             route_tables=tuple(given["route_tables"]),
             route_limit=given["route_limit"],
             gateways=tuple(Gateway(one["gateway"], tuple(sorted(one["sites"]))) for one in given["gateways"]),
+            ranges=tuple(sorted(set(given["ranges"]))),
             absent=given["state"] == "absent",
         )
     peerings = {}
@@ -136,6 +140,21 @@ def read(top: Mapping[str, Any], problem: Complaint) -> Vpcs:
         if pair["vpc_peering"]:
             _check_peering(f"isthmus_estate.site_pairs[{index}].vpc_peering", both, declared, found, problem)
     return Vpcs(found, {both: peerings[both] for both in sorted(peerings)})
+
+
+def claims(top: Mapping[str, Any]) -> Iterator[Claim]:
+    """Ranges of VPCs, also where something else in that section cannot be read. At them are all sites in the same VPC,
+    as far as they say so."""
+    declared = {} if top["sites"] in (None, INVALID) else top["sites"]
+    sections = {site: entry["vpc"] for site, entry in declared.items() if entry["vpc"] not in (None, INVALID)}
+    places = {
+        site: {key: given[key] for key in PLACE if given[key] not in (None, INVALID)}
+        for site, given in sections.items()
+    }
+    for site, given in sections.items():
+        there = {site, *(other for other in places if _same(places[site], places[other]))}
+        for network in () if given["ranges"] is INVALID else given["ranges"]:
+            yield Claim(network, f"isthmus_estate.sites.{site}.vpc.ranges", VPC, site, tuple(sorted(there)))
 
 
 def _check_keys(where: str, given: Mapping[str, Any], problem: Complaint) -> None:
@@ -217,11 +236,19 @@ def _check_peering(
             "AWS reaches a peered VPC by routes only",
             "add routes to manage",
         )
+    common = [(a, b) for a in one.ranges for b in other.ranges if a.overlaps(b)]
+    if common and not _same(one.place, other.place):
+        problem(
+            where,
+            f"{common[0][0]} of the VPC of site {one.site} and {common[0][1]} of that of site {other.site} overlap",
+            "no provider peers such networks",
+            "remove vpc_peering, so that the tunnel carries everything between them, or renumber one of the two",
+        )
 
 
 def _same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether two places are one network, as far as they say."""
-    return all(one[key] == other[key] for key in ("provider", "network")) and all(
+    return all(key in one and one[key] == other.get(key) for key in ("provider", "network")) and all(
         one[key] == other[key] for key in _IDENTITY if key in one and key in other
     )
 

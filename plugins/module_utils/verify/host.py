@@ -27,7 +27,7 @@ def check_units(verifier: Verifier) -> None:
         names.append("isthmus-registrar.service")
     if verifier.spec.get("member"):
         names.append("isthmus-etcd.service")
-    names += [name for name in units.WIREGUARD if os.path.exists(units.Units.path(name))]
+    names += [name for name in (units.BOOT_ROUTES_UNIT, *units.WIREGUARD) if os.path.exists(units.Units.path(name))]
     gateways = verifier.spec.get("ipsec") or {"far": {}}
     if gateways.get("connections"):
         names.append(strongswan.UNIT)

@@ -75,7 +75,8 @@ def refused(permissions: dict[str, str]) -> str:
     """The words for permissions (name -> what the provider says) that are missing."""
     named = "; ".join(f"{name} ({said})" if said else name for name, said in sorted(permissions.items()))
     return (
-        f"permission missing: {named}. Grant it to the credentials of this run (docs/vpc.md lists all) and run again."
+        f"permission missing: {named}. Grant it to the credentials of this run (the page of its "
+        "provider, docs/vpc_*.md, lists all) and run again."
     )
 
 

@@ -226,6 +226,33 @@ def test_what_fills_sets_of_netfilter_wakes_nobody() -> None:
     assert {kind: watch._matters(kind, b"\2\0\0\0") for kind in kinds} == kinds
 
 
+async def follow_guard_drops(agent: Agent) -> None:
+    job = asyncio.create_task(agent._follow_guard_drops())
+    try:
+        await until(lambda: agent.progress.guard_drops == 8, "asked again after a refusal")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_what_the_rules_of_gateways_drop_is_asked_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "FILTERS_INTERVAL", 0.001)
+    monkeypatch.setattr(loop, "FILTERS_RETRY", 0.001)
+    kernel = FakeKernel()
+    answers: list[Any] = [7, NetworkError("no"), 8]
+
+    def drops() -> int:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer)
+
+    monkeypatch.setattr(kernel, "guard_drops", drops, raising=False)
+    agent = an_agent(tmp_path, kernel)
+    asyncio.run(follow_guard_drops(agent))
+    assert agent.progress.problems == ()
+
+
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
     applier = asyncio.create_task(agent._applier())
     try:

@@ -26,7 +26,18 @@ from isthmus_mesh.address_plan import (
     read_new_cluster,
     with_fixes,
 )
-from isthmus_mesh.addressing import HOST, RESERVED, SERVICES, WORKLOADS, Claim, count_free, free_subnets, overlaps
+from isthmus_mesh.addressing import (
+    HOST,
+    RESERVED,
+    SERVICES,
+    VPC,
+    VPN,
+    WORKLOADS,
+    Claim,
+    count_free,
+    free_subnets,
+    overlaps,
+)
 from isthmus_mesh.model import Model, ModelError, read_model
 from isthmus_mesh.planner import Plan
 from isthmus_mesh.record import Record, merge
@@ -226,6 +237,260 @@ def test_a_good_estate_has_no_problem_and_order_does_not_show() -> None:
     assert json.dumps(address_plan(turned, recorded(planned(turned)), NOW)) == json.dumps(found)
 
 
+# What is behind the gateways of sites
+
+
+def gateway(host: str, *networks: str) -> dict[str, Any]:
+    return {"ipsec": {"networks": list(networks), "gateways": [{"host": host}]}}
+
+
+def appliance(*networks: str) -> dict[str, Any]:
+    return {"ipsec": {"networks": list(networks), "peer": {"address": "203.0.113.9"}}}
+
+
+def declare(**sites: Any) -> Edit:
+    return lambda e, h: e.update(sites={"onprem": {}, "cloud": {}, **sites})
+
+
+N = "isthmus_estate.sites.{}.ipsec.networks"
+OVER = [
+    (
+        "a range in use, listed as if it belonged there",
+        declare(onprem=gateway("o1", "198.18.1.0/24", "10.101.4.0/24")),
+        f"{N.format('onprem')}: 10.101.4.0/24 and 10.101.0.0/16 ({C}.onprem.workload_ranges) overlap: they share 256 "
+        "addresses (10.101.4.0/24). Why: packets to what is there would be sent into the mesh. Next: leave "
+        f"10.101.4.0/24 out of {N.format('onprem')} if it is the mesh's: the tunnel carries that anyway; or else: "
+        "cluster onprem would have to be removed and added anew with 10.103.0.0/16 in place of 10.101.0.0/16",
+    ),
+    (
+        "a service range inside",
+        declare(office=appliance("10.112.0.0/15")),
+        f"{C}.cloud.service_range: 10.112.0.0/16 and 10.112.0.0/15 ({N.format('office')}) overlap: they share 65536 "
+        "addresses (10.112.0.0/16). Why: packets to what is there would be sent into the mesh. Next: cluster cloud "
+        "would have to be removed and added anew with 10.114.0.0/16 in place of 10.112.0.0/16",
+    ),
+    (
+        "networks of two sites, the one inside the other",
+        declare(onprem=gateway("o1", "198.18.0.0/22"), cloud=gateway("c1", "198.18.2.0/24")),
+        f"{N.format('cloud')}: 198.18.2.0/24 and 198.18.0.0/22 ({N.format('onprem')}) overlap: they share 256 "
+        "addresses (198.18.2.0/24). Why: a packet goes to one place. Next: write 198.18.0.0/23, 198.18.3.0/24 instead "
+        f"of 198.18.0.0/22 in {N.format('onprem')}: then range 198.18.2.0/24 behind the gateways of site cloud is not "
+        "behind the gateways of site onprem.",
+    ),
+    (
+        "networks of two sites, the same",
+        declare(onprem=gateway("o1", "198.18.1.0/24"), office=appliance("198.18.1.0/24")),
+        "Next: renumber what is behind the gateways of site office: 10.0.0.0/24 instead of 198.18.1.0/24 in "
+        f"{N.format('office')}; no host of the mesh is in it. Until then leave range 198.18.1.0/24 "
+        "behind the gateways of site onprem out of the inventory.",
+    ),
+    (
+        "one with hosts inside one with hosts",
+        lambda e, h: (
+            h["o1"].update(ansible_host="198.18.2.77"),
+            declare(onprem=gateway("o1", "198.18.0.0/22"), cloud=gateway("c1", "198.18.2.0/24"))(e, h),
+        ),
+        "Next: renumber what is behind the gateways of site cloud: 10.0.0.0/24 instead of 198.18.2.0/24 in "
+        f"{N.format('cloud')}, and isthmus_underlay of 1 host (c1) with it. Until then leave range 198.18.0.0/22 "
+        "behind the gateways of site onprem out of the inventory.",
+    ),
+    (
+        "a host of another site",
+        declare(onprem=gateway("o1", "198.18.0.0/22")),
+        f"host c1.isthmus_underlay: 198.18.2.1 lies in 198.18.0.0/22 ({N.format('onprem')}). Why: packets to it would "
+        "go to the gateway of onprem, and the host is at cloud. Next: write 198.18.0.0/23, 198.18.3.0/24 instead "
+        f"of 198.18.0.0/22 in {N.format('onprem')}: then the own address 198.18.2.1 of host c1 is not behind the "
+        "gateways of site onprem. If it is behind them, set isthmus_site of the host to onprem.",
+    ),
+    (
+        "a host of another site in a network without more",
+        declare(office=appliance("198.18.2.1/32")),
+        "Next: give host c1 another address, or set its isthmus_site to office if it is behind those gateways, or "
+        "else: renumber what is behind the gateways of site office: 10.0.0.0/32 instead of 198.18.2.1/32 in "
+        f"{N.format('office')}",
+    ),
+    (
+        "a reserved range that none of the site's hosts is in",
+        lambda e, h: (
+            declare(office=appliance("10.8.0.0/22"))(e, h),
+            e.update(reserved_ranges=[{"name": "VPC", "range": "10.8.3.0/24"}]),
+        ),
+        f"{N.format('office')}: 10.8.0.0/22 and 10.8.3.0/24 (isthmus_estate.reserved_ranges[0] (VPC)) overlap: they "
+        "share 256 addresses (10.8.3.0/24). Why: a packet goes to one place. Next: write 10.8.0.0/23, 10.8.2.0/24 "
+        f"instead of 10.8.0.0/22 in {N.format('office')}: then reserved range 10.8.3.0/24 (VPC) is not behind the "
+        "gateways of site office. If it is behind them, take it out of reserved_ranges: what is there is kept free as "
+        "it is.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "words"), [case[1:] for case in OVER], ids=[case[0] for case in OVER])
+def test_what_is_behind_gateways_is_apart_from_all_else(edit: Edit, words: str) -> None:
+    """Whether or not a pair of sites uses the gateways; `address_plan` has the same as the refusal."""
+    messages = refusal(edit, recorded())
+    assert [words in message for message in messages] == [True], messages
+    the_estate, the_hosts = estate(), hosts()
+    edit(the_estate, the_hosts)
+    with pytest.raises(ModelError) as caught:
+        read_model(the_estate, the_hosts)
+    assert caught.value.draft is not None
+    found = address_plan(caught.value.draft, recorded(), NOW)
+    [overlap] = found["overlaps"]
+    assert overlap["fix"]["words"] in messages[0]
+    assert "VPN" in {side["kind"] for side in overlap["ranges"]}
+
+
+def test_pods_and_cluster_ips_are_not_behind_gateways() -> None:
+    messages = refusal(
+        declare(office=appliance("10.244.7.0/24", "10.96.7.0/24"), kube={}),
+        base=with_kubernetes(),
+    )
+    assert len(messages) == 2
+    assert any("or else: pods are Kubernetes' own: give its CNI 10.245.0.0/16" in message for message in messages)
+    assert any("make it anew with --service-cluster-ip-range=10.97.0.0/16" in message for message in messages)
+
+
+def test_words_for_one_place_may_overlap() -> None:
+    """Hosts of the site, networks of the site among each other, what was reserved around them or for them."""
+    the_estate, the_hosts = estate(), hosts()
+    declare(
+        onprem=gateway("o1", "198.18.0.0/23", "198.18.1.0/24"),
+        cloud=gateway("c1", "198.18.2.0/24"),
+        office=appliance("10.8.4.0/24"),
+    )(the_estate, the_hosts)
+    the_estate["reserved_ranges"] = [
+        {"name": "subnet of onprem", "range": "198.18.1.0/24"},
+        {"name": "all subnets", "range": "198.18.0.0/15"},
+        {"name": "offices", "range": "10.8.0.0/16"},
+        {"name": "the office", "range": "10.8.4.0/24"},
+    ]
+    the_model = model(the_estate, the_hosts)
+    found = address_plan(the_model, recorded(planned(the_model)), NOW)
+    assert (found["problems"], found["overlaps"]) == ([], [])
+    assert [
+        (one["range"], one["owner"], one["where"], one["used"]) for one in found["ranges"] if one["kind"] == "VPN"
+    ] == [
+        ("10.8.4.0/24", "office", N.format("office"), 0),
+        ("198.18.0.0/23", "onprem", N.format("onprem"), 3),
+        ("198.18.1.0/24", "onprem", N.format("onprem"), 3),
+        ("198.18.2.0/24", "cloud", N.format("cloud"), 1),
+    ]
+    table = [re.sub(" +", " ", line) for line in lines(found)]
+    assert "10.8.4.0/24 256 VPN office 0 addresses of our hosts" in table
+    assert "198.18.2.0/24 256 VPN cloud 1 address of our hosts" in table
+
+
+def test_nothing_is_proposed_that_is_behind_a_gateway() -> None:
+    """Nor where the section cannot be used for another reason."""
+    the_estate, the_hosts = estate(), hosts()
+    declare(office=appliance("10.103.0.0/16", "10.113.0.0/16"))(the_estate, the_hosts)
+    fresh = NewCluster("fresh", 3)
+    found = address_plan(model(the_estate, the_hosts), Record(), NOW, new=fresh)["new_cluster"]
+    assert (found["workload_ranges"], found["service_range"]) == (["10.104.0.0/25"], "10.114.0.0/22")
+    the_estate["sites"]["office"]["ipsec"]["gateways"] = [{"host": "o1"}]
+    with pytest.raises(ModelError, match="it has both gateways and peer") as caught:
+        model(the_estate, the_hosts)
+    assert caught.value.draft is not None
+    found = address_plan(caught.value.draft, Record(), NOW, new=fresh)["new_cluster"]
+    assert (found["workload_ranges"], found["service_range"]) == (["10.104.0.0/25"], "10.114.0.0/22")
+
+
+def test_what_only_the_record_knows_is_not_behind_a_gateway() -> None:
+    before = planned(model())
+    the_estate, the_hosts = estate(), hosts()
+    del the_estate["clusters"]["cloud"], the_hosts["c1"]
+    declare(office=appliance("10.102.3.0/24", "198.18.2.0/24"))(the_estate, the_hosts)
+    the_model = model(the_estate, the_hosts)
+    with pytest.raises(ModelError) as caught:
+        planned(the_model, before)
+    lacks = "which the record knows and the inventory lacks. Why: what is absent from the inventory still runs"
+    assert [str(problem).partition(". Next")[0] for problem in caught.value.problems] == [
+        f"{N.format('office')}: 10.102.3.0/24 overlaps 10.102.0.0/16 of cluster cloud, {lacks}",
+        f"{N.format('office')}: 198.18.2.0/24 holds 198.18.2.1 of host c1 of cluster cloud, {lacks}",
+    ]
+    found = address_plan(the_model, recorded(before), NOW)["overlaps"]
+    assert [(one["fix"]["how"], one["fix"]["range"]) for one in found] == [
+        ("orphan", "10.102.0.0/16"),
+        ("renumber", "198.18.2.0/24"),
+    ]
+    # At its own site the host is where it belongs.
+    declare(cloud=appliance("198.18.2.0/24"))(the_estate, the_hosts)
+    the_model = model(the_estate, the_hosts)
+    assert address_plan(the_model, recorded(before), NOW)["overlaps"] == []
+    planned(the_model, before)
+
+
+# VPCs
+
+
+def vpc(*ranges: str, network: str = "vpc-1", **more: Any) -> dict[str, Any]:
+    return {"vpc": {"provider": "aws", "network": network, "manage": ["routes"], "ranges": list(ranges)}, **more}
+
+
+IN_VPC = "isthmus_estate.sites.{}.vpc.ranges"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            declare(cloud=vpc("10.101.0.0/20")),
+            f"{IN_VPC.format('cloud')}: 10.101.0.0/20 and 10.101.0.0/16 ({C}.onprem.workload_ranges) overlap: they "
+            "share 4096 addresses (10.101.0.0/20). Why: packets to what is there would be sent into the mesh. Next: "
+            "cluster onprem would have to be removed and added anew with 10.103.0.0/16 in place of 10.101.0.0/16",
+        ),
+        (
+            declare(cloud=vpc("10.112.0.0/15")),
+            "Until then leave range 10.112.0.0/15 of the VPC of site cloud out of the inventory.",
+        ),
+        (
+            declare(cloud=vpc("172.31.0.0/16"), office=appliance("172.31.4.0/24")),
+            f"{N.format('office')}: 172.31.4.0/24 and 172.31.0.0/16 ({IN_VPC.format('cloud')}) overlap: they share 256 "
+            "addresses (172.31.4.0/24). Why: a packet goes to one place. Next: renumber what is behind the gateways of "
+            f"site office: 172.16.0.0/24 instead of 172.31.4.0/24 in {N.format('office')}; no host of the mesh is in "
+            "it. Until then leave range 172.31.0.0/16 of the VPC of site cloud out of the inventory.",
+        ),
+        (
+            declare(cloud=vpc("172.31.0.0/16"), office=appliance("172.30.0.0/15")),
+            f"Next: write 172.30.0.0/16 instead of 172.30.0.0/15 in {N.format('office')}: then range 172.31.0.0/16 of "
+            "the VPC of site cloud is not behind the gateways of site office.",
+        ),
+    ],
+)
+def test_ranges_of_vpcs_are_apart_from_the_mesh_and_from_other_sites(edit: Edit, words: str) -> None:
+    messages = refusal(edit, recorded())
+    assert [words in message for message in messages] == [True], messages
+
+
+def test_a_vpc_holds_its_hosts_its_vpn_and_what_a_cni_deals_from_it() -> None:
+    the_estate, the_hosts = with_kubernetes()
+    declare(
+        cloud=vpc("198.18.0.0/15", **gateway("c1", "198.18.2.0/24")),
+        hall=vpc(network="vpc-1", **appliance("198.19.0.0/24")),
+        kube=vpc("10.244.0.0/15", "10.96.0.0/16", network="vpc-2"),
+        other=vpc("198.19.128.0/17", network="vpc-3"),
+    )(the_estate, the_hosts)
+    the_estate["reserved_ranges"] = [{"name": "subnet", "range": "198.19.7.0/24"}]
+    the_model = model(the_estate, the_hosts)
+    found = address_plan(the_model, recorded(planned(the_model)), NOW, new=NewCluster("fresh", 3))
+    assert (found["problems"], found["overlaps"]) == ([], [])
+    assert ("198.18.0.0/15", "VPC", "cloud", 7) in {
+        tuple(one[key] for key in ("range", "kind", "owner", "used")) for one in found["ranges"]
+    }
+    the_estate["sites"]["onprem"] = vpc("10.103.0.0/16", "10.105.0.0/16", "10.115.0.0/16", network="vpc-4")
+    proposal = address_plan(model(the_estate, the_hosts), Record(), NOW, new=NewCluster("fresh", 3))["new_cluster"]
+    assert (proposal["workload_ranges"], proposal["service_range"]) == (["10.106.0.0/25"], "10.116.0.0/22")
+    # At another site's VPC pods are astray, and so is another site's VPN in a VPC that is not its own.
+    the_estate["sites"]["kube"], the_estate["sites"]["hall"] = {}, vpc(network="vpc-9", **appliance("198.19.0.0/24"))
+    the_estate["sites"]["other"] = vpc("10.244.0.0/15", network="vpc-3")
+    with pytest.raises(ModelError) as caught:
+        model(the_estate, the_hosts)
+    assert [problem.where for problem in caught.value.problems] == [
+        f"{C}.kube.kubernetes.pod_ranges",
+        N.format("hall"),
+    ]
+
+
 # A new cluster
 
 NETWORKS = st.integers(8, 28).flatmap(
@@ -241,7 +506,9 @@ NETWORKS = st.integers(8, 28).flatmap(
         )
     )
 )
-CLAIMS = st.lists(st.tuples(NETWORKS, st.sampled_from([WORKLOADS, SERVICES, RESERVED, HOST])), max_size=40).map(
+CLAIMS = st.lists(
+    st.tuples(NETWORKS, st.sampled_from([WORKLOADS, SERVICES, RESERVED, VPN, VPC, HOST])), max_size=40
+).map(
     lambda drawn: [
         Claim(IPv4Network(network.network_address) if kind == HOST else network, f"{number}", kind, f"owner {number}")
         for number, (network, kind) in enumerate(drawn)

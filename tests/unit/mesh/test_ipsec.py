@@ -19,6 +19,7 @@ from isthmus_mesh.encryption import Stage
 from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan
+from isthmus_mesh.record import RecordError, merge
 from isthmus_mesh.spec import NodeSpec, SpecError
 from unit.mesh.estates import estate, hosts, model, planned
 from unit.mesh.test_inventory_docs import ROOT, inventory
@@ -84,7 +85,7 @@ REFUSED = {
     ),
     "overlap": (
         site("onprem", networks=["198.18.0.0/16"]),
-        "sites.cloud.ipsec.networks: 198.18.2.0/24 and 198.18.0.0/16 of site onprem overlap",
+        "sites.cloud.ipsec.networks: 198.18.2.0/24 and 198.18.0.0/16 (isthmus_estate.sites.onprem.ipsec.networks)",
     ),
     "the mesh's own": (
         site("onprem", networks=["198.18.1.0/24", "10.101.4.0/24"]),
@@ -246,6 +247,49 @@ def test_a_second_gateway_comes_and_goes_without_a_change_of_the_first_s_tunnel(
     assert [ipsec.name_of(each) for each in after_it] == ["isthmus-onprem", "isthmus-onprem_2"]
 
 
+def test_a_change_that_interrupts_a_running_pair_is_told() -> None:
+    interrupted = (
+        "gateways of site onprem: nothing passes its tunnels from when the first gateway at the ends of each has the "
+        "change until the second one has it"
+    )
+    running = changed(**ON)
+    assert "gateways of site onprem: new, o1 (198.18.1.1), for 198.18.1.0/24" in running.changes
+    assert changed(running, **ON).changes == ()
+    wider = changed(running, **site("onprem", networks=["198.18.1.0/24", "198.18.7.0/24"]))
+    assert wider.changes == (
+        "gateways of site onprem: o1 (198.18.1.1), for 198.18.1.0/24, 198.18.7.0/24 "
+        "(was o1 (198.18.1.1), for 198.18.1.0/24)",
+        interrupted,
+    )
+    another = changed(running, **site("onprem", gateways=[{"host": "o2"}]))
+    assert another.changes[1:] == (interrupted,)
+    second = changed(running, **site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}]))
+    assert second.changes == (
+        "gateways of site onprem: o1 (198.18.1.1), o2 (198.18.1.2), for 198.18.1.0/24 "
+        "(was o1 (198.18.1.1), for 198.18.1.0/24)",
+    ), "that interrupts nothing"
+    swapped = changed(second, **site("onprem", gateways=[{"host": "o2"}, {"host": "o1"}]))
+    assert swapped.changes[1:] == (interrupted,)
+    off = changed(running, sites=SITES)
+    assert "gateways of site onprem: removed (was o1 (198.18.1.1), for 198.18.1.0/24)" in off.changes
+    assert changed(after(off, len(off.steps)), sites=SITES).changes == ()
+
+
+@pytest.mark.parametrize(
+    ("gateways", "words"),
+    [
+        ({"onprem": {"gateways": ["o1 (198.18.1.1)"]}}, r"gateways\.onprem\.networks is missing"),
+        ({"onprem": {"gateways": [1], "networks": []}}, r"gateways\.onprem\.gateways is not a list of strings"),
+        (["onprem"], r"gateways is not an object"),
+    ],
+)
+def test_a_record_whose_gateways_are_damaged_is_refused(gateways: Any, words: str) -> None:
+    record = dict(changed(**ON).record)
+    record["roster"] = {**record["roster"], "gateways": gateways}
+    with pytest.raises(RecordError, match=words):
+        merge([record])
+
+
 def test_one_of_two_gateways_that_is_forgotten_leaves_the_other() -> None:
     running = changed(more=MORE, **TWO)
     the_model = model({**estate(), **TWO}, {**hosts(), **MORE})
@@ -310,6 +354,24 @@ def test_the_matrix_has_the_smaller_mtu_and_the_gateways_ports() -> None:
     assert not any(port == 4500 for _protocol, port, _source in openings.rules(found.specs["o2"], found.record))
 
 
+def test_gateways_begin_with_sites_of_which_they_had_no_tunnel_before() -> None:
+    before = changed()
+    found = changed(before, **ON)
+    gateway, other = found.specs["c1"], found.specs["o1"]
+    (connection,) = ipsec.begun(gateway, before.specs["c1"])
+    assert ipsec.begun(gateway, {}) == [connection]
+    assert ipsec.other_end(connection) == {"host": "o1", "address": "198.18.1.1"}
+    assert [ipsec.other_end(one)["host"] for one in ipsec.begun(other, before.specs["o1"])] == ["c1"]
+    assert ipsec.begun(gateway, gateway) == []
+    assert {("udp", 500), ("udp", 4500)} <= set(openings.listens(gateway))
+    assert not {("udp", 500), ("udp", 4500)} & set(openings.listens(before.specs["c1"]))
+    # A second gateway of a site that has a tunnel: what it sends goes over the first one.
+    two = changed(after(found, 2), **site("onprem", gateways=[{"host": "o1"}, {"host": "o2"}]))
+    assert two.specs["o2"]["ipsec"]["connections"]
+    assert ipsec.begun(two.specs["o2"], found.steps[-1].specs["o2"]) == []
+    assert ipsec.begun(two.specs["c1"], found.steps[-1].specs["c1"]) == []
+
+
 def test_a_gateway_that_is_not_ours_is_told_to_its_engineer() -> None:
     found = model({**estate(), **PEER}, {**hosts()})
     (words,) = ipsec.other_sides(found.ipsec)
@@ -367,7 +429,8 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
         "    proposals = aes256gcm16-prfsha384-ecp384",
         "        local_ts = 198.18.1.0/24",
         "        remote_ts = 198.18.2.0/24",
-        "        start_action = start",
+        "        start_action = none",
+        "        close_action = start",
         "    keyingtries = 0",
     ):
         assert line in text.splitlines()
@@ -382,7 +445,15 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
     passive = ipsec.swanctl_conf(certified)
     assert "cacerts = isthmus-cloud.pem\n" in passive
     assert "cacerts = isthmus-cloud.pem,isthmus-cloud.1.pem\n" in ipsec.swanctl_conf(certified, {"cloud": 2})
-    assert "start_action = none" in passive
+    assert "close_action = none" in passive
+
+
+def test_the_end_that_begins_asks_for_its_tunnels_when_strongswan_begins() -> None:
+    found = changed(**ON).specs
+    assert "swanctl" not in ipsec.begin_script(found["o1"]["ipsec"]["connections"])
+    assert ipsec.begin_script(found["c1"]["ipsec"]["connections"]).splitlines()[-1] == (
+        "swanctl --initiate --child net --ike isthmus-onprem --timeout -1"
+    )
 
 
 def test_with_esp_in_the_kernel_each_of_two_tunnels_has_its_own_way_in() -> None:

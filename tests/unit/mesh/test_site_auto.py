@@ -122,6 +122,12 @@ def test_a_new_estate_begins_in_the_tunnel_and_is_proven_between_all_hosts() -> 
         "native routing of cloud and onprem is tried (auto)",
         "native routing within onprem is tried (auto)",
     ]
+    assert all(
+        line.endswith(
+            "larger than the tunnel's MTU is refused to its sender when packets come back to the tunnel from step 2"
+        )
+        for line in told
+    )
 
 
 def test_each_pair_goes_its_own_way_and_nothing_more_is_changed_then() -> None:

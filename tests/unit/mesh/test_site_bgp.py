@@ -46,19 +46,41 @@ def test_each_host_of_the_site_announces_its_range_and_the_plan_says_what_to_set
     assert {name: own["as_number"] for name, own in found.bgp.hosts.items()} == {"o1": 65101, "o2": 7, "o3": 65101}
     assert found.bgp.hosts["o1"]["routers"] == [{**ROUTER, "bfd": True}]
     assert found.record["roster"]["bgp"] == ["onprem"]
-    assert "BGP of site onprem: new, hosts announce their ranges" in found.changes
+    assert "BGP of site onprem: new, hosts announce their ranges, with BFD" in found.changes
     (line,) = bgp.lines(found.bgp.routers)
     assert line.startswith(
         "router 198.18.1.254 of onprem, AS 65000: IPv4 unicast neighbours, each with BFD (single hop): "
         "198.18.1.1 (AS 65101, o1) with 10.101.0.0/28; 198.18.1.2 (AS 7, o2) with 10.101.0.16/28; "
     )
     assert "lies in 10.101.0.0/16, 10.102.0.0/16" in line
+    assert line.endswith(
+        ". Open: TCP 179 here from each of them, which connect; UDP 3784 here from each, and on each of them from "
+        "198.18.1.254."
+    )
     specs = planned(model({**estate(), "routing": "native"})).specs
     assert found.specs == specs, "the agent has no part in it"
     again = changed(
         found, onprem={**BGP, "routers": [{**ROUTER, "bfd": True}]}, more={"o2": {"isthmus_bgp": {"as_number": 7}}}
     )
     assert (again.record, again.changes) == (found.record, ())
+
+
+def test_a_change_of_bfd_restarts_frr_which_is_told() -> None:
+    with_bfd = {**BGP, "routers": [{**ROUTER, "bfd": True}]}
+    plain, on = changed(onprem=BGP), changed(onprem=with_bfd)
+    assert "bfd" not in plain.record["roster"]
+    assert changed(plain, onprem=with_bfd).changes == (
+        "BGP of site onprem: hosts announce their ranges, with BFD (was hosts announce their ranges)",
+        "BGP of site onprem: FRR is restarted once on its hosts, and routers keep the hosts' ranges meanwhile",
+    )
+    assert changed(on, onprem=BGP).changes == (
+        "BGP of site onprem: hosts announce their ranges (was hosts announce their ranges, with BFD)",
+        "BGP of site onprem: FRR is restarted once on its hosts, of which BFD tells routers: they have the hosts' "
+        "ranges again after some 6 s",
+    )
+    assert changed(on, onprem={**with_bfd, "as_number": 7}).changes == ()
+    left_out = changed(on)
+    assert (left_out.changes, left_out.record["roster"]["bfd"]) == ((), ["onprem"]), "it stays as it is"
 
 
 def test_a_rack_has_its_own_router() -> None:
@@ -68,6 +90,7 @@ def test_a_rack_has_its_own_router() -> None:
     assert found.bgp.hosts["o3"]["as_number"] == 65101
     told = bgp.lines(found.bgp.routers)
     assert ["o3" in line for line in told] == [False, True]
+    assert all(line.endswith(". Open: TCP 179 here from each of them, which connect.") for line in told), "without BFD"
     alone = {"o1": rack, "o2": rack, "o3": rack}
     assert len(bgp.lines(changed(onprem={"as_number": 65101}, more=alone).bgp.routers)) == 1
 

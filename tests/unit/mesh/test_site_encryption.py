@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from isthmus_mesh import matrix, openings
+from isthmus_agent.desired import addressing
+from isthmus_mesh import ipsec, matrix, openings
 from isthmus_mesh.encryption import STAGES, Keys, Stage, from_document, keys_of, pairs, rotation, to_document, way
 from isthmus_mesh.model import Encryption, ModelError
 from isthmus_mesh.planner import Plan, plan
@@ -388,6 +389,35 @@ def test_no_two_hosts_ever_misunderstand_each_other(data: st.DataObject) -> None
 
 
 # --- the matrix
+
+
+def test_the_routes_that_hosts_set_are_told_with_their_tables() -> None:
+    def told(**keys: Any) -> list[str]:
+        the_model = model({**estate(), **keys})
+        found = planned(the_model)
+        documents = openings.documents_of(found.record)
+        return matrix.host_routes(found.sites, documents, the_model.ipsec, found.ipsec, found.keys[-1])
+
+    tables = f"in tables main and {addressing.TABLE}"
+    onprem = "10.101.0.0/27, 10.101.0.32/28"
+    assert told() == [
+        f"hosts of cloud: {onprem} over isthmus0, {tables} (workloads of hosts of onprem)",
+        f"hosts of onprem: 10.102.0.0/28 over isthmus0, {tables} (workloads of hosts of cloud)",
+        f"hosts of onprem: {onprem} over isthmus0, {tables} (workloads of each other)",
+    ]
+    assert told(routing="native")[0].startswith(f"hosts of cloud: {onprem} over the way to each host's underlay")
+    assert told(routing="native", encryption="wireguard")[0].startswith(f"hosts of cloud: {onprem} over isthmus-wg0,")
+    gateways = {
+        "sites": {
+            "onprem": {"ipsec": {"networks": ["198.18.1.0/24"], "gateways": [{"host": "o1"}]}},
+            "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {"address": "203.0.113.9"}}},
+        },
+        "site_pairs": [{"sites": ["onprem", "cloud"], "encryption": "ipsec-gateway"}],
+    }
+    assert [line for line in told(**gateways) if "behind the gateways" in line] == [
+        f"hosts of onprem: 198.18.2.0/24 via 198.18.1.1, in table {addressing.IPSEC_TABLE} (networks of cloud behind "
+        f"the gateways); on the gateway itself into the tunnel, in strongSwan's table {ipsec.ROUTING_TABLE}"
+    ]
 
 
 def test_the_matrix_says_what_is_open_and_how_large_packets_are() -> None:

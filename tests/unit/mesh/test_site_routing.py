@@ -519,6 +519,23 @@ def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
     assert lines[1].startswith("native routing within onprem is turned on")
 
 
+def test_a_node_port_s_connections_that_end_are_told_where_there_are_nodes() -> None:
+    ends = (
+        "; a connection by a NodePort of Kubernetes nodes at cloud to a backend in another cluster, which began before "
+        "step 1, ends when packets go natively"
+    )
+
+    def told(found: Plan) -> dict[str, bool]:
+        lines = matrix.changes(found.sites, found.keys)
+        return {matrix.name(row["sites"]): line.endswith(ends) for row, line in zip(found.sites, lines, strict=True)}
+
+    before = with_nodes()
+    assert told(with_nodes(before, **ON)) == {"within cloud": True, "cloud and onprem": True, "within onprem": False}
+    assert told(with_nodes(before, routing="auto")) == told(with_nodes(before, **ON))
+    assert not any(told(with_nodes(with_nodes(**ON))).values()), "nothing ends on the way back"
+    assert not any(told(changed(planned(model()), more={"c2": NODES["x1"]}, **ON)).values())
+
+
 def test_masquerade_is_of_a_sites_hosts_and_nothing_else_changes() -> None:
     plain = planned(model())
     assert changed(plain, sites={"onprem": {}, "cloud": {"masquerade": False}}).specs == plain.specs
@@ -531,3 +548,10 @@ def test_masquerade_is_of_a_sites_hosts_and_nothing_else_changes() -> None:
         now, before = found.specs[name], plain.specs[name]
         assert {**now, "node": before["node"], "hash": ""} == {**before, "hash": ""}
         assert {key for key in now["node"] if now["node"][key] != before["node"].get(key)} == {"masquerade"}
+    words = "packets of workloads to the outside get their host's address"
+    assert found.changes == (f"masquerade of site onprem: new, {words}",)
+    assert changed(found, sites={"onprem": {"masquerade": True}, "cloud": {}}).changes == ()
+    assert changed(found).changes == (
+        f"masquerade of site onprem: removed (was {words})",
+        "masquerade of site onprem: connections from workloads' addresses to the outside end",
+    )

@@ -250,6 +250,16 @@ def pair(peered: Any = True, **keys: Any) -> dict[str, Any]:
     return {"cloud": base, "sites": sites, "more": HALL, "site_pairs": pairs}
 
 
+def test_ranges_of_vpcs_are_for_the_address_plan_only() -> None:
+    """Those of two that are not peered may be the same."""
+    plain, said = changed(**pair(False)), changed(**pair(False, ranges=["172.31.0.0/16"]))
+    assert (said.vpcs, said.specs) == (plain.vpcs, plain.specs)
+    given = {**estate(), "sites": {"onprem": {}, "cloud": {"vpc": AWS}}}
+    plain_digest = model(given).digest()
+    given["sites"] = {"onprem": {}, "cloud": {"vpc": {**AWS, "ranges": ["172.31.0.0/16"]}}}
+    assert model(given).digest() != plain_digest
+
+
 def test_a_peering_is_made_and_its_ways_with_it() -> None:
     found = changed(**pair())
     (peering,) = found.vpcs.peerings
@@ -314,6 +324,10 @@ def test_on_google_routes_come_with_a_peering_and_on_azure_they_lead_to_the_peer
         ({**pair(), "cloud": {**AWS, "endpoint": "https://x"}}, "the two VPCs have different endpoints"),
         ({**pair(), "cloud": {**AWS, "state": "absent"}}, "the vpc of site cloud is being removed"),
         (pair(manage=["firewall"]), "it goes with routes in `manage` of both sites"),
+        (
+            pair(ranges=["10.9.0.0/24", "172.31.0.0/16"]),
+            "10.9.0.0/24 of the VPC of site cloud and 10.9.0.0/24 of that of site hall overlap. Why: no provider peers",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(keys: dict[str, Any], words: str) -> None:

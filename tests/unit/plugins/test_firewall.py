@@ -252,6 +252,22 @@ def test_what_the_run_will_open_is_not_blocked() -> None:
     assert "b1 is not in this run, so its firewalls were not looked at" in words
 
 
+@pytest.mark.parametrize(
+    ("port", "settings"), [(8472, "isthmus_advertise"), (4500, "ipsec.gateways[].address")], ids=["overlay", "gateway"]
+)
+def test_where_the_address_of_a_port_comes_from_is_told(port: int, settings: str) -> None:
+    target = {"inventory_hostname": "b1", "__preflight_result": {"firewalls": []}}
+
+    def told(how: str) -> str:
+        blocked = {"host": "b1", "address": "192.0.2.9", "protocol": "udp", "port": port, "how": how, "source": "s"}
+        asker = {"inventory_hostname": "a1", "__preflight_reached": {"blocked": [blocked]}}
+        (words,) = blocked_ports.blocked_ports([asker, target])
+        return words
+
+    assert f"whether the address is b1's (isthmus_underlay, {settings})" in told("no answer to 3 datagrams")
+    assert f"Next: correct isthmus_underlay or {settings} of b1, or" in told("c1 answers there: the address leads")
+
+
 def test_what_is_open_to_all_is_written_as_the_firewalls_show_it(host: Host) -> None:
     """Else the next run would not know it again."""
     everybody = ("udp", 51871, "0.0.0.0/0")

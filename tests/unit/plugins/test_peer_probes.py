@@ -10,6 +10,7 @@ from typing import Any
 from ansible_collections.isthmus.mesh.plugins.filter.peer_probes import FROM_EACH_CLUSTER, peer_probes
 from ansible_collections.isthmus.mesh.plugins.module_utils import listener
 
+GATEWAYS = {"udp/500": "listener", "udp/4500": "listener"}
 PORTS = {"udp/8472": "listener", "tcp/2379": "listener", "tcp/2380": "listener"}
 
 
@@ -38,7 +39,7 @@ def entered(
     return [
         {
             "inventory_hostname": name,
-            "__preflight_listener": {"listening": PORTS if listening is None else listening},
+            "__preflight_listener": {"listening": dict(PORTS if listening is None else listening)},
             "__preflight_result": {"joins": name in new},
         }
         for name in names
@@ -146,6 +147,35 @@ def test_nothing_is_asked_across_a_tunnel_that_is_not_there_yet() -> None:
     across = {(host[0], other[0]) for host, other, _protocol, _port in questions}
     assert {("a", "b"), ("b", "a")}.isdisjoint(across)
     assert {("a", "c"), ("c", "b"), ("a", "a")} <= across
+
+
+def test_gateways_ask_each_other_for_ipsecs_ports_where_neither_has_had_a_tunnel_of_the_two_sites() -> None:
+    """At the address that the tunnel will have. c's gateway is not ours; a3 has had a tunnel with b before."""
+    record = estate(cluster("a", 3, 1), cluster("b", 2, 1), cluster("c", 1, 1))
+    record["roster"]["ipsec"] = {"all": "plain", "pairs": {"a b": "demands", "a c": "demands"}}
+    names = hosts_of(record)
+    members = {one["inventory_hostname"]: one for one in entered(names, names, {**PORTS, **GATEWAYS})}
+    for name, others in (("a2", {"b2": "203.0.113.2"}), ("b2", {"a2": "203.0.113.1", "a3": "203.0.113.3"})):
+        tunnels = [{"host": other, "address": address} for other, address in others.items()]
+        members[name]["__preflight_result"]["tunnels"] = tunnels
+
+    def across() -> set[tuple[str, str, str, int]]:
+        found = peer_probes(list(members.values()), record, names)
+        between = {
+            (host, one["host"], one["address"], one["port"])
+            for host, targets in found.items()
+            for one in targets
+            if {host[0], one["host"][0]} in ({"a", "b"}, {"a", "c"})
+        }
+        assert all(port in (500, 4500) for *_place, port in between)
+        return between
+
+    assert across() == {
+        *(("a2", "b2", "203.0.113.2", port) for port in (500, 4500)),
+        *(("b2", "a2", "203.0.113.1", port) for port in (500, 4500)),
+    }
+    del members["a2"]["__preflight_listener"]["listening"]
+    assert across() == set(), "it could not be entered"
 
 
 def test_a_site_to_which_nobody_outside_opens_anything_asks_for_wireguard_and_is_asked_nothing() -> None:

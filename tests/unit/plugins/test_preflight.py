@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -28,6 +29,8 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import (
 )
 from ansible_collections.isthmus.mesh.plugins.module_utils.listener import UNIT
 from ansible_collections.isthmus.mesh.plugins.modules import preflight
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 HERE = {
     "arch": platform.machine(),
@@ -293,7 +296,7 @@ def test_a_foreign_link_of_our_name_is_told(host: Host, link: dict[str, Any], wo
     ("sections", "least", "around"),
     [
         ({}, 626, "inside VXLAN."),
-        ({"wireguard": {"port": 51871}}, 706, "inside VXLAN and WireGuard."),
+        ({"wireguard": {"key": "/none/wireguard.key", "port": 51871}}, 706, "inside VXLAN and WireGuard."),
         ({"ipsec": {"far": {}}}, 726, "inside VXLAN and the tunnel between gateways."),
     ],
     ids=["tunnel", "wireguard", "gateways"],
@@ -384,6 +387,33 @@ def test_a_host_of_another_estate_is_told(host: Host) -> None:
     assert "The host is in the mesh of the estate other" in words
     assert "this is the estate lab" in words
     assert "`isthmus.mesh.teardown --limit db-1`" in words
+
+
+def test_what_the_copy_of_a_machine_would_have_is_told_without_the_private_key(host: Host) -> None:
+    """Also beside a problem, so that the run can tell all in one message."""
+    host.monkeypatch.setattr(preflight, "packages_missing", lambda *_arguments: [])
+    path = host.place / "wireguard.key"
+    spec = {**SPEC, "wireguard": {**SECTION, "key": str(path)}}
+    host.member_of({**SPEC, "host": "db-2"})
+    assert [host.run(spec=spec)[key] for key in ("installed", "public_keys")] == ["db-2", {}]
+    secret = base64.b64encode(bytes(range(1, 33))).decode()
+    path.write_text(secret + "\n")
+    public = X25519PrivateKey.from_private_bytes(bytes(range(1, 33))).public_key()
+    found = {str(path): base64.b64encode(public.public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()}
+    for lacking in ([], ["bpf_link"]):
+        host.monkeypatch.setattr(bpfprobe, "missing_features", lambda found=lacking: found)
+        answer = host.run(spec=spec)
+        assert (bool(answer["problems"]), answer["installed"], answer["public_keys"]) == (bool(lacking), "db-2", found)
+        assert secret not in json.dumps(answer)
+    host.monkeypatch.setattr(bpfprobe, "missing_features", list)
+    assert host.run()["public_keys"] == {}, "a key that nothing is encrypted with goes"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"estate": "lab"}', '{"estate": "lab", "host": ["db-2"]}'])
+def test_without_a_specification_a_host_is_no_copy(host: Host, content: str | None) -> None:
+    if content is not None:
+        (host.place / "node.json").write_text(content)
+    assert host.run()["installed"] is None
 
 
 @pytest.mark.parametrize(
@@ -599,6 +629,29 @@ def test_hosts_are_asked_again_when_encryption_is_turned_on_or_off() -> None:
     assert found[2] != found[3]
     assert preflight.openings.listens(SPEC)[:1] == [("udp", 8472)]
     assert preflight.openings.listens(ENCRYPTING)[:2] == [("udp", 8472), ("udp", 51871)]
+
+
+TUNNEL = {"site": "b", "remote": "192.0.2.9", "remote_id": "isthmus-ipsec-b1", "ours": True}
+FOREIGN = {"site": "c", "remote": "192.0.2.8", "remote_id": "192.0.2.8", "ours": False}
+
+
+def with_tunnels(*connections: dict[str, Any]) -> dict[str, Any]:
+    far = {one["site"]: {"stage": "accepts", "networks": []} for one in connections}
+    return {**SPEC, "ipsec": {"far": far, "connections": list(connections)}}
+
+
+def test_a_gateway_is_asked_on_ipsecs_ports_before_its_first_tunnel_with_a_site(host: Host) -> None:
+    """One that is not ours answers no question."""
+    spec = with_tunnels(TUNNEL, FOREIGN)
+    for installed, joins, tunnels in (
+        (SPEC, True, [{"host": "b1", "address": "192.0.2.9"}]),
+        (with_tunnels(FOREIGN), True, [{"host": "b1", "address": "192.0.2.9"}]),
+        (with_tunnels(TUNNEL), True, []),
+        (spec, False, []),
+    ):
+        host.member_of(installed)
+        found = host.run(spec=spec)
+        assert (found["joins"], found["tunnels"]) == (joins, tunnels), installed.get("ipsec")
 
 
 @pytest.mark.parametrize(

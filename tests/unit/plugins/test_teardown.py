@@ -91,6 +91,22 @@ def test_no_timer_brings_back_what_is_taken_away(state: str, ran: list[str]) -> 
         assert step.removed == (["unit isthmus-rollback.timer"] if ran else [])
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_networkd_has_its_own_settings_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool) -> None:
+    place = tmp_path / "networkd.conf.d"
+    place.mkdir()
+    (place / "isthmus.conf").write_text(units.networkd_drop_in())
+    if others:
+        (place / "10-speed.conf").touch()
+    monkeypatch.setattr(units, "NETWORKD_DROP_IN", str(place / "isthmus.conf"))
+    for check, removed in ((True, True), (False, True), (False, False)):
+        step = teardown.Teardown(Host(check=check))
+        step.networkd()
+        assert step.changes.changed is bool(step.removed) is removed
+        assert (place / "isthmus.conf").exists() is check
+    assert place.exists() is others
+
+
 def test_only_rules_of_our_protocol_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teardown, "DEVICES", ("isthmus-none",))
     host = Host()
@@ -272,5 +288,5 @@ def test_every_unit_that_a_module_writes_is_known_to_the_teardown() -> None:
 
 
 def test_what_the_agent_marks_as_its_own_is_what_goes() -> None:
-    assert str(network.ROUTE_PROTOCOL) == teardown.PROTOCOL
+    assert str(network.ROUTE_PROTOCOL) == teardown.PROTOCOL == units.ROUTE_PROTOCOL
     assert nftables.TABLE == teardown.TABLE

@@ -23,6 +23,7 @@ FILES = {
     "isthmus-dns-reload.path": units.dns_reload_path_unit(),
     "isthmus-dns-reload.service": units.dns_reload_unit(),
     "isthmus-bpffs.service": units.bpffs_unit(),
+    "isthmus-boot-routes.service": units.boot_routes_unit(),
     "isthmus-wireguard.service": units.wireguard_unit("0123", "isthmus-wg0"),
     "isthmus-ipsec-keeper.service": units.keeper_unit("/bin/true", "/etc/isthmus/x", "isthmus-ipsec.service"),
     "isthmus-resolved.service": units.resolved_unit("10.0.0.1", "clusterset.local"),
@@ -149,6 +150,45 @@ def test_keys_do_not_reach_the_disk_in_a_core_dump(text: str) -> None:
 def test_stopping_the_agent_leaves_the_datapath() -> None:
     assert not options(FILES["isthmusd.service"], "ExecStop")
     assert options(FILES["isthmusd.service"], "RuntimeDirectoryPreserve") == ["yes"]
+
+
+def test_the_boots_routes_come_before_the_network_and_the_agent() -> None:
+    text = FILES["isthmus-boot-routes.service"]
+    assert {"network-pre.target", "isthmusd.service"} <= set(options(text, "Before")[0].split())
+    assert options(text, "Wants") == ["network-pre.target"], "nobody else may, and then it orders nothing"
+    assert options(text, "DefaultDependencies") == ["no"], "else it waits for basic.target"
+    assert options(text, "WantedBy") == ["sysinit.target"]
+    assert not options(text, "ExecStop"), "the routes are the agent's, which runs"
+    # Without it the unit would be started again with every other one: sysinit.target wants it.
+    assert options(text, "RemainAfterExit") == ["yes"]
+    assert units.BOOT_ROUTES in options(text, "ExecStart")[0].split()
+
+
+def test_the_boots_routes_are_those_of_the_specification() -> None:
+    spec = {"service_ranges4": ["10.111.0.0/16"], "mesh_ranges4": ["10.102.0.0/16", "10.101.0.0/16"]}
+    lines = units.boot_routes(spec).splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[1:] == [
+        "route add unreachable 10.101.0.0/16 table 254 protocol 73",
+        "route add unreachable 10.102.0.0/16 table 254 protocol 73",
+        "route add unreachable 10.111.0.0/16 table 254 protocol 73",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "sets_up"),
+    [
+        ({"UnitFileState": "enabled", "ActiveState": "inactive"}, True),
+        ({"UnitFileState": "enabled-runtime", "ActiveState": "inactive"}, True),
+        ({"UnitFileState": "disabled", "ActiveState": "active"}, True),
+        ({"UnitFileState": "disabled", "ActiveState": "inactive"}, False),
+        ({"UnitFileState": "masked", "ActiveState": "inactive"}, False),
+        ({"LoadState": "not-found"}, False),
+    ],
+    ids=str,
+)
+def test_it_is_told_whether_networkd_sets_up_links(state: dict[str, str], sets_up: bool) -> None:
+    assert units.has_networkd(state) is sets_up
 
 
 def test_the_configuration_is_seen_in_the_process() -> None:
