@@ -75,7 +75,7 @@ def test_the_table_is_made_once_and_shows_as_it_is_meant(call: Call) -> None:
     assert call(netlink.apply_network, WANTED).changes == ("add nft table ip isthmus", "set isthmus0 up")
     text = call(_nft, "list", "table", "ip", "isthmus")
     for words in (
-        "type nat hook postrouting priority srcnat - 10; policy accept;",
+        "type nat hook postrouting priority -199; policy accept;",
         'oifname "isthmus0" meta mark & 0x00004000 == 0x00000000 ip saddr @local snat to ip saddr',
         'iifname "isthmus0" meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr',
         "ip saddr 10.104.0.16/28 meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr",
@@ -124,11 +124,12 @@ def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
     assert call(netlink.remove_network) == []
 
 
-def test_the_collections_teardown_takes_it_away_without_the_agent(call: Call) -> None:
+@pytest.mark.parametrize("wanted", [WANTED, PRECAUTION], ids=["always", "precaution"])
+def test_the_collections_teardown_takes_it_away_without_the_agent(call: Call, wanted: Datapath) -> None:
     call(_nft, "-f", "-", text=FOREIGN)
     before = call(_nft, "list", "ruleset")
     assert not call(netfilter.has_table, teardown.TABLE)
-    call(netlink.apply_network, WANTED)
+    call(netlink.apply_network, wanted)
     assert call(netfilter.has_table, teardown.TABLE)
     call(netfilter.delete_table, teardown.TABLE)
     assert call(_nft, "list", "ruleset") == before
@@ -307,7 +308,7 @@ def test_a_precaution_is_one_rule_and_comes_with_the_first_who_translates(call: 
         0,
     )
     text = call(_nft, "list", "table", "ip", "isthmus")
-    assert "type nat hook postrouting priority srcnat - 10; policy accept;" in text
+    assert "type nat hook postrouting priority -199; policy accept;" in text
     assert "ip saddr 10.104.0.16/28 snat to ip saddr" in text
     assert (text.count("hook"), text.count("comment"), text.count("set ")) == (1, 1, 0), text
     assert call(netlink.audit_network, PRECAUTION) == []
@@ -319,6 +320,14 @@ def test_a_precaution_is_one_rule_and_comes_with_the_first_who_translates(call: 
         0,
     )
     assert call(_nft, "list", "table", "ip", "isthmus") == text
+
+
+def test_a_precaution_goes_with_all_that_is_ours(call: Call) -> None:
+    call(_nft, NAT[0][1])
+    before = call(_nft, "list", "ruleset")
+    call(netlink.apply_network, PRECAUTION)
+    assert "nft table ip isthmus" in call(netlink.remove_network)
+    assert call(_nft, "list", "ruleset") == before
 
 
 def test_a_precaution_goes_when_nobody_has_translated_for_a_while(call: Call) -> None:
@@ -350,3 +359,19 @@ def test_a_precaution_that_the_kernel_refuses_stops_nothing(call: Call, monkeypa
     assert call(netlink.audit_network, PRECAUTION) == []
     with pytest.raises(netlink.NetworkError, match="cannot write nft table ip isthmus: No such file or directory"):
         call(netlink.mend_keep_source, PRECAUTION.keep_source, netlink.OVERLAY)
+
+
+def test_a_kernel_without_nf_tables_needs_no_precaution_before_its_other_iptables_translates(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nftables, "_SUBSYSTEM", 63)  # nobody's: the kernel answers as for one that is not there
+    keep = PRECAUTION.keep_source
+    assert call(netlink.apply_network, PRECAUTION).changes == ("set isthmus0 up",)
+    assert call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
+    call(subprocess.run, [NAT[2][0], *NAT[2][1].split()], check=True)
+    assert not call(netlink.apply_network, PRECAUTION)
+    assert call(netlink.audit_network, PRECAUTION) == []
+    for settled in (False, True):
+        with pytest.raises(netlink.NetworkError, match=r"cannot write nft table ip isthmus: .*CONFIG_NF_TABLES"):
+            call(netlink.mend_keep_source, keep, netlink.OVERLAY, settled)
+    assert "nft table ip isthmus" not in call(netlink.remove_network)

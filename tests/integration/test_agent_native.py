@@ -306,11 +306,11 @@ def test_agents_that_have_nothing_to_do_tell_the_kernel_nothing(beside: Pair) ->
 
 
 def masquerades_by_itself(host: Host, what: str = "") -> None:
-    """The host's own rules are loaded anew and masquerade; the agent's are back."""
+    """The host's own rules are loaded anew and masquerade, before all others'; the agent's are back."""
     for words in (
         "flush ruleset",
         "add table ip nat",
-        "add chain ip nat post { type nat hook postrouting priority 100; }",
+        "add chain ip nat post { type nat hook postrouting priority -150; }",
         f"add rule ip nat post {what} masquerade",
     ):
         host.run("nft", words)

@@ -70,7 +70,7 @@ FILTERS_INTERVAL = 2.0
 FILTERS_RETRY = 30.0
 CHAINS_INTERVAL = 30.0
 CHAINS_PAUSE = 0.05  # between two looks
-CHAINS_SHARE = 0.05  # of the time may go for looks, however often chains change
+CHAINS_SHARE = 0.05  # of one CPU may go for looks, however often chains change
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
 LAST_GOOD_STOP = 5.0  # what a stop waits for a slow disk
@@ -237,13 +237,7 @@ class Agent:
                 jobs["sessions"] = sessions.run
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
-        if keeps_source_always(self.spec):
-            jobs["filters"] = self._follow_filters
-        else:
-            jobs["chains"] = ChainWatch(self._chains_changed.set).run
-            jobs["filters"] = self._follow_chains
-        if self.spec.ipsec is not None:
-            jobs["guard-drops"] = self._follow_guard_drops
+        jobs |= self._netfilter_jobs()
         if self._probe:
             jobs["prober"] = self.prober.run
         if self.tunnels is not None:
@@ -579,6 +573,7 @@ class Agent:
             self._last_good_written = None
             self._last_good_wake.set()
         if first:
+            self._chains_changed.set()  # a precaution that was refused is told
             gc.collect()
             gc.freeze()
             memory.give_back()
@@ -653,6 +648,17 @@ class Agent:
             if self.progress.applied is not None:
                 await self.audit(repair=True)
 
+    def _netfilter_jobs(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        jobs: dict[str, Callable[[], Awaitable[None]]] = {}
+        if keeps_source_always(self.spec):
+            jobs["filters"] = self._follow_filters
+        else:
+            jobs["chains"] = ChainWatch(self._chains_changed.set).run
+            jobs["filters"] = self._follow_chains
+        if self.spec.ipsec is not None:
+            jobs["guard-drops"] = self._follow_guard_drops
+        return jobs
+
     async def _follow_filters(self) -> None:
         """An `nft flush ruleset`, as a reload of a firewall does it, must not cost pods their addresses until the next
         audit."""
@@ -686,18 +692,24 @@ class Agent:
         while True:
             changed = await wait_set(self._chains_changed, CHAINS_INTERVAL)
             self._chains_changed.clear()
-            began = time.monotonic()
-            words = ""
-            try:
-                done, _ = await self.kernel_call(self.kernel.mend_filters, not changed)
-                if done:
-                    logger.info("our part of netfilter follows that of others", extra=fields(changes=done))
-            except NetworkError as error:
-                words = str(error)
-                if words != self.progress.masqueraded:
-                    logger.warning("sources of packets cannot be kept", extra=fields(error=words))
+            done, words, seconds = await self.kernel_call(self._mend_precaution, not changed)
+            if done:
+                logger.info("our part of netfilter follows that of others", extra=fields(changes=done))
+            if words and words != self.progress.masqueraded:
+                logger.warning("sources of packets cannot be kept", extra=fields(error=words))
             self.progress.masqueraded = words
-            await asyncio.sleep(max(CHAINS_PAUSE, (time.monotonic() - began) / CHAINS_SHARE))
+            await asyncio.sleep(max(CHAINS_PAUSE, seconds / CHAINS_SHARE))
+
+    def _mend_precaution(self, settled: bool) -> tuple[tuple[str, ...], str, float]:
+        """In the kernel's thread: what was done, why it cannot be, and seconds of CPU."""
+        began = time.thread_time()
+        done: tuple[str, ...] = ()
+        words = ""
+        try:
+            done, _ = self.kernel.mend_filters(settled)
+        except NetworkError as error:
+            words = str(error)
+        return done, words, time.thread_time() - began
 
     async def _keep_last_good(self) -> None:
         while True:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.netlink import ROUTE_PROTOCOL, messages
+from isthmus_agent.netlink.nftables import TABLE
 
 # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_RULE, and RTNLGRP_IPV4_NETCONF (24)
 _GROUPS = 0x1 | 0x10 | 0x80 | 1 << 23
@@ -22,10 +23,11 @@ _NATIVE_GROUPS = 0x8 | 0x40
 _NEWROUTE, _DELROUTE, _DELQDISC, _DELFILTER = 24, 25, 37, 45
 _PROTOCOL = 5  # place of the protocol in struct rtmsg
 # Of netfilter: its netlink, NFNLGRP_NFTABLES (7), and messages of nf_tables, whose subsystem is in the upper byte:
-# NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE.
+# NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN; NFT_MSG_DELRULE.
 _NETFILTER = 12
 _NFTABLES_GROUP = 1 << 6
-_OF_CHAINS = (0xA02, 0xA03, 0xA05, 0xA08)
+_OF_CHAINS = (0xA02, 0xA03, 0xA05)
+_RULE_GONE = 0xA08
 
 
 class _Watch:
@@ -59,14 +61,14 @@ class _Watch:
 
 
 class ChainWatch(_Watch):
-    """Chains of nf_tables come and go, as do our own table and rule. What fills sets, as firewalls do all day, is
-    nothing."""
+    """Chains of nf_tables come and go, and our own rule goes. What others do to rules and sets, as firewalls and
+    container runtimes do all day, is nothing."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         super().__init__(_NETFILTER, _NFTABLES_GROUP, changed)
 
     def _matters(self, kind: int, payload: bytes) -> bool:
-        return kind in _OF_CHAINS
+        return kind in _OF_CHAINS or (kind == _RULE_GONE and TABLE.encode() + b"\0" in payload)
 
 
 class NetworkWatch(_Watch):

@@ -88,7 +88,7 @@ _SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
 _EQUAL, _UNEQUAL = 0, 1
 
 _AFTER_DSTNAT = -90  # destinations are translated at -100, also back
-_BEFORE_SRCNAT = 90  # iptables, kube-proxy and CNIs have 100
+_BEFORE_SRCNAT = -199  # the first that a chain of NAT can have; iptables, kube-proxy and CNIs have 100
 _FIRST, _LAST = -1000, 1000
 
 
@@ -611,13 +611,14 @@ def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
     ]
 
 
-def apply_keep_source(wanted: KeepSource | None, device: str) -> tuple[str, ...]:
+def apply_keep_source(wanted: KeepSource | None, device: str, settled: bool = True) -> tuple[str, ...]:
     """Makes our table what is wanted (None: there is none), in one step; answers what was done.
 
-    `device` is the overlay's name. NetworkError when the kernel refuses it; what was there stays then."""
+    `device` is the overlay's name. NetworkError when the kernel refuses it; what was there stays then. Not `settled`:
+    a precaution against nobody stays, as whoever loads rules anew may have taken away what comes back at once."""
     with _Netfilter() as netfilter:
         if wanted is None or (wanted.precaution and not _others_translate(netfilter)):
-            return tuple(f"remove {words}" for words in _remove(netfilter))
+            return tuple(f"remove {words}" for words in _remove(netfilter)) if wanted is None or settled else ()
         real = _read(netfilter)
         if not _differences(real, wanted, device):
             return ()
@@ -662,12 +663,9 @@ def mend_keep_source(wanted: KeepSource, device: str, settled: bool = True) -> t
 
     Asks for our own rules only, so that it costs little beside a kube-proxy with tens of thousands.
 
-    A precaution is made and goes, (what was done; 0). Not `settled`: it does not go, as whoever loads rules anew may
-    have taken away what comes back at once."""
+    A precaution is made, and goes if others have `settled`: (what was done; 0)."""
     if wanted.precaution:
-        with _Netfilter() as netfilter:
-            waits = not settled and not _others_translate(netfilter)
-        return () if waits else apply_keep_source(wanted, device), 0
+        return apply_keep_source(wanted, device, settled), 0
     with _Netfilter() as netfilter:
         real = _read(netfilter, whole=False)
         found = _differences(real, wanted, device)

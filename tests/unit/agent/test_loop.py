@@ -221,9 +221,11 @@ def test_a_precaution_follows_the_chains_of_others_and_a_refused_one_is_told(tmp
 
 
 def test_what_fills_sets_of_netfilter_wakes_nobody() -> None:
+    """Nor what others do to rules; when ours is gone somebody is to know."""
     watch = ChainWatch(lambda: None)
-    kinds = {0xA02: True, 0xA03: True, 0xA05: True, 0xA08: True, 0xA06: False, 0xA0C: False, 0xA0F: False, 0x103: False}
-    assert {kind: watch._matters(kind, b"\2\0\0\0") for kind in kinds} == kinds
+    kinds = {0xA02: 1, 0xA03: 1, 0xA05: 1, 0xA08: 0, 0xA06: 0, 0xA0C: 0, 0xA0F: 0, 0x103: 0}
+    assert {kind: watch._matters(kind, b"\2\0\0\0" + b"\x08\0\1\0nat\0") for kind in kinds} == kinds
+    assert watch._matters(0xA08, b"\2\0\0\0" + b"\x0c\0\1\0isthmus\0")
 
 
 async def follow_guard_drops(agent: Agent) -> None:
@@ -248,9 +250,76 @@ def test_what_the_rules_of_gateways_drop_is_asked_again_and_again(tmp_path, monk
         return int(answer)
 
     monkeypatch.setattr(kernel, "guard_drops", drops, raising=False)
-    agent = an_agent(tmp_path, kernel)
-    asyncio.run(follow_guard_drops(agent))
-    assert agent.progress.problems == ()
+    asyncio.run(follow_guard_drops(an_agent(tmp_path, kernel)))
+
+
+GATEWAYS = {"ipsec": {"sites": {}, "networks": [], "far": {}}}
+NATIVELY = {"native": {"sites": {"onprem": "onprem", "cloud": "cloud"}, "stages": {"cloud": "demands"}}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "always", "asks_for_drops"),
+    [({}, False, False), (GATEWAYS, False, True), (NATIVELY, True, False), (NATIVELY | GATEWAYS, True, True)],
+)
+def test_a_host_looks_after_netfilter_as_it_needs_it(tmp_path, spec, always, asks_for_drops):
+    agent = an_agent(tmp_path, FakeKernel())
+    agent.spec = mesh.spec(**spec)
+    jobs = agent._netfilter_jobs()
+    assert jobs["filters"] == (agent._follow_filters if always else agent._follow_chains)
+    assert ("chains" in jobs) is not always
+    assert ("guard-drops" in jobs) is asks_for_drops
+
+
+async def wait_for_an_apply(agent: Agent, looks: list[bool]) -> None:
+    job = asyncio.create_task(agent._follow_chains())
+    try:
+        apply = asyncio.create_task(agent.kernel_call(time.sleep, 0.5))
+        agent._chains_changed.set()
+        await until(lambda: len(looks) == 1, "looked at after the apply")
+        await apply
+        agent._chains_changed.set()
+        await until(lambda: len(looks) == 2, "and again soon")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_a_look_that_waited_for_an_apply_does_not_put_off_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHAINS_SHARE", 0.01)  # 50 s
+    kernel = FakeKernel()
+    looks: list[bool] = []
+
+    def mend(settled: bool) -> Any:
+        looks.append(settled)
+        return (), 0
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    asyncio.run(wait_for_an_apply(an_agent(tmp_path, kernel), looks))
+    assert looks == [False, False]
+
+
+async def tell_at_the_start(agent: Agent) -> None:
+    jobs = [asyncio.create_task(job()) for job in (agent._follow_chains, agent._applier)]
+    try:
+        await asyncio.sleep(0)
+        agent.wake()
+        await until(lambda: bool(agent.progress.masqueraded), "it is told")
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.wait(jobs)
+
+
+def test_a_precaution_that_was_refused_at_the_start_is_told_at_once(tmp_path, monkeypatch):
+    kernel = FakeKernel()
+
+    def mend(settled: bool) -> Any:
+        if kernel.calls:
+            raise NetworkError("no NAT here")
+        return (), 0
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    asyncio.run(tell_at_the_start(an_agent(tmp_path, kernel)))
 
 
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
