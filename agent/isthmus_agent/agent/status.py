@@ -425,7 +425,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
     found.extend(f"the kernel refuses part of the network: {problem}" for problem in progress.problems)
     if progress.masqueraded:
         found.append(
-            "another program translates sources on this host (look at: nft list ruleset; iptables-legacy -t nat -S), "
+            "another program translates sources on this host (look at: nft list ruleset; iptables-legacy-save), "
             "and the rule that keeps those of packets into the mesh as they are cannot be made; what that program "
             f"masquerades there is dropped, or comes as the host's own: {progress.masqueraded}"
         )
