@@ -39,7 +39,7 @@ stage() {
 suite() {
     name=$1
     shift
-    stage "$name" python -m pytest -m "$select" -o console_output_style=count "$@"
+    stage "$name" python -m pytest -m "$select" -o console_output_style=count --durations=15 --durations-min=5 "$@"
 }
 
 # With what the tests leave of the processors (SCHED_IDLE), so that no deadline of a test notices.

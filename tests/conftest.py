@@ -42,7 +42,7 @@ sys.path.insert(0, _PLACE.name)
 # End-to-end tests that begin with bare machines first, those that break an estate last; any order is right, this one
 # makes the fewest estates.
 E2E_ORDER = (
-    *("test_site", "test_awx", "test_verify", "test_host_security", "test_story", "test_lab"),
+    *("test_mixed", "test_site", "test_awx", "test_verify", "test_host_security", "test_story", "test_lab"),
     *("test_wireguard", "test_ipsec", "test_native", "test_bgp"),
     *("test_failures", "test_safety", "test_preflight", "test_generations", "test_batches", "test_versions"),
     *("test_members", "test_backup", "test_losses", "test_restore", "test_forget", "test_boundaries", "test_chaos"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from frr_machines import Machine
@@ -16,9 +16,8 @@ AS = {"onprem": 65101, "cloud": 65102}
 PASSWORD = "of-the-lab"  # noqa: S105
 
 
-def configuration(lab: Lab) -> str:
-    """What the plan prints for the router."""
-    neighbours = {str(host.address): AS[host.site] for host in lab.hosts.values() if host.site in AS}
+def configuration(neighbours: Mapping[str, int]) -> str:
+    """What the plan prints for the router: AS numbers of hosts by their addresses."""
     lines = [f"router bgp {ROUTER_AS}", f" bgp router-id {ROUTER_ADDRESS}", " no bgp default ipv4-unicast"]
     for address, number in neighbours.items():
         lines += [f" neighbor {address} {word}" for word in (f"remote-as {number}", f"password {PASSWORD}")]
@@ -31,11 +30,14 @@ def configuration(lab: Lab) -> str:
 
 
 @contextlib.contextmanager
-def router_with_bgp(lab: Lab) -> Iterator[Machine]:
-    """Its routes go with it."""
+def router_with_bgp(lab: Lab, numbers: Mapping[str, int] | None = None) -> Iterator[Machine]:
+    """Its routes go with it. `numbers`: AS numbers of its neighbours by host; None: hosts of the sites of `AS`."""
+    if numbers is None:
+        numbers = {host.name: AS[host.site] for host in lab.hosts.values() if host.site in AS}
+    neighbours = {str(lab.host(name).address): number for name, number in numbers.items()}
     machine = Machine("router", Path(tempfile.mkdtemp(prefix="frr-", dir=lab.state)), ROUTER)
     try:
-        machine.frr(configuration(lab), "bgpd", "bfdd")
+        machine.frr(configuration(neighbours), "bgpd", "bfdd")
         yield machine
     finally:
         machine.end()

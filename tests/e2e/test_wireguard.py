@@ -65,21 +65,11 @@ def encrypted(estate: dict[str, Any], _: Any) -> None:
 
 
 @contextlib.contextmanager
-def capture(file: Path, sites: tuple[str, str], device: str = "any", also: str = "") -> Iterator[None]:
-    """Every packet between two sites, and `also` others, whole, into `file`; by a site's bridge only what the router
-    passes on, and not what hosts of the site send each other."""
-    one, other = (NETWORKS[site] for site in sites)
+def recorded(file: Path, what: str, device: str = "any") -> Iterator[None]:
+    """Every packet in the router's namespace that a filter of tcpdump passes, whole, into `file`."""
     options = ["-U", "--immediate-mode", "-n", "-s", "0", "-p", "-i", device, "-w", str(file)]
     process = subprocess.Popen(
-        [
-            "nsenter",
-            f"--net=/run/netns/{ROUTER}",
-            "tcpdump",
-            *options,
-            f"net {one} and net {other}{f' or {also}' if also else ''}",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
+        ["nsenter", f"--net=/run/netns/{ROUTER}", "tcpdump", *options, what], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     try:
@@ -89,6 +79,15 @@ def capture(file: Path, sites: tuple[str, str], device: str = "any", also: str =
         process.terminate()
         process.stderr.close()
         process.wait(10)
+
+
+@contextlib.contextmanager
+def capture(file: Path, sites: tuple[str, str], device: str = "any", also: str = "") -> Iterator[None]:
+    """Every packet between two sites, and `also` others, whole, into `file`; by a site's bridge only what the router
+    passes on, and not what hosts of the site send each other."""
+    one, other = (NETWORKS[site] for site in sites)
+    with recorded(file, f"net {one} and net {other}{f' or {also}' if also else ''}", device):
+        yield
 
 
 def packets(file: Path, what: str) -> int:

@@ -5,9 +5,12 @@ tunnels."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,52 @@ SECOND = "198.18.0.77"
 FAR_GATEWAY = "198.51.100.9"
 TAKEN_OVER = 10  # seconds (docs/ipsec.md)
 RETURNED = 15  # seconds: ten answers, one a second
+
+
+FAR_PORT = 9000
+WATCHING = """
+import threading, time
+told = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+told.bind((0, 0x40))  # RTMGRP_IPV4_ROUTE
+told.setblocking(False)
+stop, counted = threading.Event(), [0, 0]
+def passing(address, port):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.settimeout(3)
+        while not stop.is_set():
+            counted[0] += 1
+            try:
+                s.sendto(b'?', (address, port)); s.recv(100)
+            except OSError:
+                counted[1] += 1
+            time.sleep(0.005)
+def changes():
+    # Of routes in tables with a number above 255, which are the agent's (RT_TABLE_COMPAT).
+    found = 0
+    while True:
+        try:
+            messages = told.recv(65536)
+        except BlockingIOError:
+            return found
+        while messages:
+            size, kind = struct.unpack_from('=IH', messages)
+            found += kind in (24, 25) and messages[20] == 252
+            messages = messages[(size + 3) & ~3:]
+"""
+
+
+@contextlib.contextmanager
+def nothing_lost(both: Pair) -> Iterator[None]:
+    """Packets of host a to behind the gateways, which node b answers, and no route of the agent's is touched."""
+    watching = both.a.node.process()
+    watching.do(
+        f"{WATCHING}\nthread = threading.Thread(target=passing, args=({FAR_GATEWAY!r}, {FAR_PORT})); thread.start()\n"
+        "result = 1"
+    )
+    yield
+    sent, lost, changed = watching.do("stop.set(); thread.join(); result = [*counted, changes()]")
+    assert sent > 20
+    assert (lost, changed) == (0, 0), f"of {sent} packets"
 
 
 def behind_gateway(host: Host, via: str | None, **more: Any) -> None:
@@ -133,27 +182,70 @@ def gateways(both: Pair) -> list[dict[str, str]]:
     return [first, {"cluster": "onprem", "host": "onprem-9", "underlay": SECOND}]
 
 
+def states(host: Host) -> dict[str, str]:
+    """Of the site's gateways, by host."""
+    return {one["host"]: one["state"] for one in host.daemon.status()["gateways"]["gateways"]}
+
+
+def answering(both: Pair) -> None:
+    """Node b is also what is behind the gateways, and their second one."""
+    both.b.run("ip", "addr", "add", f"{FAR_GATEWAY}/32", "dev", "lo")
+    both.b.run("ip", "addr", "add", f"{SECOND}/32", "dev", "eth0")
+    both.b.node.process().do(f"serve_udp('b', {FAR_GATEWAY!r}, {FAR_PORT}); result = 1")
+
+
 def test_the_second_gateway_takes_over_and_the_first_gets_packets_back(tmp_path: Path) -> None:
     with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
         first, second = (each["underlay"] for each in gateways(both))
+        answering(both)
         behind_gateway(both.a, first, gateways=gateways(both))
         wait_for(lambda: led(both.a, IPSEC_TABLE) == first, "the first gateway is used", 30)
-        state = both.a.daemon.status()["gateways"]["gateways"]
-        assert [(one["host"], one["state"]) for one in state] == [("cloud-1", "used"), ("onprem-9", "up")]
-        both.b.daemon.stop()
-        both.b.run("ip", "link", "set", "isthmus0", "down")
+        assert states(both.a) == {"cloud-1": "used", "onprem-9": "up"}
+        with nothing_lost(both):
+            both.a.daemon.stop(signal.SIGKILL)
+            both.a.daemon.start()
+        # Nothing arrives there any more.
+        both.a.run("ip", "neigh", "replace", first, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "permanent")
         began = time.monotonic()
         wait_for(lambda: led(both.a, IPSEC_TABLE) == second, "the second one takes over", 3 * TAKEN_OVER)
         print(f"the second gateway is used {time.monotonic() - began:.1f} s after the first was lost")
-        state = both.a.daemon.status()["gateways"]["gateways"]
-        assert [(one["host"], one["state"]) for one in state] == [("cloud-1", "down"), ("onprem-9", "used")]
+        assert states(both.a) == {"cloud-1": "down", "onprem-9": "used"}
         assert any(
             "gateway cloud-1 of this site does not answer" in line for line in both.a.daemon.status()["warnings"]
         )
-        both.b.daemon.start()
+        with nothing_lost(both):
+            both.a.daemon.stop()
+            both.a.daemon.start()
+            wait_for(lambda: states(both.a)["cloud-1"] == "down", "the new agent finds it lost as well", 15)
+        both.a.run("ip", "neigh", "del", first, "dev", "eth0")
         wait_for(lambda: led(both.a, IPSEC_TABLE) == first, "the first one is used again", 3 * RETURNED)
         behind_gateway(both.a, None)
         wait_for(lambda: "736:" not in both.a.run("ip", "rule"), "the rule is gone", 30)
+
+
+def test_an_agent_that_is_restarted_on_a_gateway_goes_on_around_tunnels_until_they_have_answered(
+    tmp_path: Path,
+) -> None:
+    with bare_nodes() as nodes, pair(tmp_path, nodes, "plain") as both:
+        own = str(both.a.node.underlay)
+        two = [{"cluster": "onprem", "host": "onprem-1", "underlay": own}, gateways(both)[0]]
+        over = two[1]["underlay"]
+        answering(both)
+        # As strongSwan has it.
+        both.a.run("ip", "rule", "add", "priority", str(ipsec.RULE_PRIORITY), "lookup", str(ipsec.ROUTING_TABLE))
+        ask = [{"site": both.a.other, "inside": FAR_GATEWAY}]
+        behind_gateway(both.a, "", local=own, connections=ask, gateways=two)
+        wait_for(lambda: led(both.a, IPSEC_TABLE) == led(both.a, SIBLING_TABLE) == over, "no tunnel is there", 30)
+        with nothing_lost(both):
+            both.a.daemon.stop()
+            # A tunnel of which nobody knows yet whether it passes anything; it does not.
+            both.a.run("ip", "link", "add", "ipsec0", "type", "veth", "peer", "name", "nobody")
+            both.a.run("ip", "link", "set", "ipsec0", "arp", "off", "addrgenmode", "none", "up")
+            both.a.run("ip", "link", "set", "nobody", "up")
+            both.a.run("ip", "route", "add", FAR, "dev", "ipsec0", "proto", "static", "table", str(ipsec.ROUTING_TABLE))
+            both.a.daemon.start()
+            wait_for(lambda: sent(both.a, "ipsec0") > 0, "it is asked", 30)
+        assert both.a.daemon.status()["gateways"]["tunnels"] == {both.a.other: False}
 
 
 @slow

@@ -305,6 +305,35 @@ def test_agents_that_have_nothing_to_do_tell_the_kernel_nothing(beside: Pair) ->
     assert told == []
 
 
+def test_a_link_that_is_cut_one_way_is_named_and_packets_are_back_natively(beside: Pair, tmp_path: Path) -> None:
+    """What b sends does not arrive at a; what a sends does arrive at b."""
+    a, b = beside.hosts
+
+    def told() -> list[str]:
+        return [words for words in b.daemon.status()["warnings"] if "is cut in one direction" in words]
+
+    assert beside.dial() == ["b", "10.101.0.2"]
+    for host, far in ((a, "cloud-1"), (b, "onprem-1")):
+        wait_for(lambda host=host, far=far: host.daemon.probe(far) == "up", "both hear each other", 15)  # type: ignore[misc]
+    assert told() == []
+    file = tmp_path / "wire.pcap"
+    chain = "type filter hook prerouting priority -400; ip saddr { 198.18.0.12, 10.102.0.0/16 } counter drop;"
+    with capture(a.node, file):
+        a.run("nft", f"table ip cut {{ chain c {{ {chain} }}; }}")
+        (words,) = wait_for(told, "b is not heard", 15)
+        assert "cloud/cloud-1 hears onprem/onprem-1" in words
+        assert words in text.status(b.daemon.status())
+        wait_for(lambda: a.daemon.probe("cloud-1") == "down", "a hears nothing", 15)
+        with pytest.raises(InsideError, match="timed out"):
+            beside.dial(0.5)
+        a.run("nft", "delete table ip cut")
+        assert beside.dial() == ["b", "10.101.0.2"]
+        for host, far in ((a, "cloud-1"), (b, "onprem-1")):
+            wait_for(lambda host=host, far=far: host.daemon.probe(far) == "up", "it is mended", 15)  # type: ignore[misc]
+        assert told() == []
+    assert seen(file, *TUNNEL) == 0, "no other way was taken"
+
+
 def masquerades_by_itself(host: Host, what: str = "") -> None:
     """The host's own rules are loaded anew and masquerade, before all others'; the agent's are back."""
     for words in (

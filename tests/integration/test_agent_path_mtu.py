@@ -4,10 +4,11 @@ word from the router, and the way is cut in one direction only."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from bpf.topology import wait_for
+from integration.test_agent_kernel import Daemon
 from integration.test_agent_native import Host, Routed, routed
 from isthmus_agent.cli import text
 
@@ -22,23 +23,29 @@ EVERY_WAY = pytest.mark.parametrize(
 )
 
 
-def way(host: Host) -> dict[str, Any]:
+class Speaks(Protocol):
+    """A host of any of the tests of the agent."""
+
+    daemon: Daemon
+
+
+def way(host: Speaks) -> dict[str, Any]:
     """From a host to the other one."""
     (far,) = [node for node in host.daemon.status()["nodes"] if node["probe"] != "this host"]
     return dict(far["routing"])
 
 
-def carries(host: Host, size: int) -> bool:
+def carries(host: Speaks, size: int) -> bool:
     return bool(way(host)["path_mtu"] == size)
 
 
-def metered(host: Host, kind: str) -> float | None:
+def metered(host: Speaks, kind: str) -> float | None:
     """The MTU of the routes to the other one (`route`) or of the way there (`path`), as a scrape has it."""
     (far,) = [node for node in host.daemon.status()["nodes"] if node["probe"] != "this host"]
     return host.daemon.metrics().get(f'isthmus_{kind}_mtu_bytes{{cluster="{far["cluster"]}",node="{far["name"]}"}}')
 
 
-def warned(host: Host) -> list[str]:
+def warned(host: Speaks) -> list[str]:
     return [words for words in host.daemon.status()["warnings"] if "must not be fragmented" in words]
 
 

@@ -24,6 +24,7 @@ from integration import kernel_devices
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
 from integration.test_agent_native import PING
+from integration.test_agent_path_mtu import FOUND_WITHIN, carries, metered, warned, way
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import ask
 from isthmus_agent.netlink.wireguard import greet
@@ -710,6 +711,48 @@ def test_what_native_inside_wireguard_is_made_of_and_what_status_says(natives: P
     assert far["encryption"]["state"] == "encrypted"
     assert re.search(r"cloud/cloud-1 .* native +encrypted, handshake", text.status(status))
     wait_for(lambda: natives.a.daemon.probe("cloud-1") == "up", "probes go so too")
+
+
+@contextlib.contextmanager
+def cut_to(host: Host, length: int) -> Iterator[None]:
+    """IPv4 packets that are longer do not arrive at a host, and nobody says so."""
+    chain = f"type filter hook ingress device eth0 priority 0; ip length > {length} drop;"
+    host.run("nft", "table netdev cut { chain c { " + chain + " }; }")
+    try:
+        yield
+    finally:
+        host.run("nft", "delete table netdev cut")
+
+
+def test_a_way_that_is_cut_without_a_word_is_named_inside_wireguard_too(natives: Pair) -> None:
+    wait_for(lambda: carries(natives.a, NATIVE_MTU), "the way carries what routes say", FOUND_WITHIN)
+    assert warned(natives.a) == []
+    with cut_to(natives.b, 1308):
+        (words,) = wait_for(lambda: warned(natives.a), "it is named at once", 15)
+        assert re.search(r"packets of \d+ bytes and more are lost on the way to node cloud/cloud-1 or back", words)
+        assert metered(natives.a, "route") == NATIVE_MTU
+        assert metered(natives.a, "path") != NATIVE_MTU
+        assert (natives.a.probe(), natives.a.encryption()["state"]) == ("up", "encrypted")
+        assert natives.dial() == ["b", "10.101.0.2"], "small packets pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fixture", "full", "inside"), [("natives", NATIVE_MTU, 0), ("both", PATH_MTU, 50)], ids=["native", "tunnel"]
+)
+def test_what_a_way_that_is_cut_carries_is_found_inside_wireguard_too(
+    request: pytest.FixtureRequest, fixture: str, full: int, inside: int
+) -> None:
+    """`inside` bytes are around a packet within WireGuard, which pads to 16 bytes: beside its header and tag, UDP and
+    IP 1308 have place for 1248."""
+    pair: Pair = request.getfixturevalue(fixture)
+    wait_for(lambda: carries(pair.a, full), "the way carries what routes say", FOUND_WITHIN)
+    with cut_to(pair.b, 1308):
+        wait_for(lambda: carries(pair.a, 1248 - inside), "what it carries is found", FOUND_WITHIN)
+        assert way(pair.a)["lost"] == 1249 - inside
+        assert (metered(pair.a, "route"), metered(pair.a, "path")) == (full, 1248 - inside)
+    wait_for(lambda: carries(pair.a, full), "it is mended", FOUND_WITHIN)
+    assert warned(pair.a) == []
 
 
 @pytest.mark.parametrize("gone", ["wireguard-go", "routes and rules"])

@@ -193,6 +193,12 @@ def test_bfd_tells_both_sides_at_once(pair: tuple[Machine, Machine]) -> None:
     assert told(host, own(bfd=True))["lacking"] == {}
     host.until(lambda: session(host)["peerBfdInfo"]["status"] == "Up", "BFD is up")
     router.until(lambda: "10.101.0.0/28" in router.routes(), "the router knows the range")
+    # A restart of FRR, and bfdd alone that dies: routers know at once, and have the range again soon.
+    for words in ("systemctl restart frr.service", "kill -9 $(cat /run/frr/bfdd.pid)"):
+        host.run("sh", "-c", f"{words} > /dev/null 2>&1 &")
+        router.until(lambda: "10.101.0.0/28" not in router.routes(), f"{words}: the router is told", 5)
+        router.until(lambda: "10.101.0.0/28" in router.routes(), f"{words}: the range is back", 15)
+        host.until(lambda: session(host)["peerBfdInfo"]["status"] == "Up", f"{words}: BFD is up")
     # Silence, not a link that is down.
     chain = "type filter hook ingress device eth0 priority 0; policy drop;"
     host.run("nft", "add table netdev c; add chain netdev c in { " + chain + " }")

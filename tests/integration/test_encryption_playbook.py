@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Encryption and native routing of a running estate are turned on and off by `site`: in steps, each over all hosts
-before the next. The playbook and its plan are real, modules on hosts are `fake_modules.py`."""
+before the next. So is masquerading of a site, which has no steps. The playbook and its plan are real, modules on hosts
+are `fake_modules.py`."""
 
 from __future__ import annotations
 
@@ -84,6 +85,32 @@ def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running:
     assert written(running) == [HOSTS] * 3
     assert proofs(running) == [], "to send in clear needs no proof"
     assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "plain"), None)
+
+
+def specs(site: Site) -> dict[str, Any]:
+    return {host: json.loads((site.place / "hosts" / host / "node.json").read_text()) for host in HOSTS}
+
+
+def test_masquerade_of_a_site_is_its_hosts_and_the_plan_says_so_before(running: Site) -> None:
+    before, record = specs(running), (running.place / "record").read_text()
+    running.estate = {"sites": {"a": {"masquerade": True}, "b": {}}}
+    words = "masquerade of site a: new, packets of workloads to the outside get their host's address"
+    shown = running.run(name="plan")
+    assert shown.status == 0, shown.output
+    assert words in said(shown)
+    assert set(shown.changed) == {"a1", "a2"}
+    assert (specs(running), (running.place / "record").read_text()) == (before, record)
+    on = turned(running)
+    assert on.status == 0, on.output
+    assert written(running) == [HOSTS], "there is one step only"
+    assert set(on.changed) == {"a1", "a2"}
+    assert {host: spec["node"].get("masquerade") for host, spec in specs(running).items()} == {
+        "a1": True,
+        "a2": True,
+        "b1": None,
+    }
+    again = turned(running)
+    assert (again.status, again.changed) == (0, {}), again.output
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ from isthmus_agent.desired import addressing
 from isthmus_agent.desired.datapath import Route, Rule
 from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import ipsec
+from isthmus_mesh.model import Model
 from isthmus_mesh.planner import Plan
-from isthmus_mesh.spec import NodeSpec
+from isthmus_mesh.spec import IPSEC_MTU, NodeSpec
 from unit.mesh.estates import estate, hosts, model, planned
 
 pytestmark = [
@@ -127,6 +128,77 @@ while not select.select([sys.stdin], [], [], 0)[0]:
 hear(time.monotonic() + 2)
 print(sent, sent - len(answered))
 """
+
+
+_ANSWERING = """
+import socket
+with socket.create_server(("", 8080)) as listening:
+    print("listening", flush=True)
+    with listening.accept()[0] as connection:
+        while piece := connection.recv(65536):
+            connection.sendall(piece)
+"""
+_HELD = """
+import select, socket, sys
+target, payload, patience, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), 0
+with socket.create_connection((target, 8080), patience) as sock, sock.makefile("rb") as answers:
+    print("connected", flush=True)
+    while sys.stdin.readline():
+        first, ended = number, False
+        while not ended:
+            ended = bool(select.select([sys.stdin], [], [], 0.005)[0])
+            piece = f"{payload} {number} ".ljust(3000, ".").encode()
+            sock.sendall(piece)
+            if answers.read(len(piece)) != piece:
+                sys.exit(f"piece {number} did not come back as it was")
+            number += 1
+        sys.stdin.readline()
+        print(number - first, flush=True)
+"""
+
+
+@dataclass
+class Held:
+    """A connection of TCP to a machine that sends back what it is sent."""
+
+    process: subprocess.Popen[str]
+
+    def told(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the connection broke: {self.process.communicate()[1]}"
+        return line.strip()
+
+    def say(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+
+    def begin(self) -> None:
+        """Pieces of two full packets go there and come back from now on, one after the other, up to 200 a second."""
+        self.say("begin")
+
+    def end(self) -> None:
+        """The last one came back, and each was what had been sent."""
+        self.say("end")
+        print(f"{self.told()} pieces of the connection came back")
+
+
+@contextlib.contextmanager
+def held(here: Machine, there: Machine) -> Iterator[Held]:
+    far = there.words(sys.executable, "-c", _ANSWERING)
+    near = here.words(sys.executable, "-c", _HELD, ADDRESSES[there.name], PAYLOAD, str(20 * PATIENCE))
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(subprocess.Popen(far, stdout=pipe, text=True))
+        stack.callback(server.kill)
+        assert server.stdout is not None
+        assert server.stdout.readline() == "listening\n"
+        client = stack.enter_context(subprocess.Popen(near, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        stack.callback(client.kill)
+        found = Held(client)
+        assert found.told() == "connected"
+        yield found
 
 
 @dataclass
@@ -275,6 +347,11 @@ class Net:
     machines: dict[str, Machine]
     router: Machine
     tmp: Path
+    stack: contextlib.ExitStack
+    """Of what ends with it."""
+
+    def held(self, here: str, there: str) -> Held:
+        return self.stack.enter_context(held(self[here], self[there]))
 
     def __getitem__(self, name: str) -> Machine:
         return self.machines[name]
@@ -374,7 +451,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
                 "sh", "-c", f"printf '{log}      flush_line = yes\n    }}\n  }}\n}}\n' > /etc/strongswan.d/t.conf"
             )
             assert settings.exists()
-        yield Net(made, router, tmp_path)
+        yield Net(made, router, tmp_path, stack)
 
 
 def authority(cluster: str, now: datetime) -> pki.Authority:
@@ -402,13 +479,17 @@ def certificates(net: Net, found: Plan, stranger: str = "") -> None:
             (place / "trust" / f"{cluster}.crt").write_text(known.pem)
 
 
-def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
+def read(sites: Any = None, **pair: Any) -> Model:
     the_hosts = {
         **hosts(),
         **{f"c{last}": {"isthmus_cluster": "cloud", "ansible_host": f"198.18.2.{last}"} for last in (2, 3)},
     }
     keys = {"sites": sites or SITES, "site_pairs": [{**PAIR, **pair}]}
-    return planned(model({**estate(), **keys}, the_hosts), previous)
+    return model({**estate(), **keys}, the_hosts)
+
+
+def with_pair(previous: Plan | None = None, sites: Any = None, **pair: Any) -> Plan:
+    return planned(read(sites, **pair), previous)
 
 
 def established(net: Net) -> bool:
@@ -434,6 +515,8 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
         assert net["o2"].echo("c2") == ""
     assert in_clear(before) == 2, "this is how it looks in clear"
 
+    connection = net.held("o2", "c2")
+    connection.begin()
     net.apply(found)
     wait_for(lambda: established(net), "the tunnel", 15)
     for name in ("o1", "c1"):
@@ -450,6 +533,8 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
     with net.capture() as after:
         for here, there in (("o2", "c2"), ("o2", "c1"), ("o1", "c2"), ("c1", "o1"), ("c2", "o2")):
             assert net[here].echo(there, 1400) == "", (here, there)
+    connection.end()
+    assert [net[name].dropped() for name in ("o1", "o2", "c1", "c2")] == [0, 0, 0, 0]
     assert (in_clear(after), beside(after)) == (0, [])
     # 64 bytes around a packet of 1400, and Ethernet's 14 (docs/ipsec.md).
     assert (packets(after, "greater 1478") > 0, packets(after, "greater 1479")) == (True, 0)
@@ -506,12 +591,24 @@ def test_a_pair_is_led_into_the_tunnel_with_certificates_and_nothing_goes_beside
             spec = dict(found.steps[1].specs[one.name])
             assert not one.apply(spec, check=True)["changed"], one.name
             assert not one.apply(spec)["changed"], one.name
+
+    connection.begin()
+    off = with_pair(replace(found, record=found.steps[1].record), encryption="none")
+    net.apply(off)
+    for name, far in (("c2", "198.18.1.0/24"), ("o2", "198.18.2.0/24")):
+        net[name].run("ip", "route", "del", far)
+        assert net["o2"].echo("c2") == "", f"without the route of {name}"
+    for name in ("o1", "c1"):
+        net[name].apply(dict(off.steps[0].specs[name]))
     if KERNEL:
         # A strongSwan that died takes nothing out of the kernel.
         net["c1"].run("sh", "-c", "kill -9 $(cat /run/fake-systemd/strongswan.service.pid)")
         assert all(net["c1"].xfrm()), net["c1"].xfrm()
     for one in net.machines.values():
         one.apply({"ipsec": None})
+    with net.capture() as clear:
+        connection.end()
+    assert in_clear(clear) > 0, "as it was before"
     assert net["o1"].run("cat", "/proc/sys/net/ipv4/ip_forward").stdout.strip() == "0"
     for name in ("o1", "o2", "c1"):
         assert net[name].run("nft", "list", "ruleset").stdout.strip() == ""
@@ -726,6 +823,227 @@ def test_a_gateway_behind_a_router_of_the_site_is_refused(net: Net) -> None:
     spec["ipsec"] = {**spec["ipsec"], "via": "198.18.2.1"}
     with pytest.raises(ModuleFailed, match=r"gateway 198\.18\.2\.1 is not on a network of this host"):
         net["o2"].apply(spec)
+
+
+TOLD = re.compile(
+    r"gateway of \S+ \((?P<here>\S+)\): IKEv2 with (?P<there>\S+), which begins; "
+    r"identity (?P<here_id>\S+) here, (?P<there_id>\S+) \(FQDN\) there; "
+    r"pre-shared key \(what isthmus_ipsec_secrets has for '(?P<secret>[^']+)'\)\. "
+    r"IKE: AES-(?P<ike>\d+)-GCM with (?P<ike_icv>\d+) bytes ICV, PRF HMAC-SHA-(?P<prf>\d+), "
+    r"Diffie-Hellman group (?P<ike_group>\d+) \(ECP \d+\), lifetime more than (?P<ike_life>\d+) s\. "
+    r"ESP: tunnel mode, AES-(?P<esp>\d+)-GCM with (?P<esp_icv>\d+) bytes ICV, "
+    r"perfect forward secrecy with group (?P<esp_group>\d+), lifetime more than (?P<esp_life>\d+) s, "
+    r"NAT traversal \(ESP in UDP\) on\. Open: UDP (?P<ports>\d+ and \d+) to and from (?P<open>\S+)\. "
+    r"Traffic selectors \(one child\): here (?P<near>\S+(, \S+)*); there (?P<far>\S+(, \S+)*)\. Routes .* "
+    r"MTU (?P<mtu>\d+) inside, TCP MSS (?P<mss>\d+)\. Dead peer detection on"
+)
+"""What the plan says to the engineer of a gateway that is not ours."""
+GROUPS = {"19": "ecp256", "20": "ecp384", "21": "ecp521"}
+"""Of Diffie and Hellman, by IANA's number."""
+_FOREIGN = """
+charon-systemd {{
+  plugins {{
+    kernel-libipsec {{
+      load = {user_space}
+      allow_peer_ts = yes
+    }}
+    kernel-netlink {{
+      fwmark = {no_mark}
+    }}
+    socket-default {{
+      fwmark = {mark}
+    }}
+  }}
+}}
+"""
+"""How it does ESP, of which nothing is said to it: as it is made."""
+
+
+def foreign(one: Machine, words: str, key: str) -> re.Match[str]:
+    """A gateway that is not ours, by what the plan says of it and this key, and with strongSwan's own choice of all
+    else."""
+    told = TOLD.match(words)
+    assert told is not None, words
+    ike = f"aes{told['ike']}gcm{told['ike_icv']}-prfsha{told['prf']}-{GROUPS[told['ike_group']]}"
+    ports = told["ports"].replace(" and ", ", ")
+    files = {
+        "strongswan.d/foreign.conf": _FOREIGN.format(
+            user_space="no" if KERNEL else "yes", mark="0" if KERNEL else "0x42", no_mark="0" if KERNEL else "!0x42"
+        ),
+        "swanctl/conf.d/foreign.conf": f"""
+connections {{
+  ours {{
+    version = 2
+    local_addrs = {told["here"]}
+    remote_addrs = {told["there"]}
+    proposals = {ike}
+    rekey_time = {int(told["ike_life"]) + 1}s
+    dpd_delay = 1s
+    local {{
+      auth = psk
+      id = {told["here_id"]}
+    }}
+    remote {{
+      auth = psk
+      id = fqdn:{told["there_id"]}
+    }}
+    children {{
+      networks {{
+        mode = tunnel
+        local_ts = {told["near"]}
+        remote_ts = {told["far"]}
+        esp_proposals = aes{told["esp"]}gcm{told["esp_icv"]}-{GROUPS[told["esp_group"]]}
+        rekey_time = {int(told["esp_life"]) + 1}s
+      }}
+    }}
+  }}
+}}
+secrets {{
+  ike-ours {{
+    id-1 = {told["here_id"]}
+    id-2 = fqdn:{told["there_id"]}
+    secret = "{key}"
+  }}
+}}
+""",
+        "firewall.nft": f"""
+table ip firewall {{
+  chain comes {{
+    type filter hook input priority 0
+    ip saddr {told["open"]} udp dport {{ {ports} }} accept
+    ip daddr {told["here"]} drop
+  }}
+  chain leaves {{
+    type filter hook output priority 0
+    ip daddr {told["open"]} udp sport {{ {ports} }} accept
+    ip saddr {told["here"]} drop
+  }}
+}}
+""",
+    }
+    for name, text in files.items():
+        place = one.place / "upper" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    one.run("ip", "addr", "add", f"{told['here']}/32", "dev", "eth0")
+    one.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    one.run("nft", "-f", "/etc/firewall.nft")
+    one.run("systemctl", "start", "strongswan.service")
+    return told
+
+
+def dead_peer_detection(one: Machine) -> bool:
+    return re.search("sending DPD request.*parsed INFORMATIONAL response", one.log(), re.DOTALL) is not None
+
+
+def test_a_gateway_that_is_not_ours_and_a_second_one_are_set_up_by_the_words_of_the_plan(net: Net) -> None:
+    """o3 and c3 are machines that are none of the mesh. c1 and c2 are lost to each other."""
+    peer = {"address": "203.0.113.9", "id": "vpn.example.com", "second": {"address": "203.0.113.10"}}
+    sites = {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": peer}}}
+    found = with_pair(sites=sites)
+    said_to_them = ipsec.other_sides(read(sites).ipsec)
+    for name, words in zip(("c1", "c2"), said_to_them, strict=True):
+        told = foreign(net[name], words, "one key")
+        net.router.run("ip", "route", "add", told["here"], "via", ADDRESSES[name])
+    net["o1"].apply(dict(found.specs["o1"]), secrets={told["secret"]: "one key"})
+    (route,) = [one for one in found.routes if one["site"] == "onprem"]
+    net["o3"].run("ip", "route", "add", route["to"], "via", route["via"])
+    net["c3"].run("ip", "route", "add", told["far"], "via", ADDRESSES["c1"])
+    wait_for(lambda: net["o1"].children() == 2, "a tunnel with each of them", 15)
+    newest(net["o1"], "isthmus-cloud")
+    size = int(told["mtu"])
+    assert (size, int(told["mss"])) == (IPSEC_MTU, IPSEC_MTU - 40)
+    with net.capture() as wire:
+        for here, there in (("o3", "c3"), ("c3", "o3"), ("o1", "c3"), ("c3", "o1")):
+            assert net[here].echo(there, size) == "", (here, there)
+        for name in ("c1", "c2"):
+            wait_for(partial(dead_peer_detection, net[name]), f"{name} asks and is answered", 15)
+
+        net["c1"].run("ip", "link", "set", "eth0", "down")
+        net["c3"].run("ip", "route", "replace", told["far"], "via", ADDRESSES["c2"])
+        assert net["o3"].echo("c3") != "", "nobody has noticed"
+        wait_for(passes(net), "ours notices, and sends by the other tunnel", 3 * TAKEN_OVER)
+        assert net["o1"].children() == 1
+        net["c1"].run("ip", "link", "set", "eth0", "up")
+        net["c1"].run("ip", "route", "replace", "default", "via", ROUTER["198.18.2"])
+        wait_for(lambda: net["o1"].children() == 2, "the tunnel is made anew", 15)
+        assert passes(net)()
+    assert (in_clear(wire), beside(wire)) == (0, [])
+    assert packets(wire, "udp port 4500") > 0
+
+
+_TOO_LARGE = """
+import select, socket, struct, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, do
+sock.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+sock.connect((sys.argv[1], 9))
+sock.send(sys.argv[2].encode().ljust(1500 - 28, b"."))
+poll = select.poll()
+poll.register(sock, 0)
+if not poll.poll(int(sys.argv[3]) * 1000):
+    sys.exit("nothing was said of it")
+for level, kind, data in sock.recvmsg(1500, 512, socket.MSG_ERRQUEUE)[1]:
+    _error, _origin, told, code, _pad, mtu, _more = struct.unpack_from("=IBBBBII", data)  # struct sock_extended_err
+    print(told, code, mtu, socket.inet_ntoa(data[20:24]))
+"""
+
+
+def test_a_gateway_tells_machines_that_are_none_of_the_mesh_what_the_tunnel_carries(net: Net) -> None:
+    """o3 and c3, which know of nothing but a route. The kernel gives a socket only what it can match."""
+    found = with_pair()
+    certificates(net, found)
+    for name in ("o1", "c1"):
+        net[name].apply(dict(found.specs[name]))
+    for name, site in (("o3", "onprem"), ("c3", "cloud")):
+        (route,) = [one for one in found.routes if one["site"] == site]
+        net[name].run("ip", "route", "add", route["to"], "via", route["via"])
+    wait_for(lambda: established(net), "the tunnel", 15)
+    wait_for(passes(net), "packets through the tunnel", 15)
+    with net.capture() as wire:
+        for here, there, gateway in (("o3", "c3", "o1"), ("c3", "o3", "c1")):
+            words = (sys.executable, "-c", _TOO_LARGE, ADDRESSES[there], PAYLOAD, str(5 * PATIENCE))
+            said = net[here].run(*words, check=False)
+            assert said.stdout == f"3 4 {IPSEC_MTU} {ADDRESSES[gateway]}\n", said
+            assert net[here].echo(there, IPSEC_MTU) == ""
+            assert net[here].echo(there, IPSEC_MTU + 1) != "", "it is not sent any more"
+    assert (in_clear(wire), beside(wire)) == (0, [])
+
+
+def cut(one: Machine, source: str) -> None:
+    chain = f"chain c {{ type filter hook prerouting priority -400; ip saddr {ADDRESSES[source]} counter drop; }}"
+    one.run("nft", f"table ip cut {{ {chain}; }}")
+
+
+@pytest.mark.parametrize(
+    ("deaf", "silent"), [("o1", "c1"), pytest.param("c1", "o1", marks=pytest.mark.slow)], ids=["answers", "begins"]
+)
+def test_a_tunnel_that_is_cut_one_way_is_back_by_itself_and_nothing_goes_beside_it(
+    net: Net, deaf: str, silent: str
+) -> None:
+    """What the one gateway sends does not come to the other: the one that answers, or the one that begins."""
+    found = with_pair()
+    certificates(net, found)
+    net.apply(found)
+    net.lead("o2", "c2")
+    wait_for(lambda: established(net), "the tunnel", 15)
+    wait_for(passes(net, ("o2", "c2")), "packets through the tunnel", 15)
+    with net.capture() as wire:
+        cut(net[deaf], silent)
+        for here, there in (("o2", "c2"), ("c2", "o2")):
+            assert net[here].echo(there) != ""
+        wait_for(lambda: not net[deaf].tunnel(), "who hears nothing gives up", 15)
+        before = net[deaf].dropped()
+        near, far = ("o2", "c2") if deaf == "o1" else ("c2", "o2")
+        assert net[near].echo(far) != ""
+        assert net[deaf].dropped() > before, "it is counted"
+        assert net[far].echo(near) != ""
+        net[deaf].run("nft", "delete", "table", "ip", "cut")
+        began = time.monotonic()
+        wait_for(lambda: again(net), "packets pass again", 20)
+        print(f"packets pass {time.monotonic() - began:.1f} s after it was mended")
+        assert passes(net, ("o2", "c2"), ("c2", "o2"))()
+    assert (in_clear(wire), beside(wire)) == (0, [])
 
 
 def restarts(one: Machine, times: int) -> None:

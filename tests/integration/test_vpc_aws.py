@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
 
 import botocore.loaders
@@ -11,7 +14,7 @@ import botocore.session
 import pytest
 from module_runner import ModuleFailed, run_module
 from vpc_aws import REGION, Aws, Network, aws_on_loopback
-from vpc_modules import run
+from vpc_modules import run, serving
 
 
 @pytest.fixture(scope="module")
@@ -396,3 +399,67 @@ def test_as_ansible_runs_it(vpc: Network) -> None:
     assert vpc.routes(vpc.table) == {"10.102.0.0/28": one}
     assert "a-secret-that-nobody-sees" not in str(result)
     assert "AKIDEXAMPLE" not in str(result)
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What an instance asks for the credentials of its role: only who has a token of IMDSv2 is told."""
+
+    ROLES = "/latest/meta-data/iam/security-credentials/"
+
+    def log_message(self, *_arguments: Any) -> None:
+        pass
+
+    def answer(self, found: str | None) -> None:
+        self.send_response(200 if found is not None else 404)
+        self.end_headers()
+        self.wfile.write((found or "").encode())
+
+    def do_PUT(self) -> None:
+        self.answer("a-session" if self.path == "/latest/api/token" else None)
+
+    def do_GET(self) -> None:
+        keys = {"AccessKeyId": "AKIDROLE", "SecretAccessKey": "a-role-s-secret", "Token": "a-role-s-token"}
+        role = {"Code": "Success", "Type": "AWS-HMAC", "Expiration": "2999-01-01T00:00:00Z", **keys}
+        known = {self.ROLES: "isthmus", f"{self.ROLES}isthmus": json.dumps(role)}
+        self.answer(known.get(self.path) if self.headers.get("X-aws-ec2-metadata-token") == "a-session" else None)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the client looks for profiles; there is none yet."""
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
+
+
+def test_a_profile_is_taken_rather_than_the_environment_s_keys(vpc: Network, aws: Aws, files: Path) -> None:
+    (files / "aws_config_file").write_text(f"[profile lab]\nregion = {REGION}\n")
+    (files / "aws_shared_credentials_file").write_text(
+        "[lab]\naws_access_key_id = AKIDPROFILE\naws_secret_access_key = a-profile-s-secret\n"
+    )
+    one = vpc.interface("172.31.0.11")
+    wanted = {**options(vpc, {"10.102.0.0/28": "172.31.0.11"}), "region": None}
+    made = run("vpc_routes", {**wanted, "profile": "lab"})
+    assert vpc.routes(vpc.table) == {"10.102.0.0/28": one}
+    assert aws.signed == {("AKIDPROFILE", REGION, "")}
+    assert "a-profile-s-secret" not in str(made)
+    with pytest.raises(ModuleFailed, match=r"nothing was changed.*boto3: The config profile \(elsewhere\) could not"):
+        run("vpc_routes", {**wanted, "profile": "elsewhere"})
+
+
+def test_a_machine_s_own_role_is_taken_where_there_are_no_other_credentials(
+    vpc: Network, aws: Aws, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    one = vpc.interface("172.31.0.11")
+    wanted = options(vpc, {"10.102.0.0/28": "172.31.0.11"})
+    with pytest.raises(ModuleFailed, match=r"nothing was changed.*Unable to locate credentials"):
+        run("vpc_routes", wanted)  # off, and no profile
+    with serving(Metadata) as server:
+        monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        made = run("vpc_routes", wanted)
+    assert vpc.routes(vpc.table) == {"10.102.0.0/28": one}
+    assert aws.signed == {("AKIDROLE", REGION, "a-role-s-token")}
+    assert "a-role-s-secret" not in str(made)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,6 +265,30 @@ def test_as_ansible_runs_it(google: Google, loopback: tuple[Google, Path]) -> No
     assert ours(google) == BOTH
     assert TOKEN not in str(result)
     assert "PRIVATE KEY" not in str(result)
+
+
+@pytest.mark.parametrize(
+    ("file", "project"), [("GCP_SERVICE_ACCOUNT_FILE", "GCP_PROJECT"), ("GCE_CREDENTIALS_FILE_PATH", "GCE_PROJECT")]
+)
+def test_the_names_of_awx_are_taken(
+    google: Google,
+    loopback: tuple[Google, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    project: str,
+) -> None:
+    """Each of the two generations of names alone, with an account that names no project."""
+    account = json.loads(loopback[1].read_text())
+    del account["project_id"]
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setenv(file, str(tmp_path / "account.json"))
+    with pytest.raises(ModuleFailed, match="neither the option project nor the credentials name a project"):
+        run("vpc_routes", options(google, BOTH))
+    monkeypatch.setenv(project, PROJECT)
+    assert run("vpc_routes", options(google, BOTH))["changed"] is True
+    assert ours(google) == BOTH
 
 
 def test_credentials_that_are_missing_are_told(google: Google, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """VPCs of the inventory under `site`, `plan`, `verify` and `teardown`: the playbooks, their plan, the role and its
-modules are real, AWS is moto behind the proxy of vpc_aws.py, modules on hosts are `fake_modules.py`."""
+modules are real, AWS is moto behind the proxy of vpc_aws.py, Google is vpc_google.py, modules on hosts are
+`fake_modules.py`."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from integration.test_batches_playbook import Site, fake, said
 from vpc_aws import REGION, Aws, Network, aws_on_loopback
+from vpc_google import TOKEN, Google, google_on_loopback
 
 CLUSTERS: dict[str, tuple[list[str], list[str]]] = {"a": (["a1"], []), "b": (["b1"], ["b2"]), "c": (["c1"], [])}
 ADDRESSES = {"b1": "172.31.0.11", "b2": "172.31.1.12", "c1": "172.30.0.11"}
@@ -23,8 +27,27 @@ def loopback() -> Iterator[tuple[Aws, str]]:
         yield found
 
 
-class Cloud(Site):
+class InVpcs(Site):
+    """`addresses` are those of hosts that are in VPCs; `sites` are the inventory's."""
+
+    addresses: Mapping[str, str]
+    sites: dict[str, Any]
+
+    def inventory(self) -> Path:
+        self.estate = {**self.estate, "sites": self.sites}
+        path = super().inventory()
+        content = json.loads(path.read_text())
+        for group in content["all"]["children"].values():
+            for host in set(group["hosts"]) & set(self.addresses):
+                group["hosts"][host]["isthmus_underlay"] = self.addresses[host]
+        path.write_text(json.dumps(content))
+        return path
+
+
+class Cloud(InVpcs):
     """Site b has a VPC, and so has c when it is told; a is somewhere else."""
+
+    addresses: Mapping[str, str] = MappingProxyType(ADDRESSES)
 
     def __init__(self, place: Path, aws: Aws, url: str) -> None:
         super().__init__(place, CLUSTERS)
@@ -42,21 +65,11 @@ class Cloud(Site):
             "AWS_ENDPOINT_URL": url,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        self.sites: dict[str, Any] = {"a": {}, "b": {"vpc": self.vpc(self.b)}, "c": {}}
+        self.sites = {"a": {}, "b": {"vpc": self.vpc(self.b)}, "c": {}}
         fake(self.here, "teardown")
 
     def vpc(self, network: Network) -> dict[str, Any]:
         return {"provider": "aws", "network": network.vpc, "region": REGION, "manage": ["routes", "firewall"]}
-
-    def inventory(self) -> Path:
-        self.estate = {**self.estate, "sites": self.sites}
-        path = super().inventory()
-        content = json.loads(path.read_text())
-        for group in content["all"]["children"].values():
-            for host in set(group["hosts"]) & set(ADDRESSES):
-                group["hosts"][host]["isthmus_underlay"] = ADDRESSES[host]
-        path.write_text(json.dumps(content))
-        return path
 
     def opened(self, network: Network) -> dict[int, set[str]]:
         """By port, who may reach it."""
@@ -177,7 +190,7 @@ def test_ports_close_when_the_last_step_of_encryption_is_done(cloud: Cloud) -> N
     assert (again.status, again.changed) == (0, {}), again.output
 
 
-def test_two_vpcs_are_peered_and_teardown_leaves_nothing(cloud: Cloud) -> None:
+def test_two_vpcs_are_peered_put_right_and_torn_down(cloud: Cloud) -> None:
     before = cloud.b.everything(), cloud.c.everything()
     cloud.sites["c"] = {"vpc": cloud.vpc(cloud.c)}
     cloud.estate = {"site_pairs": [{"sites": ["b", "c"], "vpc_peering": True}]}
@@ -191,8 +204,81 @@ def test_two_vpcs_are_peered_and_teardown_leaves_nothing(cloud: Cloud) -> None:
     again = cloud.run()
     assert (again.status, again.changed) == (0, {}), again.output
 
+    # What a hand changed is named, and put right by the run that takes away what a removed host needed.
+    one, two = cloud.interfaces["b1"], cloud.interfaces["b2"]
+    cloud.b.ec2.delete_route(RouteTableId=cloud.b.table, DestinationCidrBlock="10.102.0.0/28")
+    cloud.b.ec2.modify_network_interface_attribute(NetworkInterfaceId=one, SourceDestCheck={"Value": True})
+    cloud.b.ec2.create_route(RouteTableId=cloud.b.table, DestinationCidrBlock="10.9.0.0/16", NetworkInterfaceId=one)
+    drift = cloud.run("--tags", "vpc", name="verify")
+    assert drift.status == 2, drift.output
+    assert f"site b: route 10.102.0.0/28 in {cloud.b.table} is missing ({one})." in said(drift)
+    assert f"site b: source/destination check of {one} is on, and should be off." in said(drift)
+    assert "10.9.0.0/16" not in said(drift), "it is somebody else's"
+    assert cloud.destinations(cloud.b) == {"10.9.0.0/16", "10.102.0.16/28", "172.30.0.0/16"}
+    cloud.removed = ("b2",)
+    less = cloud.run()
+    assert less.status == 0, less.output
+    assert cloud.destinations(cloud.b) == {"10.9.0.0/16", "10.102.0.0/28", "172.30.0.0/16"}
+    assert [cloud.b.look(each)["SourceDestCheck"] for each in (one, two)] == [False, True]
+    assert "172.31.1.12/32" not in cloud.opened(cloud.b)[8472]
+    cloud.b.ec2.delete_route(RouteTableId=cloud.b.table, DestinationCidrBlock="10.9.0.0/16")
+
     down = cloud.run("-e", "isthmus_confirm_teardown=e", name="teardown")
     assert down.status == 0, down.output
     assert (cloud.b.everything(), cloud.c.everything()) == before
     states = [one["Status"]["Code"] for one in cloud.b.ec2.describe_vpc_peering_connections()["VpcPeeringConnections"]]
     assert set(states) <= {"deleted"}
+
+
+class Project(InVpcs):
+    """Site b is in a network of a project of Google's; a is somewhere else."""
+
+    addresses: Mapping[str, str] = MappingProxyType({"b1": "10.128.0.11"})
+
+    def __init__(self, place: Path, google: Google, account: Path) -> None:
+        super().__init__(place, {"a": (["a1"], []), "b": (["b1"], [])})
+        google.reset()
+        google.network("lab", "10.128.0.0/20", "10.4.0.0/14")
+        google.instance("one", "10.128.0.11", "lab")
+        self.environment = {"GOOGLE_APPLICATION_CREDENTIALS": str(account)}
+        vpc = {"provider": "google", "network": "lab", "endpoint": google.root, "manage": ["routes", "firewall"]}
+        self.sites = {"a": {}, "b": {"vpc": vpc}}
+        fake(self.here, "teardown")
+
+
+def test_google_from_nothing_over_drift_to_nothing(tmp_path: Path) -> None:
+    with google_on_loopback(tmp_path) as (google, account):
+        site = Project(tmp_path / "site", google, account)
+
+        def state() -> Any:
+            return copy.deepcopy((google.routes, google.firewalls))
+
+        before = state()
+        first = site.run()
+        assert first.status == 0, first.output
+        ours = "isthmus.mesh owner=e-b"
+        assert [
+            (one["destRange"], one["nextHopIp"]) for one in google.routes.values() if one.get("description") == ours
+        ] == [("10.102.0.0/28", "10.128.0.11")]
+        assert {
+            rule["allowed"][0]["ports"][0]: (rule["description"], rule["sourceRanges"], rule["destinationRanges"])
+            for rule in google.firewalls.values()
+        } == {port: (ours, ["192.0.1.1/32"], ["10.128.0.11/32"]) for port in ("2379", "8472")}
+
+        (name,) = [name for name, one in google.routes.items() if one.get("description") == ours]
+        del google.routes[name]
+        google.firewalls["isthmus-e-b-udp-8472"]["sourceRanges"] = ["0.0.0.0/0"]
+        drift = site.run("--tags", "vpc", name="verify")
+        assert drift.status == 2, drift.output
+        words = said(drift).partition("VPCs are not as the plan says: ")[2].partition(" Next: ")[0]
+        assert words.count("site b: ") == 2, "all else is as the plan says"
+        assert f"site b: route {name} of lab is missing (10.102.0.0/28 to 10.128.0.11)." in words
+        assert "site b: firewall rule isthmus-e-b-udp-8472 of lab is INGRESS udp/8472" in words
+
+        down = site.run("-e", "isthmus_confirm_teardown=e", name="teardown")
+        assert down.status == 0, down.output
+        assert state() == before
+        assert google.wrong == []
+        for run in (first, drift, down):
+            assert TOKEN not in run.output
+            assert "PRIVATE KEY" not in run.output

@@ -28,7 +28,8 @@ PAGED = {"DescribeRouteTables": "routeTableSet", "DescribeNetworkInterfaces": "n
 
 
 class Aws:
-    """What the proxy plays, and the calls that it saw."""
+    """What the proxy plays, and the calls that it saw. `signed` is by which key, in which region and with which session
+    token."""
 
     def __init__(self, moto_port: int) -> None:
         self.moto_port = moto_port
@@ -36,6 +37,7 @@ class Aws:
 
     def reset(self) -> None:
         self.calls: list[str] = []
+        self.signed: set[tuple[str, str, str]] = set()
         self.denied: set[str] = set()
         self.throttled: dict[str, int] = {}
         self.quota = 50
@@ -137,6 +139,9 @@ def _handler(aws: Aws) -> type[BaseHTTPRequestHandler]:
                 return
             query = dict(urllib.parse.parse_qsl(body.decode()))
             action = query["Action"]
+            # "AWS4-HMAC-SHA256 Credential=<key>/<day>/<region>/ec2/aws4_request, ..."
+            key, _day, region, *_rest = self.headers["Authorization"].partition("Credential=")[2].split("/")
+            aws.signed.add((key, region, self.headers.get("X-Amz-Security-Token", "")))
             refusal = aws.refusal(action, query)
             aws.calls.append(action + ("?" if query.get("DryRun") == "true" else ""))
             if refusal is not None:

@@ -89,6 +89,9 @@ class Kernel(Protocol):
     def tunnel_routes(self) -> frozenset[Network]:
         """What strongSwan leads into its tunnels. NetworkError when the kernel does not say."""
 
+    def routed_over(self, table: int) -> dict[Network, Address]:
+        """Over whom an agent has led packets by its routes in a table. NetworkError when the kernel does not say."""
+
     def network_changed(self) -> None:
         """Somebody changed devices or rules: the next apply() reads what is there."""
 
@@ -184,6 +187,11 @@ class HostKernel:
         from isthmus_agent import netlink
 
         return netlink.tunnel_routes(DEVICE)
+
+    def routed_over(self, table: int) -> dict[Network, Address]:
+        from isthmus_agent import netlink
+
+        return netlink.routed_over(table)
 
     def network_changed(self) -> None:
         self._made = None

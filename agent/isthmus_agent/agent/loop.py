@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from isthmus_mesh import keys
 from isthmus_mesh.documents import Alive
-from isthmus_mesh.spec import NodeSpec
+from isthmus_mesh.spec import IpsecSpec, NodeSpec
 
 from isthmus_agent import sdnotify
 from isthmus_agent.agent import memory
@@ -40,7 +40,7 @@ from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.agent.sessions import Sessions
 from isthmus_agent.agent.tunnels import Tunnels
 from isthmus_agent.bpf.errors import BpfError
-from isthmus_agent.desired.addressing import keeps_source_always
+from isthmus_agent.desired.addressing import IPSEC_TABLE, keeps_source_always, passed_over
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath, Network
 from isthmus_agent.desired.drain import DrainTracker
@@ -213,6 +213,8 @@ class Agent:
         self.facts = replace(self.facts, cgroups=dict(self.cgroups.ids))
         await self._read_mtu()
         await self._read_key()
+        if self.spec.ipsec is not None and self.spec.ipsec.gateways:
+            await self._doubt_gateways(self.spec.ipsec)
         if self.tunnels is not None:
             await self.tunnels.look()
         alive = Alive(self.spec.host, self.version, self.facts.boot_id, _rfc3339(self.started))
@@ -306,6 +308,20 @@ class Agent:
             return False
         self.facts = replace(self.facts, underlay_mtu=mtu)
         return True
+
+    async def _doubt_gateways(self, own: IpsecSpec) -> None:
+        """Of gateways and tunnels that an earlier agent went around nothing is expected until they have answered:
+        otherwise packets would be sent there, and lost, until this one has found the same."""
+        try:
+            led = await self.kernel_call(self.kernel.routed_over, IPSEC_TABLE)
+        except NetworkError as error:
+            logger.error("which gateway is used cannot be read", extra=fields(error=str(error)))
+            return
+        if self.tunnels is not None:
+            self.tunnels.doubt(led)
+            return
+        for node in passed_over(own, led.values()):
+            self.prober.table.doubt(node, up=True)
 
     async def _follow_mtu(self) -> None:
         while True:

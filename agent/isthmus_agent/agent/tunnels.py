@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 import subprocess
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 from isthmus_mesh.ipsec import DEVICE
 from isthmus_mesh.spec import IpsecSpec
@@ -97,6 +97,14 @@ class Tunnels:
             if any(address in network for network in own.networks[site])
         ]
         self.prober.retarget(tuple(targets), {})
+
+    def doubt(self, around: Collection[Network]) -> None:
+        """To these networks an earlier agent led over the site's other gateway, as nothing passed the tunnels: nothing
+        does until that is proven. To be called before `look` and `run`."""
+        for site, networks in self._own.networks.items():
+            for node in self.prober.table.states if not set(networks).isdisjoint(around) else ():
+                if node[0] == site:
+                    self.prober.table.doubt(node, up=False)
 
     def wake(self) -> None:
         """Routes, devices or a verdict changed: look now."""

@@ -8,7 +8,7 @@ reserved identities. IPv6 entries are left out until the datapath carries IPv6.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses, ip_address, ip_network
 from typing import Any
@@ -487,6 +487,17 @@ def led(spec: NodeSpec, reach: Reachability, passes: frozenset[str] | None) -> L
     steady = [one for one in alive if (one.cluster, one.host) not in reach.unsteady]
     chosen = [*steady, *alive][:1]
     return Led(chosen[0].underlay) if chosen else Led(lost=True)
+
+
+def passed_over(own: IpsecSpec, used: Collection[Address]) -> list[tuple[str, str]]:
+    """Gateways of the site, by cluster and host, that come before the one over which packets are led (`used`: by the
+    routes that there are): whoever led them there had found that these do not answer."""
+    found: list[tuple[str, str]] = []
+    for one in own.others:
+        if one.underlay in used:
+            return found
+        found.append((one.cluster, one.host))
+    return []
 
 
 def gateway_routes(spec: NodeSpec, found: Led, underlay_mtu: int) -> Iterator[Route]:

@@ -104,6 +104,11 @@ class ProbeTable:
         """Probe exactly these nodes from now on; what is known of those that stay is kept."""
         self.states = {node: self.states.get(node, ProbeState()) for node in nodes}
 
+    def doubt(self, node: NodeKey, up: bool) -> None:
+        """Somebody found before that a node does not answer. Not `up`: it is down until it answers; else it only has to
+        answer for a while until it is steady. To be called before the first `record`."""
+        self.states[node] = ProbeState(up=up, steady=False)
+
     def record(self, node: NodeKey, rtt: float | None, now: float) -> bool:
         """Take one result; True when a node went up, down or steady, or answered for the first time."""
         before = self.states.get(node)

@@ -518,6 +518,16 @@ def tunnel_routes(device: str) -> frozenset[Network]:
         return frozenset(each.route.prefix for each in routes.dump() if each.way.oif == index)
 
 
+def routed_over(table: int) -> dict[Network, Address]:
+    """Over whom an earlier agent, or this one, led packets by its routes in `table`. NetworkError."""
+    with RouteSocket(ROUTE_PROTOCOL) as routes:
+        return {
+            each.route.prefix: each.way.gateway
+            for each in routes.dump()
+            if each.route.table == table and each.way.gateway is not None
+        }
+
+
 def audit_network(
     datapath: Datapath,
     name: str = OVERLAY,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations_with_replacement, product
 from typing import Any, Optional
 
 from . import auto, encryption
@@ -48,6 +49,10 @@ class State:
         return {key: value for key, value in found.items() if value}
 
 
+_MOST_JUMPS = 3
+"""Pairs of hosts that a warning names."""
+
+
 class Stages:
     """Of an estate: `roster` and the `known` clusters are those of the record, the `present` ones are those of the
     next. `problems` and `warnings` are what was found to say.
@@ -72,6 +77,8 @@ class Stages:
         self.known = known
         self.present = present
         self.places, self.places_before = auto.places(present), auto.places(known)
+        self.origins = origins(self.places_before, self.places)
+        self.jumps: dict[tuple[str, str], list[str]] = {}
         self.try_native = try_native
         self.proofs = proofs
         self.problems: list[Problem] = []
@@ -80,6 +87,7 @@ class Stages:
         self.chosen: dict[Pair, tuple[bool, str]] = {}
         encrypted = self.encryption_ways()
         self.ways: tuple[Ways, ...] = _in_turn(encrypted, self.native_ways(encrypted), self.gateway_ways())
+        self.warnings += self.told_of_jumps()
         self.keys = self.key_ways(self.ways[0], rotate)
         self.states = [self.with_failed(state) for state in _states(self.ways, self.keys[1:])]
         encrypting, native, gateways = map(_running, self.ways)
@@ -140,9 +148,49 @@ class Stages:
         known = encryption.from_document(old, here)
         found = {}
         for pair in encryption.pairs({*sites_of(self.present), *self.model.sites}):
-            now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else None
-            found[pair] = now, encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
+            now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else self.inherited(key, pair, known)
+            stages = encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
+            found[pair] = now, stages
+            # A site of which hosts have not heard is one with encryption to those that encrypt at all.
+            unheard = key == "encryption" and old is not None and not here.issuperset(pair)
+            for hosts, stage in self.hosts_before(pair, known):
+                if unheard or stage is not (stages[0] if now is None else now):
+                    self.jumps.setdefault(hosts, []).append(key)
         return found
+
+    def hosts_before(self, pair: Pair, known: Mapping[Pair, Stage]) -> Iterator[tuple[tuple[str, str], Stage]]:
+        """Of hosts of a pair that were at other sites, two for each two of those sites, and the stage of these."""
+        one, other = (self.origins.get(site, {}) for site in pair)
+        two = combinations_with_replacement(one, 2) if pair[0] == pair[1] else product(one, other)
+        for sites in two:
+            hosts = (one[sites[0]][0], other[sites[1]][-1])
+            if encryption.pair(*sites) != pair and hosts[0] != hosts[1]:
+                yield hosts, known.get(encryption.pair(*sites), Stage.PLAIN)
+
+    def inherited(self, key: str, pair: Pair, known: Mapping[Pair, Stage]) -> Stage | None:
+        """Where a pair is that the record does not have, as its hosts were in other sites: where all of them are. What
+        is made for a site, gateways and a proof of its hosts, does not come with hosts."""
+        found = {stage for _hosts, stage in self.hosts_before(pair, known)}
+        if len(found) != 1:
+            return None
+        (stage,) = found
+        stays = key == "ipsec" or (key == "routing" and self.model.routing.of(pair) == AUTO)
+        return None if stays and stage is not Stage.PLAIN else stage
+
+    def told_of_jumps(self) -> Iterator[str]:
+        if not self.jumps:
+            return
+        lines = [
+            f"{' and '.join(hosts)} ({', '.join('gateways' if key == 'ipsec' else key for key in keys)})"
+            for hosts, keys in sorted(self.jumps.items())
+        ]
+        more = f" and {len(lines) - _MOST_JUMPS} more" if len(lines) > _MOST_JUMPS else ""
+        yield (
+            "hosts move to another site, and are at once what the pair of sites that they are of then is, not in "
+            f"steps, so that connections may break while the run makes it so: {'; '.join(lines[:_MOST_JUMPS])}{more}. "
+            "Next: if they must not, give the pairs of the old and of the new site the same routing and encryption "
+            "first, run isthmus.mesh.site, and move the hosts by a run after that"
+        )
 
     def key_ways(self, ways: Ways, rotate: bool) -> tuple[Keys, ...]:
         """Which keys the record has, and those that this run goes through from there. They stay as they are while
@@ -202,6 +250,17 @@ class Stages:
         native, and may not reach it so."""
         joined = {pair: Stage.ACCEPTS for pair, one in self.courses.items() if one.joined}
         return [replace(self.states[0], native={**self.states[0].native, **joined})] if joined else []
+
+
+def origins(before: auto.Places, now: auto.Places) -> dict[str, dict[str, list[str]]]:
+    """By site the sites where its hosts were before, and which those are, without hosts that are new."""
+    came_from = {name: site for site, hosts in before.items() for name in hosts}
+    found: dict[str, dict[str, list[str]]] = {}
+    for site, hosts in now.items():
+        for name in sorted(hosts):
+            if name in came_from:
+                found.setdefault(site, {}).setdefault(came_from[name], []).append(name)
+    return found
 
 
 def _is_inside(encrypted: Ways, native: Ways, pair: Pair) -> bool:

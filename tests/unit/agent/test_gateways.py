@@ -3,19 +3,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import agent_mesh as mesh
 import pytest
-from isthmus_agent.agent.tunnels import given_up, passing
+from isthmus_agent.agent.tunnels import Tunnels, given_up, passing
+from isthmus_agent.desired.addressing import passed_over
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
-from isthmus_agent.desired.datapath import Route, Rule
+from isthmus_agent.desired.datapath import Network, Route, Rule
 from isthmus_agent.desired.reach import ProbeTable, Reachability, choose_targets
 from isthmus_mesh.spec import ipsec_of
 
 NETWORK = ip_network("198.18.2.0/24")
 VIA = "198.18.1.12"
+
+
+def section_of(stage: str = "demands", **section: Any) -> dict[str, Any]:
+    return {
+        "sites": {"onprem": "onprem", "cloud": "cloud", "edge": "edge"},
+        "networks": ["198.18.1.0/24"],
+        "far": {"cloud": {"stage": stage, "networks": [str(NETWORK)]}},
+        "via": VIA,
+        **section,
+    }
 
 
 def computed(
@@ -26,15 +38,7 @@ def computed(
     **section: Any,
 ) -> Desired:
     """On a host of onprem, of whose site the gateway is another host, towards cloud at a stage."""
-    spec = mesh.spec(
-        ipsec={
-            "sites": {"onprem": "onprem", "cloud": "cloud", "edge": "edge"},
-            "networks": ["198.18.1.0/24"],
-            "far": {"cloud": {"stage": stage, "networks": [str(NETWORK)]}},
-            "via": VIA,
-            **section,
-        }
-    )
+    spec = mesh.spec(ipsec=section_of(stage, **section))
     state = mesh.state(mesh.documents({}, sizes={"onprem": 2, "cloud": 1, "edge": 1}))
     return desired(spec, state, reach, HostFacts(underlay_mtu=underlay, passes=passes))
 
@@ -108,6 +112,44 @@ def test_a_gateway_leads_over_the_other_where_nothing_passes_its_own_tunnels(
         Rule(everywhere, 736, 736, own=own),
         Rule(everywhere, 738, 738, own=own),
     }, "the second one passes nothing on: it would go back and forth"
+
+
+def test_a_new_agent_doubts_gateways_and_tunnels_that_an_earlier_one_went_around() -> None:
+    spec = mesh.spec(ipsec=section_of(gateways=BOTH)).ipsec
+    assert spec is not None
+    first, second = (ip_address(one) for one in ADDRESSES.values())
+    for used, doubted in (([second], [FIRST]), ([first], []), ([], []), ([ip_address("198.18.1.99")], [])):
+        assert passed_over(spec, used) == doubted
+    table = ProbeTable()
+    table.doubt(FIRST, up=True)
+    table.retarget([FIRST, SECOND])
+    assert (table.view().unsteady, table.view().down) == ({FIRST}, frozenset())
+    assert led(table.view()) == {736: str(second)}
+    for number in range(10):
+        assert led(table.view()) == {736: str(second)}
+        table.record(FIRST, 0.001, float(number))
+    assert led(table.view()) == {736: str(first)}, "it has answered for a while"
+
+    connections = [{"site": "cloud", "inside": "198.18.2.11"}]
+    gateway = section_of(gateways=BOTH, via=None, local=ADDRESSES[FIRST], connections=connections)
+    own = mesh.spec(ipsec=gateway).ipsec
+    assert own is not None
+    for around, there in (([NETWORK], frozenset()), ([], {"cloud"})):
+        tunnels = Tunnels(own, first, routed_there, lambda: None)
+        tunnels.doubt(around)
+        asyncio.run(tunnels.look())
+        assert tunnels.passes == there
+    tunnels.doubt([NETWORK])
+    turned = []
+    for number in range(2):
+        tunnels.prober.table.record(("cloud", "198.18.2.11"), 0.001, float(number))
+        asyncio.run(tunnels.look())
+        turned.append(tunnels.passes)
+    assert turned == [frozenset(), {"cloud"}]
+
+
+async def routed_there() -> frozenset[Network]:
+    return frozenset({NETWORK})
 
 
 def test_before_hosts_send_through_gateways_one_does_not_lead_over_the_other() -> None:

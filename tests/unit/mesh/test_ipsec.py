@@ -33,6 +33,7 @@ PEER = {
     "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {"address": "203.0.113.9"}}}},
     "site_pairs": ON["site_pairs"],
 }
+CLUSTERS = estate()["clusters"]
 
 
 def changed(previous: Plan | None = None, more: Any = None, **keys: Any) -> Plan:
@@ -82,6 +83,12 @@ REFUSED = {
     "host outside": (
         site("onprem", networks=["198.18.1.2/31", "198.18.3.0/24"]),
         "sites.onprem.ipsec.networks: o1 (198.18.1.1) would be outside the tunnel",
+    ),
+    "host of a third site inside": (
+        {**PEER, "sites": {**PEER["sites"], "edge": {}}, "clusters": {**CLUSTERS, "cloud": {
+            **CLUSTERS["cloud"], "site": "edge"}}},
+        "host c1.isthmus_underlay: 198.18.2.1 lies in 198.18.2.0/24 (isthmus_estate.sites.cloud.ipsec.networks). Why: "
+        "packets to it would go to the gateway of cloud, and the host is at edge",
     ),
     "overlap": (
         site("onprem", networks=["198.18.0.0/16"]),

@@ -555,3 +555,72 @@ def test_masquerade_is_of_a_sites_hosts_and_nothing_else_changes() -> None:
         f"masquerade of site onprem: removed (was {words})",
         "masquerade of site onprem: connections from workloads' addresses to the outside end",
     )
+
+
+# --- hosts that move to another site
+
+
+def moved(site: str, *names: str) -> dict[str, dict[str, Any]]:
+    return {name: {**hosts()[name], "isthmus_site": site} for name in names}
+
+
+def three(name: str) -> dict[str, Any]:
+    return {site: {} for site in (*SITES, name)}
+
+
+def roster_stages(record: Any, key: str, pair: str) -> str:
+    found = record["roster"].get(key)
+    return "plain" if found is None else str(found["pairs"].get(pair, found["all"]))
+
+
+@pytest.mark.parametrize(("key", "keys"), [("routing", ON), ("encryption", {"encryption": "wireguard"})])
+def test_hosts_that_become_a_site_of_their_own_go_on_from_where_they_were(key: str, keys: dict[str, Any]) -> None:
+    """Not at once to what the new pairs are to be: their traffic is there already."""
+    choice = {"site_pairs": [{"sites": ["cloud", "plant"], **keys}], "sites": three("plant")}
+    found = changed(planned(model()), more=moved("plant", "o2", "o3"), **choice)
+    records = [found.record, *(step.record for step in found.steps)]
+    assert [roster_stages(record, key, "cloud plant") for record in records] == ["accepts", "sends", "demands"]
+    assert {roster_stages(record, key, "onprem plant") for record in records} == {"plain"}
+    assert not any("hosts move" in words for words in found.warnings)
+
+
+def test_hosts_that_were_native_are_so_in_their_new_site() -> None:
+    running = changed(**ON)
+    found = changed(running, more=moved("plant", "o3"), **ON)
+    assert found.steps == ()
+    assert set(native(found.specs)["o3"].values()) == {"demands"}
+    assert not any("hosts move" in words for words in found.warnings)
+
+
+def test_what_a_host_that_moves_loses_at_once_is_told_in_the_plan() -> None:
+    """Its new site is there, and is something else with a third one."""
+    cloud_only = {"site_pairs": [{"sites": ["cloud", "onprem"], **ON}], "sites": three("hall")}
+    more = {"x1": {"isthmus_cluster": "cloud", "isthmus_site": "hall", "ansible_host": "198.18.9.1"}}
+    running = changed(more=more, **cloud_only)
+    found = changed(running, more={**more, **moved("hall", "o3")}, **cloud_only)
+    (told,) = [words for words in found.warnings if "hosts move" in words]
+    assert "c1 and o3 (routing)" in told
+    assert "give the pairs of the old and of the new site the same routing and encryption first" in told
+
+
+def test_with_encryption_a_site_of_which_nobody_has_heard_is_told_in_the_plan() -> None:
+    """Until their own step is done hosts that encrypt anything demand it of hosts of a site that they do not know."""
+    choice: dict[str, Any] = {"encryption": "wireguard", "sites": three("plant")}
+    inside = [{"sites": ["onprem", "onprem"], "encryption": "none"}]
+    running = changed(**choice, site_pairs=inside)
+    pairs_of_plant = [{"sites": ["onprem", "plant"], "encryption": "none"}]
+    found = changed(running, more=moved("plant", "o3"), **choice, site_pairs=[*inside, *pairs_of_plant])
+    (told,) = [words for words in found.warnings if "hosts move" in words]
+    assert "o1 and o3 (encryption)" in told
+
+
+def test_a_pair_of_hosts_that_were_not_alike_begins_as_it_is_to_be() -> None:
+    """Never below what one of them had."""
+    more = {"x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9"}}
+    encrypted = {"encryption": "wireguard"}
+    running = changed(more=more, site_pairs=[{"sites": ["cloud", "onprem"], **encrypted}], sites=three("plant"))
+    more = {"x1": {**more["x1"], "isthmus_site": "plant"}, **moved("plant", "o3")}
+    found = changed(running, more=more, site_pairs=[{"sites": ["cloud", "plant"], **encrypted}], sites=three("plant"))
+    assert roster_stages(found.record, "encryption", "cloud plant") == "demands"
+    (told,) = [words for words in found.warnings if "hosts move" in words]
+    assert "c1 and x1 (encryption)" in told
