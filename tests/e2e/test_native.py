@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from demo import ONPREM_CLIENT
-from e2e.test_wireguard import capture, packets
+from e2e.test_wireguard import capture, packets, states
 from estate_tools import Estate
 from installation import variant
 from isthmus_lab import ROUTER
@@ -100,6 +100,14 @@ def auto(estate: dict[str, Any], _: Any) -> None:
             pair["routing"] = "auto"
 
 
+def auto_inside(estate: dict[str, Any], groups: Any) -> None:
+    """The pair without routes is encrypted, so that it needs none."""
+    auto(estate, groups)
+    for pair in estate["site_pairs"]:
+        if set(pair["sites"]) == {"cloud", "edge"}:
+            pair["encryption"] = "wireguard"
+
+
 def test_pairs_find_out_which_way_works_and_nobody_notices(
     estate: Estate, tmp_path: Path, routes: list[tuple[str, str]]
 ) -> None:
@@ -133,6 +141,14 @@ def test_pairs_find_out_which_way_works_and_nobody_notices(
         assert play("site", inventory=wanted).changed == {}, "nobody asked for another try"
         play("site", *AT_ONCE, "-e", "isthmus_try_native=true", inventory=wanted, seconds=1800)
         assert ways(estate, "onprem-1")["cloud-1"] == "native"
+        # What failed for want of a route is tried inside WireGuard, in the run that turns that on.
+        inside = variant(tmp_path / "inside", auto_inside)
+        with estate.unnoticed(estate.onprem, estate.edge):
+            told = " ".join(play("site", *AT_ONCE, inventory=inside, seconds=1800).output.split())
+        assert "cloud and edge: native inside WireGuard (routing: auto), as every host has proven" in told
+        assert (ways(estate, "edge-1")["cloud-1"], states(estate, "edge-1")["cloud-1"]) == ("native", "encrypted")
+        assert play("site", inventory=inside).changed == {}
+        play("verify", inventory=inside)
     finally:
         play("site", *AT_ONCE, seconds=1800)
     estate.converged()

@@ -174,6 +174,34 @@ def test_pods_come_to_native_in_clear_and_back_and_no_connection_is_lost(clear: 
         assert not any(host.daemon.status()["datapath"]["drops"].values()), host.cluster
 
 
+def test_a_pod_is_proven_to_be_reached_inside_wireguard_before_packets_go_so(estate: Estate, tmp_path: Path) -> None:
+    """What forwards to pods may let in less than what is for the node itself."""
+    left, right = estate.nodes
+    a, b = estate.hosts
+    for host in (a, b):
+        host.native("accepts")
+    wait_for(lambda: a.encryption()["state"] == b.encryption()["state"] == "encrypted", "there are sessions")
+    left.node.sysctl("net.ipv4.ping_group_range", "0 2147483647")
+    probe = left.node.process()
+    probe.do(PING + "\nresult = 1")
+    pod = right.pods[0].address
+
+    def reached(address: str, size: int, mark: int = 0) -> object:
+        return probe.do(f"result = ping('{left.node.mesh}', '{address}', {size}, {mark})")
+
+    file = tmp_path / "wire.pcap"
+    with capture(left.node, file):
+        assert reached(right.node.mesh, 1420, 0x4E) is True
+        assert reached(pod, 1420, 0x4E) is True
+        assert "too long" in str(reached(pod, 1420)), "packets still go through the tunnel"
+        b.run("nft", "add table ip filter; add chain ip filter on { type filter hook forward priority 0; }")
+        b.run("nft", f"add rule ip filter on iifname {FIRST} ip daddr {pod} drop")
+        assert reached(right.node.mesh, 1420, 0x4E) is True
+        assert "timed out" in str(reached(pod, 1420, 0x4E))
+        assert reached(pod, 1370) is True
+    assert listed(file, *MESH) == []
+
+
 def test_pods_are_native_inside_wireguard_whatever_restarts(estate: Estate, tmp_path: Path) -> None:
     left, right = estate.nodes
     a, b = estate.hosts

@@ -844,3 +844,12 @@ def test_native_inside_wireguard_is_proven_before_it_is_used(tmp_path: Path) -> 
         assert "Message too long" in told
         assert both.client.do(f"result = ping('10.101.0.1', '10.102.0.1', {PATH_MTU})") is True
         assert both.dial() == ["b", "10.101.0.2"]
+        # The other host's own firewall is what the network is in clear: it may let the tunnel in alone.
+        both.b.run("nft", "add table ip filter; add chain ip filter in { type filter hook input priority 0; }")
+        both.b.run("nft", "add rule ip filter in iifname isthmus-wg0 ip saddr 10.101.0.0/16 drop")
+        native = f"ping('10.101.0.1', '10.102.0.1', {NATIVE_MTU}, 0x4E)"
+        assert "timed out" in both.client.do(f"result = {native}")
+        assert both.client.do(f"result = ping('10.101.0.1', '10.102.0.1', {PATH_MTU})") is True
+        assert both.dial() == ["b", "10.101.0.2"]
+        both.b.run("nft", "delete", "table", "ip", "filter")
+        assert both.client.do(f"result = {native}") is True

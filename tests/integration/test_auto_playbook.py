@@ -104,6 +104,24 @@ def test_each_pair_takes_the_way_that_works_and_a_second_run_changes_nothing(for
     assert "a and b: path native (auto: native was proven" in shown
 
 
+def test_encryption_comes_first_and_what_works_inside_it_is_found_in_the_same_run(formed: Site, tmp_path: Path) -> None:
+    site = taken_over(formed, tmp_path)
+    site.estate = {**AUTO, "encryption": "wireguard"}
+    cut(site, "a1 c1")
+    told = said(site.run(name="plan"))
+    assert "(auto: the next run of isthmus.mesh.site tries native inside WireGuard, from step 4 on)" in told
+    run = turned(site)
+    assert (run.status, site.locks) == (0, []), run.output
+    assert (ways(site), recorded(site)) == (NATIVE, {"a c": ["a1", "c1"]})
+    assert len(site.calls("node")) == 6 * len(HOSTS)
+    assert "a and c: tunnel inside WireGuard (routing: auto), as a1 does not reach c1 natively inside" in said(run)
+    assert "a and b: native inside WireGuard (routing: auto), as every host has proven" in said(run)
+    assert "routers of" not in said(run), "the network sees WireGuard only"
+    again = turned(site)
+    assert (again.status, again.changed) == (0, {}), again.output
+    assert ("a1", ["a2", "b1"]) in proofs(site), "what is native is proven by each run"
+
+
 def test_a_native_way_that_fails_is_left_in_the_next_run_and_nobody_else_is_touched(
     settled: Site, tmp_path: Path
 ) -> None:

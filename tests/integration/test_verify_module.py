@@ -297,6 +297,12 @@ def test_before_packets_go_natively_a_pod_of_each_node_has_to_be_reached_so(
     native_checks.check_native_way(verifier)
     assert verifier.unreached == []
     natively.clear()
+    natively |= {"10.244.1.5"}
+    keys = {"key": "k", "port": 51871, "plain_sites": ["cloud"], "sites": by_stage["sites"]}
+    host.node.write_text(json.dumps({**host.spec, "native": by_stage, "wireguard": keys}))
+    (words,) = found()
+    assert "It is to be reached so inside WireGuard: firewalls of the two hosts must let packets" in words
+    natively.clear()
     by_stage["stages"]["onprem"] = "sends"
     host.node.write_text(json.dumps({**host.spec, "native": by_stage}))
     assert found() == [], "packets go natively"

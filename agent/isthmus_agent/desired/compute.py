@@ -164,7 +164,7 @@ def desired(
             lambda: {(node.cluster, node.name): node.mesh for node in nodes if node.mesh is not None},
         ),
         dead=found.dead,
-        refused=(*refused, *clear, *pods.problems),
+        refused=(*refused, *clear, *encrypted.claims, *pods.problems),
         pods=pods,
         encrypted=encrypted.nodes,
         second=encrypted.second,

@@ -46,7 +46,8 @@ CLOSED = 1 << 16
 class Encryption:
     """`peers` by port and public key. `nodes`: those that are to be peers, with why one is none, else ""; `second` the
     same of the second device; `stages`: theirs; `keys`: their public keys by port. `sent`: underlay addresses that only
-    WireGuard may lead to; `demanded`: those that nothing is taken from in clear, which are among them."""
+    WireGuard may lead to; `demanded`: those that nothing is taken from in clear, which are among them. `claims`: of
+    ranges that are left out, in words."""
 
     peers: dict[int, dict[str, WireGuardPeer]] = field(default_factory=dict)
     nodes: dict[NodeKey, str] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Encryption:
     sent: frozenset[Address] = frozenset()
     demanded: frozenset[Address] = frozenset()
     keys: dict[NodeKey, Mapping[int, str]] = field(default_factory=dict)
+    claims: tuple[str, ...] = ()
 
 
 def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, str]) -> Encryption:
@@ -72,6 +74,8 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
     tunnels = spec.wireguard.tunnels if spec.wireguard is not None else ()
     peers: dict[int, dict[str, WireGuardPeer]] = {tunnel.port: {} for tunnel in tunnels}
     claimed = _claimed(encrypted)
+    # Whoever is reached through the tunnel is not cut off as it is tried whether packets can go natively.
+    spared = {(node.cluster, node.name) for node in encrypted if not node.sends_inside} & claimed.keys()
     refused: list[dict[NodeKey, str]] = [{}, {}]
     sent: set[Address] = set()
     demanded: set[Address] = set()
@@ -83,9 +87,10 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
             if not why and node.endpoint not in addresses:
                 other = owner[node.endpoint]
                 why = f"its address {node.endpoint} is that of {other.cluster}/{other.name} too"
-            why = why or claimed.get((node.cluster, node.name), "")
+            is_spared = (node.cluster, node.name) in spared
+            why = why or ("" if is_spared else claimed.get((node.cluster, node.name), ""))
             if not why:
-                peers[tunnel.port][public_key] = _peer(node, addresses)
+                peers[tunnel.port][public_key] = _peer(node, addresses, node.takes_inside and not is_spared)
             refused[number][node.cluster, node.name] = why
         if node.stage is Stage.DEMANDS:
             demanded.update((*node.underlay, node.endpoint))
@@ -93,11 +98,14 @@ def encryption(spec: NodeSpec, nodes: Iterable[Remote], own_keys: Mapping[int, s
             sent |= addresses
     stages = {(node.cluster, node.name): node.stage for node in encrypted}
     keys = {(node.cluster, node.name): node.public_keys for node in encrypted}
-    return Encryption(peers, refused[0], refused[1], stages, frozenset(sent | demanded), frozenset(demanded), keys)
+    told = tuple(f"node {key[0]}/{key[1]} is not taken natively: {claimed[key]}" for key in sorted(spared))
+    return Encryption(
+        peers, refused[0], refused[1], stages, frozenset(sent | demanded), frozenset(demanded), keys, told
+    )
 
 
-def _peer(node: Remote, addresses: frozenset[Address]) -> WireGuardPeer:
-    ranges = list(collapse_addresses(node.ranges)) if node.takes_inside else []
+def _peer(node: Remote, addresses: frozenset[Address], is_native: bool) -> WireGuardPeer:
+    ranges = list(collapse_addresses(node.ranges)) if is_native else []
     return WireGuardPeer(
         node.endpoint,
         addresses.union(each.network_address for each in ranges if each.num_addresses == 1),

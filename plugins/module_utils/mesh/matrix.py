@@ -260,7 +260,10 @@ def host_routes(
             if row["encryption"] == "wireguard":
                 over = WIREGUARD_DEVICES[keys.number]
         elif row["routing"] == AUTO:
-            over += ", or as packets to the hosts go when that is proven"
+            natively = "as packets to the hosts go"
+            if row["encryption"] == "wireguard":
+                natively = f"over {WIREGUARD_DEVICES[keys.number]}"
+            over += f", or {natively} when that is proven"
         one, other = row["sites"]
         for here, there in dict.fromkeys(((one, other), (other, one))):
             entries = (entry for document in documents.values() for entry in document["hosts"].values())
@@ -362,24 +365,30 @@ _NATIVE_OFF = {
 
 def _trial(row: Mapping[str, Any]) -> str:
     """What a run does to a pair that is to try whether packets go natively."""
+    stages = [STAGES[word] for word in row["routing_steps"]]
+    tried = zip(stages, stages[1:], range(1, len(stages)))
+    begins = next((at for before, stage, at in tried if (before, stage) == (Stage.PLAIN, Stage.ACCEPTS)), 0)
     begun = f", which was begun before ({row['routing_now']})" if row["routing_now"] in CHANGING else ""
+    led = row["routing_steps"][:begins]
+    back = _done(row["routing_now"], led, (_NATIVE_ON, _NATIVE_OFF), False)[0] if led else []
+    ahead = [f"({begins + stage}) {words}" for stage, words in _NATIVE_ON.items()]
+    smaller = f"{'in the steps before and ' if back else ''}when packets come back to the tunnel from step {begins + 2}"
     return (
-        f"native routing {_of(row)} is tried (auto){begun}, in steps of one run: (1) {_NATIVE_ON[Stage.ACCEPTS]}; "
-        f"(2) {_NATIVE_ON[Stage.SENDS]}; (3) {_NATIVE_ON[Stage.DEMANDS]}. When one does not reach another, packets "
-        "stay in the tunnel, and the run says why. Connections stay; a datagram that must not be fragmented and is "
-        "larger than the tunnel's MTU is refused to its sender when packets come back to the tunnel from step 2"
-        f"{_node_ports(row)}"
+        f"native routing {_of(row)} is {'turned off and ' if back else ''}tried (auto){begun}, in steps of one run: "
+        f"{'; '.join([*back, *ahead])}. When one does not reach another, packets stay in the tunnel, and the run says "
+        "why. Connections stay; a datagram that must not be fragmented and is larger than the tunnel's MTU is refused "
+        f"to its sender {smaller}{_node_ports(row, begins + 1)}"
     )
 
 
-def _node_ports(row: Mapping[str, Any]) -> str:
-    """What ends when native routing of a pair is turned on: netfilter drops what kube-proxy masqueraded for another
-    device."""
+def _node_ports(row: Mapping[str, Any], step: int = 1) -> str:
+    """What ends when native routing of a pair is turned on from a step on: netfilter drops what kube-proxy masqueraded
+    for another device."""
     if not row["kubernetes"]:
         return ""
     return (
         f"; a connection by a NodePort of Kubernetes nodes at {' or '.join(row['kubernetes'])} to a backend in another "
-        "cluster, which began before step 1, ends when packets go natively"
+        f"cluster, which began before step {step}, ends when packets go natively"
     )
 
 
@@ -437,7 +446,23 @@ def _change(
     words: tuple[Mapping[Stage, str], Mapping[Stage, str]],
     shrinks: bool,
 ) -> str:
-    """`words` of stages on the way up and on the way down. In a step of the run in which another change has its turn
+    """`words` of stages on the way up and on the way down."""
+    done, back = _done(now, following, words, on)
+    begun = f", which was begun before ({now})" if now in CHANGING else ""
+    turned = "off and on again" if on and back else "on" if on else "off"
+    told = (
+        f"{what} {_of(row)} is turned {turned}{begun}, in steps of one run, of which each "
+        f"begins when all hosts of the two sites have done the one before: {'; '.join(done)}. Connections stay"
+    )
+    if shrinks:
+        told += "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"
+    return told
+
+
+def _done(
+    now: str, following: Sequence[str], words: tuple[Mapping[Stage, str], Mapping[Stage, str]], on: bool
+) -> tuple[list[str], bool]:
+    """What is done in each step, and whether some lead back. In a step of the run in which another change has its turn
     nothing is done."""
     before, stages, done, back = STAGES[now], [STAGES[word] for word in following], [], False
     going_up = next((stage > before for stage in stages if stage is not before), on)
@@ -449,12 +474,4 @@ def _change(
         told_of = words[0] if going_up else words[1]
         done += [f"({number}) {told_of[stage]}"] if stage in told_of else []
         before = stage
-    begun = f", which was begun before ({now})" if now in CHANGING else ""
-    turned = "off and on again" if on and back else "on" if on else "off"
-    told = (
-        f"{what} {_of(row)} is turned {turned}{begun}, in steps of one run, of which each "
-        f"begins when all hosts of the two sites have done the one before: {'; '.join(done)}. Connections stay"
-    )
-    if shrinks:
-        told += "; a datagram that must not be fragmented and is larger than the new MTU is refused to its sender"
-    return told
+    return done, back

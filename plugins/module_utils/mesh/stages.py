@@ -4,13 +4,14 @@ of sites, and the keys of WireGuard. From where the record has them to what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement, product
 from typing import Any, Optional
 
 from . import auto, encryption
 from .encryption import Keys, Pair, Stage
+from .ipsec import GATEWAY
 from .model import Encryption, Model
 from .openings import Documents
 from .routing import AUTO, Routing
@@ -19,10 +20,6 @@ from .schema import Problem
 Ways = Mapping[Pair, tuple[Optional[Stage], list[Stage]]]
 """Of each pair of sites the stage where it is, None where no traffic is yet, and those that it goes through, step by
 step; the last one stands."""
-
-LAST = 5
-"""The number of a run's last step: from native in clear it is three to the tunnel inside WireGuard, and three more to
-native inside WireGuard."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,15 @@ class Stages:
         self.warnings: list[str] = []
         self.courses: dict[Pair, auto.Course] = {}
         self.chosen: dict[Pair, tuple[bool, str]] = {}
-        encrypted = self.encryption_ways()
-        self.ways: tuple[Ways, ...] = _in_turn(encrypted, self.native_ways(encrypted), self.gateway_ways())
+        encrypted, routed, led = self.encryption_ways(), self.routing_ways(), self.gateway_ways()
+        self.ways: tuple[Ways, ...] = _in_turn(encrypted, self.native_ways(encrypted, routed, led), led, self.courses)
         self.warnings += self.told_of_jumps()
         self.keys = self.key_ways(self.ways[0], rotate)
-        self.states = [self.with_failed(state) for state in _states(self.ways, self.keys[1:])]
+        states = _states(self.ways, self.keys[1:])
+        self.states = [self.with_failed(number, state) for number, state in enumerate(states)]
         encrypting, native, gateways = map(_running, self.ways)
         self.running = State(encrypting, native, gateways, self.keys[0])
-        self.trials = tuple(tuple(self.trials_of(number)) for number in range(LAST + 1))
+        self.trials = tuple(tuple(self.trials_of(number)) for number in range(auto.LAST + 1))
 
     def encryption_ways(self) -> Ways:
         wanted = self.model.encryption
@@ -103,22 +101,29 @@ class Stages:
             else lambda pair: Stage.DEMANDS if wanted.wants_wireguard(pair) else Stage.PLAIN,
         )
 
-    def native_ways(self, encrypted: Ways) -> Ways:
+    def routing_ways(self) -> Ways:
+        """Of native routing, but for what pairs choose."""
         wanted = self.model.routing
-        found = self.ways_of("routing", None if wanted == Routing() else wanted.stage)
-        barred = auto.barred(self.present)
+        return self.ways_of("routing", None if wanted == Routing() else wanted.stage)
+
+    def native_ways(self, encrypted: Ways, found: Ways, gateways: Ways) -> Ways:
+        wanted = self.model.routing
+        barred = {inside: auto.barred(self.present, inside) for inside in (False, True)}
         for pair, (now, _stages) in found.items():
             if wanted.of(pair) != AUTO:
                 continue
-            reasons = [barred[site] for site in pair if site in barred]
-            if self.model.encryption.of(pair) != "none":
-                reasons = ["it is encrypted, and has the tunnel inside that"]
-            elif _is_inside(encrypted, found, pair):
-                reasons = ["it was native inside WireGuard; the next run of isthmus.mesh.site tries native"]
+            inside = self.model.encryption.wants_wireguard(pair)
+            reasons = [barred[inside][site] for site in pair if site in barred[inside]]
+            if self.model.encryption.of(pair) == GATEWAY:
+                reasons = ["what goes from gateway to gateway has the tunnel inside it"]
             if reasons:
                 self.chosen[pair] = False, f"tunnel, as {reasons[0]}"
-            else:
-                self.courses[pair] = self.course(pair, now)
+                continue
+            before = _before(encrypted, found, gateways, pair, inside)
+            is_encrypted, stages = encrypted.get(pair, (None, []))
+            turned = is_encrypted is not None and is_encrypted is not stages[-1]
+            was = now or Stage.PLAIN if before else now
+            self.courses[pair] = self.course(pair, was, before, inside, turned)
         self.chosen.update({pair: (one.tried, auto.words(one)) for pair, one in self.courses.items()})
         return {**found, **{pair: (one.now, list(one.stages)) for pair, one in self.courses.items()}}
 
@@ -219,12 +224,14 @@ class Stages:
 
     # Pairs that find out how packets go between them
 
-    def course(self, pair: Pair, now: Stage | None) -> auto.Course:
+    def course(self, pair: Pair, now: Stage | None, before: Sequence[Stage], inside: bool, turned: bool) -> auto.Course:
+        """`turned`: its encryption is, so that what failed before says nothing."""
         if not auto.provable(self.places, pair):
-            return auto.resting(now)
-        failed = () if self.try_native else self.roster.get("auto", {}).get(" ".join(pair), ())
+            return auto.resting(now, before, inside)
+        again = self.try_native or turned
+        failed = () if again else self.roster.get("auto", {}).get(" ".join(pair), ())
         changed = any(self.places.get(site) != self.places_before.get(site) for site in pair)
-        return auto.course(now, failed, changed, self.proofs, pair)
+        return auto.course(now, failed, changed, self.proofs, pair, before, inside)
 
     def trials_of(self, number: int) -> Iterator[dict[str, Any]]:
         """Hosts that join have no part before the first step."""
@@ -238,10 +245,9 @@ class Stages:
                 }
                 yield {"sites": list(pair), "hosts": {name: hosts[name] for name in sorted(hosts)}}
 
-    def with_failed(self, state: State) -> State:
-        failed = {
-            pair: one.failed for pair, one in self.courses.items() if one.failed and state.native[pair] is Stage.PLAIN
-        }
+    def with_failed(self, number: int, state: State) -> State:
+        """After the step of a number."""
+        failed = {pair: one.failed_at(number) for pair, one in self.courses.items() if one.failed_at(number)}
         return replace(state, failed=failed)
 
     @property
@@ -269,31 +275,40 @@ def _is_inside(encrypted: Ways, native: Ways, pair: Pair) -> bool:
     return now is Stage.DEMANDS and native.get(pair, (None, []))[0] not in (None, Stage.PLAIN)
 
 
-def _in_turn(encrypted: Ways, native: Ways, gateways: Ways) -> tuple[Ways, ...]:
-    """Native inside WireGuard is turned on and off while WireGuard is demanded and nothing else changes, so that at
-    none of its stages anything goes in clear: other changes of such a pair come before, to the tunnel inside WireGuard,
-    or after, from there."""
+def _before(encrypted: Ways, native: Ways, gateways: Ways, pair: Pair, inside: bool) -> list[Stage]:
+    """The stages of native routing that lead a running pair to PLAIN before it may be turned on, `inside` WireGuard or
+    not, so that at none of its stages inside anything goes in clear; none where it goes on from where it is. A pair of
+    hosts that became a site may have brought its encryption alone."""
+    is_encrypted, is_native = encrypted.get(pair, (None, []))[0], native[pair][0] or Stage.PLAIN
+    if is_encrypted is None or _is_inside(encrypted, native, pair) is inside:
+        return []
+    back = encryption.way(is_native, Stage.PLAIN)
+    if not inside:
+        return back
+    others = [ways[pair] for ways in (encrypted, gateways) if pair in ways]
+    first = max(len(stages) if stages != [now] else 0 for now, stages in [*others, (is_native, back)])
+    return [*back, *(Stage.PLAIN for _number in range(len(back), first))][:first]
+
+
+def _in_turn(encrypted: Ways, native: Ways, gateways: Ways, courses: Collection[Pair]) -> tuple[Ways, ...]:
+    """Native inside WireGuard is turned on and off while WireGuard is demanded and nothing else changes: other changes
+    of such a pair come before, to the tunnel inside WireGuard, or after, from there. Pairs that have `courses` are led
+    so by these."""
     found = dict(encrypted), dict(native), dict(gateways)
     for pair in encrypted.keys() & native.keys():
-        (is_encrypted, encryption_stages), (is_native, native_stages) = encrypted[pair], native[pair]
-        inside = _is_inside(encrypted, native, pair)
-        wanted = encryption_stages[-1] is native_stages[-1] is Stage.DEMANDS
-        if is_encrypted is None or is_native is None or inside is wanted:
+        is_native, stages = native[pair]
+        chooses = pair in courses
+        inside = encrypted[pair][1][-1] is Stage.DEMANDS and (chooses or stages[-1] is Stage.DEMANDS)
+        before = _before(encrypted, native, gateways, pair, inside)
+        if before and not chooses:
+            after = encryption.way(Stage.PLAIN, stages[-1]) if stages[-1] else []
+            found[1][pair] = is_native, [*before, *after]
+        if not before or inside:
             continue
-        if inside:
-            back = encryption.way(is_native, Stage.PLAIN)
-            after = encryption.way(Stage.PLAIN, native_stages[-1]) if native_stages[-1] else []
-            found[1][pair] = is_native, [*back, *after]
-            for ways in (found[0], found[2]):
-                now, stages = ways.get(pair, (Stage.PLAIN, [Stage.PLAIN]))
-                if stages != [now]:
-                    ways[pair] = now, [*(now or Stage.PLAIN for _stage in back), *stages]
-            continue
-        there = encryption.way(is_native, Stage.PLAIN)
-        others = [ways[pair] for ways in (encrypted, gateways) if pair in ways]
-        first = max(len(stages) if stages != [now] else 0 for now, stages in [*others, (is_native, there)])
-        steps = [*there, *(Stage.PLAIN for _number in range(len(there), first))][:first]
-        found[1][pair] = is_native, [*steps, *encryption.way(Stage.PLAIN, Stage.DEMANDS)]
+        for ways in (found[0], found[2]):
+            now, following = ways.get(pair, (Stage.PLAIN, [Stage.PLAIN]))
+            if following != [now]:
+                ways[pair] = now, [*(now or Stage.PLAIN for _stage in before), *following]
     return found
 
 

@@ -43,6 +43,8 @@ def check_native(verifier: Verifier) -> None:
         name = f"{key[1]} of cluster {key[0]} (site {site})"
         found = nodes.get(key, {}).get("routing") or {"way": "not known", "stage": Stage.PLAIN.word, "mtu": 0}
         turned = f"it is being turned on or off ({stage.word})" if stage.word in CHANGING else "it should be"
+        inside = openings.encrypts(verifier.spec, site) is Stage.DEMANDS
+        shown = ", which `isthmus status` on both shows" if inside else ""
         if verifier.check(
             "routing",
             found["stage"] == stage.word == Stage.DEMANDS.word,
@@ -53,12 +55,8 @@ def check_native(verifier: Verifier) -> None:
                 "routing",
                 key not in silent,
                 f"{name} is not reached natively: {silent.get(key)}. "
-                + (
-                    f"{THROUGH_WIREGUARD}, which `isthmus status` on both shows"
-                    if openings.encrypts(verifier.spec, site) is Stage.DEMANDS
-                    else f"{BY_THE_NETWORK}; where routing is auto, isthmus.mesh.site leads packets back into the "
-                    "tunnel"
-                ),
+                f"{_needed(verifier.spec, site)}{shown}; where routing is auto, isthmus.mesh.site leads packets back "
+                "into the tunnel",
             )
             carried = packets.path_mtu(source, reached[key])
             verifier.check(
@@ -102,41 +100,42 @@ def check_native_way(verifier: Verifier) -> None:
                 "routing",
                 not words,
                 f"{name} of cluster {cluster} (site {site}) is not reached natively: {words}. "
-                + (THROUGH_WIREGUARD if openings.encrypts(installed, site) is Stage.DEMANDS else BY_THE_NETWORK),
+                f"{_needed(installed, site)}",
             )
     nodes = {
         key
         for key, site in expected.items()
-        if "kubernetes_node" in entries[key] and _is_to_go_in_clear(installed, site)
+        if "kubernetes_node" in entries[key] and openings.native(installed, site) is Stage.ACCEPTS
     }
     for (cluster, name), addresses, words in _pods_reached(verifier, source, nodes):
+        site = expected[cluster, name]
         if (cluster, name) not in tried:
             verifier.check(
                 "routing",
                 not words,
                 f"pods on {name} of cluster {cluster} ({addresses}) are not reached natively, and through the tunnel "
-                f"they are: {words}. {BY_THE_NETWORK}",
+                f"they are: {words}. {_needed(installed, site)}",
             )
         elif words:
             why = f"pods on it ({addresses}) do not answer, and through the tunnel they do: {words}"
-            site = expected[cluster, name]
             unreached.append({"cluster": cluster, "name": name, "site": site, "why": why, "sure": True})
     # One of each site tells enough, and rather one that tells something.
     unreached.sort(key=lambda one: (one["site"], not one["sure"]))
     verifier.unreached = [next(of_site) for _site, of_site in itertools.groupby(unreached, lambda one: one["site"])]
 
 
-def _is_to_go_in_clear(installed: Mapping[str, Any], site: str) -> bool:
-    """Whether the network is to lead packets to hosts of a site, and none are sent so yet."""
-    return openings.native(installed, site) is Stage.ACCEPTS and openings.encrypts(installed, site) is not Stage.DEMANDS
+def _needed(installed: Mapping[str, Any], site: str) -> str:
+    """What native packets to a site need."""
+    return THROUGH_WIREGUARD if openings.encrypts(installed, site) is Stage.DEMANDS else BY_THE_NETWORK
 
 
 def _pods_reached(
     verifier: Verifier, source: str, nodes: Collection[tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, str], str, str]]:
     """Of each of these nodes with pods the addresses that were tried and, where none of these pods answers natively,
-    why: the network may know the way to a node and not that to its pods. Pods that do not answer through the tunnel
-    either prove nothing, as a network policy may forbid echoes."""
+    why: the network may know the way to a node and not that to its pods, and what filters inside WireGuard may let in
+    packets to the node alone. Pods that do not answer through the tunnel either prove nothing, as a network policy may
+    forbid echoes."""
     if not nodes:
         return
     told = verifier.bundle("isthmus_agent.cli.client").ask(verifier.SOCKET, "/v1/pods")

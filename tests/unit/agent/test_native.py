@@ -23,6 +23,7 @@ CLOUD = ip_address("198.18.2.11")
 SOURCE = ip_address("10.101.0.1")
 WIREGUARD = {"key": "k", "port": 51871, "plain_sites": ["onprem", "edge"], "sites": SITES}
 CLOUD_KEY = base64.b64encode(bytes([1]) * 32).decode()
+EDGE_KEY = base64.b64encode(bytes([2]) * 32).decode()
 
 
 def spec(stage: str | None, **more: Any) -> NodeSpec:
@@ -187,25 +188,42 @@ def test_rules_for_what_comes_natively_inside_wireguard_are_there_only_with_it()
     assert not [one for one in computed(own).datapath.rules if one.priority == 726]
 
 
-@pytest.mark.parametrize("more", ["10.102.0.0/28", "10.102.0.8/29", "10.102.0.0/24"])
-def test_a_range_that_two_nodes_claim_is_the_later_ones(more: str) -> None:
-    """Of the peers' nodes cloud comes before edge, whatever each says."""
+def with_claim(more: str, stages: dict[str, str]) -> Desired:
+    """cloud-1 and edge-1 at stages inside WireGuard, of which edge-1 says that it has a range `more`."""
     found = mesh.documents({}, sizes={"onprem": 1, "cloud": 1, "edge": 1})
-    edge_key = base64.b64encode(bytes([2]) * 32).decode()
-    for cluster, key in (("cloud", CLOUD_KEY), ("edge", edge_key)):
+    for cluster, key in (("cloud", CLOUD_KEY), ("edge", EDGE_KEY)):
         node = mesh.node(cluster, 1, wireguard_public_key=key)
         if cluster == "edge":
             node = replace(node, ipv4_secondary_alloc_cidrs=(ip_network(more),))
         found[keys.node_key(cluster, node.name, True)] = node.to_json().encode()
     own = mesh.spec(
-        native={"sites": SITES, "stages": {"cloud": "demands", "edge": "demands"}},
+        native={"sites": SITES, "stages": stages},
         wireguard={**WIREGUARD, "plain_sites": ["onprem"]},
     )
-    wanted = desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
+    return desired(own, mesh.state(found), Reachability({}, frozenset()), HostFacts(1500))
+
+
+@pytest.mark.parametrize("more", ["10.102.0.0/28", "10.102.0.8/29", "10.102.0.0/24"])
+def test_a_range_that_two_nodes_claim_is_the_later_ones(more: str) -> None:
+    """Of the peers' nodes cloud comes before edge, whatever each says."""
+    wanted = with_claim(more, {"cloud": "demands", "edge": "demands"})
     assert wanted.encrypted[("edge", "edge-1")] == ""
     assert "holds addresses of edge/edge-1 too" in wanted.encrypted[("cloud", "cloud-1")]
     (device,) = wanted.datapath.wireguard
-    assert set(device.peers) == {edge_key}
+    assert set(device.peers) == {EDGE_KEY}
+    assert wanted.refused == ()
+
+
+def test_whose_range_another_claims_stays_in_the_tunnel_while_native_is_tried() -> None:
+    """WireGuard takes no native packet to or from it, so that who proves the native way sees that it fails."""
+    wanted = with_claim("10.102.0.0/24", {"cloud": "accepts", "edge": "demands"})
+    assert wanted.encrypted == {("cloud", "cloud-1"): "", ("edge", "edge-1"): ""}
+    (device,) = wanted.datapath.wireguard
+    assert (device.peers[CLOUD_KEY].addresses, device.peers[CLOUD_KEY].ranges) == ({CLOUD}, set())
+    (words,) = wanted.refused
+    assert words.startswith("node cloud/cloud-1 is not taken natively: its range 10.102.0.0/28 holds addresses of edge")
+    assert {one.wireguard for one in routes(wanted, "10.102.0.0/28", NATIVE_TABLE)} == {"isthmus-wg0"}
+    assert {one.wireguard for one in routes(wanted, "10.102.0.0/28", MAIN)} == {""}
 
 
 @pytest.mark.parametrize("stage", ["accepts", "demands"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -11,13 +12,33 @@ from hypothesis import strategies as st
 from isthmus_mesh import auto, matrix
 from isthmus_mesh.auto import Verdict
 from isthmus_mesh.encryption import Pair, Stage
+from isthmus_mesh.openings import documents_of
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from isthmus_mesh.routing import Routing
 from unit.mesh.estates import NOW, VERSION, estate, hosts, model, planned
-from unit.mesh.test_site_routing import after, changed, native, understood
+from unit.mesh.test_ipsec import ON as GATEWAYS
+from unit.mesh.test_site_routing import (
+    DECRYPTING,
+    ENCRYPTED,
+    ENCRYPTING,
+    INTO_WIREGUARD,
+    ON,
+    OUT_OF_IT,
+    TUNNEL,
+    after,
+    at_each,
+    changed,
+    is_inside,
+    native,
+    understood,
+)
+from unit.mesh.test_site_routing import (
+    INSIDE as NATIVE_INSIDE,
+)
 
 AUTO = {"routing": "auto"}
+ENCRYPTED_BETWEEN = {"site_pairs": [{"sites": ["cloud", "onprem"], "encryption": "wireguard"}]}
 BETWEEN, INSIDE = ("cloud", "onprem"), ("onprem", "onprem")
 C1 = {"cluster": "cloud", "site": "cloud", "mesh4": "10.102.0.1"}
 ONPREM = {f"o{n}": {"cluster": "onprem", "site": "onprem", "mesh4": f"10.101.0.{16 * n - 15}"} for n in (1, 2, 3)}
@@ -252,12 +273,34 @@ def test_when_both_ways_fail_nothing_is_chosen_for_good(chosen: Plan) -> None:
 
 
 def test_what_cannot_be_native_is_in_the_tunnel_and_the_matrix_says_why() -> None:
-    translated = site(None, more={"c1": {**hosts()["c1"], "isthmus_advertise": "192.0.2.7"}})
+    more = {"c1": {**hosts()["c1"], "isthmus_advertise": "192.0.2.7"}}
+    translated = site(None, more=more)
     assert "(auto: tunnel, as c1 has another isthmus_advertise" in matrix.lines(translated.sites)[0]
-    encrypted = site(None, site_pairs=[{"sites": ["cloud", "onprem"], "encryption": "wireguard"}])
-    assert [trial["sites"] for trial in encrypted.trials[1]] == [["onprem", "onprem"]]
-    line = matrix.lines(encrypted.sites)[0]
-    assert "(auto: tunnel, as it is encrypted, and has the tunnel inside that), encryption wireguard" in line
+    assert [trial["sites"] for trial in translated.trials[1]] == [["onprem", "onprem"]]
+    inside = site(None, more=more, **ENCRYPTED)
+    assert [trial["sites"] for trial in inside.trials[1]] == [["cloud", "onprem"], ["onprem", "onprem"]]
+    # Out of WireGuard it cannot be native any more.
+    there = to_the_end(site(None, {}, {BETWEEN: WORKS}, {BETWEEN: WORKS}, more=more, **ENCRYPTED))
+    assert at_each(there)[-1] == ("demands", "demands")
+    back = site(there, more=more)
+    assert at_each(back) == OUT_OF_IT + DECRYPTING
+    assert [trial["sites"] for each in back.trials for trial in each if trial["sites"] == ["cloud", "onprem"]] == []
+
+
+def test_what_goes_through_gateways_is_in_the_tunnel_and_the_matrix_says_why() -> None:
+    found = site(None, **GATEWAYS)
+    assert [trial["sites"] for trial in found.trials[1]] == [["onprem", "onprem"]]
+    words = "(auto: tunnel, as what goes from gateway to gateway has the tunnel inside it), encryption ipsec-gateway"
+    assert words in matrix.lines(found.sites)[0]
+    # From there it is tried when WireGuard encrypts all, and led back to the tunnel before gateways do.
+    there = to_the_end(site(to_the_end(found), {}, {INSIDE: WORKS}, {INSIDE: WORKS}, **GATEWAYS))
+    on = site(there, sites=GATEWAYS["sites"], **ENCRYPTED_BETWEEN)
+    assert at_each(on) == [*ENCRYPTING, INTO_WIREGUARD[0]]
+    assert [on.steps[number].record["roster"].get("ipsec") is None for number in (0, 1, 2)] == [False, True, True]
+    proofs: list[dict[Pair, Verdict]] = [{}, {}, {}, {}, {BETWEEN: WORKS}, {BETWEEN: WORKS}]
+    inside = to_the_end(site(there, *proofs, sites=GATEWAYS["sites"], **ENCRYPTED_BETWEEN))
+    assert at_each(inside)[-1] == ("demands", "demands")
+    assert at_each(site(inside, **GATEWAYS)) == OUT_OF_IT + DECRYPTING
 
 
 def test_kubernetes_nodes_prove_it_and_other_ranges_of_pods_are_another_try() -> None:
@@ -276,12 +319,142 @@ def test_kubernetes_nodes_prove_it_and_other_ranges_of_pods_are_another_try() ->
     assert [trial["sites"] for trial in other.trials[1]] == [["cloud", "onprem"]]
 
 
-def test_encryption_leads_a_native_pair_into_the_tunnel_and_inside_it(chosen: Plan) -> None:
-    pair = [{"sites": ["cloud", "onprem"], "encryption": "wireguard"}]
-    found = site(chosen, {}, site_pairs=pair)
-    assert [one.get("c1 onprem", "plain") for one in stages(found)] == ["sends", "accepts", "plain"]
+def test_encryption_leads_a_native_pair_into_the_tunnel_and_it_is_tried_inside_that(chosen: Plan) -> None:
+    found = site(chosen, {}, **ENCRYPTED_BETWEEN)
+    assert [one.get("c1 onprem", "plain") for one in stages(found)] == ["sends", "accepts", "plain", "accepts"]
     assert found.steps[1].record["roster"]["encryption"]["pairs"] == {"cloud onprem": "demands"}
-    assert found.trials[0] == ()
+    assert [[trial["sites"] for trial in each] for each in found.trials] == [[], [], [], [], [["cloud", "onprem"]], []]
+    assert (
+        "(auto: the next run of isthmus.mesh.site tries native inside WireGuard, from step 4 on)"
+        in (matrix.lines(found.sites)[0])
+    )
+    (told,) = [line for line in matrix.changes(found.sites, found.keys) if line.startswith("native routing")]
+    assert told.startswith(
+        "native routing of cloud and onprem is turned off and tried (auto), in steps of one run: (1) packets through "
+        "the tunnel are taken again too; (2) packets go through the tunnel and are 50 bytes smaller, and native ones "
+        "are still taken; (3) native packets are not taken any more; (4) every host of the two takes native packets too"
+    )
+    assert told.endswith(
+        "is refused to its sender in the steps before and when packets come back to the tunnel from step 5"
+    )
+    last = to_the_end(site(chosen, {}, {}, {}, {}, {BETWEEN: WORKS}, {BETWEEN: WORKS}, **ENCRYPTED_BETWEEN))
+    assert last.told == (
+        "cloud and onprem: native inside WireGuard (routing: auto), as every host has proven that it reaches the "
+        "others so.",
+    )
+    again = site(last, **ENCRYPTED_BETWEEN)
+    assert (again.changes, again.steps) == ((), ())
+    assert again.trials[0][0]["sites"] == ["cloud", "onprem"], "each run proves it again"
+    line = matrix.lines(again.sites)[0]
+    assert line.startswith("cloud and onprem: path native inside WireGuard (auto: native was proven, and each run")
+    assert (", MTU 1420 inside" in line, "UDP 8472" in line, "IP on" in line) == (True, False, False)
+
+
+def test_a_new_estate_that_encrypts_begins_in_the_tunnel_inside_wireguard_and_is_proven() -> None:
+    first = site(None, **ENCRYPTED)
+    assert at_each(first) == [("demands", "accepts")]
+    assert first.trials == site(None).trials
+    assert first.routes == (), "the network sees WireGuard only"
+    line = matrix.lines(first.sites)[0]
+    assert line.startswith(
+        "cloud and onprem: path tunnel (VXLAN) (auto: the next run of isthmus.mesh.site tries native inside "
+        "WireGuard), encryption wireguard, MTU 1370"
+    )
+    assert ("UDP 8472" in line, "IP on" in line) == (False, False)
+    led = matrix.host_routes(first.sites, documents_of(first.record), model().ipsec, first.ipsec, first.keys[-1])
+    assert "over isthmus0, or over isthmus-wg0 when that is proven, in tables main and 730" in led[0]
+    last = site(None, {}, {BETWEEN: WORKS, INSIDE: FAILS}, {BETWEEN: WORKS}, **ENCRYPTED)
+    assert at_each(last) == INTO_WIREGUARD
+    assert at_each(last, "onprem onprem")[1:] == [("demands", "plain")] * 2
+    assert last.told[1] == (
+        "within onprem: tunnel inside WireGuard (routing: auto), as c1 does not reach o2 natively inside WireGuard: no "
+        "answer to 3 packets of 1500 bytes. Next: nothing; or have the hosts' firewalls let packets between the ranges "
+        "of workloads in on WireGuard's devices (docs/ports.md) and run isthmus.mesh.site with -e "
+        "isthmus_try_native=true."
+    )
+    again = site(to_the_end(last), **ENCRYPTED)
+    assert (again.changes, again.steps) == ((), ())
+    assert to_the_end(last).record["roster"]["auto"] == {"onprem onprem": ["c1", "o2"]}
+    # A host that joins has to prove it inside WireGuard too.
+    joins = {"c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}
+    joined = site(to_the_end(last), {BETWEEN: WORKS}, more=joins, **ENCRYPTED)
+    assert native(joined.specs)["c2"]["onprem"] == "demands"
+    assert ["cloud", "onprem"] in [trial["sites"] for trial in joined.trials[1]]
+
+
+NATIVE_AGAIN = [("sends", "accepts"), ("accepts", "sends"), ("plain", "demands")]
+LED_IN = [("accepts", "sends"), ("sends", "accepts"), ("demands", "plain")]
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "proofs", "steps"),
+    [
+        (ENCRYPTED, ENCRYPTED, {1: WORKS, 2: WORKS}, INTO_WIREGUARD),
+        (ENCRYPTED, ENCRYPTED, {1: WORKS, 2: FAILS, 3: FAILS}, [*INTO_WIREGUARD[:2], *OUT_OF_IT[1:]]),
+        (ENCRYPTED, ENCRYPTED, {1: OPEN}, INTO_WIREGUARD[:1]),
+        (NATIVE_INSIDE, ENCRYPTED, {0: WORKS}, [("demands", "demands")]),
+        (NATIVE_INSIDE, ENCRYPTED, {0: FAILS, 1: FAILS, 2: FAILS}, OUT_OF_IT),
+        (TUNNEL, ENCRYPTED, {4: WORKS, 5: WORKS}, ENCRYPTING + INTO_WIREGUARD),
+        (TUNNEL, ENCRYPTED, {4: FAILS}, [*ENCRYPTING, INTO_WIREGUARD[0], ("demands", "plain")]),
+        (TUNNEL, ENCRYPTED, {4: WORKS, 5: FAILS}, [*ENCRYPTING, *INTO_WIREGUARD[:2], INTO_WIREGUARD[0]]),
+        (ON, ENCRYPTED, {4: WORKS, 5: WORKS}, LED_IN + INTO_WIREGUARD),
+        (NATIVE_INSIDE, TUNNEL, {4: WORKS, 5: WORKS}, OUT_OF_IT + NATIVE_AGAIN),
+        (NATIVE_INSIDE, TUNNEL, {4: FAILS}, [*OUT_OF_IT, NATIVE_AGAIN[0], *DECRYPTING[1:]]),
+        (ENCRYPTED, TUNNEL, {1: WORKS, 2: WORKS}, NATIVE_AGAIN),
+    ],
+)
+def test_native_is_tried_inside_wireguard_in_turn_with_encryption(
+    before: dict[str, str], wanted: dict[str, str], proofs: dict[int, Verdict], steps: list[tuple[str, str]]
+) -> None:
+    """As what the inventory demands; what came out stands, and a run that goes on after any of the steps comes there
+    as well."""
+    old = changed(planned(model()), **before)
+    old = to_the_end(old)
+    made = [{BETWEEN: proofs[number]} if number in proofs else {} for number in range(6)]
+    found = site(old, *made[: max(proofs) + 1], **wanted)
+    assert at_each(found) == steps
+    for number in range(1, max(proofs) + 1):
+        sooner = site(old, *made[:number], **wanted)
+        records = [one.record for one in (sooner, *sooner.steps)][:number]
+        assert records == [one.record for one in (found, *found.steps)][: len(records)], "what was done stays planned"
+    back = len(list(takewhile(lambda step: step[1] == "plain", reversed(steps))))
+    for number, record in enumerate([found.record, *(step.record for step in found.steps)]):
+        assert ("auto" in record["roster"]) is (number >= len(steps) - back), "not before it has failed"
+    last = to_the_end(found)
+    if steps[-1][1] in ("plain", "demands"):
+        settled = site(last, **wanted)
+        assert at_each(settled) == [steps[-1]]
+        assert (last.record["roster"].get("auto") is None) is (steps[-1][1] == "demands")
+    for number in range(len(steps)):
+        every = [{BETWEEN: WORKS}] * 6
+        assert at_each(site(after(found, number), *every, **wanted))[-1][1] != "plain" or number == len(steps) - 1
+
+
+def test_hosts_that_become_a_site_bring_no_proof_and_are_tried_inside_wireguard_when_all_is_in_it(chosen: Plan) -> None:
+    """They were native in clear by `auto`: nothing of that is so in the pair that encryption is turned on for."""
+    moved = {"isthmus_cluster": "onprem", "isthmus_site": "plant", "ansible_host": "198.18.1.3"}
+    keys = {
+        "sites": {"cloud": {}, "onprem": {}, "plant": {}},
+        "site_pairs": [{"sites": ["cloud", "plant"], "encryption": "wireguard"}],
+    }
+    found = site(chosen, more={"o3": moved}, **keys)
+    assert at_each(found, "cloud plant") == [*ENCRYPTING, INTO_WIREGUARD[0]]
+    assert ["cloud", "plant"] in [trial["sites"] for trial in found.trials[4]]
+    assert any("c1 and o3 (routing)" in words for words in found.warnings)
+    (told,) = [line for line in matrix.changes(found.sites, found.keys) if line.startswith("native routing of cloud")]
+    assert "in steps of one run: (4) every host of the two takes native packets too" in told
+
+
+def test_what_failed_in_clear_is_tried_anew_when_encryption_is_turned(chosen: Plan) -> None:
+    """And the other way round: neither says anything of the other."""
+    failed = to_the_end(site(None, {}, {BETWEEN: FAILS}))
+    assert failed.record["roster"]["auto"]["cloud onprem"] == ["c1", "o2"]
+    encrypting = site(failed, **ENCRYPTED_BETWEEN)
+    assert "cloud onprem" not in encrypting.record["roster"].get("auto", {})
+    assert at_each(encrypting) == [*ENCRYPTING, INTO_WIREGUARD[0]]
+    inside = to_the_end(site(None, {}, {BETWEEN: FAILS}, **ENCRYPTED_BETWEEN))
+    assert at_each(site(inside, {}, {BETWEEN: WORKS}, {BETWEEN: WORKS})) == NATIVE_AGAIN
+    assert ["cloud", "onprem"] in [trial["sites"] for trial in site(inside).trials[1]]
 
 
 def test_what_the_inventory_demands_counts_at_once(chosen: Plan) -> None:
@@ -315,7 +488,7 @@ VERDICTS = st.sampled_from([WORKS, FAILS, OPEN])
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["none", "wireguard"]), st.lists(VERDICTS, min_size=4, max_size=4), st.integers(0, 3)
+            st.sampled_from(["none", "wireguard"]), st.lists(VERDICTS, min_size=6, max_size=6), st.integers(0, 5)
         ),
         min_size=1,
         max_size=4,
@@ -350,5 +523,7 @@ def test_no_proof_and_no_interruption_cuts_neighbouring_steps_off(runs: list[tup
             now = at(records[number])
             assert understood(before, now), (before, now)
             assert understood(now, before), (now, before)
+            if is_inside(before) or is_inside(now):
+                assert before[0] is now[0] is Stage.DEMANDS, "nothing in clear"
             before = now
         found = Plan(**{**found.__dict__, "record": begun[-1]})

@@ -393,18 +393,6 @@ def test_hosts_behind_an_address_translation_can_be_native_inside_wireguard() ->
         changed(more=more, **INSIDE, site_pairs=[{"sites": ["cloud", "cloud"], "encryption": "none"}])
 
 
-def test_auto_goes_from_native_inside_wireguard_to_the_tunnel_and_tries_in_the_next_run() -> None:
-    found = changed(changed(**INSIDE), routing="auto")
-    assert at_each(found) == OUT_OF_IT + DECRYPTING
-    assert found.trials == ((),) * 6
-    (row,) = [one for one in found.sites if one["sites"] == ["cloud", "onprem"]]
-    assert row["auto"] == ("tunnel, as it was native inside WireGuard; the next run of isthmus.mesh.site tries native")
-    following = changed(after(found, len(found.steps)), routing="auto")
-    assert at_each(following)[0] == ("plain", "accepts")
-    stays = changed(changed(**INSIDE), routing="auto", encryption="wireguard")
-    assert at_each(stays) == OUT_OF_IT
-
-
 def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_routes() -> None:
     pairs_said = [{"sites": ["onprem", "onprem"], "routing": "tunnel"}]
     found = changed(site_pairs=pairs_said, **ON)
