@@ -31,6 +31,7 @@ CLUSTER = IPv4Network("10.244.0.0/16")
 # Next to each other, as hosts' addresses are.
 MEMBERS = frozenset(IPv4Network(each) for each in ("198.18.1.13/32", "198.18.1.14/31", "198.18.2.11/32"))
 WANTED = Datapath(4, keep_source=KeepSource(HOST, frozenset({HOST, PODS}), pods=frozenset({CLUSTER}), members=MEMBERS))
+PRECAUTION = Datapath(4, keep_source=KeepSource(HOST, frozenset({HOST}), precaution=True))
 FOREIGN = """
 add table ip nat
 add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat; }
@@ -74,7 +75,7 @@ def test_the_table_is_made_once_and_shows_as_it_is_meant(call: Call) -> None:
     assert call(netlink.apply_network, WANTED).changes == ("add nft table ip isthmus", "set isthmus0 up")
     text = call(_nft, "list", "table", "ip", "isthmus")
     for words in (
-        "type nat hook postrouting priority srcnat - 10; policy accept;",
+        "type nat hook postrouting priority -199; policy accept;",
         'oifname "isthmus0" meta mark & 0x00004000 == 0x00000000 ip saddr @local snat to ip saddr',
         'iifname "isthmus0" meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr',
         "ip saddr 10.104.0.16/28 meta mark & 0x00004000 == 0x00000000 ip daddr @local snat to ip saddr",
@@ -123,11 +124,12 @@ def test_nothing_of_others_is_touched_and_all_of_ours_goes(call: Call) -> None:
     assert call(netlink.remove_network) == []
 
 
-def test_the_collections_teardown_takes_it_away_without_the_agent(call: Call) -> None:
+@pytest.mark.parametrize("wanted", [WANTED, PRECAUTION], ids=["always", "precaution"])
+def test_the_collections_teardown_takes_it_away_without_the_agent(call: Call, wanted: Datapath) -> None:
     call(_nft, "-f", "-", text=FOREIGN)
     before = call(_nft, "list", "ruleset")
     assert not call(netfilter.has_table, teardown.TABLE)
-    call(netlink.apply_network, WANTED)
+    call(netlink.apply_network, wanted)
     assert call(netfilter.has_table, teardown.TABLE)
     call(netfilter.delete_table, teardown.TABLE)
     assert call(_nft, "list", "ruleset") == before
@@ -264,3 +266,112 @@ def test_what_the_kernel_refuses_is_told_and_the_table_stays(call: Call, monkeyp
     with pytest.raises(netlink.NetworkError, match="cannot write nft table ip isthmus: No such file or directory"):
         call(netlink.apply_network, more)
     assert call(_nft, "list", "table", "ip", "isthmus") == before
+
+
+def _tables() -> str:
+    return _nft("list", "tables")
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "add table ip filter; add chain ip filter input { type filter hook input priority 0; }",
+        "add table ip nat; add chain ip nat docker { type nat hook prerouting priority dstnat; }",
+        "add table inet isthmus; add chain inet isthmus postrouting { type filter hook postrouting priority 0; }",
+    ],
+)
+def test_a_precaution_is_not_made_where_nobody_translates_sources(call: Call, rules: str) -> None:
+    """It would have the kernel follow every connection of the host."""
+    call(_nft, rules)
+    before = call(_nft, "list", "ruleset")
+    assert call(netlink.apply_network, PRECAUTION).changes == ("set isthmus0 up",)
+    assert call(netlink.mend_keep_source, PRECAUTION.keep_source, netlink.OVERLAY) == ((), 0)
+    assert call(netlink.audit_network, PRECAUTION) == []
+    assert call(_nft, "list", "ruleset") == before
+
+
+NAT = [
+    ("nft", "add table ip nat; add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat; }"),
+    ("nft", "add table inet isthmus; add chain inet isthmus a { type nat hook postrouting priority 200; }"),
+    ("iptables-legacy", "-t nat -A POSTROUTING -j MASQUERADE"),
+]
+
+
+@pytest.mark.parametrize(("program", "rules"), NAT)
+def test_a_precaution_is_one_rule_and_comes_with_the_first_who_translates(call: Call, program: str, rules: str) -> None:
+    words = [rules] if program == "nft" else rules.split()
+    call(netlink.apply_network, PRECAUTION)
+    call(subprocess.run, [program, *words], check=True)
+    assert call(netlink.audit_network, PRECAUTION) == []
+    assert call(netlink.mend_keep_source, PRECAUTION.keep_source, netlink.OVERLAY, False) == (
+        ("add nft table ip isthmus",),
+        0,
+    )
+    text = call(_nft, "list", "table", "ip", "isthmus")
+    assert "type nat hook postrouting priority -199; policy accept;" in text
+    assert "ip saddr 10.104.0.16/28 snat to ip saddr" in text
+    assert (text.count("hook"), text.count("comment"), text.count("set ")) == (1, 1, 0), text
+    assert call(netlink.audit_network, PRECAUTION) == []
+    assert call(netlink.mend_keep_source, PRECAUTION.keep_source, netlink.OVERLAY) == ((), 0)
+    call(_nft, "flush chain ip isthmus postrouting")
+    assert call(netlink.audit_network, PRECAUTION) == ["nft table ip isthmus has other rules than wanted"]
+    assert call(netlink.mend_keep_source, PRECAUTION.keep_source, netlink.OVERLAY) == (
+        ("change nft table ip isthmus",),
+        0,
+    )
+    assert call(_nft, "list", "table", "ip", "isthmus") == text
+
+
+def test_a_precaution_goes_with_all_that_is_ours(call: Call) -> None:
+    call(_nft, NAT[0][1])
+    before = call(_nft, "list", "ruleset")
+    call(netlink.apply_network, PRECAUTION)
+    assert "nft table ip isthmus" in call(netlink.remove_network)
+    assert call(_nft, "list", "ruleset") == before
+
+
+def test_a_precaution_goes_when_nobody_has_translated_for_a_while(call: Call) -> None:
+    """Not while others load their rules anew: it would be missing when they are back."""
+    keep = PRECAUTION.keep_source
+    call(_nft, NAT[0][1])
+    assert call(netlink.apply_network, PRECAUTION).changes[0] == "add nft table ip isthmus"
+    call(_nft, "delete table ip nat")
+    assert call(netlink.mend_keep_source, keep, netlink.OVERLAY, False) == ((), 0)
+    assert "table ip isthmus" in call(_tables)
+    assert call(netlink.mend_keep_source, keep, netlink.OVERLAY) == (("remove nft table ip isthmus",), 0)
+    assert call(_tables) == ""
+
+
+def test_what_a_host_had_to_have_becomes_a_precaution_and_back(call: Call) -> None:
+    call(_nft, NAT[0][1])
+    call(netlink.apply_network, WANTED)
+    whole = call(_nft, "list", "table", "ip", "isthmus")
+    assert call(netlink.apply_network, PRECAUTION, made=WANTED).changes == ("change nft table ip isthmus",)
+    assert call(netlink.audit_network, PRECAUTION) == []
+    assert call(netlink.apply_network, WANTED, made=PRECAUTION).changes == ("change nft table ip isthmus",)
+    assert call(_nft, "list", "table", "ip", "isthmus") == whole
+
+
+def test_a_precaution_that_the_kernel_refuses_stops_nothing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nftables, "_keep", lambda: nftables._expression("no-such-expression"))
+    call(_nft, NAT[0][1])
+    assert call(netlink.apply_network, PRECAUTION).changes == ("set isthmus0 up",)
+    assert call(netlink.audit_network, PRECAUTION) == []
+    with pytest.raises(netlink.NetworkError, match="cannot write nft table ip isthmus: No such file or directory"):
+        call(netlink.mend_keep_source, PRECAUTION.keep_source, netlink.OVERLAY)
+
+
+def test_a_kernel_without_nf_tables_needs_no_precaution_before_its_other_iptables_translates(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nftables, "_SUBSYSTEM", 63)  # nobody's: the kernel answers as for one that is not there
+    keep = PRECAUTION.keep_source
+    assert call(netlink.apply_network, PRECAUTION).changes == ("set isthmus0 up",)
+    assert call(netlink.mend_keep_source, keep, netlink.OVERLAY) == ((), 0)
+    call(subprocess.run, [NAT[2][0], *NAT[2][1].split()], check=True)
+    assert not call(netlink.apply_network, PRECAUTION)
+    assert call(netlink.audit_network, PRECAUTION) == []
+    for settled in (False, True):
+        with pytest.raises(netlink.NetworkError, match=r"cannot write nft table ip isthmus: .*CONFIG_NF_TABLES"):
+            call(netlink.mend_keep_source, keep, netlink.OVERLAY, settled)
+    assert "nft table ip isthmus" not in call(netlink.remove_network)

@@ -52,6 +52,9 @@ class Kernel:
     def read(self) -> Reading:
         return Reading(Counters({}, {}, ()))
 
+    def mend_filters(self, settled=True):
+        return (), 0
+
     def destroy(self, backends) -> int:
         return len(backends)
 

@@ -84,7 +84,7 @@ class FakeKernel:
     def read(self) -> Reading:
         return Reading(Counters({}, {"unknown_peer": 0}, ()))
 
-    def mend_filters(self) -> tuple[tuple[str, ...], int]:
+    def mend_filters(self, settled: bool = True) -> tuple[tuple[str, ...], int]:
         return (), 0
 
     def destroy(self, backends: Collection[Backend]) -> int:

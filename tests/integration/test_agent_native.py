@@ -335,11 +335,11 @@ def test_a_link_that_is_cut_one_way_is_named_and_packets_are_back_natively(besid
 
 
 def masquerades_by_itself(host: Host, what: str = "") -> None:
-    """The host's own rules are loaded anew and masquerade; the agent's are back."""
+    """The host's own rules are loaded anew and masquerade, before all others'; the agent's are back."""
     for words in (
         "flush ruleset",
         "add table ip nat",
-        "add chain ip nat post { type nat hook postrouting priority 100; }",
+        "add chain ip nat post { type nat hook postrouting priority -150; }",
         f"add rule ip nat post {what} masquerade",
     ):
         host.run("nft", words)
@@ -350,6 +350,22 @@ def test_no_rule_of_the_host_masquerades_workloads(beside: Pair) -> None:
     """Also after a reload of the host's own rules, which takes ours away."""
     masquerades_by_itself(beside.a, "oifname eth0")
     assert beside.dial() == ["b", "10.101.0.2"]
+
+
+@pytest.mark.parametrize("beside", ["plain"], indirect=True)
+def test_no_rule_of_the_host_masquerades_workloads_in_the_tunnel(beside: Pair) -> None:
+    """Where nobody translates sources there is no table of ours, and the kernel follows no connections for it."""
+    assert beside.a.run("nft", "list", "ruleset") == ""
+    masquerades_by_itself(beside.a)
+    assert beside.dial() == ["b", "10.101.0.2"]
+    assert sum(beside.b.dropped().values()) == 0
+    assert ask(beside.a.daemon.socket, "/v1/audit")["problems"] == []
+    beside.a.daemon.stop()
+    beside.a.run("nft", "delete", "table", "ip", "isthmus")
+    with contextlib.suppress(InsideError):  # an address that may not send this is dropped
+        assert beside.dial(1) != ["b", "10.101.0.2"]
+    beside.a.daemon.start()
+    assert beside.dial() == ["b", "10.101.0.2"], "made before the first packet"
 
 
 def test_traffic_goes_on_without_agents_and_a_restart_changes_nothing(beside: Pair) -> None:

@@ -119,9 +119,10 @@ class Kernel(Protocol):
     def namespaces(self, addresses: Collection[Address]) -> dict[Address, int]:
         """Cookies of the pods' network namespaces that have `addresses`, of those that are found. NetworkError."""
 
-    def mend_filters(self) -> tuple[tuple[str, ...], int]:
+    def mend_filters(self, settled: bool = True) -> tuple[tuple[str, ...], int]:
         """Put back what other programs took of our part of netfilter: (what differed, in words; packets between pods
-        and the mesh that other filters dropped). NetworkError when that cannot be done."""
+        and the mesh that other filters dropped). NetworkError when that cannot be done. Not `settled`: others are
+        changing netfilter right now."""
 
     def guard_drops(self) -> int:
         """Packets that the rules of gateways of this host dropped. NetworkError."""
@@ -469,10 +470,12 @@ class HostKernel:
 
         return netlink.namespaces.cookies(addresses, step=self._network_step)
 
-    def mend_filters(self) -> tuple[tuple[str, ...], int]:
+    def mend_filters(self, settled: bool = True) -> tuple[tuple[str, ...], int]:
         from isthmus_agent import netlink
 
-        return netlink.mend_keep_source(self._keep_source, netlink.OVERLAY) if self._keep_source else ((), 0)
+        if self._keep_source is None:
+            return (), 0
+        return netlink.mend_keep_source(self._keep_source, netlink.OVERLAY, settled)
 
     def guard_drops(self) -> int:
         from isthmus_agent import netlink

@@ -34,13 +34,13 @@ from isthmus_agent.agent.files import write_atomically
 from isthmus_agent.agent.kernel import Kernel
 from isthmus_agent.agent.log import fields
 from isthmus_agent.agent.names import NamesFile
-from isthmus_agent.agent.network_watch import NetworkWatch
+from isthmus_agent.agent.network_watch import ChainWatch, NetworkWatch
 from isthmus_agent.agent.prober import Prober
 from isthmus_agent.agent.reporter import Reporter
 from isthmus_agent.agent.sessions import Sessions
 from isthmus_agent.agent.tunnels import Tunnels
 from isthmus_agent.bpf.errors import BpfError
-from isthmus_agent.desired.addressing import IPSEC_TABLE, passed_over
+from isthmus_agent.desired.addressing import IPSEC_TABLE, keeps_source_always, passed_over
 from isthmus_agent.desired.compute import Desired, HostFacts, Memory, desired
 from isthmus_agent.desired.datapath import Backend, Datapath, Network
 from isthmus_agent.desired.drain import DrainTracker
@@ -68,6 +68,9 @@ AUDIT_INTERVAL = 300.0
 MTU_INTERVAL = KEY_INTERVAL = 30.0
 FILTERS_INTERVAL = 2.0
 FILTERS_RETRY = 30.0
+CHAINS_INTERVAL = 30.0
+CHAINS_PAUSE = 0.05  # between two looks
+CHAINS_SHARE = 0.05  # of one CPU may go for looks, however often chains change
 RETRY = (0.5, 30.0)
 LAST_GOOD_DELAY = 1.0
 LAST_GOOD_STOP = 5.0  # what a stop waits for a slow disk
@@ -116,6 +119,7 @@ class Progress:
     sockets_ended: int = 0
     filtered: int = 0  # packets between pods and the mesh that other filters of this host dropped
     filtered_at: float | None = None  # when they last became more
+    masqueraded: str = ""  # why other programs' rules may change the source of packets into the mesh
     guard_drops: int = 0  # packets that the rules of gateways of this host dropped
     last_good_written: float | None = None
     last_good_loaded: str = ""  # when what we started from was written
@@ -168,6 +172,7 @@ class Agent:
         self._key_problems: tuple[str, ...] = ()
         self._namespace_problems: tuple[str, ...] = ()
         self._network_changed = False  # not by us
+        self._chains_changed = asyncio.Event()
         self._inputs: tuple[MeshState, Reachability, HostFacts] | None = None
         self._has_last_good = False
         self._fresh = False
@@ -234,8 +239,7 @@ class Agent:
                 jobs["sessions"] = sessions.run
         if (watchdog := sdnotify.watchdog_interval()) is not None:
             jobs["watchdog"] = lambda: self._feed_watchdog(watchdog)
-        if ways or self.spec.node.masquerade or self.spec.node.kubernetes_node is not None:
-            jobs["filters"] = self._follow_filters
+        jobs |= self._netfilter_jobs()
         if self._probe:
             jobs["prober"] = self.prober.run
         if self.tunnels is not None:
@@ -585,6 +589,7 @@ class Agent:
             self._last_good_written = None
             self._last_good_wake.set()
         if first:
+            self._chains_changed.set()  # a precaution that was refused is told
             gc.collect()
             gc.freeze()
             memory.give_back()
@@ -659,27 +664,68 @@ class Agent:
             if self.progress.applied is not None:
                 await self.audit(repair=True)
 
+    def _netfilter_jobs(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        jobs: dict[str, Callable[[], Awaitable[None]]] = {}
+        if keeps_source_always(self.spec):
+            jobs["filters"] = self._follow_filters
+        else:
+            jobs["chains"] = ChainWatch(self._chains_changed.set).run
+            jobs["filters"] = self._follow_chains
+        if self.spec.ipsec is not None:
+            jobs["guard-drops"] = self._follow_guard_drops
+        return jobs
+
     async def _follow_filters(self) -> None:
         """An `nft flush ruleset`, as a reload of a firewall does it, must not cost pods their addresses until the next
         audit."""
         while True:
             await asyncio.sleep(FILTERS_INTERVAL)
             try:
-                await self._mend_filters()
+                found, filtered = await self.kernel_call(self.kernel.mend_filters)
             except NetworkError as error:
                 logger.error("netfilter cannot be mended", extra=fields(error=str(error)))
                 await asyncio.sleep(FILTERS_RETRY)
+                continue
+            if found:
+                self.progress.repaired += len(found)
+                logger.warning("another program changed our part of netfilter; repaired", extra=fields(found=found))
+            if filtered > self.progress.filtered:
+                self.progress.filtered_at = time.time()
+            self.progress.filtered = filtered
 
-    async def _mend_filters(self) -> None:
-        found, filtered = await self.kernel_call(self.kernel.mend_filters)
-        if found:
-            self.progress.repaired += len(found)
-            logger.warning("another program changed our part of netfilter; repaired", extra=fields(found=found))
-        if filtered > self.progress.filtered:
-            self.progress.filtered_at = time.time()
-        self.progress.filtered = filtered
-        if self.spec.ipsec is not None:
-            self.progress.guard_drops = await self.kernel_call(self.kernel.guard_drops)
+    async def _follow_guard_drops(self) -> None:
+        while True:
+            await asyncio.sleep(FILTERS_INTERVAL)
+            try:
+                self.progress.guard_drops = await self.kernel_call(self.kernel.guard_drops)
+            except NetworkError as error:
+                logger.error("what the rules of gateways drop cannot be read", extra=fields(error=str(error)))
+                await asyncio.sleep(FILTERS_RETRY)
+
+    async def _follow_chains(self) -> None:
+        """Where our part of netfilter is a precaution it comes as soon as another program has a chain that translates
+        sources, and goes when there was none for a while. Of iptables that is not nf_tables' nobody tells."""
+        while True:
+            changed = await wait_set(self._chains_changed, CHAINS_INTERVAL)
+            self._chains_changed.clear()
+            done, words, seconds = await self.kernel_call(self._mend_precaution, not changed)
+            if done:
+                logger.info("our part of netfilter follows that of others", extra=fields(changes=done))
+            if words and words != self.progress.masqueraded:
+                logger.warning("sources of packets cannot be kept", extra=fields(error=words))
+            self.progress.masqueraded = words
+            await asyncio.sleep(max(CHAINS_PAUSE, seconds / CHAINS_SHARE))
+
+    def _mend_precaution(self, settled: bool) -> tuple[tuple[str, ...], str, float]:
+        """In the kernel's thread: what was done, why it cannot be, and seconds of CPU."""
+        began = time.thread_time()
+        done: tuple[str, ...] = ()
+        words = ""
+        try:
+            done, _ = self.kernel.mend_filters(settled)
+        except NetworkError as error:
+            words = str(error)
+        return done, words, time.thread_time() - began
 
     async def _keep_last_good(self) -> None:
         while True:

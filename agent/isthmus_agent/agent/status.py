@@ -423,6 +423,12 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
     if progress.error:
         found.append(f"the datapath cannot be applied: {progress.error}")
     found.extend(f"the kernel refuses part of the network: {problem}" for problem in progress.problems)
+    if progress.masqueraded:
+        found.append(
+            "another program translates sources on this host (look at: nft list ruleset; iptables-legacy-save), "
+            "and the rule that keeps those of packets into the mesh as they are cannot be made; what that program "
+            f"masquerades there is dropped, or comes as the host's own: {progress.masqueraded}"
+        )
     if not agent.watcher.connected():
         found.append(
             "own etcd does not answer; traffic goes on with what is known (look at: systemctl status "

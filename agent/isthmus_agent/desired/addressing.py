@@ -654,14 +654,19 @@ def native(spec: NodeSpec, nodes: tuple[Remote, ...]) -> Native | None:
     return Native(spec.node.underlay4, spec.native.changing, inside)
 
 
+def keeps_source_always(spec: NodeSpec) -> bool:
+    """Whether the host needs the table of netfilter whatever the rules of others are."""
+    return spec.node.kubernetes_node is not None or spec.native is not None or spec.node.masquerade
+
+
 def keep_source(
     spec: NodeSpec, pods: tuple[IPv4Network, ...], nodes: tuple[Remote, ...], encrypted: frozenset[Address]
-) -> KeepSource | None:
-    """What CNI and kube-proxy, or a host's own rules, must not masquerade here, and what we do; None on a host that is
-    no Kubernetes node, sends nothing natively and does not masquerade. `encrypted`: underlay addresses that only
-    WireGuard may lead to, so that what was masqueraded, and goes in clear, ends."""
-    if spec.node.kubernetes_node is None and spec.native is None and not spec.node.masquerade:
-        return None
+) -> KeepSource:
+    """What CNI and kube-proxy, or a host's own rules, must not masquerade here, and what we do; a precaution on a host
+    that is no Kubernetes node, sends nothing natively and does not masquerade. `encrypted`: underlay addresses that
+    only WireGuard may lead to, so that what was masqueraded, and goes in clear, ends."""
+    if not keeps_source_always(spec):
+        return KeepSource(spec.node.range4, frozenset({spec.node.range4}), precaution=True)
     local = frozenset(collapse_addresses([spec.node.range4, *pods]))
     elsewhere = frozenset(collapse_addresses(pod_ranges(spec)) if pods else ())
     members = collapse_addresses(

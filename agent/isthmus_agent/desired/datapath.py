@@ -182,7 +182,10 @@ class KeepSource:
     `host` is the range of the host's own mesh addresses; `local` holds it and the node's pods, without overlaps; `pods`
     are the ranges of the cluster's pods; `members` hold, without overlaps, underlay addresses to which pods' packets go
     over the overlay, but for those to which nothing may go in clear. `mesh`: packets from `host` to elsewhere than
-    these networks, which do not overlap, get the host's address where they leave; None: none do."""
+    these networks, which do not overlap, get the host's address where they leave; None: none do.
+
+    `precaution`: nothing but packets from `host`, and only where another program translates sources: without that there
+    is no table, which would have the kernel follow all connections of the host."""
 
     host: IPv4Network
     local: frozenset[IPv4Network]
@@ -191,6 +194,7 @@ class KeepSource:
     members: frozenset[IPv4Network] = frozenset()
     mesh: frozenset[IPv4Network] | None = None
     bare: BarePods | None = None
+    precaution: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -406,7 +406,9 @@ def apply_network(
                 changes += apply_keep_source(datapath.keep_source, name)
                 _show_marks(datapath.keep_source, routes)
             except NetworkError as error:
-                problems += error.problems
+                # A precaution that cannot be made is told by who looks whether it is needed, and stops nothing.
+                if datapath.keep_source is None or not datapath.keep_source.precaution:
+                    problems += error.problems
         attempt_routes(
             ADD, "add", [(each, _found(each, devices)) for each in difference.add_routes if not each.has_device]
         )

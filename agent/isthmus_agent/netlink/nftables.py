@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Our table in netfilter, on a Kubernetes node, where packets go natively and where packets that leave the mesh are
-masqueraded: the source of packets of the mesh stays what it is.
+masqueraded: the source of packets of the mesh stays what it is. On other hosts there is one with a single rule, while
+another program translates sources there: a chain of NAT has the kernel follow every connection of the host.
 
 A CNI masquerades what leaves its pods, and kube-proxy what it marked for that. An `accept` in an earlier chain does not
 stop a later masquerade; a null binding (`snat to ip saddr`) does, because a connection is given a source translation
@@ -24,6 +25,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from types import TracebackType
 
 from isthmus_mesh.ipsec import GUARD, KEPT
@@ -50,7 +52,7 @@ _U64 = struct.Struct("!Q")
 _APPEND = 0x800
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _SUBSYSTEM = 10
-_IPV4 = 2
+_INET, _IPV4 = 1, 2
 _TIMEOUT = 10.0  # seconds; the kernel answers within the call
 _BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # a transaction is sent whole
@@ -86,7 +88,7 @@ _SOURCE, _DESTINATION = 12, 16  # offsets in an IPv4 header
 _EQUAL, _UNEQUAL = 0, 1
 
 _AFTER_DSTNAT = -90  # destinations are translated at -100, also back
-_BEFORE_SRCNAT = 90  # iptables, kube-proxy and CNIs have 100
+_BEFORE_SRCNAT = -199  # the first that a chain of NAT can have; iptables, kube-proxy and CNIs have 100
 _FIRST, _LAST = -1000, 1000
 
 
@@ -199,6 +201,9 @@ _POSTROUTING = _Chain("postrouting", "nat", _HOOK_POSTROUTING, _BEFORE_SRCNAT)
 _FORWARD_FIRST = _Chain("forward-first", "filter", _HOOK_FORWARD, _FIRST)
 _FORWARD_LAST = _Chain("forward-last", "filter", _HOOK_FORWARD, _LAST)
 _CHAINS = (_PREROUTING, _POSTROUTING, _FORWARD_FIRST, _FORWARD_LAST)
+_PRECAUTION = (_POSTROUTING,)
+# The tables of the iptables that is not nf_tables', a name a line.
+_XTABLES = Path("/proc/thread-self/net/ip_tables_names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +278,11 @@ def _bare_rules(bare: BarePods) -> Iterator[_Rule]:
 
 
 def _rules(wanted: KeepSource, device: str) -> tuple[_Rule, ...]:
-    ways = tuple(_ways(wanted, device))
     unmarked = _not_marked() if wanted.bare is not None else b""
     natively = _rule(_POSTROUTING, "from this host's mesh addresses", _within(_SOURCE, wanted.host), unmarked, _keep())
+    if wanted.precaution:
+        return (natively,)
+    ways = tuple(_ways(wanted, device))
     outside = _rule(
         _POSTROUTING,
         "from this host's mesh addresses to outside the mesh",
@@ -399,11 +406,11 @@ class _Netfilter:
                 return number
         raise AssertionError("answers do not end")
 
-    def dump(self, kind: int, body: bytes = b"") -> list[dict[int, bytes]]:
+    def dump(self, kind: int, body: bytes = b"", family: int = _IPV4) -> list[dict[int, bytes]]:
         """Attributes of all objects of a kind; none when the table is not there."""
         found: list[dict[int, bytes]] = []
         for _ in range(_DUMPS):
-            self._socket.send(self._message(_SUBSYSTEM << 8 | kind, messages.REQUEST | messages.DUMP, body))
+            self._socket.send(self._message(_SUBSYSTEM << 8 | kind, messages.REQUEST | messages.DUMP, body, family))
             number = self._sequence
             found = []
             whole = True
@@ -437,15 +444,29 @@ def _is_there(netfilter: _Netfilter) -> bool:
         return False
 
 
-def _chains(netfilter: _Netfilter) -> frozenset[_Chain]:
-    found = set()
-    for each in netfilter.dump(_GETCHAIN):
-        if _name(each.get(_CHAIN_TABLE)) != TABLE:
-            continue
+def _chains(netfilter: _Netfilter, family: int = _IPV4) -> Iterator[tuple[str, _Chain]]:
+    """With the table of each."""
+    for each in netfilter.dump(_GETCHAIN, family=family):
         hook = dict(attributes(each.get(_CHAIN_HOOK, b"")))
         place = (_U32.unpack(hook[_HOOK_NUMBER])[0], _I32.unpack(hook[_HOOK_PRIORITY])[0]) if hook else (-1, 0)
-        found.add(_Chain(_name(each.get(_CHAIN_NAME)), _name(each.get(_CHAIN_TYPE)), *place))
-    return frozenset(found)
+        chain = _Chain(_name(each.get(_CHAIN_NAME)), _name(each.get(_CHAIN_TYPE)), *place)
+        yield _name(each.get(_CHAIN_TABLE)), chain
+
+
+def _others_translate(netfilter: _Netfilter) -> bool:
+    """Whether another program has a place here where sources are translated."""
+    try:
+        for family in (_IPV4, _INET):
+            for table, chain in _chains(netfilter, family):
+                ours = family == _IPV4 and table == TABLE
+                if not ours and (chain.kind, chain.hook) == (_POSTROUTING.kind, _POSTROUTING.hook):
+                    return True
+    except NetworkError:
+        pass  # a kernel without nf_tables may have the other
+    try:
+        return "nat" in _XTABLES.read_text().split()
+    except OSError:
+        return False  # a kernel, or a namespace, without it
 
 
 def _read(netfilter: _Netfilter, whole: bool = True) -> _Real | None:
@@ -464,7 +485,8 @@ def _read(netfilter: _Netfilter, whole: bool = True) -> _Real | None:
             packets[chain] += _packets(each.get(_RULE_EXPRESSIONS, b""))
     elements = {name: _read_set(netfilter, name) for name in _SET_IDS if whole or name == SET}
     forwarded = (packets[_FORWARD_FIRST.name], packets[_FORWARD_LAST.name])
-    return _Real(_chains(netfilter) if whole else None, tuple(rules), elements, forwarded)
+    chains = frozenset(chain for table, chain in _chains(netfilter) if table == TABLE) if whole else None
+    return _Real(chains, tuple(rules), elements, forwarded)
 
 
 def _read_set(netfilter: _Netfilter, name: str) -> frozenset[tuple[bytes, bool]]:
@@ -497,7 +519,7 @@ def _differences(real: _Real | None, wanted: KeepSource, device: str) -> list[st
     if real is None:
         return [f"{words} is missing"]
     found = []
-    if real.chains is not None and real.chains != set(_CHAINS):
+    if real.chains is not None and real.chains != set(_chains_of(wanted)):
         found.append(f"{words} has other chains than wanted")
     rules = _rules(wanted, device)
     if sorted(real.rules) != sorted((each.chain, each.comment) for each in rules):
@@ -510,6 +532,10 @@ def _differences(real: _Real | None, wanted: KeepSource, device: str) -> list[st
         wants = ", ".join(str(each) for each in sorted(networks))
         found.append(f"{words}: set {name} begins intervals at {has or 'nothing'}; wanted: {wants or 'nothing'}")
     return found
+
+
+def _chains_of(wanted: KeepSource) -> tuple[_Chain, ...]:
+    return _PRECAUTION if wanted.precaution else _CHAINS
 
 
 def _chain_body(chain: _Chain) -> bytes:
@@ -528,6 +554,8 @@ def _chain_body(chain: _Chain) -> bytes:
 
 
 def _sets(wanted: KeepSource) -> dict[str, frozenset[IPv4Network]]:
+    if wanted.precaution:
+        return {}
     outside = {} if wanted.mesh is None else {MESH: wanted.mesh}
     natively = {BARE: wanted.bare.networks} if wanted.bare is not None and wanted.bare.networks else {}
     return {SET: wanted.local, MEMBERS: wanted.members, **outside, **natively}
@@ -567,7 +595,7 @@ def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
         (_NEWTABLE, messages.CREATE, table),
         (_DELTABLE, 0, table),
         (_NEWTABLE, messages.CREATE, table),
-        *((_NEWCHAIN, messages.CREATE, _chain_body(chain)) for chain in _CHAINS),
+        *((_NEWCHAIN, messages.CREATE, _chain_body(chain)) for chain in _chains_of(wanted)),
         *(part for name, networks in _sets(wanted).items() for part in _set_parts(name, list(networks))),
         *(
             (
@@ -583,13 +611,14 @@ def _parts(wanted: KeepSource, device: str) -> list[tuple[int, int, bytes]]:
     ]
 
 
-def apply_keep_source(wanted: KeepSource | None, device: str) -> tuple[str, ...]:
+def apply_keep_source(wanted: KeepSource | None, device: str, settled: bool = True) -> tuple[str, ...]:
     """Makes our table what is wanted (None: there is none), in one step; answers what was done.
 
-    `device` is the overlay's name. NetworkError when the kernel refuses it; what was there stays then."""
-    if wanted is None:
-        return tuple(f"remove {words}" for words in remove_keep_source())
+    `device` is the overlay's name. NetworkError when the kernel refuses it; what was there stays then. Not `settled`:
+    a precaution against nobody stays, as whoever loads rules anew may have taken away what comes back at once."""
     with _Netfilter() as netfilter:
+        if wanted is None or (wanted.precaution and not _others_translate(netfilter)):
+            return tuple(f"remove {words}" for words in _remove(netfilter)) if wanted is None or settled else ()
         real = _read(netfilter)
         if not _differences(real, wanted, device):
             return ()
@@ -603,29 +632,40 @@ def apply_keep_source(wanted: KeepSource | None, device: str) -> tuple[str, ...]
 
 
 def audit_keep_source(wanted: KeepSource | None, device: str) -> list[str]:
-    """What differs from what is wanted, in words. Changes nothing."""
+    """What differs from what is wanted, in words. Changes nothing. Whether a precaution is there is no part of it:
+    `mend_keep_source` sees to that, and tells when it cannot be made."""
     with _Netfilter() as netfilter:
         if wanted is None:
             return [f"nft table ip {TABLE} is not wanted"] if _is_there(netfilter) else []
-        return _differences(_read(netfilter), wanted, device)
+        real = _read(netfilter)
+        return [] if real is None and wanted.precaution else _differences(real, wanted, device)
 
 
 def remove_keep_source() -> list[str]:
     """Removes our table; answers what was removed."""
     with _Netfilter() as netfilter:
-        if not _is_there(netfilter):
-            return []
-        number = netfilter.transaction([(_DELTABLE, 0, _text(_TABLE_NAME, TABLE))])
+        return _remove(netfilter)
+
+
+def _remove(netfilter: _Netfilter) -> list[str]:
+    if not _is_there(netfilter):
+        return []
+    number = netfilter.transaction([(_DELTABLE, 0, _text(_TABLE_NAME, TABLE))])
     if number and number != errno.ENOENT:
         raise NetworkError(f"cannot remove nft table ip {TABLE}: {os.strerror(number)}")
     return [f"nft table ip {TABLE}"]
 
 
-def mend_keep_source(wanted: KeepSource, device: str) -> tuple[tuple[str, ...], int]:
+def mend_keep_source(wanted: KeepSource, device: str, settled: bool = True) -> tuple[tuple[str, ...], int]:
     """Puts our table back when another program changed it or took it away: (what differed, in words; packets between
     pods and the mesh that another filter of this host dropped while they were forwarded, since our table was made).
+    NetworkError when the kernel refuses it.
 
-    Asks for our own rules only, so that it costs little beside a kube-proxy with tens of thousands."""
+    Asks for our own rules only, so that it costs little beside a kube-proxy with tens of thousands.
+
+    A precaution is made, and goes if others have `settled`: (what was done; 0)."""
+    if wanted.precaution:
+        return apply_keep_source(wanted, device, settled), 0
     with _Netfilter() as netfilter:
         real = _read(netfilter, whole=False)
         found = _differences(real, wanted, device)

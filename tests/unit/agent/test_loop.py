@@ -21,7 +21,7 @@ from isthmus_agent.agent import loop, status
 from isthmus_agent.agent.kernel import Applied, HostKernel
 from isthmus_agent.agent.loop import Agent, Paths
 from isthmus_agent.agent.main import metrics_server
-from isthmus_agent.agent.network_watch import NetworkWatch
+from isthmus_agent.agent.network_watch import ChainWatch, NetworkWatch
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import HostFacts, desired
 from isthmus_agent.desired.datapath import Datapath, Native, Route
@@ -180,30 +180,146 @@ def test_what_others_do_to_netfilter_is_mended_and_what_they_drop_is_known(tmp_p
     assert agent.progress.filtered_at is not None
 
 
-@pytest.mark.parametrize("gateways", [True, False])
-def test_what_the_rules_of_gateways_drop_is_asked_where_there_are_such_rules(tmp_path, monkeypatch, gateways):
+async def follow_chains(agent: Agent, answers: list[Any], looks: list[bool]) -> None:
+    job = asyncio.create_task(agent._follow_chains())
+    try:
+        await until(lambda: len(looks) == 2, "looked at though nobody told of a change")
+        agent._chains_changed.set()
+        await until(lambda: False in looks, "looked at as chains were changed")
+        answers.append(NetworkError("no NAT here"))
+        await until(lambda: bool(agent.progress.masqueraded), "it is told that it cannot be made")
+        assert agent.progress.masqueraded == "no NAT here"
+        answers.pop()
+        await until(lambda: not agent.progress.masqueraded, "it can be made now")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_a_precaution_follows_the_chains_of_others_and_a_refused_one_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHAINS_INTERVAL", 0.01)
+    monkeypatch.setattr(loop, "CHAINS_PAUSE", 0.001)
+    monkeypatch.setattr(loop, "CHAINS_SHARE", 1.0)
+    kernel = FakeKernel()
+    answers: list[Any] = [((), 0)]
+    looks: list[bool] = []
+
+    def mend(settled: bool) -> Any:
+        looks.append(settled)
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        return answers[-1]
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    agent = an_agent(tmp_path, kernel)
+    asyncio.run(follow_chains(agent, answers, looks))
+    assert looks[:2] == [True, True]
+    assert agent.progress.repaired == 0
+    assert not agent.progress.problems, "the network is all there"
+    agent.progress.masqueraded = "no NAT here"
+    assert any(words.endswith("host's own: no NAT here") for words in status.warnings(agent, [], None))
+
+
+def test_what_fills_sets_of_netfilter_wakes_nobody() -> None:
+    """Nor what others do to rules; when ours is gone somebody is to know."""
+    watch = ChainWatch(lambda: None)
+    kinds = {0xA02: 1, 0xA03: 1, 0xA05: 1, 0xA08: 0, 0xA06: 0, 0xA0C: 0, 0xA0F: 0, 0x103: 0}
+    assert {kind: watch._matters(kind, b"\2\0\0\0" + b"\x08\0\1\0nat\0") for kind in kinds} == kinds
+    assert watch._matters(0xA08, b"\2\0\0\0" + b"\x0c\0\1\0isthmus\0")
+
+
+async def follow_guard_drops(agent: Agent) -> None:
+    job = asyncio.create_task(agent._follow_guard_drops())
+    try:
+        await until(lambda: agent.progress.guard_drops == 8, "asked again after a refusal")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_what_the_rules_of_gateways_drop_is_asked_again_and_again(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "FILTERS_INTERVAL", 0.001)
     monkeypatch.setattr(loop, "FILTERS_RETRY", 0.001)
     kernel = FakeKernel()
-    asked: list[Any] = []
-    answers: list[Any] = [7, NetworkError("no"), 8, 8]
+    answers: list[Any] = [7, NetworkError("no"), 8]
 
     def drops() -> int:
-        answer = answers[min(len(asked), 3)]
-        asked.append(answer)
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if isinstance(answer, Exception):
             raise answer
         return int(answer)
 
-    rounds: list[Any] = [((), 0)] * 9
-    monkeypatch.setattr(kernel, "mend_filters", lambda: rounds.pop() if len(rounds) > 1 else rounds[0], raising=False)
     monkeypatch.setattr(kernel, "guard_drops", drops, raising=False)
-    agent = an_agent(tmp_path, kernel)
-    if gateways:
-        agent.spec = mesh.spec(ipsec={"sites": {}, "networks": [], "far": {}})
-    asyncio.run(follow_filters(agent, rounds))
-    assert bool(asked) is gateways
-    assert agent.progress.guard_drops == (8 if gateways else 0)
+    asyncio.run(follow_guard_drops(an_agent(tmp_path, kernel)))
+
+
+GATEWAYS = {"ipsec": {"sites": {}, "networks": [], "far": {}}}
+NATIVELY = {"native": {"sites": {"onprem": "onprem", "cloud": "cloud"}, "stages": {"cloud": "demands"}}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "always", "asks_for_drops"),
+    [({}, False, False), (GATEWAYS, False, True), (NATIVELY, True, False), (NATIVELY | GATEWAYS, True, True)],
+)
+def test_a_host_looks_after_netfilter_as_it_needs_it(tmp_path, spec, always, asks_for_drops):
+    agent = an_agent(tmp_path, FakeKernel())
+    agent.spec = mesh.spec(**spec)
+    jobs = agent._netfilter_jobs()
+    assert jobs["filters"] == (agent._follow_filters if always else agent._follow_chains)
+    assert ("chains" in jobs) is not always
+    assert ("guard-drops" in jobs) is asks_for_drops
+
+
+async def wait_for_an_apply(agent: Agent, looks: list[bool]) -> None:
+    job = asyncio.create_task(agent._follow_chains())
+    try:
+        apply = asyncio.create_task(agent.kernel_call(time.sleep, 0.5))
+        agent._chains_changed.set()
+        await until(lambda: len(looks) == 1, "looked at after the apply")
+        await apply
+        agent._chains_changed.set()
+        await until(lambda: len(looks) == 2, "and again soon")
+    finally:
+        job.cancel()
+        await asyncio.wait([job])
+
+
+def test_a_look_that_waited_for_an_apply_does_not_put_off_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHAINS_SHARE", 0.01)  # 50 s
+    kernel = FakeKernel()
+    looks: list[bool] = []
+
+    def mend(settled: bool) -> Any:
+        looks.append(settled)
+        return (), 0
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    asyncio.run(wait_for_an_apply(an_agent(tmp_path, kernel), looks))
+    assert looks == [False, False]
+
+
+async def tell_at_the_start(agent: Agent) -> None:
+    jobs = [asyncio.create_task(job()) for job in (agent._follow_chains, agent._applier)]
+    try:
+        await asyncio.sleep(0)
+        agent.wake()
+        await until(lambda: bool(agent.progress.masqueraded), "it is told")
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.wait(jobs)
+
+
+def test_a_precaution_that_was_refused_at_the_start_is_told_at_once(tmp_path, monkeypatch):
+    kernel = FakeKernel()
+
+    def mend(settled: bool) -> Any:
+        if kernel.calls:
+            raise NetworkError("no NAT here")
+        return (), 0
+
+    monkeypatch.setattr(kernel, "mend_filters", mend, raising=False)
+    asyncio.run(tell_at_the_start(an_agent(tmp_path, kernel)))
 
 
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:

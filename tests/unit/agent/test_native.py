@@ -12,7 +12,7 @@ import agent_mesh as mesh
 import pytest
 from isthmus_agent.desired.addressing import MAIN, NATIVE, NATIVE_RULE_PRIORITY, NATIVE_TABLE, TABLE
 from isthmus_agent.desired.compute import Desired, HostFacts, desired
-from isthmus_agent.desired.datapath import Native, Route, Rule
+from isthmus_agent.desired.datapath import KeepSource, Native, Route, Rule
 from isthmus_agent.desired.reach import Reachability
 from isthmus_mesh import keys, wire
 from isthmus_mesh.encryption import STAGES, Stage
@@ -274,10 +274,11 @@ def test_with_masquerading_what_is_outside_the_mesh_leaves_and_nothing_else_chan
     assert found.datapath.routes - plain.datapath.routes == {opened}
     for each in (*mesh.spec().mesh_ranges4, *mesh.spec().service_ranges4):
         assert Route(each, unreachable=True) in found.datapath.routes, "not to be looked for outside"
-    assert plain.datapath.keep_source is None
+    host = ip_network("10.101.0.0/28")
+    assert plain.datapath.keep_source == KeepSource(host, frozenset({host}), precaution=True)
     keep = found.datapath.keep_source
     assert keep is not None
-    assert (keep.host, keep.native) == (ip_network("10.101.0.0/28"), False)
+    assert (keep.host, keep.native, keep.precaution) == (host, False, False)
     assert keep.mesh is not None
     inside = ("10.101.0.9", "10.103.200.1", "10.112.0.1", "198.18.1.11", "198.18.1.12", "198.18.2.11", "198.18.3.11")
     for text in inside:

@@ -343,7 +343,8 @@ def test_a_machine_of_the_cluster_reaches_pods_over_the_overlay() -> None:
     assert Route(net("10.102.0.0/28"), source, 1450, 254) in found.routes
     assert not any(route.table == 731 or route.throw for route in found.routes)
     assert found.rules == {Rule(net("10.101.0.32/28"), 730, 730)}
-    assert found.keep_source is None
+    assert found.keep_source is not None
+    assert found.keep_source.precaution
     assert addr("10.244.1.5") not in found.local
 
 
@@ -445,7 +446,9 @@ def test_a_host_that_is_no_node_has_no_pods() -> None:
     found = compute(documents(), kube_spec(is_node=False))
     assert not found.pods.identities
     assert not found.pods.ranges
-    assert found.datapath.keep_source is None
+    keep = found.datapath.keep_source
+    assert keep is not None
+    assert (keep.precaution, keep.pods, keep.members) == (True, frozenset(), frozenset())
 
 
 def test_no_peer_takes_an_address_of_our_pods() -> None:
