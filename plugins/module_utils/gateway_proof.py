@@ -2,10 +2,10 @@
 """Whether the gateways of a running pair of sites take each other by what a run changed: another pre-shared key, a
 renewed certificate or authority. The tunnel that is there goes on meanwhile, and afterwards where they do not.
 
-strongSwan proves itself by the first of the keys that it has for another gateway, and takes each of them. So two
-gateways can make a tunnel whenever the first of each is among those of the other. From [old] to [new] each goes over
-[old, new] (`gateways.Gateway.keys`), [new, old] (`USED`), and to [new] (`ONLY`), and takes a step when it has seen that
-the other one has taken the step before: at each moment a tunnel that is lost can be made anew.
+strongSwan proves itself by one of the keys that it has for another gateway, named first here, and takes each of them.
+So two gateways can make a tunnel whenever the first of each is among those of the other. From [old] to [new] each goes
+over [old, new] (`gateways.Gateway.keys`), [new, old] (`USED`), and to [new] (`ONLY`), and takes a step when it has seen
+that the other one has taken the step before: at each moment a tunnel that is lost can be made anew.
 """
 
 from __future__ import annotations
@@ -157,11 +157,11 @@ class Proof:
             cluster = ipsec.cluster_of(one)
             files = ipsec.authority_files(cluster, 2)
             counts[cluster] = sum(os.path.exists(f"{strongswan.DIRECTORY}/x509ca/{name}") for name in files)
-        with tempfile.TemporaryDirectory(prefix="isthmus-ipsec-") as directory:
-            path = os.path.join(directory, "swanctl.conf")
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-                file.write(ipsec.trial_conf(one, counts, keys, f"{strongswan.DIRECTORY}/swanctl.conf"))
-            self.load("--file", path)
+        # Beside its own file: where that one is strongSwan looks for certificates.
+        with tempfile.NamedTemporaryFile("w", prefix="isthmus-", suffix=".conf", dir=strongswan.DIRECTORY) as file:
+            file.write(ipsec.trial_conf(one, counts, keys, f"{strongswan.DIRECTORY}/swanctl.conf"))
+            file.flush()
+            self.load("--file", file.name)
         try:
             yield
         finally:

@@ -549,16 +549,16 @@ def pre_shared(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, s
     return {name_of(one): secrets[one["secret"]] for one in connections if one["authentication"] == PSK}
 
 
-_SECOND = "ike2-"
-"""Begins the name of a connection's second key among strongSwan's secrets; "ike-" that of the first."""
+_FIRST, _SECOND = "ike-", "ike2-"
+"""Begin the names of a connection's keys among strongSwan's secrets."""
 
 
 def secrets_conf(connections: Sequence[Mapping[str, Any]], keys: Mapping[str, Sequence[str]]) -> str | None:
-    """The fragment with pre-shared keys, by connection one or two of them, None where there are none. strongSwan
-    proves itself by the first and takes each of them."""
+    """The fragment with pre-shared keys, by connection one or two of them, None where there are none. strongSwan takes
+    each of them, and proves itself by the one that it read last: that is the first one here."""
     lines: list[str] = []
     for one in connections:
-        for prefix, key in zip(("ike-", _SECOND), keys.get(name_of(one), ())):
+        for prefix, key in reversed(list(zip((_FIRST, _SECOND), keys.get(name_of(one), ())))):
             encoded = base64.b64encode(key.encode()).decode("ascii")
             entries = [f"id-1 = {one['local_id']}", f"id-2 = {one['remote_id']}", f"secret = 0s{encoded}"]
             lines += _block(f"{prefix}{name_of(one)}", entries)
@@ -568,8 +568,10 @@ def secrets_conf(connections: Sequence[Mapping[str, Any]], keys: Mapping[str, Se
 def keys_of(text: str) -> dict[str, list[str]]:
     """What a fragment of `secrets_conf` has; of one that somebody changed what can be read."""
     found: dict[str, list[str]] = {}
-    for name, block in re.findall(rf"^  (?:ike-|{_SECOND})(\S+) \{{\n(.*?)^  \}}", text, re.MULTILINE | re.DOTALL):
-        for encoded in re.findall(r"^ *secret = 0s(\S+)$", block, re.MULTILINE):
+    for prefix in (_FIRST, _SECOND):
+        for name, encoded in re.findall(
+            rf"^  {prefix}(\S+) \{{\n(?:    .*\n)*?    secret = 0s(\S+)\n", text, re.MULTILINE
+        ):
             with contextlib.suppress(ValueError):
                 found.setdefault(name, []).append(base64.b64decode(encoded, validate=True).decode())
     return found
