@@ -41,6 +41,7 @@ _value:
     - C(together) and C(one_by_one), patterns of hosts, the latter in the order of the batches, and C(serial), how many
       of them are in each; C(proving), a pattern of the hosts that have to prove something before the step, and
       C(replanned), of all hosts, where the step depends on it.
+    - C(unproven), gateways that have to see that the other ones take their new keys or certificates.
     - C(in_cluster), hosts that stand for clusters whose control plane is in them, and C(readers), hosts that read the
       etcd of such a cluster; C(formed), whether the authority of one is new in this run, so that all hosts are readers
       of the record, which has it.
@@ -82,6 +83,7 @@ def run_batches(members, step=0):
         "serial": [len(batch) for batch in found.batches],
         "proving": proving or _NOBODY,
         "replanned": replanned or _NOBODY,
+        "unproven": _unproven(members) or _NOBODY,
         "in_cluster": inside or _NOBODY,
         "readers": readers or _NOBODY,
         "formed": formed,
@@ -111,6 +113,16 @@ def _begins(members, plan, step):
     proving = wanted["proven"] if ready else []
     begins = ready and len(among(f"__site_proven_{step}", proving)) == len(proving)
     return sorted({*proving, *tried}), bool(tried), begins
+
+
+def _unproven(members):
+    """The hosts on which the tunnels of gateways wait for a proof; none when a host failed, as others may lack the new
+    keys then."""
+    if any("__site_failed" in one.get("group_names", ()) for one in members):
+        return []
+    return sorted(
+        str(one["inventory_hostname"]) for one in members if (one.get("__ipsec_result") or {}).get("unproven")
+    )
 
 
 def _is(variables, name, word):

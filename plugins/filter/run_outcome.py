@@ -75,7 +75,7 @@ _STEPS = (
     *("__kubernetes_credential", "__kubernetes_access", "__kubernetes_installed"),
     "__bgp_result",
     "__agent_result",
-    "__ipsec_result",
+    *("__ipsec_result", "__ipsec_used", "__ipsec_only"),
 )
 # Those that run on the host itself.
 _OWN_STEPS = tuple(step for step in _STEPS if step != "__kubernetes_access")

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import links, packages, strongswan, units
@@ -48,6 +49,7 @@ class Gateway:
         self.names = [ipsec.name_of(one) for one in self.connections]
         self.renewed = False  # certificates, or the authorities that are trusted
         self.kernel = False  # does ESP
+        self.unproven: list[str] = []
 
     def swanctl(self, *words: str, must: bool = True) -> str:
         code, out, err = self.module.run_command([strongswan.SWANCTL, *words])
@@ -93,21 +95,51 @@ class Gateway:
         differs = self.renewed
         conf = ipsec.swanctl_conf(self.connections, counts, self.kernel)
         differs |= self.changes.file(strongswan.CONNECTIONS, conf)
-        secrets = self.secrets()
+        keys = self.keys()
+        secrets = ipsec.secrets_conf(self.connections, keys)
         if secrets is None:
             differs |= self.changes.absent(strongswan.SECRETS, secret=True)
         else:
             differs |= self.changes.file(strongswan.SECRETS, secrets, mode=0o600, secret=True)
+        self.unproven = [name for name in self.names if len(keys.get(name, ())) > 1]
         return differs
 
-    def secrets(self) -> str | None:
+    def secrets(self) -> dict[str, str]:
         try:
-            return ipsec.secrets_conf(self.connections, self.given)
+            return ipsec.pre_shared(self.connections, self.given)
         except KeyError as exc:
             return self.module.fail_json(  # type: ignore[no-any-return]
                 msg=f"isthmus_ipsec_secrets has no pre-shared key for {exc.args[0]!r}: the gateway could not prove who "
                 "it is. Nothing was changed of it. Next: add the key, in a vault, under this name"
             )
+
+    def keys(self) -> dict[str, list[str]]:
+        """By connection the pre-shared keys that are to be there. Another one for a tunnel that is there comes after
+        that of the tunnel: the gateway takes both, and proves itself by the former one until `gateway_proof` has seen
+        that the other gateway has the new one too."""
+        before, found = keys_now(), {}
+        there = self.there() if before else set()
+        for name, wanted in self.secrets().items():
+            had = before.get(name, [])
+            if wanted in had:
+                found[name] = had
+            elif had and name in there:
+                found[name] = [had[0], wanted]
+                self.changes.note(
+                    f"pre-shared key of {name}", "", "another one, used when the other gateway is seen to have it too"
+                )
+            else:
+                found[name] = [wanted]
+        return found
+
+    def there(self) -> set[str]:
+        """Names of the connections of which there is a tunnel."""
+        if not os.path.exists(strongswan.SWANCTL):
+            return set()
+        return {name for name, children in self.sas().items() if "net" in children}
+
+    def sas(self) -> dict[str, set[str]]:
+        return strongswan.established(self.swanctl("--list-sas", must=False))
 
     def apply(self) -> None:
         before = told()
@@ -143,6 +175,7 @@ class Gateway:
         if (missing or differs) and not self.module.check_mode:
             self.load(before)
         self.begin(strongswan.established(self.swanctl("--list-sas")))
+        self.unproven += self.older()
 
     def check_tun(self) -> None:
         if not os.path.exists(strongswan.TUN) and self.module.get_bin_path("modprobe", opt_dirs=["/usr/sbin", "/sbin"]):
@@ -210,6 +243,17 @@ class Gateway:
                 if not self.module.check_mode:
                     self.swanctl("--initiate", "--child", "net", "--ike", name, "--timeout", "5", must=False)
 
+    def older(self) -> list[str]:
+        """Connections whose tunnel was made before this gateway got its certificate, or the authorities that it
+        trusts: nobody knows yet whether it can be made anew."""
+        paths = [path for kind in ("x509", "x509ca") for path in ours(kind)]
+        written = max(map(os.path.getmtime, paths), default=0.0)
+        listed, now = self.swanctl("--list-sas", must=False), time.time()
+        certified = [ipsec.name_of(one) for one in self.connections if "certificate" in one]
+        # What is written and the tunnel that is made by it may fall into one second, which is how ages are told.
+        ages = {name: strongswan.age(listed, name) for name in certified}
+        return [name for name, age in ages.items() if age is not None and now - age + 1 < written]
+
     def load(self, before: Mapping[str, list[str]]) -> None:
         """Connections that changed are made anew: a tunnel keeps the networks and the key that it was made with, and
         one with a key that the other side does not have would end only when that is asked for again. It keeps the
@@ -267,17 +311,23 @@ def ours(kind: str) -> list[str]:
 
 
 def told() -> dict[str, list[str]]:
-    """Connections of our fragments, name to what is said of them and of their keys; not which files their authorities'
-    certificates are in."""
+    """Connections of our fragments, name to what is said of them and the key that they use; not which files their
+    authorities' certificates are in."""
     found: dict[str, list[str]] = {}
-    for path in (strongswan.CONNECTIONS, strongswan.SECRETS):
-        name = ""
-        for line in (read_bytes(path) or b"").decode(errors="replace").splitlines():
-            begins = re.match(r"  (?:ike-)?(\S+) \{$", line)
-            name = begins[1] if begins else name
-            if name and "cacerts =" not in line:
-                found.setdefault(name, []).append(line)
+    name = ""
+    for line in (read_bytes(strongswan.CONNECTIONS) or b"").decode(errors="replace").splitlines():
+        begins = re.match(r"  (\S+) \{$", line)
+        name = begins[1] if begins else name
+        if name and "cacerts =" not in line:
+            found.setdefault(name, []).append(line)
+    for name, keys in keys_now().items():
+        found.setdefault(name, []).append(keys[0])
     return found
+
+
+def keys_now() -> dict[str, list[str]]:
+    """By connection the pre-shared keys that strongSwan was given."""
+    return ipsec.keys_of((read_bytes(strongswan.SECRETS) or b"").decode(errors="replace"))
 
 
 def kernel_settings(module: AnsibleModule, local: str) -> dict[str, str]:
@@ -524,9 +574,9 @@ def unload(module: AnsibleModule, changes: Changes, systemd: units.Systemd, name
 
 def apply(
     module: AnsibleModule, changes: Changes, section: Mapping[str, Any] | None, secrets: Mapping[str, str]
-) -> tuple[list[str], str | None]:
-    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels, and who does
-    ESP on a gateway, None on other hosts.
+) -> tuple[list[str], str | None, list[str]]:
+    """The host is what its spec's `ipsec` says, None: it has no part. Answers the names of its tunnels, who does ESP on
+    a gateway, None on other hosts, and the names of tunnels that wait for `gateway_proof`.
 
     Fails the module with words when it cannot be so."""
     own = section or {"far": {}}
@@ -546,4 +596,4 @@ def apply(
     if text is None:
         guard(module, changes, systemd, None, False)
     does_esp = KERNEL if gateway.kernel else USER_SPACE
-    return gateway.names, does_esp if own.get("local") else None
+    return gateway.names, does_esp if own.get("local") else None, gateway.unproven

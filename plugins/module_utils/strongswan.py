@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from ansible.module_utils.basic import AnsibleModule
 
@@ -108,6 +108,19 @@ def numbers(text: str, name: str) -> list[str]:
     return re.findall(rf"^{re.escape(name)}: #(\d+), ESTABLISHED", text, re.MULTILINE)
 
 
+def age(text: str, name: str) -> int | None:
+    """Of the answer to `swanctl --list-sas`: for how many seconds the youngest IKE SA of a connection is established,
+    None where there is none."""
+    blocks = [one for one in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if one.startswith(f"{name}: #")]
+    told = [re.search(r"^  established (\d+)s ago", one, re.MULTILINE) for one in blocks]
+    return min((int(found[1]) for found in told if found), default=None)
+
+
+def connecting(text: str, name: str) -> list[str]:
+    """Of the answer to `swanctl --list-sas`: numbers of a connection's IKE SAs that are not established yet."""
+    return re.findall(rf"^{re.escape(name)}: #(\d+), CONNECTING", text, re.MULTILINE)
+
+
 def loaded(text: str) -> set[str]:
     """Of the answer to `swanctl --list-conns`: names of the connections."""
     return {line.partition(":")[0] for line in text.splitlines() if re.match(r"\S+: IKEv", line)}
@@ -115,19 +128,29 @@ def loaded(text: str) -> set[str]:
 
 def why(journal: str) -> str:
     """What strongSwan said last of a tunnel that is not there, in words; "" when it said nothing that is known."""
+    return _known(journal)[0]
+
+
+def quoted(journal: str) -> str:
+    """`why`, and strongSwan's own words of it, without its thread's number and their group."""
+    words, line = _known(journal)
+    return f"{words} (strongSwan: {re.sub(r'^[0-9]*[[][A-Z]+[]] ', '', line)})" if words else ""
+
+
+def _known(journal: str) -> tuple[str, str]:
     for line in reversed(journal.splitlines()):
         for pattern, words in _REASONS:
             if re.search(pattern, line):
-                return words
-    return ""
+                return words, line
+    return "", ""
 
 
-def last_words(module: AnsibleModule, name: str) -> str:
-    """`why` of a connection."""
+def last_words(module: AnsibleModule, name: str, told: Callable[[str], str] = why) -> str:
+    """`why` of a connection, or what `told` has of the journal."""
     for only in ([f"IKE_SA_NAME={name}"], []):
         code, out, _err = module.run_command(["journalctl", "-u", UNIT, "-n", "200", "--no-pager", "-o", "cat", *only])
-        if code == 0 and why(out):
-            return why(out)
+        if code == 0 and told(out):
+            return told(out)
     return ""
 
 

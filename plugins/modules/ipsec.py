@@ -20,6 +20,8 @@ description:
   - Takes away what the specification does not name any more. Connections, secrets and settings of strongSwan that are
     not the mesh's are not touched.
   - Does not wait for a tunnel, which needs the other side too; M(isthmus.mesh.verify) tells why one is not there.
+  - Another pre-shared key for a tunnel that is there comes beside the former one, which is used until O(keys=used) and
+    O(keys=only) have seen that the other gateway has the new one too.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
   - isthmus.mesh.spec
@@ -32,6 +34,17 @@ options:
         other pairs are ignored.
     type: dict
     default: {}
+  keys:
+    description:
+      - What becomes of a pre-shared key that is another than that of a tunnel that is there. V(taken), and everything
+        else is made as well; then, when the other gateway has done the same, V(used), and V(only), which takes the
+        former one away, has a tunnel made by the new one, and sees that the gateways take each other by certificates
+        that were renewed. These two do nothing else.
+      - The module fails where the other gateway does not take this one so. Then the tunnel that is there stays, and
+        the former key is the only one again.
+    type: str
+    choices: [taken, used, only]
+    default: taken
 seealso:
   - module: isthmus.mesh.node
 """
@@ -41,6 +54,15 @@ EXAMPLES = r"""
   isthmus.mesh.ipsec:
     spec: "{{ __plan_result.specs[inventory_hostname] }}"
     secrets: "{{ isthmus_ipsec_secrets | default({}) }}"
+  register: result
+
+- name: The gateways use another pre-shared key when both have it
+  isthmus.mesh.ipsec:
+    spec: "{{ __plan_result.specs[inventory_hostname] }}"
+    secrets: "{{ isthmus_ipsec_secrets | default({}) }}"
+    keys: "{{ item }}"
+  loop: [used, only]
+  when: result.unproven | length > 0
 """
 
 RETURN = r"""
@@ -55,10 +77,18 @@ esp:
   returned: on a gateway
   type: str
   sample: kernel
+unproven:
+  description:
+    - Names of the tunnels that were made by another pre-shared key, or before this gateway's certificate or the
+      authorities that it trusts were renewed.
+  returned: with O(keys=taken)
+  type: list
+  elements: str
+  sample: [isthmus-cloud]
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.isthmus.mesh.plugins.module_utils import gateways
+from ansible_collections.isthmus.mesh.plugins.module_utils import gateway_proof, gateways
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 
@@ -67,12 +97,21 @@ def main():
         argument_spec={
             "spec": {"type": "dict", "required": True},
             "secrets": {"type": "dict", "default": {}, "no_log": True},
+            "keys": {
+                "type": "str",
+                "choices": [gateway_proof.TAKEN, gateway_proof.USED, gateway_proof.ONLY],
+                "default": gateway_proof.TAKEN,
+                "no_log": False,
+            },
         },
         supports_check_mode=True,
     )
     changes = Changes(module)
-    names, esp = gateways.apply(module, changes, module.params["spec"].get("ipsec"), module.params["secrets"])
-    module.exit_json(**changes.result(tunnels=names, **({"esp": esp} if esp else {})))
+    section, secrets, keys = module.params["spec"].get("ipsec"), module.params["secrets"], module.params["keys"]
+    if keys != gateway_proof.TAKEN:
+        module.exit_json(**changes.result(tunnels=gateway_proof.prove(module, changes, section, secrets, keys)))
+    names, esp, unproven = gateways.apply(module, changes, section, secrets)
+    module.exit_json(**changes.result(tunnels=names, unproven=unproven, **({"esp": esp} if esp else {})))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
     "archive before bgp break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
-    "former hosts install known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths "
+    "former hosts install keys known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths "
     "platforms python record registrars replacing run scope secrets seen services signed snapshot spec state step "
     "timeout token trust version wait"
 )
@@ -26,7 +26,7 @@ OPTIONS = (
 
 TOLD = (
     *("bundle_digest", "scope", "before", "wait", "state", "step", "cluster", "kubeconfig", "registrars", "seen"),
-    *("signed", "secrets", "hosts"),
+    *("signed", "secrets", "hosts", "keys"),
 )
 """Options that are written down with a call."""
 
@@ -176,10 +176,13 @@ def main() -> None:
         "bundle": {"digest": "0"},
         "pki_request": {"pending": [], "former_member": False},
         "etcd_member": {"action": "none"},
+        "ipsec": {"unproven": ["a tunnel"] if (PLACE / "unproven" / HOST).exists() else []},
         "pki_revoke": {"cluster": given["cluster"], "crl": "LIST", "revoked": []},
     }
     if given["install"]:
         module.fail_json(msg="there is no such package")
+    if (PLACE / "fail" / f"{NAME} {HOST} {given['keys']}").exists():
+        module.fail_json(msg=f"{HOST} has another pre-shared key")
     if NAME == "estate_record":
         answers[NAME] = estate_record(module, given)
     elif NAME.startswith("kubernetes") or (NAME == "preflight" and not answers[NAME]["packages"]):

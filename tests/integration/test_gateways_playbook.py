@@ -119,3 +119,38 @@ def test_a_gateway_that_is_not_ours_is_in_the_plan(running: Site) -> None:
 def test_hosts_without_a_part_in_tunnels_are_not_asked(running: Site) -> None:
     assert turned(running).status == 0
     assert made(running) == []
+
+
+def test_gateways_prove_new_keys_when_all_have_them(running: Site) -> None:
+    """Whatever batches they are in; and where they do not take each other the run says so, and gives its lock back."""
+    running.estate = ON
+    assert turned(running).status == 0
+    (running.place / "unproven").mkdir()
+    for host in ("a1", "b1"):
+        (running.place / "unproven" / host).touch()
+    secrets = ("-e", json.dumps({"isthmus_ipsec_secrets": {"a b": "another key"}}))
+    run = running.run("-e", "isthmus_serial=1", *secrets)
+    assert run.status == 0, run.output
+    told = [(call["host"], call.get("keys")) for call in running.calls("ipsec")]
+    assert sorted(told[:3]) == [(host, None) for host in HOSTS]
+    assert [sorted(told[3:5]), sorted(told[5:])] == [
+        [(host, what) for host in ("a1", "b1")] for what in ("used", "only")
+    ]
+    assert {call["secrets"]["a b"] for call in running.calls("ipsec")} == {"another key"}
+    check = turned(running, "--check", *secrets)
+    assert check.status == 0, check.output
+    assert {call.get("keys") for call in running.calls("ipsec")} == {None}, "nothing to be proven"
+
+    (running.place / "fail" / "ipsec b1 used").touch()
+    refused = turned(running, *secrets)
+    assert refused.status == 2, refused.output
+    words = "Failed: b1, in the task 'Gateways use new keys that the others have too': b1 has another pre-shared key"
+    assert words in said(refused)
+    assert [call["host"] for call in running.calls("ipsec") if call.get("keys") == "only"] == ["a1"]
+    assert running.locks == []
+
+    (running.place / "fail" / "ipsec b1 used").unlink()
+    (running.place / "fail" / "node a2").touch()
+    stopped = turned(running, *secrets)
+    assert stopped.status == 2, stopped.output
+    assert {call.get("keys") for call in running.calls("ipsec")} == {None}, "another host failed before"

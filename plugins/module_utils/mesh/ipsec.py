@@ -12,6 +12,7 @@ leaves for the other site by another way.
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -481,12 +482,6 @@ def swanctl_conf(
 
 
 def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int], kernel: bool) -> list[str]:
-    method = "auth = psk"
-    local, remote = [f"id = {one['local_id']}"], [f"id = {one['remote_id']}"]
-    if one["authentication"] == CERTIFICATE:
-        method, cluster = "auth = pubkey", cluster_of(one)
-        local.append(f"certs = {CERTIFICATE_FILE}")
-        remote.append(f"cacerts = {','.join(authority_files(cluster, authorities.get(cluster, 1)))}")
     child = [
         "mode = tunnel",
         f"local_ts = {','.join(one['local_networks'])}",
@@ -501,21 +496,36 @@ def _of_connection(one: Mapping[str, Any], authorities: Mapping[str, int], kerne
     return _block(
         name_of(one),
         [
-            "version = 2",
-            f"local_addrs = {one['local']}",
-            f"remote_addrs = {one['remote']}",
-            f"proposals = {IKE_PROPOSAL}",
-            "encap = yes",
-            "mobike = no",
+            *_ends(one),
             f"keyingtries = {0 if one['begins'] else 1}",
             f"dpd_delay = {DPD_DELAY}s",
             f"rekey_time = {REKEY}s",
             *([f"reauth_time = {REAUTHENTICATION}s"] if one["ours"] and one["begins"] else []),
-            *_block("local", [method, *local]),
-            *_block("remote", [method, *remote]),
+            *_authentication(one, authorities),
             *_block("children", _block("net", child)),
         ],
     )
+
+
+def _ends(one: Mapping[str, Any]) -> list[str]:
+    return [
+        "version = 2",
+        f"local_addrs = {one['local']}",
+        f"remote_addrs = {one['remote']}",
+        f"proposals = {IKE_PROPOSAL}",
+        "encap = yes",
+        "mobike = no",
+    ]
+
+
+def _authentication(one: Mapping[str, Any], authorities: Mapping[str, int]) -> list[str]:
+    method = "auth = psk"
+    local, remote = [f"id = {one['local_id']}"], [f"id = {one['remote_id']}"]
+    if one["authentication"] == CERTIFICATE:
+        method, cluster = "auth = pubkey", cluster_of(one)
+        local.append(f"certs = {CERTIFICATE_FILE}")
+        remote.append(f"cacerts = {','.join(authority_files(cluster, authorities.get(cluster, 1)))}")
+    return [*_block("local", [method, *local]), *_block("remote", [method, *remote])]
 
 
 def _of_interfaces(one: Mapping[str, Any]) -> list[str]:
@@ -534,17 +544,52 @@ def begin_script(connections: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(["#!/bin/sh", f"{_HEADER}PATH=/usr/sbin:/usr/bin:/sbin:/bin", *lines]) + "\n"
 
 
-def secrets_conf(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> str | None:
-    """The fragment with pre-shared keys, None where there are none. KeyError with the name of one that is missing."""
-    wanted = [one for one in connections if one["authentication"] == PSK]
-    if not wanted:
-        return None
+def pre_shared(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> dict[str, str]:
+    """By connection its pre-shared key, where it has one. KeyError with the name of one that is missing."""
+    return {name_of(one): secrets[one["secret"]] for one in connections if one["authentication"] == PSK}
+
+
+_FIRST, _SECOND = "ike-", "ike2-"
+"""Begin the names of a connection's keys among strongSwan's secrets."""
+
+
+def secrets_conf(connections: Sequence[Mapping[str, Any]], keys: Mapping[str, Sequence[str]]) -> str | None:
+    """The fragment with pre-shared keys, by connection one or two of them, None where there are none. strongSwan takes
+    each of them, and proves itself by the one that it read last: that is the first one here."""
     lines: list[str] = []
-    for one in wanted:
-        encoded = base64.b64encode(secrets[one["secret"]].encode()).decode("ascii")
-        entries = [f"id-1 = {one['local_id']}", f"id-2 = {one['remote_id']}", f"secret = 0s{encoded}"]
-        lines += _block(f"ike-{name_of(one)}", entries)
-    return _HEADER + "\n".join(_block("secrets", lines)) + "\n"
+    for one in connections:
+        for prefix, key in reversed(list(zip((_FIRST, _SECOND), keys.get(name_of(one), ())))):
+            encoded = base64.b64encode(key.encode()).decode("ascii")
+            entries = [f"id-1 = {one['local_id']}", f"id-2 = {one['remote_id']}", f"secret = 0s{encoded}"]
+            lines += _block(f"{prefix}{name_of(one)}", entries)
+    return _HEADER + "\n".join(_block("secrets", lines)) + "\n" if lines else None
+
+
+def keys_of(text: str) -> dict[str, list[str]]:
+    """What a fragment of `secrets_conf` has; of one that somebody changed what can be read."""
+    found: dict[str, list[str]] = {}
+    for prefix in (_FIRST, _SECOND):
+        for name, encoded in re.findall(
+            rf"^  {prefix}(\S+) \{{\n(?:    .*\n)*?    secret = 0s(\S+)\n", text, re.MULTILINE
+        ):
+            with contextlib.suppress(ValueError):
+                found.setdefault(name, []).append(base64.b64decode(encoded, validate=True).decode())
+    return found
+
+
+def trial_of(connection: Mapping[str, Any]) -> str:
+    """Name of the connection in strongSwan by which it is seen whether the other gateway takes this one."""
+    return f"try-{name_of(connection)}"
+
+
+def trial_conf(connection: Mapping[str, Any], authorities: Mapping[str, int], keys: Sequence[str], main: str) -> str:
+    """All that strongSwan's file `main` has, with these pre-shared keys for the connection, and a connection beside it
+    that makes no tunnel (RFC 6023): whether the gateways take each other is seen without a packet being lost."""
+    lines = [*_ends(connection), "childless = force", "keyingtries = 1", *_authentication(connection, authorities)]
+    found = _block("connections", _block(trial_of(connection), lines))
+    # A section that is there twice has the values that come last, so a second key that is not to be is the first one.
+    secrets = secrets_conf([connection], {name_of(connection): (*keys, *keys)[:2]}) or ""
+    return f"include {main}\n" + "\n".join(found) + f"\n{secrets}"
 
 
 def strongswan_conf(kernel: bool = False) -> str:

@@ -415,7 +415,8 @@ def test_two_gateways_of_others_have_a_tunnel_each_with_each_of_ours() -> None:
         ("203.0.113.10", "203.0.113.10"),
     ]
     assert not any("inside" in one for one in connections)
-    secrets = ipsec.secrets_conf(connections, {"cloud onprem": "one key"}) or ""
+    keys = ipsec.pre_shared(connections, {"cloud onprem": "one key"})
+    secrets = ipsec.secrets_conf(connections, {name: [key] for name, key in keys.items()}) or ""
     assert "ike-isthmus-cloud {" in secrets
     assert "ike-isthmus-cloud_2 {" in secrets
 
@@ -443,12 +444,22 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
         assert line in text.splitlines()
     assert text.count("{") == text.count("}")
     with pytest.raises(KeyError, match="cloud onprem"):
-        ipsec.secrets_conf(connections, {})
-    secrets = ipsec.secrets_conf(connections, {"cloud onprem": 'a "b" }\n'})
+        ipsec.pre_shared(connections, {})
+    key = 'a "b" }\n'
+    secrets = ipsec.secrets_conf(connections, {"isthmus-cloud": [key]})
     assert secrets is not None
     assert "secret = 0sYSAiYiIgfQo=" in secrets, "whatever is in it"
+    assert ipsec.keys_of(secrets) == {"isthmus-cloud": [key]}
+    both = ipsec.secrets_conf(connections, {"isthmus-cloud": [key, "another"]}) or ""
+    assert both.index("ike2-isthmus-cloud {") < both.index("ike-isthmus-cloud {"), "what is read last is used"
+    assert ipsec.keys_of(both) == {"isthmus-cloud": [key, "another"]}
+    assert ipsec.keys_of(both.replace("0sYSAi", "0s?")) == {"isthmus-cloud": ["another"]}, "somebody changed it"
     certified = changed(**ON).specs["o1"]["ipsec"]["connections"]
     assert ipsec.secrets_conf(certified, {}) is None
+    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf")
+    assert trial.startswith("include /etc/swanctl/swanctl.conf\nconnections {\n  try-isthmus-cloud {\n")
+    assert (trial.count("secret = 0sYSAiYiIgfQo="), "children" in trial) == (2, False), "no other key, and no tunnel"
+    assert "secrets {" not in ipsec.trial_conf(certified[0], {}, [], "/etc/swanctl/swanctl.conf")
     passive = ipsec.swanctl_conf(certified)
     assert "cacerts = isthmus-cloud.pem\n" in passive
     assert "cacerts = isthmus-cloud.pem,isthmus-cloud.1.pem\n" in ipsec.swanctl_conf(certified, {"cloud": 2})

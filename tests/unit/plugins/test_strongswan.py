@@ -33,6 +33,8 @@ office: IKEv1, rekeying every 14400s
 def test_a_tunnel_is_there_when_its_child_is() -> None:
     assert strongswan.established(SAS) == {"isthmus-cloud": {"net"}, "isthmus-edge": set()}
     assert strongswan.loaded(CONNECTIONS) == {"isthmus-cloud", "office"}
+    assert [strongswan.age(SAS, f"isthmus-{name}") for name in ("cloud", "hall", "clou")] == [12, None, None]
+    assert [strongswan.connecting(SAS, f"isthmus-{name}") for name in ("cloud", "hall")] == [[], ["5"]]
     assert [strongswan.numbers(SAS, f"isthmus-{name}") for name in ("cloud", "hall", "clou")] == [["1"], [], []]
 
 
@@ -51,6 +53,8 @@ def test_the_last_known_word_counts(line: str, words: str) -> None:
     told = strongswan.why(f"13[IKE] something else\n{line}\n13[ENC] parsed")
     assert told.startswith(words)
     assert bool(told) is bool(words)
+    quoted = f"{told} (strongSwan: {line.partition('] ')[2]})" if words else ""
+    assert strongswan.quoted(f"{line}\n13[ENC] parsed") == quoted
 
 
 def test_rules_are_compared_as_nft_prints_them() -> None:
