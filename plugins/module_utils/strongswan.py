@@ -134,7 +134,8 @@ def why(journal: str) -> str:
 def quoted(journal: str) -> str:
     """`why`, and strongSwan's own words of it, without its thread's number and their group."""
     words, line = _known(journal)
-    return f"{words} (strongSwan: {re.sub(r'^[0-9]*[[][A-Z]+[]] ', '', line)})" if words else ""
+    said = re.sub(r"^\d*\[[A-Z]+\] ", "", line)
+    return f"{words} (strongSwan: {said})" if words else ""
 
 
 def _known(journal: str) -> tuple[str, str]:
