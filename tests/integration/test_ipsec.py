@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -420,14 +421,21 @@ def beside(file: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+def all_at_once(what: Callable[[Machine], None], machines: Iterable[Machine]) -> None:
+    """Programs that are told to end take seconds."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(what, machines))
+
+
 @pytest.fixture
 def net(tmp_path: Path) -> Iterator[Net]:
     with contextlib.ExitStack() as stack:
-        made = {}
-        for name in ("router", *ADDRESSES):
+        router = machine("router", tmp_path / "router")
+        stack.callback(router.close)
+        made: dict[str, Machine] = {}
+        stack.callback(lambda: all_at_once(Machine.close, made.values()))
+        for name in ADDRESSES:
             made[name] = machine(name, tmp_path / name)
-            stack.callback(made[name].close)
-        router = made.pop("router")
         for prefix, address in ROUTER.items():
             bridge = f"br{prefix[-1]}"
             router.run("ip", "link", "add", bridge, "type", "bridge")
