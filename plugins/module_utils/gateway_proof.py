@@ -142,12 +142,7 @@ class Proof:
             mode=0o600,
             secret=True,
         )
-        self.load()
-
-    def load(self, *more: str) -> None:
-        """What is in strongSwan's own files, or in another one."""
-        self.gateway.swanctl("--load-creds", "--clear", "--noprompt", *more)
-        self.gateway.swanctl("--load-conns", *more)
+        self.gateway.load_files()
 
     @contextlib.contextmanager
     def loaded(self, one: Mapping[str, Any], keys: Sequence[str]) -> Iterator[None]:
@@ -161,13 +156,13 @@ class Proof:
         with tempfile.NamedTemporaryFile("w", prefix="isthmus-", suffix=".conf", dir=strongswan.DIRECTORY) as file:
             file.write(ipsec.trial_conf(one, counts, keys, f"{strongswan.DIRECTORY}/swanctl.conf"))
             file.flush()
-            self.load("--file", file.name)
+            self.gateway.load_files("--file", file.name)
         try:
             yield
         finally:
             trial = ipsec.trial_of(one)
             self.gateway.swanctl("--terminate", "--ike", trial, "--force", "--timeout", "5", must=False)
-            self.load()
+            self.gateway.load_files()
 
     def tried(self, one: Mapping[str, Any], keys: Sequence[str]) -> str:
         """What strongSwan said when the gateways do not take each other by these keys, or by their certificates; ""

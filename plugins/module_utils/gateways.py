@@ -258,8 +258,7 @@ class Gateway:
         """Connections that changed are made anew: a tunnel keeps the networks and the key that it was made with, and
         one with a key that the other side does not have would end only when that is asked for again. It keeps the
         certificates too, also when it authenticates itself anew."""
-        self.swanctl("--load-creds", "--clear", "--noprompt")
-        self.swanctl("--load-conns")
+        self.load_files()
         now = told()
         for name in sorted(before):
             if before[name] != now.get(name):
@@ -268,6 +267,11 @@ class Gateway:
             name = ipsec.name_of(one)
             if self.renewed and "certificate" in one and one["begins"] and before.get(name) == now.get(name):
                 self.renew(name)
+
+    def load_files(self, *more: str) -> None:
+        """What is in strongSwan's own files, or with `--file` in another one."""
+        self.swanctl("--load-creds", "--clear", "--noprompt", *more)
+        self.swanctl("--load-conns", *more)
 
     def renew(self, name: str) -> None:
         """Another tunnel beside the one that is there, which then goes. Where the other side does not take it yet, what

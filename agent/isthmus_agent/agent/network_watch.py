@@ -6,6 +6,7 @@ a site's gateway, also every device, routes that others make, those of ours that
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import errno
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from isthmus_agent.desired.datapath import Address
 from isthmus_agent.netlink import ROUTE_PROTOCOL, messages
-from isthmus_agent.netlink.nftables import TABLE
+from isthmus_agent.netlink.nftables import NETLINK_NETFILTER, TABLE
 
 # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_RULE, and RTNLGRP_IPV4_NETCONF (24)
 _GROUPS = 0x1 | 0x10 | 0x80 | 1 << 23
@@ -22,15 +23,14 @@ _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _DELRULE, _NEWNETCONF = 16, 17, 20, 21, 
 _NATIVE_GROUPS = 0x8 | 0x40
 _NEWROUTE, _DELROUTE, _DELQDISC, _DELFILTER = 24, 25, 37, 45
 _PROTOCOL = 5  # place of the protocol in struct rtmsg
-# Of netfilter: its netlink, NFNLGRP_NFTABLES (7), and messages of nf_tables, whose subsystem is in the upper byte:
+# Of netfilter: NFNLGRP_NFTABLES (7), and messages of nf_tables, whose subsystem is in the upper byte:
 # NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN; NFT_MSG_DELRULE.
-_NETFILTER = 12
 _NFTABLES_GROUP = 1 << 6
 _OF_CHAINS = (0xA02, 0xA03, 0xA05)
 _RULE_GONE = 0xA08
 
 
-class _Watch:
+class _Watch(abc.ABC):
     """Calls `changed` in the event loop; also when events were lost."""
 
     def __init__(self, protocol: int, groups: int, changed: Callable[[], None]) -> None:
@@ -56,8 +56,9 @@ class _Watch:
                 if any(self._matters(kind, payload) for kind, _, _, payload in messages.split(data)):
                     self._changed()
 
+    @abc.abstractmethod
     def _matters(self, kind: int, payload: bytes) -> bool:
-        raise NotImplementedError
+        """Whether a message is of something that `changed` is for."""
 
 
 class ChainWatch(_Watch):
@@ -65,7 +66,7 @@ class ChainWatch(_Watch):
     container runtimes do all day, is nothing."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
-        super().__init__(_NETFILTER, _NFTABLES_GROUP, changed)
+        super().__init__(NETLINK_NETFILTER, _NFTABLES_GROUP, changed)
 
     def _matters(self, kind: int, payload: bytes) -> bool:
         return kind in _OF_CHAINS or (kind == _RULE_GONE and TABLE.encode() + b"\0" in payload)

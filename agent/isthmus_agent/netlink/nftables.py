@@ -44,7 +44,7 @@ GUARDS = (GUARD, KEPT)
 """Tables with the rules of gateways, which are not the agent's. A packet that one drops does not come to the other."""
 MASQUERADE_MARK = 0x4000  # kube-proxy's (masqueradeBit 14): it masquerades what it marked, and has a reason to
 
-_NETLINK_NETFILTER = 12
+NETLINK_NETFILTER = 12
 _FAMILY = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
 _U32 = struct.Struct("!I")
 _I32 = struct.Struct("!i")
@@ -370,7 +370,7 @@ class _Netfilter:
 
     def __init__(self) -> None:
         self._sequence = 0
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.settimeout(_TIMEOUT)
         self._socket.bind((0, 0))
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -74,9 +75,20 @@ def an_agent(tmp_path: Path, kernel: Any) -> Agent:
     return agent
 
 
-async def fail_and_recover(agent: Agent, kernel: FakeKernel) -> None:
-    applier = asyncio.create_task(agent._applier())
+@contextlib.asynccontextmanager
+async def running(*jobs: Coroutine[Any, Any, None]) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """Jobs of an agent, until the block ends."""
+    tasks = [asyncio.create_task(job) for job in jobs]
     try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def fail_and_recover(agent: Agent, kernel: FakeKernel) -> None:
+    async with running(agent._applier()) as (applier,):
         agent.wake()
         await until(lambda: agent.progress.applies == 1, "started")
         kernel.failure = KeyError("poison")
@@ -89,9 +101,6 @@ async def fail_and_recover(agent: Agent, kernel: FakeKernel) -> None:
         agent.facts = replace(agent.facts, underlay_mtu=1500)
         agent.wake()
         await until(lambda: not agent.progress.error, "it recovered")
-    finally:
-        applier.cancel()
-        await asyncio.wait([applier])
 
 
 def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_path, monkeypatch):
@@ -106,8 +115,7 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
 async def become_ready(agent: Agent, kernel: FakeKernel) -> None:
     ask = metrics_server(agent)._routes["GET /ready"]
     assert (await ask()).status == 503
-    applier = asyncio.create_task(agent._applier())
-    try:
+    async with running(agent._applier()):
         kernel.failure = BpfError("no such hook")
         agent.wake()
         await until(lambda: bool(agent.progress.error), "it fails")
@@ -121,9 +129,6 @@ async def become_ready(agent: Agent, kernel: FakeKernel) -> None:
         agent.wake()
         await until(lambda: bool(agent.progress.error), "it fails again")
         assert (await ask()).status == 200, "what was made goes on"
-    finally:
-        applier.cancel()
-        await asyncio.wait([applier])
 
 
 def test_services_are_shown_as_the_kernel_has_them():
@@ -152,12 +157,8 @@ def test_a_pod_is_ready_when_its_datapath_is_there(tmp_path, monkeypatch):
 
 
 async def follow_filters(agent: Agent, answers: list[Any]) -> None:
-    job = asyncio.create_task(agent._follow_filters())
-    try:
+    async with running(agent._follow_filters()):
         await until(lambda: len(answers) == 1, "asked again and again")
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
 
 
 def test_what_others_do_to_netfilter_is_mended_and_what_they_drop_is_known(tmp_path, monkeypatch):
@@ -181,8 +182,7 @@ def test_what_others_do_to_netfilter_is_mended_and_what_they_drop_is_known(tmp_p
 
 
 async def follow_chains(agent: Agent, answers: list[Any], looks: list[bool]) -> None:
-    job = asyncio.create_task(agent._follow_chains())
-    try:
+    async with running(agent._follow_chains()):
         await until(lambda: len(looks) == 2, "looked at though nobody told of a change")
         agent._chains_changed.set()
         await until(lambda: False in looks, "looked at as chains were changed")
@@ -191,9 +191,6 @@ async def follow_chains(agent: Agent, answers: list[Any], looks: list[bool]) -> 
         assert agent.progress.masqueraded == "no NAT here"
         answers.pop()
         await until(lambda: not agent.progress.masqueraded, "it can be made now")
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
 
 
 def test_a_precaution_follows_the_chains_of_others_and_a_refused_one_is_told(tmp_path, monkeypatch):
@@ -229,12 +226,8 @@ def test_what_fills_sets_of_netfilter_wakes_nobody() -> None:
 
 
 async def follow_guard_drops(agent: Agent) -> None:
-    job = asyncio.create_task(agent._follow_guard_drops())
-    try:
+    async with running(agent._follow_guard_drops()):
         await until(lambda: agent.progress.guard_drops == 8, "asked again after a refusal")
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
 
 
 def test_what_the_rules_of_gateways_drop_is_asked_again_and_again(tmp_path, monkeypatch):
@@ -271,17 +264,13 @@ def test_a_host_looks_after_netfilter_as_it_needs_it(tmp_path, spec, always, ask
 
 
 async def wait_for_an_apply(agent: Agent, looks: list[bool]) -> None:
-    job = asyncio.create_task(agent._follow_chains())
-    try:
+    async with running(agent._follow_chains()):
         apply = asyncio.create_task(agent.kernel_call(time.sleep, 0.5))
         agent._chains_changed.set()
         await until(lambda: len(looks) == 1, "looked at after the apply")
         await apply
         agent._chains_changed.set()
         await until(lambda: len(looks) == 2, "and again soon")
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
 
 
 def test_a_look_that_waited_for_an_apply_does_not_put_off_the_next_one(tmp_path, monkeypatch):
@@ -299,15 +288,10 @@ def test_a_look_that_waited_for_an_apply_does_not_put_off_the_next_one(tmp_path,
 
 
 async def tell_at_the_start(agent: Agent) -> None:
-    jobs = [asyncio.create_task(job()) for job in (agent._follow_chains, agent._applier)]
-    try:
+    async with running(agent._follow_chains(), agent._applier()):
         await asyncio.sleep(0)
         agent.wake()
         await until(lambda: bool(agent.progress.masqueraded), "it is told")
-    finally:
-        for job in jobs:
-            job.cancel()
-        await asyncio.wait(jobs)
 
 
 def test_a_precaution_that_was_refused_at_the_start_is_told_at_once(tmp_path, monkeypatch):
@@ -323,8 +307,7 @@ def test_a_precaution_that_was_refused_at_the_start_is_told_at_once(tmp_path, mo
 
 
 async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
-    applier = asyncio.create_task(agent._applier())
-    try:
+    async with running(agent._applier()):
         agent.wake()
         await until(lambda: len(kernel.calls) >= 3, "it is tried again")
         assert agent.progress.problems == kernel.problems
@@ -334,9 +317,6 @@ async def refuse_a_route(agent: Agent, kernel: FakeKernel) -> None:
         kernel.problems = ()
         await until(lambda: not agent.progress.problems, "the way is free again")
         assert agent._again is None
-    finally:
-        applier.cancel()
-        await asyncio.wait([applier])
 
 
 def test_a_route_that_the_kernel_refuses_stops_nothing_else(tmp_path, monkeypatch):
@@ -353,8 +333,7 @@ async def fill_the_disk(agent: Agent, kernel: FakeKernel, monkeypatch: pytest.Mo
     def full(names: object) -> bool:
         raise OSError(28, "No space left on device")
 
-    applier = asyncio.create_task(agent._applier())
-    try:
+    async with running(agent._applier()):
         with monkeypatch.context() as patch:
             patch.setattr(agent.names, "write", full)
             agent.wake()
@@ -365,9 +344,6 @@ async def fill_the_disk(agent: Agent, kernel: FakeKernel, monkeypatch: pytest.Mo
             await until(lambda: kernel.calls[-1:] == [("apply", 1350)], "the datapath goes on")
             assert agent.progress.error == ""
         await until(lambda: not agent.progress.problems, "the names are written when there is room")
-    finally:
-        applier.cancel()
-        await asyncio.wait([applier])
 
 
 def test_a_full_run_directory_does_not_stop_the_datapath(tmp_path, monkeypatch):
@@ -495,12 +471,8 @@ async def lose_last_good(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
         agent._last_good_wake.set()
         with pytest.raises(OSError, match="No space left"):
             await agent._keep_last_good()
-    job = asyncio.create_task(agent._keep_last_good())
-    try:
+    async with running(agent._keep_last_good()):
         await until(agent.paths.last_good.exists, "written without another change")
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
 
 
 def test_last_good_is_written_when_there_is_room_again(tmp_path, monkeypatch):
@@ -660,8 +632,7 @@ async def decode_much(items: dict[str, bytes]) -> int:
     turns = 0
     decoder = mesh.decoder()
     watcher = StateWatcher(FakeEtcd(items), decoder, lambda: None)  # type: ignore[arg-type]
-    job = asyncio.create_task(watcher.run())
-    try:
+    async with running(watcher.run()):
         while not decoder.documents():
             await asyncio.sleep(0)
         while len(decoder.documents()) < len(items):
@@ -670,9 +641,6 @@ async def decode_much(items: dict[str, bytes]) -> int:
             await asyncio.sleep(0)
         await until(lambda: watcher.synced, "all is listed")
         assert len(decoder.state().vips) == len(items)
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
     return turns
 
 
@@ -687,15 +655,11 @@ async def own_lists_come_first(items: dict[str, bytes]) -> None:
     etcd.slow = keys.CACHE_PREFIX
     said: list[tuple[bool, int]] = []
     watcher = StateWatcher(etcd, decoder, lambda: said.append((watcher.trusted, len(decoder.documents()))))  # type: ignore[arg-type]
-    job = asyncio.create_task(watcher.run())
-    try:
+    async with running(watcher.run()):
         await until(lambda: watcher.synced, "own lists are there")
         await until(lambda: keys.cache_prefix("ip", "edge") in {s.prefix for s in watcher.sources()}, "peers are known")
         etcd.answer.set()
         await until(lambda: watcher.trusted, "all lists are there")
-    finally:
-        job.cancel()
-        await asyncio.wait([job])
     assert {count for trusted, count in said if trusted} == {len(items)}
 
 
@@ -715,16 +679,12 @@ def an_encrypting_agent(tmp_path: Path, kernel: Any) -> Agent:
 
 
 async def change_the_network(agent: Agent, kernel: FakeKernel) -> None:
-    applier = asyncio.create_task(agent._applier())
-    try:
+    async with running(agent._applier()):
         agent.wake()
         await until(lambda: agent.progress.applies == 1, "started")
         agent.wake()
         agent._note_network()
         await until(lambda: agent.progress.applies == 2, "applied again")
-    finally:
-        applier.cancel()
-        await asyncio.wait([applier])
 
 
 def test_what_others_do_to_devices_and_rules_is_looked_at_although_nothing_else_is_wanted(tmp_path):
