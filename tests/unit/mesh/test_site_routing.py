@@ -424,7 +424,7 @@ def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_rou
     (told,) = [line for line in matrix.lines(found.sites) if line.startswith("cloud and onprem")]
     assert told.startswith(
         "cloud and onprem: path native, encryption none, MTU 1500 inside where the underlay has 1500. Open: IP on "
-        "those ranges, at every host of cloud and onprem from the ranges of workloads of both; TCP 2379"
+        "the ranges of workloads at every host of cloud and onprem from the same ranges; TCP 2379"
     )
 
 
