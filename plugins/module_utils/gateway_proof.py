@@ -74,6 +74,10 @@ class Proof:
             keys, wanted = self.keys.get(name, []), self.wanted.get(name)
             if not one["ours"] and keys[1:] == [wanted]:
                 self.change(name, keys)
+            elif (
+                not one["ours"] and keys[1:] and keys[0] == wanted
+            ):  # the former one was put back, by which the tunnel is there
+                self.write(name, keys[:1])
             elif keys[1:] and keys[0] == wanted:
                 said = self.tried(one, keys[:1])
                 if said:
@@ -96,7 +100,9 @@ class Proof:
                     "within a day. Next: run isthmus.mesh.site over both gateways, which brings them certificates and "
                     "each other's authorities"
                 )
-            elif one["begins"]:
+                continue
+            self.gateway.proven(name)
+            if one["begins"]:
                 self.gateway.renew(name)
 
     def change(self, name: str, keys: Sequence[str]) -> None:
@@ -153,7 +159,7 @@ class Proof:
             files = ipsec.authority_files(cluster, 2)
             counts[cluster] = sum(os.path.exists(f"{strongswan.DIRECTORY}/x509ca/{name}") for name in files)
         # Beside its own file: where that one is strongSwan looks for certificates.
-        with tempfile.NamedTemporaryFile("w", prefix="isthmus-", suffix=".conf", dir=strongswan.DIRECTORY) as file:
+        with tempfile.NamedTemporaryFile("w", prefix=strongswan.TRIAL, suffix=".conf", dir=strongswan.DIRECTORY) as file:
             file.write(ipsec.trial_conf(one, counts, keys, f"{strongswan.DIRECTORY}/swanctl.conf"))
             file.flush()
             self.gateway.load_files("--file", file.name)

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import links, packages, strongswan, units
-from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ class Gateway:
             for path in ours(kind):
                 if (kind, os.path.basename(path)) not in wanted:
                     self.renewed |= self.changes.absent(path, secret=kind == "private")
+        if self.renewed and not self.module.check_mode:
+            certified = {ipsec.name_of(one) for one in self.connections if "certificate" in one}
+            note_unproven(unproven() | certified & self.there())
+        for path in trials():
+            self.changes.absent(path, secret=True)
         differs = self.renewed
         conf = ipsec.swanctl_conf(self.connections, counts, self.kernel)
         differs |= self.changes.file(strongswan.CONNECTIONS, conf)
@@ -106,12 +111,21 @@ class Gateway:
 
     def secrets(self) -> dict[str, str]:
         try:
-            return ipsec.pre_shared(self.connections, self.given)
+            found = ipsec.pre_shared(self.connections, self.given)
         except KeyError as exc:
             return self.module.fail_json(  # type: ignore[no-any-return]
                 msg=f"isthmus_ipsec_secrets has no pre-shared key for {exc.args[0]!r}: the gateway could not prove who "
                 "it is. Nothing was changed of it. Next: add the key, in a vault, under this name"
             )
+        for one in self.connections:
+            key = found.get(ipsec.name_of(one), "a certificate is used")
+            if not isinstance(key, str) or not key:
+                self.module.fail_json(
+                    msg=f"isthmus_ipsec_secrets has for {one['secret']!r} what is no pre-shared key: "
+                    f"{'it is empty' if key in ('', None) else f'it is of the type {type(key).__name__}, not text'}. "
+                    "Nothing was changed of the gateway. Next: give it a key, in quotes where it has digits only"
+                )
+        return found
 
     def keys(self) -> dict[str, list[str]]:
         """By connection the pre-shared keys that are to be there. Another one for a tunnel that is there comes after
@@ -123,6 +137,12 @@ class Gateway:
             had = before.get(name, [])
             if wanted in had:
                 found[name] = had
+                if had[1:] and self.module.check_mode:
+                    self.changes.note(
+                        f"pre-shared key of {name}",
+                        "two",
+                        "the one of isthmus_ipsec_secrets, when the other gateway is seen to have it too",
+                    )
             elif had and name in there:
                 found[name] = [had[0], wanted]
                 self.changes.note(
@@ -166,6 +186,7 @@ class Gateway:
             if not self.module.check_mode:
                 self.systemd.run("enable", "--quiet", strongswan.UNIT)
                 self.systemd.run("restart", strongswan.UNIT)  # reads all that there is
+                note_unproven(set())
             return
         if self.kernel:
             self.follow()
@@ -243,16 +264,22 @@ class Gateway:
                 if not self.module.check_mode:
                     self.swanctl("--initiate", "--child", "net", "--ike", name, "--timeout", "5", must=False)
 
+    def proven(self, name: str) -> None:
+        """The tunnel `name` is made by the certificates that are there, or could be."""
+        note_unproven(unproven() - {name})
+
     def older(self) -> list[str]:
         """Connections whose tunnel was made before this gateway got its certificate, or the authorities that it
-        trusts: nobody knows yet whether it can be made anew."""
+        trusts: nobody knows yet whether it can be made anew. How old it is tells strongSwan only until IKE has a new
+        key, which is no new authentication, so those that wait for their proof are kept in a file too."""
         paths = [path for kind in ("x509", "x509ca") for path in ours(kind)]
         written = max(map(os.path.getmtime, paths), default=0.0)
         listed, now = self.swanctl("--list-sas", must=False), time.time()
         certified = [ipsec.name_of(one) for one in self.connections if "certificate" in one]
         # What is written and the tunnel that is made by it may fall into one second, which is how ages are told.
         ages = {name: strongswan.age(listed, name) for name in certified}
-        return [name for name, age in ages.items() if age is not None and now - age + 1 < written]
+        kept = unproven()
+        return [name for name, age in ages.items() if age is not None and (now - age + 1 < written or name in kept)]
 
     def load(self, before: Mapping[str, list[str]]) -> None:
         """Connections that changed are made anew: a tunnel keeps the networks and the key that it was made with, and
@@ -281,6 +308,7 @@ class Gateway:
             return
         self.swanctl("--initiate", "--child", "net", "--ike", name, "--timeout", "10", must=False)
         if set(strongswan.numbers(self.swanctl("--list-sas"), name)) - set(old):
+            self.proven(name)
             for number in old:
                 self.swanctl("--terminate", "--ike-id", number, "--timeout", "5", must=False)
 
@@ -290,7 +318,10 @@ class Gateway:
         gone = [self.changes.absent(strongswan.CONNECTIONS), self.changes.absent(strongswan.SECRETS, secret=True)]
         for kind in KINDS:
             gone += [self.changes.absent(path, secret=kind == "private") for path in ours(kind)]
+        for path in trials():
+            gone.append(self.changes.absent(path, secret=True))
         gone.append(self.changes.absent(strongswan.SETTINGS))
+        self.changes.absent(strongswan.UNPROVEN)
         if any(gone) and not self.module.check_mode:
             for name in sorted(before):
                 self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
@@ -312,6 +343,22 @@ def ours(kind: str) -> list[str]:
     directory = f"{strongswan.DIRECTORY}/{kind}"
     names = os.listdir(directory) if os.path.isdir(directory) else ()
     return [f"{directory}/{name}" for name in sorted(names) if re.match(r"isthmus[-.].*pem$", name)]
+
+
+def trials() -> list[str]:
+    """Files with the keys of a trial of `gateway_proof`, which a run that was killed left."""
+    directory = strongswan.DIRECTORY
+    names = os.listdir(directory) if os.path.isdir(directory) else ()
+    return [f"{directory}/{name}" for name in sorted(names) if name.startswith(strongswan.TRIAL)]
+
+
+def unproven() -> set[str]:
+    return set((read_bytes(strongswan.UNPROVEN) or b"").decode(errors="replace").split())
+
+
+def note_unproven(names: set[str]) -> None:
+    if names != unproven():
+        atomic_write(strongswan.UNPROVEN, "".join(f"{name}\n" for name in sorted(names)).encode(), 0o644, 0, 0)
 
 
 def told() -> dict[str, list[str]]:

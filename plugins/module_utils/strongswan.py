@@ -21,6 +21,8 @@ SETTINGS = "/etc/strongswan.d/zz-isthmus.conf"
 DIRECTORY = "/etc/swanctl"
 CONNECTIONS = f"{DIRECTORY}/conf.d/isthmus.conf"
 SECRETS = f"{DIRECTORY}/conf.d/isthmus-secrets.conf"
+TRIAL = "isthmus-trial-"
+"""Begins the names of files in `DIRECTORY` that a trial of keys has for a moment."""
 SYSCTL = "/etc/sysctl.d/60-isthmus-ipsec.conf"
 GUARD = "/etc/isthmus/ipsec.nft"
 GUARD_OF_KERNEL = "/etc/isthmus/ipsec-kernel.nft"
@@ -41,6 +43,9 @@ DROP_IN = f"/etc/systemd/system/{UNIT}.d/isthmus.conf"
 ROUTES_UNIT = "isthmus-ipsec-routes.service"
 BEFORE = "/var/lib/isthmus/ipsec-before.json"
 """Settings of the kernel as they were before this host was a gateway."""
+UNPROVEN = "/run/isthmus-ipsec-unproven"
+"""Names of the tunnels that were there when a certificate, or an authority that is trusted, became another one, until
+the gateways have been seen to take each other by these. Gone after a boot, as the tunnels are."""
 TUN = "/dev/net/tun"
 
 _PACKAGES = {
@@ -102,17 +107,27 @@ def established(text: str) -> dict[str, set[str]]:
     return found
 
 
+def _with_child(text: str, name: str) -> list[str]:
+    """What is said of each of a connection's IKE SAs that are established and have a child. Those without one are the
+    other gateway's trials (`ipsec.trial_conf`)."""
+    blocks = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
+    return [
+        one
+        for one in blocks
+        if re.match(rf"{re.escape(name)}: #\d+, ESTABLISHED", one)
+        and re.search(r"^  \S+: #\d+, reqid", one, re.MULTILINE)
+    ]
+
+
 def numbers(text: str, name: str) -> list[str]:
-    """Of the answer to `swanctl --list-sas`: those of a connection's IKE SAs that are established, which have the
-    child that they began with."""
-    return re.findall(rf"^{re.escape(name)}: #(\d+), ESTABLISHED", text, re.MULTILINE)
+    """Of the answer to `swanctl --list-sas`: those of a connection's IKE SAs that are established and have a child."""
+    return [one.partition("#")[2].partition(",")[0] for one in _with_child(text, name)]
 
 
 def age(text: str, name: str) -> int | None:
     """Of the answer to `swanctl --list-sas`: for how many seconds the youngest IKE SA of a connection is established,
-    None where there is none."""
-    blocks = [one for one in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if one.startswith(f"{name}: #")]
-    told = [re.search(r"^  established (\d+)s ago", one, re.MULTILINE) for one in blocks]
+    or has its newest key, None where there is none."""
+    told = [re.search(r"^  established (\d+)s ago", one, re.MULTILINE) for one in _with_child(text, name)]
     return min((int(found[1]) for found in told if found), default=None)
 
 

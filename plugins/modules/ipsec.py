@@ -87,12 +87,16 @@ unproven:
   sample: [isthmus-cloud]
 """
 
+import signal
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import gateway_proof, gateways
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 
 def main():
+    # Who ends a run in the middle ends the terminal of this process, and strongSwan would keep the keys of a trial.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     module = AnsibleModule(
         argument_spec={
             "spec": {"type": "dict", "required": True},

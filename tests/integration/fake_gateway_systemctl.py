@@ -126,6 +126,8 @@ def main(verb, *rest):
             run(verb != "stop")
 
 
+# What a unit runs is told nothing by whoever asks for it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if Path(sys.argv[0]).name == "journalctl":
     log = Path("/run/charon.log")
     print(log.read_text() if log.exists() else "")

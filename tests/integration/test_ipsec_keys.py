@@ -4,9 +4,12 @@ strongSwan in the namespaces of `test_ipsec`."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,11 +184,17 @@ def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Ne
     assert predicted["changed"]
     assert "used when the other gateway is seen to have it too" in str(predicted["diff"])
     assert kept(net["c1"]) == [OLD]
+    for no_key, why in ((31415926, "it is of the type int, not text"), ("", "it is empty"), (None, "it is empty")):
+        with pytest.raises(ModuleFailed, match=f"for 'cloud onprem' what is no pre-shared key: {why}") as refused:
+            net["c1"].apply(net["c1"].spec, secrets={"cloud onprem": no_key})
+        assert "31415926" not in str(refused.value.result)
     for name in BOTH:
         told = net[name].apply(net[name].spec, secrets=pair(NEW))
         assert (len(told["unproven"]), kept(net[name])) == (1, [OLD, NEW])
         lost_and_made()
         assert not net[name].apply(net[name].spec, secrets=pair(NEW))["changed"]
+        predicted = net[name].apply(net[name].spec, check=True, secrets=pair(NEW))
+        assert "the one of isthmus_ipsec_secrets" in str(predicted["diff"])
     for what, wanted in (("used", [NEW, OLD]), ("only", [NEW])):
         for name in BOTH:
             all_at_once(net, [name], keys, what)
@@ -228,6 +237,62 @@ def test_a_gateway_that_is_not_ours_and_has_not_the_new_key_keeps_its_tunnel(net
     assert (len(now), now != before) == (2, True)
 
 
+def module_of(one: Machine) -> int:
+    """The process, begun by this one, in which the module runs there."""
+    begun = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    (found,) = [pid for pid in begun if f"{one.place}/ipsec-before.json" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return int(found)
+
+
+def not_ours(found: Plan) -> dict[str, Any]:
+    """The spec of `c1` for which the gateway of the other site is one that somebody else set up."""
+    mine = dict(found.specs["c1"])
+    mine["ipsec"] = {
+        **mine["ipsec"],
+        "connections": [
+            {key: value for key, value in {**one, "ours": False}.items() if key != "inside"}
+            for one in mine["ipsec"]["connections"]
+        ],
+    }
+    return mine
+
+
+def test_the_former_key_is_put_back_for_a_gateway_that_is_not_ours_after_a_run_that_ended_half_way(net: Net) -> None:
+    """Also where that one makes no IKE SA without a tunnel, as many devices do not."""
+    theirs = with_pair(ipsec_authentication="psk")
+    net["o1"].apply(dict(theirs.specs["o1"]), secrets=pair(OLD))
+    conf = "/etc/swanctl/conf.d/isthmus.conf"
+    net["o1"].run("sh", "-c", f"sed -i 's/version = 2/&\\n    childless = never/' {conf} && swanctl --load-conns")
+    net["c1"].apply(not_ours(theirs), secrets=pair(OLD))
+    wait_for(lambda: established(net), "the tunnel", 15)
+    before = numbers(net["c1"])
+    net["c1"].apply(net["c1"].spec, secrets=pair(NEW))
+    assert kept(net["c1"]) == [OLD, NEW]
+    net["c1"].run("sh", "-c", f"echo {NEW} > /etc/swanctl/isthmus-trial-1234abcd.conf")  # of a trial that was killed
+    assert run(net, {"c1": OLD}) == {}
+    assert (kept(net["c1"]), numbers(net["c1"])) == ([OLD], before)
+    assert "isthmus" not in net["c1"].run("ls", "/etc/swanctl").stdout
+
+
+def test_a_run_that_is_hung_up_while_it_tries_a_key_leaves_nothing_of_it(net: Net, running: Plan) -> None:
+    """Ctrl-C at the controller ends the terminal that a module has there."""
+    del running
+    gateway = net["c1"]
+    gateway.apply(gateway.spec, secrets=pair(NEW))
+
+    def tries() -> bool:
+        return "try-isthmus-onprem:" in gateway.run("swanctl", "--list-conns").stdout
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(all_at_once, net, ["c1"], {"c1": NEW}, "used")
+        wait_for(tries, "a trial", 10)
+        os.kill(module_of(gateway), signal.SIGHUP)
+        done.exception(60)
+    assert not tries()
+    assert "try-" not in gateway.run("swanctl", "--list-sas").stdout
+    as_it_should(net, OLD)
+
+
 def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(net: Net) -> None:
     found = with_pair()
     certificates(net, found)
@@ -251,6 +316,13 @@ def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(n
         assert "do not take each other's certificates any more: authentication failed" in failed[name], failed
     assert numbers(net["c1"]) == before
     assert net["o2"].echo("c2", 1400) == ""
+
+    # How old the tunnel is strongSwan tells only until IKE has a new key, as it has every few hours.
+    net["c1"].run("swanctl", "--rekey", "--ike", "isthmus-onprem")
+    wait_for(lambda: len(numbers(net["c1"])) == 2 and numbers(net["c1"]) != before, "a new key of IKE", 15)
+    for name in BOTH:
+        assert len(net[name].apply(net[name].spec)["unproven"]) == 1
+    before = numbers(net["c1"])
 
     certificates(net, found)
     for name in BOTH:

@@ -19,6 +19,11 @@ isthmus-cloud: #1, ESTABLISHED, IKEv2, 6fc8cad4fa3dd771_i 68a0fe899f38d738_r*
     remote 198.18.2.0/24
 isthmus-edge: #4, ESTABLISHED, IKEv2, 2d3560e7ed90a17d_i* 02c2c67b897ce6d5_r
   local  'isthmus-ipsec-o1' @ 198.18.1.1[4500]
+isthmus-cloud: #6, ESTABLISHED, IKEv2, 7c560e7ed90a17d1_i 12c02c67b897ce6d_r*
+  local  'isthmus-ipsec-o1' @ 198.18.1.1[4500]
+  remote 'isthmus-ipsec-c1' @ 198.18.2.1[4500]
+  AES_GCM_16-256/PRF_HMAC_SHA2_384/ECP_384
+  established 1s ago, rekeying in 12955s
 isthmus-hall: #5, CONNECTING, IKEv2, 2d3560e7ed90a17e_i* 0000000000000000_r
   net: #5, reqid 5, CREATED, TUNNEL
 """
