@@ -108,18 +108,19 @@ class Proof:
     def change(self, name: str, keys: Sequence[str]) -> None:
         """Of a gateway that is not ours it is seen only by a tunnel whether it has the new key."""
         one = self.connections[name]
-        there = name in self.gateway.there()
-        if there:
+        there = self.gateway.there().intersection(ipsec.sharing(self.gateway.connections, one))
+        tunnel = min(there, default="")
+        if tunnel:
             with self.loaded(one, keys[::-1]):
-                there = not self.anew(name)
+                there = set() if self.anew(tunnel) else there
         if not there:  # any more, or by the former key
             self.write(name, keys[1:])
             return
-        said = strongswan.last_words(self.module, name, strongswan.quoted)
+        said = strongswan.last_words(self.module, tunnel, strongswan.quoted)
         self.write(name, keys[:1])
         self.problems.append(
             f"{self.other(one)} did not take the new pre-shared key of {one['secret']!r} (isthmus_ipsec_secrets): "
-            f"{said or 'strongSwan has not said why'}. {self.as_before(name)}, by the former key. Next: set the same "
+            f"{said or 'strongSwan has not said why'}. {self.as_before(tunnel)}, by the former key. Next: set the same "
             "key on that gateway, whose engineer has all the rest from isthmus.mesh.plan, or put the former one back "
             "into the vault, and run isthmus.mesh.site again"
         )
@@ -159,8 +160,9 @@ class Proof:
             files = ipsec.authority_files(cluster, 2)
             counts[cluster] = sum(os.path.exists(f"{strongswan.DIRECTORY}/x509ca/{name}") for name in files)
         # Beside its own file: where that one is strongSwan looks for certificates.
-        with tempfile.NamedTemporaryFile("w", prefix=strongswan.TRIAL, suffix=".conf", dir=strongswan.DIRECTORY) as file:
-            file.write(ipsec.trial_conf(one, counts, keys, f"{strongswan.DIRECTORY}/swanctl.conf"))
+        directory = strongswan.DIRECTORY
+        with tempfile.NamedTemporaryFile("w", prefix=strongswan.TRIAL, suffix=".conf", dir=directory) as file:
+            file.write(ipsec.trial_conf(one, counts, keys, f"{directory}/swanctl.conf"))
             file.flush()
             self.gateway.load_files("--file", file.name)
         try:

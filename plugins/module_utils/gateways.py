@@ -133,6 +133,7 @@ class Gateway:
         that the other gateway has the new one too."""
         before, found = keys_now(), {}
         there = self.there() if before else set()
+        by_name = {ipsec.name_of(one): one for one in self.connections}
         for name, wanted in self.secrets().items():
             had = before.get(name, [])
             if wanted in had:
@@ -143,7 +144,7 @@ class Gateway:
                         "two",
                         "the one of isthmus_ipsec_secrets, when the other gateway is seen to have it too",
                     )
-            elif had and name in there:
+            elif had and there.intersection(ipsec.sharing(self.connections, by_name[name])):
                 found[name] = [had[0], wanted]
                 self.changes.note(
                     f"pre-shared key of {name}", "", "another one, used when the other gateway is seen to have it too"

@@ -17,6 +17,8 @@ from bpf.topology import wait_for
 from integration.module_runner import ModuleFailed
 from integration.test_ipsec import (
     ANEW,
+    SITES,
+    TWO,
     Machine,
     Net,
     beside,
@@ -333,3 +335,32 @@ def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(n
     assert net["o2"].echo("c2", 1400) == ""
     # With both renewed it is the one that begins that makes it anew.
     assert net["c1"].apply(net["c1"].spec)["unproven"] == []
+
+
+def test_a_gateway_that_is_not_ours_has_one_key_for_both_of_its_addresses(net: Net) -> None:
+    """One identity at two addresses: strongSwan takes a key for both of them."""
+    name, network = "vpn.example.com", "198.18.1.0/24"
+    theirs = with_pair(sites={**TWO, "cloud": SITES["cloud"]}, ipsec_authentication="psk")
+    for one in ("o1", "o2"):
+        net[one].apply(dict(theirs.specs[one]), secrets=pair(OLD))
+        files = "/etc/swanctl/conf.d/isthmus*.conf"
+        net[one].run("sh", "-c", f"sed -i 's/isthmus-ipsec-o[12]/{name}/' {files} && swanctl --load-all --noprompt")
+    peer = {"address": "198.18.1.1", "id": name, "second": {"address": "198.18.1.2", "id": name}}
+    sites = {"cloud": SITES["cloud"], "onprem": {"ipsec": {"networks": [network], "peer": peer}}}
+    net["c1"].apply(dict(with_pair(sites=sites).specs["c1"]), secrets=pair(OLD))
+    wait_for(lambda: net["c1"].children() == 2, "both tunnels", 15)
+    for tunnels in (2, 1):
+        if tunnels == 1:
+            net["o2"].run("systemctl", "stop", "strongswan.service")
+            wait_for(lambda: net["c1"].children() == 1, "one tunnel", 30)
+        (words,) = run(net, {"c1": NEW}).values()
+        assert "did not take the new pre-shared key of 'cloud onprem'" in words
+        assert kept(net["c1"]) == [OLD]
+        before = numbers(net["c1"])
+        net["c1"].run("swanctl", "--terminate", "--ike", "isthmus-onprem")
+
+        def again(before: list[str] = before, tunnels: int = tunnels) -> bool:
+            net["c1"].ask_again()
+            return net["c1"].children() == tunnels and numbers(net["c1"]) != before
+
+        wait_for(again, "the tunnel by the former key", 30)

@@ -545,8 +545,22 @@ def begin_script(connections: Iterable[Mapping[str, Any]]) -> str:
 
 
 def pre_shared(connections: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> dict[str, str]:
-    """By connection its pre-shared key, where it has one. KeyError with the name of one that is missing."""
-    return {name_of(one): secrets[one["secret"]] for one in connections if one["authentication"] == PSK}
+    """By connection its pre-shared key, where it has one, and is the first of those that share it (`sharing`). KeyError
+    with the name of one that is missing."""
+    firsts = [
+        one for one in connections if one["authentication"] == PSK and sharing(connections, one)[0] == name_of(one)
+    ]
+    return {name_of(one): secrets[one["secret"]] for one in firsts}
+
+
+def sharing(connections: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> list[str]:
+    """Names of the connections that have the pre-shared key of this one: those with the same gateway at another
+    address. strongSwan finds keys by the identities of both ends, so that each would be one of the other too."""
+
+    def of(each: Mapping[str, Any]) -> tuple[Any, ...]:
+        return each["local_id"], each["remote_id"], each.get("secret")
+
+    return [name_of(each) for each in connections if of(each) == of(one)]
 
 
 _FIRST, _SECOND = "ike-", "ike2-"
