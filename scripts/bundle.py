@@ -37,7 +37,7 @@ AGENT_REQUIREMENTS = ROOT / "requirements" / "agent.txt"
 HOME = "/opt/isthmus"  # of the environments on hosts
 # What a collection consists of (the rest of the repository is for those who work on it).
 SHIPPED = ("meta", "plugins", "roles", "playbooks", "extensions", "docs", "inventories", "changelogs", "LICENSES")
-SHIPPED_FILES = ("README.md", "LICENSE", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "galaxy.yml")
+SHIPPED_FILES = ("README.md", "LICENSE", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "galaxy.yml")
 ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}  # as the kernel and as Debian name them
 ARCH_ALIASES = {"amd64": "x86_64", "arm64": "aarch64", **{arch: arch for arch in ARCHES}}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

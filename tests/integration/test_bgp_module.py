@@ -199,8 +199,8 @@ def test_bfd_tells_both_sides_at_once(pair: tuple[Machine, Machine]) -> None:
     assert told(host, own(bfd=True))["lacking"] == {}
     host.until(lambda: session(host)["peerBfdInfo"]["status"] == "Up", "BFD is up")
     router.until(lambda: "10.101.0.0/28" in router.routes(), "the router knows the range")
-    # bfdd alone that dies: the router knows at once. FRR that restarts: whether it keeps the range (RFC 4724) is decided
-    # by what it hears first, the end of BGP's connection or BFD. After both it has the range again soon.
+    # bfdd alone that dies: the router knows at once. FRR that restarts: what the router hears first, the end of BGP's
+    # connection or BFD, decides whether it keeps the range (RFC 4724). After both it has the range again soon.
     before = session(host)["connectionsEstablished"]
     host.run("sh", "-c", "kill -9 $(cat /run/frr/bfdd.pid)")
     router.until(lambda: "10.101.0.0/28" not in router.routes(), "bfdd dies: the router is told", 5)

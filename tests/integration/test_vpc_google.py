@@ -289,6 +289,9 @@ def test_the_names_of_awx_are_taken(
     monkeypatch.setenv(project, PROJECT)
     assert run("vpc_routes", options(google, BOTH))["changed"] is True
     assert ours(google) == BOTH
+    (tmp_path / "account.json").write_text('{"type": "authorized_user"}')
+    with pytest.raises(ModuleFailed, match=r"nothing was changed.*google\.auth: .*client_email"):
+        run("vpc_routes", options(google, BOTH))
 
 
 def test_credentials_that_are_missing_are_told(google: Google, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ UNDERLAY_MTU = 1500
 """Bytes; of an underlay that nobody has measured."""
 
 _MOST_LINES = 100
+_MOST_PAIRS = 300
+"""As many as 24 sites have."""
 _MOST_NAMES = 3
 
 Ways = Mapping[Pair, Sequence[Any]]
@@ -250,10 +252,11 @@ def route_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def host_routes(
     found: Sequence[Mapping[str, Any]], documents: Documents, ipsec: Ipsec, ipsec_ways: Ways, keys: Keys
 ) -> list[str]:
-    """A line for each site of the first hundred of `rows`: what its hosts' agents set by themselves when all steps are
-    done, with these keys. Of ranges the workloads': pods of Kubernetes nodes are led as these."""
+    """A line for each site of `rows`, as many as `lines` has: what its hosts' agents set by themselves when all
+    steps are done, with these keys, and one for what is behind the gateways of another site, which need not have hosts.
+    Of ranges the workloads': pods of Kubernetes nodes are led as these."""
     told = []
-    for row in found[:_MOST_LINES]:
+    for row in found[:_MOST_PAIRS]:
         over = "isthmus0"
         if row["routing"] == NATIVE:
             over = "the way to each host's underlay address"
@@ -272,14 +275,19 @@ def host_routes(
             if listed:
                 why = f"workloads of {'each other' if here == there else f'hosts of {there}'}"
                 told.append(f"hosts of {here}: {listed} over {over}, in tables main and 730 ({why})")
+    through = [pair for pair in sorted(ipsec_ways) if _taken(ipsec_ways, pair)[1][-1] is not Stage.PLAIN]
+    for one, other in through[:_MOST_PAIRS]:
+        for here, there in ((one, other), (other, one)):
             near, far = ipsec.sites.get(here), ipsec.sites.get(there)
-            if near is None or far is None or not near.gateways or not _taken(ipsec_ways, (one, other))[1][-1]:
+            if near is None or far is None or not near.gateways:
                 continue
             told.append(
                 f"hosts of {here}: {_listed([str(network) for network in far.networks])} via "
                 f"{near.gateways[0].underlay}, in table 736 (networks of {there} behind the gateways); on the gateway "
                 "itself into the tunnel, in strongSwan's table 220"
             )
+    if len(found) > _MOST_PAIRS:
+        told.append(f"and those for {len(found) - _MOST_PAIRS} more pairs of sites")
     return told
 
 
@@ -288,9 +296,9 @@ def name(sites: Sequence[str]) -> str:
 
 
 def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each row, the first hundred of them."""
+    """A line for each row, the first ones of them."""
     told = []
-    for row in found[:_MOST_LINES]:
+    for row in found[:_MOST_PAIRS]:
         on = row["encryption"] != "none"
         changing = f" (now being turned {'on' if on else 'off'})" if row["steps"] or row["ipsec_steps"] else ""
         native = row["routing"] == NATIVE
@@ -306,8 +314,8 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{name(row['sites'])}: path {path}, encryption {row['encryption']}{changing}, MTU {row['mtu']} "
             f"inside{_underlay(row)}. Open: {opened}"
         )
-    if len(found) > _MOST_LINES:
-        told.append(f"and {len(found) - _MOST_LINES} more pairs of sites")
+    if len(found) > _MOST_PAIRS:
+        told.append(f"and {len(found) - _MOST_PAIRS} more pairs of sites, in `sites` of isthmus.mesh.plan")
     return told
 
 

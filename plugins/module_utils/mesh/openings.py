@@ -297,7 +297,7 @@ def between(
     found = []
     everywhere = ("each other", f"every host of {' and '.join(both)}")
     if native_at - {Stage.PLAIN}:
-        found.append(Opening("IP", None, "the ranges of workloads of both", f"those ranges, at {everywhere[1]}"))
+        found.append(Opening("IP", None, "the same ranges", f"the ranges of workloads at {everywhere[1]}"))
     if at - {Stage.DEMANDS} and native_at - {Stage.DEMANDS}:
         found.append(Opening("UDP", overlay_port, *everywhere))
     if at - {Stage.PLAIN}:

@@ -202,7 +202,7 @@ class _Planner:
         routed = tuple(self.routed(present, set(matrix.in_clear(stages, native_stages))))
         vpcs = self.vpcs(present, staged.running, [*staged.possible, *staged.states])
         speaking = self.speaking(present)
-        roster = self.roster(documents, staged.states[0], vpcs, speaking)
+        roster = self.roster(documents, present, staged.states[0], vpcs, speaking)
         self.check_sizes(documents, roster)
         if self.problems:
             raise ModelError(self.problems)
@@ -542,7 +542,12 @@ class _Planner:
             )
 
     def roster(
-        self, documents: Mapping[str, Mapping[str, Any]], state: State, vpcs: vpc.Planned, speaking: Speaking
+        self,
+        documents: Mapping[str, Mapping[str, Any]],
+        present: Mapping[str, Mapping[str, Any]],
+        state: State,
+        vpcs: vpc.Planned,
+        speaking: Speaking,
     ) -> dict[str, Any]:
         old = self.record.roster
         orphaned = {name for name in self.known if f"cluster/{name}" in self.orphans}
@@ -578,6 +583,7 @@ class _Planner:
             "services": {key: services[key] for key in sorted(services)},
             **state.documents(),
             **filled(
+                empty=sorted({*self.model.sites} - sites_of(present)),
                 vpcs=vpcs.document,
                 bgp=list(speaking.sites),
                 bfd=self.with_bfd(speaking),

@@ -11,6 +11,7 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
      "services": {"shop/web": {"state": "present", "clusters": ["cloud", "edge", "onprem"]}},
      "vpcs": {"sites": {"cloud": {"provider": "aws", "network": "vpc-1", "region": "eu-central-1"}}, "peerings": []},
      "bgp": ["cloud"], "bfd": ["cloud"], "closed": ["edge"], "masquerade": ["onprem"],
+     "empty": ["branch"],
      "gateways": {"onprem": {"gateways": ["onprem-1 (198.18.1.11)"], "networks": ["198.18.1.0/24"]}},
      "hash": "<sha256 of the model>", "when": "2026-01-02T03:04:05Z", "by": "alice"}
 
@@ -38,7 +39,8 @@ A record is a set of JSON documents. Their names are keys below `isthmus/v1/esta
 `bfd`, `masquerade` and `gateways` are what was applied, so that a plan can tell what a change of them interrupts.
 `encryption` and `routing` say the stage of each pair of sites, if any is not in the clear through the tunnel
 (encryption.py); `auto` of pairs that choose their way and came back to the tunnel the two hosts between which native
-packets did not come through: {"cloud onprem": ["cloud-1", "onprem-2"]}.
+packets did not come through: {"cloud onprem": ["cloud-1", "onprem-2"]}. `empty` are the sites without hosts that hosts
+know all the same, if there are some.
 
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that an old
 copy on a member that was away cannot bring it back. `released` addresses are not dealt again for 30 days.
@@ -309,7 +311,7 @@ def _check(where: str, name: str, document: Any) -> int:
                 fields.fail("auto", "is not two hosts for two sites")
         if "vpcs" in fields.value:
             _check_vpcs(fields.object("vpcs"))
-        for key in ("bgp", "bfd", "closed", "masquerade"):
+        for key in ("bgp", "bfd", "closed", "masquerade", "empty"):
             fields.texts(key)
         for _site, own in _entries(fields, "gateways") if "gateways" in fields.value else ():
             _there(own, "gateways", "networks")

@@ -1074,9 +1074,9 @@ OVERLAY = Table(
         "port": Key(_PORT, "UDP port of VXLAN, the same in the whole mesh.", 8472),
         "mtu": Key(
             Integer(576, 9000, "IPv4 needs 576, Ethernet carries 9000"),
-            "Bytes of a packet inside the overlay.",
+            "Most bytes of a packet inside the tunnel; native ones are not bound by it.",
             None,
-            "underlay MTU - 50, found out on each host",
+            "what the path carries, found out on each host ([routing.md](routing.md#mtu))",
         ),
     },
 )

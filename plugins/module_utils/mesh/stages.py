@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement, product
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from . import auto, encryption
 from .encryption import Keys, Pair, Stage
@@ -54,7 +54,8 @@ class Stages:
     """Of an estate: `roster` and the `known` clusters are those of the record, the `present` ones are those of the
     next. `problems` and `warnings` are what was found to say.
 
-    `ways` are in the order of `encryption.STAGED`, nothing where nothing is staged and nothing was; `keys` are those of
+    `heard` are the sites that hosts know from their specs, `origins` where hosts come from. `ways` are in the order of
+    `encryption.STAGED`, nothing where nothing is staged and nothing was; `keys` are those of
     the record and of the steps. `states` are what is so after each step, `running` what is so before. `courses` are
     those of pairs that find out how packets go between them, `trials` what is to be proven for that, by the number of
     the proof, `chosen` what the matrix says of them: whether they are to be tried, and words."""
@@ -74,7 +75,8 @@ class Stages:
         self.known = known
         self.present = present
         self.places, self.places_before = auto.places(present), auto.places(known)
-        self.origins = origins(self.places_before, self.places)
+        self.heard = sites_of(known).union(roster.get("empty", ()))
+        self.origins = origins(known, present)
         self.jumps: dict[tuple[str, str], list[str]] = {}
         self.try_native = try_native
         self.proofs = proofs
@@ -88,8 +90,8 @@ class Stages:
         self.keys = self.key_ways(self.ways[0], rotate)
         states = _states(self.ways, self.keys[1:])
         self.states = [self.with_failed(number, state) for number, state in enumerate(states)]
-        encrypting, native, gateways = map(_running, self.ways)
-        self.running = State(encrypting, native, gateways, self.keys[0])
+        self.problems += self.bared()
+        self.running = state_of(roster, sites_of(known))
         self.trials = tuple(tuple(self.trials_of(number)) for number in range(auto.LAST + 1))
 
     def encryption_ways(self) -> Ways:
@@ -149,38 +151,82 @@ class Stages:
         old = self.roster.get(key)
         if old is None and wanted is None:
             return {}
-        here = sites_of(self.known)
-        known = encryption.from_document(old, here)
+        here, there = sites_of(self.known), sites_of(self.present)
+        known = encryption.from_document(old, self.heard)
         found = {}
-        for pair in encryption.pairs({*sites_of(self.present), *self.model.sites}):
-            now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else self.inherited(key, pair, known)
+        for pair in encryption.pairs({*there, *self.model.sites}):
+            now = None
+            if there.issuperset(pair):
+                now = known.get(pair, Stage.PLAIN) if here.issuperset(pair) else self.inherited(key, pair, known)
             stages = encryption.way(now, Stage.PLAIN if wanted is None else wanted(pair))
             found[pair] = now, stages
-            # A site of which hosts have not heard is one with encryption to those that encrypt at all.
-            unheard = key == "encryption" and old is not None and not here.issuperset(pair)
-            for hosts, stage in self.hosts_before(pair, known):
-                if unheard or stage is not (stages[0] if now is None else now):
-                    self.jumps.setdefault(hosts, []).append(key)
+            for move in self.moves(pair):
+                held = known.get(move.before, Stage.PLAIN)
+                if key == "ipsec":  # hosts are told apart there by their addresses
+                    jumps = move.before != pair and (held, stages[0] if now is None else now) != (Stage.PLAIN,) * 2
+                else:
+                    taken = {self.taken_for(key, known, sites) for sites in move.seen}
+                    jumps = {held, *taken} != {stages[0] if now is None else now}
+                if jumps:
+                    self.jumps.setdefault(move.hosts, []).append(key)
         return found
 
-    def hosts_before(self, pair: Pair, known: Mapping[Pair, Stage]) -> Iterator[tuple[tuple[str, str], Stage]]:
-        """Of hosts of a pair that were at other sites, two for each two of those sites, and the stage of these."""
+    def moves(self, pair: Pair) -> Iterator[Move]:
+        """Of hosts of a pair that were at other sites, or seem so, two for each two of those sites."""
         one, other = (self.origins.get(site, {}) for site in pair)
         two = combinations_with_replacement(one, 2) if pair[0] == pair[1] else product(one, other)
-        for sites in two:
-            hosts = (one[sites[0]][0], other[sites[1]][-1])
-            if encryption.pair(*sites) != pair and hosts[0] != hosts[1]:
-                yield hosts, known.get(encryption.pair(*sites), Stage.PLAIN)
+        for origin, another in two:
+            hosts = one[origin][0], other[another][-1]
+            seen = (origin.site, another.seen), (another.site, origin.seen)
+            move = Move(hosts, encryption.pair(origin.site, another.site), seen)
+            if hosts[0] != hosts[1] and {move.before, *(encryption.pair(*sites) for sites in seen)} != {pair}:
+                yield move
 
     def inherited(self, key: str, pair: Pair, known: Mapping[Pair, Stage]) -> Stage | None:
         """Where a pair is that the record does not have, as its hosts were in other sites: where all of them are. What
         is made for a site, gateways and a proof of its hosts, does not come with hosts."""
-        found = {stage for _hosts, stage in self.hosts_before(pair, known)}
+        found = {known.get(move.before, Stage.PLAIN) for move in self.moves(pair)}
         if len(found) != 1:
             return None
         (stage,) = found
         stays = key == "ipsec" or (key == "routing" and self.model.routing.of(pair) == AUTO)
         return None if stays and stage is not Stage.PLAIN else stage
+
+    def taken_for(self, key: str, known: Mapping[Pair, Stage], sites: tuple[str, str]) -> Stage:
+        """The stage at which a host of the first of two sites is with one of the second until it has its turn, where
+        the record has the stages `known`. A site of which it has not heard is one with the tunnel, and, where it has
+        WireGuard at all, with that."""
+        if sites[1] in self.heard:
+            return known.get(encryption.pair(*sites), Stage.PLAIN)
+        encrypts = key == "encryption" and any(stage for pair, stage in known.items() if sites[0] in pair)
+        return Stage.DEMANDS if encrypts else Stage.PLAIN
+
+    def bared(self) -> Iterator[Problem]:
+        """Of hosts that move and whose packets are encrypted, and are to be, those that would be sent in clear until
+        all hosts have had their turn."""
+        encrypted, led = (encryption.from_document(self.roster.get(key), self.heard) for key in ("encryption", "ipsec"))
+        found = []
+        for pair in encryption.pairs(self.origins):
+            if self.model.encryption.of(pair) != GATEWAY and not self.model.encryption.wants_wireguard(pair):
+                continue
+            stages = [max(ways.get(pair, Stage.PLAIN) for ways in state.staged[::2]) for state in self.states]
+            for move in self.moves(pair):
+                taken: list[Stage] = []
+                if led.get(move.before) is not Stage.DEMANDS:
+                    if encrypted.get(move.before) is not Stage.DEMANDS:
+                        continue
+                    taken = [self.taken_for("encryption", encrypted, sites) for sites in move.seen]
+                if min([*stages, *taken]) < Stage.SENDS:
+                    found.append(" and ".join(move.hosts))
+        if found:
+            yield Problem(
+                "isthmus_site",
+                f"packets between {_listed(sorted(found))} are and will be encrypted, and would go in clear meanwhile",
+                "to hosts that had not their turn yet those that move are at once of the other site, and what there is "
+                "with that, or is turned on in steps, is in clear",
+                "set `encryption: wireguard` for all pairs of the sites that they leave and come to, run "
+                "isthmus.mesh.site, and move the hosts by a run after that",
+            )
 
     def told_of_jumps(self) -> Iterator[str]:
         if not self.jumps:
@@ -189,10 +235,9 @@ class Stages:
             f"{' and '.join(hosts)} ({', '.join('gateways' if key == 'ipsec' else key for key in keys)})"
             for hosts, keys in sorted(self.jumps.items())
         ]
-        more = f" and {len(lines) - _MOST_JUMPS} more" if len(lines) > _MOST_JUMPS else ""
         yield (
             "hosts move to another site, and are at once what the pair of sites that they are of then is, not in "
-            f"steps, so that connections may break while the run makes it so: {'; '.join(lines[:_MOST_JUMPS])}{more}. "
+            f"steps, so that connections may break while the run makes it so: {_listed(lines)}. "
             "Next: if they must not, give the pairs of the old and of the new site the same routing and encryption "
             "first, run isthmus.mesh.site, and move the hosts by a run after that"
         )
@@ -258,15 +303,41 @@ class Stages:
         return [replace(self.states[0], native={**self.states[0].native, **joined})] if joined else []
 
 
-def origins(before: auto.Places, now: auto.Places) -> dict[str, dict[str, list[str]]]:
-    """By site the sites where its hosts were before, and which those are, without hosts that are new."""
-    came_from = {name: site for site, hosts in before.items() for name in hosts}
-    found: dict[str, dict[str, list[str]]] = {}
-    for site, hosts in now.items():
-        for name in sorted(hosts):
+class Origin(NamedTuple):
+    """The `site` where a host was, and the one at which those see it that have not had their turn in the run."""
+
+    site: str
+    seen: str
+
+
+@dataclass(frozen=True)
+class Move:
+    """Two `hosts`, the pair of sites of which they were `before`, and what each of them sees until it has its turn: its
+    own site, and that of the other."""
+
+    hosts: tuple[str, str]
+    before: Pair
+    seen: tuple[tuple[str, str], tuple[str, str]]
+
+
+def origins(known: Documents, present: Documents) -> dict[str, dict[Origin, list[str]]]:
+    """By site from where its hosts come, and which do, without hosts that are new. Where a host is at another site than
+    its cluster, that is published with the record, before any host has its turn; where not, each host has the site of
+    the cluster from its spec."""
+    came_from = {name: entry["site"] for document in known.values() for name, entry in document["hosts"].items()}
+    found: dict[str, dict[Origin, list[str]]] = {}
+    for cluster, document in present.items():
+        for name, entry in sorted(document["hosts"].items()):
             if name in came_from:
-                found.setdefault(site, {}).setdefault(came_from[name], []).append(name)
+                site = entry["site"]
+                seen = known.get(cluster, document)["site"] if site == document["site"] else site
+                found.setdefault(site, {}).setdefault(Origin(came_from[name], seen), []).append(name)
     return found
+
+
+def _listed(found: Sequence[str]) -> str:
+    more = f" and {len(found) - _MOST_JUMPS} more" if len(found) > _MOST_JUMPS else ""
+    return "; ".join(found[:_MOST_JUMPS]) + more
 
 
 def _is_inside(encrypted: Ways, native: Ways, pair: Pair) -> bool:
@@ -334,11 +405,6 @@ def sites_of(documents: Documents) -> set[str]:
 def hosts_of(documents: Documents, pairs: Iterable[Pair]) -> list[str]:
     sites = {site for pair in pairs for site in pair}
     return sorted(name for doc in documents.values() for name, entry in doc["hosts"].items() if entry["site"] in sites)
-
-
-def _running(ways: Ways) -> dict[Pair, Stage]:
-    """Where each pair is that has traffic."""
-    return {pair: now for pair, (now, _stages) in ways.items() if now is not None}
 
 
 def _states(ways: Iterable[Ways], keys: tuple[Keys, ...]) -> list[State]:

@@ -531,6 +531,10 @@ def _peer(place: Mapping[str, str]) -> str:
 _MOST = 12
 
 
+def _senders(sources: Sequence[str]) -> str:
+    return "everybody" if openings.ANYWHERE in sources else f"{len(sources)} addresses"
+
+
 def lines(calls: Iterable[Mapping[str, Any]], peerings: Iterable[Mapping[str, Any]]) -> list[str]:
     """A line for each VPC and each peering: what is set there."""
     found = []
@@ -548,7 +552,7 @@ def lines(calls: Iterable[Mapping[str, Any]], peerings: Iterable[Mapping[str, An
             parts.append(f"ways to {', '.join(call['peers'])}")
         if call["rules"]:
             told = [
-                f"{one['protocol'].upper()} {one['port']} for {len(one['sources'])} addresses"
+                f"{one['protocol'].upper()} {one['port']} for {_senders(one['sources'])}"
                 if "port" in one
                 else f"everything from {len(one['sources'])} ranges"
                 for one in call["rules"]

@@ -43,6 +43,7 @@ class Api:
     def __init__(self, project: str | None, endpoint: str | None) -> None:
         import google.auth
         from google.auth.exceptions import GoogleAuthError, RefreshError
+        from google.oauth2 import service_account
         from googleapiclient import discovery
         from googleapiclient.errors import HttpError
 
@@ -51,10 +52,11 @@ class Api:
         file = next((os.environ[name] for name in FILES if os.environ.get(name)), None)
         try:
             if file and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-                credentials, found = google.auth.load_credentials_from_file(file, scopes=[SCOPE])
+                credentials = service_account.Credentials.from_service_account_file(file, scopes=[SCOPE])
+                found = credentials.project_id
             else:
                 credentials, found = google.auth.default(scopes=[SCOPE])
-        except self.errors as exc:
+        except (*self.errors, ValueError) as exc:  # ValueError: the file is no service account's key
             raise ProviderError("google.auth", str(exc)) from exc
         self.project = project or next((os.environ[name] for name in PROJECTS if os.environ.get(name)), None) or found
         if not self.project:

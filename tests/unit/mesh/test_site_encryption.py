@@ -418,6 +418,37 @@ def test_the_routes_that_hosts_set_are_told_with_their_tables() -> None:
         f"hosts of onprem: 198.18.2.0/24 via 198.18.1.1, in table {addressing.IPSEC_TABLE} (networks of cloud behind "
         f"the gateways); on the gateway itself into the tunnel, in strongSwan's table {ipsec.ROUTING_TABLE}"
     ]
+    # A site behind a gateway that is not ours need not have hosts.
+    gateways["sites"] = {
+        **gateways["sites"],
+        "cloud": {},
+        "office": {"ipsec": {"networks": ["198.18.9.0/24"], "peer": {"address": "203.0.113.9"}}},
+    }
+    gateways["site_pairs"] = [{"sites": ["onprem", "office"], "encryption": "ipsec-gateway"}]
+    (line,) = [line for line in told(**gateways) if "behind the gateways" in line]
+    assert line.startswith("hosts of onprem: 198.18.9.0/24 via 198.18.1.1, in table 736 (networks of office behind")
+
+
+def test_twenty_sites_are_told_as_a_whole_and_of_many_more_where_the_rest_is() -> None:
+    def told(count: int) -> tuple[list[str], list[str]]:
+        more = {
+            f"s{number}": {
+                "isthmus_cluster": "onprem",
+                "isthmus_site": f"site-{number}",
+                "ansible_host": f"198.18.3.{number}",
+            }
+            for number in range(1, count + 1)
+        }
+        found, documents = changed(more=more), openings.documents_of(changed(more=more).record)
+        led = matrix.host_routes(found.sites, documents, model().ipsec, found.ipsec, found.keys[-1])
+        assert len(found.sites) == (count + 2) * (count + 1) // 2 + 1  # each two sites, and within onprem
+        return matrix.lines(found.sites), led
+
+    lines, led = told(18)
+    assert (len(lines), len(led)) == (191, 381)
+    lines, led = told(24)
+    assert (len(lines), lines[-1]) == (301, "and 26 more pairs of sites, in `sites` of isthmus.mesh.plan")
+    assert led[-1] == "and those for 26 more pairs of sites"
 
 
 def test_the_matrix_says_what_is_open_and_how_large_packets_are() -> None:

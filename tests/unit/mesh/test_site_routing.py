@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from itertools import product
+import random
+import re
+from collections import Counter
+from itertools import permutations, product
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from isthmus_mesh import matrix, openings
-from isthmus_mesh.encryption import Stage, pairs
+from isthmus_mesh import matrix, openings, stages
+from isthmus_mesh.encryption import Stage, pair, pairs
 from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import RecordError, merge
@@ -421,7 +424,7 @@ def test_the_matrix_says_the_way_the_ports_and_the_mtu_and_the_routers_their_rou
     (told,) = [line for line in matrix.lines(found.sites) if line.startswith("cloud and onprem")]
     assert told.startswith(
         "cloud and onprem: path native, encryption none, MTU 1500 inside where the underlay has 1500. Open: IP on "
-        "those ranges, at every host of cloud and onprem from the ranges of workloads of both; TCP 2379"
+        "the ranges of workloads at every host of cloud and onprem from the same ranges; TCP 2379"
     )
 
 
@@ -572,11 +575,28 @@ def test_hosts_that_become_a_site_of_their_own_go_on_from_where_they_were(key: s
     assert not any("hosts move" in words for words in found.warnings)
 
 
-def test_hosts_that_were_native_are_so_in_their_new_site() -> None:
-    running = changed(**ON)
-    found = changed(running, more=moved("plant", "o3"), **ON)
+def test_hosts_that_were_native_are_so_in_their_new_site_once_others_have_heard_of_it() -> None:
+    """Who has not heard of a site sends through the tunnel to it, and is told of the move by etcd before its turn."""
+    found = changed(changed(**ON), more=moved("plant", "o3"), **ON)
     assert found.steps == ()
     assert set(native(found.specs)["o3"].values()) == {"demands"}
+    (told,) = [words for words in found.warnings if "hosts move" in words]
+    assert "c1 and o3 (routing)" in told
+    heard = changed(**ON, sites=three("plant"))
+    assert heard.record["roster"]["empty"] == ["plant"]
+    found = changed(heard, more=moved("plant", "o3"), **ON, sites=three("plant"))
+    assert set(native(found.specs)["o3"].values()) == {"demands"}
+    assert not any("hosts move" in words for words in found.warnings)
+    assert "empty" not in found.record["roster"]
+
+
+@pytest.mark.parametrize("keys", [ON, {"encryption": "wireguard"}])
+def test_a_cluster_s_site_with_another_name_is_a_new_one_to_nobody(keys: dict[str, Any]) -> None:
+    """Hosts have the site of a whole cluster from their specs, not from etcd."""
+    clusters = estate()["clusters"]
+    clusters["onprem"]["site"] = "plant"
+    found = changed(changed(**keys), **keys, clusters=clusters)
+    assert found.steps == ()
     assert not any("hosts move" in words for words in found.warnings)
 
 
@@ -606,9 +626,147 @@ def test_a_pair_of_hosts_that_were_not_alike_begins_as_it_is_to_be() -> None:
     """Never below what one of them had."""
     more = {"x1": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9"}}
     encrypted = {"encryption": "wireguard"}
-    running = changed(more=more, site_pairs=[{"sites": ["cloud", "onprem"], **encrypted}], sites=three("plant"))
+    running = changed(more=more, site_pairs=[{"sites": ["cloud", "onprem"], **encrypted}])
     more = {"x1": {**more["x1"], "isthmus_site": "plant"}, **moved("plant", "o3")}
     found = changed(running, more=more, site_pairs=[{"sites": ["cloud", "plant"], **encrypted}], sites=three("plant"))
     assert roster_stages(found.record, "encryption", "cloud plant") == "demands"
     (told,) = [words for words in found.warnings if "hosts move" in words]
     assert "c1 and x1 (encryption)" in told
+
+
+def test_hosts_are_not_moved_when_what_is_and_will_be_encrypted_would_go_in_clear_meanwhile() -> None:
+    between = [{"sites": ["cloud", "onprem"], "encryption": "wireguard"}]
+    after_all = [*between, {"sites": ["cloud", "plant"], "encryption": "wireguard"}]
+    plain = changed(site_pairs=between, sites=three("plant"))
+    refused = "packets between c1 and o3 are and will be encrypted, and would go in clear meanwhile"
+    with pytest.raises(ModelError, match=refused):
+        # c1 knows plant as a site in clear until it has its turn.
+        changed(plain, more=moved("plant", "o3"), site_pairs=after_all, sites=three("plant"))
+    ready = changed(plain, site_pairs=after_all, sites=three("plant"))
+    found = changed(ready, more=moved("plant", "o3"), site_pairs=after_all, sites=three("plant"))
+    assert roster_stages(found.record, "encryption", "cloud plant") == "demands"
+
+
+def test_no_host_moves_from_gateways_to_a_pair_that_is_only_being_encrypted() -> None:
+    def led(*onprem: str) -> dict[str, Any]:
+        behind = {"onprem": ("o1", [f"{hosts()[name]['ansible_host']}/32" for name in onprem])}
+        behind["cloud"] = ("c1", ["198.18.2.0/24"])
+        sites = {
+            site: {"ipsec": {"networks": networks, "gateways": [{"host": gateway}]}}
+            for site, (gateway, networks) in behind.items()
+        }
+        return {"sites": {**sites, "plant": {}}}
+
+    between = {"sites": ["cloud", "onprem"], "encryption": "ipsec-gateway"}
+    running = changed(site_pairs=[between], **led("o1", "o2", "o3"))
+    keys = {"more": moved("plant", "o3"), **led("o1", "o2")}
+    plant = {"sites": ["cloud", "plant"]}
+    with pytest.raises(ModelError, match="packets between c1 and o3 are and will be encrypted"):
+        changed(running, site_pairs=[between, {**plant, "encryption": "wireguard"}], **keys)
+    (told,) = [words for words in changed(running, site_pairs=[between], **keys).warnings if "hosts move" in words]
+    assert "c1 and o3 (gateways)" in told
+
+
+def test_a_cluster_s_other_site_makes_hosts_seem_to_be_elsewhere() -> None:
+    """Where a host is at its cluster's site only the specs say so, and those of before have another one there."""
+    between = [{"sites": ["cloud", "onprem"], "encryption": "wireguard"}]
+    hall = {"x1": {"isthmus_cluster": "cloud", "isthmus_site": "hall", "ansible_host": "198.18.2.9"}}
+    running = changed(more={**hall, "c1": {**hosts()["c1"], "isthmus_site": "cloud"}}, site_pairs=between)
+    clusters = estate()["clusters"]
+    clusters["cloud"]["site"] = "hall"
+    more = {**hall, "c1": {**hosts()["c1"], "isthmus_site": "cloud"}}
+    (told,) = [
+        words
+        for words in changed(running, more=more, site_pairs=between, clusters=clusters).warnings
+        if "hosts move" in words
+    ]
+    assert "x1 and o3 (encryption)" in told, "to o3 it is at cloud"
+
+
+def test_a_site_that_all_hosts_have_left_is_nothing_any_more() -> None:
+    """A second run has nothing to do."""
+    more = {"c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}
+    keys: dict[str, Any] = {"sites": three("hall"), "site_pairs": [{"sites": ["cloud", "onprem"], **ON}]}
+    running = changed(more=more, **keys)
+    auto: dict[str, Any] = {**keys, "site_pairs": [{"sites": ["cloud", "onprem"], "routing": "auto"}]}
+    left = {name: {**variables, "isthmus_site": "hall"} for name, variables in {**more, "c1": hosts()["c1"]}.items()}
+    found = changed(running, more=left, **auto)
+    last = after(found, len(found.steps))
+    again = changed(last, more=left, **auto)
+    assert (again.record, again.steps) == (last.record, ())
+
+
+EVERY = ("cloud", "hall", "onprem")
+NAMES = ("cloud", "onprem", "c1", "c2", "o1", "o2", "o3")
+"""Clusters and hosts, each of which has a site."""
+
+
+def seen(spec: NodeSpec, record: Any, host: str) -> tuple[Stage, Stage]:
+    """Stages of (encryption, native routing) at which a host with this spec is with another, whose site its registrar
+    publishes as the record has it, where it is not that of the cluster."""
+    document = record["clusters/onprem" if host.startswith("o") else "clusters/cloud"]
+    site = document["hosts"][host]["site"]
+    published = site if site != document["site"] else None
+    return tuple(  # type: ignore[return-value]
+        said.stage(published or said.sites[document["name"]]) if said else Stage.PLAIN
+        for said in (spec.wireguard, spec.native)
+    )
+
+
+def of_sites(sites: dict[str, str], ways: dict[Any, Any], declared: set[str], previous: Plan | None = None) -> Plan:
+    """The plan where clusters and hosts are at these sites."""
+    clusters = estate()["clusters"]
+    for name, cluster in clusters.items():
+        cluster["site"] = sites[name]
+    more = {"c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}
+    everybody = {name: {**one, "isthmus_site": sites[name]} for name, one in {**hosts(), **more}.items()}
+    known = declared | {*sites.values()}
+    said = [{"sites": list(both), **way} for both, way in ways.items() if known.issuperset(both)]
+    keys = {"clusters": clusters, "sites": {site: {} for site in known}, "site_pairs": said}
+    return changed(previous, more=everybody, **keys)
+
+
+def test_of_hosts_that_move_what_is_cut_off_is_told_and_what_is_encrypted_stays_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While hosts have still the specs of before, and others have those of the first step."""
+    monkeypatch.setattr(stages, "_MOST_JUMPS", 100)
+    draw = random.Random(73)  # noqa: S311
+    counted: Counter[str] = Counter()
+    for _number in range(60):
+        sites = {name: draw.choice(EVERY) for name in NAMES}
+        ways = {both: draw.choice(WAYS) for both in pairs(EVERY)}
+        declared = {site for site in EVERY if draw.random() < 0.5}
+        running = of_sites(sites, ways, declared)
+        moving = {name: draw.choice(EVERY) for name in draw.sample(NAMES, draw.randint(1, 2))}
+        after_all = {**ways, **{both: draw.choice(WAYS) for both in draw.sample(sorted(ways), draw.randint(0, 2))}}
+        there = {**sites, **moving}
+        refused = ""
+        try:
+            found = of_sites(there, after_all, declared, running)
+        except ModelError as error:
+            refused = str(error)
+        if refused:
+            assert "would go in clear meanwhile" in refused
+            counted["refused"] += 1
+            continue
+        told = [
+            line
+            for words in found.warnings
+            if "hosts move" in words
+            for line in re.findall(r"(\S+) and (\S+) \(", words)
+        ]
+        specs = [{name: NodeSpec.from_dict(own) for name, own in each.specs.items()} for each in (running, found)]
+        between = {(pair(sites[one], sites[other]), pair(there[one], there[other])) for one, other in told}
+        for one, other in permutations(running.specs, 2):
+            before, now = pair(sites[one], sites[other]), pair(there[one], there[other])
+            encrypted = {"encryption": "wireguard"}.items() <= ways[before].items() & after_all[now].items()
+            for own, others in product(specs, repeat=2):
+                sends, takes = seen(own[one], found.record, other), seen(others[other], found.record, one)
+                assert sent(sends)[0] or not encrypted, (one, other, before, now)
+                assert understood(sends, takes) or (before, now) in between, (one, other, before, now, sends, takes)
+            counted["told"] += (before, now) in between
+        settled = of_sites(there, after_all, declared, after(found, len(found.steps)))
+        assert settled.record == after(found, len(found.steps)).record
+        counted["planned"] += 1
+    assert min(counted["refused"], counted["told"], counted["planned"]) > 5, counted

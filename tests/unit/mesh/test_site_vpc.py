@@ -170,6 +170,12 @@ def test_native_packets_are_let_in_by_the_ranges_they_come_from() -> None:
     assert [rule.get("port") for rule in call["meanwhile"]["rules"]] == [None, 2379, 8472]
 
 
+def test_a_port_that_is_open_to_all_is_told_so() -> None:
+    (call,) = changed(cloud=AWS, sites={"onprem": {"inbound": False}}, encryption="wireguard").vpcs.calls
+    assert call["rules"] == [{"protocol": "udp", "port": 51871, "sources": ["0.0.0.0/0"]}]
+    assert "opens UDP 51871 for everybody on 1 hosts" in vpc.lines([call], ())[0]
+
+
 def test_pods_have_routes_to_their_nodes_while_packets_go_natively_in_clear() -> None:
     def ways(found: Plan, when: str = "") -> dict[str, str | None]:
         (call,) = found.vpcs.calls

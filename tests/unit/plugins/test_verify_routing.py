@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.isthmus.mesh.plugins.module_utils import packets
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify import native, overlay, verifier
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import Verifier
+from isthmus_agent.cli import client
 from unit.mesh import estates
 
 NATIVE = {"way": "native", "stage": "demands", "mtu": 1500}
@@ -35,8 +36,8 @@ class Host:
         self.echoes: list[tuple[str, str, int, int]] = []
         (place / "node.json").write_text(json.dumps(self.plan.specs["c1"]))
         monkeypatch.setattr(Verifier, "NODE", str(place / "node.json"))
-        client = SimpleNamespace(ask=lambda _socket, _what: self.status())
-        monkeypatch.setattr(verifier, "bundle_module", lambda _module, _name: client)
+        answers = SimpleNamespace(ask=lambda _socket, _what: self.status(), AgentSilent=client.AgentSilent)
+        monkeypatch.setattr(verifier, "bundle_module", lambda _module, _name: answers)
         monkeypatch.setattr(packets, "path_mtu", lambda _from, to, _mark=0: self.carried.get(to, 1500))
         monkeypatch.setattr(packets, "echo", self.echo)
 
@@ -232,6 +233,22 @@ def test_packets_of_full_size_are_those_of_the_routes_and_nobody_may_fragment_th
     sent = {(to, size, mark) for _from, to, size, mark in packets_only.echoes if size != 84}
     whole = overlay.WHOLE_MARK
     assert sent == {("10.101.0.1", 1500, whole), ("10.101.0.17", 1450, whole), ("10.101.0.33", 1500, whole)}
+
+
+def test_packets_are_looked_at_with_an_agent_that_is_silent_and_an_answer_that_is_none_is_told(
+    packets_only: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent() -> dict[str, Any]:
+        raise client.AgentSilent("the agent does not answer")
+
+    packets_only.silent.add("10.101.0.17")
+    monkeypatch.setattr(packets_only, "status", silent)
+    found = packets_only.looked(overlay.check_packets).problems
+    assert found
+    assert all("o2 (10.101.0.17)" in words for words in found)
+    monkeypatch.setattr(packets_only, "status", dict)
+    (words,) = packets_only.looked(overlay.check_packets).problems
+    assert "this could not be looked at to the end: KeyError: 'nodes'" in words
 
 
 def test_a_way_that_loses_packets_of_full_size_is_named_with_what_it_carries(
