@@ -337,6 +337,7 @@ def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(n
     assert net["c1"].apply(net["c1"].spec)["unproven"] == []
 
 
+@pytest.mark.slow
 def test_a_gateway_that_is_not_ours_has_one_key_for_both_of_its_addresses(net: Net) -> None:
     """One identity at two addresses: strongSwan takes a key for both of them."""
     name, network = "vpn.example.com", "198.18.1.0/24"

@@ -419,6 +419,10 @@ def test_two_gateways_of_others_have_a_tunnel_each_with_each_of_ours() -> None:
     secrets = ipsec.secrets_conf(connections, {name: [key] for name, key in keys.items()}) or ""
     assert "ike-isthmus-cloud {" in secrets
     assert "ike-isthmus-cloud_2 {" in secrets
+    # Of one identity at two addresses each key would be one of the other tunnel too.
+    same = [{**one, "remote_id": "vpn.example.com"} for one in connections]
+    assert ipsec.pre_shared(same, {"cloud onprem": "one key"}) == {"isthmus-cloud": "one key"}
+    assert ipsec.sharing(same, same[1]) == ["isthmus-cloud", "isthmus-cloud_2"]
 
 
 def test_strongswan_s_routes_come_after_the_mesh_s_own() -> None:
