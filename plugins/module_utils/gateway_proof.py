@@ -74,10 +74,8 @@ class Proof:
             keys, wanted = self.keys.get(name, []), self.wanted.get(name)
             if not one["ours"] and keys[1:] == [wanted]:
                 self.change(name, keys)
-            elif (
-                not one["ours"] and keys[1:] and keys[0] == wanted
-            ):  # the former one was put back, by which the tunnel is there
-                self.write(name, keys[:1])
+            elif not one["ours"] and keys[1:] and keys[0] == wanted:
+                self.write(name, keys[:1])  # the former one was put back, by which the tunnel is there
             elif keys[1:] and keys[0] == wanted:
                 said = self.tried(one, keys[:1])
                 if said:
