@@ -12,6 +12,7 @@ ARCH ?= $(shell uname -m)
 INVENTORY ?= inventories/lab
 ARGS ?=
 SCENARIO ?=
+ONLY ?=
 LAB_TOOL := tests/lab/lab
 
 export ANSIBLE_CONFIG := $(CURDIR)/tests/lab/ansible.cfg
@@ -103,8 +104,8 @@ test: gates collection parts ## every gate and every test that fits into every r
 	@sh scripts/test.sh
 
 test-full: export ISTHMUS_FULL := 1
-test-full: gates collection parts ## what is too long for every run as well; writes the result to docs/test-full.md
-	@sh scripts/test.sh full
+test-full: gates collection parts ## what is too long for every run as well, or parts (ONLY='tests/kernel molecule/bgp'); writes docs/test-full.md
+	@sh scripts/test.sh full $(ONLY)
 
 bench: collection lab-up ## measure the estate and all paths on the lab, each figure beside a baseline; gates nothing
 	@$(BIN)/ansible-playbook -i $(INVENTORY) isthmus.mesh.site > build/bench-site.log || { cat build/bench-site.log; exit 1; }

@@ -2,12 +2,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # The tests, stage by stage, each with its seconds. A stage that fails does not keep the next from running. The slow
 # gates run beside them and tell their result at the end.
-# usage: scripts/test.sh [full]   (from make, with the environment's tools in PATH)
-# `full` runs the tests marked slow as well and writes the result to docs/test-full.md.
+# usage: scripts/test.sh [full [PART...]]   (from make, with the environment's tools in PATH)
+# `full` runs the tests marked slow as well, or PARTs only, and writes each result to docs/test-full.md at once.
 set -u
 cd "$(dirname "$0")/.." || exit
 select='not slow'
-[ "${1:-}" != full ] || select='slow or not slow'
+full=
+only=
+if [ "${1:-}" = full ]; then
+    shift
+    full=yes
+    only=$*
+    select='slow or not slow'
+    # shellcheck disable=SC2086  # one word for each part
+    python scripts/test_full.py known $only || exit
+fi
 summary=$(mktemp)
 gates=
 trap 'rm -f "$summary"; [ -z "$gates" ] || kill "$gates" 2> /dev/null' EXIT
@@ -32,14 +41,39 @@ stage() {
     line=$(sed -n -E 's/^=* ?([0-9]+ (passed|failed|skipped|error|deselected).*[^= ]) ?=*$/\1/p' "$log" | tail -n 1)
     # A line for each scenario of molecule's.
     line=${line:-$(sed -n -E 's/^([a-z]+) +: actions=.* failed=0.*/\1/p' "$log" | sort -u | xargs)}
-    row "$name" "$code" "${line:-nothing ran}" $(($(date +%s) - began))
+    seconds=$(($(date +%s) - began))
+    row "$name" "$code" "${line:-nothing ran}" $seconds
+}
+
+# What was asked for of a directory: all of it, or the parts that are there.
+asked() {
+    [ -n "$only" ] || { echo "$1"; return; }
+    for part in $only; do
+        case $part in "$1" | "$1"/*) printf '%s ' "$part" ;; esac
+    done
 }
 
 # Status 5, no test was collected, is no success either.
 suite() {
     name=$1
-    shift
-    stage "$name" python -m pytest -m "$select" -o console_output_style=count --durations=15 --durations-min=5 "$@"
+    places=$(asked "$2")
+    shift 2
+    [ -n "$places" ] || return 0
+    results=build/test-$(echo "$name" | tr ' ' '-').xml
+    rm -f "$results"
+    # shellcheck disable=SC2086  # one word for each part
+    stage "$name" python -m pytest -m "$select" -o console_output_style=count --durations=15 --durations-min=5 \
+        --junit-xml="$results" "$@" $places
+    [ -z "$full" ] || [ ! -s "$results" ] || python scripts/test_full.py pytest "$results" || status=1
+}
+
+scenarios() {
+    for file in extensions/molecule/*/molecule.yml; do
+        scenario=$(basename "$(dirname "$file")")
+        case " $only " in "  " | *" molecule "* | *" molecule/$scenario "*) ;; *) continue ;; esac
+        stage "molecule $scenario" make --no-print-directory molecule SCENARIO="$scenario"
+        python scripts/test_full.py molecule "$scenario" "$code" "$seconds" || status=1
+    done
 }
 
 # With what the tests leave of the processors (SCHED_IDLE), so that no deadline of a test notices.
@@ -63,35 +97,27 @@ covered() { coverage report --format=total --include="$1" 2> /dev/null || echo '
 
 mkdir -p build
 whole=$(date +%s)
-begin_gates
+[ -n "$only" ] || begin_gates
 suite "units" tests/unit --numprocesses 2 --dist loadfile --cov --cov-report=
 suite "eBPF" tests/bpf
-if [ "${1:-}" = full ]; then suite "other kernels" tests/kernel; fi
+[ -z "$full" ] || suite "other kernels" tests/kernel
 suite "integration" tests/integration --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-append --cov-report=
 suite "end to end" tests/e2e
-if [ "${1:-}" = full ]; then stage "molecule" make --no-print-directory molecule; fi
+[ -z "$full" ] || scenarios
 suite "lab" tests/lab
-end_gates
+[ -n "$only" ] || end_gates
 
-{
+(
     echo "| Stage | Result | Tests | Time |"
     echo "| --- | --- | --- | --- |"
     cat "$summary"
+    [ -z "$only" ] || exit
     echo
     # In the tests' own process; what runs on the lab's machines, in etcd's or in the kernel is not counted.
     echo "Coverage by units and integration: $(covered 'agent/*') % of agent/, $(covered 'plugins/module_utils/*') % of plugins/module_utils/."
-} > build/test-summary.md
+) > build/test-summary.md
 printf '\n'
 cat build/test-summary.md
 printf '\n%s in %s s\n' "$([ $status = 0 ] && echo 'all passed' || echo 'FAILED')" $(($(date +%s) - whole))
 
-if [ "${1:-}" = full ]; then
-    {
-        echo "# The last full run of the tests"
-        echo
-        echo "Written by \`make test-full\` on $(date --utc +%Y-%m-%d), commit $(git rev-parse --short HEAD), kernel $(uname -r), $(nproc) cores."
-        echo
-        cat build/test-summary.md
-    } > docs/test-full.md
-fi
 exit $status
