@@ -50,7 +50,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Planned:
-    """`hosts` by name: what `isthmus.mesh.bgp` gets; {"kept": True} on hosts of sites of which only the record knows
+    """`hosts` by name: what `isthmus.mesh.bgp` gets (`routers_elsewhere` are addresses of others of the estate);
+    {"kept": True} on hosts of sites of which only the record knows
     that they speak BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`,
     `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`, of a Kubernetes node also the
     ranges of its `pods`), and what it `sends` them. `sites` is the roster's."""
@@ -190,6 +191,11 @@ def planned(
                         **pods,
                     }
                 )
+    known = {str(address) for _, address, _, _ in routers}
+    for spoken in found.values():
+        elsewhere = known - {one["address"] for one in spoken.get("routers", ())}
+        if elsewhere and "routers" in spoken:
+            spoken["routers_elsewhere"] = sorted(elsewhere)
     sends = collapsed(taken)
     return Planned(
         hosts=found,
@@ -335,11 +341,11 @@ def foreign_lines(conf: str) -> list[str]:
 
 
 def bad_passwords(own: Mapping[str, Any], passwords: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with the passwords, in words, without one of them."""
-    known = [router["address"] for router in own["routers"]]
+    """What is wrong with the passwords, in words, without one of them. One dictionary may serve the whole estate."""
+    known = [*(router["address"] for router in own["routers"]), *own.get("routers_elsewhere", ())]
     for address, password in sorted(passwords.items()):
         if address not in known:
-            yield f"{address} is none of the host's routers ({', '.join(known)})"
+            yield f"{address} is no router of the estate ({', '.join(known)})"
         elif not 1 <= len(password) <= LONGEST_PASSWORD or not password.isascii() or not password.isprintable():
             yield f"that of {address} is not 1 to {LONGEST_PASSWORD} printable ASCII characters, which TCP MD5 takes"
         elif " " in password:

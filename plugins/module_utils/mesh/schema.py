@@ -1207,7 +1207,8 @@ PLAY_VARIABLES = {
     "isthmus_firewall": "Of a host or group: `managed` opens the mesh's ports in ufw and firewalld; else `unmanaged`.",
     "isthmus_ipsec_secrets": "Pre-shared keys of pairs of sites, {cloud onprem: KEY}, in the order of the alphabet; "
     "in a vault.",
-    "isthmus_bgp_passwords": "Of a host or group: by address of a router, the password of the session; for the vault.",
+    "isthmus_bgp_passwords": "Of a host or group, also of all: by address of a router, the password of the session; "
+    "in a vault.",
     "isthmus_api_host": "Of a host or group: where the API of its Kubernetes cluster is asked from; else localhost.",
     "isthmus_kubeconfig": "Of a host or group: kubeconfig on `isthmus_api_host` for its Kubernetes cluster; else what "
     "the environment there says (K8S_AUTH_*, KUBECONFIG), or ~/.kube/config.",

@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import lab_router
 import pytest
+from isthmus_mesh import bgp
 from isthmus_mesh.model import read_model
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record
@@ -87,6 +88,7 @@ def test_bgp(tmp_path: Path) -> None:
     assert told == set(lab_router.AS.items())
     passwords = found.variable("isthmus_bgp_passwords")
     assert passwords == {router["address"]: lab_router.PASSWORD for router in routers}
+    assert [list(bgp.bad_passwords(own, passwords)) for own in found.plan.bgp.hosts.values()] == [[]] * 5
 
 
 def test_vpc(tmp_path: Path) -> None:
