@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -534,9 +535,9 @@ def test_a_peer_without_a_key_is_never_sent_to_in_clear(tmp_path: Path) -> None:
 
 
 def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None:
-    """Host by host, stage by stage, and the kernel checks sources strictly. When a host has taken a step nothing is
-    dropped for its way, and at the end of each direction nothing goes the other way any more."""
-    with pair(tmp_path) as both:
+    """Host by host, stage by stage, and the kernel checks sources strictly. While a host takes a step and after it
+    nothing is dropped for its way, and at the end of each direction nothing goes the other way any more."""
+    with ThreadPoolExecutor(1) as pool, pair(tmp_path) as both:
         for host in (both.a, both.b):
             host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
             host.stage("plain")
@@ -553,9 +554,11 @@ def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None
             assert alive()
             for word in stages:
                 for host in order:
-                    host.stage(word)
                     settled = [each.dropped() for each in (both.a, both.b)]
-                    assert alive(), f"{host.cluster} at {word}"
+                    step = pool.submit(host.stage, word)
+                    while not step.done():
+                        assert alive(), f"{host.cluster} on its way to {word}"
+                    step.result()
                     assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {word}"
                     assert [each.dropped() for each in (both.a, both.b)] == settled, f"{host.cluster} at {word}"
                     if word != "plain":

@@ -132,7 +132,7 @@ def desired(
         ipcache=memory.of(
             "ipcache",
             (spec, nodes, state.ips, state.configs, local, encrypted, ranges),
-            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.sent, ranges),
+            lambda: addressing.ipcache(spec, state, nodes, local, encrypted.demanded, ranges),
         ),
         peers=memory.of("peers", (nodes, encrypted), lambda: addressing.peers(nodes, encrypted.demanded)),
         routes=memory.of(

@@ -48,10 +48,10 @@ class Service:
 @dataclass(frozen=True, slots=True)
 class IpcacheEntry:
     """`tunnel` None: local or not reachable by tunnel. `is_node`: an underlay address of a node. `is_fixed`: another
-    address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard.
-    `is_native`: packets may come from it and go to it without a tunnel, by the underlay. `is_inside`: the same inside
-    WireGuard. `is_cni`: a pod of this host's own Kubernetes cluster or, with `is_node`, one of its nodes: what goes
-    between these is the CNI's; with `is_fixed` all that the CNI deals to pods of this node, published or not."""
+    address of a node itself, which no other node may send from. `is_encrypted`: the tunnel leads through WireGuard or
+    nowhere. `is_native`: packets may come from it and go to it without a tunnel, by the underlay. `is_inside`: the same
+    inside WireGuard. `is_cni`: a pod of this host's own Kubernetes cluster or, with `is_node`, one of its nodes: what
+    goes between these is the CNI's; with `is_fixed` all that the CNI deals to pods of this node, published or not."""
 
     identity: int
     cluster_id: int
