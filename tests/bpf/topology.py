@@ -53,6 +53,15 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = 10.0) -> T:
         time.sleep(0.02)
 
 
+def meanwhile(holds: Callable[[], bool], words: str, step: Callable[..., object], *wanted: object) -> None:
+    """Takes a step, and asserts again and again, until it is taken, what holds at every moment."""
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(step, *wanted)
+        while not taken.done():
+            assert holds(), words
+        taken.result()
+
+
 class InsideError(OSError):
     """What an Inside process answered instead of a result."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpf.topology import CLONE_NEWNET, Inside, InsideError, Node, bare_nodes, capture, wait_for
+from bpf.topology import CLONE_NEWNET, Inside, InsideError, Node, bare_nodes, capture, meanwhile, wait_for
 from integration.test_agent_kernel import CLIENT, Daemon, make_daemon
 from isthmus_agent.cli import text
 from isthmus_agent.cli.client import AgentSilent, ask
@@ -206,8 +206,8 @@ def test_packets_go_natively_at_the_full_mtu_with_the_identity_of_their_source(b
 
 @pytest.mark.parametrize("beside", ["plain"], indirect=True)
 def test_a_stream_outlives_turning_it_on_and_off(beside: Pair, tmp_path: Path) -> None:
-    """Host by host, stage by stage, and the kernel checks sources strictly. When a host has taken a step nothing is
-    dropped, and at the end of each direction nothing goes the other way any more."""
+    """Host by host, stage by stage, and the kernel checks sources strictly. While a host takes a step and after it
+    nothing is dropped, and at the end of each direction nothing goes the other way any more."""
     for host in beside.hosts:
         host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
     beside.client.do(
@@ -226,9 +226,8 @@ def test_a_stream_outlives_turning_it_on_and_off(beside: Pair, tmp_path: Path) -
         assert alive()
         for word in stages:
             for host in order:
-                host.stage(word)
                 settled = [each.dropped() for each in beside.hosts]
-                assert alive(), f"{host.node.name} at {word}"
+                meanwhile(alive, f"{host.node.name} on its way to {word}", host.stage, word)
                 assert beside.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.node.name} at {word}"
                 assert [each.dropped() for each in beside.hosts] == settled, f"{host.node.name} at {word}"
         file = tmp_path / f"{len(ways[0][0])}.pcap"

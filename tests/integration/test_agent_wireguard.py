@@ -12,7 +12,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import agent_mesh as mesh
 import pytest
-from bpf.topology import Inside, Node, bare_nodes, capture, wait_for
+from bpf.topology import Inside, Node, bare_nodes, capture, meanwhile, wait_for
 from integration import kernel_devices
 from integration.etcd_fixture import Ca
 from integration.test_agent_kernel import CLIENT, Daemon
@@ -537,7 +536,7 @@ def test_a_peer_without_a_key_is_never_sent_to_in_clear(tmp_path: Path) -> None:
 def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None:
     """Host by host, stage by stage, and the kernel checks sources strictly. While a host takes a step and after it
     nothing is dropped for its way, and at the end of each direction nothing goes the other way any more."""
-    with ThreadPoolExecutor(1) as pool, pair(tmp_path) as both:
+    with pair(tmp_path) as both:
         for host in (both.a, both.b):
             host.node.sysctl("net.ipv4.conf.all.rp_filter", "1")
             host.stage("plain")
@@ -555,10 +554,7 @@ def test_a_stream_outlives_turning_encryption_on_and_off(tmp_path: Path) -> None
             for word in stages:
                 for host in order:
                     settled = [each.dropped() for each in (both.a, both.b)]
-                    step = pool.submit(host.stage, word)
-                    while not step.done():
-                        assert alive(), f"{host.cluster} on its way to {word}"
-                    step.result()
+                    meanwhile(alive, f"{host.cluster} on its way to {word}", host.stage, word)
                     assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {word}"
                     assert [each.dropped() for each in (both.a, both.b)] == settled, f"{host.cluster} at {word}"
                     if word != "plain":
@@ -607,10 +603,9 @@ def test_a_stream_outlives_new_keys(tmp_path: Path, native: bool) -> None:
         with capture(both.a.node, file):
             for keys_wanted in (Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)):
                 for host in hosts:
-                    take(host, keys_wanted)
-                    published[host.cluster] = WIREGUARD_PORTS if keys_wanted.has_both else WIREGUARD_PORTS[1:]
                     settled = [each.dropped() for each in hosts]
-                    assert alive(), f"{host.cluster} at {keys_wanted}"
+                    meanwhile(alive, f"{host.cluster} on its way to {keys_wanted}", take, host, keys_wanted)
+                    published[host.cluster] = WIREGUARD_PORTS if keys_wanted.has_both else WIREGUARD_PORTS[1:]
                     assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {keys_wanted}"
                     assert [each.dropped() for each in hosts] == settled, f"{host.cluster} at {keys_wanted}"
                 for host in hosts:
@@ -793,8 +788,8 @@ def packets_of(file: Path, *expression: str) -> int:
 
 
 def test_a_stream_outlives_turning_native_on_and_off_inside_wireguard(tmp_path: Path) -> None:
-    """Host by host, stage by stage, and the kernel checks sources strictly. Nothing is dropped when a host has taken a
-    step, and at no moment anything is in clear."""
+    """Host by host, stage by stage, and the kernel checks sources strictly. Nothing is dropped while a host takes a
+    step and after it, and at no moment anything is in clear."""
     with pair(tmp_path) as both:
         hosts = (both.a, both.b)
         for host in hosts:
@@ -814,9 +809,8 @@ def test_a_stream_outlives_turning_native_on_and_off_inside_wireguard(tmp_path: 
                 assert alive()
                 for word in stages:
                     for host in order:
-                        host.native(word)
                         settled = [sum(each.daemon.status()["datapath"]["drops"].values()) for each in hosts]
-                        assert alive(), f"{host.cluster} at {word}"
+                        meanwhile(alive, f"{host.cluster} on its way to {word}", host.native, word)
                         assert both.dial(10) == ["b", "10.101.0.2"], f"a new one, {host.cluster} at {word}"
                         now = [sum(each.daemon.status()["datapath"]["drops"].values()) for each in hosts]
                         assert now == settled, f"{host.cluster} at {word}"
