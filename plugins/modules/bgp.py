@@ -52,6 +52,11 @@ options:
             description: Whether BFD watches the session.
             type: bool
             default: false
+      routers_elsewhere:
+        description: Addresses of other routers of the estate, of which O(passwords) may have some too.
+        type: list
+        elements: str
+        default: []
       pods:
         description: Of a Kubernetes node, the ranges of its pods, which it announces as well.
         type: list
@@ -251,6 +256,7 @@ def main():
                             "bfd": {"type": "bool", "default": False},
                         },
                     },
+                    "routers_elsewhere": {"type": "list", "elements": "str", "default": []},
                     "pods": {"type": "list", "elements": "str", "default": []},
                 },
             },

@@ -20,7 +20,11 @@ SPEC: dict[str, Any] = {
     "node": {"underlay4": "198.18.9.11", "range4": "10.101.0.0/28"},
     "mesh_ranges4": ["10.101.0.0/16", "10.102.0.0/16"],
 }
-OWN: dict[str, Any] = {"as_number": 65101, "routers": [{"address": ROUTER, "as_number": 65000, "bfd": False}]}
+OWN: dict[str, Any] = {
+    "as_number": 65101,
+    "routers": [{"address": ROUTER, "as_number": 65000, "bfd": False}],
+    "routers_elsewhere": ["198.18.2.1"],
+}
 PASSWORD = "not-to-be-seen"  # noqa: S105
 
 # It sends everything that it has, as somebody might by mistake.
@@ -176,7 +180,7 @@ def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tu
 
     settings(router, f"neighbor 198.18.9.11 password {PASSWORD}")
     host.until(lambda: not ups(host), "the session is down")
-    signed = told(host, passwords={ROUTER: PASSWORD})
+    signed = told(host, passwords={ROUTER: PASSWORD, "198.18.2.1": "of-another-site"})
     assert signed["lacking"] == {}
     assert PASSWORD not in str(signed)
     assert f" neighbor {ROUTER} password {PASSWORD}" in host.read("/etc/frr/frr.conf").splitlines()
