@@ -19,11 +19,12 @@ import yaml
 from demo import EDGE, ONPREM_CLIENT
 from demo_hybrid import CLIENT
 from e2e.test_native import AT_ONCE, router, ways
-from e2e.test_wireguard import capture, packets, states
+from e2e.test_wireguard import capture, states
 from hybrid_tools import MACHINE, Hybrid, machine_service_in_pods_and_at_a_node_port
 from isthmus_lab import ROUTER
 from kubernetes_lab import HYBRID
 from playbook import INVENTORY, play
+from router_capture import packets
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 

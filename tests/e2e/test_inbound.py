@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 from demo import EDGE, ONPREM_CLIENT
-from e2e.test_wireguard import NAME, capture, packets, states
+from e2e.test_wireguard import NAME, capture, states
 from estate_tools import Estate, Wire
 from installation import variant
 from isthmus_lab import CONTROLLER_IN_ROUTER, ROUTER
 from playbook import play
+from router_capture import packets
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 

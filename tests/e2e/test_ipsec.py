@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from demo import ONPREM_CLIENT
 from e2e.test_native import AT_ONCE
-from e2e.test_wireguard import NAME, NETWORKS, capture, in_clear, packets
+from e2e.test_wireguard import NAME, NETWORKS, capture, in_clear
 from estate_tools import Estate
 from installation import variant
 from playbook import play
+from router_capture import packets
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 

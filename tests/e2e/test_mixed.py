@@ -19,12 +19,13 @@ import pytest
 from demo import EDGE
 from e2e.test_inbound import asked, learnt, translation
 from e2e.test_native import AT_ONCE, router, ways
-from e2e.test_wireguard import NAME, packets, recorded, states
+from e2e.test_wireguard import NAME, states
 from estate_tools import MESH_ADDRESSES, Estate
 from installation import variant
 from isthmus_lab import Lab
 from lab_router import PASSWORD, ROUTER_AS, router_with_bgp
 from playbook import play
+from router_capture import packets, recorded
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from demo import ONPREM_CLIENT
-from e2e.test_wireguard import capture, packets, states
+from e2e.test_wireguard import capture, states
 from estate_tools import Estate
 from installation import variant
 from isthmus_lab import ROUTER
 from playbook import play
+from router_capture import packets
 
 AT_ONCE = ("-e", "isthmus_serial=100%")
 

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import itertools
 import json
-import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -18,8 +17,8 @@ import pytest
 from demo import EDGE, ONPREM_CLIENT
 from estate_tools import Estate, Wire
 from installation import variant
-from isthmus_lab import ROUTER
 from playbook import play
+from router_capture import packets, recorded
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.slow]
 
@@ -65,34 +64,12 @@ def encrypted(estate: dict[str, Any], _: Any) -> None:
 
 
 @contextlib.contextmanager
-def recorded(file: Path, what: str, device: str = "any") -> Iterator[None]:
-    """Every packet in the router's namespace that a filter of tcpdump passes, whole, into `file`."""
-    options = ["-U", "--immediate-mode", "-n", "-s", "0", "-p", "-i", device, "-w", str(file)]
-    process = subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{ROUTER}", "tcpdump", *options, what], stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    try:
-        assert any("listening on" in line for line in process.stderr), "tcpdump does not capture"
-        yield
-    finally:
-        process.terminate()
-        process.stderr.close()
-        process.wait(10)
-
-
-@contextlib.contextmanager
 def capture(file: Path, sites: tuple[str, str], device: str = "any", also: str = "") -> Iterator[None]:
     """Every packet between two sites, and `also` others, whole, into `file`; by a site's bridge only what the router
     passes on, and not what hosts of the site send each other."""
     one, other = (NETWORKS[site] for site in sites)
     with recorded(file, f"net {one} and net {other}{f' or {also}' if also else ''}", device):
         yield
-
-
-def packets(file: Path, what: str) -> int:
-    done = subprocess.run(["tcpdump", "-n", "-r", str(file), what], capture_output=True, text=True, check=True)
-    return len(done.stdout.splitlines())
 
 
 def in_clear(estate: Estate, hosts: tuple[str, ...]) -> list[bytes]:
