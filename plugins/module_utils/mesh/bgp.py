@@ -191,7 +191,7 @@ def planned(
                         **pods,
                     }
                 )
-    known = {str(address) for _, address, _, _ in routers}
+    known = {str(address) for _site, address, _as_number, _bfd in routers}
     for spoken in found.values():
         elsewhere = known - {one["address"] for one in spoken.get("routers", ())}
         if elsewhere and "routers" in spoken:
