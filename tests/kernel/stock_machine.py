@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bpf.topology import wait_for
-from isthmus_lab import ROUTER, Lab
+from isthmus_lab import ROUTER, Lab, ssh_answers
 from kernel.stock_kernel import VIRTIOFSD, Kernel, guest, make_initramfs, sharing
 from lab_inventory import Host
-from lab_system import in_namespace, ip
+from lab_system import ip
 
 BOOT = 60
 """Seconds, emulated, until sshd answers."""
-SHELL = ("nsenter", f"--net=/run/netns/{ROUTER}")
 
 
 @contextmanager
@@ -55,21 +53,14 @@ def running(lab: Lab, host: Host, kernel: Kernel, place: Path, console: Path) ->
     ) as server:
         try:
             wait_for(shares.exists, f"{VIRTIOFSD} listens")
-            with subprocess.Popen([*SHELL, *guest(kernel, shares, console, initramfs, *devices)]) as machine:
+            inside = ("nsenter", f"--net=/run/netns/{ROUTER}")
+            with subprocess.Popen([*inside, *guest(kernel, shares, console, initramfs, *devices)]) as machine:
                 try:
-                    wait_for(lambda: machine.poll() is not None or answers(host), f"sshd; see {console}", 3 * BOOT)
+                    wait_for(lambda: machine.poll() is not None or ssh_answers(host), f"sshd; see {console}", 3 * BOOT)
                     assert machine.poll() is None, f"the guest ended; see {console}"
                     yield
                 finally:
                     machine.kill()
         finally:
             server.kill()
-            in_namespace(ROUTER, "ip", "link", "delete", host.port)
-
-
-def answers(host: Host) -> bool:
-    try:
-        with socket.create_connection((str(host.address), 22), timeout=1) as connection:
-            return connection.recv(4) == b"SSH-"
-    except OSError:
-        return False
+            ip("link", "delete", host.port, namespace=ROUTER)

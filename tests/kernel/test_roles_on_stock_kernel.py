@@ -120,4 +120,5 @@ def test_a_stock_kernel_meets_another(
         assert "wireguard" in two.run(STOCK, "ip", "-d", "link", "show", "type", "wireguard")
     else:
         assert two.run(STOCK, "ip", "xfrm", "state").count("proto esp") >= 2
+        # A kernel without ESP may refuse even the question.
         assert not two.run(PLAIN, "sh", "-c", "'ip xfrm state 2>/dev/null || true'")

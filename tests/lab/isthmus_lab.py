@@ -70,6 +70,14 @@ INOTIFY_INSTANCES = 512
 NSPAWN_OPTIONS = "nspawn-options"  # a file of a Kubernetes machine: what it needs beyond others, an option a line
 
 
+def ssh_answers(host: Host) -> bool:
+    try:
+        with socket.create_connection((str(host.address), 22), timeout=1) as connection:
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
 class Lab:
     """The lab that the inventory describes. One lab per machine."""
 
@@ -409,13 +417,7 @@ class Lab:
             if late():
                 raise give_up("no PID 1")
             time.sleep(0.05)
-        while True:
-            try:
-                with socket.create_connection((str(host.address), 22), timeout=1) as connection:
-                    if connection.recv(4) == b"SSH-":
-                        break
-            except OSError:
-                pass
+        while not ssh_answers(host):
             if late() or self.supervisor(host) is None:
                 raise give_up("sshd does not answer")
             time.sleep(0.1)

@@ -51,10 +51,10 @@ class Settings:
 @dataclass(frozen=True)
 class Planned:
     """`hosts` by name: what `isthmus.mesh.bgp` gets (`routers_elsewhere` are addresses of others of the estate);
-    {"kept": True} on hosts of sites of which only the record knows
-    that they speak BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`,
-    `as_number`, `bfd`, its `neighbours` (`host`, `address`, `as_number`, `announces`, of a Kubernetes node also the
-    ranges of its `pods`), and what it `sends` them. `sites` is the roster's."""
+    {"kept": True} on hosts of sites of which only the record knows that they speak BGP: there it stays as it is.
+    `routers` is what to set on each router: `site`, `address`, `as_number`, `bfd`, its `neighbours` (`host`, `address`,
+    `as_number`, `announces`, of a Kubernetes node also the ranges of its `pods`), and what it `sends` them. `sites` is
+    the roster's."""
 
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routers: tuple[Mapping[str, Any], ...] = ()
