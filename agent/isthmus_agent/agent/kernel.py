@@ -229,9 +229,8 @@ class HostKernel:
 
         if self._made is None:
             return ()
-        inside = bool(datapath.native is not None and datapath.native.inside)
         tunnel = Applied()
-        if inside:
+        if datapath.wireguard:
             before = {each.device: each.peers for each in self._made.wireguard}
             wanted = (replace(each, peers={**before.get(each.device, {}), **each.peers}) for each in datapath.wireguard)
             with_more = replace(datapath, wireguard=tuple(wanted))
@@ -240,14 +239,15 @@ class HostKernel:
                 return tunnel.changes
             self._made = replace(self._made, wireguard=with_more.wireguard)
         known = {(each.prefix, each.table, each.metric): each for each in self._made.routes}
+        # The kernel takes a source only of an address that is there.
+        sources = {None, *self._made.addresses, *(each.underlay for each in datapath.wireguard)}
         new = {
             key: each
             for each in datapath.routes
             if known.get(key := (each.prefix, each.table, each.metric)) != each
             and each.has_device
-            and (inside or not each.wireguard)
             and not each.sunk
-            and (each.source is None or each.source in self._made.addresses)
+            and each.source in sources
         }
         self._find_ways(new.values())
         new = {key: each for key, each in new.items() if each.toward is None or each.toward in self._ways}

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import replace
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from isthmus_agent.agent.main import metrics_server
 from isthmus_agent.agent.network_watch import ChainWatch, NetworkWatch
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import HostFacts, desired
-from isthmus_agent.desired.datapath import Datapath, Native, Route
+from isthmus_agent.desired.datapath import Datapath, Native, Route, WireGuard, WireGuardPeer
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
 from isthmus_agent.netlink import NetworkError, messages
 from isthmus_agent.netlink.routes import Way
@@ -491,6 +491,7 @@ class FakeBpf:
 
     def attach_overlay(self, _: int) -> None: ...
     def attach_cgroup(self) -> None: ...
+    def attach_wireguard(self, *_: object) -> None: ...
     def forget_wireguard(self) -> None: ...
     def attach_underlay(self, devices: list[int], *_: object) -> None:
         self.said.append(f"programs on {' '.join(map(str, devices))}")
@@ -573,6 +574,41 @@ def test_a_native_route_too_but_by_a_device_that_has_the_programs(
     said.clear()
     kernel.apply(datapath(first, second, third))
     assert said == ["maps", "programs on 1", "programs on 2", f"{both} 10.103.0.0/28"]
+
+
+def test_a_node_that_is_new_behind_wireguard_is_reached_by_it_at_once(
+    host: tuple[HostKernel, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes there in clear is dropped: its peer comes first, then the routes, and only then what leads to it."""
+    from isthmus_agent.netlink import settings, wireguard
+
+    kernel, said = host
+    own, first, second = (IPv4Address(f"198.18.{number}.11") for number in (0, 1, 2))
+
+    def configure(wanted: WireGuard, _: str) -> Any:
+        said.append(f"peers {' '.join(sorted(wanted.peers))}")
+        return wireguard.Configured((), fresh=False)
+
+    monkeypatch.setattr(settings, "set_ipv4", lambda *_: None)
+    monkeypatch.setattr(wireguard, "ensure_device", lambda _mtu, name: wireguard.Device(8, wireguard.KERNEL))
+    monkeypatch.setattr(wireguard, "configure", configure)
+
+    def datapath(*nodes: IPv4Address) -> Datapath:
+        peers = {str(each): WireGuardPeer(each, frozenset({each})) for each in nodes}
+        device = WireGuard("isthmus_wg0", "/key", 51871, 1420, own, own, peers)
+        routes = {Route(ip_network(each), own, table=732, wireguard=device.device) for each in nodes}
+        return Datapath(1, routes=frozenset(routes), wireguard=(device,))
+
+    kernel.start(datapath(first))
+    said.clear()
+    kernel.apply(datapath(second))
+    assert said == [
+        f"peers {first} {second}",
+        f"routes {first}/32 {second}/32",
+        "maps",
+        f"peers {second}",
+        f"routes {second}/32",
+    ]
 
 
 class FakeEtcd:
