@@ -183,6 +183,8 @@ class Agent:
         self._expired: list[Backend] = []
         self._last_good_wake = asyncio.Event()
         self._last_good_written: dict[str, bytes] | None = {}  # None: not even that nothing is known
+        # Held while the kernel is made as `progress.applied` then says, or compared with it.
+        self._kernel_turn = asyncio.Lock()
         self._turns = 0
         self._kernel_calls = 0  # asked and not yet answered
         self._kernel_answers = 0
@@ -402,7 +404,8 @@ class Agent:
                 self.spec, state, self.facts, self.checks.verdicts(), self.reporter.reported
             ).items()
         }
-        found[keys.node_report_key(self.spec.host)] = node_report(self.spec, self.facts).to_json()
+        published = state.nodes.get((self.spec.cluster.name, self.spec.host))
+        found[keys.node_report_key(self.spec.host)] = node_report(self.spec, self.facts, published).to_json()
         return found
 
     def _reconcile_checks(self, state: MeshState) -> None:
@@ -505,21 +508,8 @@ class Agent:
         self._expired.extend(expired)
         datapath = replace(found.datapath, services=services)
         self._log_refused(found)
-        began = time.monotonic()
-        changed, self._network_changed = self._network_changed, False
-        if changed:
-            await self.kernel_call(self.kernel.network_changed)
-        self.desired = found  # whoever asks the kernel's thread from here on is answered after it
-        if not self._started or self.progress.error:
-            # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
-            done = await self.kernel_call(self.kernel.start, datapath)
-        elif changed or datapath != self.progress.applied or self._kernel_problems:
-            done = await self.kernel_call(self.kernel.apply, datapath)
-        else:
-            done = None
-        if done is not None:
-            self._note_applied(datapath, done.changes, time.monotonic() - began)
-            self._kernel_problems = done.problems
+        async with self._kernel_turn:
+            await self._make(found, datapath)
         self._write_names(found)
         self._note_problems()
         self._inputs = inputs
@@ -538,6 +528,22 @@ class Agent:
         if fresh_dead or self._expired:
             ended, self._expired = self._expired, []
             await self._end_sockets({*fresh_dead, *ended})
+
+    async def _make(self, found: Desired, datapath: Datapath) -> None:
+        began = time.monotonic()
+        changed, self._network_changed = self._network_changed, False
+        if changed:
+            await self.kernel_call(self.kernel.network_changed)
+        self.desired = found  # whoever asks the kernel's thread from here on is answered after it
+        if not self._started or self.progress.error:
+            # Whoever failed may have done half of it, or lacks what only a start makes, such as the device.
+            done = await self.kernel_call(self.kernel.start, datapath)
+        elif changed or datapath != self.progress.applied or self._kernel_problems:
+            done = await self.kernel_call(self.kernel.apply, datapath)
+        else:
+            return
+        self._note_applied(datapath, done.changes, time.monotonic() - began)
+        self._kernel_problems = done.problems
 
     async def _find_namespaces(self, pods: frozenset[PodAddress]) -> bool:
         """Where the pods are whose sockets are left alone; whether that is another answer than before."""
@@ -642,20 +648,19 @@ class Agent:
 
     async def audit(self, repair: bool = False) -> list[str]:
         """What of the datapath differs from what is wanted, in words; with `repair` it is made so."""
-        datapath = self.progress.applied
-        if datapath is None:
-            return [self.progress.holding or self.progress.error or "nothing was applied yet"]
-        found = await self.kernel_call(self.kernel.audit, datapath)
-        if self.progress.applied is not datapath:
-            found = await self.kernel_call(self.kernel.audit, self.progress.applied)
-        self.progress.last_audit = time.time()
-        self.progress.drift = tuple(found)
-        if found and repair and self.progress.applied is not None:
-            logger.warning("drift repaired", extra=fields(count=len(found), first=found[:20]))
-            done = await self.kernel_call(self.kernel.start, self.progress.applied)
-            self._kernel_problems = done.problems
-            self._note_problems()
-            self.progress.repaired += max(0, len(found) - len(done.problems))
+        async with self._kernel_turn:
+            datapath = self.progress.applied
+            if datapath is None:
+                return [self.progress.holding or self.progress.error or "nothing was applied yet"]
+            found = await self.kernel_call(self.kernel.audit, datapath)
+            self.progress.last_audit = time.time()
+            self.progress.drift = tuple(found)
+            if found and repair:
+                logger.warning("drift repaired", extra=fields(count=len(found), first=found[:20]))
+                done = await self.kernel_call(self.kernel.start, datapath)
+                self._kernel_problems = done.problems
+                self._note_problems()
+                self.progress.repaired += max(0, len(found) - len(done.problems))
         return found
 
     async def _audits(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from isthmus_mesh import keys
 from isthmus_mesh.documents import HealthCheck, NodeReport, WorkloadReport
 from isthmus_mesh.spec import WIREGUARD_PORT, NodeSpec, WorkloadSpec
+from isthmus_mesh.wire import Node, public_keys
 
 from isthmus_agent.desired.compute import HostFacts, WorkloadKey
 from isthmus_agent.state.model import MeshState, ServiceName
@@ -22,9 +23,15 @@ class CheckKey:
     service: ServiceName
 
 
-def node_report(spec: NodeSpec, facts: HostFacts) -> NodeReport:
-    """The first InternalIP is what others send tunnel packets to, so it is the advertised address."""
+def node_report(spec: NodeSpec, facts: HostFacts, published: Node | None = None) -> NodeReport:
+    """The first InternalIP is what others send tunnel packets to, so it is the advertised address.
+
+    `published`: this host as others know it. A public key that could not be read yet is as it is there: a host that is
+    published without one is cut off."""
     node = spec.node
+    tunnels = spec.wireguard.tunnels if spec.wireguard is not None else ()
+    before = public_keys(published, WIREGUARD_PORT) if published is not None else {}
+    known = {each.port: before[each.port] for each in tunnels if each.port in before} | facts.public_keys
     addresses = [("InternalIP", str(node.advertise4))]
     if node.underlay4 != node.advertise4:
         addresses.append(("ExternalIP", str(node.underlay4)))
@@ -38,12 +45,8 @@ def node_report(spec: NodeSpec, facts: HostFacts) -> NodeReport:
         labels=node.labels,
         mtu=facts.underlay_mtu,
         boot_id=facts.boot_id,
-        wireguard_public_key=facts.public_keys.get(spec.wireguard.tunnel.port, "") if spec.wireguard else "",
-        wireguard_keys=(
-            {}
-            if facts.public_keys.keys() <= {WIREGUARD_PORT}
-            else {str(port): key for port, key in facts.public_keys.items()}
-        ),
+        wireguard_public_key=known.get(spec.wireguard.tunnel.port, "") if spec.wireguard else "",
+        wireguard_keys={} if known.keys() <= {WIREGUARD_PORT} else {str(port): key for port, key in known.items()},
     )
 
 

@@ -189,6 +189,16 @@ def test_the_report_has_the_public_key() -> None:
     assert node_report(SPEC, HostFacts(public_keys={51871: OWN_KEY})).wireguard_public_key == OWN_KEY
 
 
+def test_a_key_that_an_agent_could_not_read_yet_is_reported_as_it_was() -> None:
+    """Nobody may take a moment's failure at its start for a host without a key, which is cut off."""
+    before = mesh.node("onprem", 1, wireguard_public_key=OWN_KEY)
+    assert node_report(SPEC, HostFacts(), before).wireguard_public_key == OWN_KEY
+    assert node_report(SPEC, HostFacts(public_keys={51871: key(9)}), before).wireguard_public_key == key(9)
+    assert node_report(mesh.spec(), HostFacts(), before).wireguard_public_key == ""
+    both = node_report(BOTH, HostFacts(public_keys={51872: key(6)}), before)
+    assert both.wireguard_keys == {"51871": OWN_KEY, "51872": key(6)}
+
+
 @pytest.mark.parametrize(("word", "sends"), [("accepts", False), ("sends", True)])
 def test_while_it_is_turned_on_or_off_both_ways_are_taken(word: str, sends: bool) -> None:
     """At each stage the host is a peer of WireGuard, and the MTU is already or still the smaller one. Only routes lead

@@ -112,6 +112,41 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
     assert kernel.calls[-1] == ("start", 1450)
 
 
+async def repair_and_change(agent: Agent, kernel: FakeKernel, decided: list[Any]) -> None:
+    reads = threading.Event()
+
+    def audit(_: Datapath) -> list[str]:
+        reads.wait(10.0)
+        return ["something is missing"]
+
+    kernel.audit = audit  # type: ignore[attr-defined]
+    async with running(agent._applier()):
+        agent.wake()
+        await until(lambda: agent.progress.applies == 1, "started")
+        repairs = asyncio.create_task(agent.audit(repair=True))
+        await asyncio.sleep(0)
+        agent.facts = replace(agent.facts, underlay_mtu=1400)
+        agent.wake()
+        await until(lambda: len(decided) == 2, "the change is on its way")
+        reads.set()
+        await repairs
+        await until(lambda: agent.progress.applies == 2, "the change came")
+
+
+def test_a_repair_does_not_take_back_what_changed_while_the_kernel_was_read(tmp_path, monkeypatch):
+    kernel = FakeKernel()
+    decided: list[Any] = []
+
+    def decide(*given: Any) -> Any:
+        found = desired(*given)
+        decided.append(found)
+        return found
+
+    monkeypatch.setattr(loop, "desired", decide)
+    asyncio.run(repair_and_change(an_agent(tmp_path, kernel), kernel, decided))
+    assert kernel.calls == [("start", 1450), ("start", 1450), ("apply", 1350)]
+
+
 async def become_ready(agent: Agent, kernel: FakeKernel) -> None:
     ask = metrics_server(agent)._routes["GET /ready"]
     assert (await ask()).status == 503
