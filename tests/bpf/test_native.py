@@ -84,7 +84,9 @@ def make(node: Node, datapath: Datapath) -> None:
     node.call(netlink.settings.set_ipv4, index, netlink.settings.FORWARDING)
     ways, problems = node.call(netlink.underlay_ways, datapath.routes)
     assert problems == []
-    node.call(node.bpf.attach_underlay, {way.oif for way in ways.values()}, index, IPv4Address(node.underlay))
+    node.call(node.bpf.use_underlay, index, IPv4Address(node.underlay))
+    for device in {way.oif for way in ways.values()}:
+        node.call(node.bpf.attach_underlay, device)
     node.call(netlink.apply_network, datapath, ways=ways)
 
 

@@ -401,8 +401,7 @@ def sent_raw(left: KubernetesNode, right: KubernetesNode, source: str, target: s
         yield
     finally:
         index = right.node.call(netlink.overlay_index)
-        device = right.node.call(socket.if_nametoindex, "eth0")
-        right.node.call(right.node.bpf.attach_underlay, [device], index, right.spec.node.underlay4)
+        right.node.call(right.node.bpf.use_underlay, index, right.spec.node.underlay4)
 
 
 def _mac(node: Node) -> str:

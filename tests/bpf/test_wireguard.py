@@ -178,7 +178,9 @@ def _inside(side: Side, other: Node) -> None:
     ways_found, problems = node.call(netlink.underlay_ways, node.datapath.routes, others=node.datapath.native.inside)
     assert problems == []
     index = node.call(netlink.overlay_index)
-    node.call(node.bpf.attach_underlay, {way.oif for way in ways_found.values()}, index, IPv4Address(node.underlay))
+    node.call(node.bpf.use_underlay, index, IPv4Address(node.underlay))
+    for device in {way.oif for way in ways_found.values()}:
+        node.call(node.bpf.attach_underlay, device)
 
 
 @pytest.fixture

@@ -276,6 +276,7 @@ def test_what_others_take_away_comes_back(beside: Pair) -> None:
     for words in (
         ("ip", "route", "flush", "proto", "73"),
         ("tc", "qdisc", "del", "dev", "eth0", "clsact"),
+        ("tc", "qdisc", "del", "dev", "isthmus0", "clsact"),
         ("ip", "rule", "del", "pref", "730"),
     ):
         beside.a.run(*words)
@@ -285,6 +286,13 @@ def test_what_others_take_away_comes_back(beside: Pair) -> None:
     beside.a.run("ip", "link", "set", "eth0", "up")
     wait_for(lambda: "10.102.0.0/28 via 198.18.0.12" in beside.a.run("ip", "route"), "the routes are back", 5)
     assert beside.dial() == ["b", "10.101.0.2"]
+
+
+def test_a_host_that_no_other_is_native_with_lacks_nothing(beside: Pair) -> None:
+    """As the only one of its site."""
+    beside.a.other = "onprem"
+    beside.a.stage("demands")
+    wait_for(lambda: ask(beside.a.daemon.socket, "/v1/audit")["problems"] == [], "nothing is missing", 10)
 
 
 def test_agents_that_have_nothing_to_do_tell_the_kernel_nothing(beside: Pair) -> None:

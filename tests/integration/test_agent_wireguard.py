@@ -782,6 +782,13 @@ def test_native_packets_never_leave_in_clear_and_all_heals(natives: Pair, tmp_pa
     assert ask(natives.a.daemon.socket, "/v1/audit")["problems"] == []
 
 
+@pytest.mark.parametrize("device", ["isthmus-wg0", "isthmus0"])
+def test_programs_that_somebody_takes_away_come_back(natives: Pair, device: str) -> None:
+    natives.a.run("tc", "qdisc", "del", "dev", device, "clsact")
+    wait_for(lambda: ask(natives.a.daemon.socket, "/v1/audit")["problems"] == [], "they are back", 5)
+    assert natives.dial() == ["b", "10.101.0.2"]
+
+
 def packets_of(file: Path, *expression: str) -> int:
     shown = subprocess.run(["tcpdump", "-nr", str(file), *expression], check=True, capture_output=True, text=True)
     return len(shown.stdout.splitlines())

@@ -215,9 +215,12 @@ class HostKernel:
     def apply(self, datapath: Datapath) -> Applied:
         if self._overlay != (datapath.overlay_port, datapath.overlay_mtu):
             return self.start(datapath)  # the device itself changes
+        is_known = self._made is not None
         new = self._add_ways(datapath)
         maps = self._bpf.apply(datapath, read=False)
         network = self._apply_network(datapath)
+        if not is_known:
+            self._bpf.attach_overlay(self._ifindex)
         changes = (*new, *(f"map {name}" for name in maps.maps), *network.changes)
         return Applied(changes, (*maps.problems, *network.problems))
 
@@ -318,11 +321,12 @@ class HostKernel:
                 netlink.settings.set_ipv4(self._ifindex, netlink.settings.RP_FILTER, netlink.settings.LOOSE)
         except netlink.NetworkError as error:
             problems += error.problems
+        self._bpf.use_underlay(self._ifindex, wanted.underlay)
         for index in sorted({way.oif for way in ways.values()}):
             try:
                 if wanted.changing and netlink.settings.is_strict(index):
                     netlink.settings.set_ipv4(index, netlink.settings.SRC_VALID_MARK)
-                self._bpf.attach_underlay([index], self._ifindex, wanted.underlay)
+                self._bpf.attach_underlay(index)
             except (netlink.NetworkError, BpfError) as error:
                 problems.append(str(error))
                 ways = {target: way for target, way in ways.items() if way.oif != index}
@@ -402,7 +406,7 @@ class HostKernel:
         """Tell the programs which devices there are."""
         from isthmus_agent.netlink import wireguard
 
-        if there == self._wireguard:
+        if there == self._wireguard and self._made is not None:
             return
         self._made = None
         if there:

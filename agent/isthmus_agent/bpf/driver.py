@@ -418,12 +418,14 @@ class BpfDatapath:
         """There is no WireGuard device: what is to be encrypted is dropped."""
         self._maps["wireguard"].put(abi.U32.pack(0), bytes(abi.WIREGUARD.size))
 
-    def attach_underlay(self, devices: Collection[int], overlay: int, underlay: IPv4Address) -> None:
-        """Puts the programs on the devices by which packets go natively, and tells them of this host: the overlay
-        device's index and the underlay address."""
+    def use_underlay(self, overlay: int, underlay: IPv4Address) -> None:
+        """Packets go natively to some nodes; tells the programs of this host: the overlay device's index and the
+        underlay address. Those on the overlay keep such packets off the tunnel from then on."""
         self._maps["native"].put(abi.U32.pack(0), abi.NATIVE.pack(overlay, underlay.packed))
-        for ifindex in devices:
-            self._attach_tc(UNDERLAY_PROGRAMS, ifindex)
+
+    def attach_underlay(self, ifindex: int) -> None:
+        """Puts the programs on a device by which packets go natively."""
+        self._attach_tc(UNDERLAY_PROGRAMS, ifindex)
 
     def forget_underlay(self) -> None:
         """Nothing goes natively: the programs, where they are, let everything go by."""
