@@ -66,6 +66,8 @@ MAIN = 254
 EVERYWHERE = IPv4Network("0.0.0.0/0")
 YIELDING = 730
 """Metric of a route that stands back for the one of somebody else to the same range."""
+CLOSED = 1 << 16
+"""Metric of the unreachable routes that are left when the device, and with it the routes over it, has gone."""
 
 _NODE_TYPES = ("InternalIP", "ExternalIP")
 
@@ -556,6 +558,7 @@ def routes(
     pods: tuple[IPv4Network, ...],
     loose: tuple[IPv4Network, ...] = (),
     gateways: Led | None = None,
+    encrypted: Collection[Address] = (),
 ) -> frozenset[Route]:
     """Routes of the main table, of table 730 (packets from our own range) and of table 731 (from our pods).
 
@@ -568,13 +571,15 @@ def routes(
     that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
     `loose_ranges`. To a node that is sent to natively all these lead as the underlay does, or over WireGuard's device.
     Table 734 has that way for nodes that may send natively and are not sent to so yet. With masquerading table 730 is
-    open: what has no route in it goes as the host's own packets do, but for the ranges above. Table 736 leads what is
+    open: what has no route in it goes as the host's own packets do, but for the ranges above. To an underlay address in
+    `encrypted`, to which only WireGuard may lead, nothing goes without its route from there or from table 731. Table 736 leads what is
     behind gateways of other sites to the own site's, as `gateways` says; where both of these are lost, to nowhere, past
     the rules of netfilter that count it. On one of two gateways it leads to the other one where the own tunnels do not
     pass, and table 738 while there is no tunnel.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None
+    is_open = spec.node.masquerade
     device = spec.wireguard.tunnel.device if spec.wireguard is not None else ""
     found: set[Route] = set()
     for node in nodes:
@@ -590,9 +595,10 @@ def routes(
             if (node.takes_native or node.takes_inside) and not node.sends_bare:
                 found.add(Route(target, source, _native_mtu(node, underlay_mtu), NATIVE_TABLE, **natively))
         for address in {*node.underlay, node.endpoint}:
-            found.add(Route(IPv4Network(address), source, mtu, TABLE, **way))
-            if _is_led_from_pods(spec, node):
-                found.add(Route(IPv4Network(address), source, mtu, PODS_TABLE, **way))
+            for table in (TABLE, PODS_TABLE) if _is_led_from_pods(spec, node) else (TABLE,):
+                found.add(Route(IPv4Network(address), source, mtu, table, **way))
+                if address in encrypted and (table == PODS_TABLE or is_open):
+                    found.add(Route(IPv4Network(address), table=table, unreachable=True, metric=CLOSED))
     narrowest = min((_mtu(spec, node, underlay_mtu) for node in nodes), default=0)
     for wide in loose:
         pods_of_ours = is_pod_range(spec, wide)
@@ -602,7 +608,6 @@ def routes(
     for blocked in {*spec.service_ranges4, *spec.mesh_ranges4} - set(loose):
         found.add(Route(blocked, unreachable=True))
     found.update(Route(each, table=TABLE, throw=True) for each in pods)
-    is_open = spec.node.masquerade
     found.add(Route(EVERYWHERE, table=TABLE, throw=is_open, unreachable=not is_open))
     found.update(gateway_routes(spec, gateways or Led(), underlay_mtu))
     return frozenset(found)

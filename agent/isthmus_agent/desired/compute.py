@@ -139,7 +139,7 @@ def desired(
             "routes",
             (spec, nodes, facts.underlay_mtu, ranges, loose, encrypted, led),
             lambda: (
-                addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose, led)
+                addressing.routes(spec, nodes, facts.underlay_mtu, ranges, loose, led, encrypted.sent)
                 | wireguard_routes(spec, encrypted)
             ),
         ),

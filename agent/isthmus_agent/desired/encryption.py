@@ -18,7 +18,7 @@ from isthmus_mesh.encryption import Stage
 from isthmus_mesh.spec import WIREGUARD_DEVICES, NodeSpec
 from isthmus_mesh.wire import public_key_problem
 
-from isthmus_agent.desired.addressing import EVERYWHERE, Remote
+from isthmus_agent.desired.addressing import CLOSED, EVERYWHERE, Remote
 from isthmus_agent.desired.datapath import Address, Route, Rule, WireGuardPeer
 from isthmus_agent.state.model import NodeKey
 
@@ -38,8 +38,6 @@ class Back:
 
 
 BACK = dict(zip(WIREGUARD_DEVICES, (Back(733, 0x49), Back(735, 0x4A))))
-CLOSED = 1 << 16
-"""Metric of the unreachable routes that are left when the device, and with it the routes over it, has gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from isthmus_agent.desired.reports import node_report
 from isthmus_agent.state.model import MeshState
 from isthmus_mesh import keys, wire
 from isthmus_mesh.encryption import STAGES, Stage
-from isthmus_mesh.spec import SpecError
+from isthmus_mesh.spec import NodeSpec, SpecError
 
 
 def key(number: int) -> str:
@@ -197,6 +197,16 @@ def test_a_key_that_an_agent_could_not_read_yet_is_reported_as_it_was() -> None:
     assert node_report(mesh.spec(), HostFacts(), before).wireguard_public_key == ""
     both = node_report(BOTH, HostFacts(public_keys={51872: key(6)}), before)
     assert both.wireguard_keys == {"51871": OWN_KEY, "51872": key(6)}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_what_may_leave_by_other_ways_does_not_when_the_overlay_is_gone(opened: bool) -> None:
+    """With masquerading the table of workloads' packets does not end in an unreachable route."""
+    document = mesh.spec_document(wireguard=WIREGUARD)
+    document["node"]["masquerade"] = opened
+    found = computed(state(), NodeSpec.from_dict(document)).datapath.routes
+    closed = {Route(ip_network(f"{each}/32"), table=730, unreachable=True, metric=CLOSED) for each in (CLOUD, EDGE)}
+    assert {each for each in found if each.table == 730 and each.metric} == (closed if opened else set())
 
 
 @pytest.mark.parametrize(("word", "sends"), [("accepts", False), ("sends", True)])
