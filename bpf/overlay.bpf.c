@@ -279,6 +279,23 @@ static __always_inline bool is_local(const struct isthmus_addr *addr)
 	       entry->cluster_id == config.cluster_id;
 }
 
+/* Whether an address is the host's own on the underlay: the one that others send to may be there as well. */
+static __always_inline bool is_of_host(const struct isthmus_addr *addr)
+{
+	const struct isthmus_ipcache_value *entry = ipcache_lookup(addr);
+
+	return entry && entry->flags & ISTHMUS_IPCACHE_NODE && addr_is_zero(&entry->tunnel);
+}
+
+/*
+ * Whether the host would send the packet on, in clear: the address that others
+ * send to may be one that a NAT in front of the host has, and not the host.
+ */
+static __always_inline bool is_elsewhere(struct __sk_buff *skb, const struct packet *packet)
+{
+	return is_of_host(&packet->dst) && underlay_device(skb, packet);
+}
+
 /*
  * The inner source must be behind the sending node, or belong to its cluster
  * (a workload that just moved there) without being a node's own address. It can
@@ -348,7 +365,7 @@ int overlay_ingress(struct __sk_buff *skb)
 		return drop(skb, ISTHMUS_DROP_BAD_IDENTITY);
 	if (!source_allowed(&packet.src, peer))
 		return drop(skb, ISTHMUS_DROP_BAD_SOURCE);
-	if (!is_local(&packet.dst))
+	if (!is_local(&packet.dst) || is_elsewhere(skb, &packet))
 		return drop(skb, ISTHMUS_DROP_NOT_LOCAL_DEST);
 
 	seen.dst = packet.dst;
@@ -379,14 +396,15 @@ static __always_inline bool translate(struct __sk_buff *skb, const struct iphdr 
  */
 static __always_inline enum isthmus_drop take_inside(struct __sk_buff *skb, const struct iphdr *ip, __be32 underlay4)
 {
-	struct isthmus_addr source = addr_from_v4(ip->saddr);
-	const struct isthmus_ipcache_value *entry = ipcache_lookup(&source);
-	struct isthmus_ident_key seen = { .dst = addr_from_v4(ip->daddr) };
+	struct packet packet = { .src = addr_from_v4(ip->saddr), .dst = addr_from_v4(ip->daddr) };
+	const struct isthmus_ipcache_value *entry = ipcache_lookup(&packet.src);
+	struct isthmus_ident_key seen = { .dst = packet.dst };
 
 	if (!entry || !(entry->flags & ISTHMUS_IPCACHE_INSIDE))
 		return ISTHMUS_DROP_NOT_OVERLAY;
 	/* From host to host everything comes by the underlay; only replies of workloads are ours. */
-	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE : !is_local(&seen.dst))
+	if (ip->daddr == underlay4 ? entry->flags & ISTHMUS_IPCACHE_NODE
+				   : !is_local(&packet.dst) || is_elsewhere(skb, &packet))
 		return ISTHMUS_DROP_NOT_LOCAL_DEST;
 	seen.identity = entry->identity;
 	seen.cluster_id = entry->cluster_id;
@@ -454,14 +472,6 @@ static __always_inline bool is_icmp_error(const struct __sk_buff *skb, const str
 	    bpf_skb_load_bytes_relative(skb, ip->ihl * 4, &type, sizeof(type), BPF_HDR_START_NET))
 		return false;
 	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
-}
-
-/* Whether an address is the host's own on the underlay: the one that others send to may be there as well. */
-static __always_inline bool is_of_host(const struct isthmus_addr *addr)
-{
-	const struct isthmus_ipcache_value *entry = ipcache_lookup(addr);
-
-	return entry && entry->flags & ISTHMUS_IPCACHE_NODE && addr_is_zero(&entry->tunnel);
 }
 
 static __always_inline bool is_pod(const struct isthmus_ipcache_value *entry)

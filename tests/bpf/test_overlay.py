@@ -179,6 +179,27 @@ def test_a_node_that_sends_from_another_address_than_it_advertises(nodes: Nodes)
     _dropped(right, "bad_source")
 
 
+def test_what_is_for_an_address_that_a_nat_has_is_not_sent_on(nodes: Nodes) -> None:
+    """Others know the host by it, and the host does not have it: what came through the overlay would leave in clear."""
+    left, right = nodes
+    advertised = ip_address("198.18.0.99")
+    own = {ip_network(f"{advertised}/32"): IpcacheEntry(6, right.cluster_id, None, is_node=True)}
+    local = {**right.datapath.local, advertised: 6}
+    right.apply(replace(right.datapath, local=local, ipcache=right.datapath.ipcache | own))
+    right.call(netlink.settings.set_ipv4, right.call(netlink.overlay_index), netlink.settings.FORWARDING)
+    _send(left.process(), right, 6, left.mesh, str(advertised))
+    _dropped(right, "not_local_dest")
+
+    def has_it() -> None:
+        with IPRoute() as ipr:
+            (index,) = ipr.link_lookup(ifname="eth0")
+            ipr.addr("add", index=index, address=str(advertised), prefixlen=32)
+
+    right.call(has_it)
+    _send(left.process(), right, 6, left.mesh, str(advertised))
+    wait_for(lambda: [each.packets for each in right.bpf.counters().identities] == [1], "it is the host's own now")
+
+
 def test_an_unknown_peer_is_dropped(nodes: Nodes) -> None:
     left, right = nodes
 
