@@ -134,6 +134,30 @@ def test_drift_is_repaired_and_what_is_no_longer_wanted_goes(vpc: Network) -> No
     assert [one["GroupName"] for one in vpc.everything()[2]] == ["default"]
 
 
+def test_rules_made_by_hand_in_our_group_go_whatever_they_are(vpc: Network) -> None:
+    vpc.interface("172.31.0.11")
+    wanted = options(vpc, {"10.102.0.0/28": "172.31.0.11"}, [ETCD])
+    run("vpc_routes", wanted)
+    other = vpc.ec2.create_security_group(GroupName="other", Description="other", VpcId=vpc.vpc)["GroupId"]
+    groups = {one["GroupName"]: one["GroupId"] for one in vpc.everything()[2]}
+    sources = {"UserIdGroupPairs": [{"GroupId": groups["default"]}, {"GroupId": other}]}
+    anyone = {"IpRanges": [{"CidrIp": "203.0.113.7/32"}]}
+    for first, last, source in ((30000, 32767, anyone), (80, 80, anyone), (443, 443, sources)):
+        by_hand = {"IpProtocol": "tcp", "FromPort": first, "ToPort": last, **source}
+        vpc.ec2.authorize_security_group_ingress(GroupId=groups["isthmus-lab-cloud"], IpPermissions=[by_hand])
+
+    repaired = run("vpc_routes", wanted)
+    gone = sorted((one["before_header"], one["before"].strip()) for one in repaired["diff"])
+    assert gone == [
+        ("rule tcp/30000-32767 of isthmus-lab-cloud", "203.0.113.7/32"),
+        *(("rule tcp/443 of isthmus-lab-cloud", one) for one in sorted((groups["default"], other))),
+        ("rule tcp/80 of isthmus-lab-cloud", "203.0.113.7/32"),
+    ]
+    (group,) = [one for one in vpc.everything()[2] if one["GroupName"] == "isthmus-lab-cloud"]
+    assert [(rule["FromPort"], rule["UserIdGroupPairs"]) for rule in group["IpPermissions"]] == [(2379, [])]
+    assert run("vpc_routes", wanted)["changed"] is False
+
+
 def test_ranges_of_one_host_are_one_route(vpc: Network) -> None:
     one, two = vpc.interface("172.31.0.11"), vpc.interface("172.31.0.12")
     pods = {f"10.102.0.{number}/32": "172.31.0.11" for number in range(16)}

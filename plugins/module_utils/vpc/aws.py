@@ -583,7 +583,8 @@ def _group(
                 )
             )
     if group is not None and wanted:
-        for key, rule in sorted(there.items()):
+        # Ports of others may be ranges, which are words.
+        for key, rule in sorted(there.items(), key=str):
             if key not in wanted_keys:
                 removed.append(
                     api.step(
@@ -633,7 +634,8 @@ def _rules_of(api: Api, group: str) -> dict[tuple[str, Any, str], str]:
     for one in rules:
         if not one["IsEgress"]:
             low, high = one.get("FromPort"), one.get("ToPort")
-            source = next((one[key] for key in ("CidrIpv4", "CidrIpv6", "PrefixListId") if one.get(key)), "a group")
+            group_id = one.get("ReferencedGroupInfo", {}).get("GroupId", "")
+            source = next((one[key] for key in ("CidrIpv4", "CidrIpv6", "PrefixListId") if one.get(key)), group_id)
             every = one["IpProtocol"] == "-1"
             what = (pure.ALL, 0) if every else (one["IpProtocol"], low if low == high else f"{low}-{high}")
             found[(*what, source)] = one["SecurityGroupRuleId"]
