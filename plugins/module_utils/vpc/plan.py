@@ -121,6 +121,8 @@ def read(params: Mapping[str, Any]) -> tuple[list[Wish], list[Rule], list[str], 
         port = one["port"] or 0
         if one["protocol"] != ALL and not 1 <= port <= 65535:
             problems.append(f"{where}.port: {port} is no port; 1 to 65535.")
+        if one["protocol"] == ALL and one["port"] is not None:
+            problems.append(f"{where}.port: {port} with protocol {ALL}, which opens every port. Next: leave one out.")
         for source in one["sources"]:
             network = _network(source, f"{where}.sources", problems)
             if network is not None:

@@ -143,6 +143,8 @@ def test_options_are_read_with_all_that_is_wrong_with_them() -> None:
             "rules": [
                 {"protocol": "tcp", "port": 0, "sources": ["any"]},
                 {"protocol": "tcp", "port": 22, "sources": []},
+                {"protocol": "all", "port": 53, "sources": ["192.0.2.1"]},
+                {"protocol": "all", "port": None, "sources": ["192.0.2.1"]},
             ],
         }
     )
@@ -154,6 +156,7 @@ def test_options_are_read_with_all_that_is_wrong_with_them() -> None:
         "rules[0].port",
         "rules[0].sources",
         "rules[1].sources",
+        "rules[2].port",
         "hosts[0]",
     ]
 
