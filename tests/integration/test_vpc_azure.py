@@ -223,6 +223,20 @@ def test_a_refusal_on_the_way_is_told_and_the_next_run_does_the_rest(cloud: Azur
     assert [one["before_header"] for one in rest["diff"]] == ["route table of subnet b"]
 
 
+def test_a_refusal_names_what_is_missing_and_not_what_is_there(cloud: Azure) -> None:
+    cloud.denied = {"routeTables/join/action"}
+    with pytest.raises(ModuleFailed) as failure:
+        run("vpc_routes", options(cloud, BOTH))
+    assert "permission missing: Microsoft.Network/routeTables/join/action (call subnets.begin_" in failure.value.msg
+    assert "on the linked scope(s)" in failure.value.msg
+    cloud.denied = set()
+    cloud.forbidden = {"virtualNetworks/subnets/write"}
+    with pytest.raises(ModuleFailed) as failure:
+        run("vpc_routes", options(cloud, BOTH))
+    assert "RequestDisallowedByPolicy: Resource 'b' was disallowed by policy. Next: " in failure.value.msg
+    assert "permission" not in failure.value.msg
+
+
 def test_nobody_elses_change_is_lost(cloud: Azure) -> None:
     """A subnet that was changed between look and write is not written over."""
     taken = cloud.take

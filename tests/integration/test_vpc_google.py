@@ -205,8 +205,22 @@ def test_a_missing_permission_that_cannot_be_asked_for_is_named_on_the_way(googl
     google.denied = {"compute.routes.create"}
     with pytest.raises(ModuleFailed) as failure:
         run("vpc_routes", options(google, BOTH, [OVERLAY]))
-    assert "permission missing: compute.routes.create (call compute.routes.insert)" in failure.value.msg
+    said = f"403: Required 'compute.routes.create' permission for 'projects/{PROJECT}'"
+    assert f"permission missing: compute.routes.create (call compute.routes.insert: {said})" in failure.value.msg
     assert failure.value.result["done"] == ["firewall rule isthmus-lab-cloud-udp-8472 of lab"]
+
+
+def test_an_api_that_is_off_or_too_busy_is_no_missing_permission(
+    google: Google, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    google.off = True
+    with pytest.raises(ModuleFailed, match=r"refuses to be looked at: compute\.networks\.get: 403: Compute Engine API"):
+        run("vpc_routes", options(google, BOTH))
+    google.off = False
+    monkeypatch.setattr(random, "random", lambda: 0.0)  # the client's waits are that long
+    google.throttled = {"compute.networks.get": 100}
+    with pytest.raises(ModuleFailed, match=r"refuses to be looked at: compute\.networks\.get: 403: Rate Limit"):
+        run("vpc_routes", options(google, BOTH))
 
 
 def test_throttled_calls_are_made_again(google: Google, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ class Azure:
         self.calls: list[str] = []
         self.granted: list[dict[str, list[str]]] = [{"actions": ["*"], "notActions": []}]
         self.denied: set[str] = set()
+        self.forbidden: set[str] = set()  # by a policy
         self.may_ask = True
         self.throttled = 0
         self.version = 0
@@ -183,6 +184,17 @@ class Azure:
         assert kind in KINDS, f"{method} {path} is not played"
         action = "/".join(words[words.index("Microsoft.Network") + 1 :: 2])
         verb = {"GET": "read", "PUT": "write", "DELETE": "delete"}[method]
+        if f"{action}/{verb}" in self.forbidden:
+            raise Refused(403, "RequestDisallowedByPolicy", f"Resource '{words[-1]}' was disallowed by policy.")
+        linked = body and body.get("properties", {}).get("routeTable")
+        if method == "PUT" and linked and "routeTables/join/action" in self.denied:
+            text = (
+                f"The client 'x' has permission to perform action 'Microsoft.Network/{action}/{verb}' on scope "
+                f"'{path}'; however, it does not have permission to perform action(s) "
+                "'Microsoft.Network/routeTables/join/action' "
+                f"on the linked scope(s) '{linked['id']}' or the linked scope(s) are invalid."
+            )
+            raise Refused(403, "LinkedAuthorizationFailed", text)
         if f"{action}/{verb}" in self.denied:
             text = f"The client 'x' does not have authorization to perform action 'Microsoft.Network/{action}/{verb}'"
             raise Refused(403, "AuthorizationFailed", text)

@@ -31,6 +31,8 @@ TOKEN = "token-that-nobody-sees"  # noqa: S105 - of a service that is not there
 DOCUMENTS = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
 # Marked as required there, but described as what may stand in `networkPeering` instead; Google's own tools do so.
 ELSEWHERE = {("compute.networks.addPeering", "name")}
+# What Google says in `details` besides, where it does.
+DETAILS = {"accessNotConfigured": "SERVICE_DISABLED", "rateLimitExceeded": "RATE_LIMIT_EXCEEDED"}
 PERMISSIONS = {
     "compute.routes.insert": {"compute.routes.create", "compute.networks.updatePolicy"},
     "compute.routes.delete": {"compute.routes.delete", "compute.networks.updatePolicy"},
@@ -108,6 +110,7 @@ class Google:
         self.calls: list[str] = []
         self.wrong: list[str] = []
         self.denied: set[str] = set()
+        self.off = False
         self.throttled: dict[str, int] = {}
         self.failing: dict[str, tuple[str, str]] = {}
         self.quota = 200
@@ -202,6 +205,8 @@ class Google:
         if self.throttled.get(identifier, 0) > 0:
             self.throttled[identifier] -= 1
             raise Refused(403, "rateLimitExceeded", "Rate Limit Exceeded")
+        if self.off:
+            raise Refused(403, "accessNotConfigured", "Compute Engine API has not been used in project")
         for permission in PERMISSIONS.get(identifier, {identifier}):
             if permission in self.denied:
                 raise Refused(403, "forbidden", f"Required '{permission}' permission for 'projects/{PROJECT}'")
@@ -314,6 +319,10 @@ def _handler(google: Google) -> type[BaseHTTPRequestHandler]:
                 except Refused as refusal:
                     status, detail = refusal.status, {"reason": refusal.reason, "message": str(refusal)}
                     found = {"error": {"code": status, "message": str(refusal), "errors": [detail]}}
+                    if refusal.reason in DETAILS:
+                        found["error"]["details"] = [
+                            {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": DETAILS[refusal.reason]}
+                        ]
             body = json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -85,8 +85,9 @@ class Api:
         except self.http_error as exc:
             message = " ".join(((exc.error and exc.error.message) or exc.message or "").split())
             code = exc.error.code if exc.error else exc.status_code
-            action = re.search(r"perform action '([^']+)'", message)
-            denied = exc.status_code == 403
+            # LinkedAuthorizationFailed names an action that is permitted, too.
+            action = re.search(r"not have (?:permission|authorization) to perform action(?:\(s\))? '([^']+)'", message)
+            denied = code in ("AuthorizationFailed", "LinkedAuthorizationFailed")
             permission = (action[1] if action else f"for {call}") if denied else ""
             gone = exc.status_code == 404 and call == "virtual_networks.get"
             raise ProviderError(call, f"{code}: {message}", permission, gone) from exc

@@ -30,6 +30,11 @@ NEXT_HOPS = {
 # AWX's credential type sets these beside GOOGLE_APPLICATION_CREDENTIALS; older tools know only them.
 FILES = ("GCP_SERVICE_ACCOUNT_FILE", "GCE_CREDENTIALS_FILE_PATH")
 PROJECTS = ("GCP_PROJECT", "GCE_PROJECT")
+# Reasons of a 403 that is not for want of a permission, as `errors` and `details` of an answer name them.
+NOT_DENIED = {
+    *("rateLimitExceeded", "userRateLimitExceeded", "quotaExceeded", "accessNotConfigured"),
+    *("RATE_LIMIT_EXCEEDED", "SERVICE_DISABLED"),
+}
 
 
 def path_of(url: str) -> str:
@@ -84,7 +89,7 @@ class Api:
         except self.http_error as exc:
             reasons = {one.get("reason") for one in exc.error_details if isinstance(one, dict)}
             permission = ""
-            if exc.resp.status == 403 and not reasons & {"rateLimitExceeded", "quotaExceeded", "accessNotConfigured"}:
+            if exc.resp.status == 403 and not reasons & NOT_DENIED:
                 named = re.search(r"'(compute\.[\w.]+)' permission", exc.reason)
                 permission = named[1] if named else f"for {call}"
             gone = exc.resp.status == 404 and call == "compute.networks.get"

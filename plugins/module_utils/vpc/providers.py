@@ -60,5 +60,5 @@ def planned(module: AnsibleModule, look: Callable[[Mapping[str, Any]], Plan]) ->
         if exc.gone and module.params["state"] == "absent":
             return Plan(warnings=[f"there is no such network any more, so nothing was looked for: {exc}"])
         if exc.permission:
-            return module.fail_json(msg=f"nothing was changed; {refused({exc.permission: f'call {exc.call}'})}")
+            return module.fail_json(msg=f"nothing was changed; {refused({exc.permission: f'call {exc}'})}")
         return module.fail_json(msg=f"nothing was changed. The provider refuses to be looked at: {exc}")

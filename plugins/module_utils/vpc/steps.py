@@ -101,7 +101,7 @@ def carry_out(module: AnsibleModule, changes: Changes, plan: Plan) -> None:
                     module.fail_json(
                         msg=f"nothing was changed. {step.what}: the provider would refuse it: {exc}", **plan.result
                     )
-                missing[exc.permission] = f"call {exc.call}, for {step.what}"
+                missing[exc.permission] = f"call {exc.call}, for {step.what}: {exc.message}"
     if missing:
         module.fail_json(msg=f"nothing was changed; {refused(missing)}", **plan.result)
     for number, step in enumerate(plan.steps):
@@ -109,7 +109,7 @@ def carry_out(module: AnsibleModule, changes: Changes, plan: Plan) -> None:
             try:
                 step.do()
             except ProviderError as exc:
-                said = refused({exc.permission: f"call {exc.call}"}) if exc.permission else f"{str(exc).rstrip('.')}."
+                said = refused({exc.permission: f"call {exc}"}) if exc.permission else f"{str(exc).rstrip('.')}."
                 done = [one.what for one in plan.steps[:number]]
                 left = [one.what for one in plan.steps[number:]]
                 stays = f"{len(done)} changes before it stay and are known as ours" if done else "nothing was changed"
