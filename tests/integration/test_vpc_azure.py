@@ -237,18 +237,67 @@ def test_a_refusal_names_what_is_missing_and_not_what_is_there(cloud: Azure) -> 
     assert "permission" not in failure.value.msg
 
 
+def test_two_subnets_without_a_table(cloud: Azure) -> None:
+    vnet = cloud.get("virtualNetworks/lab")
+    vnet["properties"]["subnets"].append(cloud.subnet("lab", "c", addressPrefix="10.20.2.0/24"))
+    cloud.stamp(vnet)
+    cloud.interface("four", "10.20.2.14", "virtualNetworks/lab/subnets/c")
+    before = cloud.everything()
+    wanted = options(cloud, {**BOTH, "10.102.0.32/28": "10.20.2.14"})
+    run("vpc_routes", wanted)
+    tables = [one["properties"]["routeTable"]["id"].rsplit("/", 1)[1] for one in vnet["properties"]["subnets"]]
+    assert tables == ["theirs", "isthmus-lab-cloud", "isthmus-lab-cloud"]
+    assert run("vpc_routes", wanted)["changed"] is False
+    run("vpc_routes", {**wanted, "state": "absent"})
+    assert cloud.everything() == before
+
+
 def test_nobody_elses_change_is_lost(cloud: Azure) -> None:
     """A subnet that was changed between look and write is not written over."""
-    taken = cloud.take
+    taken, answered = cloud.take, cloud.answer
+    vnet = cloud.get("virtualNetworks/lab")
 
     def meanwhile(kind: str, path: str, body: Any, place: Any) -> None:
         if kind == "routes":
-            cloud.get("virtualNetworks/lab")["properties"]["subnets"][1]["etag"] = 'W/"new"'
+            vnet["properties"]["subnets"][1]["properties"]["routeTable"] = {"id": f"{NETWORK}/routeTables/theirs"}
+            cloud.stamp(vnet)
         taken(kind, path, body, place)
 
-    with mock.patch.object(cloud, "take", meanwhile), pytest.raises(ModuleFailed, match="PreconditionFailed"):
+    with (
+        mock.patch.object(cloud, "take", meanwhile),
+        pytest.raises(
+            ModuleFailed, match=r"it had none when it was looked at and has .*/routeTables/theirs now\. Next"
+        ),
+    ):
         run("vpc_routes", options(cloud, BOTH))
-    assert run("vpc_routes", options(cloud, BOTH))["changed"] is True
+    del vnet["properties"]["subnets"][1]["properties"]["routeTable"]
+
+    def at_once(method: str, url: str, *rest: Any) -> Any:
+        found = copy.deepcopy(answered(method, url, *rest))
+        if method == "GET" and "/subnets/b" in url:
+            cloud.stamp(vnet)
+        return found
+
+    with (
+        mock.patch.object(cloud, "answer", at_once),
+        pytest.raises(ModuleFailed, match="PreconditionFailed"),
+    ):
+        run("vpc_routes", options(cloud, BOTH))
+
+    def endpoints(kind: str, path: str, body: Any, place: Any) -> None:
+        if kind == "networkInterfaces":
+            vnet["properties"]["subnets"][1]["properties"]["serviceEndpoints"] = [{"service": "Microsoft.Sql"}]
+            cloud.stamp(vnet)
+        taken(kind, path, body, place)
+
+    cloud.get("networkInterfaces/two")["properties"]["enableIPForwarding"] = False
+    with mock.patch.object(cloud, "take", endpoints):
+        assert run("vpc_routes", options(cloud, BOTH))["changed"] is True
+    assert vnet["properties"]["subnets"][1]["properties"] == {
+        "addressPrefix": "10.20.1.0/24",
+        "serviceEndpoints": [{"service": "Microsoft.Sql"}],
+        "routeTable": {"id": f"{NETWORK}/routeTables/isthmus-lab-cloud"},
+    }
 
 
 def test_throttled_calls_are_made_again(cloud: Azure) -> None:

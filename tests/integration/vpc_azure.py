@@ -113,24 +113,27 @@ class Azure:
     def put(self, path: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
         """A resource that was there before, ``routeTables/x`` with its properties."""
         identifier = f"{NETWORK}/{path}"
-        self.version += 1
         made = {
             "id": identifier,
             "name": path.rsplit("/", 1)[1],
             "location": "germanywestcentral",
-            "etag": f'W/"{self.version}"',
             "properties": properties,
             **more,
         }
         self.resources[identifier.lower()] = made
+        self.stamp(made)
         return made
 
-    def subnet(self, vnet: str, name: str, **properties: Any) -> dict[str, Any]:
+    def stamp(self, resource: dict[str, Any]) -> None:
+        """A new ETag; a virtual network has one with all of its subnets."""
         self.version += 1
+        for one in (resource, *resource["properties"].get("subnets", [])):
+            one["etag"] = f'W/"{self.version}"'
+
+    def subnet(self, vnet: str, name: str, **properties: Any) -> dict[str, Any]:
         return {
             "id": f"{NETWORK}/virtualNetworks/{vnet}/subnets/{name}",
             "name": name,
-            "etag": f'W/"{self.version}"',
             "properties": properties,
         }
 
@@ -216,7 +219,9 @@ class Azure:
             return 200, {}, self.find(path)
         if method == "PUT":
             self.take(kind, path, body, place)
-            return 201, self.later(), self.store(path, body, place, there)
+            made = self.store(path, body, place, there)
+            self.stamp(parent if holder else made)
+            return 201, self.later(), {**made, "properties": {**made["properties"], "provisioningState": "Updating"}}
         if there is None:
             return 204, {}, None
         if kind == "routeTables" and path.lower() in json.dumps(self.resources).lower().replace(
@@ -225,6 +230,7 @@ class Azure:
             raise Refused(400, "InUseRouteTableCannotBeDeleted", f"Route table {words[-1]} is in use")
         if holder:
             place.remove(there)
+            self.stamp(parent)
         else:
             del place[path.lower()]
         return 202, self.later(), None
@@ -264,15 +270,15 @@ class Azure:
     def store(self, path: str, body: dict[str, Any], place: Any, there: Any) -> dict[str, Any]:
         self.version += 1
         made = {**copy.deepcopy(body), "id": path, "name": path.rsplit("/", 1)[1], "etag": f'W/"{self.version}"'}
+        made.setdefault("properties", {})
         if isinstance(place, list):
             if there is None:
                 place.append(made)
             else:
                 place[place.index(there)] = made
         else:
-            made.setdefault("properties", {})
             place[path.lower()] = made
-        return {**made, "properties": {**made["properties"], "provisioningState": "Updating"}}
+        return made
 
 
 def _handler(azure: Azure) -> type[BaseHTTPRequestHandler]:

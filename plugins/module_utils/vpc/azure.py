@@ -3,8 +3,8 @@
 
 What is ours has a name made from the owner (``isthmus-<owner>-10-1-0-0-24``, ``isthmus-<owner>-udp-8472``); a route
 table that we made has the tag ``isthmus`` = owner besides, and a network interface whose IP forwarding we turned on the
-tag ``isthmus:<owner>:forwards``. Interfaces and subnets can only be written whole: that is done with the ETag that was
-read, so that nobody else's change is lost.
+tag ``isthmus:<owner>:forwards``. Interfaces and subnets can only be written whole: that is done with the ETag of what
+was read, of a subnet right before, so that nobody else's change is lost.
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ def _own_table(
     put = [_on_subnet(network, subnet, name, {"id": _own_id(api, group, name)}) for subnet in bare]
     if own is not None and not wanted:
         for key, subnet in sorted(network.subnets.items()):
-            if same((subnet["properties"].get("routeTable") or {}).get("id", ""), own["id"]):
+            if same(_table_of(subnet), own["id"]):
                 removed.append(_on_subnet(network, key, name, None))
         removed.append(
             _step(
@@ -422,9 +422,21 @@ def _own_id(api: Api, group: str, name: str) -> str:
 
 def _on_subnet(network: _Network, key: str, name: str, table: Any) -> Step:
     subnet = network.subnets[key]
-    body = {**subnet, "properties": {**subnet["properties"], "routeTable": table}}
-    if table is None:
-        del body["properties"]["routeTable"]
+    place = (network.group, network.name, subnet["name"])
+    client = network.api.client.subnets
+
+    def begin() -> Any:
+        # All subnets have the ETag of their network, so one that was read before another was written is stale.
+        now = client.get(*place).as_dict()
+        before, found = (_table_of(one) for one in (subnet, now))
+        if not same(before, found):
+            words = f"it had {before or 'none'} when it was looked at and has {found or 'none'} now."
+            raise ProviderError("subnets.get", words)
+        body = {**now, "properties": {**now["properties"], "routeTable": table}}
+        if table is None:
+            del body["properties"]["routeTable"]
+        return client.begin_create_or_update(*place, body, headers={"If-Match": now["etag"]})
+
     return _step(
         network.api,
         f"route table of subnet {subnet['name']}",
@@ -433,10 +445,13 @@ def _on_subnet(network: _Network, key: str, name: str, table: Any) -> Step:
         "subnets.begin_create_or_update",
         "virtualNetworks/subnets/write",
         network.group,
-        lambda: network.api.client.subnets.begin_create_or_update(
-            network.group, network.name, subnet["name"], body, headers={"If-Match": subnet["etag"]}
-        ),
+        begin,
     )
+
+
+def _table_of(subnet: Mapping[str, Any]) -> str:
+    """The id of a subnet's route table, empty when it has none."""
+    return str((subnet["properties"].get("routeTable") or {}).get("id", ""))
 
 
 def _forwarding(network: _Network, owner: str, wishes: list[pure.Wish]) -> tuple[list[Step], list[Step]]:
