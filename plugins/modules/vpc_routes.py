@@ -69,7 +69,7 @@ options:
       gateway:
         description:
           - Gateway behind which it is. AWS - an id (C(vgw-), C(tgw-), C(pcx-), C(eni-)...). Google - partial URL of a
-            VPN tunnel, forwarding rule or instance. Azure - C(VirtualNetworkGateway).
+            VPN tunnel, forwarding rule or instance, of O(project) when it names none. Azure - C(VirtualNetworkGateway).
         type: str
   peers:
     description:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from module_runner import ModuleFailed, run_module
-from vpc_google import PROJECT, TOKEN, Google, Refused, google_on_loopback
+from vpc_google import PROJECT, ROOT, TOKEN, Google, Refused, google_on_loopback
 from vpc_modules import run
 
 
@@ -55,7 +55,7 @@ def options(google: Google, routes: dict[str, str], rules: Any = (), **more: Any
 def ours(google: Google) -> dict[str, str]:
     mark = "isthmus.mesh owner=lab-cloud"
     return {
-        one["destRange"]: one.get("nextHopIp") or one["nextHopVpnTunnel"]
+        one["destRange"]: next(value for key, value in one.items() if key.startswith("nextHop")).removeprefix(ROOT)
         for one in google.routes.values()
         if one.get("description") == mark
     }
@@ -167,12 +167,32 @@ def test_bad_input_changes_nothing(google: Google, routes: dict[str, str], words
     assert state(google) == before
 
 
-def test_a_gateway(google: Google) -> None:
-    tunnel = f"projects/{PROJECT}/regions/europe-west3/vpnTunnels/home"
-    wanted = options(google, {"10.101.0.0/16": tunnel})
+TUNNEL = "regions/europe-west3/vpnTunnels/home"
+INSTANCE = "zones/europe-west3-a/instances/one"
+
+
+@pytest.mark.parametrize("start", ["", f"projects/{PROJECT}/", f"{ROOT}projects/{PROJECT}/"])
+@pytest.mark.parametrize(("gateway", "hop"), [(TUNNEL, f"projects/{PROJECT}/{TUNNEL}"), (INSTANCE, "10.128.0.11")])
+def test_a_gateway(google: Google, start: str, gateway: str, hop: str) -> None:
+    wanted = options(google, {"10.101.0.0/16": f"{start}{gateway}"}, hosts=["10.128.0.12"])
     run("vpc_routes", wanted)
-    assert ours(google) == {"10.101.0.0/16": tunnel}
+    assert ours(google) == {"10.101.0.0/16": hop}
     assert run("vpc_routes", wanted)["changed"] is False
+
+
+def test_a_gateway_that_is_an_instance_is_one_as_others_are(google: Google) -> None:
+    with pytest.raises(ModuleFailed, match=r"instance three \(10\.128\.0\.13\) may not forward"):
+        run("vpc_routes", options(google, {"10.101.0.0/16": "zones/europe-west3-a/instances/three"}))
+    wanted = options(google, {"10.101.0.0/16": INSTANCE}, hosts=["10.128.0.12"])
+    # As it was made by its URL.
+    name = "isthmus-lab-cloud-10-101-0-0-16-f"
+    body = {"name": name, "network": google.networks["lab"]["selfLink"], "destRange": "10.101.0.0/16", "priority": 1000}
+    hop = {"nextHopInstance": google.instances["one"]["selfLink"], "description": "isthmus.mesh owner=lab-cloud"}
+    google.routes[name] = {**body, **hop}
+    assert run("vpc_routes", wanted)["changed"] is False
+    del google.instances["one"]
+    seen = run("vpc_routes", wanted)
+    assert (seen["changed"], "the host is gone" in seen["warnings"][0]) == (False, True)
 
 
 def test_a_quota_is_told_before_it_is_met(google: Google) -> None:

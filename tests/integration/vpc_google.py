@@ -27,6 +27,7 @@ from jsonschema import Draft7Validator
 from vpc_modules import serving
 
 PROJECT = "lab-project"
+ROOT = "https://www.googleapis.com/compute/v1/"
 TOKEN = "token-that-nobody-sees"  # noqa: S105 - of a service that is not there
 DOCUMENTS = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
 # Marked as required there, but described as what may stand in `networkPeering` instead; Google's own tools do so.
@@ -123,7 +124,7 @@ class Google:
         self.operations: dict[str, dict[str, Any]] = {}
 
     def link(self, *parts: str) -> str:
-        return "/".join(("https://www.googleapis.com/compute/v1/projects", PROJECT, *parts))
+        return "/".join((f"{ROOT}projects", PROJECT, *parts))
 
     # what a test sets up
 
@@ -270,7 +271,13 @@ class Google:
         return self.operation(identifier, lambda: items.update({name: self.made(kind, body)}))
 
     def made(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        return {**body, "selfLink": self.link("global", kind, body["name"])}
+        # Google says every next hop in full, however it was asked for.
+        hops = {
+            key: f"{ROOT}{value.removeprefix(ROOT)}" if "projects/" in value else self.link(value)
+            for key, value in body.items()
+            if key.startswith("nextHop") and key != "nextHopIp"
+        }
+        return {**body, **hops, "selfLink": self.link("global", kind, body["name"])}
 
     def warned(self, one: dict[str, Any]) -> dict[str, Any]:
         addresses = {found["networkInterfaces"][0]["networkIP"] for found in self.instances.values()}

@@ -81,6 +81,10 @@ class Api:
         self.compute = build("compute", "v1", "/compute/v1/")
         self.manager = lambda: build("cloudresourcemanager", "v1", "/")
 
+    def path(self, url: str) -> str:
+        """As `path_of`; a URL without a project (``regions/r/vpnTunnels/t``) is of this one."""
+        return path_of(url) if "projects/" in url else f"projects/{self.project}/{url}"
+
     def execute(self, request: Any) -> Any:
         """A request's answer; ProviderError when it is refused."""
         call = request.methodId
@@ -160,6 +164,7 @@ class _Network:
             for interface in instance["networkInterfaces"]
             if path_of(interface["network"]) == self.path and "networkIP" in interface
         }
+        self.by_path = {path_of(one.get("selfLink", "")): address for address, one in self.instances.items()}
         self.routes = self._here(api.everything(api.compute.routes()))
         self.firewalls = self._here(api.everything(api.compute.firewalls()))
 
@@ -182,7 +187,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     lost: set[str] = set()
     if present:
         plan.problems += pure.overlaps(wishes, network.ranges)
-        wanted, lost = _wanted(network, wishes, table, plan)
+        wanted, lost = _wanted(api, network, wishes, table, plan)
         plan.without(hosts, network.instances, network.nobody, wishes)
     change = pure.difference(table, wanted, lost)
     plan.problems += change.problems
@@ -217,16 +222,20 @@ def _step(api: Api, what: str, before: str, after: str, request: Callable[[], An
 
 
 def _wanted(
-    network: _Network, wishes: list[pure.Wish], table: pure.Table, plan: Plan
+    api: Api, network: _Network, wishes: list[pure.Wish], table: pure.Table, plan: Plan
 ) -> tuple[list[pure.Route], set[str]]:
     """Routes as they should be, and destinations whose host is gone (known ones wait, a new one is a mistake)."""
     known = {one.destination for one in table.routes if one.owned}
     wanted, lost = [], set()
     for wish in wishes:
-        address = wish.hop.address
+        address, gateway = wish.hop.address, api.path(wish.hop.gateway)
+        hop = _next_hop(wish.hop.gateway)
+        if hop == "nextHopInstance":
+            # An instance is known by its address, as it is where a route of the network leads to one.
+            address = network.by_path.get(gateway, gateway)
         instance = network.instances.get(address)
         if not address:
-            if _next_hop(wish.hop.gateway) == "nextHopIp":
+            if hop == "nextHopIp":
                 plan.problems.append(
                     f"{wish.hop.gateway!r} is no next hop of Google that is known here. Next: write a partial URL like "
                     "projects/p/regions/r/vpnTunnels/t."
@@ -243,7 +252,7 @@ def _wanted(
                 f"make it anew with canIpForward (gcloud compute instances create {instance['name']} --zone {zone} "
                 "--can-ip-forward ...)."
             )
-        wanted.append(pure.Route(wish.destination, address or path_of(wish.hop.gateway)))
+        wanted.append(pure.Route(wish.destination, address or gateway))
     return wanted, lost
 
 
@@ -256,7 +265,6 @@ def _description(owner: str) -> str:
 
 
 def _table(network: _Network, owner: str, quota: tuple[int, int] | None) -> pure.Table:
-    by_path = {path_of(one.get("selfLink", "")): address for address, one in network.instances.items()}
     routes = []
     for one in network.routes:
         if "nextHopNetwork" in one:
@@ -266,7 +274,7 @@ def _table(network: _Network, owner: str, quota: tuple[int, int] | None) -> pure
         routes.append(
             pure.Found(
                 one["destRange"],
-                by_path.get(target, target),
+                network.by_path.get(target, target),
                 one.get("description") == _description(owner),
                 one["name"],
                 ", ".join(note["code"] for note in one.get("warnings", []) if note["code"].startswith("NEXT_HOP_")),
