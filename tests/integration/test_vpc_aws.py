@@ -325,6 +325,18 @@ def test_a_table_that_is_too_small(vpc: Network, aws: Aws) -> None:
     assert two not in vpc.routes(vpc.table).values()
 
 
+def test_a_table_that_is_full_takes_other_routes(vpc: Network, aws: Aws) -> None:
+    one, two = vpc.interface("172.31.0.11"), vpc.interface("172.31.0.12")
+    aws.quota = 2
+    run("vpc_routes", options(vpc, {"10.102.0.0/28": "172.31.0.11", "10.103.0.0/28": "172.31.0.12"}))
+    changed = options(vpc, {"10.102.0.0/24": "172.31.0.11", "10.104.0.0/28": "172.31.0.12"})
+    seen = run("vpc_routes", changed)
+    assert vpc.routes(vpc.table) == {"10.102.0.0/24": one, "10.104.0.0/28": two}
+    assert vpc.tags(vpc.table) == {"isthmus:lab-cloud:0": "10.102.0.0/24 10.104.0.0/28"}
+    assert f"{vpc.table} holds 2 routes" in seen["warnings"][0]
+    assert run("vpc_routes", changed)["changed"] is False
+
+
 def test_a_group_that_is_too_small(vpc: Network, aws: Aws) -> None:
     vpc.interface("172.31.0.11")
     many = {**OVERLAY, "sources": [f"198.18.{number}.1" for number in range(61)]}

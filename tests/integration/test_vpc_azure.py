@@ -186,6 +186,16 @@ def test_a_table_that_is_too_small(cloud: Azure) -> None:
     assert cloud.everything() == before
 
 
+def test_a_table_that_is_full_takes_other_routes(cloud: Azure) -> None:
+    cloud.limit = 2
+    run("vpc_routes", options(cloud, BOTH, route_limit=2))
+    changed = {"10.102.0.0/24": "10.20.0.11", "10.102.0.16/28": "10.20.1.13"}
+    seen = run("vpc_routes", options(cloud, changed, route_limit=2))
+    assert routes(cloud, "theirs") == changed
+    assert "10.102.0.0/28 go first, and nothing leads there until" in seen["warnings"][0]
+    assert run("vpc_routes", options(cloud, changed, route_limit=2))["changed"] is False
+
+
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize(
     ("granted", "named"),

@@ -208,6 +208,16 @@ def test_a_quota_is_told_before_it_is_met(google: Google) -> None:
     assert state(google) == before
 
 
+def test_a_project_without_room_for_another_route_takes_other_routes(google: Google) -> None:
+    google.quota = 3
+    run("vpc_routes", options(google, BOTH))
+    moved = {"10.102.0.0/28": "10.128.0.12", "10.103.0.0/28": "10.128.0.12"}
+    seen = run("vpc_routes", options(google, moved))
+    assert ours(google) == moved
+    assert "10.102.0.0/28 go first, and nothing leads there until" in seen["warnings"][0]
+    assert run("vpc_routes", options(google, moved))["changed"] is False
+
+
 @pytest.mark.parametrize(
     "permission", ["compute.routes.create", "compute.networks.updatePolicy", "compute.networks.get"]
 )

@@ -106,6 +106,7 @@ class Azure:
         self.forbidden: set[str] = set()  # by a policy
         self.may_ask = True
         self.throttled = 0
+        self.limit = 400
         self.version = 0
 
     # what a test sets up
@@ -261,6 +262,8 @@ class Azure:
                 ip_address(properties["nextHopIpAddress"])
             if properties["addressPrefix"] in {one["addressPrefix"] for one in others}:
                 raise Refused(400, "AnotherRouteHasSameAddressPrefix", f"{properties['addressPrefix']} is there")
+            if len(others) >= self.limit:
+                raise Refused(400, "RoutesPerRouteTableLimitReached", f"a table holds {self.limit} routes")
         if kind == "securityRules":
             if not 100 <= properties["priority"] <= 4096:
                 raise Refused(400, "SecurityRuleInvalidPriority", "priority")

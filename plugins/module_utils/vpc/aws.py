@@ -374,12 +374,8 @@ def _route_steps(
                 Tags=_tag_list(new),
             )
         )
-    for route in change.add:
-        made.append(_put(api, "create_route", name, "", route))
-    for found, route in change.replace:
-        made.append(_put(api, "replace_route", name, found.target, route))
     for found in change.remove:
-        removed.append(
+        (made if found in change.first else removed).append(
             api.step(
                 f"route {found.destination} in {name}",
                 found.target,
@@ -389,6 +385,10 @@ def _route_steps(
                 DestinationCidrBlock=found.destination,
             )
         )
+    for route in change.add:
+        made.append(_put(api, "create_route", name, "", route))
+    for found, route in change.replace:
+        made.append(_put(api, "replace_route", name, found.target, route))
     current = {**ours, **(new if change.add else {})}
     final = claims(owner, after)
     stale = {key: value for key, value in current.items() if key not in final}

@@ -341,7 +341,21 @@ def _route_steps(
 ) -> tuple[list[Step], list[Step]]:
     group, table = parts(entry["id"])
     routes = api.client.routes
-    made, removed = [], []
+    made: list[Step] = []
+    removed: list[Step] = []
+    for found in change.remove:
+        (made if found in change.first else removed).append(
+            _step(
+                api,
+                f"route {found.destination} in {table}",
+                found.target,
+                "",
+                "routes.begin_delete",
+                "routeTables/routes/delete",
+                group,
+                lambda name=found.key: routes.begin_delete(group, table, name),
+            )
+        )
     for before, route in [*(("", one) for one in change.add), *((found.target, one) for found, one in change.replace)]:
         name = f"isthmus-{owner}-{re.sub('[./]', '-', route.destination)}"
         body: dict[str, Any] = {"addressPrefix": route.destination, "nextHopType": GATEWAY}
@@ -357,19 +371,6 @@ def _route_steps(
                 "routeTables/routes/write",
                 group,
                 lambda name=name, body=body: routes.begin_create_or_update(group, table, name, {"properties": body}),
-            )
-        )
-    for found in change.remove:
-        removed.append(
-            _step(
-                api,
-                f"route {found.destination} in {table}",
-                found.target,
-                "",
-                "routes.begin_delete",
-                "routeTables/routes/delete",
-                group,
-                lambda name=found.key: routes.begin_delete(group, table, name),
             )
         )
     return made, removed

@@ -189,16 +189,12 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
         plan.problems += pure.overlaps(wishes, network.ranges)
         wanted, lost = _wanted(api, network, wishes, table, plan)
         plan.without(hosts, network.instances, network.nobody, wishes)
-    change = pure.difference(table, wanted, lost)
+    change = pure.difference(table, wanted, lost, beside=True)
     plan.problems += change.problems
     plan.warnings += change.warnings
     made, removed = _rule_steps(api, network, owner, rules if present else [], hosts, wishes, plan)
-    for route in change.add:
-        made.append(_insert(api, network, owner, route, ""))
-    for found, route in change.replace:
-        made.append(_insert(api, network, owner, route, found.target))
     for found in [*change.remove, *(found for found, _route in change.replace)]:
-        removed.append(
+        (made if found in change.first else removed).append(
             _step(
                 api,
                 f"route {found.key} of {network.name}",
@@ -208,6 +204,10 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
                 "compute.routes.delete",
             )
         )
+    for route in change.add:
+        made.append(_insert(api, network, owner, route, ""))
+    for found, route in change.replace:
+        made.append(_insert(api, network, owner, route, found.target))
     plan.steps += made + removed
     plan.result = {
         "route_tables": [network.path],

@@ -82,11 +82,13 @@ class Table:
 
 @dataclass
 class Difference:
-    """What makes a table right. `borrowed`: somebody else's routes that lead where ours would."""
+    """What makes a table right. `first`: of what goes, what goes before anything is added, for want of room;
+    `borrowed`: somebody else's routes that lead where ours would."""
 
     add: list[Route] = field(default_factory=list)
     replace: list[tuple[Found, Route]] = field(default_factory=list)
     remove: list[Found] = field(default_factory=list)
+    first: list[Found] = field(default_factory=list)
     borrowed: list[Found] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -226,8 +228,9 @@ def overlaps(wishes: Iterable[Wish], ranges: Mapping[str, str]) -> list[str]:
     ]
 
 
-def difference(table: Table, wanted: Iterable[Route], keep: Iterable[str] = ()) -> Difference:
-    """What makes `table` hold exactly `wanted` of ours. Destinations in `keep` stay as they are."""
+def difference(table: Table, wanted: Iterable[Route], keep: Iterable[str] = (), beside: bool = False) -> Difference:
+    """What makes `table` hold exactly `wanted` of ours. Destinations in `keep` stay as they are. `beside`: whether what
+    replaces a route is another one beside it for a moment."""
     result = Difference()
     wanted = list(wanted)
     kept = set(keep)
@@ -269,18 +272,34 @@ def difference(table: Table, wanted: Iterable[Route], keep: Iterable[str] = ()) 
                     f"{route.destination}, which leads to {route.target}."
                 )
     if not result.problems:
-        result.problems.extend(_quota(table, result, wanted))
+        _quota(table, result, wanted, beside)
     return result
 
 
-def _quota(table: Table, change: Difference, wanted: list[Route]) -> list[str]:
-    if table.limit is None or not change.add:
-        return []
-    after = sum(one.counts for one in table.routes) + len(change.add) - len(change.remove)
-    if after <= table.limit:
-        return []
-    others = [one for one in table.routes if not one.owned and one.counts]
-    return [no_room(table, wanted, others, after)]
+def _quota(table: Table, change: Difference, wanted: list[Route], beside: bool) -> None:
+    """New routes are made before old ones go, but for those without which there is no room."""
+    changed = change.replace if beside else []
+    new = [*change.add, *(route for _found, route in changed)]
+    if table.limit is None or not new:
+        return
+    going = [*change.remove, *(found for found, _route in changed)]
+    most = sum(one.counts for one in table.routes) + len(new)
+    if most - len(going) > table.limit:
+        others = [one for one in table.routes if not one.owned and one.counts]
+        change.problems.append(no_room(table, wanted, others, most - len(going)))
+        return
+    coming = [IPv4Network(route.destination) for route in new]
+
+    def waits(one: Found) -> bool:
+        return any(IPv4Network(one.destination).overlaps(network) for network in coming)
+
+    change.first = sorted(going, key=waits)[: max(most - table.limit, 0)]
+    waiting = [one.destination for one in change.first if waits(one)]
+    if waiting:
+        change.warnings.append(
+            f"{table.name} holds {table.limit} routes, and new ones beside the old ones would be {most}: "
+            f"{', '.join(waiting)} go first, and nothing leads there until the new ones are made."
+        )
 
 
 def no_room(table: Table, wanted: Iterable[Route], others: Iterable[Found], after: int) -> str:

@@ -119,6 +119,29 @@ def test_the_quota_counts_what_goes_and_not_what_is_propagated() -> None:
     assert "No two of them can be one route" in problem
 
 
+def test_what_there_is_no_room_beside_goes_first() -> None:
+    routes = [found("10.1.0.0/25", "one"), found("10.2.0.0/24", "two"), found("10.3.0.0/24", "three")]
+    wanted = [plan.Route("10.1.0.0/24", "one"), plan.Route("10.3.0.0/24", "four")]
+    for limit, beside, first in (
+        (4, False, []),
+        (3, False, ["10.2.0.0/24"]),
+        (5, True, []),
+        (4, True, ["10.2.0.0/24"]),
+        (3, True, ["10.2.0.0/24", "10.1.0.0/25"]),
+    ):
+        change = plan.difference(table(*routes, limit=limit), wanted, beside=beside)
+        assert ([one.destination for one in change.first], change.problems) == (first, [])
+        # What nothing leads to any more is nobody's loss.
+        assert [("10.1.0.0/25 go first" in text, "10.2.0.0/24" in text) for text in change.warnings] == (
+            [(True, False)] if "10.1.0.0/25" in first else []
+        )
+    full = table(found("10.3.0.0/24", "three"), limit=1)
+    change = plan.difference(full, wanted[1:], beside=True)
+    assert [one.target for one in change.first] == ["three"]
+    assert "rtb-1 holds 1 routes, and new ones beside the old ones would be 2: 10.3.0.0/24 go" in change.warnings[0]
+    assert plan.difference(full, wanted[1:]).first == []
+
+
 def test_a_large_plan_is_made_smaller() -> None:
     routes = [plan.Route(f"10.{number // 64}.{number % 64 * 4}.0/24", f"host-{number // 64}") for number in range(200)]
     (problem,) = plan.difference(table(found("0.0.0.0/0", "igw", owned=False), limit=50), routes).problems
