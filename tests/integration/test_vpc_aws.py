@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import botocore.loaders
 import botocore.session
 import pytest
+from ansible_collections.isthmus.mesh.plugins.module_utils.vpc import aws as shell
 from module_runner import ModuleFailed, run_module
 from vpc_aws import REGION, Aws, Network, aws_on_loopback
 from vpc_modules import run, serving
@@ -37,6 +39,7 @@ def aws(loopback: tuple[Aws, str], monkeypatch: pytest.MonkeyPatch) -> Aws:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-sees")
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(shell, "PAUSE", 0.01)
     return aws
 
 
@@ -419,6 +422,58 @@ def test_peering(aws: Aws) -> None:
     assert run("vpc_peering", {**wanted, "owner": "other", "state": "absent"})["changed"] is False
     assert run("vpc_peering", {**wanted, "state": "absent"})["changed"] is True
     assert run("vpc_peering", {**wanted, "state": "absent"})["changed"] is False
+
+
+def test_a_peering_takes_its_time(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Network(aws), Network(aws, "172.30.0.0/16")
+    first.interface("172.31.0.11")
+    sides = [{"network": one.vpc, "region": REGION} for one in (first, second)]
+    wanted = {"provider": "aws", "owner": "lab", "sides": sides}
+    with monkeypatch.context() as hurried:
+        hurried.setattr(shell, "PATIENCE", 0)
+        with pytest.raises(ModuleFailed, match=f"is not to be seen in {REGION}, not pending-acceptance") as failure:
+            run("vpc_peering", wanted)
+    name = failure.value.result["peering"]
+    # The next run goes on from there, and one after it from where it was accepted.
+    assert [one["after"].strip() for one in run("vpc_peering", wanted)["diff"]] == ["active"]
+    aws.ahead[name] = ["provisioning", "provisioning"]
+    aws.calls.clear()
+    assert run("vpc_peering", wanted)["peering"] == name
+    assert set(aws.calls) == {"DescribeVpcPeeringConnections", "DescribeVpcs"}
+
+    peered = options(first, {}, peers=[second.vpc], hosts=["172.31.0.11"])
+    aws.ahead[name] = ["provisioning"]
+    seen = run("vpc_routes", peered)
+    assert (seen["changed"], first.routes(first.table)) == (False, {})
+    assert f"{name} of {first.vpc} and {second.vpc} is provisioning and names no ranges" in seen["warnings"][0]
+    seen = run("vpc_routes", peered)
+    assert (seen["warnings"], first.routes(first.table)) == ([], {"172.30.0.0/16": name})
+
+    first.ec2.delete_vpc_peering_connection(VpcPeeringConnectionId=name)
+    made = run("vpc_peering", wanted)["peering"]
+    assert made != name
+    second.ec2.delete_vpc_peering_connection(VpcPeeringConnectionId=made)
+    aws.ahead[made] = ["provisioning"]
+    with pytest.raises(ModuleFailed, match=f"{made} is deleted in {REGION}, not pending-acceptance"):
+        run("vpc_peering", wanted)
+
+
+def test_a_group_that_does_not_appear_is_told(vpc: Network, aws: Aws) -> None:
+    refusal = aws.refusal
+
+    def unseen(action: str, query: dict[str, str]) -> tuple[int, str, str] | None:
+        if action == "DescribeSecurityGroups" and "GroupId.1" in query:
+            return 403, "UnauthorizedOperation", "You are not authorized to perform this operation."
+        return refusal(action, query)
+
+    vpc.interface("172.31.0.11")
+    with (
+        mock.patch.object(aws, "refusal", unseen),
+        pytest.raises(ModuleFailed, match="security_group_exists: Waiter SecurityGroupExists failed") as failure,
+    ):
+        run("vpc_routes", options(vpc, {"10.102.0.0/28": "172.31.0.11"}, [ETCD]))
+    assert failure.value.result["not_done"][0] == "security group isthmus-lab-cloud"
+    assert run("vpc_routes", options(vpc, {"10.102.0.0/28": "172.31.0.11"}, [ETCD]))["changed"] is True
 
 
 def test_networks_that_overlap_are_not_peered(aws: Aws) -> None:

@@ -2,7 +2,8 @@
 """AWS on the loopback: moto's server, and in front of it a proxy that plays what AWS does and moto does not.
 
 moto carries out calls with DryRun on routes, has no quota, takes any destination to an interface, never shows a
-blackhole, answers in one page, and throttles nobody.
+blackhole, answers in one page, and throttles nobody; a peering of it is to be accepted and active at once, and listed
+whatever is asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from vpc_modules import serving
 
 REGION = "eu-central-1"
 ACCOUNT = "123456789012"
+# Filters of peerings, as moto's answer says what they are about.
+PEERINGS = {
+    "vpc-peering-connection-id": "<vpcPeeringConnectionId>(.*?)<",
+    "requester-vpc-info.vpc-id": "<requesterVpcInfo>.*?<vpcId>(.*?)<",
+    "accepter-vpc-info.vpc-id": "<accepterVpcInfo>.*?<vpcId>(.*?)<",
+    "status-code": "<code>(.*?)<",
+}
 PAGED = {"DescribeRouteTables": "routeTableSet", "DescribeNetworkInterfaces": "networkInterfaceSet"}
 
 
@@ -44,6 +52,7 @@ class Aws:
         self.rules = 60
         self.quota_denied = False
         self.page = 2
+        self.ahead: dict[str, list[str]] = {}  # states that a peering shows first, "" while it is not to be seen
         connection = http.client.HTTPConnection("127.0.0.1", self.moto_port)
         connection.request("POST", "/moto-api/reset")
         connection.getresponse().read()
@@ -63,6 +72,8 @@ class Aws:
             return 412, "DryRunOperation", "Request would have succeeded, but DryRun flag is set."
         if action == "CreateRoute":
             return self.refused_route(query)
+        if action == "AcceptVpcPeeringConnection" and self.ahead.get(query["VpcPeeringConnectionId"]):
+            return 400, "InvalidStateTransition", "Invalid state transition, attempted to transition to provisioning"
         return None
 
     def refused_route(self, query: dict[str, str]) -> tuple[int, str, str] | None:
@@ -83,7 +94,7 @@ class Aws:
         return None
 
     def altered(self, action: str, query: dict[str, str], body: str) -> str:
-        """moto's answer with blackholes and in pages."""
+        """moto's answer with blackholes and states of peerings, and in pages."""
         if action == "DescribeRouteTables":
             for interface in set(re.findall(r"<networkInterfaceId>(eni-\w+)</networkInterfaceId>", body)):
                 if interface not in self.backend().enis:
@@ -93,23 +104,56 @@ class Aws:
                         body,
                         flags=re.DOTALL,
                     )
+        if action.endswith("VpcPeeringConnection"):
+            states = {"Create": ["", "initiating-request"], "Accept": ["provisioning"]}.get(action[:6], [])
+            match = re.search(PEERINGS["vpc-peering-connection-id"], body)
+            if match is not None:
+                self.ahead[match[1]] = states
+        if action == "DescribeVpcPeeringConnections":
+            body = self.peerings(body, query)
         if action in PAGED:
             body = self.paged(body, PAGED[action], int(query.get("NextToken", "0")))
         return body
 
-    def paged(self, body: str, name: str, start: int) -> str:
-        match = re.search(rf"<{name}>(.*)</{name}>", body, re.DOTALL)
+    def peerings(self, body: str, query: dict[str, str]) -> str:
+        """Those that are asked for; the accepter's ranges are not told before a peering is active."""
+        match = re.search("<vpcPeeringConnectionSet>(.*)</vpcPeeringConnectionSet>", body, re.DOTALL)
         if match is None:
             return body
+        asked: dict[str, set[str]] = {}
+        for key, name in query.items():
+            if key.endswith(".Name"):
+                values = f"{key.removesuffix('Name')}Value."
+                asked[name] = {value for other, value in query.items() if other.startswith(values)}
+        found = ""
+        for one in self.items(match[1]):
+            values = {name: "".join(re.findall(pattern, one)[:1]) for name, pattern in PEERINGS.items()}
+            if all(values[name] in asked[name] for name in asked if name != "status-code"):
+                ahead = self.ahead.get(values["vpc-peering-connection-id"])
+                code = ahead.pop(0) if ahead else values["status-code"]
+                if code and code in asked.get("status-code", {code}):
+                    if code != "active":
+                        one = re.sub("<accepterVpcInfo><cidrBlock>.*?</cidrBlock>", "<accepterVpcInfo>", one)
+                    found += one.replace(f"<code>{values['status-code']}<", f"<code>{code}<")
+        return body.replace(match[0], f"<vpcPeeringConnectionSet>{found}</vpcPeeringConnectionSet>")
+
+    def items(self, text: str) -> list[str]:
         items, depth, begin = [], 0, 0
-        for tag in re.finditer(r"<(/?)item>", match[1]):
+        for tag in re.finditer(r"<(/?)item>", text):
             if not tag[1]:
                 begin = tag.start() if depth == 0 else begin
                 depth += 1
             else:
                 depth -= 1
                 if depth == 0:
-                    items.append(match[1][begin : tag.end()])
+                    items.append(text[begin : tag.end()])
+        return items
+
+    def paged(self, body: str, name: str, start: int) -> str:
+        match = re.search(rf"<{name}>(.*)</{name}>", body, re.DOTALL)
+        if match is None:
+            return body
+        items = self.items(match[1])
         more = start + self.page < len(items)
         token = f"<nextToken>{start + self.page}</nextToken>" if more else ""
         page = "".join(items[start : start + self.page])

@@ -9,6 +9,7 @@ A claim is written before the route and taken back after it, so that a run that 
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.vpc import plan as pure
@@ -24,6 +25,8 @@ TAGS = 50  # tags that a resource holds
 ROUTES_QUOTA = "L-93826ACB"
 RULES_QUOTA = "L-0EA8095F"
 RULES = 60
+PATIENCE = 120  # seconds for a peering to reach a state
+PAUSE = 2  # seconds between two looks at it
 GATEWAYS = {
     "vgw-": "GatewayId",
     "igw-": "GatewayId",
@@ -101,6 +104,13 @@ class Api:
             return [item for page in self.ec2.get_paginator(name).paginate(**arguments) for item in page[key]]
         except self.errors as exc:
             raise self._error(self.ec2, name, exc) from exc
+
+    def wait(self, name: str, **arguments: Any) -> None:
+        """Until boto3's waiter of that name is content; ProviderError when it is not."""
+        try:
+            self.ec2.get_waiter(name).wait(**arguments)
+        except self.errors as exc:
+            raise ProviderError(name, f"{exc} (region {self.region})") from exc
 
     def rehearse(self, name: str, **arguments: Any) -> None:
         """Asks whether a call would be permitted and accepted; ProviderError when not."""
@@ -282,7 +292,13 @@ def _to_peers(api: Api, vpc: _Vpc, peers: list[str], plan: Plan) -> list[pure.Ro
                 f"{vpc.name} and {peer} are not peered, or not yet: there is no way to the ranges of {peer}."
             )
             continue
-        wanted += [pure.Route(block, found[0]["VpcPeeringConnectionId"]) for block in _blocks(found[1])]
+        name, code, blocks = found[0]["VpcPeeringConnectionId"], found[0]["Status"]["Code"], _blocks(found[1])
+        if code != "active" or not blocks:
+            plan.warnings.append(
+                f"{name} of {vpc.name} and {peer} is {code} and names {' '.join(blocks) or 'no ranges'} of {peer}: "
+                "there is no way to others. Next: run again when it is active."
+            )
+        wanted += [pure.Route(block, name) for block in blocks]
     return wanted
 
 
@@ -529,7 +545,7 @@ def _group(
 
         def create() -> None:
             place["id"] = api.call("create_security_group", **arguments)["GroupId"]
-            api.ec2.get_waiter("security_group_exists").wait(GroupIds=[place["id"]])
+            api.wait("security_group_exists", GroupIds=[place["id"]])
 
         step.do = create
         made.append(step)
@@ -688,7 +704,6 @@ def plan_peering(params: Mapping[str, Any]) -> Plan:
             answer = apis[0].call("create_vpc_peering_connection", **arguments)
             place["id"] = answer["VpcPeeringConnection"]["VpcPeeringConnectionId"]
             plan.result["peering"] = place["id"]
-            apis[1].ec2.get_waiter("vpc_peering_connection_exists").wait(VpcPeeringConnectionIds=[place["id"]])
 
         step.do = create
         plan.steps.append(step)
@@ -697,17 +712,33 @@ def plan_peering(params: Mapping[str, Any]) -> Plan:
         if accept:
             plan.problems.append(f"{place['id']} is not accepted yet ({found[0]['Status']['Code']}). Next: accept it.")
             return plan
+
+    def activate() -> None:
+        if _reached(apis[1], place["id"], "pending-acceptance", "provisioning", "active") == "pending-acceptance":
+            apis[1].call("accept_vpc_peering_connection", VpcPeeringConnectionId=place["id"])
+        # Before that its ranges are not known, to which routes lead.
+        for api in apis:
+            _reached(api, place["id"], "active")
+
     if accept:
-        plan.steps.append(
-            Step(
-                what,
-                "asked for",
-                "active",
-                lambda: apis[1].call("accept_vpc_peering_connection", VpcPeeringConnectionId=place["id"]),
-                "ec2:AcceptVpcPeeringConnection",
-            )
-        )
+        plan.steps.append(Step(what, "asked for", "active", activate, "ec2:AcceptVpcPeeringConnection"))
     return plan
+
+
+def _reached(api: Api, peering: str, *codes: str) -> str:
+    """The state of a peering, once it is one of `codes`; ProviderError when that takes more than PATIENCE."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        filters = _filters(vpc_peering_connection_id=peering)
+        found = api.pages("describe_vpc_peering_connections", "VpcPeeringConnections", Filters=filters)
+        status = found[0]["Status"] if found else {"Code": "not to be seen"}
+        code = str(status["Code"])
+        if code in codes:
+            return code
+        if code in ("failed", "rejected", "expired", "deleting", "deleted") or time.monotonic() > end:
+            words = f"{peering} is {code} in {api.region}, not {codes[0]}. {status.get('Message', '')}"
+            raise ProviderError("DescribeVpcPeeringConnections", words.strip())
+        time.sleep(PAUSE)
 
 
 def _ranges(api: Api, vpc: str) -> list[str]:
