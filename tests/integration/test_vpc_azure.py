@@ -367,6 +367,32 @@ def test_peering(cloud: Azure) -> None:
     assert left == [{}, {}]
 
 
+@pytest.mark.parametrize("lost", ["lab", "other"])
+def test_half_of_a_peering(cloud: Azure, lost: str) -> None:
+    cloud.put("virtualNetworks/other", {"addressSpace": {"addressPrefixes": ["10.30.0.0/16"]}, "subnets": []})
+    sides = [{"network": name, "resource_group": GROUP} for name in ("lab", "other")]
+    wanted = {"provider": "azure", "endpoint": cloud.root, "owner": "lab", "sides": sides}
+    run("vpc_peering", wanted)
+    (kept,) = {"lab", "other"} - {lost}
+    half = f"{NETWORK}/virtualNetworks/{lost}/virtualNetworkPeerings/isthmus-lab-{kept}"
+    cloud.answer("DELETE", half, {}, None)  # somebody's
+    repaired = run("vpc_peering", wanted)
+    assert [one["before"].strip() for one in repaired["diff"]] == ["Disconnected", ""]
+    for one in ("lab", "other"):
+        (found,) = cloud.listed(f"virtualNetworks/{one}", "virtualNetworkPeerings").values()
+        assert found["peeringState"] == "Connected"
+    assert run("vpc_peering", wanted)["changed"] is False
+
+    # One network is gone: the other one keeps nothing of it.
+    del cloud.resources[f"{NETWORK}/virtualNetworks/{lost}".lower()]
+    with pytest.raises(ModuleFailed, match=r"refuses to be looked at: virtual_networks\.get: ResourceNotFound"):
+        run("vpc_peering", wanted)
+    absent = run("vpc_peering", {**wanted, "state": "absent"})
+    assert "there is no such network any more" in absent["warnings"][0]
+    assert cloud.listed(f"virtualNetworks/{kept}", "virtualNetworkPeerings") == {}
+    assert run("vpc_peering", {**wanted, "state": "absent"})["changed"] is False
+
+
 def test_as_ansible_runs_it(cloud: Azure) -> None:
     """In a process of its own, with the instance's identity."""
     result = run_module("vpc_routes", options(cloud, BOTH), bundle=False)

@@ -302,6 +302,21 @@ def test_peering(google: Google) -> None:
         run("vpc_peering", {**wanted, "sides": [{"network": "other"}, {"network": "third"}]})
 
 
+@pytest.mark.parametrize("lost", ["lab", "other"])
+def test_a_peering_with_a_network_that_is_gone(google: Google, lost: str) -> None:
+    google.network("other", "10.130.0.0/20", "10.8.0.0/14")
+    sides = [{"network": "lab"}, {"network": "other"}]
+    wanted = {"provider": "google", "endpoint": google.root, "owner": "lab", "sides": sides}
+    run("vpc_peering", wanted)
+    del google.networks[lost]
+    with pytest.raises(ModuleFailed, match=r"refuses to be looked at: compute\.networks\.get: 404"):
+        run("vpc_peering", wanted)
+    absent = run("vpc_peering", {**wanted, "state": "absent"})
+    assert "there is no such network any more" in absent["warnings"][0]
+    assert [network["peerings"] for network in google.networks.values()] == [[]]
+    assert run("vpc_peering", {**wanted, "state": "absent"})["changed"] is False
+
+
 def test_as_ansible_runs_it(google: Google, loopback: tuple[Google, Path]) -> None:
     """In a process of its own, with a service account's file from the environment."""
     result = run_module("vpc_routes", options(google, BOTH), bundle=False)

@@ -221,6 +221,10 @@ class Azure:
         if method == "PUT":
             self.take(kind, path, body, place)
             made = self.store(path, body, place, there)
+            if kind == "virtualNetworkPeerings":
+                for one, other in ((made, self.half(path, made)), (self.half(path, made), made)):
+                    if one:
+                        one["properties"]["peeringState"] = "Connected" if other else "Initiated"
             self.stamp(parent if holder else made)
             return 201, self.later(), {**made, "properties": {**made["properties"], "provisioningState": "Updating"}}
         if there is None:
@@ -231,6 +235,8 @@ class Azure:
             raise Refused(400, "InUseRouteTableCannotBeDeleted", f"Route table {words[-1]} is in use")
         if holder:
             place.remove(there)
+            if kind == "virtualNetworkPeerings" and (other := self.half(path, there)):
+                other["properties"]["peeringState"] = "Disconnected"
             self.stamp(parent)
         else:
             del place[path.lower()]
@@ -253,6 +259,13 @@ class Azure:
             raise Refused(404, "ResourceNotFound", f"The Resource '{words[-1]}' was not found.")
         return found
 
+    def half(self, path: str, peering: Any) -> Any:
+        """The other network's half of a peering."""
+        far = self.resources.get(peering["properties"]["remoteVirtualNetwork"]["id"].lower(), {"properties": {}})
+        near = path.rsplit("/", 2)[0].lower()
+        halves = far["properties"].get("virtualNetworkPeerings", [])
+        return next((one for one in halves if one["properties"]["remoteVirtualNetwork"]["id"].lower() == near), None)
+
     def take(self, kind: str, path: str, body: dict[str, Any], place: Any) -> None:
         """Refuses what Azure would."""
         name, properties = path.rsplit("/", 1)[1], body.get("properties", {})
@@ -264,6 +277,10 @@ class Azure:
                 raise Refused(400, "AnotherRouteHasSameAddressPrefix", f"{properties['addressPrefix']} is there")
             if len(others) >= self.limit:
                 raise Refused(400, "RoutesPerRouteTableLimitReached", f"a table holds {self.limit} routes")
+        if kind == "virtualNetworkPeerings":
+            other = self.half(path, body)
+            if other and other["properties"]["peeringState"] == "Disconnected":
+                raise Refused(400, "RemotePeeringIsDisconnected", f"remote peering {other['name']} is Disconnected")
         if kind == "securityRules":
             if not 100 <= properties["priority"] <= 4096:
                 raise Refused(400, "SecurityRuleInvalidPriority", "priority")

@@ -164,10 +164,9 @@ class _Network:
             one["properties"]["remoteVirtualNetwork"]["id"].lower() + "/"
             for one in properties.get("virtualNetworkPeerings", [])
         ]
-        networks = (
-            f"/subscriptions/{api.subscription}/resourceGroups/{{}}/providers/Microsoft.Network/virtualNetworks/{{}}/"
-        )
-        peered += [networks.format(*peer.split("/")).lower() for peer in peers]
+        for peer in peers:
+            other, far = peer.split("/")
+            peered.append(_id(api, other, "virtualNetworks", far).lower() + "/")
         every = api.ask(
             "network_interfaces.list_all", lambda: [one.as_dict() for one in client.network_interfaces.list_all()]
         )
@@ -299,7 +298,7 @@ def _tables(
             )
         own = None
     if own is None and bare:
-        planned = {"id": _own_id(api, group, name), "name": name, "properties": {"routes": []}}
+        planned = {"id": _id(api, group, "routeTables", name), "name": name, "properties": {"routes": []}}
     else:
         planned = own
     here = network.referred("routeTable", [network.subnets[one] for one in subnets])
@@ -397,7 +396,7 @@ def _own_table(
                 lambda: client.route_tables.begin_create_or_update(group, name, body),
             )
         )
-    put = [_on_subnet(network, subnet, name, {"id": _own_id(api, group, name)}) for subnet in bare]
+    put = [_on_subnet(network, subnet, name, {"id": _id(api, group, "routeTables", name)}) for subnet in bare]
     if own is not None and not wanted:
         for key, subnet in sorted(network.subnets.items()):
             if same(_table_of(subnet), own["id"]):
@@ -417,8 +416,8 @@ def _own_table(
     return made, put, removed
 
 
-def _own_id(api: Api, group: str, name: str) -> str:
-    return f"/subscriptions/{api.subscription}/resourceGroups/{group}/providers/Microsoft.Network/routeTables/{name}"
+def _id(api: Api, group: str, kind: str, name: str) -> str:
+    return f"/subscriptions/{api.subscription}/resourceGroups/{group}/providers/Microsoft.Network/{kind}/{name}"
 
 
 def _on_subnet(network: _Network, key: str, name: str, table: Any) -> Step:
@@ -611,21 +610,38 @@ def plan_peering(params: Mapping[str, Any]) -> Plan:
     """The peering of two virtual networks, which each of them must have."""
     sides = params["sides"]
     apis = [Api(side["subscription"], params["endpoint"]) for side in sides]
-    vnets = [
-        api.ask(
-            "virtual_networks.get",
-            lambda a=api, s=side: a.client.virtual_networks.get(s["resource_group"], s["network"]),
-        ).as_dict()
-        for api, side in zip(apis, sides)
-    ]
     plan = Plan(result={"peering": ""})
     plan.missing = lambda permissions: {**apis[0].missing(permissions), **apis[1].missing(permissions)}
+    vnets = []
+    for api, side in zip(apis, sides):
+        group, name = side["resource_group"], side["network"]
+        try:
+            found = api.ask("virtual_networks.get", lambda a=api, g=group, n=name: a.client.virtual_networks.get(g, n))
+            vnets.append(found.as_dict())
+        except ProviderError as exc:
+            if params["state"] == "present" or not exc.gone:
+                raise
+            plan.gone(exc)
+            vnets.append({"id": _id(api, group, "virtualNetworks", name), "name": name, "properties": {}})
     if params["state"] == "present":
         blocks = [one["properties"]["addressSpace"]["addressPrefixes"] for one in vnets]
         plan.problems += pure.clashes([side["network"] for side in sides], blocks)
-    for api, vnet, other in ((apis[0], *vnets), (apis[1], *reversed(vnets))):
+    halves = [(apis[0], *vnets), (apis[1], *reversed(vnets))]
+    # Azure takes no half while the other one is disconnected.
+    for api, vnet, other in sorted(halves, key=lambda half: not _disconnected(_half(*half[1:]))):
         _peer(api, vnet, other, params, plan)
     return plan
+
+
+def _half(vnet: Any, other: Any) -> Any:
+    """What a virtual network has of its peering with another one, None when there is none."""
+    halves = vnet["properties"].get("virtualNetworkPeerings", [])
+    return next((one for one in halves if same(one["properties"]["remoteVirtualNetwork"]["id"], other["id"])), None)
+
+
+def _disconnected(half: Any) -> bool:
+    """Whether the other half was there and is gone."""
+    return half is not None and half["properties"].get("peeringState") == "Disconnected"
 
 
 def _peer(api: Api, vnet: Any, other: Any, params: Mapping[str, Any], plan: Plan) -> None:
@@ -637,14 +653,7 @@ def _peer(api: Api, vnet: Any, other: Any, params: Mapping[str, Any], plan: Plan
     }
     peering = f"isthmus-{params['owner']}-{other['name']}"[:80].rstrip("-._")
     peerings = api.client.virtual_network_peerings
-    found = next(
-        (
-            one
-            for one in vnet["properties"].get("virtualNetworkPeerings", [])
-            if same(one["properties"]["remoteVirtualNetwork"]["id"], other["id"])
-        ),
-        None,
-    )
+    found = _half(vnet, other)
     what = f"peering of {name} with {other['name']}"
     present = params["state"] == "present"
     if found is not None and found["name"] != peering:
@@ -656,13 +665,13 @@ def _peer(api: Api, vnet: Any, other: Any, params: Mapping[str, Any], plan: Plan
         plan.result["peering"] = peering
         before = {} if found is None else {key: found["properties"].get(key) for key in wanted}
         off = [key for key in wanted if isinstance(wanted[key], bool) and not before.get(key)]
-        if off:
+        shown = ("", peering) if found is None else (f"{' '.join(off)} off", f"{' '.join(off)} on")
+        if off or _disconnected(found):
             plan.steps.append(
                 _step(
                     api,
                     what,
-                    "" if found is None else f"{' '.join(off)} off",
-                    peering if found is None else f"{' '.join(off)} on",
+                    *(shown if off else ("Disconnected", "Connected")),
                     "virtual_network_peerings.begin_create_or_update",
                     "virtualNetworks/virtualNetworkPeerings/write",
                     group,

@@ -413,13 +413,19 @@ def plan_peering(params: Mapping[str, Any]) -> Plan:
     sides = params["sides"]
     apis = [Api(side["project"], params["endpoint"]) for side in sides]
     owner = params["owner"]
-    networks = [
-        api.execute(api.compute.networks().get(project=api.project, network=side["network"]))
-        for api, side in zip(apis, sides)
-    ]
     plan = Plan(result={"peering": ""})
     plan.missing = lambda permissions: {**apis[0].missing(permissions), **apis[1].missing(permissions)}
     present = params["state"] == "present"
+    networks = []
+    for api, side in zip(apis, sides):
+        name = side["network"]
+        try:
+            networks.append(api.execute(api.compute.networks().get(project=api.project, network=name)))
+        except ProviderError as exc:
+            if present or not exc.gone:
+                raise
+            plan.gone(exc)
+            networks.append({"name": name, "selfLink": api.path(f"global/networks/{name}")})
     if present:
         blocks = [
             [

@@ -58,7 +58,9 @@ def planned(module: AnsibleModule, look: Callable[[Mapping[str, Any]], Plan]) ->
         return look(module.params)
     except ProviderError as exc:
         if exc.gone and module.params["state"] == "absent":
-            return Plan(warnings=[f"there is no such network any more, so nothing was looked for: {exc}"])
+            nothing = Plan()
+            nothing.gone(exc)
+            return nothing
         if exc.permission:
             return module.fail_json(msg=f"nothing was changed; {refused({exc.permission: f'call {exc}'})}")
         return module.fail_json(msg=f"nothing was changed. The provider refuses to be looked at: {exc}")

@@ -70,6 +70,10 @@ class Plan:
         else:
             self.problems += [f"{text}. Next: correct hosts, or start the host." for text in gone]
 
+    def gone(self, exc: ProviderError) -> None:
+        """Tells of a network that is no more, as `exc` says, when what is in it is to go."""
+        self.warnings.append(f"there is no such network any more, so nothing was looked for in it: {exc}")
+
 
 def refused(permissions: dict[str, str]) -> str:
     """The words for permissions (name -> what the provider says) that are missing."""
