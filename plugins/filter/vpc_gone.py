@@ -12,7 +12,8 @@ version_added: 1.0.0
 author:
   - Isthmus contributors (@isthmus-mesh)
 description:
-  - Gives the VPCs all of whose hosts left the mesh, and the peerings of such, as C(state=absent).
+  - Gives the VPCs all of whose hosts left the mesh, and the peerings of such, as C(state=absent); and the hosts for
+    which a VPC of others that left stays.
 options:
   _input:
     description: RV(isthmus.mesh.plan#module:vpc).
@@ -33,7 +34,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: C(networks) and C(peerings) that go.
+  description:
+    - C(networks) and C(peerings) that go; C(stays), from sites whose VPC stays to the hosts that did not leave.
   type: dict
 """
 
@@ -55,6 +57,11 @@ def vpc_gone(vpc, hosts):
             for call in vpc["peerings"]
             if any(left(side) for side in call["hosts_of_site"])
         ],
+        "stays": {
+            call["site"]: sorted(set(call["hosts_of_site"]) - set(hosts))
+            for call in vpc["networks"]
+            if set(call["hosts_of_site"]) & set(hosts) and not left(call["hosts_of_site"])
+        },
     }
 
 

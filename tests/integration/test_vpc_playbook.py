@@ -190,6 +190,21 @@ def test_ports_close_when_the_last_step_of_encryption_is_done(cloud: Cloud) -> N
     assert (again.status, again.changed) == (0, {}), again.output
 
 
+def test_a_vpc_that_stays_for_hosts_of_no_teardown_is_named(cloud: Cloud) -> None:
+    confirmed = ("-e", "isthmus_confirm_teardown=e")
+    some = cloud.run(*confirmed, "--limit", "a1,b1", name="teardown")
+    assert some.status == 0, some.output
+    assert "The VPC of site b keeps its routes and open ports, for hosts of the site that are not of this run: b2." in (
+        said(some)
+    )
+    rest = cloud.run(*confirmed, "--limit", "b1,b2", name="teardown")
+    assert rest.status == 0, rest.output
+    assert "The VPC of site" not in said(rest)
+    cloud.sites["b"] = {}
+    none = cloud.run(*confirmed, "--limit", "b1", name="teardown")
+    assert none.status == 0, none.output
+
+
 def test_two_vpcs_are_peered_put_right_and_torn_down(cloud: Cloud) -> None:
     before = cloud.b.everything(), cloud.c.everything()
     cloud.sites["c"] = {"vpc": cloud.vpc(cloud.c)}

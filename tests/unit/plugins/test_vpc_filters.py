@@ -50,11 +50,11 @@ def test_what_is_needed_meanwhile_is_there_before_and_gone_after() -> None:
 
 def test_a_vpc_goes_with_its_last_host_and_a_peering_with_either_vpc() -> None:
     plan = {"networks": [B], "peerings": [PEERING]}
-    assert vpc_gone(plan, ["b1", "a1"]) == {"networks": [], "peerings": []}
+    assert vpc_gone(plan, ["b1", "a1"]) == {"networks": [], "peerings": [], "stays": {"b": ["b2"]}}
     gone = {"site": "b", "owner": "e-b", "place": PLACE, "state": "absent", "hosts_of_site": []}
     absent = {**PEERING, "state": "absent", "hosts_of_site": []}
-    assert vpc_gone(plan, ["b1", "b2"]) == {"networks": [gone], "peerings": [absent]}
-    assert vpc_gone(plan, ["c1"]) == {"networks": [], "peerings": [absent]}
+    assert vpc_gone(plan, ["b1", "b2"]) == {"networks": [gone], "peerings": [absent], "stays": {}}
+    assert vpc_gone(plan, ["c1"]) == {"networks": [], "peerings": [absent], "stays": {}}
 
 
 def test_drift_is_told_by_what_it_is() -> None:
