@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Names that the planner gives; whatever else somebody put there is theirs.
 _OURS = re.compile(
-    r"(agent|etcd-server|etcd-peer|root|operator|registrar|kubernetes|wireguard|wireguard-1|peer-.+)\.(key|crt|ca)"
+    r"(agent|ipsec|etcd-server|etcd-peer|root|operator|registrar|kubernetes|wireguard|wireguard-1|peer-.+)\.(key|crt|ca)"
 )
 
 

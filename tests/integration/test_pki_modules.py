@@ -181,10 +181,12 @@ def files_of(pki: Path) -> set[str]:
 
 
 def test_what_the_plan_does_not_name_any_more_goes(estate: Estate) -> None:
-    """A host that had an etcd member, and one that had a peer; what others put there stays."""
+    """A host that had an etcd member and was a gateway, and one that had a peer; what others put there stays."""
     estate.role(spec("cloud-1", "cloud"))
     for host in ("onprem-1", "onprem-2"):
-        estate.role(spec(host, "onprem", ("cloud",)))
+        former = spec(host, "onprem", ("cloud",))
+        former["pki"]["certificates"] += [certificate("ipsec", "onprem")] if host == "onprem-2" else []
+        estate.role(former)
     kept = {"company.crt", "company.key", "agent.p12"}
     for name in kept:
         (estate.pki("onprem-2") / name).write_text("x")
