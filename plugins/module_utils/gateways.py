@@ -165,15 +165,16 @@ class Gateway:
     def apply(self) -> None:
         before = told()
         self.secrets()
+        if not self.kernel and not self.module.check_mode:
+            self.check_tun()
+        check_addresses(self.module, self.own["networks"])
+        note_before(self.module, self.changes, self.systemd, self.own["local"])
         lacking = strongswan.packages(gateway=True)
         for name in lacking:
             self.changes.note(f"package {name}", "", "installed")
         if lacking and not self.module.check_mode:
             packages.install(self.module, lacking, "install strongSwan by hand")
-        if not self.kernel and not self.module.check_mode:
-            self.check_tun()
-        check_addresses(self.module, self.own["networks"])
-        forward(self.module, self.changes, self.systemd, self.own["local"])
+        forward(self.module, self.changes, self.own["local"])
         settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf(self.kernel))
         settings |= self.interfaces()
         differs = self.files()
@@ -400,16 +401,20 @@ def settings_now(names: Iterable[str]) -> dict[str, str]:
     return {name: (read_bytes(f"{SYSCTLS}/{name}") or b"").decode().strip() for name in names}
 
 
-def forward(module: AnsibleModule, changes: Changes, systemd: units.Systemd, local: str) -> None:
+def note_before(module: AnsibleModule, changes: Changes, systemd: units.Systemd, local: str) -> None:
+    """What `as_before` needs. Ahead of the packages, which have strongSwan enabled and started."""
+    if os.path.exists(strongswan.BEFORE):
+        return
+    unit = systemd.show([strongswan.UNIT])[strongswan.UNIT].get("UnitFileState", "")
+    now = settings_now([*kernel_settings(module, local), ACCEPTS_REDIRECTS])
+    changes.file(strongswan.BEFORE, json.dumps({"settings": now, "unit": unit}, indent=1, sort_keys=True) + "\n")
+
+
+def forward(module: AnsibleModule, changes: Changes, local: str) -> None:
     wanted = kernel_settings(module, local)
-    now = settings_now([*wanted, ACCEPTS_REDIRECTS])
-    if not os.path.exists(strongswan.BEFORE):
-        unit = systemd.show([strongswan.UNIT])[strongswan.UNIT].get("UnitFileState", "")
-        text = json.dumps({"settings": now, "unit": unit}, indent=1, sort_keys=True)
-        changes.file(strongswan.BEFORE, text + "\n")
     text = "".join(f"net/ipv4/{name} = {value}\n" for name, value in wanted.items())
     changes.file(strongswan.SYSCTL, f"# Written by isthmus.mesh: this host is a gateway of its site.\n{text}")
-    write_settings(module, changes, now, wanted)
+    write_settings(module, changes, settings_now(wanted), wanted)
 
 
 def as_before(module: AnsibleModule, changes: Changes, systemd: units.Systemd) -> None:

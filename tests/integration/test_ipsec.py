@@ -495,6 +495,18 @@ def certificates(net: Net, found: Plan, stranger: str = "") -> None:
             (place / "trust" / f"{cluster}.crt").write_text(known.pem)
 
 
+def without_strongswan(one: Machine) -> None:
+    """Its packages are what the machine lacks, and what installs them has it enabled and started, as Debian's does."""
+    one.run("sh", "-c", f"cd {one.place} && mkdir sbin sbin-work")
+    layers = f"lowerdir=/usr/sbin,upperdir={one.place}/sbin,workdir={one.place}/sbin-work"
+    one.run("mount", "-t", "overlay", "overlay", "-o", layers, "/usr/sbin")
+    one.run("mv", "/usr/sbin/charon-systemd", "/run")
+    apt = one.place / "bin" / "apt-get"
+    unit = "strongswan.service"
+    apt.write_text(f"#!/bin/sh -e\nmv /run/charon-systemd /usr/sbin\nsystemctl enable {unit}\nsystemctl start {unit}\n")
+    apt.chmod(0o755)
+
+
 def read(sites: Any = None, **pair: Any) -> Model:
     the_hosts = {
         **hosts(),
@@ -809,6 +821,16 @@ def test_a_certificate_of_an_authority_that_is_not_known_gets_words(net: Net) ->
     net.apply(found)
     wait_for(lambda: established(net), "the tunnel, when the certificate is the right one", 30)
     assert net["o2"].echo("c2") == ""
+
+
+def test_a_host_that_had_no_strongswan_has_none_that_runs_when_it_is_no_gateway_any_more(net: Net) -> None:
+    without_strongswan(net["c1"])
+    net["c1"].apply(dict(with_pair(ipsec_authentication="psk").specs["c1"]), secrets={"cloud onprem": "one key"})
+    show = ("systemctl", "show", "strongswan.service")
+    assert "ActiveState=active" in net["c1"].run(*show).stdout
+    net["c1"].apply({"ipsec": None})
+    after = net["c1"].run(*show).stdout.split()
+    assert {"ActiveState=inactive", "UnitFileState=disabled"} <= set(after), after
 
 
 def test_a_changed_pair_is_made_anew_and_others_stay(net: Net) -> None:
