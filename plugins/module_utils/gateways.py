@@ -179,6 +179,8 @@ class Gateway:
         settings |= self.interfaces()
         differs = self.files()
         state = self.systemd.show([strongswan.UNIT])[strongswan.UNIT]
+        # Its package starts it too, and a run may have ended before this step.
+        settings |= units.process_environment(state["MainPID"]).get(units.CONFIG_VARIABLE) != self.config()
         if state.get("UnitFileState") != "enabled" or state.get("ActiveState") != "active" or settings:
             self.changes.note(
                 f"unit {strongswan.UNIT}",
@@ -199,6 +201,11 @@ class Gateway:
             self.load(before)
         self.begin(strongswan.established(self.swanctl("--list-sas")))
         self.unproven += self.older()
+
+    def config(self) -> str:
+        """Of what strongSwan has to begin anew for."""
+        script = ipsec.interfaces_script(self.own, strongswan.INTERFACES) if self.kernel else ""
+        return units.config_digest(ipsec.strongswan_conf(self.kernel), script)
 
     def check_tun(self) -> None:
         if not os.path.exists(strongswan.TUN) and self.module.get_bin_path("modprobe", opt_dirs=["/usr/sbin", "/sbin"]):
@@ -224,7 +231,7 @@ class Gateway:
                 self.changes.file(
                     strongswan.INTERFACES, ipsec.interfaces_script(self.own, strongswan.INTERFACES), mode=0o755
                 ),
-                self.changes.file(strongswan.DROP_IN, drop_in(kernel=True)),
+                self.changes.file(strongswan.DROP_IN, drop_in(True, self.config())),
                 self.changes.file(unit, routes_unit()),
             ]
             if any(found) and not self.module.check_mode:
@@ -236,7 +243,7 @@ class Gateway:
         if os.path.exists(strongswan.INTERFACES) and not self.module.check_mode:
             self.module.run_command([strongswan.INTERFACES, "end"])
         found = [
-            self.changes.file(strongswan.DROP_IN, drop_in(kernel=False))
+            self.changes.file(strongswan.DROP_IN, drop_in(False, self.config()))
             if gateway
             else self.changes.absent(strongswan.DROP_IN),
             *(self.changes.absent(path) for path in (unit, strongswan.INTERFACES)),
@@ -470,13 +477,15 @@ def check_addresses(module: AnsibleModule, networks: Iterable[str]) -> None:
             )
 
 
-def drop_in(kernel: bool) -> str:
-    """For strongSwan's unit: the tunnels are asked for when it has read its connections; and where the `kernel` does
-    ESP its interfaces are there while it is, as its device in user space would be."""
+def drop_in(kernel: bool, config: str) -> str:
+    """For strongSwan's unit: it tells by what `config` it was started; the tunnels are asked for when it has read its
+    connections; and where the `kernel` does ESP its interfaces are there while it is, as its device in user space would
+    be."""
     begin, end = f"ExecStartPre=-{strongswan.INTERFACES} begin\n", f"ExecStopPost=-{strongswan.INTERFACES} end\n"
     return f"""\
 # Written by isthmus.mesh; changes made here by hand are replaced by the next run of the playbook.
 [Service]
+Environment={units.CONFIG_VARIABLE}={config}
 {begin if kernel else ""}ExecStartPost=-{strongswan.BEGIN}
 {end if kernel else ""}"""
 

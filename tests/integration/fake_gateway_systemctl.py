@@ -69,7 +69,7 @@ def charon(wanted):
         return
     for command in lines(more, "ExecStartPre"):
         subprocess.run(command.split(), check=True)
-    start(CHARON, "/usr/sbin/charon-systemd")
+    start(CHARON, " ".join(["env", *lines(more, "Environment"), "/usr/sbin/charon-systemd"]))
     deadline = time.monotonic() + 10 * PATIENCE
     while (
         not Path("/run/charon.vici").exists()
@@ -110,7 +110,7 @@ def main(verb, *rest):
     if verb == "show":
         blocks = [
             f"Id={name}\nActiveState={'active' if active(name) else 'inactive'}\n"
-            f"UnitFileState={'enabled' if mark(name, 'enabled').exists() else 'disabled'}"
+            f"UnitFileState={'enabled' if mark(name, 'enabled').exists() else 'disabled'}\nMainPID={pid(name)}"
             for name in names
         ]
         print("\n\n".join(blocks))

@@ -823,6 +823,22 @@ def test_a_certificate_of_an_authority_that_is_not_known_gets_words(net: Net) ->
     assert net["o2"].echo("c2") == ""
 
 
+def test_a_run_that_ended_before_strongswan_had_its_settings_is_completed_by_the_next_one(net: Net) -> None:
+    found = with_pair()
+    certificates(net, found)
+    without_strongswan(net["c1"])
+    net["c1"].run("mv", "/etc/isthmus/pki/ipsec.crt", "/run")
+    with pytest.raises(ModuleFailed, match="has nothing to be made from"):
+        net["c1"].apply(dict(found.specs["c1"]))
+    net["c1"].run("mv", "/run/ipsec.crt", "/etc/isthmus/pki")
+    predicted = net["c1"].apply(dict(found.specs["c1"]), check=True)["diff"]
+    assert [one for one in predicted if one["before_header"] == "unit strongswan.service"]
+    net.apply(found)
+    wait_for(lambda: net["o1"].echo("c1") == "", "packets pass the tunnel", 20)
+    for name in ("o1", "c1"):
+        assert not net[name].apply(dict(found.specs[name]))["changed"], name
+
+
 def test_a_host_that_had_no_strongswan_has_none_that_runs_when_it_is_no_gateway_any_more(net: Net) -> None:
     without_strongswan(net["c1"])
     net["c1"].apply(dict(with_pair(ipsec_authentication="psk").specs["c1"]), secrets={"cloud onprem": "one key"})
