@@ -12,9 +12,10 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from ansible_collections.isthmus.mesh.plugins.module_utils import links, packages, strongswan, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import estate, links, packages, strongswan, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, atomic_write, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import ipsec
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -414,6 +415,7 @@ def note_before(module: AnsibleModule, changes: Changes, systemd: units.Systemd,
         return
     unit = systemd.show([strongswan.UNIT])[strongswan.UNIT].get("UnitFileState", "")
     now = settings_now([*kernel_settings(module, local), ACCEPTS_REDIRECTS])
+    changes.directory(os.path.dirname(strongswan.BEFORE))
     changes.file(strongswan.BEFORE, json.dumps({"settings": now, "unit": unit}, indent=1, sort_keys=True) + "\n")
 
 
@@ -525,8 +527,8 @@ def check_near(module: AnsibleModule, via: str) -> None:
     if "gateway" in way:
         module.fail_json(
             msg=f"The site's gateway {via} is not on a network of this host ({way['gateway']} is in between), so what "
-            "is to go to it could leave for the other site in clear. Nothing was changed. Next: name a gateway that "
-            "all hosts of the site have on their own network"
+            "is to go to it could leave for the other site in clear. Its agent and its rules are as they were. Next: "
+            "name a gateway that all hosts of the site have on their own network"
         )
 
 
@@ -570,6 +572,7 @@ def guard(module: AnsibleModule, changes: Changes, systemd: units.Systemd, text:
         changes.note(f"package {name}", "", "installed")
     if lacking and not module.check_mode:
         packages.install(module, lacking, "install nftables by hand")
+    changes.directory(os.path.dirname(strongswan.GUARD))
     file = changes.file(strongswan.GUARD, text)
     if kernel:
         file |= changes.file(strongswan.GUARD_OF_KERNEL, ipsec.guard_of_kernel())
@@ -663,3 +666,24 @@ def apply(
         guard(module, changes, systemd, None, False)
     does_esp = KERNEL if gateway.kernel else USER_SPACE
     return gateway.names, does_esp if own.get("local") else None, gateway.unproven
+
+
+def before_agent(
+    module: AnsibleModule, changes: Changes, section: Mapping[str, Any] | None, secrets: Mapping[str, str]
+) -> None:
+    """What of `apply` comes before the agent has the spec: a gateway has its tunnels, and the rules, when the agents
+    lead packets to it for networks that its own one has not heard of. The rules do not come without the tunnel, through
+    which Ansible may enter the gateway. Whatever else there is changes after the agent.
+
+    Fails the module with words, as `apply`, and where packets for a gateway would go elsewhere first."""
+    own = section or {"far": {}}
+    for via in ipsec.gateways_of(own):
+        check_near(module, via)
+    before = None
+    with contextlib.suppress(ValueError):  # no agent runs by a file that is damaged
+        before = estate.read_json(estate.NODE)
+    known = ((before or {}).get("ipsec") or {"far": {}})["far"].values()
+    heard_of = {network for entry in known for network in entry["networks"]}
+    closed = [entry["networks"] for entry in own["far"].values() if entry["stage"] == Stage.DEMANDS.word]
+    if "local" in own and not heard_of.issuperset(*closed):
+        apply(module, changes, section, secrets)

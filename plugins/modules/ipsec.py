@@ -45,6 +45,15 @@ options:
     type: str
     choices: [taken, used, only]
     default: taken
+  before_agent:
+    description:
+      - Whether M(isthmus.mesh.node) has still to give the agent the specification, by which it leads packets to
+        gateways from its first moment on. Then the module does something only on a gateway for which the specification
+        has networks behind other gateways that its agent has not heard of, and to which nothing may go otherwise. It
+        makes the tunnels there and loads the rules, so that nothing goes in clear. The rest comes after the agent.
+      - The module fails where a gateway of the site is not on a network of the host.
+    type: bool
+    default: false
 seealso:
   - module: isthmus.mesh.node
 """
@@ -55,6 +64,12 @@ EXAMPLES = r"""
     spec: "{{ __plan_result.specs[inventory_hostname] }}"
     secrets: "{{ isthmus_ipsec_secrets | default({}) }}"
   register: result
+
+- name: Gateways have tunnels to new sites before agents lead packets there
+  isthmus.mesh.ipsec:
+    spec: "{{ __plan_result.specs[inventory_hostname] }}"
+    secrets: "{{ isthmus_ipsec_secrets | default({}) }}"
+    before_agent: true
 
 - name: The gateways use another pre-shared key when both have it
   isthmus.mesh.ipsec:
@@ -68,7 +83,7 @@ EXAMPLES = r"""
 RETURN = r"""
 tunnels:
   description: Names of the tunnels of a gateway.
-  returned: success
+  returned: without O(before_agent)
   type: list
   elements: str
   sample: [isthmus-cloud]
@@ -81,7 +96,7 @@ unproven:
   description:
     - Names of the tunnels that were made by another pre-shared key, or before this gateway's certificate or the
       authorities that it trusts were renewed.
-  returned: with O(keys=taken)
+  returned: with O(keys=taken), without O(before_agent)
   type: list
   elements: str
   sample: [isthmus-cloud]
@@ -107,11 +122,15 @@ def main():
                 "default": gateway_proof.TAKEN,
                 "no_log": False,
             },
+            "before_agent": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     changes = Changes(module)
     section, secrets, keys = module.params["spec"].get("ipsec"), module.params["secrets"], module.params["keys"]
+    if module.params["before_agent"]:
+        gateways.before_agent(module, changes, section, secrets)
+        module.exit_json(**changes.result())
     if keys != gateway_proof.TAKEN:
         module.exit_json(**changes.result(tunnels=gateway_proof.prove(module, changes, section, secrets, keys)))
     names, esp, unproven = gateways.apply(module, changes, section, secrets)

@@ -17,16 +17,16 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive before bgp break_lock bundle_digest cluster confirm context controller_time crl estate firewall formed "
-    "former hosts install keys known_ca kubeconfig listed lists lock max_clock_skew names only own passwords paths "
-    "platforms python record registrars replacing run scope secrets seen services signed snapshot spec state step "
-    "timeout token trust version wait"
+    "archive before before_agent bgp break_lock bundle_digest cluster confirm context controller_time crl estate "
+    "firewall formed former hosts install keys known_ca kubeconfig listed lists lock max_clock_skew names only own "
+    "passwords paths platforms python record registrars replacing run scope secrets seen services signed snapshot spec "
+    "state step timeout token trust version wait"
 )
 
 
 TOLD = (
     *("bundle_digest", "scope", "before", "wait", "state", "step", "cluster", "kubeconfig", "registrars", "seen"),
-    *("signed", "secrets", "hosts", "keys"),
+    *("signed", "secrets", "hosts", "keys", "before_agent"),
 )
 """Options that are written down with a call."""
 

@@ -48,9 +48,32 @@ def recorded(site: Site) -> Any:
     return (json.loads((site.place / "record").read_text())["roster"].get("ipsec") or {"pairs": {}})["pairs"]
 
 
+def tunnels(site: Site) -> list[dict[str, Any]]:
+    """The module's runs but those before the agents."""
+    return [call for call in site.calls("ipsec") if not call.get("before_agent")]
+
+
 def made(site: Site) -> list[str]:
     """The hosts on which the module ran."""
-    return [call["host"] for call in site.calls("ipsec")]
+    return [call["host"] for call in tunnels(site)]
+
+
+def test_gateways_come_before_agents_that_are_told_of_them_whatever_tags_there_are(tmp_path: Path) -> None:
+    site = Site(tmp_path, CLUSTERS)
+    site.estate = ON
+    assert site.run().status == 0
+    assert set(stages(site).values()) == {"demands"}
+    lines = (site.place / "calls").read_text().splitlines()
+    calls = [call for call in map(json.loads, lines) if call["module"] in ("ipsec", "node")]
+    for host in HOSTS:
+        told = [(call["module"], call.get("before_agent", False)) for call in calls if call["host"] == host]
+        assert told == [("ipsec", True), ("node", False), ("ipsec", False)], host
+    assert turned(site, "--check").status == 0
+    assert [call for call in site.calls("ipsec") if call.get("before_agent")] == []
+    (site.place / "fail" / "ipsec a2").touch()
+    refused = turned(site, "--tags", "agent")
+    assert refused.status == 2, refused.output
+    assert sorted(call["host"] for call in site.calls("node")) == ["a1", "b1"]
 
 
 def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running: Site) -> None:
@@ -63,7 +86,7 @@ def test_on_and_off_go_in_one_run_each_and_a_second_run_changes_nothing(running:
     assert (on.status, running.locks) == (0, []), on.output
     assert written(running) == [HOSTS] * 3
     assert sorted(made(running)) == sorted(HOSTS * 3)
-    assert {call["secrets"]["a b"] for call in running.calls("ipsec")} == {"a key"}
+    assert {call["secrets"]["a b"] for call in tunnels(running)} == {"a key"}
     assert proofs(running) == sorted([*HOSTS, *HOSTS])
     assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "demands"), {"a b": "demands"})
     again = turned(running)
@@ -131,12 +154,12 @@ def test_gateways_prove_new_keys_when_all_have_them(running: Site) -> None:
     secrets = ("-e", json.dumps({"isthmus_ipsec_secrets": {"a b": "another key"}}))
     run = running.run("-e", "isthmus_serial=1", *secrets)
     assert run.status == 0, run.output
-    told = [(call["host"], call.get("keys")) for call in running.calls("ipsec")]
+    told = [(call["host"], call.get("keys")) for call in tunnels(running)]
     assert sorted(told[:3]) == [(host, None) for host in HOSTS]
     assert [sorted(told[3:5]), sorted(told[5:])] == [
         [(host, what) for host in ("a1", "b1")] for what in ("used", "only")
     ]
-    assert {call["secrets"]["a b"] for call in running.calls("ipsec")} == {"another key"}
+    assert {call["secrets"]["a b"] for call in tunnels(running)} == {"another key"}
     check = turned(running, "--check", *secrets)
     assert check.status == 0, check.output
     assert {call.get("keys") for call in running.calls("ipsec")} == {None}, "nothing to be proven"

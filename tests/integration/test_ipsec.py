@@ -244,7 +244,7 @@ class Machine:
     def apply(self, spec: dict[str, Any], check: bool = False, **options: Any) -> dict[str, Any]:
         self.spec = spec
         path = f"{self.place}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
-        before = str(self.place / "ipsec-before.json")
+        before = str(self.place / "lib" / "ipsec-before.json")
         result = run_module(
             "ipsec",
             {"spec": spec, **options},
@@ -872,11 +872,44 @@ def test_a_network_in_which_the_gateway_has_no_address_is_refused(net: Net) -> N
         net["c1"].apply(spec, secrets={"cloud onprem": "one key"})
 
 
-def test_a_gateway_behind_a_router_of_the_site_is_refused(net: Net) -> None:
+def test_a_gateway_behind_a_router_of_the_site_is_refused_before_the_agent_leads_there(net: Net) -> None:
     spec = dict(with_pair().specs["o2"])
     spec["ipsec"] = {**spec["ipsec"], "via": "198.18.2.1"}
-    with pytest.raises(ModuleFailed, match=r"gateway 198\.18\.2\.1 is not on a network of this host"):
-        net["o2"].apply(spec)
+    for early in (True, False):
+        with pytest.raises(ModuleFailed, match=r"gateway 198\.18\.2\.1 is not on a network of this host"):
+            net["o2"].apply(spec, before_agent=early)
+
+
+def test_of_a_new_pair_nothing_goes_in_clear_from_the_moment_in_which_agents_lead_packets_to_gateways(net: Net) -> None:
+    found = with_pair()
+    certificates(net, found)
+    for name in ("o1", "c1"):  # as one that is a gateway for other pairs has it
+        net[name].run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    changed = {name: net[name].apply(dict(found.specs[name]), before_agent=True)["changed"] for name in found.specs}
+    assert {name for name, one in changed.items() if one} == {"o1", "c1"}
+    with net.capture() as led:
+        net.lead("o2", "c2")
+        net["o2"].echo("c2")
+        wait_for(lambda: net["o2"].echo("c2") == "", "packets pass the tunnel", 20)
+        for here, there in (("c2", "o2"), ("o1", "c1"), ("c1", "o2")):
+            assert net[here].echo(there) == "", (here, there)
+    assert (in_clear(led), beside(led)) == (0, [])
+    net.apply(found)
+    for name in found.specs:
+        assert not net[name].apply(dict(found.specs[name]))["changed"], name
+
+
+def test_a_gateway_comes_after_its_agent_for_networks_that_this_has_heard_of(net: Net) -> None:
+    """Of a pair that is turned on each step is the agent's first; a network in addition is new as a site is."""
+    steps = with_pair(with_pair(encryption="none"), ipsec_authentication="psk").steps
+    (net["c1"].place / "upper" / "isthmus" / "node.json").write_text(json.dumps(steps[0].specs["c1"]))
+    secret = {"cloud onprem": "one key"}
+    assert not net["c1"].apply(dict(steps[1].specs["c1"]), secrets=secret, before_agent=True)["changed"]
+    assert net["c1"].run("nft", "list", "ruleset").stdout == ""
+    sites = {**SITES, "onprem": {"ipsec": {**SITES["onprem"]["ipsec"], "networks": ["198.18.0.0/23"]}}}
+    wider = with_pair(sites=sites, ipsec_authentication="psk")
+    assert net["c1"].apply(dict(wider.specs["c1"]), secrets=secret, before_agent=True)["changed"]
+    assert "198.18.0.0/23" in net["c1"].run("nft", "list", "table", "ip", ipsec.GUARD).stdout
 
 
 TOLD = re.compile(
