@@ -245,7 +245,7 @@ def test_keys_are_replaced_in_one_run_of_its_playbook(tmp_path: Path) -> None:
     assert (proofs(encrypted), stages(encrypted)) == ([], dict.fromkeys(HOSTS, "demands"))
     run = encrypted.run("-e", "isthmus_serial=100%", name="rotate_wireguard_keys")
     assert (run.status, encrypted.locks) == (0, []), run.output
-    assert written(encrypted) == [HOSTS] * 3
+    assert written(encrypted) == [HOSTS] * 4
     assert proofs(encrypted) == sorted([*HOSTS, *HOSTS])
     specs = [json.loads((encrypted.place / "hosts" / host / "node.json").read_text()) for host in HOSTS]
     assert [openings.tunnels(spec) for spec in specs] == [[spec["wireguard"]] for spec in specs]

@@ -37,6 +37,8 @@ STAGED = ("encryption", "routing", "ipsec")
 STAGES = {stage.word: stage for stage in Stage}
 CHANGING = (Stage.ACCEPTS.word, Stage.SENDS.word)
 """Words of the stages at which a pair is on its way."""
+KEY_STAGES = (*CHANGING, Stage.DEMANDS.word)
+"""Words of the stages at which keys are on their way."""
 
 WORDS = {
     Stage.PLAIN: "none: in clear",
@@ -70,8 +72,9 @@ def way(now: Stage | None, wanted: Stage) -> list[Stage]:
 class Keys:
     """Which keys every host has, one for the whole estate. A key is number 0 or 1, with a file, a device and a port of
     its own. `stage` is PLAIN but while the key `number` is replaced by the other one: at ACCEPTS hosts have both and
-    send with the old one, at SENDS they have both and send with the new one. Hosts at neighbouring stages understand
-    each other."""
+    send with the old one, at SENDS they have both and send with the new one, at DEMANDS they have the new one only, and
+    PLAIN follows, with the new `number`, when all of them have: a host that still has the old one would keep it as the
+    new one of the next time. Hosts at neighbouring stages understand each other."""
 
     number: int = 0
     stage: Stage = Stage.PLAIN
@@ -79,17 +82,19 @@ class Keys:
     @property
     def sends(self) -> int:
         """The number of the key that packets are sent with."""
-        return 1 - self.number if self.stage is Stage.SENDS else self.number
+        return 1 - self.number if self.stage >= Stage.SENDS else self.number
 
     @property
     def has_both(self) -> bool:
-        return self.stage is not Stage.PLAIN
+        return self.stage in (Stage.ACCEPTS, Stage.SENDS)
 
 
 def key_words(keys: Keys) -> str:
     """For people; a port follows from a key's number (spec.WIREGUARD_PORTS)."""
-    if not keys.has_both:
+    if keys.stage is Stage.PLAIN:
         return f"number {keys.number}"
+    if keys.stage is Stage.DEMANDS:
+        return f"number {keys.sends}; hosts may still have number {keys.number}, which goes"
     return f"number {keys.number} is replaced by number {1 - keys.number}; packets go with number {keys.sends}"
 
 
@@ -97,7 +102,7 @@ def rotation(now: Keys, wanted: bool) -> list[Keys]:
     """The stages from here to other keys; as `way`, one that was begun is completed first, `wanted` or not."""
     if now.stage is Stage.PLAIN and not wanted:
         return [now]
-    ahead = [Keys(now.number, Stage.ACCEPTS), Keys(now.number, Stage.SENDS), Keys(1 - now.number)]
+    ahead = [Keys(now.number, stage) for stage in (Stage.ACCEPTS, Stage.SENDS, Stage.DEMANDS)] + [Keys(1 - now.number)]
     return ahead[ahead.index(now) :] if now in ahead else ahead
 
 
@@ -111,7 +116,7 @@ def to_document(stages: Mapping[Pair, Stage], keys: Keys = Keys()) -> dict[str, 
     rest = {" ".join(one): stage.word for one, stage in sorted(stages.items()) if stage is not most}
     document: dict[str, Any] = {"all": most.word, "pairs": rest}
     if keys != Keys():
-        document["keys"] = {"number": keys.number, **({"stage": keys.stage.word} if keys.has_both else {})}
+        document["keys"] = {"number": keys.number, **({"stage": keys.stage.word} if keys.stage else {})}
     return document
 
 

@@ -408,9 +408,10 @@ def _rotation(keys: Sequence[Keys]) -> str:
         Stage.ACCEPTS: f"every host gets a second key, device and port (UDP {new}) beside the first (UDP {old}), and "
         "takes packets by both",
         Stage.SENDS: "when each host has proven that it reaches the others by the new key, packets go with it",
-        Stage.PLAIN: f"the old key, its device and its port (UDP {old}) go",
+        Stage.DEMANDS: f"the old key, its device and its port (UDP {old}) go",
+        Stage.PLAIN: "when no host has the old key any more, the record says so",
     }
-    begun = f", which was begun before ({now.stage.word})" if now.has_both else ""
+    begun = f", which was begun before ({now.stage.word})" if now.stage else ""
     told = "; ".join(f"({number}) {steps[each.stage]}" for number, each in enumerate(following, 1))
     return (
         f"the keys of WireGuard are replaced on all hosts that encrypt{begun}, in steps of one run, of which each "

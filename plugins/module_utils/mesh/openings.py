@@ -128,7 +128,7 @@ def native(own: Mapping[str, Any], site: str) -> Stage:
 
 def wireguard_ports(keys: Iterable[Keys]) -> list[int]:
     """UDP ports of WireGuard of hosts that have these keys, one after the other."""
-    numbers = {number for each in keys for number in ((0, 1) if each.has_both else (each.number,))}
+    numbers = {number for each in keys for number in ((0, 1) if each.has_both else (each.sends,))}
     return [spec.WIREGUARD_PORTS[number] for number in sorted(numbers)]
 
 

@@ -484,6 +484,7 @@ class _Planner:
             record = Record(roster, self.with_keys(record.clusters, state.keys))
             present = {name: record.clusters[name] for name in present}
             replaced = {pair for pair, stage in state.encryption.items() if stage} if state.keys != last.keys else set()
+            proving = replaced if last.keys.has_both else set()
             up = {pair for now, before in zip(changing, last.staged) for pair in now if now[pair] > before[pair]}
             yield Step(
                 specs=self.specs(present, roster),
@@ -492,7 +493,7 @@ class _Planner:
                 native=changing[1],
                 ipsec=changing[2],
                 waits=tuple(hosts_of(present, replaced.union(*changing))),
-                proven=tuple(hosts_of(present, replaced | up)),
+                proven=tuple(hosts_of(present, proving | up)),
             )
 
     def specs(self, present: Mapping[str, Mapping[str, Any]], roster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -75,7 +75,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from . import jsontext, versions
-from .encryption import CHANGING, STAGED, STAGES
+from .encryption import KEY_STAGES, STAGED, STAGES
 from .jsontext import UINT64, Fields
 from .wire import public_key_problem
 
@@ -304,8 +304,8 @@ def _check(where: str, name: str, document: Any) -> int:
             if key == "encryption" and "keys" in stages.value:
                 keys = stages.object("keys")
                 keys.integer("number", 1, default=None)
-                if keys.optional_text("stage") not in (None, *CHANGING):
-                    keys.fail("stage", f"is not one of {', '.join(CHANGING)}")
+                if keys.optional_text("stage") not in (None, *KEY_STAGES):
+                    keys.fail("stage", f"is not one of {', '.join(KEY_STAGES)}")
         for pair, hosts in fields.mapping("auto").items():
             if len(pair.split(" ")) != 2 or not isinstance(hosts, list) or [type(host) for host in hosts] != [str, str]:
                 fields.fail("auto", "is not two hosts for two sites")

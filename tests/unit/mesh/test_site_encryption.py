@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-from itertools import permutations
+from functools import partial
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +212,19 @@ def test_the_roster_is_small_however_many_pairs_there_are() -> None:
 
 # --- keys are replaced
 
+REPLACED = (Stage.ACCEPTS, Stage.SENDS, Stage.DEMANDS)
+
 
 @pytest.mark.parametrize(
     ("now", "wanted", "following"),
     [
         (Keys(), False, [Keys()]),
         (Keys(1), False, [Keys(1)]),
-        (Keys(), True, [Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)]),
-        (Keys(1), True, [Keys(1, Stage.ACCEPTS), Keys(1, Stage.SENDS), Keys(0)]),
-        (Keys(0, Stage.ACCEPTS), False, [Keys(0, Stage.ACCEPTS), Keys(0, Stage.SENDS), Keys(1)]),
-        (Keys(1, Stage.SENDS), True, [Keys(1, Stage.SENDS), Keys(0)]),
+        (Keys(), True, [*map(partial(Keys, 0), REPLACED), Keys(1)]),
+        (Keys(1), True, [*map(partial(Keys, 1), REPLACED), Keys(0)]),
+        (Keys(0, Stage.ACCEPTS), False, [*map(partial(Keys, 0), REPLACED), Keys(1)]),
+        (Keys(1, Stage.SENDS), True, [*map(partial(Keys, 1), REPLACED[1:]), Keys(0)]),
+        (Keys(1, Stage.DEMANDS), True, [Keys(1, Stage.DEMANDS), Keys(0)]),
     ],
 )
 def test_keys_go_from_stage_to_stage_and_are_completed(now: Keys, wanted: bool, following: list[Keys]) -> None:
@@ -234,41 +238,62 @@ def tunnels(section: dict[str, Any]) -> list[tuple[str, int]]:
     return [(one["key"].rpartition("/")[2], one["port"]) for one in openings.tunnels({"wireguard": section})]
 
 
-def test_keys_are_replaced_in_three_steps_of_all_hosts_that_encrypt() -> None:
+def test_keys_are_replaced_in_steps_of_all_hosts_that_encrypt() -> None:
     running = changed(**ON)
     found = changed(running, rotate=True, **ON)
     first, second, everybody = ("wireguard.key", 51871), ("wireguard-1.key", 51872), ("c1", "o1", "o2", "o3")
     specs = [found.specs, *(step.specs for step in found.steps)]
     for host in everybody:
         sections = [one[host]["wireguard"] for one in specs]
-        assert [tunnels(one) for one in sections] == [[first, second], [second, first], [second]]
+        assert [tunnels(one) for one in sections] == [[first, second], [second, first], [second], [second]]
         rest = [{key: one[key] for key in ("plain_sites", "sites")} for one in sections]
-        assert rest == [rest[0]] * 3
+        assert rest == [rest[0]] * 4
         assert not any("changing" in one for one in sections)
         for one in specs:
             NodeSpec.from_dict(one[host])
     everybody = ("c1", "o1", "o2", "o3")
-    assert [(step.waits, step.proven, step.stages) for step in found.steps] == [(everybody, everybody, {})] * 2
+    assert [(step.waits, step.stages) for step in found.steps] == [(everybody, {})] * 3
+    assert [step.proven for step in found.steps] == [everybody, everybody, ()]
     records = [found.record, *(step.record for step in found.steps)]
     assert [record["roster"]["encryption"].get("keys") for record in records] == [
         {"number": 0, "stage": "accepts"},
         {"number": 0, "stage": "sends"},
+        {"number": 0, "stage": "demands"},
         {"number": 1},
     ]
-    rotated = after(found, 2)
-    assert changed(rotated, **ON).specs == found.steps[1].specs
+    rotated = after(found, 3)
+    assert changed(rotated, **ON).specs == found.steps[2].specs
     assert changed(rotated, **ON).steps == ()
     back = changed(rotated, rotate=True, **ON)
     assert tunnels(back.steps[1].specs["c1"]["wireguard"]) == [first]
-    assert "keys" not in back.steps[1].record["roster"]["encryption"]
+    assert "keys" not in back.steps[2].record["roster"]["encryption"]
 
 
 def test_keys_that_are_being_replaced_are_completed_by_the_next_run() -> None:
     found = changed(changed(**ON), rotate=True, **ON)
-    for number in (0, 1):
-        again = changed(after(found, number), **ON)
+    for number, rotate in product((0, 1, 2), (False, True)):
+        again = changed(after(found, number), rotate=rotate, **ON)
         assert again.record == after(found, number).record
         assert again.steps[-1].record["roster"]["encryption"] == found.steps[-1].record["roster"]["encryption"]
+
+
+def test_no_host_keeps_the_old_key_wherever_a_run_ended() -> None:
+    """A host makes the keys that it lacks, and keeps those that it has until they go: as it does by its spec."""
+    running = changed(**ON)
+    start = {host: {"wireguard.key": f"old {host}"} for host in running.specs}
+    for stopped, served in product(range(4), range(len(start) + 1)):
+        found, made = changed(running, rotate=True, **ON), copy.deepcopy(start)
+        for run in (1, 2):
+            for number, step in enumerate((found, *found.steps)):
+                is_cut = run == 1 and number == stopped
+                for host in sorted(start)[: served if is_cut else None]:
+                    names = [name for name, _port in tunnels(step.specs[host]["wireguard"])]
+                    made[host] = {name: made[host].get(name, f"made by run {run}") for name in names}
+                if is_cut:
+                    found = changed(after(found, number), rotate=True, **ON)
+                    break
+        left = {key for keys in made.values() for key in keys.values() if key.startswith("old ")}
+        assert not left, f"a run that ended at step {stopped + 1} on {served} hosts, and another one"
 
 
 def test_both_ports_are_open_while_keys_are_replaced_and_the_plan_says_so() -> None:
@@ -279,11 +304,14 @@ def test_both_ports_are_open_while_keys_are_replaced_and_the_plan_says_so() -> N
     (told,) = told_of(found)
     assert told.startswith("the keys of WireGuard are replaced on all hosts that encrypt, in steps of one run")
     assert "(1) every host gets a second key, device and port (UDP 51872) beside the first (UDP 51871)" in told
-    assert "(3) the old key, its device and its port (UDP 51871) go" in told
+    assert "(3) the old key, its device and its port (UDP 51871) go; (4) when no host has the old key any more" in told
     (told,) = told_of(changed(after(found, 1), **ON))
     assert "which was begun before (sends)" in told
     assert "(2) the old key" in told
-    rotated = changed(after(found, 2), **ON)
+    (told,) = told_of(changed(after(found, 2), **ON))
+    assert "which was begun before (demands)" in told
+    assert "(1) the old key, its device and its port (UDP 51871) go; (2)" in told
+    rotated = changed(after(found, 3), **ON)
     assert [one["port"] for one in rotated.sites[0]["open"] if one["protocol"] == "UDP"] == [51872]
     assert told_of(rotated) == []
     assert "keys of WireGuard: new, number 0 is replaced by number 1; packets go with number 0" in found.changes

@@ -153,6 +153,7 @@ def test_both_keys_are_laid_down_while_keys_are_replaced_and_the_old_one_goes() 
         both["c1"],
         both["c1"],
         {"51872": key("c1 new")},
+        {"51872": key("c1 new")},
     ]
     last = found.steps[-1].record
     assert last["clusters/cloud"]["hosts"]["c1"]["public_keys"] == {"51872": key("c1 new")}

@@ -500,11 +500,12 @@ def test_keys_are_replaced_while_another_pair_becomes_native() -> None:
         {"onprem": "accepts"},
         {"onprem": "sends"},
         {"onprem": "demands"},
+        {"onprem": "demands"},
     ]
     ports = [(one["o1"]["wireguard"]["port"], one["o1"]["wireguard"].get("second", {}).get("port")) for one in specs]
-    assert ports == [(51871, 51872), (51872, 51871), (51872, None)]
-    assert [bool(step.proven) for step in found.steps] == [True, True]
-    assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 2
+    assert ports == [(51871, 51872), (51872, 51871), (51872, None), (51872, None)]
+    assert [bool(step.proven) for step in found.steps] == [True, True, False]
+    assert [step.waits for step in found.steps] == [("c1", "o1", "o2", "o3")] * 3
     lines = matrix.changes(found.sites, found.keys)
     assert lines[0].startswith("the keys of WireGuard are replaced")
     assert lines[1].startswith("native routing within onprem is turned on")
