@@ -13,8 +13,11 @@ description:
   - Installs Debian's C(frr) and C(frr-pythontools) where they are missing, writes C(/etc/frr/frr.conf), turns on the
     daemons that it needs in C(/etc/frr/daemons), and starts FRR.
   - A configuration that differs is checked by C(vtysh) first, then made to run by its differences only, so that
-    sessions stay, and written when the sessions that were there are there again. Otherwise the former one runs on, and
-    the module fails. Only what the daemons themselves need (BFD for the first or no router any more) restarts FRR.
+    sessions stay, and written when the sessions that were there are there again, or at least one with a new router
+    where theirs are given up. Otherwise the former one runs again, and the module fails. Only what the daemons
+    themselves need (BFD for the first or no router any more) restarts FRR.
+  - Where nothing differs it fails as well when FRR has never had a session with one of the routers since it runs so.
+    Routers that are away are told as a warning then.
   - Nothing that routers send reaches the kernel, and nothing but the host's range and those of its pods leaves.
   - FRR that somebody else has configured is refused and left as it is.
   - With O(state=absent) FRR is as it was before; where it came with the mesh it is stopped and stays installed.
@@ -87,7 +90,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 lacking:
-  description: By address of a router, why there is no session with it, after a change.
+  description: By address of a router, why there is no session with it, after a change or where there is none at all.
   returned: success
   type: dict
   sample: {"198.51.100.1": "the router has another AS number than 65000 (state Idle)"}
@@ -100,6 +103,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import frr, packages,
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh import bgp
 
+LOOK_SECONDS = bgp.RETRY + 2  # within which FRR tries to connect, so that it is seen why it cannot
 GUIDE = "`bgp` of the plan (isthmus.mesh.plan) has what to set on the router"
 
 
@@ -139,7 +143,7 @@ class Speaker:
         restarts = not active or all_daemons != daemons or not frr.alive(needed)
         if before == conf and enabled and not restarts:
             self.file(conf)  # mode and owner
-            return {}
+            return self.unchanged()
         words = frr.refused(self.module, conf)
         if words:
             self.fail(f"FRR does not understand its new configuration: {words}. Nothing was changed.")
@@ -164,13 +168,32 @@ class Speaker:
             self.changes.note(f"unit {frr.UNIT}", "disabled", "enabled")
             if not self.module.check_mode:
                 self.systemd.run("enable", "--quiet", frr.UNIT)
-        if lacking and len(lacking) == len(self.own["routers"]):
-            self.fail(
-                f"there is no session with any router: {self.told(lacking)}. The range of this host is announced to "
-                f"nobody; how packets of the mesh go was not changed. Next: {GUIDE}; run again.",
-                lacking=lacking,
-            )
+        if self.is_alone(lacking):
+            self.fail_alone(lacking)
         return lacking
+
+    def unchanged(self):
+        """Returns why routers have no session when none has one. Fails as the run before did when none ever had one
+        with what runs; a router that went away later is no reason to stop a run that has nothing to do with it."""
+        found = frr.neighbours(self.module) or {}
+        with_routers = [found[one["address"]] for one in self.own["routers"] if one["address"] in found]
+        if any(bgp.state(one) == bgp.ESTABLISHED for one in with_routers):
+            return {}
+        lacking = frr.await_sessions(self.module, self.own, min(self.module.params["timeout"], LOOK_SECONDS))
+        if self.is_alone(lacking) and not any(one.get("connectionsEstablished") for one in with_routers):
+            self.fail_alone(lacking)
+        return lacking
+
+    def is_alone(self, lacking):
+        """Whether there is a session with no router."""
+        return len(lacking) == len(self.own["routers"])
+
+    def fail_alone(self, lacking):
+        self.fail(
+            f"there is no session with any router: {self.told(lacking)}. The range of this host is announced to "
+            f"nobody; how packets of the mesh go was not changed. Next: {GUIDE}; run again.",
+            lacking=lacking,
+        )
 
     def install(self, conf):
         """The packages are there; whether that can only be predicted."""
@@ -211,11 +234,11 @@ class Speaker:
             )
 
     def wait(self, standing, restarted, before, daemons):
-        """Until there is a session with each router. Fails when one that was there is not any more: then what ran
-        before runs again."""
+        """Until there is a session with each router. Fails when one that was there is not any more, or those that were
+        there are given up for routers of which none has one: then what ran before runs again."""
         lacking = frr.await_sessions(self.module, self.own, self.module.params["timeout"])
-        lost = sorted(standing & set(lacking))
-        if not lost:
+        lost = {one: lacking[one] for one in standing & set(lacking)}
+        if not lost and not (standing and self.is_alone(lacking)):
             return lacking
         if restarted:
             self.changes.file(frr.DAEMONS, daemons, mode=0o640, owner="frr")
@@ -224,12 +247,13 @@ class Speaker:
         else:
             frr.reload(self.module, before)
         end = time.monotonic() + self.module.params["timeout"]
-        while not set(lost) <= self.established() and time.monotonic() < end:
+        while not standing <= self.established() and time.monotonic() < end:
             time.sleep(frr.PAUSE)
-        back = "is there again" if set(lost) <= self.established() else "is not there again yet"
+        back = "is there again" if standing <= self.established() else "is not there again yet"
+        what = "a session is lost" if lost else "there is no session with any router"
         self.fail(
-            f"with the new configuration a session is lost: {self.told({one: lacking[one] for one in lost})}. FRR has "
-            f"its former configuration again, and the session {back}. Next: {GUIDE}; run again.",
+            f"with the new configuration {what}: {self.told(lost or lacking)}. FRR has its former configuration "
+            f"again, and the session with {', '.join(sorted(standing))} {back}. Next: {GUIDE}; run again.",
             lacking=lacking,
         )
 

@@ -173,7 +173,7 @@ def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tu
     # A password that the router does not have: the session would be lost, so what ran before runs again.
     lost = failure(host, passwords={ROUTER: PASSWORD})
     assert f"a session is lost: router {ROUTER}: " in lost
-    assert "its former configuration again, and the session is there again" in lost
+    assert f"its former configuration again, and the session with {ROUTER} is there again" in lost
     assert host.read("/etc/frr/frr.conf") == conf
     assert ups(host) > up
     assert not told(host)["changed"]
@@ -188,7 +188,35 @@ def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tu
     assert not told(host, passwords={ROUTER: PASSWORD})["changed"]
     other = failure(host, passwords={ROUTER: "elsewhere"})
     assert "the router has another password" in other
-    assert "the session is there again" in other
+    assert f"the session with {ROUTER} is there again" in other
+
+
+def test_routers_of_which_none_answers_replace_none_that_does(pair: tuple[Machine, Machine]) -> None:
+    host, router = pair
+    assert told(host)["lacking"] == {}
+    conf, elsewhere = host.read("/etc/frr/frr.conf"), "198.18.9.2"
+    for given in (own(address=elsewhere), own(address=elsewhere), own(address=elsewhere, bfd=True)):
+        lost = failure(host, given)
+        assert f"with the new configuration there is no session with any router: router {elsewhere}: " in lost
+        assert f"the session with {ROUTER} is there again" in lost
+        assert host.read("/etc/frr/frr.conf") == conf
+        router.until(lambda: "10.101.0.0/28" in router.routes(), "the router knows the range")
+    assert not told(host)["changed"]
+
+    # A router that goes later is told, and is no failure of a run that changes nothing.
+    settings(router, "neighbor 198.18.9.11 shutdown")
+    host.until(lambda: not ups(host), "the session is down")
+    again = told(host)
+    assert (again["changed"], set(again["lacking"])) == (False, {ROUTER})
+    assert f"there is no session with router {ROUTER}: " in str(again["warnings"])
+
+
+def test_without_a_session_a_second_run_fails_as_the_first_one_did(pair: tuple[Machine, Machine]) -> None:
+    host, _router = pair
+    host.run("touch", "/run/enabled")  # as the package leaves it
+    wrong = own(as_number=65009)
+    for _attempt in range(2):
+        assert f"with any router: router {ROUTER}: the router has another AS number than 65009" in failure(host, wrong)
 
 
 def back(pair: tuple[Machine, Machine], after: str) -> None:
