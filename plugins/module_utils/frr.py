@@ -234,8 +234,9 @@ def reload(module: AnsibleModule, conf: str) -> str:
     with tempfile.TemporaryDirectory(prefix="isthmus-frr-") as directory:
         path = os.path.join(directory, "frr.conf")
         _private(path, conf + "\n".join(state) + "\n")
-        # Not into its log, which would have the passwords.
-        code, out, err = module.run_command([RELOAD, "--reload", "--stdout", "--confdir", directory, path])
+        # Not into its log, which would have the passwords, as its file of lines to add in /run/frr has.
+        words = [RELOAD, "--reload", "--stdout", "--confdir", directory, path]
+        code, out, err = module.run_command(words, umask=0o077)
     if code != 0:
         return masked((out + err).strip()[-1500:])
     # A changed prefix list does not count for what was received or sent before.

@@ -27,6 +27,13 @@ OWN: dict[str, Any] = {
 }
 PASSWORD = "not-to-be-seen"  # noqa: S105
 
+# vtysh, which keeps the mode and the owner of files that it is to read.
+WATCHED_VTYSH = """\
+#!/bin/sh
+for word; do [ ! -f "$word" ] || stat --format='%a %U' "$word" >> /run/modes; done
+exec /usr/bin/vtysh.real "$@"
+"""
+
 # It sends everything that it has, as somebody might by mistake.
 CONF = """\
 router bgp 65000
@@ -180,7 +187,10 @@ def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tu
 
     settings(router, f"neighbor 198.18.9.11 password {PASSWORD}")
     host.until(lambda: not ups(host), "the session is down")
+    host.run("mv", "/usr/bin/vtysh", "/usr/bin/vtysh.real")
+    host.write("/usr/bin/vtysh", WATCHED_VTYSH, 0o755)
     signed = told(host, passwords={ROUTER: PASSWORD, "198.18.2.1": "of-another-site"})
+    assert set(host.read("/run/modes").splitlines()) == {"600 root"}, "files of a reload have the password"
     assert signed["lacking"] == {}
     assert PASSWORD not in str(signed)
     assert f" neighbor {ROUTER} password {PASSWORD}" in host.read("/etc/frr/frr.conf").splitlines()
