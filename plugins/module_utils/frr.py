@@ -62,9 +62,14 @@ def ours() -> bool:
     return bgp.is_ours(text_of(CONF) or "")
 
 
+def passwords(module: AnsibleModule) -> dict[str, str]:
+    """By address of a router, the module's `passwords`."""
+    return {str(address): str(password) for address, password in module.params["passwords"].items()}
+
+
 def problems(module: AnsibleModule, own: Mapping[str, Any]) -> list[str]:
     """Why FRR of this host cannot be made what the plan says; nothing is changed. `own` is the plan's."""
-    found = []
+    found = [f"isthmus_bgp_passwords: {words}. Correct it." for words in bgp.bad_passwords(own, passwords(module))]
     if missing(module) and packages.manager(module) != "apt-get":
         found.append(
             f"FRR is not there ({PROGRAMS}), and is installed from Debian's and Ubuntu's packages only. Install it "

@@ -60,6 +60,12 @@ options:
         type: list
         elements: str
         default: []
+      routers_unnamed:
+        description:
+          - Whether there are or were others that the inventory does not name any more, of which O(passwords) may have
+            some as well.
+        type: bool
+        default: false
       pods:
         description: Of a Kubernetes node, the ranges of its pods, which it announces as well.
         type: list
@@ -122,14 +128,10 @@ class Speaker:
 
     def run(self):
         """Returns why routers have no session, by address, when something was changed."""
-        passwords = {str(key): str(value) for key, value in self.module.params["passwords"].items()}
-        wrong = list(bgp.bad_passwords(self.own, passwords))
-        if wrong:
-            self.fail(f"isthmus_bgp_passwords: {'; '.join(wrong)}. Nothing was changed. Next: correct it.")
         refused = frr.problems(self.module, self.own)
         if refused:
-            self.fail(" ".join(refused))
-        conf = bgp.frr_conf(self.own, self.module.params["spec"], passwords)
+            self.fail(f"{' '.join(refused)} Nothing was changed.")
+        conf = bgp.frr_conf(self.own, self.module.params["spec"], frr.passwords(self.module))
         if self.install(conf):
             return {}
         before = frr.text_of(frr.CONF)
@@ -281,6 +283,7 @@ def main():
                         },
                     },
                     "routers_elsewhere": {"type": "list", "elements": "str", "default": []},
+                    "routers_unnamed": {"type": "bool", "default": False},
                     "pods": {"type": "list", "elements": "str", "default": []},
                 },
             },

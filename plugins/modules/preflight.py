@@ -66,6 +66,10 @@ options:
     description:
       - What the plan has of the host in C(bgp.hosts), so that it is known before whether that can be done.
     type: dict
+  passwords:
+    description: By address of a router, the passwords that M(isthmus.mesh.bgp) will get, which are looked at as well.
+    type: dict
+    default: {}
   install:
     description:
       - Whether distribution packages that are missing are installed, by C(apt-get) or C(dnf), without recommended ones.
@@ -664,6 +668,7 @@ def main():
             "firewall": {"type": "str", "choices": ["unmanaged", "managed"], "default": "unmanaged"},
             "install": {"type": "bool", "default": False},
             "bgp": {"type": "dict"},
+            "passwords": {"type": "dict", "default": {}, "no_log": True},
         },
         supports_check_mode=True,
     )

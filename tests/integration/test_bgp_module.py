@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from frr_machines import Machine, linked, why_not
 from integration.module_runner import ModuleFailed
+from unit.mesh.estates import model, planned
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
@@ -199,6 +200,22 @@ def test_what_is_wrong_is_named_and_a_session_that_was_there_comes_back(pair: tu
     other = failure(host, passwords={ROUTER: "elsewhere"})
     assert "the router has another password" in other
     assert f"the session with {ROUTER} is there again" in other
+
+
+def test_passwords_that_cannot_be_are_refused_before_anything_is_changed(pair: tuple[Machine, Machine]) -> None:
+    host, _router = pair
+    given = {"spec": planned(model()).specs["o1"], "platforms": [], "bgp": OWN, "firewall": "managed"}
+    for passwords, words in (
+        ({"198.18.9.3": PASSWORD}, "198.18.9.3 is no router of the estate (198.18.9.1, 198.18.2.1)"),
+        ({ROUTER: f"{PASSWORD} x"}, "that of 198.18.9.1 has a blank"),
+        ({ROUTER: PASSWORD}, ""),
+    ):
+        with pytest.raises(ModuleFailed) as caught:
+            host.module("preflight", {**given, "passwords": passwords})
+        assert ("isthmus_bgp_passwords: " + words in caught.value.msg) is bool(words)
+        assert PASSWORD not in str(caught.value.result)
+        if words:
+            assert words in failure(host, passwords=passwords)
 
 
 def test_routers_of_which_none_answers_replace_none_that_does(pair: tuple[Machine, Machine]) -> None:

@@ -50,7 +50,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Planned:
-    """`hosts` by name: what `isthmus.mesh.bgp` gets (`routers_elsewhere` are addresses of others of the estate);
+    """`hosts` by name: what `isthmus.mesh.bgp` gets (`routers_elsewhere` are addresses of others of the estate,
+    `routers_unnamed`: there are or were some that the inventory does not name any more);
     {"kept": True} on hosts of sites of which only the record knows that they speak BGP: there it stays as it is.
     `routers` is what to set on each router: `site`, `address`, `as_number`, `bfd`, its `neighbours` (`host`, `address`,
     `as_number`, `announces`, of a Kubernetes node also the ranges of its `pods`), and what it `sends` them. `sites` is
@@ -191,11 +192,16 @@ def planned(
                         **pods,
                     }
                 )
-    known = {str(address) for _site, address, _as_number, _bfd in routers}
+    said = [*sites.values(), *(host.bgp for host in hosts.values() if host.bgp is not None)]
+    known = {str(router.address) for each in said for router in each.routers}
     for spoken in found.values():
-        elsewhere = known - {one["address"] for one in spoken.get("routers", ())}
-        if elsewhere and "routers" in spoken:
+        if "routers" not in spoken:
+            continue
+        elsewhere = known - {one["address"] for one in spoken["routers"]}
+        if elsewhere:
             spoken["routers_elsewhere"] = sorted(elsewhere)
+        if {*old, *sites} - present:
+            spoken["routers_unnamed"] = True
     sends = collapsed(taken)
     return Planned(
         hosts=found,
@@ -341,10 +347,11 @@ def foreign_lines(conf: str) -> list[str]:
 
 
 def bad_passwords(own: Mapping[str, Any], passwords: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with the passwords, in words, without one of them. One dictionary may serve the whole estate."""
+    """What is wrong with the passwords, in words, without one of them. One dictionary may serve the whole estate, also
+    while BGP of a site is taken away."""
     known = [*(router["address"] for router in own["routers"]), *own.get("routers_elsewhere", ())]
     for address, password in sorted(passwords.items()):
-        if address not in known:
+        if address not in known and not own.get("routers_unnamed"):
             yield f"{address} is no router of the estate ({', '.join(known)})"
         elif not 1 <= len(password) <= LONGEST_PASSWORD or not password.isascii() or not password.isprintable():
             yield f"that of {address} is not 1 to {LONGEST_PASSWORD} printable ASCII characters, which TCP MD5 takes"

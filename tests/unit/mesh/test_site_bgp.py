@@ -15,6 +15,7 @@ from unit.mesh.test_site_routing import DEALT, with_nodes
 
 ROUTER = {"address": "198.18.1.254", "as_number": 65000}
 BGP = {"as_number": 65101, "routers": [ROUTER]}
+CLOUD_BGP: dict[str, Any] = {"as_number": 65102, "routers": [{"address": "198.18.2.254", "as_number": 65002}]}
 
 
 def changed(previous: Plan | None = None, prune: tuple[str, ...] = (), more: Any = None, **sites: Any) -> Plan:
@@ -22,7 +23,7 @@ def changed(previous: Plan | None = None, prune: tuple[str, ...] = (), more: Any
     keys = {**estate(), "routing": "native", "sites": {"cloud": {}, "onprem": {}}}
     for site, section in sites.items():
         keys["sites"][site] = {"bgp": section}
-    merged = {name: {**variables, **(more or {}).get(name, {})} for name, variables in hosts().items()}
+    merged = {name: {**hosts().get(name, {}), **(more or {}).get(name, {})} for name in {**hosts(), **(more or {})}}
     return planned(model(keys, merged), previous, prune=prune)
 
 
@@ -95,6 +96,36 @@ def test_a_rack_has_its_own_router() -> None:
     assert all(line.endswith(". Open: TCP 179 here from each of them, which connect.") for line in told), "without BFD"
     alone = {"o1": rack, "o2": rack, "o3": rack}
     assert len(bgp.lines(changed(onprem={"as_number": 65101}, more=alone).bgp.routers)) == 1
+
+
+@pytest.mark.parametrize(
+    ("cloud", "prune"),
+    [
+        ({"cloud": CLOUD_BGP}, ()),
+        ({"cloud": {**CLOUD_BGP, "state": "absent"}}, ()),
+        ({"cloud": {"state": "absent"}}, ()),
+        ({}, ()),
+        ({}, ("bgp/cloud",)),
+    ],
+    ids=["there", "absent", "absent without routers", "left out", "pruned"],
+)
+def test_passwords_of_a_site_that_goes_may_stay(cloud: Any, prune: tuple[str, ...]) -> None:
+    running = changed(onprem=BGP, cloud=CLOUD_BGP)
+    passwords = {router["address"]: "s3cret" for router in (ROUTER, *CLOUD_BGP["routers"])}
+    found = changed(running, prune, onprem=BGP, **cloud)
+    assert list(bgp.bad_passwords(found.bgp.hosts["o1"], passwords)) == []
+
+
+def test_passwords_of_a_host_that_goes_may_stay_and_what_nobody_names_is_refused() -> None:
+    rack = {"isthmus_bgp": {"routers": [{"address": "198.18.9.1", "as_number": 65009}]}}
+    there = {"isthmus_cluster": "onprem", "ansible_host": "198.18.1.9", **rack}
+    running = changed(onprem=BGP, more={"o9": there})
+    gone = changed(running, onprem=BGP, more={"o9": {**there, "isthmus_state": "absent"}})
+    assert ("o9" in running.bgp.hosts, "o9" in gone.bgp.hosts) == (True, False)
+    assert list(bgp.bad_passwords(gone.bgp.hosts["o1"], {"198.18.9.1": "s3cret"})) == []
+    assert [*bgp.bad_passwords(changed(onprem=BGP).bgp.hosts["o1"], {"198.18.9.1": "s3cret"})] == [
+        "198.18.9.1 is no router of the estate (198.18.1.254)"
+    ]
 
 
 @pytest.mark.parametrize(
