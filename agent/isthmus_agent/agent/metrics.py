@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 from isthmus_mesh.spec import TunnelSpec
 from prometheus_client import CollectorRegistry, generate_latest
@@ -14,6 +15,40 @@ from prometheus_client.process_collector import ProcessCollector
 from isthmus_agent.agent.kernel import Reading
 from isthmus_agent.agent.loop import Agent
 from isthmus_agent.agent.status import certificates_of, encryption_of, key_age, proof_age, read_kernel
+from isthmus_agent.bpf.driver import BackendCount, BackendKey
+from isthmus_agent.desired.drain import endpoint
+from isthmus_agent.desired.services import ServiceView
+
+
+class _Connects:
+    """What was sent to services' backends since the first reading. The kernel's counts go with their backends; sums
+    stay as long as the service does."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, str, str], int] = {}
+        self._last: dict[BackendKey, int] | None = None
+
+    def counted(
+        self, views: Iterable[ServiceView], counts: Mapping[BackendKey, BackendCount]
+    ) -> dict[tuple[str, str, str], int]:
+        """By namespace, service and cluster, with what came since the last reading."""
+        now = {key: count.connects for key, count in counts.items()}
+        last = now if self._last is None else self._last
+        # What is less than before is of an entry that was made anew.
+        new = {key: count - before if count >= (before := last.get(key, 0)) else count for key, count in now.items()}
+        sums: dict[tuple[str, str, str], int] = {}
+        names = set()
+        for view in views:
+            names.add((view.namespace, view.name))
+            for placed in view.backends:
+                series = (view.namespace, view.name, placed.cluster)
+                sums[series] = sums.get(series, self._sums.get(series, 0)) + new.get(endpoint(placed.backend), 0)
+        gone = {series: total for series, total in self._sums.items() if series not in sums and series[:2] in names}
+        self._sums, self._last = {**sums, **gone}, now
+        return self._sums
+
+
+_connects: WeakKeyDictionary[Agent, _Connects] = WeakKeyDictionary()
 
 
 class _Snapshot:
@@ -155,18 +190,13 @@ class _Snapshot:
             return
         connects = CounterMetricFamily(
             "isthmus_service_connects",
-            "Connections sent to a service's backends, by cluster.",
+            "Connections sent to a service's backends since the first scrape, by cluster; to a backend of several "
+            "services in each of them.",
             labels=["namespace", "service", "cluster"],
         )
-        for view in self._agent.desired.views:
-            sums: dict[str, int] = {}
-            for placed in view.backends:
-                backend = placed.backend
-                key = (backend.address, backend.port, backend.protocol)
-                found = self._reading.counters.backends.get(key)
-                sums[placed.cluster] = sums.get(placed.cluster, 0) + (found.connects if found is not None else 0)
-            for cluster, total in sums.items():
-                connects.add_metric([view.namespace, view.name, cluster], total)
+        sums = _connects.setdefault(self._agent, _Connects())
+        for series, total in sums.counted(self._agent.desired.views, self._reading.counters.backends).items():
+            connects.add_metric(series, total)
         yield connects
 
 

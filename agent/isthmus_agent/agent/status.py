@@ -188,7 +188,8 @@ def encryption_of(agent: Agent, key: NodeKey, tunnels: Tunnels, now: float) -> d
         _session(agent.desired.keys[key], each, why.get(key, ""), tunnels.get(each.device), now)
         for each, why in zip(agent.spec.wireguard.tunnels, refused)
     )
-    in_clear = stage is Stage.ACCEPTS or (stage is Stage.SENDS and first["reason"] is not None)
+    # Where the device or the peer is missing nothing goes out either (desired.encryption.CLOSED).
+    in_clear = stage is Stage.ACCEPTS or (stage is Stage.SENDS and agent.desired.encrypted[key] != "")
     age = first["handshake_age"]
     state = "closed" if first["reason"] else "encrypted" if age is not None and age < HANDSHAKE_LIMIT else "idle"
     return {
