@@ -17,10 +17,10 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive before before_agent bgp break_lock bundle_digest cluster confirm context controller_time crl estate "
-    "firewall formed former hosts install keys known_ca kubeconfig listed lists lock max_clock_skew names only own "
-    "passwords paths platforms python record registrars replacing run scope secrets seen services signed snapshot spec "
-    "state step timeout token trust version wait"
+    "archive before before_agent bgp break_lock bundle_digest certificates cluster confirm context controller_time "
+    "crl estate firewall formed former host hosts install keys known_ca kubeconfig listed lists lock max_clock_skew "
+    "names only own passwords paths platforms python record registrars replacing requests run scope secrets seen "
+    "services signed snapshot spec state step timeout token trust version wait"
 )
 
 
@@ -116,6 +116,13 @@ def bgp(module: Module, given: dict[str, Any]) -> dict[str, Any]:
     return {"changed": before != after}
 
 
+def to_sign(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hosts of cluster a, whose authority is at a1, want new certificates when there is a file `signs`."""
+    if NAME != "pki_request" or given["spec"]["cluster"]["name"] != "a" or not (PLACE / "signs").exists():
+        return []
+    return [{"ca_cluster": "a", "ca_host": "a1", "requests": [{"name": "agent", "csr": "CSR"}]}]
+
+
 def pki_replace(given: dict[str, Any]) -> dict[str, Any]:
     """Authorities are the lines of what stands for their certificates."""
     known, document = given["record"]["ca_certificate"].splitlines(), given["record"]
@@ -174,7 +181,8 @@ def main() -> None:
         "verify": {"problems": []},
         "preflight": {"packages": ["dnsmasq"] if (PLACE / "fail" / f"packages {HOST}").exists() else []},
         "bundle": {"digest": "0"},
-        "pki_request": {"pending": [], "former_member": False},
+        "pki_request": {"pending": to_sign(given), "former_member": False},
+        "pki_sign": {"changed": True, "certificates": {"agent": "CERTIFICATE"}},
         "etcd_member": {"action": "none"},
         "ipsec": {"unproven": ["a tunnel"] if (PLACE / "unproven" / HOST).exists() else []},
         "pki_revoke": {"cluster": given["cluster"], "crl": "LIST", "revoked": []},

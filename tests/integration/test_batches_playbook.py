@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERSION = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
 FAKED = (
     *("bgp", "bundle", "estate_record", "etcd_access", "etcd_member", "ipsec", "node"),
-    *("pki_replace", "pki_request", "pki_revoke", "preflight", "verify", "wireguard_keys"),
+    *("pki_install", "pki_replace", "pki_request", "pki_revoke", "pki_sign", "preflight", "verify", "wireguard_keys"),
 )
 CLUSTERS = {"a": (["a1", "a2", "a3"], []), "b": (["b1"], ["b2"]), "c": (["c1"], [])}
 HOSTS = sorted(host for members, others in CLUSTERS.values() for host in [*members, *others])

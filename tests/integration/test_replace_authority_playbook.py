@@ -43,6 +43,21 @@ def test_every_host_goes_through_all_steps_and_has_the_new_authority(running: Si
     assert running.locks == []
 
 
+def test_the_old_authority_stays_while_a_host_lacks_a_certificate_of_the_new_one(running: Site) -> None:
+    (running.place / "signs").touch()
+    (running.place / "fail" / "pki_sign a1").touch()
+    run = running.run(*REPLACE, name="replace_authority")
+    assert run.status == 2, run.output
+    assert (steps(running), authorities(running)[0]) == (["begin", "sign"], "NEW"), run.output
+    assert len(authorities(running)) == 2, "both are trusted"
+    for host in ("a1", "a2"):
+        assert f"{host} has no certificate of the new authority of cluster a (a1: pki_sign fails on a1" in said(run), run.output
+    assert "Pending: the authority of cluster a is not replaced yet. Why: a1" in said(run)
+    (running.place / "fail" / "pki_sign a1").unlink()
+    rest = running.run(*REPLACE, name="replace_authority")
+    assert (rest.status, authorities(running)) == (0, ["NEW"]), rest.output
+
+
 def test_the_second_step_waits_for_a_host_that_is_silent(running: Site) -> None:
     (running.place / "silent" / "b2").touch()
     run = running.run(*REPLACE, name="replace_authority")

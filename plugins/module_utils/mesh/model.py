@@ -1449,7 +1449,8 @@ class _Reader:
             return labels, ()
         for reference in workloads:
             host, _slash, name = reference.partition("/")
-            if hosts is None or host in self.broken_hosts:
+            # Of a service that goes its backends may have gone before.
+            if hosts is None or host in self.broken_hosts or entry["state"] == "absent":
                 continue
             if host not in hosts:
                 self.problem(

@@ -746,6 +746,12 @@ def test_a_service_without_backends_is_warned_about() -> None:
     )
 
 
+def test_a_service_that_goes_may_name_what_is_gone() -> None:
+    the_estate = estate()
+    the_estate["services"][0] |= {"state": "absent", "backends": {"workloads": ["c2/web", "c1/wep"]}}
+    assert model(the_estate).warnings == ()
+
+
 def test_all_problems_come_in_one_message() -> None:
     the_estate, the_hosts = estate(), hosts()
     the_estate["clusters"]["cloud"].update(id=1, workload_ranges=["10.101.0.0/24"])
