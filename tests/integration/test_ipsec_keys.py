@@ -247,7 +247,9 @@ def test_a_gateway_that_is_not_ours_and_has_not_the_new_key_keeps_its_tunnel(net
 def module_of(one: Machine) -> int:
     """The process, begun by this one, in which the module runs there."""
     begun = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    (found,) = [pid for pid in begun if f"{one.place}/ipsec-before.json" in Path(f"/proc/{pid}/cmdline").read_text()]
+    (found,) = [
+        pid for pid in begun if f"{one.place}/lib/ipsec-before.json" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
     return int(found)
 
 
