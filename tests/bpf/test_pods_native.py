@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace

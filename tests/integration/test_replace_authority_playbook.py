@@ -51,7 +51,9 @@ def test_the_old_authority_stays_while_a_host_lacks_a_certificate_of_the_new_one
     assert (steps(running), authorities(running)[0]) == (["begin", "sign"], "NEW"), run.output
     assert len(authorities(running)) == 2, "both are trusted"
     for host in ("a1", "a2"):
-        assert f"{host} has no certificate of the new authority of cluster a (a1: pki_sign fails on a1" in said(run), run.output
+        assert f"{host} has no certificate of the new authority of cluster a (a1: pki_sign fails on a1" in said(run), (
+            run.output
+        )
     assert "Pending: the authority of cluster a is not replaced yet. Why: a1" in said(run)
     (running.place / "fail" / "pki_sign a1").unlink()
     rest = running.run(*REPLACE, name="replace_authority")

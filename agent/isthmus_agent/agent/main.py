@@ -76,8 +76,10 @@ def routes(agent: Agent) -> LocalServer:
 
 
 def metrics_server(agent: Agent) -> LocalServer:
+    connects = metrics.Connects()
+
     async def get_metrics() -> Response:
-        return Response(await metrics.render(agent), "text/plain; version=0.0.4; charset=utf-8")
+        return Response(await metrics.render(agent, connects), "text/plain; version=0.0.4; charset=utf-8")
 
     async def get_ready() -> Response:
         """For probes of a pod, which must not count as rolled out before its datapath is there."""

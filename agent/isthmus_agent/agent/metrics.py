@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from weakref import WeakKeyDictionary
 
 from isthmus_mesh.spec import TunnelSpec
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,7 +19,7 @@ from isthmus_agent.desired.drain import endpoint
 from isthmus_agent.desired.services import ServiceView
 
 
-class _Connects:
+class Connects:
     """What was sent to services' backends since the first reading. The kernel's counts go with their backends; sums
     stay as long as the service does."""
 
@@ -48,15 +47,13 @@ class _Connects:
         return self._sums
 
 
-_connects: WeakKeyDictionary[Agent, _Connects] = WeakKeyDictionary()
-
-
 class _Snapshot:
     """One scrape's values."""
 
-    def __init__(self, agent: Agent, reading: Reading | None) -> None:
+    def __init__(self, agent: Agent, reading: Reading | None, connects: Connects) -> None:
         self._agent = agent
         self._reading = reading
+        self._connects = connects
 
     def collect(self) -> Iterator[Metric]:
         agent, progress = self._agent, self._agent.progress
@@ -194,8 +191,8 @@ class _Snapshot:
             "services in each of them.",
             labels=["namespace", "service", "cluster"],
         )
-        sums = _connects.setdefault(self._agent, _Connects())
-        for series, total in sums.counted(self._agent.desired.views, self._reading.counters.backends).items():
+        sums = self._connects.counted(self._agent.desired.views, self._reading.counters.backends)
+        for series, total in sums.items():
             connects.add_metric(series, total)
         yield connects
 
@@ -212,9 +209,9 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(name, text, value=value)
 
 
-async def render(agent: Agent) -> bytes:
-    """The text of one scrape."""
+async def render(agent: Agent, connects: Connects) -> bytes:
+    """The text of one scrape; `connects` is the same for all of them."""
     registry = CollectorRegistry()
-    registry.register(_Snapshot(agent, await read_kernel(agent)))
+    registry.register(_Snapshot(agent, await read_kernel(agent), connects))
     ProcessCollector(registry=registry)
     return generate_latest(registry)

@@ -562,20 +562,20 @@ def routes(
 ) -> frozenset[Route]:
     """Routes of the main table, of table 730 (packets from our own range) and of table 731 (from our pods).
 
-    Table 730 is closed by an unreachable default: a packet with a mesh source leaves over the overlay
-    or not at all, but to `pods`, the ranges of this node's pods, it goes as the CNI has it. Ranges of services and of
-    every cluster are unreachable where nothing longer matches, so that neither an untranslated service address nor an
-    address nobody has goes out on the underlay. On a Kubernetes node the way to pods of other nodes of its cluster is
-    the CNI's, except from our own range; and from a pod to another node's underlay address it is the overlay, so that
-    the source is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster
-    that is no node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
+    Table 730 is closed by an unreachable default: a packet with a mesh source leaves over the overlay or not at all,
+    but to `pods`, the ranges of this node's pods, it goes as the CNI has it. Ranges of services and of every cluster
+    are unreachable where nothing longer matches, so that neither an untranslated service address nor an address nobody
+    has goes out on the underlay. On a Kubernetes node the way to pods of other nodes of its cluster is the CNI's,
+    except from our own range; and from a pod to another node's underlay address it is the overlay, so that the source
+    is the pod's, unless that node belongs to the same Kubernetes cluster. On a machine of such a cluster that is no
+    node, as a control plane often is, the operator's own route to those pods goes before ours. `loose`: of
     `loose_ranges`. To a node that is sent to natively all these lead as the underlay does, or over WireGuard's device.
     Table 734 has that way for nodes that may send natively and are not sent to so yet. With masquerading table 730 is
     open: what has no route in it goes as the host's own packets do, but for the ranges above. To an underlay address in
-    `encrypted`, to which only WireGuard may lead, nothing goes without its route from there or from table 731. Table 736 leads what is
-    behind gateways of other sites to the own site's, as `gateways` says; where both of these are lost, to nowhere, past
-    the rules of netfilter that count it. On one of two gateways it leads to the other one where the own tunnels do not
-    pass, and table 738 while there is no tunnel.
+    `encrypted`, to which only WireGuard may lead, nothing goes without its route from there or from table 731. Table
+    736 leads what is behind gateways of other sites to the own site's, as `gateways` says; where both of these are
+    lost, to nowhere, past the rules of netfilter that count it. On one of two gateways it leads to the other one where
+    the own tunnels do not pass, and table 738 while there is no tunnel.
     """
     source = spec.node.mesh4
     is_node = spec.node.kubernetes_node is not None

@@ -31,7 +31,7 @@ def node_report(spec: NodeSpec, facts: HostFacts, published: Node | None = None)
     node = spec.node
     tunnels = spec.wireguard.tunnels if spec.wireguard is not None else ()
     before = public_keys(published, WIREGUARD_PORT) if published is not None else {}
-    known = {each.port: before[each.port] for each in tunnels if each.port in before} | facts.public_keys
+    known = {**{each.port: before[each.port] for each in tunnels if each.port in before}, **facts.public_keys}
     addresses = [("InternalIP", str(node.advertise4))]
     if node.underlay4 != node.advertise4:
         addresses.append(("ExternalIP", str(node.underlay4)))

@@ -1154,7 +1154,11 @@ HOST = Table(
             "`ansible_host`, when that is a literal address",
         ),
         "isthmus_advertise": Key(
-            Address(), "Address at which hosts of other sites reach it.", None, "`isthmus_underlay`"
+            Address(),
+            "Address at which hosts of other sites reach it. Workloads and pods reach the host at its address in the "
+            "mesh, not at this one where it is that of a NAT.",
+            None,
+            "`isthmus_underlay`",
         ),
         "isthmus_node_range": Key(
             Range(20, 30),

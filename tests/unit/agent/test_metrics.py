@@ -37,13 +37,14 @@ class Scraped:
         kernel: Any = SimpleNamespace(read=lambda: self.reading)
         self.agent = Agent(mesh.spec(), kernel, client, place, Paths(place / "state", place / "run"))
         self.agent.progress.applied = Datapath(1)
+        self._connects = metrics.Connects()
 
     def connects(self, counts: dict[Backend, int], *views: ServiceView) -> dict[str, float]:
         backends = {(one.address, one.port, one.protocol): BackendCount(count, 0) for one, count in counts.items()}
         self.reading = Reading(Counters(backends, {}, ()))
         desired: Any = SimpleNamespace(views=views)
         self.agent.desired = desired
-        lines = asyncio.run(metrics.render(self.agent)).decode().splitlines()
+        lines = asyncio.run(metrics.render(self.agent, self._connects)).decode().splitlines()
         found = [line for line in lines if line.startswith("isthmus_service_connects_total{")]
         return {line.split('service="')[1].split('"')[0]: float(line.split()[-1]) for line in found}
 
