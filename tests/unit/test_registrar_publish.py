@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from isthmus_agent.registrar import dealing
 from isthmus_agent.registrar.publish import (
     Change,
     Inputs,
@@ -438,6 +439,31 @@ def test_full_range_is_named_and_released_ones_come_back_after_the_quarantine() 
     assert late.problems == ()
     assert json.loads(late.keys[keys.vip_key("shop", "c")])["ipv4"] == "10.111.0.1"
     assert keys.vip_key("shop", "a") not in late.keys
+
+
+def test_what_may_be_dealt_anew_is_looked_for_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look takes half a second in a full range, and the lease of who leads is of three."""
+    looked: list[str] = []
+    parse = dealing.parse_time
+
+    def parse_time(text: str) -> Any:
+        looked.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(dealing, "parse_time", parse_time)
+    old, young, torn = "2026-01-01T00:00:00Z", "2026-03-01T00:00:00Z", "2026-01"
+    times = {1: young, 2: old, 3: torn, 4: old, 5: old, **dict.fromkeys(range(6, 1000), young)}
+    taken = {number: dealing.Allocation(f"o{number}", old, at) for number, at in times.items()}
+    said: list[str] = []
+    dealer = dealing.Dealer(
+        taken, range(1, 1000), "p/", "number", "2026-03-02T00:00:00Z", lambda *it: said.append(it[0]), 0
+    )
+    assert dealer.deal("o4") == 4, "its owner is back"
+    assert [dealer.deal(f"new{number}") for number in range(20)] == [2, 5, *[None] * 18]
+    assert len(said) == 18
+    assert len(looked) < 10
+    dealer.now = "2026-05-01T00:00:00Z"
+    assert dealer.deal("late") == 1
 
 
 def test_unreadable_allocation_keeps_its_number_from_others() -> None:

@@ -11,6 +11,8 @@ from datetime import datetime, timedelta
 
 QUARANTINE = timedelta(days=30)
 """How long a released number or address is not given to another owner."""
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+"""Of times in allocations: in the order of their text."""
 BY_KUBERNETES, BY_PEERS = "kubernetes", "peers"
 """Who asks for a service's address, in its allocation: a Service of Kubernetes, or peers alone; else a definition."""
 
@@ -49,6 +51,9 @@ class Dealer:
         self._fresh = iter(pool)
         self._of_owner = {entry.owner: number for number, entry in sorted(taken.items(), reverse=True)}
         self._of_peers = sum(entry.by == BY_PEERS for entry in taken.values())
+        self._searched = ""  # the `now` of these two
+        self._cutoff = ""
+        self._old: list[int] = []
 
     def owners(self) -> Iterable[str]:
         return self._of_owner.keys()
@@ -117,17 +122,27 @@ class Dealer:
         self._of_owner.setdefault(entry.owner, number)
 
     def _expired(self) -> int | None:
-        now = parse_time(self.now)
-        for number, entry in sorted(self.taken.items()):
-            if entry.released is not None and now is not None:
-                released = parse_time(entry.released)
-                if released is not None and now - released > QUARANTINE:
-                    return number
+        """The lowest number that may be dealt anew. They are looked for once for each `now`: owners for whom there is
+        none can be many, and the lease of who leads is short."""
+        if self._searched != self.now:
+            self._searched = self.now
+            now = parse_time(self.now)
+            self._cutoff = (now - QUARANTINE).strftime(TIME) if now is not None else ""
+            self._old = sorted((number for number in self.taken if self._is_old(number)), reverse=True)
+        while self._old:
+            number = self._old.pop()
+            # Its owner may have come back, and a time that cannot be read says nothing.
+            if self._is_old(number) and parse_time(self.taken[number].released or "") is not None:
+                return number
         return None
+
+    def _is_old(self, number: int) -> bool:
+        released = self.taken[number].released
+        return released is not None and released < self._cutoff
 
 
 def parse_time(text: str) -> datetime | None:
     try:
-        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+        return datetime.strptime(text, TIME)
     except ValueError:
         return None
