@@ -345,6 +345,25 @@ def test_exactly_the_sockets_of_a_removed_backend_end(nodes: Nodes, family: str)
     wait_for(lambda: not left.bpf.sockets_of([two, udp_two]), "no socket of backend two is left in the map")
 
 
+def test_sockets_of_a_service_that_has_no_better_backend_stay(served: Nodes) -> None:
+    """Of a lost backend those end whose service has another one; the backend itself may be both's."""
+    left, right = served
+    lost, other = backend(right, 8080, TCP), backend(right, 8090, TCP)
+    services = {Frontend(ip_address(VIP), port, TCP): Service("shop/web", (lost,)) for port in (80, 53)}
+    left.apply(replace(left.datapath, services=services))
+    client = left.process()
+    client.do(f"a = socket.create_connection(('{VIP}', 80), 5); b = socket.create_connection(('{VIP}', 53), 5)")
+    client.do("line(a); line(b)")
+    assert (len(left.bpf.sockets_of([lost])), left.bpf.left_sockets_of([lost])) == (2, set())
+    services[Frontend(ip_address(VIP), 80, TCP)] = Service("shop/web", (other,), (lost,))
+    left.apply(replace(left.datapath, services=services))
+    (cookie,) = left.bpf.left_sockets_of([lost])
+    assert left.call(netlink.destroy_sockets, [(lost.address, lost.port, TCP)], {cookie}) == {cookie}
+    with pytest.raises(InsideError):
+        client.do("a.recv(1)")
+    assert client.do("b.sendall(b'?'); result = line(b)") == "1"
+
+
 def test_a_socket_that_dials_elsewhere_forgets_its_service(served: Nodes) -> None:
     left, right = served
     client = left.process()

@@ -462,7 +462,7 @@ class HostKernel:
     def destroy(self, backends: Collection[Backend]) -> int:
         from isthmus_agent import netlink
 
-        cookies = self._bpf.sockets_of(backends)
+        cookies = self._bpf.left_sockets_of(backends)
         destinations = {endpoint(backend) for backend in backends}
         ended = netlink.destroy_sockets(destinations, cookies)
         if self._keep_source is not None and self._keep_source.pods:

@@ -450,7 +450,7 @@ def warnings(agent: Agent, workloads: list[dict[str, Any]], reading: Reading | N
             f"service {view.namespace}/{view.name} has no address yet; the registrar deals it "
             "(look at: systemctl status isthmus-registrar on the cluster's etcd hosts)"
             for view in agent.desired.views
-            if view.address is None
+            if view.address is None and not view.is_headless
         )
     found.extend(_pod_warnings(agent))
     found.extend(_gateway_warnings(agent))
@@ -588,6 +588,7 @@ async def services(agent: Agent) -> dict[str, Any]:
                 "name": view.name,
                 "dns": f"{view.name}.{view.namespace}.svc.{agent.spec.dns_domain}",
                 "address": str(view.address) if view.address is not None else None,
+                "headless": view.is_headless,
                 "global": view.is_global,
                 "affinity": view.affinity,
                 "session_affinity": view.session_affinity,

@@ -933,16 +933,33 @@ class BpfDatapath:
     def sockets_of(self, backends: Iterable[Backend | BackendKey]) -> set[int]:
         """Cookies of open sockets that the connect hook gave to one of `backends`; these may be removed ones
         as long as this object removed them."""
+        return set(self._sockets_of(backends))
+
+    def left_sockets_of(self, backends: Iterable[Backend | BackendKey]) -> set[int]:
+        """Those of `sockets_of` whose service gives the backend to nobody any more, or is gone. Another service may
+        have no better one."""
+        sockets = self._sockets_of(backends)
+        services = {service for service, _ in sockets.values()}
+        in_use: set[tuple[int, int]] = set()
+        for value in self._maps["svc"].items().values() if sockets else ():
+            service, base, count, _ = abi.SVC_VALUE.unpack(value)
+            if service in services:
+                in_use.update((service, number) for number in self._read_slots(base, count))
+        return {cookie for cookie, given in sockets.items() if given not in in_use}
+
+    def _sockets_of(self, backends: Iterable[Backend | BackendKey]) -> dict[int, tuple[int, int]]:
+        """By cookie, the numbers of its service and of its backend."""
         wanted = {(each.address, each.port, each.protocol) if isinstance(each, Backend) else each for each in backends}
         ids = {number for number, (_, key) in self._gone.items() if key in wanted}
         for raw, value in self._maps["backends"].items().items():
             if _backend_key(value) in wanted:
                 ids.add(abi.U32.unpack(raw)[0])
-        cookies = set()
+        sockets = {}
         for raw, value in self._maps["sock_backends"].items().items():
-            if abi.SOCK_BACKEND.unpack(value)[1] in ids:
-                cookies.add(abi.U64.unpack(raw)[0])
-        return cookies
+            service, number = abi.SOCK_BACKEND.unpack(value)
+            if number in ids:
+                sockets[abi.U64.unpack(raw)[0]] = (service, number)
+        return sockets
 
 
 def _page_align(size: int) -> int:

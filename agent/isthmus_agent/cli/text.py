@@ -163,7 +163,7 @@ def services(document: dict[str, Any]) -> str:
         if service["session_affinity"]:
             scope += f", clients stay {age(service['session_affinity'])}"
         name = f"{service['namespace']}/{service['name']}"
-        first = [name, service["address"] or "none yet", ports, scope]
+        first = [name, service["address"] or ("headless" if service["headless"] else "none yet"), ports, scope]
         backends = [
             [
                 f"{backend['cluster']}/{backend['node'] or '?'}",

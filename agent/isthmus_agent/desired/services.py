@@ -51,6 +51,7 @@ class ServiceView:
     ports: tuple[tuple[str, int, str], ...]  # name, port, protocol
     backends: tuple[Placed, ...]
     used: frozenset[Backend]  # those that get new flows
+    is_headless: bool = False  # of Kubernetes, which gives it no address
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class _Local:
     is_global: bool
     affinity: str
     session_affinity: int
+    is_headless: bool
 
 
 def _local_services(
@@ -167,6 +169,7 @@ def _local_services(
             else definition.is_global or of_kubernetes,
             affinity=affinity,
             session_affinity=session_affinity,
+            is_headless=of_kubernetes and address is None,
         )
 
 
@@ -272,6 +275,7 @@ def services(
                 ports=tuple((name, port.port, port.protocol) for _, name, port in local.fronts),
                 backends=tuple(everyone.values()),
                 used=frozenset(used),
+                is_headless=local.is_headless,
             )
         )
     return Services(table, tuple(views), frozenset(dead))

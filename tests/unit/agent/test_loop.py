@@ -26,6 +26,7 @@ from isthmus_agent.agent.network_watch import ChainWatch, NetworkWatch
 from isthmus_agent.bpf.errors import BpfError
 from isthmus_agent.desired.compute import HostFacts, desired
 from isthmus_agent.desired.datapath import Datapath, Native, Route, WireGuard, WireGuardPeer
+from isthmus_agent.desired.reach import Reachability
 from isthmus_agent.kvstore.client import EtcdClient, KeyValue, RangeResult, WatchBatch
 from isthmus_agent.netlink import NetworkError, messages
 from isthmus_agent.netlink.routes import Way
@@ -512,6 +513,21 @@ async def lose_last_good(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_last_good_is_written_when_there_is_room_again(tmp_path, monkeypatch):
     asyncio.run(lose_last_good(an_agent(tmp_path, FakeKernel()), monkeypatch))
+
+
+def test_a_service_without_an_address_is_warned_about_but_for_a_headless_one(tmp_path: Path) -> None:
+    found = mesh.documents({"onprem": [1]})
+    vip = b'{"ipv4":null,"released":null,"by":"kubernetes","affinity":"none","session_affinity":0,"kept":null}'
+    agent = an_agent(tmp_path, FakeKernel())
+
+    def warned() -> list[str]:
+        agent.desired = desired(agent.spec, mesh.state(found), Reachability({}, frozenset()), agent.facts)
+        return [words for words in status.warnings(agent, [], None) if "has no address yet" in words]
+
+    del found[keys.vip_key("shop", "web")]
+    assert len(warned()) == 1
+    found[keys.vip_key("shop", "web")] = vip
+    assert warned() == []
 
 
 class FakeBpf:

@@ -282,6 +282,7 @@ def test_services_and_peers_in_words():
         "name": "web",
         "address": None,
         "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
+        "headless": False,
         "global": True,
         "affinity": "local",
         "session_affinity": 0,
@@ -292,6 +293,7 @@ def test_services_and_peers_in_words():
         *("shop/web", "none", "yet", "80/TCP", "global,", "local", "cloud/?", "10.102.0.2:8080", "unreachable", "3")
     ]
     assert "global, local, clients stay 3h0m" in text.services({"services": [{**service, "session_affinity": 10800}]})
+    assert "shop/web  headless " in text.services({"services": [{**service, "headless": True}]})
     empty = text.services({"services": [{**service, "backends": []}]})
     assert "no backend" in empty
     peer = {
