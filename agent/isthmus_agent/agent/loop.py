@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import random
 import threading
@@ -54,7 +55,7 @@ from isthmus_agent.netlink.namespaces import PLACES
 from isthmus_agent.netlink.wireguard import DEVICES
 from isthmus_agent.state.decoder import Decoder
 from isthmus_agent.state.lastgood import LastGood, LastGoodError
-from isthmus_agent.state.model import MeshState
+from isthmus_agent.state.model import MeshState, NodeKey
 from isthmus_agent.state.watch import CHUNK, StateWatcher
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class Paths:
     @property
     def names(self) -> Path:
         return self.run / "dns"
+
+    @property
+    def down(self) -> Path:
+        """Nodes that do not answer, for an agent that is started anew: a list of cluster and name each."""
+        return self.run / "down.json"
 
 
 @dataclass(slots=True)
@@ -178,6 +184,7 @@ class Agent:
         self._fresh = False
         self._started = False
         self._synced = False
+        self._down_kept: frozenset[NodeKey] | None = None  # None: what an earlier agent kept
         self._dead: frozenset[Backend] = frozenset()
         self._dead_ended = 0.0
         self._expired: list[Backend] = []
@@ -217,6 +224,7 @@ class Agent:
         await self._read_key()
         if self.spec.ipsec is not None and self.spec.ipsec.gateways:
             await self._doubt_gateways(self.spec.ipsec)
+        self._doubt_down()
         if self.tunnels is not None:
             await self.tunnels.look()
         alive = Alive(self.spec.host, self.version, self.facts.boot_id, _rfc3339(self.started))
@@ -324,6 +332,32 @@ class Agent:
             return
         for node in passed_over(own, led.values()):
             self.prober.table.doubt(node, up=True)
+
+    def _doubt_down(self) -> None:
+        """Nodes that did not answer an earlier agent are down until they answer this one: new connections would go to
+        their backends until it has found the same."""
+        try:
+            found = json.loads(self.paths.down.read_bytes())
+            nodes = [(str(cluster), str(name)) for cluster, name in found]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError) as error:
+            logger.error(
+                "who did not answer before cannot be read", extra=fields(path=str(self.paths.down), error=str(error))
+            )
+            return
+        for node in nodes:
+            self.prober.table.doubt(node, up=False)
+
+    def _keep_down(self, down: frozenset[NodeKey]) -> None:
+        if down == self._down_kept:
+            return
+        try:
+            write_atomically(self.paths.down, json.dumps(sorted(down)).encode(), 0o600)
+        except OSError as error:
+            logger.error("who does not answer cannot be kept", extra=fields(error=str(error)))
+            return
+        self._down_kept = down
 
     async def _follow_mtu(self) -> None:
         while True:
@@ -513,6 +547,7 @@ class Agent:
         self._write_names(found)
         self._note_problems()
         self._inputs = inputs
+        self._keep_down(reach.down)
         self.progress.error = ""
         # After the routes: a probe that cannot be sent would count as a miss.
         own = (self.spec.cluster.name, self.spec.host)

@@ -113,6 +113,43 @@ def test_an_unexpected_failure_is_told_and_what_it_half_did_is_done_again(tmp_pa
     assert kernel.calls[-1] == ("start", 1450)
 
 
+def test_an_agent_that_is_started_anew_gives_nothing_to_who_did_not_answer(tmp_path: Path) -> None:
+    """Before its own probes have found the same."""
+    made: list[Datapath] = []
+    silent = ("cloud", "cloud-1")
+
+    def started_anew() -> Agent:
+        kernel = FakeKernel()
+        kernel.start = lambda datapath: made.append(datapath) or Applied()  # type: ignore[method-assign, func-returns-value]
+        kernel.apply = kernel.start  # type: ignore[method-assign]
+        agent = an_agent(tmp_path, kernel)
+        for key, value in mesh.documents({"onprem": [1], "cloud": [1]}).items():
+            agent.decoder.put(key, value)
+        agent._doubt_down()
+        return agent
+
+    async def turn(agent: Agent) -> list[str]:
+        async with running(agent._applier()):
+            before = len(made)
+            agent.wake()
+            await until(lambda: len(made) > before, "it is applied")
+        (service,) = made[-1].services.values()
+        return [str(each.address) for each in service.backends]
+
+    (tmp_path / "run").mkdir()
+    first = started_anew()
+    assert asyncio.run(turn(first)) == ["10.101.0.2", "10.102.0.2"]
+    first.prober.table.doubt(silent, up=False)
+    assert asyncio.run(turn(first)) == ["10.101.0.2"]
+    second = started_anew()
+    assert asyncio.run(turn(second)) == ["10.101.0.2"]
+    second.prober.table.doubt(silent, up=True)
+    assert asyncio.run(turn(second)) == ["10.101.0.2", "10.102.0.2"]
+    assert asyncio.run(turn(started_anew())) == ["10.101.0.2", "10.102.0.2"]
+    Paths(run=tmp_path / "run").down.write_text('[["cloud"')
+    assert asyncio.run(turn(started_anew())) == ["10.101.0.2", "10.102.0.2"]
+
+
 async def repair_and_change(agent: Agent, kernel: FakeKernel, decided: list[Any]) -> None:
     reads = threading.Event()
 
