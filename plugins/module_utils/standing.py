@@ -31,7 +31,7 @@ def standing(status: Mapping[str, Any], services: Mapping[str, Any], audit: Mapp
         "reports": status["reports"]["error"] is None,
         "audit": sorted(audit["problems"]),
         "backends": sorted(name for name, backend in _backends(status) if backend["ready"]),
-        "services": sorted(_name(one) for one in services["services"] if _is_used(one)),
+        "services": sorted(_name(one) for one in services["services"] if _is_reached(one)),
     }
 
 
@@ -55,7 +55,7 @@ def worse(
     lines += [
         f"services: {_name(one)} had a backend that could be reached from here, and has none any more"
         for one in services["services"]
-        if _name(one) in before["services"] and one["backends"] and not _is_used(one)
+        if _name(one) in before["services"] and one["backends"] and not _is_reached(one)
     ]
     return lines
 
@@ -72,5 +72,16 @@ def _name(service: Mapping[str, Any]) -> str:
     return f"{service['namespace']}/{service['name']}"
 
 
-def _is_used(service: Mapping[str, Any]) -> bool:
-    return any(backend["used"] for backend in service["backends"])
+def _is_reached(service: Mapping[str, Any]) -> bool:
+    """When no backend can be reached all of them are used."""
+    return any(backend["used"] and backend["reachable"] for backend in service["backends"])
+
+
+def is_settled(before: Mapping[str, Any], services: Mapping[str, Any]) -> bool:
+    """Whether it is known of each service that had a backend `before` that it has one now. An agent that has just been
+    started takes who was not probed yet as reachable."""
+    return all(
+        any(backend["used"] and backend["proven"] for backend in one["backends"])
+        for one in services["services"]
+        if _name(one) in before["services"] and one["backends"]
+    )

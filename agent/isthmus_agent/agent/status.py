@@ -570,6 +570,7 @@ def _backend(placed: Placed, view: ServiceView, reading: Reading | None) -> dict
         "cluster": placed.cluster,
         "node": placed.node[1] if placed.node is not None else None,
         "reachable": placed.reachable,
+        "proven": placed.proven,
         "used": placed.backend in view.used,
         "connects": counts.connects if counts is not None else 0,
         "datagrams": counts.datagrams if counts is not None else 0,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import standing
@@ -14,6 +15,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.verify.services impor
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
 
 FRESH = 30  # seconds after which a peer's proof is too old
+PROBED = 6  # seconds after its start within which an agent knows who answers and who does not
 
 
 def check_agent(verifier: Verifier) -> dict[str, Any] | None:
@@ -40,10 +42,14 @@ def check_agent(verifier: Verifier) -> dict[str, Any] | None:
 
 def check_own_agent(verifier: Verifier) -> None:
     agent = verifier.bundle("isthmus_agent.cli.client")
+    before = verifier.module.params["before"]
     try:
-        status, services, audit = (
-            agent.ask(verifier.SOCKET, f"/v1/{what}") for what in ("status", "services", "audit")
-        )
+        services = agent.ask(verifier.SOCKET, "/v1/services")
+        end = time.monotonic() + PROBED
+        while before and not standing.is_settled(before, services) and time.monotonic() < end:
+            time.sleep(verifier.PAUSE)
+            services = agent.ask(verifier.SOCKET, "/v1/services")
+        status, audit = (agent.ask(verifier.SOCKET, f"/v1/{what}") for what in ("status", "audit"))
     except agent.AgentSilent as exc:
         verifier.check("agent", False, f"{exc}")
         return
@@ -51,7 +57,6 @@ def check_own_agent(verifier: Verifier) -> None:
     verifier.check("agent", datapath["state"] == "applied", f"its datapath is {datapath['state']}: {datapath['error']}")
     words = f"it runs with another specification than {verifier.NODE}; see `journalctl -u isthmusd` there"
     verifier.check("agent", status["spec_hash"] == verifier.spec["hash"], words)
-    before = verifier.module.params["before"]
     if not before:
         return
     verifier.problems += standing.worse(before, status, services, audit)

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from ansible_collections.isthmus.mesh.plugins.module_utils.standing import ask, standing, worse
+from ansible_collections.isthmus.mesh.plugins.module_utils.standing import ask, is_settled, standing, worse
 
 STATUS: dict[str, Any] = {
     "etcd": {"connected": True, "error": None},
@@ -21,10 +21,17 @@ STATUS: dict[str, Any] = {
         }
     ],
 }
+
+
+def backend(used: bool = True, reachable: bool = True, proven: bool = True) -> dict[str, bool]:
+    """As the agent tells of one: when none is reachable all are used."""
+    return {"used": used, "reachable": reachable, "proven": proven}
+
+
 SERVICES: dict[str, Any] = {
     "services": [
-        {"namespace": "shop", "name": "web", "backends": [{"used": False}, {"used": True}]},
-        {"namespace": "shop", "name": "old", "backends": [{"used": False}]},
+        {"namespace": "shop", "name": "web", "backends": [backend(used=False), backend()]},
+        {"namespace": "shop", "name": "old", "backends": [backend(reachable=False)]},
     ]
 }
 AUDIT: dict[str, Any] = {"problems": ["a foreign route"]}
@@ -58,7 +65,11 @@ def test_what_was_wrong_before_is_not_worse() -> None:
             {"ready": False, "reason": "timeout"},
             "backends: shop/web as a backend of shop/web was ready and is not any more: timeout",
         ),
-        (("services", "services", 0, "backends"), [{"used": False}], "services: shop/web had a backend that could be"),
+        (
+            ("services", "services", 0, "backends"),
+            [backend(used=False), backend(reachable=False)],
+            "services: shop/web had a backend that could be",
+        ),
     ],
 )
 def test_what_works_no_more_is_told(path: tuple[str | int, ...], value: Any, words: str) -> None:
@@ -77,6 +88,17 @@ def test_what_works_no_more_is_told(path: tuple[str | int, ...], value: Any, wor
 )
 def test_what_the_inventory_took_away_is_no_finding(path: tuple[str | int, ...], value: Any) -> None:
     assert changed(*path, value=value) == []
+
+
+def test_only_a_backend_that_answered_settles_it() -> None:
+    def settled(*backends: dict[str, bool]) -> bool:
+        return is_settled(BEFORE, {"services": [{"namespace": "shop", "name": "web", "backends": list(backends)}]})
+
+    assert settled(backend(proven=False), backend())
+    assert not settled(backend(proven=False))
+    assert not settled(backend(reachable=False, proven=False))
+    assert settled(), "the inventory took them away"
+    assert is_settled(BEFORE, {"services": [{"namespace": "shop", "name": "old", "backends": [backend(proven=False)]}]})
 
 
 def test_the_agent_is_asked_by_its_command_line() -> None:
