@@ -28,6 +28,7 @@ from .kvstore import (
     Compare,
     EtcdError,
     EtcdExists,
+    EtcdNoSpace,
     EtcdNotFound,
     EtcdPrecondition,
     EtcdUnavailable,
@@ -359,7 +360,7 @@ def _quorate(voters: Collection[int], sick: Collection[int]) -> bool:
 def _maintenance(client: SyncEtcd, holder: str, timeout: float) -> Iterator[Callable[[], object]]:
     """Hold the lock that all maintenance of this etcd takes; what is given renews it for `LOCK_TTL` seconds.
 
-    `AdminError` when others hold it for ``timeout`` seconds.
+    `AdminError` when others hold it for ``timeout`` seconds, and when etcd takes no write.
     """
     lease = 0
     last = ""
@@ -378,6 +379,12 @@ def _maintenance(client: SyncEtcd, holder: str, timeout: float) -> Iterator[Call
         except EtcdNotFound:
             lease = 0  # it ran out meanwhile
             return None
+        except EtcdNoSpace as exc:
+            raise AdminError(
+                f"etcd member {holder} cannot have its turn to be away, which is written down in etcd: {exc}. Next: "
+                'compact, defragment and disarm, as docs/operating.md ("etcd\'s database is full") says, then run the '
+                "playbook again"
+            ) from exc
         except EtcdError as exc:
             last = str(exc)  # the member that was asked may be the one whose turn it is
             return None

@@ -73,8 +73,8 @@ def of_alarms(alarms: Iterable[str]) -> str:
     """What an alarm means; only known ones have words."""
     words = {
         "NOSPACE": "NOSPACE: its database has reached etcd.quota_bytes, and every write is refused; nothing is lost. "
-        'Next: compact, defragment and disarm, as docs/operating.md ("etcd\'s database is full") says, or raise '
-        "etcd.quota_bytes of the cluster, run isthmus.mesh.site, and disarm",
+        'Next: compact, defragment and disarm, as docs/operating.md ("etcd\'s database is full") says; then, if it '
+        "is to hold more, raise etcd.quota_bytes of the cluster and run isthmus.mesh.site",
         "CORRUPT": "CORRUPT: the members' data differ. Next: on the member that differs from the others (`etcdctl "
         "endpoint hashkv --cluster`) `systemctl stop isthmus-etcd`, `mv /var/lib/isthmus/etcd "
         "/var/lib/isthmus/etcd.damaged`, run isthmus.mesh.site, then `etcdctl alarm disarm`",

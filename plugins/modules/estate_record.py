@@ -378,7 +378,7 @@ def remedy(kvstore, exc):
     if isinstance(exc, kvstore.EtcdNoSpace):
         return (
             "free space there (`etcdctl compact`, `etcdctl defrag`, `etcdctl alarm disarm`; docs/operating.md has them "
-            "in full) or raise etcd.quota_bytes of the cluster"
+            "in full), raise etcd.quota_bytes of the cluster if it is to hold more"
         )
     if isinstance(exc, kvstore.EtcdPermissionDenied):
         return "run the playbook with --tags etcd on that cluster, which gives the operator's certificate its rights"

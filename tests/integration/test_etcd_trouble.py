@@ -103,6 +103,9 @@ def test_a_database_at_its_quota_is_told_and_freed_by_the_commands_of_the_docs(s
         words = etcd_trouble.of_alarms(alarms)
         assert words.startswith("NOSPACE: its database has reached etcd.quota_bytes, and every write is refused; ")
 
+        with pytest.raises(etcd_admin.AdminError, match="Next: compact"), etcd_admin._maintenance(client, "a", 60):
+            pytest.fail("no member has its turn while nothing can be written")
+
         for suffix, path in zip(("crt", "key"), server.ca.issue("root"), strict=True):
             assert path == server.ca.directory / f"root.{suffix}"
         settings = server.directory / "etcd.env"
