@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 NODE = "/etc/isthmus/node.json"
 ESTATE = "/etc/isthmus/estate.json"
 PKI = "/etc/isthmus/pki"
+OWNER = "inventory"  # of services, in etcd
 
 
 def read_json(path: str) -> Any:

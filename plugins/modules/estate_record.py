@@ -173,7 +173,6 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.respawn import BUNDLE
 
 PREFIX = "isthmus/v1/estate/"
 SERVICES = "isthmus/v1/services/"
-OWNER = "inventory"
 
 
 def read(module):
@@ -196,7 +195,7 @@ def read(module):
         owners = {
             name: found["owner"] for name, found in services.items() if isinstance(found, dict) and found.get("owner")
         }
-        foreign = {name: owner for name, owner in owners.items() if owner != OWNER}
+        foreign = {name: owner for name, owner in owners.items() if owner != estate.OWNER}
         found = {"cluster": cluster, "documents": documents, "foreign_services": foreign, "nodes": nodes}
     else:
         try:
@@ -356,7 +355,7 @@ def present(module, changes):
             # In check mode the bundle may be older than the fence.
             fence = {"fence": [hold(module, client, run_lock.CHANGING)]} if locked else {}
             estate.show(changes, admin.write_documents(client, record, apply, **fence))
-            made = admin.write_services(client, services["present"], services["absent"], OWNER, apply, **fence)
+            made = admin.write_services(client, services["present"], services["absent"], estate.OWNER, apply, **fence)
             estate.show(changes, made)
             estate.show(changes, admin.delete_reports(client, record["clusters/" + cluster], apply, **fence))
             if apply:

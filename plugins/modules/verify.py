@@ -35,6 +35,12 @@ options:
     type: list
     elements: dict
     required: true
+  absent_services:
+    description:
+      - Names, C(namespace/name), of services that the inventory takes away there.
+    type: list
+    elements: str
+    default: []
   hosts:
     description:
       - Hosts that packets must reach; those that the run could not reach are left out.
@@ -104,6 +110,7 @@ EXAMPLES = r"""
     spec: "{{ __plan_result.specs[inventory_hostname] }}"
     record: "{{ __plan_result.record }}"
     services: "{{ __plan_result.services[isthmus_cluster].present }}"
+    absent_services: "{{ __plan_result.services[isthmus_cluster].absent }}"
     hosts:
       - name: cloud-1
         cluster: cloud
@@ -229,6 +236,7 @@ def main():
             "spec": {"type": "dict", "required": True},
             "record": {"type": "dict", "required": True},
             "services": {"type": "list", "elements": "dict", "required": True},
+            "absent_services": {"type": "list", "elements": "str", "default": []},
             "hosts": {
                 "type": "list",
                 "elements": "dict",

@@ -17,10 +17,10 @@ NAME = "verify"
 PLACE = Path(os.environ["FAKE_PLACE"])
 HOST = os.environ["FAKE_HOST"]
 OPTIONS = (
-    "archive before before_agent bgp break_lock bundle_digest certificates cluster confirm context controller_time "
-    "crl estate firewall formed former host hosts install keys known_ca kubeconfig listed lists lock max_clock_skew "
-    "names only own passwords paths platforms python record registrars replacing requests run scope secrets seen "
-    "services signed snapshot spec state step timeout token trust version wait"
+    "absent_services archive before before_agent bgp break_lock bundle_digest certificates cluster confirm context "
+    "controller_time crl estate firewall formed former host hosts install keys known_ca kubeconfig listed lists lock "
+    "max_clock_skew names only own passwords paths platforms python record registrars replacing requests run scope "
+    "secrets seen services signed snapshot spec state step timeout token trust version wait"
 )
 
 

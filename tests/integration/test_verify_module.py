@@ -19,7 +19,8 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.verify import native 
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
 from ansible_collections.isthmus.mesh.plugins.modules import verify
 from integration.etcd_fixture import EtcdServer
-from isthmus_agent import etcd_admin, pki, revocation
+from isthmus_agent import estate_admin, etcd_admin, pki, revocation
+from isthmus_mesh.documents import ServiceDefinition, ServicePort
 from unit.mesh import estates
 
 HOST = "c1"  # the only etcd member of cluster cloud
@@ -71,6 +72,7 @@ class Host:
         record = dict(self.plan.record)
         hosts = [{"name": HOST, "cluster": "cloud", "mesh4": self.spec["node"]["mesh4"]}]
         params = {"spec": self.spec, "record": record, "services": [], "hosts": hosts, "timeout": 3, "scope": "mesh"}
+        params["absent_services"] = []
         params |= {"controller_time": None, "max_clock_skew": 120}
         return Verifier(Module(params))
 
@@ -129,6 +131,29 @@ def test_a_missing_certificate_of_the_agent_is_named(host: Host, name: str) -> N
     (words,) = [words for words in found if words.startswith("etcd: the agent's certificate is not usable: ")]
     assert str(host.pki / name) in words
     assert "run the playbook isthmus.mesh.site" in words
+
+
+def test_a_service_that_is_not_the_inventorys_is_named(host: Host) -> None:
+    """Also one that was to go: a run that was cut off after the record leaves both."""
+    port = ServicePort("http", 80, 8080)
+    web, old = (ServiceDefinition(name, "shop", (port,), {"app": name}).to_dict() for name in ("web", "old"))
+
+    def found() -> list[str]:
+        verifier = host.verifier()
+        verifier.services = [web]
+        verifier.module.params["absent_services"] = ["shop/old"]
+        verify.run(verifier)
+        return [words.split(";")[0] for words in verifier.problems if "isthmus/v1/services/" in words]
+
+    assert found() == ["etcd: isthmus/v1/services/shop/web, a service of the inventory, is missing"]
+    with host.server.sync_client() as client:
+        estate_admin.write_services(client, [{**web, "affinity": "local"}, old], [], "inventory", apply=True)
+        assert found() == [
+            "etcd: isthmus/v1/services/shop/web, a service, is not the inventory's",
+            "etcd: isthmus/v1/services/shop/old, a service that the inventory takes away, is still there",
+        ]
+        estate_admin.write_services(client, [web], ["shop/old"], "inventory", apply=True)
+        assert found() == []
 
 
 @pytest.mark.parametrize("value", ["no JSON", "[1]", '"text"', "null", "{}"])

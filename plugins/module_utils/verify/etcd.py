@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_trouble, etcd_unit, units
+from ansible_collections.isthmus.mesh.plugins.module_utils import estate, etcd_trouble, etcd_unit, units
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.verify.verifier import SITE, Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 def check_etcd(verifier: Verifier) -> None:
@@ -118,6 +121,23 @@ def _check_rights(verifier: Verifier, endpoint: str, client_module: Any, errors:
         verifier.check("etcd", False, f"an agent may write {foreign}; its role has too many rights; {SITE}")
 
 
+def _check_services(
+    verifier: Verifier, client: Any, present: Sequence[Mapping[str, Any]], absent: Sequence[str]
+) -> None:
+    """What `isthmus.mesh.site` would write of these services, which is nothing."""
+    admin = verifier.bundle("isthmus_agent.estate_admin")
+    try:
+        due = admin.write_services(client, present, absent, estate.OWNER, apply=False)
+    except admin.EstateError as exc:
+        verifier.check("etcd", False, f"{exc}")
+        return
+    for change in due:
+        words = "a service of the inventory, is missing" if not change.before else "a service, is not the inventory's"
+        if not change.after:
+            words = "a service that the inventory takes away, is still there"
+        verifier.check("etcd", False, f"{change.key}, {words}; {SITE}")
+
+
 def _check_published(verifier: Verifier, client: Any) -> None:
     """What peers and agents read: the record, definitions, nodes, and the mirror of every peer that we reach."""
     keys = verifier.bundle("isthmus_mesh.keys")
@@ -135,8 +155,8 @@ def _check_published(verifier: Verifier, client: Any) -> None:
             f"{key} has revision {revision}, not {document['revision']}; {SITE}",
         )
     for service in verifier.services:
-        key = keys.service_definition_key(service["namespace"], service["name"])
-        verifier.check("etcd", client.get(key) is not None, f"{key}, a service of the inventory, is missing; {SITE}")
+        _check_services(verifier, client, [service], [])
+    _check_services(verifier, client, [], verifier.module.params["absent_services"])
     registrar = "see `journalctl -u isthmus-registrar` on the etcd hosts of "
     for host in verifier.module.params["hosts"]:
         own = host["cluster"] == verifier.cluster
