@@ -446,9 +446,13 @@ class HostKernel:
         return {name: tunnel for name in self._wireguard or () if (tunnel := self._read_tunnel(name)) is not None}
 
     def reopen(self, wanted: WireGuard, publics: Collection[str]) -> None:
+        """With those that are peers still; what came in between may have taken some away."""
         from isthmus_agent.netlink import wireguard
 
-        wireguard.reopen(wanted, publics)
+        made = self._made.wireguard if self._made is not None else ()
+        there = {public for each in made if each.device == wanted.device for public in each.peers}
+        if still := [public for public in publics if public in there]:
+            wireguard.reopen(wanted, still)
 
     def _read_tunnel(self, name: str) -> Tunnel | None:
         from isthmus_agent.netlink import NetworkError, wireguard

@@ -700,6 +700,31 @@ def test_a_node_that_is_new_behind_wireguard_is_reached_by_it_at_once(
     ]
 
 
+def test_a_session_is_begun_anew_only_with_who_is_a_peer_still(
+    host: tuple[HostKernel, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isthmus_agent.netlink import settings, wireguard
+
+    kernel, said = host
+    own = IPv4Address("198.18.0.11")
+    monkeypatch.setattr(settings, "set_ipv4", lambda *_: None)
+    monkeypatch.setattr(wireguard, "ensure_device", lambda _mtu, name: wireguard.Device(8, wireguard.KERNEL))
+    monkeypatch.setattr(wireguard, "configure", lambda *_: wireguard.Configured((), fresh=False))
+    monkeypatch.setattr(wireguard, "reopen", lambda _, publics: said.append(f"anew {' '.join(publics)}"))
+    before, after = (
+        WireGuard(
+            "isthmus-wg0", "/key", 51871, 1420, own, own, {name: WireGuardPeer(own, frozenset()) for name in names}
+        )
+        for names in ("ab", "b")
+    )
+    kernel.start(Datapath(1, wireguard=(before,)))
+    kernel.apply(Datapath(1, wireguard=(after,)))
+    said.clear()
+    kernel.reopen(before, ["a", "b"])
+    kernel.reopen(before, ["a"])
+    assert said == ["anew b"]
+
+
 class FakeEtcd:
     """Lists `items`; its watches stand and say nothing. A canary is always there."""
 
