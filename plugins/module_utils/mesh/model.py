@@ -894,7 +894,8 @@ class _Reader:
                     "a process has one address and identity",
                     "name another cgroup",
                 )
-            cgroups[target] = workload.key
+            if not workload.absent:
+                cgroups[target] = workload.key
             found[workload.key] = workload
         return tuple(found[key] for key in sorted(found))
 

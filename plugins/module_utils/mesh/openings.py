@@ -309,7 +309,8 @@ def between(
             if not members:
                 continue
             to = f"{', '.join(members)} (etcd of {name})"
-            readers = _readers(documents, name, there, members)
+            # Members ask each other, too.
+            readers = _readers(documents, name, there, members if len(members) == 1 else [])
             etcd = document["etcd"]
             if readers:
                 found.append(Opening("TCP", etcd["client_port"], ", ".join(readers), to))

@@ -37,7 +37,9 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
                 f"{name}: when all hosts have been changed, those of site {rest} announce their ranges no more: native "
                 "packets that routers lead by it end then. Undo: put it back into the inventory and run site."
             )
-        elif rest in lost or (kind == "cluster" and after.clusters[rest].get("forgotten")):
+        elif rest in lost or (
+            kind == "cluster" and before.clusters[rest]["hosts"] and lost.keys() >= set(before.clusters[rest]["hosts"])
+        ):
             continue
         elif kind == "cluster":
             hosts = sorted(before.clusters[rest]["hosts"])

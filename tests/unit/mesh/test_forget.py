@@ -137,6 +137,15 @@ def test_a_lost_cluster_goes_with_its_hosts_and_rights() -> None:
     assert again.record == plan.record
 
 
+def test_what_a_cluster_takes_away_that_goes_is_told_also_when_it_has_lost_a_host_before() -> None:
+    before = forget("o3")
+    the_estate, the_hosts = estate(), hosts()
+    the_estate["clusters"]["onprem"]["state"] = "absent"
+    (cut, *_others) = planned(model(the_estate, the_hosts), before, LATER).cuts
+    assert cut.startswith("cluster/onprem: the others forget its 2 hosts (o1, o2), and it them.")
+    assert planned(model(the_estate, the_hosts), running(), LATER, forget=Forget(names=("cluster/onprem",))).cuts == ()
+
+
 def test_a_lost_cluster_is_joined_anew_with_another_authority_and_etcd() -> None:
     before = running()
     plan = planned(model(), forget("cloud", before=before), LATER, forget=Forget(clean=["c1"]))

@@ -746,6 +746,15 @@ def test_a_service_without_backends_is_warned_about() -> None:
     )
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_workload_has_the_cgroup_of_one_that_goes(first: bool) -> None:
+    the_hosts = hosts()
+    (workload,) = the_hosts["c1"]["isthmus_workloads"]
+    gone = {**workload, "name": "old", "state": "absent"}
+    the_hosts["c1"]["isthmus_workloads"] = [gone, workload] if first else [workload, gone]
+    assert len(model(the_hosts=the_hosts).hosts["c1"].workloads) == 2
+
+
 def test_a_service_that_goes_may_name_what_is_gone() -> None:
     the_estate = estate()
     the_estate["services"][0] |= {"state": "absent", "backends": {"workloads": ["c2/web", "c1/wep"]}}

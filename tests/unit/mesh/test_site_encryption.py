@@ -487,6 +487,7 @@ def test_the_matrix_says_what_is_open_and_how_large_packets_are() -> None:
         "UDP 8472 on every host of cloud and onprem from each other; TCP 2379 on c1 (etcd of cloud) from etcd hosts of "
         "onprem; TCP 2379 on o1, o2, o3 (etcd of onprem) from etcd hosts of cloud"
     )
+    assert "TCP 2379 on o1, o2, o3 (etcd of onprem) from hosts of onprem" in matrix.lines(plain)[1], "all are members"
     encrypted = changed(**ON).sites[0]
     assert (encrypted["encryption"], encrypted["mtu"], encrypted["steps"]) == ("wireguard", 1370, [])
     assert [(one["protocol"], one["port"]) for one in encrypted["open"]] == [
