@@ -16,7 +16,7 @@ from isthmus_agent.kvstore import EtcdTooLarge
 from isthmus_agent.kvstore.client import EtcdClient, Event, Header, KeyValue, RangeResult, WatchBatch, decode_key
 from isthmus_agent.registrar.leader import Writer
 from isthmus_agent.registrar.mirror import Budget, Mirror, cache_key, state_key, translate
-from isthmus_agent.registrar.publish import Change
+from isthmus_agent.registrar.publish import Change, apply_changes
 from isthmus_mesh import keys
 from isthmus_mesh.documents import DocumentError, PeerStatus
 from isthmus_mesh.spec import EtcdSpec, PeerSpec
@@ -221,7 +221,7 @@ def a_mirror(writer: Writer | None = None, **more: Any) -> Mirror:
         config="{}",
         actual_config=None,
         previous=more.pop("previous", None),
-        foreign=dict,
+        foreign=more.pop("foreign", dict),
         started=lambda: None,
         wall=lambda: "2026-01-02T03:04:05Z",
         **more,
@@ -388,6 +388,72 @@ def test_a_value_that_is_too_large_is_refused_alone() -> None:
     assert frozen.mirrored() == 1
     assert frozen.says()[1] == "value is larger than 600 bytes"
     assert frozen.mirror.status().state != "frozen"
+
+
+class Moved:
+    """A mirror that has mirrored a node, its workload and its service, and the record's addresses as they come to be.
+    The peer says nothing more."""
+
+    def __init__(self, **more: Any) -> None:
+        self.foreign: dict[str, str] = {"198.18.2.11": "cloud"}
+        self.writer = Written()
+        self.mirror = a_mirror(self.writer, foreign=lambda: self.foreign, **more)
+        for kind, (key, value, _) in GOOD.items():
+            listed(self.mirror, kind, {key: value})
+        self.given(self.foreign)
+
+    def given(self, foreign: dict[str, str]) -> set[str]:
+        """The kinds that are mirrored after the record gives these addresses to these clusters."""
+        self.foreign = foreign
+        asyncio.run(self.mirror._write())
+        here: dict[str, str] = {}
+        apply_changes(self.writer.changes, here)
+        counts = self.mirror.status().keys
+        assert counts == {kind: int(GOOD[kind][2] in here) for kind in keys.KINDS}
+        return {kind for kind in keys.KINDS if counts[kind]}
+
+
+def test_an_address_that_the_record_gives_to_another_cluster_is_withdrawn_from_a_silent_peer() -> None:
+    moved = Moved()
+    assert moved.given({"198.18.9.11": "edge"}) == set(keys.KINDS)
+    assert moved.given({"198.18.2.11": "onprem"}) == {"identities", "services"}
+    assert moved.mirror.status().refused == {"address is another cluster's machine": 2}
+    assert moved.given({"198.18.2.11": "cloud"}) == set(keys.KINDS), "it is the peer's again"
+    assert moved.mirror.status().refused == {}
+
+
+def test_a_restart_withdraws_what_was_given_to_another_cluster_before() -> None:
+    writer = Written()
+    cached = {target: text(value).decode() for _, value, target in GOOD.values()}
+    mirror = a_mirror(writer, cache=cached, foreign=lambda: {"198.18.2.11": "onprem"})
+    asyncio.run(mirror._write())
+    assert mirror.wanted.keys() == {GOOD["identities"][2], GOOD["services"][2]}
+
+
+def test_being_frozen_keeps_no_address_that_was_given_to_another_cluster() -> None:
+    now = 1000.0
+    moved = Moved(budget=Budget(SMALL.keys, bytes=2000, rate=0.0), clock=lambda: now)
+    listed(moved.mirror, "services", services(3, labels={"a": "x" * 600}))
+    assert moved.given({"198.18.2.11": "onprem"}) == {"identities", "services"}
+    assert moved.mirror.status().state == "frozen"
+    listed(moved.mirror, "services", {GOOD["services"][0]: GOOD["services"][1]})
+    now += 60.0
+    assert moved.given({"198.18.2.11": "onprem"}) == {"identities", "services"}
+    assert moved.mirror.status().refused == {"address is another cluster's machine": 2}
+
+
+@pytest.mark.parametrize(
+    "bad", [node(IPAddresses=[{"Type": "InternalIP", "IP": "198.18.1.11"}]), "[]"], ids=["foreign", "malformed"]
+)
+def test_a_bad_value_leaves_the_one_before_until_its_address_is_anothers(bad: object) -> None:
+    moved = Moved()
+    key = GOOD["nodes"][0]
+    moved.given({"198.18.1.11": "onprem"})
+    moved.mirror.stores["nodes"]._apply_batch(event(key, bad))
+    for other in ({"198.18.1.11": "onprem"}, {"198.18.1.11": "onprem", "198.18.9.11": "edge"}):
+        assert "nodes" in moved.given(other)
+    assert key in moved.mirror.refused
+    assert "nodes" not in moved.given({"198.18.1.11": "onprem", "198.18.2.11": "edge"})
 
 
 def test_refused_keys_are_remembered_up_to_a_bound() -> None:

@@ -3,7 +3,8 @@
 
 Everything of a peer is foreign: each key is validated against what the estate gives that peer (name, id, ranges)
 before it enters, and written anew from what was understood, so that nothing rides along unread. A peer that cannot
-be reached keeps its last state; a value that is refused leaves the one before it in place.
+be reached keeps its last state; a value that is refused leaves the one before it in place. What was mirrored goes,
+whatever the peer says, when it claims an address that the record has given to another cluster since.
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ class Refused(WireError):
     """A key of a peer that must not be taken over; the text is the reason, short enough to count by."""
 
 
+class Foreign(Refused):
+    """It claims another cluster's machine."""
+
+
 def cache_key(kind: str, peer: str, key: str) -> str:
     """Where the state key of a peer is mirrored to. Refused for a key that is not of that kind and peer."""
     if kind == "nodes":
@@ -178,7 +183,7 @@ def translate(
 def _own_addresses(addresses: Iterable[str], peer: str, foreign: Mapping[str, str]) -> None:
     for address in addresses:
         if address and foreign.get(address, peer) != peer:
-            raise Refused("address is another cluster's machine")
+            raise Foreign("address is another cluster's machine")
 
 
 def _underlay_addresses(addresses: Iterable[str], reserved: Sequence[IPv4Network]) -> None:
@@ -280,6 +285,7 @@ class Mirror:
         self._status_text = ""
         self._status_time = float("-inf")
         self._foreign_seen: Mapping[str, str] = {}
+        self._again = False  # everything is to be judged anew
         self._believed = (previous.cluster_id, previous.revision) if previous else ("", 0)
         seen = (int(self._believed[0] or "0", 16), self._believed[1])
         self.stores: dict[str, PrefixStore] = {}
@@ -433,10 +439,20 @@ class Mirror:
         return True
 
     def _take(self) -> frozenset[str]:
-        """Judge what changed, and everything again when the record's addresses changed; the kinds complete by now."""
+        """Judge what changed, and everything again when the record's addresses changed; the kinds complete by now.
+
+        A peer that is over its budget keeps what is mirrored of it, but for addresses that were given to others.
+        """
         foreign = self._foreign()
-        again = foreign is not self._foreign_seen and foreign != self._foreign_seen
-        self._foreign_seen = foreign
+        given = foreign is not self._foreign_seen and foreign != self._foreign_seen
+        self._foreign_seen, self._again = foreign, self._again or given
+        if not self._within_budget():
+            if given:
+                for target in list(self.wanted):
+                    kind = target.split("/")[2]
+                    self._give_up(kind, state_key(kind, self.peer.name, target), foreign)
+            return frozenset()
+        again, self._again = self._again, False
         for kind, store in self.stores.items():
             changed = store.take()
             for key in {*changed, *store.items} if again else changed:
@@ -450,26 +466,41 @@ class Mirror:
                 target = cache_key(kind, self.peer.name, key)
             except Refused:
                 return  # a key of that form was never taken over
-            if self.wanted.pop(target, None) is not None:
-                self._counts[kind] -= 1
-                self._change(kind, target)
-            return
-        if len(kv.value) > self._budget.value:
-            self._refuse(key, f"value is larger than {self._budget.value} bytes")
+            self._withdraw(kind, target)
             return
         try:
+            if len(kv.value) > self._budget.value:
+                raise Refused(f"value is larger than {self._budget.value} bytes")
             target, text = translate(kind, self.peer, self._max_clusters, key, kv.value, foreign, self._reserved)
-        except WireError as error:
-            self._refuse(key, str(error))
-            return
-        except (ValueError, RecursionError):  # parsed, but JSON cannot say it: 1e999, or nested very deeply
-            self._refuse(key, "cannot be written as JSON")
+        except (ValueError, RecursionError) as error:
+            # No WireError: parsed, but JSON cannot say it: 1e999, or nested very deeply.
+            self._refuse(key, str(error) if isinstance(error, WireError) else "cannot be written as JSON")
+            self._give_up(kind, key, foreign)
             return
         self.refused.pop(key, None)
         if target not in self.wanted:
             self._counts[kind] += 1
         if self.wanted.get(target) != text:
             self.wanted[target] = text
+            self._change(kind, target)
+
+    def _give_up(self, kind: str, key: str, foreign: Mapping[str, str]) -> None:
+        """Withdraw what is mirrored of a key when another cluster has its address by now: readers know one node at an
+        address, and could take that cluster's packets for this peer's."""
+        try:
+            target = cache_key(kind, self.peer.name, key)
+            if target in self.wanted:
+                value = self.wanted[target].encode("utf-8", "surrogateescape")
+                translate(kind, self.peer, self._max_clusters, key, value, foreign)
+        except Foreign as error:
+            logger.warning("withdrew a peer's key", extra=fields(peer=self.peer.name, key=target, reason=str(error)))
+            self._withdraw(kind, target)
+        except (ValueError, RecursionError):
+            return  # nobody else's for all that is known of it
+
+    def _withdraw(self, kind: str, target: str) -> None:
+        if self.wanted.pop(target, None) is not None:
+            self._counts[kind] -= 1
             self._change(kind, target)
 
     def _change(self, kind: str, target: str) -> None:
@@ -504,7 +535,7 @@ class Mirror:
 
     async def _write(self) -> None:
         before = (self.services_changes, self.services_known)
-        complete = self._take() if self._within_budget() else frozenset()
+        complete = self._take()
         self.services_known = self.services_known or "services" in complete
         if before != (self.services_changes, self.services_known):
             self._offered()
