@@ -32,6 +32,10 @@ class Refusal:
     reason: str
 
 
+class _IdTaken(wire.WireError):
+    """A peer's id is another peer's, as long as that one has it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a key's value goes: the section, the name in it, and how to decode it.
@@ -62,6 +66,7 @@ class Decoder:
         self._news: list[Refusal] = []
         self._raw: dict[str, bytes] = {}
         self._waiting: dict[str, dict[str, bytes]] = {}  # peers whose config is not known yet
+        self._rivals: dict[str, bytes] = {}  # configs that wait for another peer to give up their id
         self._sections: dict[str, dict[Any, Any]] = {name: {} for name in SECTIONS}
         self._dirty: set[str] = set()
         self._state = MeshState()
@@ -81,6 +86,7 @@ class Decoder:
         place = self._place(key)
         if place is None:
             return False
+        self._rivals.pop(key, None)
         if self._raw.get(key) == value:
             self.bad.pop(key, None)
             return False
@@ -91,6 +97,8 @@ class Decoder:
                 return False
             record = place.decode(value, cluster_id or 0)
         except ValueError as exc:  # WireError and DocumentError are ValueErrors
+            if isinstance(exc, _IdTaken):
+                self._rivals[key] = value
             self._refuse(key, str(exc))
             return False
         self.bad.pop(key, None)
@@ -108,6 +116,7 @@ class Decoder:
         """Forget a key. True when the state changed."""
         place = self._place(key)
         self.bad.pop(key, None)
+        self._rivals.pop(key, None)
         if place is None:
             return False
         if place.cluster is not None:
@@ -163,12 +172,19 @@ class Decoder:
             again.setdefault(key, value)
         for key, value in again.items():
             self.put(key, value)
+        self._put_rivals()
 
     def _config_gone(self, cluster: str) -> None:
         """Everything of a peer goes with its config: another cluster may have its id next."""
         self._waiting.pop(cluster, None)
         for key in {*self._keys_of(cluster, self._raw), *self._keys_of(cluster, self.bad)}:
             self.delete(key)
+        self._put_rivals()
+
+    def _put_rivals(self) -> None:
+        """Configs whose id may be free now: etcd tells of them once, not again when another one goes."""
+        for key, value in list(self._rivals.items()):
+            self.put(key, value)
 
     def _keys_of(self, cluster: str, keys_of_all: Mapping[str, object]) -> list[str]:
         mine = [key for key in keys_of_all if cluster in key]  # few of very many; the exact answer costs more
@@ -254,7 +270,7 @@ class Decoder:
                 raise wire.WireError("cluster id is our own")
             others: Mapping[str, wire.ClusterConfig] = self._sections["configs"]
             if any(other.id == config.id for name, other in others.items() if name != cluster):
-                raise wire.WireError("cluster id is another peer's")
+                raise _IdTaken("cluster id is another peer's")
             return config
 
         return decode

@@ -134,6 +134,52 @@ def test_the_id_of_a_removed_peer_can_be_anothers():
     assert decoder.state().identities[(2 << 16) + 1]["k8s:io.cilium.k8s.policy.cluster"] == "other"
 
 
+def renamed(items: dict[str, bytes]) -> dict[str, bytes]:
+    """Documents of `cloud` as those of a cluster that has its id, config last."""
+    named = {key.replace("/cloud", "/other"): value.replace(b"cloud", b"other") for key, value in items.items()}
+    return dict(sorted(((key, named[key]) for key in named.keys() - items.keys()), reverse=True))
+
+
+@pytest.mark.parametrize("how", ["gone", "another id"])
+def test_a_peer_whose_id_is_taken_comes_when_it_is_free(how):
+    """The config of a cluster that is removed stays while it drains, beside that of the one that has its id next."""
+    decoder = mesh.decoder()
+    items = mesh.documents({"cloud": [1]})
+    cloud, other = keys.cluster_config_key("cloud"), keys.cluster_config_key("other")
+    for key, value in {**items, **renamed(items)}.items():
+        decoder.put(key, value)
+    assert decoder.bad == {other: "cluster id is another peer's"}
+    assert "other" not in decoder.state().configs
+    with decoder.batch():
+        if how == "gone":
+            decoder.delete(cloud)
+        else:
+            decoder.put(cloud, wire.ClusterConfig(id=77, cached=True).to_json().encode())
+    state = decoder.state()
+    assert state.configs["other"].id == 2
+    assert {name for name in state.nodes if name[0] in ("cloud", "other")} == {
+        ("other", "other-1"),
+        ("other", "other-2"),
+    }
+    assert other not in decoder.bad
+
+
+def test_a_config_that_is_no_more_does_not_come_when_its_id_is_free():
+    other = keys.cluster_config_key("other")
+    for last in (None, b'{"id": 1}', wire.ClusterConfig(id=9).to_json().encode()):
+        decoder = mesh.decoder()
+        for key, value in mesh.documents({"cloud": [1]}).items():
+            decoder.put(key, value)
+        decoder.put(other, wire.ClusterConfig(id=2).to_json().encode())
+        if last is None:
+            decoder.delete(other)
+        else:
+            decoder.put(other, last)
+        decoder.delete(keys.cluster_config_key("cloud"))
+        config = decoder.state().configs.get("other")
+        assert config is None or config.id == 9
+
+
 def test_own_addresses_are_not_read_from_a_mirror():
     decoder = mesh.decoder()
     items = mesh.documents({})
