@@ -34,6 +34,10 @@ PROBE_INTERVAL = 5.0
 PROBE_MISSES = 3
 """After so many probes without an answer, watches that look open are begun anew."""
 
+AT_ONCE = 1.0
+"""A watch that ends within so many seconds without an event has failed, and one that stands for as long has not: what
+is between here and the server may answer for it, and let no watch stand."""
+
 PATIENCE = 3.0
 """Seconds that a server may refuse everybody: one that starts does not know its rules yet."""
 
@@ -144,8 +148,16 @@ class Source:
         self._changed.set()
 
     async def _watch(self, kind: str) -> None:
-        async with contextlib.aclosing(self._api.watch(kind, self._versions[kind])) as events:
-            async for event in events:
+        began, heard = self._clock(), False
+        async with contextlib.AsyncExitStack() as stack:
+            watch = self._api.watch(kind, self._versions[kind])
+            async for event in await stack.enter_async_context(contextlib.aclosing(watch)):
+                if event.type == "OPEN":
+                    began = self._clock()
+                    self._refused.pop(kind, None)
+                    stack.callback(asyncio.get_running_loop().call_later(AT_ONCE, self._good, kind).cancel)
+                    continue
+                heard = True
                 if event.type == "DELETED":
                     with contextlib.suppress(ObjectError):
                         self.catalog.remove(kind, key_of(event.object))
@@ -155,6 +167,13 @@ class Source:
                 self._good(kind)
                 if self.catalog.waiting():
                     self._changed.set()
+        if not heard and self._clock() - began < AT_ONCE:
+            raise ApiError(
+                self._api.server,
+                f"watch {kind}",
+                "it ended at once and told nothing, so what changes is not seen. Next: see whether a proxy or balancer "
+                "before the API server ends requests that last",
+            )
 
     # --- how the server stands
 
