@@ -183,7 +183,8 @@ class Registrar:
         # Every mirror asks each second, and a record of 50 clusters is large: parsed once per change.
         self._underlays_of: frozenset[tuple[str, int]] | None = None
         self._underlays_found: Mapping[str, str] = {}
-        self._own_underlays: Mapping[str, str] = {}  # of nodes that are not in the record
+        # Of nodes that are not in the record; None: they are not known yet.
+        self._own_underlays: Mapping[str, str] | None = None if spec.in_cluster and self.kubernetes else {}
         self._record_of: tuple[object, ...] = ()
         self._record_found: tuple[Mapping[str, Any] | None, str] = (None, "")
         self._peers = tuple(peer.name for peer in self.registrar.peers)
@@ -697,7 +698,8 @@ class Registrar:
 
     async def _mirror(self, writer: Writer, peer: PeerSpec) -> None:
         await self.estate.refresh()
-        while self._record()[0] is None:  # who else is in the estate, and that there is one, is not known yet
+        # Who else is in the estate, and that there is one, or which addresses are own nodes', is not known yet.
+        while self._record()[0] is None or self._own_underlays is None:
             await asyncio.sleep(RETRY_DELAY)
         actual, stands = await read_mirrored(self.client, peer.name)
         header = self.client.last_header
@@ -770,7 +772,7 @@ class Registrar:
         seen = frozenset((key, kv.mod_revision) for key, kv in self.estate.items.items())
         if seen == self._underlays_of:
             return self._underlays_found
-        found: dict[str, str] = dict(self._own_underlays)
+        found: dict[str, str] = dict(self._own_underlays or {})
         for key, kv in self.estate.items.items():
             cluster = keys.parse_estate_cluster_key(key)
             if cluster is None:
