@@ -86,6 +86,23 @@ async def mirrored(registrar: Registrar) -> None:
     await registrar._mirror(writer, registrar.registrar.peers[0])
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_mirror_that_begins_anew_knows_a_peer_that_was_read_before(
+    read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What of an unread peer is not known stays: its services' addresses here, its backends in Kubernetes."""
+    known: list[bool] = []
+
+    def mirror(one: Mirror) -> None:
+        known.append(one.services_known)
+        one.services_known = one.services_known or read
+
+    registrar = a_registrar(tmp_path, monkeypatch, mirror)
+    for _ in range(3):
+        asyncio.run(mirrored(registrar))
+    assert known == [False, read, read]
+
+
 def test_mirrors_wait_until_it_is_known_which_addresses_are_own_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

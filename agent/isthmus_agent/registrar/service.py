@@ -732,7 +732,7 @@ class Registrar:
             reserved=(*self.spec.mesh_ranges4, *self.spec.service_ranges4),
             started=lambda: self._mirroring.add(peer.name),
             offered=self.changed.set,
-            complete=remembered is not None or await self._was_complete(peer.name),
+            complete=(remembered is not None and remembered.complete) or await self._was_complete(peer.name),
             wall=self._wall,
             clock=self._clock,
         )
@@ -743,7 +743,11 @@ class Registrar:
         finally:
             del self._running[peer.name]
             self._mirrored[peer.name] = _Remembered(
-                writer.header.cluster_id, writer.header.revision, dict(mirror.wanted), mirror.config_text
+                writer.header.cluster_id,
+                writer.header.revision,
+                dict(mirror.wanted),
+                mirror.config_text,
+                mirror.services_known,
             )
             await client.close()
 
@@ -788,12 +792,13 @@ class Registrar:
 
 @dataclass(frozen=True, slots=True)
 class _Remembered:
-    """What was mirrored of a peer when our own etcd `cluster_id` was at `revision`."""
+    """What was mirrored of a peer when our own etcd `cluster_id` was at `revision`; `complete`: all its services."""
 
     cluster_id: int
     revision: int
     keys: dict[str, str]
     config: str | None
+    complete: bool
 
 
 def _document(value: bytes) -> dict[str, Any]:
