@@ -269,6 +269,11 @@ def establish_authority(
     copies. They repair a lost or damaged ``ca.crt``, and they show that an authority existed: one whose key is lost is
     refused with `PkiError`, because silently making another would cut off everything that trusts the first.
     """
+    step = (
+        f"Next: when a run of isthmus.mesh.replace_authority ended early ({where}/ca.key.replaced is there, unless the "
+        f"old key was lost), run it again with -e isthmus_replace_authority={cluster}; else restore ca.key and ca.crt "
+        "from a backup"
+    )
     if key is None:
         witnesses = ([f"{where}/ca.crt"] if certificate is not None else []) + sorted(evidence)
         if witnesses:
@@ -285,10 +290,12 @@ def establish_authority(
     try:
         authority = Authority(cluster, key, certificate or b"", where, now)
         write = None
-    except PkiError:
+    except PkiError as exc:
         load_key(key, f"{where}/ca.key")
         found = certificate_of_key(key, evidence.values(), f"{where}/ca.key")
-        if found is None and (certificate is not None or evidence):
+        if found is None and evidence:
+            raise PkiError(f"{exc}. {step}") from exc
+        if found is None and certificate is not None:
             raise
         write = found.encode() if found is not None else new_authority(cluster, now, key)[1]
         authority = Authority(cluster, key, write, where, now)
@@ -297,7 +304,7 @@ def establish_authority(
             raise PkiError(
                 f"{where}/ca.crt ({describe(authority.pem.encode())['fingerprint']}) is not the authority that "
                 f"{source} holds for cluster {cluster} ({describe(pem.encode())['fingerprint']}). Hosts and peers "
-                "trust the latter; restore ca.key and ca.crt from a backup"
+                f"trust the latter. {step}"
             )
     return Established(authority, None, write)
 

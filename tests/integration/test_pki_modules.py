@@ -523,6 +523,23 @@ def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(
         assert estate.role(host, {"onprem": document["ca_certificate"]}, crl=listed) == {"pki_request": False}
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_replacement_that_ended_before_the_record_was_written_goes_on(estate: Estate, lost: bool) -> None:
+    wanted = spec("onprem-1", "onprem")
+    estate.role(wanted)
+    ca = estate.pki("onprem-1")
+    document = {"name": "onprem", "revision": 7, "ca_certificate": (ca / "ca.crt").read_text()}
+    if lost:
+        (ca / "ca.key").unlink()
+    begun = estate.run("pki_replace", {"step": "begin", "record": document}, "onprem-1")["document"]
+    again = r"replace_authority ended early \(.*run it again with -e isthmus_replace_authority=onprem"
+    with pytest.raises(ModuleFailed, match=again):
+        estate.role(wanted, {"onprem": document["ca_certificate"]})
+    assert estate.run("pki_replace", {"step": "begin", "record": document}, "onprem-1")["document"] == begun
+    estate.replacing = "onprem"
+    assert estate.role(wanted, {"onprem": begun["ca_certificate"]}) == {"pki_request": True}
+
+
 def test_a_host_that_encrypts_has_a_key_of_wireguard_which_stays_and_goes_with_the_plan(estate: Estate) -> None:
     wanted = {**spec("onprem-1", "onprem"), "wireguard": {"key": "/etc/isthmus/pki/wireguard.key", "port": 51871}}
     path = estate.pki("onprem-1") / "wireguard.key"
