@@ -131,18 +131,19 @@ record:
   returned: success with O(part=backup)
   type: dict
 authority_lost:
-  description: Whether the private key of the authority is missing on this host, which is its place.
+  description: Whether the private key of the authority is missing or torn on this host, which is its place.
   returned: success with O(part=look)
   type: bool
 """
 
 import json
 import os
+import re
 import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit, former
-from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
+from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes, read_bytes
 from ansible_collections.isthmus.mesh.plugins.module_utils.units import Systemd
 
 
@@ -161,7 +162,9 @@ def look(module, changes):
             "restore was interrupted after this one began, run the playbook isthmus.mesh.site, and the others join it; "
             f"to replace it all the same, -e isthmus_confirm_restore={cluster}"
         )
-    return changes.result(authority_lost=module.params["authority"] and not os.path.exists(key))
+    # One that is torn is none. The host may have no bundle yet, which could read it.
+    whole = re.search(rb"-----END [A-Z ]*PRIVATE KEY-----", read_bytes(key) or b"") is not None
+    return changes.result(authority_lost=module.params["authority"] and not whole)
 
 
 def clear(module, changes):

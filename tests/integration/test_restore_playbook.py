@@ -223,6 +223,13 @@ def test_the_key_comes_back_into_its_file_and_nowhere_else(site: Site) -> None:
     assert "put back from the backup" in everything
     assert [line for line in secret if line in everything] == []
 
+    for torn in (b"", site.key[: len(site.key) // 2]):
+        (site.directory / "ca.key").write_bytes(torn)
+        refused = site.authority(path, key="")
+        assert "isthmus_restore_key is not given" in said(refused)
+        assert site.authority(path).returncode == 0
+        assert (site.directory / "ca.key").read_bytes() == site.key
+
     again = site.authority(path, key=str(site.place / "not needed any more"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "changed=0" in again.stdout
