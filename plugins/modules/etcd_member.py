@@ -284,11 +284,12 @@ class Install:
 def snapshot(client, reason):
     """A copy of the data before a step that could hurt it; the newest few are kept."""
     os.makedirs(etcd_unit.SNAPSHOTS, mode=0o700, exist_ok=True)
+    # First: on a disk that is nearly full the new one has the place of the oldest.
+    for old in sorted(glob.glob(etcd_unit.SNAPSHOTS + "/*-before-*.db"))[: 1 - SNAPSHOTS_KEPT]:
+        os.unlink(old)
     client.snapshot(
         os.path.join(etcd_unit.SNAPSHOTS, time.strftime(f"%Y%m%dT%H%M%SZ-before-{reason}.db", time.gmtime()))
     )
-    for old in sorted(glob.glob(etcd_unit.SNAPSHOTS + "/*-before-*.db"))[:-SNAPSHOTS_KEPT]:
-        os.unlink(old)
 
 
 def take_out(changes, gone):
@@ -337,8 +338,7 @@ class MemberModule:
         if outdated and not self.module.check_mode:
             # The gate comes before anything is written: a refusal leaves the host as it is.
             with self.admin.turn(self.member, self.connect, self.timeout):
-                with self.connect([self.admin.local_endpoint(self.member)]) as client:
-                    snapshot(client, "restart")
+                self.keep()
                 self.write(text, unit)
                 self.units.systemd.run("restart", etcd_unit.SERVICE)
                 self.admin.wait_healthy(self.member, self.connect, self.timeout)
@@ -350,6 +350,20 @@ class MemberModule:
         if started:
             return self.finish("none")
         return self.start(binary)
+
+    def keep(self):
+        """The snapshot before a restart. Without it the member goes on as it is."""
+        with self.connect([self.admin.local_endpoint(self.member)]) as client:
+            try:
+                snapshot(client, "restart")
+            except OSError as exc:
+                cluster, alone = self.spec["cluster"]["name"], not self.admin.other_endpoints(self.member)
+                why = etcd_trouble.of_host(cluster, alone, "") or f"Next: make space in {etcd_unit.SNAPSHOTS}"
+                self.module.fail_json(
+                    msg=f"etcd member {self.member.name} is to start anew, as its configuration changed, and was left "
+                    f"as it is: the snapshot before that could not be written ({exc}). {why}, and run the playbook "
+                    "again"
+                )
 
     def revoked(self):
         """The list of revoked certificates as etcd reads it, None without one. In check mode it is not there yet."""

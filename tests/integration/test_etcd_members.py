@@ -338,6 +338,30 @@ def test_a_check_predicts_the_restart_for_a_list_that_the_host_gets_in_the_run(c
     assert headers[0] == headers[1]
 
 
+@pytest.mark.root
+def test_a_full_disk_leaves_a_member_that_is_to_restart_as_it_is_and_old_snapshots_make_room(cluster: Cluster) -> None:
+    cluster.run("o1")
+    host = cluster.hosts["o1"]
+    (host.pki / "revoked.crl").write_bytes(cluster.ca.revoked())
+    host.snapshots.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", str(host.snapshots)], check=True)
+    try:
+        settings, restart = (host.place / "etcd.env").read_text(), "restart isthmus-etcd.service"
+        with pytest.raises(ModuleFailed, match=r"o1 is .* left as it is: .*No space left.*\. Next: .*run the playbook"):
+            cluster.run("o1")
+        assert (host.place / "etcd.env").read_text() == settings
+        assert (host.calls().count(restart), host.runs()) == (1, True)
+        assert list(host.snapshots.iterdir()) == []
+
+        subprocess.run(["mount", "-o", "remount,size=1m", str(host.snapshots)], check=True)
+        for year in range(2020, 2025):
+            (host.snapshots / f"{year}0101T000000Z-before-restart.db").write_bytes(bytes(204 << 10))
+        assert cluster.run("o1")["action"] == "restarted"
+        assert [path.name[:4] for path in sorted(host.snapshots.iterdir())][:-1] == ["2021", "2022", "2023", "2024"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(host.snapshots)], check=True)
+
+
 def test_a_host_without_a_member_needs_nothing(cluster: Cluster) -> None:
     cluster.plan = cluster.planned("o1", "o2", prune=("member/onprem/o3",))
     assert cluster.run("o3")["action"] == "none"
