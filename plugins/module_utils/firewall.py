@@ -73,10 +73,18 @@ def describe(found: Firewall) -> str:
 
 def _run(module: AnsibleModule, *command: str) -> str | None:
     """Output of a command that ended well; None without it."""
-    if not module.get_bin_path(command[0], opt_dirs=["/usr/sbin", "/sbin"]):
+    if not _has(module, command[0]):
         return None
     code, out, _err = module.run_command(list(command), environ_update={"LC_ALL": "C"})
     return str(out) if code == 0 else None
+
+
+def _has(module: AnsibleModule, program: str) -> bool:
+    return bool(module.get_bin_path(program, opt_dirs=["/usr/sbin", "/sbin"]))
+
+
+def _firewalld_runs(module: AnsibleModule) -> bool:
+    return (_run(module, "firewall-cmd", "--state") or "").strip() == "running"
 
 
 def _ufw_enabled() -> bool:
@@ -107,7 +115,7 @@ def _ufw(module: AnsibleModule, ports: list[Port]) -> Firewall | None:
 
 
 def _firewalld(module: AnsibleModule, ports: list[Port], interface: str) -> Firewall | None:
-    if (_run(module, "firewall-cmd", "--state") or "").strip() != "running":
+    if not _firewalld_runs(module):
         return None
     zone = _zone(module, interface)
     target = (_run(module, "firewall-cmd", "--permanent", f"--zone={zone}", "--get-target") or "").strip()
@@ -207,7 +215,7 @@ def open_for(
         through = [f"allow in on {tunnel} to any port {inner} proto udp" for tunnel in tunnels]
         texts += [f"allow from {source} to {to}" for source in sources]
         _ufw_rules(module, changes, [f"allow in on {DEVICE}", *through, *texts])
-    if (_run(module, "firewall-cmd", "--state") or "").strip() == "running":
+    if _firewalld_runs(module):
         active.append("firewalld")
         zone = _zone(module, interface)
         entries = [
@@ -236,6 +244,13 @@ def close(module: AnsibleModule, changes: Changes) -> list[str]:
         had.append("ufw")
         _ufw_rules(module, changes, [])
     if os.path.exists(STATE):
+        if _has(module, "firewall-cmd") and not _firewalld_runs(module):
+            module.fail_json(
+                msg=f"firewalld does not run on this host, and {STATE} names rules of the mesh in its permanent "
+                "configuration, which would be in force when it starts again. They can be taken away only while it "
+                "runs. Next: `systemctl start firewalld` and run again; if it is never to run again, delete that file "
+                "and run again: the rules stay in its configuration"
+            )
         had.append("firewalld")
         _firewalld_rules(module, changes, [])
     return had

@@ -25,9 +25,10 @@ class Host:
         self.firewalld: dict[str, Zones] | None = None
         self.zone = "public"
         self.broken = ""
+        self.programs = {"ufw", "firewall-cmd"}
 
-    def get_bin_path(self, name: str, **_more: Any) -> str:
-        return "/usr/sbin/" + name
+    def get_bin_path(self, name: str, **_more: Any) -> str | None:
+        return f"/usr/sbin/{name}" if name in self.programs else None
 
     def fail_json(self, msg: str, **_more: Any) -> None:
         raise AssertionError(msg)
@@ -196,6 +197,26 @@ def test_firewalld_is_opened_now_and_for_good_in_few_calls_and_closed_again(host
     assert {
         mode: {zone: found for zone, found in zones.items() if found} for mode, zones in host.firewalld.items()
     } == {mode: {"public": [RICH_A]} for mode in ("runtime", "permanent")}
+    assert not Path(firewall.STATE).exists()
+
+
+def test_rules_of_a_firewalld_that_does_not_run_are_not_forgotten(host: Host) -> None:
+    """They are in its permanent configuration; without the program they are nothing."""
+    Path(firewall.UFW_CONF).unlink()
+    zones: dict[str, Zones] = {"runtime": {}, "permanent": {}}
+    host.firewalld = zones
+    opened(host, A)
+    host.firewalld = None
+    for check in (True, False):
+        with pytest.raises(AssertionError, match=r"firewalld does not run .*Next: `systemctl start firewalld`"):
+            closed(host, check)
+    host.firewalld = zones
+    assert closed(host) == ["firewalld"]
+    assert [zone for found in zones.values() for zone in found.values() if zone] == []
+
+    opened(host, A)
+    host.programs.remove("firewall-cmd")
+    assert closed(host) == ["firewalld"]
     assert not Path(firewall.STATE).exists()
 
 
