@@ -4,9 +4,10 @@ ways are docs/operating.md, "What can be lost"."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils import etcd_unit
 
@@ -66,6 +67,27 @@ def of_others(cluster: str, told: str) -> str:
         "it knows. Next: start them (`systemctl start isthmus-etcd`; `journalctl -u isthmus-etcd`). When the data of "
         'most is lost for good, see "Most members are lost" in docs/operating.md: this member\'s data is newer than '
         f"any backup; without it isthmus.mesh.restore -e isthmus_restore={cluster}"
+    )
+
+
+def divided(admin: Any, errors: Any, member: Any, connect: Any) -> str:
+    """When the member on this host and the other declared ones are not of one etcd: which are where, and the way back;
+    else empty. `admin` is `isthmus_agent.etcd_admin`, `errors` has its client's; a member that is silent for 3 s or,
+    on another host, has no leader serves nobody and does not count."""
+    found: dict[int, list[str]] = {}
+    for name, url in sorted({**admin.other_endpoints(member), member.name: admin.local_endpoint(member)}.items()):
+        with contextlib.suppress(errors.EtcdError, OSError), connect([url], 3.0) as client:
+            status = client.status()
+            if status.leader or name == member.name:
+                found.setdefault(status.header.cluster_id, []).append(name)
+    if len(found) < 2:
+        return ""
+    told = "; ".join(f"{', '.join(names)} in that with cluster id {number:x}" for number, names in found.items())
+    return (
+        f"The members are in different etcds: {told}. Why: the cluster began anew (isthmus.mesh.restore does that) "
+        "while some of its hosts were off, and these came back with the data of before. Next: `systemctl stop "
+        "isthmus-etcd` on every host of the older one (after a restore: those that were not in its run), then run "
+        "isthmus.mesh.site: it moves their data to /var/lib/isthmus/etcd.removed-TIME, and they join the other"
     )
 
 

@@ -21,6 +21,7 @@ description:
     the result says so.
   - With O(snapshot) O(former) begins a new cluster from that file instead, under a new token, when it has no data; the
     others wait for it and join. The file is removed then, and so are the locks of runs that it holds.
+  - Fails when a member that runs is not of the same etcd as the others, as after a restore that it was not in.
   - Members that the record does not list any more are taken out of the cluster by O(former), one at a time, after a
     snapshot, while all that stay are healthy; else a warning says why not. They are left when the record in etcd is
     newer than the plan.
@@ -328,6 +329,8 @@ class MemberModule:
         digest = config_digest(text, binary or "", trusted.decode(errors="replace"), (revoked or b"").hex())
         unit = etcd_unit.service(binary or "(not installed yet)", digest)
         started = self.unit_is("active", etcd_unit.SERVICE)
+        if started:
+            self.need_one_etcd()
         outdated = started and self.running_config() != digest
         gap = outdated and len(self.spec["member"]["members"]) == 1
         if started and (outdated or self.acts()):
@@ -350,6 +353,12 @@ class MemberModule:
         if started:
             return self.finish("none")
         return self.start(binary)
+
+    def need_one_etcd(self):
+        """Else the others that are asked here would speak for an etcd that is not this member's."""
+        words = self.admin and etcd_trouble.divided(self.admin, self.kvstore, self.member, self.connect)
+        if words:
+            self.module.fail_json(msg=f"etcd member {self.member.name} was left as it is. {words}")
 
     def keep(self):
         """The snapshot before a restart. Without it the member goes on as it is."""

@@ -408,6 +408,43 @@ def test_all_members_come_back_from_a_snapshot(cluster: Cluster, tmp_path: Path)
         assert cluster.run(name, formed=True)["changed"] is False
 
 
+def test_members_that_come_back_with_the_data_of_before_a_restore_are_told_and_join_once_they_are_stopped(
+    cluster: Cluster,
+) -> None:
+    """They have a quorum, and the others that were asked first say that all is well."""
+    cluster.form()
+    older, restored = ("o1", "o2"), cluster.hosts["o3"]
+    sent = restored.place / "sent.db"
+    cluster.etcdctl("snapshot", "save", str(sent))
+    for name in older:
+        cluster.hosts[name].systemctl("stop", "isthmus-etcd.service")
+    lose(restored)
+    assert cluster.run("o3", acts="o3", formed=True, snapshot=str(sent))["action"] == "restored"
+    for name in older:
+        cluster.hosts[name].systemctl("restart", "isthmus-etcd.service")
+    for name in older:
+        cluster.until_healthy(name)
+
+    words = r"{} was left as it is.* in different etcds: o1, o2 in .*{:x}; o3 in .*{:x}. .*Next: `systemctl stop"
+    ids = [cluster.cluster_id(at=name) for name in ("o1", "o3")]
+    for name, check in (("o1", False), ("o2", True), ("o3", False)):
+        with pytest.raises(ModuleFailed, match=words.format(name, *ids)):
+            cluster.run(name, check=check, acts="o3", formed=True)
+    cluster.hosts["o1"].systemctl("stop", "isthmus-etcd.service")
+    end = time.monotonic() + 30
+    while json.loads(cluster.etcdctl("endpoint", "status", "-w", "json", at="o2"))[0]["Status"].get("leader"):
+        assert time.monotonic() < end, "o2 alone goes on with a leader"
+    with pytest.raises(ModuleFailed, match="in different etcds: o2 in "):
+        cluster.run("o2", acts="o3", formed=True)
+    assert cluster.run("o3", acts="o3", formed=True)["action"] == "none", "one without a quorum is no reason to wait"
+    cluster.hosts["o2"].systemctl("stop", "isthmus-etcd.service")
+    for name in older:
+        assert cluster.run(name, acts="o3", formed=True)["action"] == "joined"
+        assert len(list(cluster.hosts[name].place.glob("data.removed-*"))) == 1
+        assert cluster.cluster_id(at=name) == ids[1]
+    assert cluster.members() == ["o1", "o2", "o3"]
+
+
 def test_a_member_that_lost_its_data_joins_anew_whoever_leads(cluster: Cluster) -> None:
     cluster.form()
     guard(cluster)

@@ -202,6 +202,22 @@ def test_an_alarm_is_told_with_the_way_back(host: Host, monkeypatch: pytest.Monk
     assert words.startswith("etcd: alarm NOSPACE: its database has reached etcd.quota_bytes")
 
 
+@pytest.mark.parametrize("scope", ["mesh", "host"])
+def test_a_member_that_is_of_another_etcd_than_the_others_is_told(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    monkeypatch.setattr(agent_checks, "check_own_agent", lambda _verifier: None)
+    with EtcdServer(tmp_path / "other", name="c2", ca=host.server.ca, token="other") as other:  # noqa: S106
+        host.spec["member"]["client_urls"] = {HOST: host.server.endpoint, "c2": other.endpoint}
+        host.node.write_text(json.dumps(host.spec))
+        verifier = host.verifier()
+        verifier.module.params |= {"scope": scope, "before": None}
+        verify.run(verifier)
+    (words,) = [words for words in verifier.problems if "different etcds" in words]
+    assert words.startswith(f"etcd: The members are in different etcds: {HOST} in that with cluster id ")
+    assert "; c2 in that with cluster id " in words
+
+
 def test_a_clock_that_is_a_day_off_is_told(host: Host) -> None:
     found = host.verifier()
     found.module.params["controller_time"] = "2020-01-01T00:00:00Z"

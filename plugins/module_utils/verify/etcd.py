@@ -36,9 +36,11 @@ def check_etcd(verifier: Verifier) -> None:
                         _check_answers(verifier, other, entry, errors)
     except (errors.EtcdError, OSError) as exc:
         verifier.check(
-            "etcd", False, f"member {member.name} does not serve: {exc}. {_why_not(verifier, admin, member)}"
+            "etcd", False, f"member {member.name} does not serve: {exc}. {_why_not(verifier, admin, errors, member)}"
         )
         return
+    words = etcd_trouble.divided(admin, errors, member, connect)
+    verifier.check("etcd", not words, words)
     declared = {url.rstrip("/") for url in member.members.values()}
     real = {url.rstrip("/") for entry in members for url in entry.peer_urls}
     verifier.check("etcd", declared == real, f"its members are {sorted(real)}, the plan has {sorted(declared)}; {SITE}")
@@ -51,7 +53,7 @@ def check_etcd(verifier: Verifier) -> None:
 
 
 def check_own_member(verifier: Verifier) -> None:
-    """It serves, has a leader and votes. How the others are is no finding about this host."""
+    """It serves, has a leader, votes, and is of the others' etcd. How they are is no finding about this host."""
     admin = verifier.bundle("isthmus_agent.etcd_admin")
     errors = verifier.bundle("isthmus_agent.kvstore.errors")
     member = verifier.bundle("isthmus_mesh.spec").NodeSpec.from_dict(verifier.spec).member
@@ -64,6 +66,8 @@ def check_own_member(verifier: Verifier) -> None:
         verifier.check("etcd", False, f"member {member.name} does not serve: {exc}; {words}")
         return
     verifier.check("etcd", own and not own[0].learner, f"member {member.name} does not vote; {words}")
+    apart = etcd_trouble.divided(admin, errors, member, connect)
+    verifier.check("etcd", not apart, apart)
 
 
 def check_revoked(verifier: Verifier) -> None:
@@ -79,13 +83,15 @@ def check_revoked(verifier: Verifier) -> None:
     verifier.check("etcd", listed, f"{etcd_unit.ENVIRONMENT} does not tell etcd to read {path}; {SITE}")
 
 
-def _why_not(verifier: Verifier, admin: Any, member: Any) -> str:
+def _why_not(verifier: Verifier, admin: Any, errors: Any, member: Any) -> str:
     """Why the member on this host does not serve, and what to do."""
     others = admin.other_endpoints(member)
     journal = units.Systemd(verifier.module).journal("isthmus-etcd.service", etcd_trouble.JOURNAL_LINES)
     why = etcd_trouble.of_host(verifier.cluster, not others, journal)
     if not why and others:
         connect = admin.EtcdConnector(verifier.cluster, directory=verifier.PKI)
+        why = etcd_trouble.divided(admin, errors, member, connect)
+    if not why and others:
         why = etcd_trouble.of_others(verifier.cluster, admin.survey(member, connect, verifier.timeout).describe())
     return why or "Next: see `journalctl -u isthmus-etcd` there"
 
