@@ -890,7 +890,7 @@ def test_of_a_new_pair_nothing_goes_in_clear_from_the_moment_in_which_agents_lea
     with net.capture() as led:
         net.lead("o2", "c2")
         net["o2"].echo("c2")
-        wait_for(lambda: net["o2"].echo("c2") == "", "packets pass the tunnel", 20)
+        wait_for(lambda: again(net), "packets pass the tunnel", 20)
         for here, there in (("c2", "o2"), ("o1", "c1"), ("c1", "o2")):
             assert net[here].echo(there) == "", (here, there)
     assert (in_clear(led), beside(led)) == (0, [])
