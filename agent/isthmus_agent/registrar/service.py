@@ -42,6 +42,7 @@ from isthmus_agent.kvstore.tasks import end, wait_set
 from isthmus_agent.sdnotify import notify, watchdog_interval
 
 from . import recall
+from .dealing import TIME
 from .kubernetes.catalog import Changes
 from .kubernetes.wanted import Mesh
 from .leader import Election, NotLeader, Term, Writer
@@ -98,7 +99,7 @@ SAVE_RETRY = 60.0
 
 def utc_now() -> str:
     """The present time as RFC 3339 in UTC, to the second."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(timezone.utc).strftime(TIME)
 
 
 class Registrar:
