@@ -104,6 +104,7 @@ def test_each_pair_takes_the_way_that_works_and_a_second_run_changes_nothing(for
     assert "a and b: path native (auto: native was proven" in shown
 
 
+@pytest.mark.slow
 def test_encryption_comes_first_and_what_works_inside_it_is_found_in_the_same_run(formed: Site, tmp_path: Path) -> None:
     site = taken_over(formed, tmp_path)
     site.estate = {**AUTO, "encryption": "wireguard"}
@@ -202,6 +203,7 @@ def test_when_neither_way_leads_there_nothing_is_chosen(formed: Site, tmp_path: 
     assert ways(site)["a1"]["c"] == "demands"
 
 
+@pytest.mark.slow
 def test_a_new_host_that_is_not_reached_natively_leads_its_pair_back_to_the_tunnel(
     settled: Site, tmp_path: Path
 ) -> None:

@@ -356,6 +356,7 @@ def test_a_host_whose_clusters_etcd_cannot_be_entered_is_pending_and_stops_nobod
     assert {name for name, recap in run.hosts.items() if recap.failed} == set()
 
 
+@pytest.mark.slow
 def test_what_a_removed_etcd_host_holds_is_revoked_by_each_authority_once(running: Site) -> None:
     """b's cannot at first, and is asked again by the next run."""
     running.removed = ("a3",)

@@ -218,6 +218,7 @@ def test_passwords_that_cannot_be_are_refused_before_anything_is_changed(pair: t
             assert words in failure(host, passwords=passwords)
 
 
+@pytest.mark.slow
 def test_routers_of_which_none_answers_replace_none_that_does(pair: tuple[Machine, Machine]) -> None:
     host, router = pair
     assert told(host)["lacking"] == {}

@@ -201,6 +201,7 @@ def both_stages(site: Site) -> tuple[Any, Any]:
     return encryption and encryption["all"], routing and routing["all"]
 
 
+@pytest.mark.slow
 def test_native_inside_wireguard_is_turned_on_after_encryption_and_off_before_it_in_one_run_each(
     running: Site,
 ) -> None:

@@ -471,6 +471,7 @@ def test_damaged_data_of_one_member_is_told_and_replaced(cluster: Cluster) -> No
     assert cluster.members() == ["o1", "o2", "o3"]
 
 
+@pytest.mark.slow
 def test_two_of_three_that_lost_their_data_join_the_one_that_is_left(cluster: Cluster) -> None:
     """By the commands of the docs: nothing that was written is lost, and the cluster is the same one to its readers."""
     cluster.form()
@@ -508,6 +509,7 @@ def test_two_of_three_that_lost_their_data_join_the_one_that_is_left(cluster: Cl
     assert cluster.etcdctl("get", "isthmus/v1/services/shop/web", at="o3").split()[-1] == "latest"
 
 
+@pytest.mark.slow
 def test_members_go_over_to_another_authority_one_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
     """As replace_authority does it: both are trusted, then all certificates are new, then the old one is refused."""
     cluster.form()

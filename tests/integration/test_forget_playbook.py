@@ -203,6 +203,7 @@ def test_forget_reaches_whom_it_can_and_tells_of_the_rest(site: Site) -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_check_of_another_authority_predicts_the_next_step_and_says_what_follows(site: Site) -> None:
     """What later steps do is of certificates that nobody has made yet, so nothing is said of those in particular."""
     record = copy.deepcopy(dict(planned(model()).record))

@@ -169,6 +169,7 @@ def test_a_failure_in_the_cluster_ends_the_run_with_words(joined: Managed, tmp_p
     assert site.locks == []  # the lock was given back
 
 
+@pytest.mark.slow
 def test_another_authority_that_does_not_sign_is_named_in_the_end(lacking: Managed) -> None:
     (lacking.place / "fail" / "pki_sign a1").touch()
     failed = lacking.run()
@@ -185,6 +186,7 @@ def test_another_authority_that_does_not_sign_is_named_in_the_end(lacking: Manag
     assert lacking.run().changed == {}
 
 
+@pytest.mark.slow
 def test_an_authority_that_signs_nothing_for_a_host_of_another_cluster_is_named_in_the_end(lacking: Managed) -> None:
     (lacking.place / "hosts" / "a1" / "peer-b").unlink()
     (lacking.place / "fail" / "pki_sign b1").touch()
@@ -230,6 +232,7 @@ def test_a_cluster_that_cannot_be_exposed_is_pending_and_stops_nobody(lacking: M
     assert "could not be entered" not in failed.output
 
 
+@pytest.mark.slow
 def test_who_reads_its_etcd_dials_it_and_what_is_closed_is_named(lacking: Managed) -> None:
     (lacking.place / "closed").write_text("a1 192.0.9.200\nb1 192.0.9.200\n")
     closed = lacking.run()

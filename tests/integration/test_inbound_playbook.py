@@ -69,6 +69,7 @@ def test_a_running_site_is_closed_in_one_run_and_a_second_run_changes_nothing(ru
     assert laid_down(running, "b1") == {"a1": keys(running, "a1")}
 
 
+@pytest.mark.slow
 def test_a_run_for_some_hosts_lays_down_the_keys_that_the_record_has(running: Site) -> None:
     assert running.run().status == 0
     before = laid_down(running, "a1")

@@ -1251,7 +1251,7 @@ def test_each_host_reaches_each_of_the_other_site_over_two_gateways_each(two: Ne
     assert "dev ipsec0" in two["o1"].run("ip", "route", "get", ADDRESSES["c3"]).stdout
 
 
-@pytest.mark.parametrize("lost", ["o1", "c1"])
+@pytest.mark.parametrize("lost", ["o1", pytest.param("c1", marks=pytest.mark.slow)])
 def test_when_a_gateway_is_lost_the_other_takes_over_and_nothing_goes_in_clear(two: Net, lost: str) -> None:
     """With agents that have noticed it, which takes them 4 s; strongSwan's part goes on meanwhile."""
     names = {"o1": ("c1", "c2", "isthmus-onprem"), "c1": ("o1", "o2", "isthmus-cloud")}

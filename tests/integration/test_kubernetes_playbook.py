@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from integration.test_batches_playbook import Site, fake, said
 
 FAKED = ("kubernetes_access", "kubernetes_credential", "kubernetes_probe", "teardown")
@@ -69,6 +70,7 @@ def test_a_kubernetes_cluster_from_nothing_to_out_again(tmp_path: Path) -> None:
     assert "Pending: Kubernetes of cluster a still lets the registrars in that left" in away.output
 
 
+@pytest.mark.slow
 def test_nodes_that_are_native_in_clear_have_their_pods_ranges_in_the_record(tmp_path: Path) -> None:
     site = Hybrid(tmp_path)
     site.estate = {"routing": "native"}

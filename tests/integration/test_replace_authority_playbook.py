@@ -60,6 +60,7 @@ def test_the_old_authority_stays_while_a_host_lacks_a_certificate_of_the_new_one
     assert (rest.status, authorities(running)) == (0, ["NEW"]), rest.output
 
 
+@pytest.mark.slow
 def test_the_second_step_waits_for_a_host_that_is_silent(running: Site) -> None:
     (running.place / "silent" / "b2").touch()
     run = running.run(*REPLACE, name="replace_authority")
