@@ -55,17 +55,12 @@ options:
             description: Whether BFD watches the session.
             type: bool
             default: false
-      routers_elsewhere:
-        description: Addresses of other routers of the estate, of which O(passwords) may have some too.
+      estate_routers:
+        description:
+          - Addresses of all routers of the estate, of which O(passwords) may have some. Without it there are or were
+            others that the inventory does not name any more, and O(passwords) may have any.
         type: list
         elements: str
-        default: []
-      routers_unnamed:
-        description:
-          - Whether there are or were others that the inventory does not name any more, of which O(passwords) may have
-            some as well.
-        type: bool
-        default: false
       pods:
         description: Of a Kubernetes node, the ranges of its pods, which it announces as well.
         type: list
@@ -282,8 +277,7 @@ def main():
                             "bfd": {"type": "bool", "default": False},
                         },
                     },
-                    "routers_elsewhere": {"type": "list", "elements": "str", "default": []},
-                    "routers_unnamed": {"type": "bool", "default": False},
+                    "estate_routers": {"type": "list", "elements": "str"},
                     "pods": {"type": "list", "elements": "str", "default": []},
                 },
             },

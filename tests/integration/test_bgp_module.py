@@ -24,7 +24,7 @@ SPEC: dict[str, Any] = {
 OWN: dict[str, Any] = {
     "as_number": 65101,
     "routers": [{"address": ROUTER, "as_number": 65000, "bfd": False}],
-    "routers_elsewhere": ["198.18.2.1"],
+    "estate_routers": ["198.18.2.1", ROUTER],
 }
 PASSWORD = "not-to-be-seen"  # noqa: S105
 
@@ -206,7 +206,7 @@ def test_passwords_that_cannot_be_are_refused_before_anything_is_changed(pair: t
     host, _router = pair
     given = {"spec": planned(model()).specs["o1"], "platforms": [], "bgp": OWN, "firewall": "managed"}
     for passwords, words in (
-        ({"198.18.9.3": PASSWORD}, "198.18.9.3 is no router of the estate (198.18.9.1, 198.18.2.1)"),
+        ({"198.18.9.3": PASSWORD}, "198.18.9.3 is no router of the estate (198.18.2.1, 198.18.9.1)"),
         ({ROUTER: f"{PASSWORD} x"}, "that of 198.18.9.1 has a blank"),
         ({ROUTER: PASSWORD}, ""),
     ):

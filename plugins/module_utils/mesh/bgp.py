@@ -50,12 +50,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Planned:
-    """`hosts` by name: what `isthmus.mesh.bgp` gets (`routers_elsewhere` are addresses of others of the estate,
-    `routers_unnamed`: there are or were some that the inventory does not name any more);
-    {"kept": True} on hosts of sites of which only the record knows that they speak BGP: there it stays as it is.
-    `routers` is what to set on each router: `site`, `address`, `as_number`, `bfd`, its `neighbours` (`host`, `address`,
-    `as_number`, `announces`, of a Kubernetes node also the ranges of its `pods`), and what it `sends` them. `sites` is
-    the roster's."""
+    """`hosts` by name: what `isthmus.mesh.bgp` gets (without `estate_routers` there are or were some that the
+    inventory does not name any more); {"kept": True} on hosts of sites of which only the record knows that they speak
+    BGP: there it stays as it is. `routers` is what to set on each router: `site`, `address`, `as_number`, `bfd`, its
+    `neighbours` (`host`, `address`, `as_number`, `announces`, of a Kubernetes node also the ranges of its `pods`), and
+    what it `sends` them. `sites` is the roster's."""
 
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routers: tuple[Mapping[str, Any], ...] = ()
@@ -193,15 +192,10 @@ def planned(
                     }
                 )
     said = [*sites.values(), *(host.bgp for host in hosts.values() if host.bgp is not None)]
-    known = {str(router.address) for each in said for router in each.routers}
+    known = sorted({str(router.address) for each in said for router in each.routers})
     for spoken in found.values():
-        if "routers" not in spoken:
-            continue
-        elsewhere = known - {one["address"] for one in spoken["routers"]}
-        if elsewhere:
-            spoken["routers_elsewhere"] = sorted(elsewhere)
-        if {*old, *sites} - present:
-            spoken["routers_unnamed"] = True
+        if "routers" in spoken and {*old, *sites} <= present:
+            spoken["estate_routers"] = known
     sends = collapsed(taken)
     return Planned(
         hosts=found,
@@ -349,9 +343,9 @@ def foreign_lines(conf: str) -> list[str]:
 def bad_passwords(own: Mapping[str, Any], passwords: Mapping[str, str]) -> Iterator[str]:
     """What is wrong with the passwords, in words, without one of them. One dictionary may serve the whole estate, also
     while BGP of a site is taken away."""
-    known = [*(router["address"] for router in own["routers"]), *own.get("routers_elsewhere", ())]
+    known = own.get("estate_routers")
     for address, password in sorted(passwords.items()):
-        if address not in known and not own.get("routers_unnamed"):
+        if known is not None and address not in known:
             yield f"{address} is no router of the estate ({', '.join(known)})"
         elif not 1 <= len(password) <= LONGEST_PASSWORD or not password.isascii() or not password.isprintable():
             yield f"that of {address} is not 1 to {LONGEST_PASSWORD} printable ASCII characters, which TCP MD5 takes"

@@ -88,8 +88,9 @@ def test_a_rack_has_its_own_router() -> None:
     rack = {"isthmus_bgp": {"routers": [{"address": "198.18.9.1", "as_number": 65009}]}}
     found = changed(onprem=BGP, more={"o3": rack})
     assert [router["address"] for router in found.bgp.hosts["o3"]["routers"]] == ["198.18.9.1"]
-    elsewhere = {name: found.bgp.hosts[name]["routers_elsewhere"] for name in ("o1", "o3")}
-    assert elsewhere == {"o1": ["198.18.9.1"], "o3": ["198.18.1.254"]}, "passwords of all may stand in one place"
+    for name in ("o1", "o3"):
+        of_all = found.bgp.hosts[name]["estate_routers"]
+        assert of_all == ["198.18.1.254", "198.18.9.1"], "passwords of all may stand in one place"
     assert found.bgp.hosts["o3"]["as_number"] == 65101
     told = bgp.lines(found.bgp.routers)
     assert ["o3" in line for line in told] == [False, True]
@@ -257,7 +258,7 @@ def test_what_is_somebody_elses(conf: str, lines: list[str]) -> None:
     ],
 )
 def test_passwords_that_cannot_be_are_told_without_them(passwords: dict[str, str], words: str | None) -> None:
-    own = {"as_number": 1, "routers": [ROUTER], "routers_elsewhere": ["198.18.2.254"]}
+    own = {"as_number": 1, "routers": [ROUTER], "estate_routers": [ROUTER["address"], "198.18.2.254"]}
     told = list(bgp.bad_passwords(own, passwords))
     assert [words in one if words else False for one in told] == ([True] if words else [])
     assert not any("q w" in one for one in told)
