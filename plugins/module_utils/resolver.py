@@ -31,6 +31,7 @@ ORIGINAL = STATE_DIRECTORY + "/original"
 ORIGINAL_LINK = STATE_DIRECTORY + "/original-link"
 NAMES = "/run/isthmus/dns/hosts"
 MARK = "# isthmus.mesh: the first name server is the host's own dnsmasq (isthmus-dns.service)."
+_ROTATED = "# isthmus.mesh: the first name server must be asked first, so this is left out: "
 
 # A loopback address of its own: refused at once when dnsmasq is down (so the next server is asked without a timeout),
 # there before the overlay device is, and in nobody else's way on port 53.
@@ -218,16 +219,39 @@ def _kept(path: str) -> str | None:
 
 
 def joined_file(original: str | None) -> str:
-    """resolv.conf with the host's own dnsmasq in front; everything else as it was."""
-    return f"{MARK}\nnameserver {LOCAL_SERVER}\n" + (original or "")
+    """resolv.conf with the host's own dnsmasq in front; everything else as it was, but that it is asked first."""
+    lines = [f"{MARK}\nnameserver {LOCAL_SERVER}\n"]
+    for line in (original or "").splitlines(keepends=True):
+        ordered = _without_rotate(line)
+        lines.append(line if ordered is None else f"{ordered}{_ROTATED}{line}")
+    return "".join(lines)
 
 
 def _behind(content: str) -> str:
-    ours = joined_file(None)
-    if content.startswith(ours):
-        return content[len(ours) :]
-    # Somebody put lines before ours.
-    return "".join(line for line in content.splitlines(keepends=True) if line.rstrip("\n") not in ours.splitlines())
+    """What stands behind our lines, with what `joined_file` left out of it."""
+    ours = joined_file(None).splitlines()
+    lines: list[str] = []
+    for line in content.splitlines(keepends=True):
+        if line.rstrip("\n") in ours:
+            continue
+        left_out = line[len(_ROTATED) :]
+        if line.startswith(_ROTATED) and (ordered := _without_rotate(left_out)) is not None:
+            if ordered and lines[-1:] != [ordered]:  # edited since, so that is what counts of the other options
+                left_out = "options rotate\n"
+            elif ordered:
+                lines.pop()
+            line = left_out
+        lines.append(line)
+    return "".join(lines)
+
+
+def _without_rotate(line: str) -> str | None:
+    """A line of options without `rotate`, by which the servers have their turns; None when it has none."""
+    words = line.split()
+    if words[:1] != ["options"] or "rotate" not in words:
+        return None
+    others = [word for word in words if word != "rotate"]
+    return " ".join(others) + "\n" if len(others) > 1 else ""
 
 
 def upstream(found: Found) -> str | None:

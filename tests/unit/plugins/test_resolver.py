@@ -222,6 +222,88 @@ def test_a_lost_copy_of_the_original_loses_no_name_server(host: Path) -> None:
     assert resolver.probe(resolved_active=False).original == "nameserver 192.0.2.2\n"
 
 
+@pytest.mark.parametrize(
+    "original",
+    [
+        "nameserver 192.0.2.1\noptions rotate\n",
+        "options  edns0 rotate\ttimeout:1\nnameserver 192.0.2.1\nnameserver 192.0.2.2\n",
+        "nameserver 192.0.2.1\noptions edns0\noptions timeout:1 rotate",
+        "nameserver 192.0.2.1\n# options rotate\nsearch rotate example.org\n",
+    ],
+    ids=["alone", "among others", "no end of line", "no option"],
+)
+def test_the_first_server_is_asked_first_and_the_options_come_back(host: Path, original: str) -> None:
+    joined = resolver.joined_file(original)
+    options = [word for line in joined.splitlines() if line.startswith("options") for word in line.split()[1:]]
+    before = [word for line in original.splitlines() if line.startswith("options") for word in line.split()[1:]]
+    assert options == [word for word in before if word != "rotate"]
+    assert resolver.servers(joined)[0] == resolver.LOCAL_SERVER
+    (host / "resolv.conf").write_text(joined)
+    found = resolver.probe(resolved_active=False)
+    assert found.original == original
+    assert resolver.joined_file(found.original) == joined
+
+
+def test_options_that_the_operator_edits_behind_our_lines_count(host: Path) -> None:
+    joined = resolver.joined_file("options rotate timeout:1\nnameserver 192.0.2.1\n")
+    (host / "resolv.conf").write_text(joined.replace("\noptions timeout:1\n", "\noptions timeout:3\n"))
+    original = "options timeout:3\noptions rotate\nnameserver 192.0.2.1\n"
+    assert resolver.probe(resolved_active=False).original == original
+    (host / "resolv.conf").write_text(resolver.joined_file(original))
+    assert resolver.probe(resolved_active=False).original == original
+    # One that is new there is left out by the next run.
+    (host / "resolv.conf").write_text(resolver.joined_file("nameserver 192.0.2.1\n") + "options rotate\n")
+    assert "\noptions rotate" not in resolver.joined_file(resolver.probe(resolved_active=False).original)
+
+
+# In namespaces of its own: the host's programs ask by a resolv.conf with two servers, of which the network's knows no
+# name of the mesh.
+_LOOK_UP = """
+import pathlib, subprocess, sys, time
+from ansible_collections.isthmus.mesh.plugins.module_utils import packets, resolver
+
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+subprocess.run(["ip", "address", "add", "192.0.2.9/32", "dev", "lo"], check=True)  # or nobody asks for an IPv4 address
+place, name = pathlib.Path(sys.argv[1]), "web.shop.svc.clusterset.local"
+(place / "resolv.conf").write_text(resolver.joined_file("options rotate timeout:20\\nnameserver 127.0.0.99\\n"))
+(place / "nsswitch.conf").write_text("hosts: dns\\n")
+for file in ("resolv.conf", "nsswitch.conf"):
+    subprocess.run(["mount", "--bind", place / file, f"/etc/{file}"], check=True)
+command = ["dnsmasq", "--keep-in-foreground", "--user=root", "--conf-file=/dev/null", "--no-hosts", "--no-resolv"]
+command += ["--bind-interfaces", "--pid-file=", "--local=/local/"]
+ours = [f"--listen-address={resolver.LOCAL_SERVER}", f"--host-record={name},10.111.0.1"]
+running = [subprocess.Popen(command + more) for more in (ours, ["--listen-address=127.0.0.99"])]
+try:
+    for server in (resolver.LOCAL_SERVER, "127.0.0.99"):
+        for attempt in range(100):
+            try:
+                packets.query(server, name, "A", 1)
+                break
+            except packets.NoAnswer:
+                time.sleep(0.1)
+    for lookup in range(30):
+        print(*subprocess.run(["getent", "ahostsv4", name], capture_output=True, text=True).stdout.split()[:1])
+finally:
+    for one in running:
+        one.terminate()
+        one.wait()
+"""
+
+
+@pytest.mark.root
+def test_every_question_of_a_host_that_rotates_servers_comes_to_ours(tmp_path: Path) -> None:
+    search = [path for path in sys.path if (Path(path) / "ansible_collections").is_dir()]
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", sys.executable, "-c", _LOOK_UP, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PYTHONPATH": ":".join(search), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    assert done.stdout.splitlines() == ["10.111.0.1"] * 30, done.stderr
+
+
 # In a network namespace of its own: the configuration under test, and the network's server that it forwards to.
 _ASK = """
 import pathlib, subprocess, sys, time
