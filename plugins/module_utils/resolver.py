@@ -109,11 +109,17 @@ def probe(resolved_active: bool) -> Found:
 
 
 def obstacles(found: Found) -> tuple[list[str], list[str]]:
-    """Of a host that has not been joined yet: what keeps our lines out of its resolv.conf, and what may take them out
-    again or leaves names unknown, each in words with what to do."""
-    if found.method == "resolved" or found.joined:
-        return [], []
+    """What keeps names of the mesh from programs of the host, or (before it is joined) our lines out of its
+    resolv.conf, and what may take them out again; each in words with what to do."""
     problems, doubts = [], []
+    services = _nss_hosts()
+    if services is not None and not {"dns", "resolve"} & set(services):
+        problems.append(
+            f"{NSSWITCH} has `hosts: {' '.join(services)}`, without dns: programs ask no name server, so names of the "
+            "mesh would not resolve, and every change would be taken back for that. Add dns to that line."
+        )
+    if found.method == "resolved" or found.joined:
+        return problems, doubts
     remedy = "or let systemd-resolved answer for the host: then the file stays as it is."
     if _immutable(RESOLV_CONF):
         problems.append(
@@ -142,12 +148,6 @@ def obstacles(found: Found) -> tuple[list[str], list[str]]:
         doubts.append(
             f"{RESOLV_CONF} names no name server. The mesh's names will resolve, and no others, as before. Next: "
             "nothing, when that is meant; otherwise add the servers there."
-        )
-    services = _nss_hosts()
-    if services is not None and not {"dns", "resolve"} & set(services):
-        doubts.append(
-            f"{NSSWITCH} has `hosts: {' '.join(services)}`, without dns: programs ask no name server, so the mesh's "
-            "names will not resolve. Next: add dns to that line."
         )
     return problems, doubts
 

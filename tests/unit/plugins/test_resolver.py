@@ -469,12 +469,25 @@ def test_a_local_name_server_is_forwarded_to_when_it_is_there(host: Path) -> Non
     assert "names 127.0.7.7 as name server, and nobody listens there on UDP port 53" in words
 
 
-def test_a_host_that_asks_no_name_server_is_told(host: Path) -> None:
+def test_a_host_that_has_no_name_server_is_told(host: Path) -> None:
+    (problems, [words]) = found_at(host, "search example.org\n")
+    assert problems == []
+    assert "names no name server" in words
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["nameserver 192.0.2.1\n", "nameserver 127.0.0.53\n", resolver.joined_file("nameserver 192.0.2.1\n")],
+    ids=["a file", "resolved", "joined"],
+)
+def test_a_host_whose_programs_ask_no_name_server_is_refused(host: Path, content: str) -> None:
     (host / "nsswitch.conf").write_text("passwd: files\nhosts: files mymachines # dns\n")
-    (_problems, doubts) = found_at(host, "search example.org\n")
-    assert ["names no name server" in doubts[0], "has `hosts: files mymachines`, without dns" in doubts[1]] == [
-        True
-    ] * 2
+    (host / "resolv.conf").write_text(content)
+    ([words], doubts) = resolver.obstacles(resolver.probe(resolved_active=True))
+    assert "has `hosts: files mymachines`, without dns" in words
+    assert doubts == []
+    (host / "nsswitch.conf").write_text("hosts: files dns\n")
+    assert resolver.obstacles(resolver.probe(resolved_active=True)) == ([], [])
 
 
 def test_nothing_is_said_of_a_host_that_is_joined_or_asks_resolved(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
