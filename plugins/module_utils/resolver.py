@@ -6,7 +6,8 @@ Two ways, found by probing, never by the distribution's name:
 - `resolved`: systemd-resolved answers for the host. Only the mesh's domain is routed, by settings of `isthmus0`.
 - `file`: `/etc/resolv.conf` names the servers. There is no routing by domain in that file, so the local dnsmasq goes
   in front and forwards every other name to the servers that were there. When the file is a symbolic link that another
-  program keeps (NetworkManager, resolvconf), dnsmasq reads the link's target, so that program stays in charge.
+  program keeps (NetworkManager, resolvconf), dnsmasq reads the link's target, so that program stays in charge. But
+  NetworkManager replaces a resolv.conf that is a file, as ours is, unless it is told not to.
 
 dnsmasq cannot forward for one listener and not for another, so it has one: what forwards listens on a loopback address,
 where no other host can ask it; what must be on the mesh address, for systemd-resolved, forwards nothing.
@@ -14,8 +15,10 @@ where no other host can ask it; what must be on the mesh address, for systemd-re
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import fcntl
+import glob
 import os
 import re
 import socket
@@ -31,6 +34,7 @@ ORIGINAL = STATE_DIRECTORY + "/original"
 ORIGINAL_LINK = STATE_DIRECTORY + "/original-link"
 NAMES = "/run/isthmus/dns/hosts"
 MARK = "# isthmus.mesh: the first name server is the host's own dnsmasq (isthmus-dns.service)."
+_ROTATED = "# isthmus.mesh: the first name server must be asked first, so this is left out: "
 
 # A loopback address of its own: refused at once when dnsmasq is down (so the next server is asked without a timeout),
 # there before the overlay device is, and in nobody else's way on port 53.
@@ -42,16 +46,28 @@ _STUB = "127.0.0.53"
 _STUB_FILES = ("/run/systemd/resolve/stub-resolv.conf", "/usr/lib/systemd/resolv.conf")
 _UPLINKS = "/run/systemd/resolve/resolv.conf"
 
-# Who keeps the file that resolv.conf is a link to.
-_KEEPERS = ("/run/systemd/resolve/", "/usr/lib/systemd/", "/run/NetworkManager/", "/run/resolvconf/", "/run/connman/")
+# Who keeps the file that resolv.conf is a link to, and leaves a file of ours in the link's place.
+_KEEPERS = ("/run/systemd/resolve/", "/usr/lib/systemd/", "/run/resolvconf/", "/run/connman/")
+
+# NetworkManager keeps its own file whatever it does with resolv.conf (NetworkManager.conf(5), rc-manager). Later ones
+# of its configuration count more.
+_NETWORK_MANAGER = "/run/NetworkManager/"
+_NETWORK_MANAGER_CONF = (
+    "/usr/lib/NetworkManager/conf.d/*.conf",
+    "/run/NetworkManager/conf.d/*.conf",
+    "/etc/NetworkManager/NetworkManager.conf",
+    "/etc/NetworkManager/conf.d/*.conf",
+)
+_UNMANAGED = (
+    "set `rc-manager=unmanaged` under [main] in /etc/NetworkManager/conf.d/ (then `systemctl reload NetworkManager`)"
+)
 
 # Who writes a resolv.conf that is a file, by what it says of itself, and what makes it leave our line in place.
 _WRITERS = (
     (
         "NetworkManager",
         "NetworkManager",
-        "set `rc-manager=symlink` under [main] in /etc/NetworkManager/conf.d/ and make /etc/resolv.conf a link to "
-        "/run/NetworkManager/resolv.conf, or use systemd-resolved",
+        f"{_UNMANAGED} and make /etc/resolv.conf a link to {_NETWORK_MANAGER}resolv.conf, or use systemd-resolved",
     ),
     ("resolvconf", "resolvconf", "make /etc/resolv.conf the link to resolvconf's own file, or use systemd-resolved"),
     ("dhcpcd", "dhcpcd", "put `nohook resolv.conf` into /etc/dhcpcd.conf, or use systemd-resolved"),
@@ -93,11 +109,17 @@ def probe(resolved_active: bool) -> Found:
 
 
 def obstacles(found: Found) -> tuple[list[str], list[str]]:
-    """Of a host that has not been joined yet: what keeps our lines out of its resolv.conf, and what may take them out
-    again or leaves names unknown, each in words with what to do."""
-    if found.method == "resolved" or found.joined:
-        return [], []
+    """What keeps names of the mesh from programs of the host, or (before it is joined) our lines out of its
+    resolv.conf, and what may take them out again; each in words with what to do."""
     problems, doubts = [], []
+    services = _nss_hosts()
+    if services is not None and not {"dns", "resolve"} & set(services):
+        problems.append(
+            f"{NSSWITCH} has `hosts: {' '.join(services)}`, without dns: programs ask no name server, so names of the "
+            "mesh would not resolve, and every change would be taken back for that. Add dns to that line."
+        )
+    if found.method == "resolved" or found.joined:
+        return problems, doubts
     remedy = "or let systemd-resolved answer for the host: then the file stays as it is."
     if _immutable(RESOLV_CONF):
         problems.append(
@@ -127,12 +149,6 @@ def obstacles(found: Found) -> tuple[list[str], list[str]]:
             f"{RESOLV_CONF} names no name server. The mesh's names will resolve, and no others, as before. Next: "
             "nothing, when that is meant; otherwise add the servers there."
         )
-    services = _nss_hosts()
-    if services is not None and not {"dns", "resolve"} & set(services):
-        doubts.append(
-            f"{NSSWITCH} has `hosts: {' '.join(services)}`, without dns: programs ask no name server, so the mesh's "
-            "names will not resolve. Next: add dns to that line."
-        )
     return problems, doubts
 
 
@@ -146,6 +162,13 @@ def _doubts_about_keeper(found: Found) -> list[str]:
                 f"{RESOLV_CONF} is a link to {target}, which is not there, so the host has no name server. The mesh's "
                 "names will resolve, and no others. Next: start the program that keeps that file, or replace the link."
             ]
+        if real.startswith(_NETWORK_MANAGER):
+            words = (
+                f"{RESOLV_CONF} is a link to {target}, which NetworkManager keeps. The link will be replaced by a file "
+                "with the mesh's name server in front, which is gone at NetworkManager's next change: names of the "
+                f"mesh no longer resolve then, until the next run. Next: {_UNMANAGED}, or use systemd-resolved."
+            )
+            return [] if _network_manager_leaves_it() else [words]
         if not real.startswith(_KEEPERS):
             return [
                 f"{RESOLV_CONF} is a link to {target}, kept by a program that isthmus.mesh does not know. The link "
@@ -164,6 +187,19 @@ def _doubts_about_keeper(found: Found) -> list[str]:
         f"names of the mesh no longer resolve, until the next run. Next: {remedy}."
         for name, remedy in writers[:1]
     ]
+
+
+def _network_manager_leaves_it() -> bool:
+    """Whether NetworkManager is told to leave resolv.conf alone; False when its configuration cannot be read."""
+    settings = configparser.ConfigParser(strict=False, interpolation=None)
+    try:
+        settings.read(path for pattern in _NETWORK_MANAGER_CONF for path in sorted(glob.glob(pattern)))
+    except configparser.Error:
+        return False
+    return (
+        settings.get("main", "rc-manager", fallback="") == "unmanaged"
+        or settings.get("main", "dns", fallback="") == "none"
+    )
 
 
 def _immutable(path: str) -> bool:
@@ -218,16 +254,39 @@ def _kept(path: str) -> str | None:
 
 
 def joined_file(original: str | None) -> str:
-    """resolv.conf with the host's own dnsmasq in front; everything else as it was."""
-    return f"{MARK}\nnameserver {LOCAL_SERVER}\n" + (original or "")
+    """resolv.conf with the host's own dnsmasq in front; everything else as it was, but that it is asked first."""
+    lines = [f"{MARK}\nnameserver {LOCAL_SERVER}\n"]
+    for line in (original or "").splitlines(keepends=True):
+        ordered = _without_rotate(line)
+        lines.append(line if ordered is None else f"{ordered}{_ROTATED}{line}")
+    return "".join(lines)
 
 
 def _behind(content: str) -> str:
-    ours = joined_file(None)
-    if content.startswith(ours):
-        return content[len(ours) :]
-    # Somebody put lines before ours.
-    return "".join(line for line in content.splitlines(keepends=True) if line.rstrip("\n") not in ours.splitlines())
+    """What stands behind our lines, with what `joined_file` left out of it."""
+    ours = joined_file(None).splitlines()
+    lines: list[str] = []
+    for line in content.splitlines(keepends=True):
+        if line.rstrip("\n") in ours:
+            continue
+        left_out = line[len(_ROTATED) :]
+        if line.startswith(_ROTATED) and (ordered := _without_rotate(left_out)) is not None:
+            if ordered and lines[-1:] != [ordered]:  # edited since, so that is what counts of the other options
+                left_out = "options rotate\n"
+            elif ordered:
+                lines.pop()
+            line = left_out
+        lines.append(line)
+    return "".join(lines)
+
+
+def _without_rotate(line: str) -> str | None:
+    """A line of options without `rotate`, by which the servers have their turns; None when it has none."""
+    words = line.split()
+    if words[:1] != ["options"] or "rotate" not in words:
+        return None
+    others = [word for word in words if word != "rotate"]
+    return " ".join(others) + "\n" if len(others) > 1 else ""
 
 
 def upstream(found: Found) -> str | None:

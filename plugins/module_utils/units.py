@@ -389,7 +389,8 @@ def resolved_unit(server: str, domain: str) -> str:
     """`isthmus-resolved.service`: only `domain` goes to `server`, by the overlay device's own resolved settings.
 
     A global drop-in of systemd-resolved would send every name to our server as well. Settings of a link are lost when
-    resolved starts anew, so the unit is part of it.
+    resolved starts anew, so the unit is part of it. Our server speaks no TLS and signs nothing, and the host may want
+    both of all servers (`DNSOverTLS`, `DNSSEC`). Some resolved look at that when a link gets its first server.
     """
     return (
         _HEADER
@@ -403,6 +404,8 @@ PartOf=systemd-resolved.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+ExecStart=/usr/bin/resolvectl dnsovertls isthmus0 no
+ExecStart=/usr/bin/resolvectl dnssec isthmus0 no
 ExecStart=/usr/bin/resolvectl dns isthmus0 {server}
 ExecStart=/usr/bin/resolvectl domain isthmus0 ~{domain}
 ExecStart=/usr/bin/resolvectl default-route isthmus0 no
@@ -418,7 +421,8 @@ def resolved_differs(module: AnsibleModule, server: str, domain: str) -> bool:
 
     They belong to the device and the running resolved, not to a file: both may have been made anew since.
     """
-    for setting, wanted in (("dns", server), ("domain", f"~{domain}")):
+    settings = (("dns", server), ("domain", f"~{domain}"), ("dnsovertls", "no"), ("dnssec", "no"))
+    for setting, wanted in settings:
         code, out, _err = module.run_command(["resolvectl", setting, "isthmus0"])
         if code != 0 or out.partition("):")[2].split() != [wanted]:  # "Link 3 (isthmus0): 10.1.0.1"
             return True

@@ -15,8 +15,8 @@ description:
   - The action plugin of the same name asks the host what it has, and uploads the files only when they differ. Nothing
     is downloaded by the host.
   - A host that carries a newer version keeps it, and the module fails; a downgrade is never made.
-  - An interrupted installation is never used and is made anew by the next run. The environment before it stays, for a
-    way back; older ones are removed.
+  - An interrupted installation is never used and is made anew by the next run, and so is one of which a file is missing
+    or is not as it was installed. The environment before it stays, for a way back; older ones are removed.
 extends_documentation_fragment:
   - isthmus.mesh.attributes.supported
 author:
@@ -85,6 +85,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import bundle
 from ansible_collections.isthmus.mesh.plugins.module_utils.files import Changes
 
 PATIENCE = 300  # seconds; an installation takes 5 to 60
+FILES = "files.json"  # of an environment: SHA-256 of its files by path, as they were installed
 
 
 def main():
@@ -121,17 +122,20 @@ def main():
     changes = Changes(module)
     before = bundle.installed()
     current = os.readlink(bundle.CURRENT) if os.path.islink(bundle.CURRENT) else ""
-    if before.get("digest") != digest or current != home:
-        changes.note(bundle.CURRENT, describe(before), describe(facts))
+    found = damage(home, digest)
+    if current != home or found:
+        told = f"{home}: {found}" if current == home else describe(before)
+        changes.note(bundle.CURRENT, told, describe(facts))
         if not module.check_mode:
-            if not finished(home, digest):
+            if found:
                 if module.params["archive"] is None:
                     module.exit_json(changed=False, needed=offered["archive"], **facts)
                 with alone(module):
-                    if not finished(home, digest):
+                    if damage(home, digest):
                         install(module, home, interpreter, offered["sha256"])
-            switch(home)
-            clean(home, current)
+            if current != home:
+                switch(home)
+                clean(home, current)
     changes.link(bundle.COMMAND, bundle.CURRENT + "/bin/isthmus")
     module.exit_json(**changes.result(needed=None, **facts))
 
@@ -143,13 +147,27 @@ def describe(installed):
     return f"isthmus {installed['version']} for Python {installed['python']}, digest {installed['digest']}"
 
 
-def finished(home, digest):
-    """Whether an earlier run completed this environment and was interrupted before it became the current one."""
+def damage(home, digest):
+    """What keeps an environment from being used, in words; empty when it is whole."""
     try:
-        with open(home + "/bundle.json", encoding="utf-8") as file:
-            return json.load(file).get("digest") == digest
-    except (FileNotFoundError, ValueError):
-        return False
+        with open(home + "/bundle.json", encoding="utf-8") as about, open(f"{home}/{FILES}", encoding="utf-8") as sums:
+            if json.load(about)["digest"] != digest:
+                return "it is another bundle's"
+            wanted = json.load(sums)
+        for path, sha256 in wanted.items():
+            if sha256_of(os.path.join(home, path)) != sha256:
+                return f"{path} is not as it was installed"
+        os.stat(home + "/bin/python")  # a link to the host's
+    except FileNotFoundError as exc:
+        return f"{os.path.relpath(exc.filename, home)} is missing"
+    except (OSError, ValueError, KeyError) as exc:
+        return f"it cannot be read ({exc})"
+    return ""
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -177,27 +195,36 @@ def alone(module):
 
 
 def install(module, home, interpreter, sha256):
-    """Make the environment at `home`; its `bundle.json`, put there last, says that it is complete."""
-    with open(module.params["archive"], "rb") as file:
-        found = hashlib.sha256(file.read()).hexdigest()
+    """Make the environment beside `home`, and put it there when it is complete."""
+    found = sha256_of(module.params["archive"])
     if found != sha256:
         module.fail_json(
             msg=f"The bundle's archive has sha256 {found}, its manifest says {sha256}. Nothing was changed. "
             "Make the bundle anew with `make bundle`."
         )
-    shutil.rmtree(home, ignore_errors=True)
-    run(module, [interpreter, "-m", "venv", "--without-pip", home], "make the virtual environment")
+    place, old = home + ".new", home + ".old"
+    for path in (place, old):
+        shutil.rmtree(path, ignore_errors=True)
+    run(module, [interpreter, "-m", "venv", "--without-pip", place], "make the virtual environment")
+    for name in os.listdir(place + "/bin"):
+        if name.lower().startswith("activate"):  # they say where it was made, and nobody needs them
+            os.unlink(f"{place}/bin/{name}")
     with tarfile.open(module.params["archive"]) as archive:
         for member in archive:
-            if member.name == "bundle.json":
-                member.name = ".bundle.json"
-            archive.extract(member, home)  # its sha256 is the manifest's
-    python = home + "/bin/python"
+            archive.extract(member, place)  # its sha256 is the manifest's
+    python = place + "/bin/python"
     # Of a bundle that was made with another Python nothing is compiled, and an agent may not write there.
-    run(module, [python, "-m", "compileall", "-q", home + "/lib"], "compile it")
+    run(module, [python, "-m", "compileall", "-q", "-s", place, "-p", home, place + "/lib"], "compile it")
     run(module, [python, "-c", "import isthmus_agent, isthmus_mesh, grpc, cryptography"], "import it")
+    paths = [os.path.join(top, name) for top, _directories, names in os.walk(place) for name in names]
+    sums = {os.path.relpath(path, place): sha256_of(path) for path in sorted(paths) if not os.path.islink(path)}
+    with open(f"{place}/{FILES}", "w", encoding="utf-8") as file:
+        json.dump(sums, file, indent=0)
     os.sync()
-    os.replace(home + "/.bundle.json", home + "/bundle.json")
+    if os.path.lexists(home):  # half of one, or damaged: programs that run from it have what they opened
+        os.rename(home, old)
+    os.rename(place, home)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def run(module, command, what):

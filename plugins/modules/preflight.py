@@ -397,7 +397,8 @@ def etcd_words(one, unit_words):
     return f": the etcd of something else ({', '.join(told) or 'it does not say of what'})"
 
 
-def port_problems(spec, found):
+def port_problems(spec, found, name_server):
+    """Ports of ours that others have; `name_server` is the address at which the mesh's will answer."""
     problems = []
     port = spec["overlay"]["port"]
     if not os.path.exists(f"/sys/class/net/{DEVICE}"):
@@ -422,11 +423,8 @@ def port_problems(spec, found):
                     "must have it. Two cannot share it: free it (an older strongSwan is `strongswan-starter.service`), "
                     "or name another host of the site as its gateway."
                 )
-    # The name server listens on one of the two, by how the host resolves names.
     wanted = [
-        (protocol, 53, address, "isthmus-dns.service", "the name server's", MOVE)
-        for address in (spec["node"]["mesh4"], resolver.LOCAL_SERVER)
-        for protocol in ("udp", "tcp")
+        (protocol, 53, name_server, "isthmus-dns.service", "the name server's", MOVE) for protocol in ("udp", "tcp")
     ]
     wanted.append(("tcp", 9968, "127.0.0.1", "isthmusd.service", "the agent's metrics'", MOVE))
     member = spec.get("member")
@@ -680,11 +678,13 @@ def main():
     joins = moves or ways(installed) != ways(spec) or bool(begun)
     problems, doubts, syncs, walls = system_problems(module), [], None, []
     ours = firewall.MANAGED if module.params["firewall"] == "managed" else ()
+    resolved = module.run_command(["systemctl", "is-active", "--quiet", "systemd-resolved.service"])[0] == 0
+    names = resolver.probe(resolved)
     if os.geteuid() == 0:
         problems += kernel_problems(arch)
         found = links.listed(module, "link")
         problems += device_problems(found, spec) if installed is None else []
-        problems += port_problems(spec, found)
+        problems += port_problems(spec, found, resolver.server(names, spec["node"]["mesh4"]))
         disk = disk_findings(spec)
         problems, doubts, syncs = problems + disk[0], doubts + disk[1], disk[2]
         hooks, node = hook_findings(), node_findings(spec)
@@ -694,9 +694,8 @@ def main():
         walls = firewalls(module, spec) if joins else []
         doubts += [firewall.describe(one) for one in walls if one.name not in ours]
     if moves:
-        resolved = module.run_command(["systemctl", "is-active", "--quiet", "systemd-resolved.service"])[0] == 0
-        names = resolver.obstacles(resolver.probe(resolved))
-        problems, doubts = problems + names[0], doubts + names[1] + selinux_doubts()
+        resolution = resolver.obstacles(names)
+        problems, doubts = problems + resolution[0], doubts + resolution[1] + selinux_doubts()
     problems += estate_problems(spec, installed)
     problems += address_problems(module, spec)
     link = underlay_link(links.listed(module, "address"), spec)

@@ -211,7 +211,7 @@ def test_a_listener_on_any_address_is_in_etcds_way(host: Host, listener: socket.
     port = listener.getsockname()[1]
     host.monkeypatch.undo()
     host.monkeypatch.setattr(preflight.os.path, "exists", lambda _path: True)  # our device is there
-    (words,) = preflight.port_problems(member(port), [])
+    (words,) = preflight.port_problems(member(port), [], resolver.LOCAL_SERVER)
     with open("/proc/self/comm", encoding="ascii") as file:
         command = file.read().strip()
     assert words.startswith(f"TCP port {port}, etcd's client port, is used by {command} (pid {os.getpid()})")
@@ -242,6 +242,28 @@ def test_a_name_server_on_all_addresses_is_told_once_for_each_protocol(host: Hos
     assert "named (pid 3) of named.service on 0.0.0.0" in problems[0]
     assert problems[0].endswith("Here: `listen-on { 127.0.0.1; };` in its options.")
     held[:] = [ports.Socket("udp", "127.0.0.53", 53, 7)]
+    assert host.run()["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("server", "needed"),
+    [("192.0.2.53", resolver.LOCAL_SERVER), ("127.0.0.53", SPEC["node"]["mesh4"])],
+    ids=["resolv.conf", "systemd-resolved"],
+)
+def test_a_name_server_on_each_address_is_in_the_way_only_of_the_one_that_is_used(
+    host: Host, server: str, needed: str
+) -> None:
+    """BIND binds every address of the host on its own, that of the mesh too once it is there."""
+    (host.place / "resolv.conf").write_text(f"nameserver {server}\n")
+    host.tool("systemctl", '[ "$1" = is-active ]', told=False)
+    addresses = ["127.0.0.1", "198.18.1.11", resolver.LOCAL_SERVER, SPEC["node"]["mesh4"]]
+    held = [ports.Socket("udp", address, 53, 7) for address in addresses]
+    host.monkeypatch.setattr(
+        preflight.ports, "bound", lambda protocol, port: held if (protocol, port) == ("udp", 53) else []
+    )
+    host.monkeypatch.setattr(preflight.ports, "holder", lambda _socket: ("named (pid 3)", "named.service"))
+    assert f"named (pid 3) of named.service on {needed}. " in host.problem()
+    held[:] = [one for one in held if one.address != needed]
     assert host.run()["problems"] == []
 
 

@@ -263,20 +263,36 @@ def test_systemd_reads_its_files_once_for_all_units_that_are_enabled(
     assert len(noted) == len(set(noted)) == 2, noted
 
 
+def test_resolved_asks_our_server_without_tls_and_signatures_from_the_first_question_on() -> None:
+    commands = [line.split()[1] for line in options(FILES["isthmus-resolved.service"], "ExecStart")]
+    assert sorted(commands[:2]) == ["dnsovertls", "dnssec"]
+    assert commands[2:] == ["dns", "domain", "default-route"]
+    lines = options(FILES["isthmus-resolved.service"], "ExecStart")[:2]
+    assert [line.split()[2:] for line in lines] == [["isthmus0", "no"]] * 2
+
+
 @pytest.mark.parametrize(
-    ("dns", "domain", "differs"),
+    ("changed", "differs"),
     [
-        ("Link 3 (isthmus0): 10.0.0.1\n", "Link 3 (isthmus0): ~clusterset.local\n", False),
-        ("Link 3 (isthmus0): 10.0.0.9\n", "Link 3 (isthmus0): ~clusterset.local\n", True),
-        ("Link 3 (isthmus0): 10.0.0.1 10.0.0.9\n", "Link 3 (isthmus0): ~clusterset.local\n", True),
-        ("Link 3 (isthmus0):\n", "Link 3 (isthmus0):\n", True),
-        ("Link 3 (isthmus0): 10.0.0.1\n", "Link 3 (isthmus0): clusterset.local\n", True),
-        (None, None, True),
+        ({}, False),
+        ({"dns": "Link 3 (isthmus0): 10.0.0.9\n"}, True),
+        ({"dns": "Link 3 (isthmus0): 10.0.0.1 10.0.0.9\n"}, True),
+        ({"dns": "Link 3 (isthmus0):\n", "domain": "Link 3 (isthmus0):\n"}, True),
+        ({"domain": "Link 3 (isthmus0): clusterset.local\n"}, True),
+        ({"dnsovertls": "Link 3 (isthmus0): yes\n"}, True),
+        ({"dnssec": "Link 3 (isthmus0): allow-downgrade\n"}, True),
+        ({"dns": None}, True),
     ],
-    ids=["as wanted", "another address", "one more", "reverted", "a search domain", "no device"],
+    ids=["as wanted", "another address", "one more", "reverted", "a search domain", "TLS", "signatures", "no device"],
 )
-def test_what_resolved_has_for_the_device_is_compared(dns: str | None, domain: str | None, differs: bool) -> None:
-    out = {"dns": dns, "domain": domain}
+def test_what_resolved_has_for_the_device_is_compared(changed: dict[str, str | None], differs: bool) -> None:
+    out = {
+        "dns": "Link 3 (isthmus0): 10.0.0.1\n",
+        "domain": "Link 3 (isthmus0): ~clusterset.local\n",
+        "dnsovertls": "Link 3 (isthmus0): no\n",
+        "dnssec": "Link 3 (isthmus0): no\n",
+        **changed,
+    }
 
     def run_command(arguments: list[str]) -> tuple[int, str, str]:
         answer = out[arguments[1]]
