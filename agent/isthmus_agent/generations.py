@@ -27,6 +27,7 @@ from isthmus_mesh.generations import (
     WAITING,
     Entry,
     Generation,
+    noted,
 )
 
 from .agent.files import write_atomically
@@ -40,10 +41,11 @@ class GenerationError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restored:
-    """What was done, and what of it failed, in words."""
+    """What was done, and what of it failed, in words; `whole` when every file is as it was."""
 
     done: tuple[str, ...]
     problems: tuple[str, ...]
+    whole: bool = True
 
 
 def known(place: Path) -> dict[int, Generation]:
@@ -79,7 +81,8 @@ def roll_back(
     """Make the host what it was in the generation `number`; None when `unless_confirmed` needs no way back any more.
 
     `remove_datapath` takes ours out of the kernel, for a generation in which the host was no member. A change that
-    waits for its confirmation has been taken back then. Raises GenerationError before anything is changed.
+    waits for its confirmation has been taken back then; it goes on waiting, and what takes it back stays, when a file
+    could not be restored. Raises GenerationError before anything is changed.
     """
     if not place.is_dir():
         raise GenerationError(f"there are no generations in {place}: nothing was changed on this host by the mesh yet")
@@ -93,17 +96,29 @@ def roll_back(
             raise GenerationError(f"there is no generation {number}; there are: {there} (`isthmus generations`)")
         contents = _contents(place, wanted)
         restored = _restore(wanted, contents, remove_datapath)
-        for one in found.values():
-            if one.state == WAITING and one.number != number:
-                _write(place, dataclasses.replace(one, state=ROLLED_BACK, note=why))
-        if wanted.state != CONFIRMED:  # who chooses it on the host has the way in
-            _write(place, dataclasses.replace(wanted, state=CONFIRMED, note=""))
-        _set_current(place, number)
-        for path in (BOOT_WANTED, BOOT):  # nothing waits any more
-            Path(path).unlink(missing_ok=True)
-        if unless_confirmed is None:
+        try:
+            _keep(place, found, wanted, restored, why)
+        except OSError as exc:
+            problem = f"{exc.filename or place}: {exc.strerror}"
+            return dataclasses.replace(restored, problems=(*restored.problems, problem), whole=False)
+        if unless_confirmed is None and restored.whole:
             _systemctl("stop", f"{UNIT}.timer")
     return restored
+
+
+def _keep(place: Path, found: dict[int, Generation], wanted: Generation, restored: Restored, why: str) -> None:
+    """What the host is now. Raises OSError."""
+    state = ROLLED_BACK if restored.whole else WAITING
+    note = noted(why if restored.whole else f"generation {wanted.number} could not be restored", restored.problems)
+    if restored.whole and wanted.state != CONFIRMED:  # who chooses it on the host has the way in
+        _write(place, dataclasses.replace(wanted, state=CONFIRMED, note=""))
+    if restored.whole:
+        _set_current(place, wanted.number)
+    for one in found.values():  # last, as it is what a further try looks at
+        if one.state == WAITING and one.number != wanted.number:
+            _write(place, dataclasses.replace(one, state=state, note=note))
+    for path in (BOOT_WANTED, BOOT) if restored.whole else ():  # nothing waits any more
+        Path(path).unlink(missing_ok=True)
 
 
 def _contents(place: Path, wanted: Generation) -> dict[str, bytes]:
@@ -127,6 +142,7 @@ def _contents(place: Path, wanted: Generation) -> dict[str, bytes]:
 def _restore(wanted: Generation, contents: dict[str, bytes], remove_datapath: Callable[[], Sequence[str]]) -> Restored:
     done: list[str] = []
     problems: list[str] = []
+    whole = True
 
     def tried(*words: str) -> None:
         failure = _systemctl(*words)
@@ -149,6 +165,7 @@ def _restore(wanted: Generation, contents: dict[str, bytes], remove_datapath: Ca
             _put(Path(path), kept, contents.get(path))
         except OSError as exc:
             problems.append(f"{path}: {exc.strerror}")
+            whole = False
             continue
         done.append(f"{'removed' if kept.absent else 'restored'} {path}")
         anew.update(kept.restarts)
@@ -165,7 +182,7 @@ def _restore(wanted: Generation, contents: dict[str, bytes], remove_datapath: Ca
             done += [f"removed {words}" for words in remove_datapath()]
         except Exception as exc:  # whatever the kernel refuses: files and resolver are back, and it is told
             problems.append(f"the datapath: {exc}")
-    return Restored(tuple(done), tuple(problems))
+    return Restored(tuple(done), tuple(problems), whole)
 
 
 def _is_unit(path: str) -> bool:

@@ -15,6 +15,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.generations impo
     ROLLED_BACK,
     SECONDS,
     WAITING,
+    what_failed,
 )
 
 # A host that is back may need as long again until it can be entered: restarts, routes, the retries of TCP.
@@ -55,7 +56,7 @@ class ActionModule(ActionBase):
         """None when the change stays, else what the task ends with."""
         host = task_vars["inventory_hostname"]
         deadline = time.monotonic() + seconds
-        problem = ""
+        problem = stuck = ""
         while True:
             try:
                 self._new_connection()
@@ -73,6 +74,9 @@ class ActionModule(ActionBase):
             if made and made["state"] != WAITING and lost is not None:
                 raise lost  # before the module came to its change
             problem = answer.get("problem") or problem
+            stuck = _stuck(host, made) or stuck
+            if time.monotonic() > deadline and stuck:
+                return {"msg": stuck}
             if time.monotonic() > deadline:
                 words = (
                     f"{host} could not be asked whether its change stays, for {seconds} s: {problem}. The host takes "
@@ -96,9 +100,22 @@ class ActionModule(ActionBase):
 
 
 def _words(host, made, problem):
+    failed = what_failed(made["note"])
     return (
         f"{host} took its change back: generation {made['number']} was given up, generation {made['previous']} is "
-        f"restored. Why: it was not confirmed over a new connection within {SECONDS} s"
-        f"{': ' + problem if problem else ''}. Other hosts are not concerned. Next: `isthmus generations` on {host} "
-        "shows what differs, --check --diff what the next run would change; correct the inventory before it."
+        f"restored{', but on the way this failed: ' + failed if failed else ''}. Why: it was not confirmed over a new "
+        f"connection within {SECONDS} s{': ' + problem if problem else ''}. Other hosts are not concerned. Next: "
+        f"`isthmus generations` on {host} shows what differs, --check --diff what the next run would change; correct "
+        "the inventory before it."
+    )
+
+
+def _stuck(host, made):
+    """Empty while no way back has failed."""
+    failed = what_failed(made.get("note", ""))
+    return failed and (
+        f"{host} could not take its change back: generation {made['number']} was not confirmed, and generation "
+        f"{made['previous']} could not be restored. What failed: {failed}. The host tries it again every {SECONDS} s, "
+        f"and at a boot. Next: put that right on {host}, where `isthmus generations` shows what differs still; then "
+        "correct the inventory, and run with --check --diff."
     )

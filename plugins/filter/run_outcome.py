@@ -55,11 +55,12 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(locked), dictionaries with C(cluster) and C(host); C(changed) and C(silent), names of hosts; C(waiting), for
-      each host that waits for others which could not be entered, their names; C(refused), for each host that
-      authorities which were asked gave no certificate, or for whose cluster with C(control_plane=in_cluster) that is
-      so, what they said; C(unreached), for each host that does not reach what exposes the etcd of a cluster with
-      C(control_plane=in_cluster), what that is; C(pending) and C(failure), lines of text.
+    - C(locked), dictionaries with C(cluster) and C(host); C(recorded), whether any cluster's etcd took the record;
+      C(changed) and C(silent), names of hosts; C(waiting), for each host that waits for others which could not be
+      entered, their names; C(refused), for each host that authorities which were asked gave no certificate, or for
+      whose cluster with C(control_plane=in_cluster) that is so, what they said; C(unreached), for each host that does
+      not reach what exposes the etcd of a cluster with C(control_plane=in_cluster), what that is; C(pending) and
+      C(failure), lines of text.
   type: dict
 """
 
@@ -91,7 +92,7 @@ _AFTER_FAILURE = (
 def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True):
     """See above; names in the order of the alphabet."""
     hosts = {str(variables["inventory_hostname"]): variables for variables in members}
-    locked, unwritten = _locks(hosts.values(), clusters)
+    locked, written, unwritten = _locks(hosts.values(), clusters)
     broken = {name for name in hosts if name in failed or _is(hosts[name], "failed", "__preflight_installed")}
     unexposed = {name: why for name in gone if name in hosts and (why := _not_exposed(hosts[name]))}
     silent = {
@@ -130,7 +131,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
     pending += _unread(hosts, broken | silent) if stopped else []
     pending += _closed(hosts)
     pending += _owed(hosts)
-    pending += _steps(hosts) if stopped and not broken else []
+    pending += _steps(hosts, bool(written)) if stopped and not broken else []
     pending += _kubernetes(hosts.values())
     pending += [] if broken else _left(hosts.values(), left)
     failure = _failures(hosts, broken) if broken else []
@@ -146,6 +147,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
         ]
     return {
         "locked": locked,
+        "recorded": bool(written),
         "changed": sorted(changed),
         "silent": sorted(silent),
         "waiting": {name: list(places) for name, (_what, places) in sorted(waits.items())},
@@ -170,7 +172,7 @@ def run_outcome(members, gone=(), failed=(), clusters=(), left=(), stopped=True)
 
 
 def _locks(members, clusters):
-    """Places of the run's locks, and the clusters whose etcd did not take the record, when one was to be written."""
+    """Places of the run's locks; clusters whose etcd took the record, and that did not, when one was to be written."""
     locked, written, wrote = [], set(), False
     for variables in members:
         for name in (*_READS, *_WRITES):
@@ -183,7 +185,7 @@ def _locks(members, clusters):
                     locked.append(place)
                 if name in _WRITES and "record" in result:
                     written.add(place["cluster"])
-    return locked, set(clusters) - written if wrote else set()
+    return locked, written, set(clusters) - written if wrote else set()
 
 
 def _not_exposed(variables):
@@ -332,7 +334,7 @@ def _owed(hosts):
             )
 
 
-def _steps(hosts):
+def _steps(hosts, recorded):
     """A line when encryption, its keys or native routing are changed and the run could not take all of the steps."""
     steps = (newest_plan(hosts.values()) or {"steps": []})["steps"]
 
@@ -342,6 +344,8 @@ def _steps(hosts):
     for number, step in enumerate(steps, 1):
         lacking = without(step["waits"], f"__site_done_{number - 1}")
         why = f"{_names(lacking)} did not do the one before" if lacking else ""
+        if lacking and not recorded and any("__agent_result" in variables for variables in hosts.values()):
+            why = "no etcd got the record of the one before"
         if not why and (lacking := without(step["proven"], f"__site_proven_{number}")):
             answers = (hosts[name].get("__site_proof", {}).get("msg") for name in sorted(lacking) if name in hosts)
             told = next((str(answer).strip().rstrip(".") for answer in answers if answer), "no answer")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 DIRECTORY = fmt.DIRECTORY
+# A way back that fails, as on a full disk, is gone again and again until what was not restored is.
+AGAIN = ("Restart=on-failure", f"RestartSec={fmt.SECONDS}s")
 
 
 def entry_of(path: str, restarts: tuple[str, ...] = (), mark: str = "") -> tuple[Entry, bytes | None]:
@@ -81,7 +83,7 @@ class Generations:
         """The change is complete: keep it, and give it the time in which it must be confirmed."""
         with self._locked():
             made = self._all()[number]
-            if made.state != fmt.WAITING:
+            if made.state != fmt.WAITING or made.note:  # the way back has begun
                 self.module.fail_json(msg=f"Generation {number} took too long: {made.note}. Run the playbook again.")
             self._write(dataclasses.replace(made, files=self._capture(number)))
             self._arm(made, fmt.SECONDS)
@@ -183,6 +185,7 @@ class Generations:
         command = [
             *("systemd-run", "--quiet", "--collect", f"--unit={fmt.UNIT}", f"--on-active={seconds}s"),
             *("--timer-property=AccuracySec=1s", f"--description=Isthmus: back to generation {one.previous}"),
+            *(f"--property={setting}" for setting in AGAIN),
             *back,
         ]
         code, out, err = self.module.run_command(command)
@@ -195,7 +198,7 @@ class Generations:
     def _arm_boot(self, one: Generation, back: tuple[str, ...]) -> None:
         text = (
             f"[Unit]\nDescription=Isthmus: back to generation {one.previous} at a boot before {one.number} is confirmed"
-            f"\n\n[Service]\nType=oneshot\nExecStart={' '.join(back)}\n\n"
+            f"\n\n[Service]\nType=oneshot\nExecStart={' '.join(back)}\n" + "\n".join(AGAIN) + "\n\n"
             "[Install]\nWantedBy=multi-user.target\n"
         )
         atomic_write(fmt.BOOT, text.encode(), 0o644, os.geteuid(), os.getegid())
@@ -206,8 +209,8 @@ class Generations:
     def _disarm(self) -> None:
         # With the lock held the service restores nothing: it waits for the lock, or is at its end and still has the
         # name. Where there is no such unit, systemd calls that a failure.
-        for kind in ("timer", "service"):
-            self.module.run_command(["systemctl", "stop", f"{fmt.UNIT}.{kind}"])
+        for name in (f"{fmt.UNIT}.timer", f"{fmt.UNIT}.service", os.path.basename(fmt.BOOT)):
+            self.module.run_command(["systemctl", "stop", name])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

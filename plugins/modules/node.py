@@ -244,6 +244,8 @@ def confirm(module, generations, spec):
     if made is not None and made.state == WAITING:
         if made.files is None:
             problem = "the change was not completed"
+        elif made.note:
+            problem = "it is being taken back"  # some of its files may be gone
         else:
             problem = resolver.problem(spec["dns"]["domain"], made.root_answered)
         if not problem:

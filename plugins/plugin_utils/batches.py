@@ -80,22 +80,29 @@ def split(
 
     What needs each other goes together: the hosts of ``new`` clusters, whose etcd never ran, and the members of an etcd
     that is not among those ``answering``. No two members of an etcd that answers are in one batch, whatever ``serial``
-    says. The batches of the clusters run side by side.
+    says. The batches of the clusters run side by side. Gateways have theirs before all other hosts, whose agents lead
+    packets to them: one that has no tunnel to a new site yet would forward these in clear.
     """
     together: list[str] = []
+    gateways: dict[str, tuple[list[str], list[str]]] = {}
     clusters: dict[str, tuple[list[str], list[str]]] = {}
     for name in sorted(set(hosts) & set(specs)):
         cluster, member = specs[name]["cluster"]["name"], specs[name].get("member") is not None
         if cluster in new or (member and cluster not in answering):
             together.append(name)
         else:
-            clusters.setdefault(cluster, ([], []))[0 if member else 1].append(name)
+            part = gateways if "local" in specs[name].get("ipsec", {}) else clusters
+            part.setdefault(cluster, ([], []))[0 if member else 1].append(name)
+    return Batches(together, [*_side_by_side(gateways, serial), *_side_by_side(clusters, serial)])
+
+
+def _side_by_side(clusters: Mapping[str, tuple[list[str], list[str]]], serial: list[int | str]) -> list[list[str]]:
+    """By cluster, the members and the others."""
     parts = [_of_cluster(members, others, serial) for _cluster, (members, others) in sorted(clusters.items())]
-    batches = [
+    return [
         [name for part in parts for name in part[number : number + 1] for name in name]
         for number in range(max(map(len, parts), default=0))
     ]
-    return Batches(together, batches)
 
 
 def _of_cluster(members: list[str], others: list[str], serial: list[int | str]) -> list[list[str]]:

@@ -62,7 +62,10 @@ def systemd_run(words):
     # The service is no part of its timer: stopping the timer stops no rollback.
     awaited = (HOST / "hurry").read_text() if (HOST / "hurry").exists() else "1000"
     script = f"until [ $(grep -c command {HOST}/ssh) -ge {awaited} ]; do sleep 0.1; done; "
-    script += "exec setsid --fork " + " ".join(command)
+    back = " ".join(command)
+    if "--property=Restart=on-failure" in words:  # as if the pause were over
+        back = f"sh -c 'echo $$ > {PIDS}/isthmus-rollback.service; until {back}; do sleep 1; done'"
+    script += f"exec setsid --fork {back}"
     run("isthmus-rollback.timer", ["sh", "-c", script], dict(os.environ))
 
 

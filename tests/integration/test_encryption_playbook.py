@@ -138,6 +138,18 @@ def test_without_a_proof_nothing_goes_through_wireguard_and_the_run_says_so(runn
     assert running.locks == []
 
 
+def test_agents_alone_are_recorded_and_a_step_that_is_not_is_the_last_one(running: Site) -> None:
+    running.estate = ON
+    unrecorded = turned(running, "--skip-tags", "services")
+    assert (unrecorded.status, running.locks) == (0, []), unrecorded.output
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "accepts"), None)
+    assert "step 2 was not begun: no etcd got the record of the one before" in said(unrecorded)
+    alone = turned(running, "--tags", "agent")
+    assert (alone.status, running.locks) == (0, []), alone.output
+    assert (stages(running), recorded(running)) == (dict.fromkeys(HOSTS, "demands"), "demands")
+    assert "Pending" not in said(alone)
+
+
 @pytest.mark.slow
 def test_a_failure_in_a_later_step_ends_the_run_and_the_next_one_goes_on_there(running: Site) -> None:
     running.estate = ON

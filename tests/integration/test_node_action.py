@@ -185,7 +185,8 @@ def test_a_change_is_confirmed_over_a_new_connection_and_a_converged_run_makes_n
     assert host.current() == 1
     assert "control" in host.lines("ssh"), "the connection was reset"
     assert [line.split()[1] for line in host.lines("calls") if line.startswith("timer")] == ["80s", "60s"]
-    assert host.lines("calls")[-2:] == ["stop isthmus-rollback.timer", "stop isthmus-rollback.service"]
+    units = ("isthmus-rollback.timer", "isthmus-rollback.service", "isthmus-rollback-boot.service")
+    assert host.lines("calls")[-3:] == [f"stop {name}" for name in units]
     (host.place / "ssh").unlink()
     again = host.play()
     assert (again.recap.ok, again.recap.changed) == (1, 0), again.output
@@ -266,6 +267,25 @@ def test_a_change_that_cuts_the_host_off_is_taken_back(host: Host) -> None:
     (host.place / "hurry").unlink()
     assert host.play("--check").recap.changed == 0
     assert host.play().recap.changed == 0
+
+
+def test_a_way_back_that_cannot_write_is_gone_again_and_the_operator_is_told(host: Host) -> None:
+    """The file system of the units is full, or read-only, at the first try; the host can be entered again after it."""
+    host.play()
+    before = host.files()
+    units, tried = "/etc/systemd/system", host.place / "tried"
+    turn = f"if [ -e {tried} ]; then mount -o remount,rw {units}; else mount -o remount,ro {units}; fi; touch {tried}"
+    program = f'PYTHONPATH={ROOT / "agent"} {sys.executable} -m isthmus_agent.cli.main "$@"'
+    host.program("isthmus", f'if [ "$1" = rollback ]; then {turn}; fi\n{program}')
+    host.hurry()
+    run = host.play(cut=True, hash="b" * 64)
+    assert run.recap.failed == 1, run.output
+    journal = host.lines("journal")
+    assert "isthmus: /etc/systemd/system/isthmusd.service: Read-only file system" in journal
+    assert "this host is not generation 1 yet; it is tried again in 60 s" in journal
+    assert "onprem-1 took its change back: generation 2 was given up" in " ".join(run.output.split())
+    assert host.files() == before
+    assert (host.states(), host.current()) == ({0: "confirmed", 1: "confirmed", 2: "rolled back"}, 1)
 
 
 def test_a_change_that_breaks_the_resolver_is_taken_back(host: Host) -> None:

@@ -183,7 +183,12 @@ def _rollback(options: argparse.Namespace) -> int:
         print(json.dumps({"number": options.number, "done": restored.done, "problems": restored.problems}, indent=2))
     else:
         print("\n".join(restored.done) or "everything was as in that generation already")
-        print(f"this host is generation {options.number}; the next run of the playbook makes it what is planned again")
+        if restored.whole:
+            outcome = f"generation {options.number}; the next run of the playbook makes it what is planned again"
+        else:
+            again = "run this again when that is put right" if unless is None else f"it is tried again in {SECONDS} s"
+            outcome = f"not generation {options.number} yet; {again}"
+        print(f"this host is {outcome}")
         for problem in restored.problems:
             print(f"isthmus: {problem}", file=sys.stderr)
     return DIFFERENT if restored.problems else OK

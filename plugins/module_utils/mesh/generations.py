@@ -8,7 +8,7 @@ it. `DIRECTORY/current` is a link to the number that the host is. The module `no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ SPEC = "/etc/isthmus/node.json"
 """Where a generation lacks this file, the host was no member of the mesh."""
 
 WAITING, CONFIRMED, ROLLED_BACK = "waiting", "confirmed", "rolled back"
+_FAILED = "; what failed: "
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Entry:
 class Generation:
     """A state of the host. `files` is None while it is being made; `previous` is the one to go back to.
 
-    `spec` is the hash of its specification, `token` the run's that made it, `note` why it was made or taken back.
+    `spec` is the hash of its specification, `token` the run's that made it, `note` why it was made or taken back. One
+    that waits has a note when it could not be taken back: `what_failed` of it.
     `root_answered`: before it, the host's first name server answered for names outside of the mesh.
     """
 
@@ -99,6 +101,16 @@ class Generation:
             return cls(**values, files=entries)
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"it is not complete: {exc}") from exc
+
+
+def noted(why: str, problems: Sequence[str]) -> str:
+    """A note, with what failed on the way back."""
+    return f"{why}{_FAILED}{'; '.join(problems)}" if problems else why
+
+
+def what_failed(note: str) -> str:
+    """On the way back, in words; empty when nothing did."""
+    return note.partition(_FAILED)[2]
 
 
 def doomed(numbers: Iterable[int], keep: Iterable[int | None]) -> list[int]:

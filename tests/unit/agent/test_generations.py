@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from ansible_collections.isthmus.mesh.plugins.module_utils import bundle
 from ansible_collections.isthmus.mesh.plugins.module_utils import generations as module_side
 from isthmus_agent import generations
 from isthmus_agent.cli import main as cli
-from isthmus_mesh.generations import KEPT, Generation, doomed
+from isthmus_mesh.generations import KEPT, Generation, doomed, what_failed
 
 MARK = "# ours"
 
@@ -222,7 +224,8 @@ def test_the_timer_gets_its_time_anew_when_the_change_is_complete(host: Host) ->
     host.change("a")
     timers = [word for words in host.ran for word in words if word.startswith("--on-active")]
     assert timers == ["--on-active=180s", "--on-active=60s"]
-    assert [words[2] for words in host.ran[-2:]] == ["isthmus-rollback.timer", "isthmus-rollback.service"]
+    stopped = [words[2] for words in host.ran[-3:]]
+    assert stopped == ["isthmus-rollback.timer", "isthmus-rollback.service", "boot.service"]
 
 
 def test_a_boot_before_it_was_confirmed_takes_it_back_too(host: Host) -> None:
@@ -231,7 +234,7 @@ def test_a_boot_before_it_was_confirmed_takes_it_back_too(host: Host) -> None:
     waiting = host.change("b", confirmed=False)
     assert host.wanted.readlink() == host.boot
     command = f"ExecStart={host.bundles[0]}/bin/isthmus rollback {good} --unless-confirmed {waiting}"
-    assert command in host.boot.read_text().splitlines()
+    assert {command, "Restart=on-failure", "RestartSec=60s"} <= set(host.boot.read_text().splitlines())
     assert host.back(good, waiting) is not None
     assert not host.boot.exists()
     assert not host.wanted.is_symlink()
@@ -332,6 +335,62 @@ def test_what_fails_on_the_way_back_is_told_and_the_rest_is_done(
     assert status == 1
     assert "systemctl restart isthmusd.service: it does not start" in err
     assert (host.spec.read_text(), generations.current(host.place)) == ("a", 1)
+    assert host.back(2) is not None
+    waiting = host.change("c", confirmed=False)
+    assert run(capsys, "rollback", "2", "--unless-confirmed", str(waiting))[0] == 1
+    assert host.state(waiting) == "rolled back", "its files are back"
+    note = generations.known(host.place)[waiting].note
+    assert what_failed(note) == "systemctl restart isthmusd.service: it does not start"
+
+
+@pytest.mark.parametrize("by", ["the timer", "hand"])
+def test_what_cannot_be_written_is_tried_again_and_stays_unconfirmed(
+    host: Host, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    good = host.change("a")
+    waiting = host.change("b", confirmed=False)
+    assert {"--property=Restart=on-failure", "--property=RestartSec=60s"} <= set(host.ran[-1])
+    host.systemctl()
+    words = ["rollback", str(good), *(["--unless-confirmed", str(waiting)] if by == "the timer" else [])]
+    host.unit.unlink()
+    host.unit.mkdir()  # nothing can be put in its place
+    status, out, err = run(capsys, *words)
+    failed = f"{host.unit}: Is a directory"
+    assert (status, err) == (1, f"isthmus: {failed}\n")
+    assert f"this host is not generation {good} yet" in out
+    assert host.spec.read_text() == "a", "the rest is restored"
+    assert (host.state(waiting), generations.current(host.place)) == ("waiting", waiting)
+    assert host.wanted.readlink() == host.boot
+    assert "stop isthmus-rollback.timer" not in host.systemctl()
+    note = generations.known(host.place)[waiting].note
+    assert what_failed(note) == failed
+    with pytest.raises(AssertionError, match=f"took too long: {note}"):
+        host.module.finish(waiting)
+
+    host.unit.rmdir()
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "")
+    assert (host.unit.read_text(), generations.current(host.place)) == ("of a", good)
+    assert (host.state(waiting), host.boot.exists()) == ("rolled back", False)
+    assert what_failed(generations.known(host.place)[waiting].note) == ""
+
+
+def test_what_cannot_be_kept_of_the_way_back_is_tried_again(
+    host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = host.change("a")
+    waiting = host.change("b", confirmed=False)
+
+    def full(place: Path, *_rest: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generations, "_write", full)
+        status, _out, err = run(capsys, "rollback", str(good), "--unless-confirmed", str(waiting))
+    assert (status, err) == (1, f"isthmus: {host.place}: No space left on device\n")
+    assert (host.spec.read_text(), host.state(waiting), host.boot.exists()) == ("a", "waiting", True)
+    assert run(capsys, "rollback", str(good), "--unless-confirmed", str(waiting))[0] == 0
+    assert (host.state(waiting), host.boot.exists()) == ("rolled back", False)
 
 
 def test_restoring_needs_nothing_heavy() -> None:

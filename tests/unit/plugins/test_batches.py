@@ -57,6 +57,17 @@ def test_what_needs_each_other_goes_together_and_first() -> None:
     ]
 
 
+def test_gateways_go_before_all_hosts_that_lead_packets_to_them() -> None:
+    """Also those of another cluster at their site, and whether or not they carry a member."""
+    specs = specs_of(a=(["m1", "m2", "m3"], ["w1", "w2"]), b=(["n1"], ["v1", "v2"]), c=(["o1"], ["u1"]))
+    for name in ("m3", "w2", "v2"):
+        specs[name]["ipsec"] = {"far": {}, "local": "192.0.2.1"}
+    specs["w1"]["ipsec"] = {"far": {}, "via": "192.0.2.1"}
+    found = split(specs, list(specs), ["c"], ["a", "b"], serial_of(None))
+    assert found.together == ["o1", "u1"]
+    assert found.batches == [["w2", "v2"], ["m3"], ["w1", "v1"], ["m1", "n1"], ["m2"]]
+
+
 def test_many_names_are_cut_in_words() -> None:
     many = specs_of(a=([], [f"w{number:02}" for number in range(25)]))
     assert split(many, list(many), (), ["a"], [25]).words()[0].endswith(", w19 and 5 more")

@@ -153,6 +153,8 @@ def test_what_a_run_leaves() -> None:
     members += [{"inventory_hostname": "b-2"}, {"inventory_hostname": "b-1", "__agent_result": {"unreachable": True}}]
     found = run_outcome(members, gone=["b-2"], clusters=["a", "b", "c"])
     assert found["locked"] == [{"cluster": "a", "host": "a-1"}, {"cluster": "c", "host": "c-1"}]
+    assert found["recorded"]
+    assert not run_outcome(members[:1])["recorded"]
     assert "b-1, b-2" in found["pending"][0]
     assert "etcd of b did not" in found["pending"][1]
     assert found["silent"] == ["b-1", "b-2"]
