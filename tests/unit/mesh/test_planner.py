@@ -176,6 +176,19 @@ def test_addresses_behind_translation() -> None:
     assert server["sans_ip"] == ["172.16.0.1", "203.0.113.1", "127.0.0.1"]
 
 
+def test_registrars_dial_an_etcd_at_their_own_site_as_its_hosts_do() -> None:
+    """The address that other sites dial may be that of an address translation, which need not lead back in."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["cloud"]["site"] = "onprem"
+        h["c1"].update(isthmus_underlay="198.18.1.9", isthmus_advertise="203.0.113.1")
+        h["o3"].update(isthmus_site="far")
+
+    specs = replanned(edit).specs
+    endpoints = {host: specs[host]["registrar"]["peers"][0]["endpoints"] for host in ("o1", "o3")}
+    assert endpoints == {"o1": ["https://198.18.1.9:2379"], "o3": ["https://203.0.113.1:2379"]}
+
+
 def test_a_member_prefers_itself() -> None:
     endpoints = planned(model()).specs["o2"]["etcd"]["endpoints"]
     assert endpoints == [f"https://198.18.1.{number}:2379" for number in (2, 1, 3)]
