@@ -50,6 +50,7 @@ class HostSpec:
                 **filled(
                     kubernetes_node=self.host.get("kubernetes_node"),
                     masquerade=self.host["site"] in self.model.masquerade,
+                    site=self.host["site"] if self.host["site"] != own["site"] else None,
                 ),
             },
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],

@@ -185,6 +185,10 @@ def test_registrars_dial_an_etcd_at_their_own_site_as_its_hosts_do() -> None:
         h["o3"].update(isthmus_site="far")
 
     specs = replanned(edit).specs
+    assert {host: NodeSpec.from_dict(spec).site for host, spec in specs.items()} == {
+        **dict.fromkeys(("c1", "o1", "o2"), "onprem"),
+        "o3": "far",
+    }
     endpoints = {host: specs[host]["registrar"]["peers"][0]["endpoints"] for host in ("o1", "o3")}
     assert endpoints == {"o1": ["https://198.18.1.9:2379"], "o3": ["https://203.0.113.1:2379"]}
 
