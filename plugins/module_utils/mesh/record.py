@@ -43,7 +43,8 @@ packets did not come through: {"cloud onprem": ["cloud-1", "onprem-2"]}. `empty`
 know all the same, if there are some.
 
 A cluster that was removed keeps its document as a tombstone: `"state": "absent"`, no hosts, so that an old
-copy on a member that was away cannot bring it back. `released` addresses are not dealt again for 30 days.
+copy on a member that was away cannot bring it back. `released` addresses, also of a cluster that is absent, are
+not dealt again for 30 days, but to the hosts of such a cluster if it is put back.
 `forgotten` names hosts, also of a cluster that is absent, that were lost and take no part until they are
 joined anew; `crl` is the CA's list of revoked certificates (RFC 5280, PEM). `kubernetes` is the Kubernetes
 cluster that a cluster is; a host that is a node of it has `"kubernetes_node": "<its name>"`, and where it was
@@ -327,6 +328,10 @@ def _check(where: str, name: str, document: Any) -> int:
         entry.text("by", None)
         parse_time(entry.text("at", None), entry.path("at"))
     fields.texts("departed")
+    for released in fields.objects("released"):
+        released.network4("address")
+        released.text("owner")
+        parse_time(released.text("at", None), released.path("at"))
     state = fields.text("state", None)
     if state == "absent":
         return revision
@@ -367,9 +372,6 @@ def _check(where: str, name: str, document: Any) -> int:
         for name in ("endpoints", "addresses", "names"):
             exposed.texts(name)
         exposed.address4("cluster_ip")
-    for released in fields.objects("released"):
-        released.network4("address")
-        parse_time(released.text("at", None), released.path("at"))
     return revision
 
 
