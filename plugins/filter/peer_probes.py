@@ -51,6 +51,7 @@ _value:
 """
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.encryption import Stage, from_document, keys_of, pair
+from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.endpoints import beside
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.openings import wireguard_ports
 from ansible_collections.isthmus.mesh.plugins.module_utils.mesh.spec import IPSEC_PORTS
 
@@ -159,7 +160,7 @@ class _Questions:
         document, entry = self.places[name]
         return {
             "host": name,
-            "address": address or entry["underlay4" if entry["site"] == here["site"] else "advertise4"],
+            "address": address or entry[beside(entry, here["site"])],
             "protocol": protocol,
             "port": port,
             "answers": answers,

@@ -384,6 +384,8 @@ def test_host_with_another_advertised_address() -> None:
         ("ExternalIP", "198.18.1.10"),
         ("CiliumInternalIP", "10.101.0.1"),
     ]
+    # By it hosts of that site know that they reach the node at the other one.
+    assert node["Annotations"]["isthmus.io/site"] == RECORD["hosts"]["h0"]["site"]
 
 
 def test_moved_host_that_is_silent_is_not_published_with_its_old_range() -> None:

@@ -309,7 +309,7 @@ def _nodes(agent: Agent, state: MeshState, tunnels: Tunnels) -> list[dict[str, A
                 "cluster": cluster,
                 "name": name,
                 "address": node.mesh_address(4),
-                "endpoint": node.tunnel_endpoint(4),
+                "endpoint": node.tunnel_endpoint(4, agent.spec.site),
                 "probe": verdict,
                 "answer_age": _age(probe.last_answer, now) if probe is not None else None,
                 "heard_age": _age(agent.prober.heard.get((cluster, name)), now),
@@ -387,8 +387,9 @@ def _one_way_warnings(agent: Agent, state: MeshState) -> list[str]:
     here = f"{agent.spec.cluster.name}/{agent.spec.host}"
     return [
         f"the way between this host and node {cluster}/{name} is cut in one direction: {cluster}/{name} does not hear "
-        f"{here}, {here} hears {cluster}/{name}. Packets from here to {node.tunnel_endpoint(4)} are lost, those from "
-        f"there arrive: look at routes and filters of the network in that direction, and at the firewall of {name}"
+        f"{here}, {here} hears {cluster}/{name}. Packets from here to {node.tunnel_endpoint(4, agent.spec.site)} are "
+        "lost, those from there arrive: look at routes and filters of the network in that direction, and at the "
+        f"firewall of {name}"
         for (cluster, name), node in sorted(state.nodes.items())
         if _is_deaf(agent, (cluster, name), now)
     ]
@@ -405,7 +406,8 @@ def _path_warnings(agent: Agent, state: MeshState) -> list[str]:
         found.append(
             f"packets of {path.lost} bytes and more are lost on the way to node {cluster}/{name} or back when they "
             f"must not be fragmented, small ones are not; routes carry {path.full}, {carried}. A link on the way has a "
-            f"smaller MTU than the hosts (look at: tracepath {node.tunnel_endpoint(4)}): give it theirs, or them its"
+            f"smaller MTU than the hosts (look at: tracepath {node.tunnel_endpoint(4, agent.spec.site)}): give it "
+            "theirs, or them its"
         )
     return found
 

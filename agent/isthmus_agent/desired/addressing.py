@@ -137,7 +137,7 @@ class Remote:
 
 
 def _remote(spec: NodeSpec, node: Node) -> Remote | None:
-    endpoint = node.tunnel_endpoint(4)
+    endpoint = node.tunnel_endpoint(4, spec.site)
     if endpoint is None:
         return None
     mesh = node.mesh_address(4)
@@ -367,6 +367,9 @@ def ipcache(
 
     `local`: what `local_identities` found. `encrypted`: underlay addresses that only WireGuard may lead to. `pods`: the
     ranges of this node's pods. Without a tunnel the programs have to know those that are not published as well."""
+    endpoints: dict[tuple[str, Address], Address] = {
+        (node.cluster, address): node.endpoint for node in nodes for address in node.underlay
+    }
     native = {address for node in nodes if node.takes_native for address in (*node.underlay, node.endpoint)}
     inside = {address for node in nodes if node.takes_inside for address in (*node.underlay, node.endpoint)}
     mine = {spec.node.underlay4, spec.node.advertise4}
@@ -376,7 +379,8 @@ def ipcache(
     published = [entry for entry in _published(state) if entry[0] in ids]
     for ours in (False, True):  # later ones win: no peer's node takes an address of our own cluster
         dealt = () if ours else pod_ranges(spec)
-        for cluster, network, number, tunnel in published:
+        for cluster, network, number, host in published:
+            tunnel = endpoints.get((cluster, host), host)
             if (cluster == spec.cluster.name) == ours and not any(network.overlaps(each) for each in dealt):
                 found[network] = IpcacheEntry(
                     number,

@@ -110,7 +110,7 @@ def desired(
         "natively", (nodes, encrypted), lambda: addressing.only_encrypted(nodes, encrypted.demanded)
     )
     led = memory.of("led", (spec, reach, facts.passes), lambda: addressing.led(spec, reach, facts.passes))
-    placement = memory.of("placement", (state.nodes, state.ips), lambda: Placement(state))
+    placement = memory.of("placement", (spec, state.nodes, state.ips), lambda: Placement(state, spec.site))
     found: Services = services(state, spec.cluster.name, spec.cluster.id, own, reach, placement)
     mtu = addressing.path_mtu(facts.underlay_mtu, 0, spec.overlay.mtu)
     by_workload = {(workload.namespace, workload.name): workload.address4 for workload in spec.workloads}

@@ -24,7 +24,7 @@ class CheckKey:
 
 
 def node_report(spec: NodeSpec, facts: HostFacts, published: Node | None = None) -> NodeReport:
-    """The first InternalIP is what others send tunnel packets to, so it is the advertised address.
+    """The first InternalIP is what others, but those of its site, send tunnel packets to: the advertised address.
 
     `published`: this host as others know it. A public key that could not be read yet is as it is there: a host that is
     published without one is cut off."""

@@ -67,10 +67,11 @@ class Services:
 class Placement:
     """Finds the node of a backend: by its published address, else by the range it lies in.
 
-    It hangs on the state's nodes and addresses alone and remembers what it found."""
+    It hangs on the state's nodes and addresses and on the own `site` alone and remembers what it found."""
 
-    def __init__(self, state: MeshState) -> None:
+    def __init__(self, state: MeshState, site: str) -> None:
         self._state = state
+        self._site = site
         self._found: dict[tuple[str, str], tuple[Address, NodeKey | None, Address | None]] = {}
         self._by_address: dict[tuple[str, str], NodeKey] = {}
         self._by_range: dict[tuple[str, IPv4Network], NodeKey] = {}
@@ -111,7 +112,7 @@ class Placement:
 
     def endpoint(self, node: NodeKey | None) -> Address | None:
         """The node's tunnel endpoint."""
-        found = self._state.nodes[node].tunnel_endpoint(4) if node is not None else None
+        found = self._state.nodes[node].tunnel_endpoint(4, self._site) if node is not None else None
         return ip_address(found) if found is not None else None
 
 

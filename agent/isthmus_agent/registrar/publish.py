@@ -360,7 +360,7 @@ class Publisher:
         if self.own.pod_ranges4:
             annotations[KUBERNETES_NODE] = host.get("kubernetes_node") or ""
         site: str = host.get("site", "")
-        if site != self.inputs.record.get("site", site):
+        if site != self.inputs.record.get("site", site) or host["underlay4"] != host["advertise4"]:
             annotations[SITE] = site
         if public_key:
             self._encrypted.add(host["advertise4"])
@@ -992,7 +992,7 @@ def _hosts(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _addresses(host: Mapping[str, Any]) -> tuple[NodeAddress, ...]:
-    """The first InternalIP is the tunnel endpoint: the address that others dial."""
+    """The first InternalIP is the tunnel endpoint: the address that others dial, but those of the host's own site."""
     found = [NodeAddress("InternalIP", host["advertise4"])]
     if host["underlay4"] != host["advertise4"]:
         found.append(NodeAddress("ExternalIP", host["underlay4"]))

@@ -74,7 +74,9 @@ class ClusterDocuments:
                         "isthmus.mesh.site, which takes everything of the mesh out of it"
                     )
                 tombstone = {"schema": SCHEMA, "name": name, "id": running["id"], "state": "absent"}
-                return self.revisions.stamped({**tombstone, **filled(forgotten=self.forgetting.of(name))}, old)
+                ranges = [self.given_up(host, entry) for host, entry in sorted(running["hosts"].items())]
+                more = filled(released=[*running["released"], *ranges], forgotten=self.forgetting.of(name))
+                return self.revisions.stamped({**tombstone, **more}, old)
             return self.kept(name, old)
         if cluster is None:
             if running is not None:
@@ -91,7 +93,7 @@ class ClusterDocuments:
             self.problems += immutable.of_cluster(cluster, running)
         if cluster.in_cluster is not None:
             return self.revisions.stamped(self.in_cluster(cluster, cluster.in_cluster, running, old), old)
-        hosts, released = self.hosts(cluster, running)
+        hosts, released = self.hosts(cluster, running, old)
         members = self.members(cluster, running, hosts)
         if running is not None:
             self.problems += immutable.of_members(cluster, running, hosts, members)
@@ -266,18 +268,18 @@ class ClusterDocuments:
         return sorted(wanted)
 
     def hosts(
-        self, cluster: Cluster, running: Mapping[str, Any] | None
+        self, cluster: Cluster, running: Mapping[str, Any] | None, old_document: Mapping[str, Any] | None
     ) -> tuple[dict[str, dict[str, Any]], list[dict[str, str]]]:
         """Entries of all hosts of the cluster, and what is released."""
         old_hosts: Mapping[str, Any] = running["hosts"] if running is not None else {}
-        released = [dict(entry) for entry in running["released"]] if running is not None else []
+        released = [dict(entry) for entry in (old_document or {}).get("released", ())]
         entries: dict[str, dict[str, Any]] = {}
         for name, entry in old_hosts.items():
             host = self.model.hosts.get(name)
             gone = host is not None and host.absent and host.cluster == cluster.name
             if gone or f"host/{name}" in self.prune:
                 self.removed.append(f"host/{name}")
-                released.append({"address": entry["range4"], "owner": name, "at": format_time(self.now)})
+                released.append(self.given_up(name, entry))
                 continue
             entries[name] = copy.deepcopy(dict(entry))
             if host is None:
@@ -290,7 +292,10 @@ class ClusterDocuments:
                     f"put it back, or move it with isthmus_prune=host/{name}",
                 )
         wanted = [host for host in self.model.hosts.values() if host.cluster == cluster.name and not host.absent]
-        ranges = self.ipam.node_ranges(cluster, wanted, entries, released)
+        back = self.given_back(cluster, wanted, old_document) if running is None and old_document is not None else {}
+        released = [entry for entry in released if entry["address"] not in back.values()]
+        held = {**entries, **{name: {"range4": address} for name, address in back.items()}}
+        ranges = self.ipam.node_ranges(cluster, wanted, held, released)
         for host in wanted:
             if host.name in ranges:
                 old = entries.get(host.name)
@@ -305,6 +310,30 @@ class ClusterDocuments:
                     **filled(kubernetes_node=node, pod_cidrs=pods, public_keys=keys),
                 }
         return entries, released
+
+    def given_up(self, name: str, entry: Mapping[str, Any]) -> dict[str, str]:
+        """What is released with a host."""
+        return {"address": entry["range4"], "owner": name, "at": format_time(self.now)}
+
+    def given_back(self, cluster: Cluster, wanted: list[Host], removed: Mapping[str, Any]) -> dict[str, str]:
+        """By host, the ranges that those `wanted` of a cluster had that was `removed` and begins anew: nobody else can
+        have got them yet. None of a host that was lost, and of one whose range the inventory says."""
+        names = {host.name for host in wanted if host.node_range is None} - removed.get("forgotten", {}).keys()
+        pinned = [host.node_range for host in wanted if host.node_range is not None]
+        found: dict[str, str] = {}  # by range, the last who had it
+        for entry in reversed(removed.get("released", ())):
+            network = IPv4Network(entry["address"])
+            if (
+                entry.get("owner") in names
+                and entry["address"] not in found
+                and network.prefixlen == cluster.node_prefix
+                and network in self.ipam.quarantined([entry])
+                and any(network.subnet_of(outer) for outer in cluster.workload_ranges)
+                and not any(network.overlaps(other) for other in pinned)
+            ):
+                found[entry["address"]] = entry["owner"]
+                names.remove(entry["owner"])
+        return {owner: address for address, owner in found.items()}
 
     def host(
         self, host: Host, node_range: IPv4Network, old: Mapping[str, Any] | None, released: list[dict[str, str]]

@@ -78,7 +78,7 @@ class ClusterSpec:
                     "id": doc["id"],
                     "workload_ranges4": [*doc["workload_ranges"], *pod_ranges(doc)],
                     "service_range4": doc["service_range"],
-                    "endpoints": peer_urls(doc, lambda entry: dialled(self.model, entry, site)),
+                    "endpoints": peer_urls(doc, lambda entry: dialled(entry, site, self.model.closed)),
                     "ca": trust_file(name),
                     "cert": f"{PKI}/peer-{name}.crt",
                     "key": f"{PKI}/peer-{name}.key",

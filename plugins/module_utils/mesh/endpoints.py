@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Where etcd is dialled: at which addresses the members of one cluster know each other, and where other clusters and
-other sites dial them. Pure."""
+"""At which address a host is dialled: from where, and within one etcd. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from .model import Model
 from .openings import is_in_cluster
 
 
@@ -18,11 +16,17 @@ def announced(hosts: Mapping[str, Any], members: Iterable[str]) -> dict[str, str
     return {member: host[key] for member, host in carrying.items()}
 
 
-def dialled(model: Model, entry: Mapping[str, Any], site: str) -> str:
-    """Which address of a host those at a site dial who do not do it within its own: the one inside the mesh where only
-    sessions of WireGuard lead from the one site to the other."""
-    apart = entry["site"] != site and {entry["site"], site}.intersection(model.closed)
-    return "mesh4" if apart else "advertise4"
+def beside(entry: Mapping[str, Any], site: str) -> str:
+    """Which address of a host those at a site dial without the mesh: within its own the one that it has, as what other
+    sites dial may be an address translation's, which need not lead back in."""
+    return "underlay4" if entry["site"] == site else "advertise4"
+
+
+def dialled(entry: Mapping[str, Any], site: str, closed: Collection[str]) -> str:
+    """The same with the mesh: the one inside it where only sessions of WireGuard lead from the one site to the other,
+    as one of the two is `closed`."""
+    apart = entry["site"] != site and {entry["site"], site}.intersection(closed)
+    return "mesh4" if apart else beside(entry, site)
 
 
 def peer_urls(

@@ -50,6 +50,7 @@ class HostSpec:
                 **filled(
                     kubernetes_node=self.host.get("kubernetes_node"),
                     masquerade=self.host["site"] in self.model.masquerade,
+                    site=self.host["site"] if self.host["site"] != own["site"] else None,
                 ),
             },
             "workloads": [self.workload(key, entry) for key, entry in self.host["workloads"].items()],
@@ -160,8 +161,7 @@ class HostSpec:
 
         found = []
         for member in sorted(self.own["etcd"]["members"], key=rank):
-            near = hosts[member]["site"] == self.host["site"]
-            key = "underlay4" if near else dialled(self.model, hosts[member], self.host["site"])
+            key = dialled(hosts[member], self.host["site"], self.model.closed)
             found.append(f"https://{hosts[member][key]}:{port}")
         return found
 
@@ -194,7 +194,7 @@ class HostSpec:
             return
         addresses = list(dict.fromkeys([self.host["underlay4"], self.host["advertise4"], "127.0.0.1"]))
         # Readers at sites from or to which nothing but the mesh leads dial that.
-        far = any(dialled(self.model, self.host, site) == "mesh4" for site in sites_of(self.present))
+        far = any(dialled(self.host, site, self.model.closed) == "mesh4" for site in sites_of(self.present))
         for name, cn, usages, more in (
             ("etcd-server", self.name, ["server"], [self.host["mesh4"]] if far else []),
             ("etcd-peer", "isthmus-etcd-peer", ["server", "client"], []),

@@ -4,7 +4,7 @@ inventory may stand in its way. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -24,6 +24,29 @@ def check(
     found = _Check(model, record, known, prune)
     found.check()
     return found.problems
+
+
+def hosts(
+    model: Model, known: Mapping[str, Mapping[str, Any]], prune: AbstractSet[str]
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Those that the record has and the inventory lacks, and that are not to go: the full name by which each goes, its
+    own with its cluster's in words, and its entry."""
+    for name, doc in known.items():
+        if f"cluster/{name}" in prune or (name in model.clusters and model.clusters[name].absent):
+            continue
+        for host, entry in doc["hosts"].items():
+            if host not in model.hosts and f"host/{host}" not in prune:
+                orphan = f"host/{host}" if name in model.clusters else f"cluster/{name}"
+                yield orphan, f"host {host} of cluster {name}", entry
+
+
+def closed(
+    model: Model, roster: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], prune: AbstractSet[str]
+) -> tuple[str, ...]:
+    """Sites to which nobody outside opens anything, with those that the inventory lacks and of which hosts still run:
+    only sessions that these open lead to them."""
+    here = {entry["site"] for _orphan, _words, entry in hosts(model, known, prune)}
+    return tuple(sorted({*model.closed, *here.intersection(roster.get("closed", ())).difference(model.sites)}))
 
 
 def pods(cluster: Cluster, doc: Mapping[str, Any], prune: AbstractSet[str]) -> list[IPv4Network]:
@@ -69,25 +92,21 @@ class _Check:
         for cluster in self.model.clusters.values():
             if not cluster.absent and cluster.name in self.known:
                 self.check_kubernetes(cluster, self.known[cluster.name])
-        hosts: dict[IPv4Address, tuple[str, str]] = {}
-        for name, doc in self.known.items():
-            if f"cluster/{name}" in self.prune or (name in self.model.clusters and self.model.clusters[name].absent):
-                continue
-            for host, entry in doc["hosts"].items():
-                if host in self.model.hosts or f"host/{host}" in self.prune:
-                    continue
-                orphan = f"cluster/{name}" if name in orphaned else f"host/{host}"
-                for key in ("underlay4", "advertise4"):
-                    words, site = f"host {host} of cluster {name}", (entry["site"],)
-                    hosts[IPv4Address(entry[key])] = words, orphan
-                    self.check_networks(Claim(IPv4Network(entry[key]), words, HOST, host, site), orphan)
+        addresses: dict[IPv4Address, tuple[str, str]] = {}
+        sites: dict[str, tuple[str, str]] = {}
+        for orphan, words, entry in hosts(self.model, self.known, self.prune):
+            sites[entry["site"]] = words, orphan
+            for key in ("underlay4", "advertise4"):
+                addresses[IPv4Address(entry[key])] = words, orphan
+                self.check_networks(Claim(IPv4Network(entry[key]), words, HOST, words, (entry["site"],)), orphan)
+        self.check_closed(sites)
         for host in self.model.hosts.values():
             for address, variable in host.addresses.items():
-                if address in hosts and not host.absent:
-                    owner, orphan = hosts[address]
+                if address in addresses and not host.absent:
+                    owner, orphan = addresses[address]
                     self.problem(f"host {host.name}.{variable}", f"{address} is also an address of {owner}", orphan)
         for cluster in self.model.clusters.values():
-            for address, (owner, orphan) in hosts.items():
+            for address, (owner, orphan) in addresses.items():
                 for network in () if cluster.absent else cluster.ranges:
                     if address in network:
                         self.problem(
@@ -96,6 +115,26 @@ class _Check:
                             orphan,
                             self.such_as(cluster, network),
                         )
+
+    def check_closed(self, orphaned: Mapping[str, tuple[str, str]]) -> None:
+        """Of a site that only orphans are at and another one the hosts of one open sessions. `orphaned`: by site one,
+        in words, and the full name by which it goes."""
+        clusters, inhabitants = self.model.clusters.values(), self.model.hosts.values()
+        there = {cluster.site for cluster in clusters} | {host.site for host in inhabitants}
+        closed = set(self.model.closed)
+        for site in sorted(closed.intersection(self.model.sites)):
+            for other in sorted(closed.intersection(orphaned) - there - {site}):
+                words, orphan = orphaned[other]
+                self.problems.append(
+                    Problem(
+                        f"isthmus_estate.sites.{site}.inbound",
+                        f"false, as of {other}, where {words} is, which the record knows and the inventory lacks",
+                        "what is absent from the inventory still runs, and neither side could open a session to the "
+                        "other",
+                        f"take `inbound: false` from {site}, or remove that {orphan.partition('/')[0]} with "
+                        f"isthmus_prune={orphan}",
+                    )
+                )
 
     def check_cluster(self, name: str, doc: Mapping[str, Any]) -> None:
         orphan = f"cluster/{name}"

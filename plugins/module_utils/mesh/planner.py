@@ -176,6 +176,7 @@ class _Planner:
         self.model = self.forgetting.model
         pruning = Pruning(prune, self.model, record, self.known)
         self.prune = pruning.names | self.forgetting.lost
+        self.model = replace(self.model, closed=orphans.closed(self.model, record.roster or {}, self.known, self.prune))
         self.problems = [*self.forgetting.problems, *pruning.problems]
         self.warnings = [*model.warnings, *record.warnings, *pruning.warnings]
         self.removed: list[str] = []

@@ -45,8 +45,9 @@ def cuts(model: Model, before: Record, after: Record, removed: Iterable[str], no
             hosts = sorted(before.clusters[rest]["hosts"])
             yield (
                 f"{name}: the others forget its {_count(len(hosts), 'host')} ({', '.join(hosts)}), and it them. "
-                f"{_lost(had, stay, set(hosts))}{DRAINS} Undo: put it back into the inventory and run site, until "
-                "isthmus.mesh.teardown has taken its hosts apart; that cannot be undone without a backup."
+                f"{_lost(had, stay, set(hosts))}{DRAINS} Undo: put it back into the inventory and run site (until "
+                f"{date} its hosts get the ranges that they had), until isthmus.mesh.teardown has taken its hosts "
+                "apart; that cannot be undone without a backup."
             )
         elif kind == "host":
             address = _host(before, rest)["range4"]

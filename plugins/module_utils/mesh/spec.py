@@ -94,10 +94,11 @@ class ClusterSpec:
 
 @dataclass(frozen=True)
 class HostSpec:
-    """`underlay4` is what the host has, `advertise4` what others dial, `mesh4` lies in `range4`.
+    """`underlay4` is what the host has, `advertise4` what hosts of other sites dial, `mesh4` lies in `range4`.
 
     `kubernetes_node` is the name of the Kubernetes node that the host is, None where it is none. `masquerade`: packets
-    from `range4` that leave the mesh get the host's address; else they do not leave."""
+    from `range4` that leave the mesh get the host's address; else they do not leave. `site` is empty where it is the
+    cluster's."""
 
     name: str
     underlay4: IPv4Address
@@ -107,6 +108,7 @@ class HostSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     kubernetes_node: str | None = None
     masquerade: bool = False
+    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -388,6 +390,10 @@ class NodeSpec(MeshSpec):
     ipsec: IpsecSpec | None = None
     """None: no packets of this host go through gateways."""
 
+    @property
+    def site(self) -> str:
+        return self.node.site or self.cluster.site
+
     @classmethod
     def from_dict(cls, document: Any) -> NodeSpec:
         """Read a spec. SpecError when it is malformed or of another schema.
@@ -506,6 +512,7 @@ def _host(fields: Fields) -> HostSpec:
         labels=fields.text_mapping("labels"),
         kubernetes_node=fields.optional_text("kubernetes_node"),
         masquerade=fields.boolean("masquerade"),
+        site=fields.text("site"),
     )
 
 

@@ -322,15 +322,16 @@ class Move:
 
 def origins(known: Documents, present: Documents) -> dict[str, dict[Origin, list[str]]]:
     """By site from where its hosts come, and which do, without hosts that are new. Where a host is at another site than
-    its cluster, that is published with the record, before any host has its turn; where not, each host has the site of
-    the cluster from its spec."""
+    its cluster, or is behind an address translation, its site is published with the record, before any host has its
+    turn; where not, each host has the site of the cluster from its spec."""
     came_from = {name: entry["site"] for document in known.values() for name, entry in document["hosts"].items()}
     found: dict[str, dict[Origin, list[str]]] = {}
     for cluster, document in present.items():
         for name, entry in sorted(document["hosts"].items()):
             if name in came_from:
                 site = entry["site"]
-                seen = known.get(cluster, document)["site"] if site == document["site"] else site
+                told = site != document["site"] or entry["underlay4"] != entry["advertise4"]
+                seen = site if told else known.get(cluster, document)["site"]
                 found.setdefault(site, {}).setdefault(Origin(came_from[name], seen), []).append(name)
     return found
 

@@ -27,7 +27,7 @@ SLICE_MODES = ("", "services-and-endpointslices", "endpointslices-only")
 # Annotations of a node that are ours: Cilium ignores them.
 UNDERLAY_MTU = "isthmus.io/underlay-mtu"  # bytes
 KUBERNETES_NODE = "isthmus.io/kubernetes-node"  # in a Kubernetes cluster: which node it is, empty when it is none
-SITE = "isthmus.io/site"  # where it is not that of the node's cluster
+SITE = "isthmus.io/site"  # where it is not that of the node's cluster, or hosts of the site reach it elsewhere
 WIREGUARD_KEYS = "isthmus.io/wireguard-keys"  # "port=key,port=key", where they are not the one that Cilium looks for
 
 
@@ -73,16 +73,20 @@ class Node:
         found = tuple(cidr for cidr in primary if cidr is not None)
         return found + self.ipv4_secondary_alloc_cidrs + self.ipv6_secondary_alloc_cidrs
 
-    def tunnel_endpoint(self, version: int = 4) -> str | None:
+    def tunnel_endpoint(self, version: int = 4, site: str = "") -> str | None:
         """The address that others send overlay packets to: the first InternalIP of the family, else
-        ExternalIP, else any other that is no name and no mesh address (Cilium pkg/node/addressing)."""
+        ExternalIP, else any other that is no name and no mesh address (Cilium pkg/node/addressing).
+
+        At the node's own `site`, where it says that it is there, ExternalIP comes first: of our nodes that is the
+        address that the host has, where the InternalIP is an address translation's."""
         usable = [
             entry
             for entry in self.addresses
             if entry.type not in ("CiliumInternalIP", "Hostname", "InternalDNS", "ExternalDNS")
             and ipaddress.ip_address(entry.ip).version == version
         ]
-        for wanted in ("InternalIP", "ExternalIP"):
+        is_near = site and self.annotations.get(SITE) == site
+        for wanted in ("ExternalIP", "InternalIP") if is_near else ("InternalIP", "ExternalIP"):
             for entry in usable:
                 if entry.type == wanted:
                     return entry.ip

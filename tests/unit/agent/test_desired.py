@@ -80,6 +80,43 @@ def test_peers_are_all_underlay_addresses_of_other_nodes():
     assert found.ipcache[net("198.18.2.11/32")].tunnel == addr("203.0.113.7")
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "dialled"),
+    [
+        ("onprem", "", "198.18.2.11"),  # of one site: the address translation need not lead back in
+        ("far", "far", "198.18.2.11"),
+        ("onprem", "far", "203.0.113.7"),
+        ("cloud", "", "203.0.113.7"),
+        (None, "", "203.0.113.7"),  # a Cilium node does not say
+    ],
+)
+def test_a_node_behind_an_address_translation_is_dialled_inside_its_site_at_the_address_that_it_has(
+    there, here, dialled
+):
+    items = mesh.documents({"cloud": [1]})
+    said = mesh.node(
+        "cloud",
+        1,
+        addresses=(
+            wire.NodeAddress("InternalIP", "203.0.113.7"),
+            wire.NodeAddress("ExternalIP", "198.18.2.11"),
+            wire.NodeAddress("CiliumInternalIP", "10.102.0.1"),
+        ),
+        annotations={wire.SITE: there} if there else {},
+    )
+    items[keys.node_key("cloud", "cloud-1", cached=True)] = said.to_json().encode()
+    pair = wire.IPIdentityPair("10.102.0.2", (2 << 16) + 1, "203.0.113.7")
+    items[keys.ip_key("10.102.0.2", "cloud")] = pair.to_json().encode()
+    found = compute(items, spec=mesh.spec(node={**mesh.spec_document()["node"], "site": here})).datapath
+    endpoint = addr(dialled)
+    for network in ("10.102.0.1/32", "10.102.0.2/32", "10.102.0.0/28", "203.0.113.7/32", "198.18.2.11/32"):
+        assert found.ipcache[net(network)].tunnel == endpoint, network
+    # Whichever address it sends from.
+    assert found.peers[addr("203.0.113.7")] == found.peers[addr("198.18.2.11")] == Peer(2, endpoint)
+    (backend,) = found.services[VIP].backends
+    assert backend.node == endpoint
+
+
 def test_own_addresses_and_identities():
     found = compute(mesh.documents({})).datapath
     assert found.addresses == {addr("10.101.0.1"), addr("10.101.0.2")}

@@ -123,6 +123,7 @@ def test_a_lost_cluster_goes_with_its_hosts_and_rights() -> None:
     plan = forget("cluster/cloud", lists={"onprem": "CRL"})
     assert plan.record["clusters/cloud"] == {
         "schema": 1, "name": "cloud", "id": 2, "state": "absent", "forgotten": {"c1": ENTRY}, "revision": 2,
+        "released": [{"address": "10.102.0.0/28", "owner": "c1", "at": ENTRY["at"]}],
         "last_applied": plan.record["clusters/cloud"]["last_applied"],
     }  # fmt: skip
     assert set(plan.specs) == {"o1", "o2", "o3"}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from isthmus_mesh.documents import ServiceDefinition
+from isthmus_mesh.forgetting import Forget
 from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, merge
@@ -176,6 +177,23 @@ def test_addresses_behind_translation() -> None:
     assert server["sans_ip"] == ["172.16.0.1", "203.0.113.1", "127.0.0.1"]
 
 
+def test_registrars_dial_an_etcd_at_their_own_site_as_its_hosts_do() -> None:
+    """The address that other sites dial may be that of an address translation, which need not lead back in."""
+
+    def edit(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["cloud"]["site"] = "onprem"
+        h["c1"].update(isthmus_underlay="198.18.1.9", isthmus_advertise="203.0.113.1")
+        h["o3"].update(isthmus_site="far")
+
+    specs = replanned(edit).specs
+    assert {host: NodeSpec.from_dict(spec).site for host, spec in specs.items()} == {
+        **dict.fromkeys(("c1", "o1", "o2"), "onprem"),
+        "o3": "far",
+    }
+    endpoints = {host: specs[host]["registrar"]["peers"][0]["endpoints"] for host in ("o1", "o3")}
+    assert endpoints == {"o1": ["https://198.18.1.9:2379"], "o3": ["https://203.0.113.1:2379"]}
+
+
 def test_a_member_prefers_itself() -> None:
     endpoints = planned(model()).specs["o2"]["etcd"]["endpoints"]
     assert endpoints == [f"https://198.18.1.{number}:2379" for number in (2, 1, 3)]
@@ -320,6 +338,56 @@ def test_an_empty_inventory_removes_nothing() -> None:
 
 
 # How things go
+
+
+def test_a_cluster_that_is_put_back_has_its_ranges_and_what_it_had_released_stays_kept_back() -> None:
+    def edit(e: dict[str, Any], h: dict[str, Any], gone: str = "") -> None:
+        h.update(
+            {f"c{number}": {"isthmus_cluster": "cloud", "ansible_host": f"198.18.2.{number}"} for number in (2, 3)}
+        )
+        h.pop(gone, None)
+
+    def removed(e: dict[str, Any], h: dict[str, Any]) -> None:
+        e["clusters"]["cloud"]["state"] = "absent"
+
+    def ranges(found: Plan) -> dict[str, str]:
+        return {name: entry["range4"] for name, entry in found.record["clusters/cloud"]["hosts"].items()}
+
+    first = replanned(edit)
+    before = ranges(first)
+    assert before == {"c1": "10.102.0.0/28", "c2": "10.102.0.16/28", "c3": "10.102.0.32/28"}
+    running = replanned(lambda e, h: edit(e, h, "c2"), first, prune=("host/c2",))
+    gone = replanned(removed, running)
+    assert [(one["owner"], one["address"]) for one in gone.record["clusters/cloud"]["released"]] == [
+        ("c2", before["c2"]),
+        ("c1", before["c1"]),
+        ("c3", before["c3"]),
+    ]
+    assert merge([dict(gone.record)]).clusters["cloud"]["state"] == "absent"
+    assert replanned(removed, gone, timedelta(days=60)).record == gone.record
+
+    def others(e: dict[str, Any], h: dict[str, Any]) -> None:
+        edit(e, h, "c2")
+        h["b1"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9"}
+
+    back = replanned(others, gone, timedelta(days=29))
+    assert ranges(back) == {"b1": "10.102.0.48/28", "c1": before["c1"], "c3": before["c3"]}
+    assert [one["owner"] for one in back.record["clusters/cloud"]["released"]] == ["c2"]
+    assert replanned(others, back, timedelta(days=29)).record == back.record
+    late = replanned(others, gone, timedelta(days=31))
+    assert ranges(late)["b1"] == before["c1"], "as in a cluster that has not been there before"
+
+
+def test_ranges_of_a_removed_cluster_are_not_given_back_where_the_inventory_has_other_ones() -> None:
+    def back(e: dict[str, Any], h: dict[str, Any]) -> None:
+        h["b1"] = {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.9", "isthmus_node_range": "10.102.0.0/28"}
+
+    gone = replanned(lambda e, h: e["clusters"]["cloud"].update(state="absent"))
+    hosts = replanned(back, gone).record["clusters/cloud"]["hosts"]
+    assert {name: entry["range4"] for name, entry in hosts.items()} == {"b1": "10.102.0.0/28", "c1": "10.102.0.16/28"}
+    lost = planned(model(), forget=Forget(names=("cluster/cloud",)), previous=planned(model()))
+    anew = planned(model(), lost, forget=Forget(clean=("c1",))).record["clusters/cloud"]
+    assert anew["hosts"]["c1"]["range4"] == "10.102.0.16/28", "as a host that was forgotten alone"
 
 
 def test_a_host_goes_by_state_absent() -> None:

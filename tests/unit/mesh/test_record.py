@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from isthmus_mesh.planner import plan
 from isthmus_mesh.record import Record, RecordError, format_time, merge, parse_time
-from unit.mesh.estates import NOW, VERSION, model, planned
+from unit.mesh.estates import NOW, VERSION, hosts, model, planned
 
 
 def documents() -> dict[str, Any]:
@@ -140,6 +140,27 @@ def test_a_newer_copy_elsewhere_counts_when_the_own_etcd_was_away() -> None:
     del document["hosts"]["o3"]
     found = merge([{"cluster": "onprem", "documents": own}, {"cluster": "cloud", "documents": newer}])
     assert found.clusters["onprem"] == document
+
+
+def test_hosts_that_only_an_older_copy_of_the_own_etcd_has_do_not_vanish_without_a_word() -> None:
+    """A run that could not write elsewhere gave the cluster a host, others could not ask its etcd and went on."""
+    added = planned(model(the_hosts={**hosts(), "c2": {"isthmus_cluster": "cloud", "ansible_host": "198.18.2.2"}}))
+    newer = documents()
+    own = {**newer, "clusters/cloud": added.record["clusters/cloud"]}
+    newer["clusters/cloud"]["revision"] = 3
+    copies = [{"cluster": "cloud", "documents": own}, {"cluster": "onprem", "documents": newer}]
+    for order in (copies, copies[::-1]):
+        record = merge(order)
+        assert "c2" not in record.clusters["cloud"]["hosts"]
+        (warning,) = record.warnings
+        assert warning.startswith(
+            "estate record clusters/cloud: the cluster's own etcd has c2, which the newer copy that counts (revision "
+            "3) has neither as a part of the cluster nor as removed in the last 30 days."
+        )
+        assert warning in planned_warnings(record)
+    newer["clusters/cloud"]["released"] = [{"address": "10.102.0.16/28", "owner": "c2", "at": "2026-01-02T03:04:05Z"}]
+    assert merge(copies).warnings == (), "a run removed it that could not write to that etcd"
+    assert merge([own, newer]).warnings == (), "copies on hosts are old when these were away"
 
 
 def test_an_older_copy_completes_it_too_but_only_of_the_same_etcd() -> None:

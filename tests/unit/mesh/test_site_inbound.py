@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from isthmus_mesh import matrix, openings
+from isthmus_mesh.model import ModelError
 from isthmus_mesh.planner import Plan, plan
 from isthmus_mesh.record import Record, RecordError, merge
 from isthmus_mesh.spec import NodeSpec
@@ -162,6 +163,48 @@ def test_both_keys_are_laid_down_while_keys_are_replaced_and_the_old_one_goes() 
     new = {host: {"51872": keys["51872"]} for host, keys in both.items()}
     again = found_of(recorded, new)
     assert (again.record, again.specs, again.steps) == (last, found.steps[-1].specs, ())
+
+
+def found_without(cluster: str, previous: Plan, sites: Any, prune: tuple[str, ...] = ()) -> Plan:
+    """With an inventory that lacks a cluster and its hosts."""
+    the_estate = {**estate(), "encryption": "wireguard", "sites": sites}
+    del the_estate["clusters"][cluster]
+    known = {name: entry for name, entry in {**hosts(), **MORE}.items() if entry["isthmus_cluster"] != cluster}
+    return plan(model(the_estate, known), merge([dict(previous.record)]), NOW, VERSION, "alice", prune)
+
+
+def test_a_site_of_which_the_inventory_has_nothing_any_more_stays_so_while_its_hosts_run() -> None:
+    running = found_of(found_of(), KEYS)
+    found = found_without("cloud", running, {"onprem": {}})
+    assert found.orphans == ("cluster/cloud",)
+    assert found.record["roster"]["closed"] == ["cloud"]
+    for host in ("o1", "o4"):
+        assert found.specs[host] == running.specs[host]
+    gone = found_without("cloud", found, {"onprem": {}}, ("cluster/cloud",))
+    assert "closed" not in gone.record["roster"]
+    assert "public_keys" not in gone.record["clusters/onprem"]["hosts"]["o1"]
+    again = found_without("cloud", gone, {"onprem": {}})
+    assert (again.record, again.specs) == (gone.record, gone.specs)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "sites", "site", "orphan"),
+    [
+        ("cloud", {"onprem": {"inbound": False}}, "onprem", "c1"),
+        ("onprem", {"onprem": {"inbound": False}, "cloud": {"inbound": False}}, "cloud", "o4"),
+    ],
+)
+def test_a_site_where_only_orphans_are_and_another_one_cannot_both_be_so(
+    lacks: str, sites: Any, site: str, orphan: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        found_without(lacks, found_of(found_of(), KEYS), sites)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"isthmus_estate.sites.{site}.inbound: false, as of {lacks}, where host {orphan} of cluster {lacks} is, which "
+        "the record knows and the inventory lacks. Why: what is absent from the inventory still runs, and neither side "
+        f"could open a session to the other. Next: take `inbound: false` from {site}, or remove that cluster with "
+        f"isthmus_prune=cluster/{lacks}."
+    ]
 
 
 def test_a_key_that_is_none_is_refused_with_the_record() -> None:
