@@ -62,7 +62,7 @@ def test_it_comes_before_native_goes_after_it_and_is_told_without_passwords(runn
     on = running.turned()
     assert on.status == 0, on.output
     assert "router 192.0.1.254 of a, AS 65000" in said(on)
-    own = {"as_number": 65101, "routers": [{**ROUTER, "bfd": False}]}
+    own = {"as_number": 65101, "routers": [{**ROUTER, "bfd": False}], "estate_routers": [ROUTER["address"]]}
     assert running.frr() == {host: [own, {ROUTER["address"]: PASSWORD}] for host in ("a1", "a2")}
     assert running.modules() == ["bgp", "node", "step", "node", "step", "node"]
     again = running.turned("-v")
