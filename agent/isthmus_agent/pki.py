@@ -184,7 +184,8 @@ class Authority:
                 f"{where}/ca.crt does not belong to {where}/ca.key (cluster {cluster}); restore the pair from a backup"
             )
         self.certificate = own[0]
-        _check_may_sign(self.certificate, f"{where}/ca.crt", now)
+        _check_may_sign(self.certificate, f"{where}/ca.crt")
+        _check_valid(self.certificate, f"{where}/ca.crt", now)
 
     @property
     def pem(self) -> str:
@@ -311,8 +312,7 @@ def establish_authority(
 
 def same_authority(pem: str, other: str) -> bool:
     """Whether two CA certificates are one authority (same subject and public key; it may have been renewed)."""
-    first, second = load_certificates(pem.encode(), "the first")[0], load_certificates(other.encode(), "the second")[0]
-    return first.subject == second.subject and _public_bytes(first.public_key()) == _public_bytes(second.public_key())
+    return _is_same(load_certificates(pem.encode(), "the first")[0], load_certificates(other.encode(), "the second")[0])
 
 
 def each_certificate(pem: str) -> list[str]:
@@ -340,8 +340,8 @@ def certificate_of_key(key: bytes, candidates: Iterable[str], where: str) -> str
     return None
 
 
-def check_pin(pem: str, where: str, now: datetime.datetime) -> str:
-    """A cluster's CA certificate as it is pinned: allowed to sign, valid now. Returns it normalised.
+def read_pin(pem: str, where: str) -> str:
+    """A cluster's CA certificate as it is pinned, normalised. It says who the authority is, also when it has ended.
 
     While the authority is being replaced there are two, the one that signs first.
     """
@@ -352,8 +352,34 @@ def check_pin(pem: str, where: str, now: datetime.datetime) -> str:
             "replaces"
         )
     for one in found:
-        _check_may_sign(one, where, now)
+        _check_may_sign(one, where)
     return "".join(_pem(one).decode() for one in found)
+
+
+def check_pin(pem: str, where: str, now: datetime.datetime) -> str:
+    """What `read_pin` gives, valid now."""
+    pem = read_pin(pem, where)
+    for one in load_certificates(pem.encode(), where):
+        _check_valid(one, where, now)
+    return pem
+
+
+def has_ended(pinned: str, now: datetime.datetime) -> bool:
+    """Whether one of the pinned authorities has ended: nobody takes what it signed."""
+    return any(one.not_valid_after_utc <= now for one in load_certificates(pinned.encode(), "the pinned CA"))
+
+
+def renewed(known: str, pinned: str) -> str:
+    """The authorities ``known``, each with its certificate of ``pinned`` where that ends later."""
+    candidates = load_certificates(pinned.encode(), "the pinned CA")
+    latest = [
+        max(
+            [one, *(other for other in candidates if _is_same(other, one))],
+            key=lambda certificate: certificate.not_valid_after_utc,
+        )
+        for one in load_certificates(known.encode(), "the known CA")
+    ]
+    return "".join(_pem(one).decode() for one in latest)
 
 
 def renewal_reason(
@@ -361,7 +387,8 @@ def renewal_reason(
 ) -> str | None:
     """Why the certificate on this host must be signed (again), ``None`` when it is good.
 
-    ``key`` and ``certificate`` are the files' contents, ``None`` when missing; ``ca`` is the pinned CA if known.
+    ``key`` and ``certificate`` are the files' contents, ``None`` when missing; ``ca`` is the pinned CA if known. Of two
+    the first one signs, unless it has ended.
     """
     if certificate is None:
         return "there is none yet"
@@ -374,8 +401,10 @@ def renewal_reason(
         return str(exc)
     if _public_bytes(found.public_key()) != public:
         return "it belongs to another key"
-    if ca is not None and not _issued_by(found, load_certificates(ca.encode(), "the pinned CA")[0]):
-        return f"it is not signed by the CA of {spec.ca_cluster}"
+    if ca is not None:
+        pinned = load_certificates(ca.encode(), "the pinned CA")
+        if not _issued_by(found, next((one for one in pinned if one.not_valid_after_utc > now), pinned[0])):
+            return f"it is not signed by the CA of {spec.ca_cluster}"
     return _differs(spec, found) or _ends(found, now)
 
 
@@ -438,7 +467,11 @@ def _renewal_time(found: x509.Certificate) -> datetime.datetime:
     return end - (end - start) / 3
 
 
-def _check_may_sign(certificate: x509.Certificate, where: str, now: datetime.datetime) -> None:
+def _is_same(first: x509.Certificate, second: x509.Certificate) -> bool:
+    return first.subject == second.subject and _public_bytes(first.public_key()) == _public_bytes(second.public_key())
+
+
+def _check_may_sign(certificate: x509.Certificate, where: str) -> None:
     try:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
     except x509.ExtensionNotFound:
@@ -451,11 +484,15 @@ def _check_may_sign(certificate: x509.Certificate, where: str, now: datetime.dat
         usage = None
     if usage is not None and not usage.key_cert_sign:
         raise PkiError(f"{where} may not sign certificates (its key usage lacks keyCertSign)")
+
+
+def _check_valid(certificate: x509.Certificate, where: str, now: datetime.datetime) -> None:
     if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
         raise PkiError(
             f"{where} is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
-            f"{certificate.not_valid_after_utc:%Y-%m-%d}, now it is {now:%Y-%m-%d %H:%M} UTC; "
-            "check the clock of this host, or replace the authority"
+            f"{certificate.not_valid_after_utc:%Y-%m-%d}, now it is {now:%Y-%m-%d %H:%M} UTC. Next: "
+            "check the clock of this host; when that is right, run isthmus.mesh.replace_authority -e "
+            "isthmus_replace_authority=CLUSTER for the cluster of this authority"
         )
 
 

@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 BUNDLE_PYTHON = "/opt/isthmus/current/bin/python"
 
 
-def bundle_module(module: AnsibleModule, name: str, required: bool = True) -> Any:
+def bundle_module(module: AnsibleModule, name: str, required: bool = True, needs: str = "") -> Any:
     """Import ``name`` (for example ``isthmus_agent.pki``), under the bundle's interpreter when needed.
 
     Returns the imported module. Returns ``None`` in check mode on a host that has no bundle yet, or one of an older
-    version without ``name``: the caller then predicts without it. Returns ``None`` also when not ``required``.
+    version without ``name``, or without what the caller ``needs`` of it: that then predicts without it. Returns
+    ``None`` also when not ``required``.
     Does not return when it respawns. Fails the module, naming the next step, when the bundle is missing or broken.
     """
     # gRPC's own handling of fork() makes programs fail that the module starts while a connection to etcd is open: its
     # threads come back in the child and die on the file descriptors that are closed before exec.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     try:
-        return importlib.import_module(name)
+        found = importlib.import_module(name)
+        return None if module.check_mode and needs and not hasattr(found, needs) else found
     except ImportError as exc:
         reason = str(exc)
     if not has_respawned() and os.path.exists(BUNDLE_PYTHON):

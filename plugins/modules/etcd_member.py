@@ -18,7 +18,7 @@ description:
     that its cluster took out is moved aside; the member joins anew.
   - A running member is restarted only when its configuration or its list of revoked certificates changed, in its turn,
     while all others are healthy, after a snapshot to C(/var/lib/isthmus/snapshots). A cluster of one has a gap then;
-    the result says so.
+    the result says so. A member whose authority has ended, so that it takes nobody's certificate, is restarted at once.
   - With O(snapshot) O(former) begins a new cluster from that file instead, under a new token, when it has no data; the
     others wait for it and join. The file is removed then, and so are the locks of runs that it holds.
   - Fails when a member that runs is not of the same etcd as the others, as after a restore that it was not in.
@@ -106,6 +106,7 @@ notes:
 """
 
 import base64
+import datetime
 import glob
 import os
 import pwd
@@ -333,12 +334,20 @@ class MemberModule:
             self.need_one_etcd()
         outdated = started and self.running_config() != digest
         gap = outdated and len(self.spec["member"]["members"]) == 1
-        if started and (outdated or self.acts()):
+        shut = outdated and not self.module.check_mode and self.shut_out()
+        if started and not shut and (outdated or self.acts()):
             # Before the restart: one that is gone for good would refuse it.
             self.dismiss()
         if gap:
             self.notes.append(f"etcd of cluster {self.spec['cluster']['name']} has one member, and it restarts now")
-        if outdated and not self.module.check_mode:
+        if shut:
+            self.notes.append(
+                f"etcd member {self.member.name} restarts now, with the others: an authority of cluster "
+                f"{self.spec['cluster']['name']} has ended, and a member that began with it takes nobody's certificate"
+            )
+            self.write(text, unit)
+            self.units.systemd.run("restart", "--no-block", etcd_unit.SERVICE)
+        elif outdated and not self.module.check_mode:
             # The gate comes before anything is written: a refusal leaves the host as it is.
             with self.admin.turn(self.member, self.connect, self.timeout):
                 self.keep()
@@ -359,6 +368,25 @@ class MemberModule:
         words = self.admin and etcd_trouble.divided(self.admin, self.kvstore, self.member, self.connect)
         if words:
             self.module.fail_json(msg=f"etcd member {self.member.name} was left as it is. {words}")
+
+    def shut_out(self):
+        """Whether the running member cannot be asked because the authority that it began with has ended: then no turn
+        and no snapshot can be had, and the other members neither let it in nor wait for it."""
+        pki = bundle_module(self.module, "isthmus_agent.pki")
+        now = datetime.datetime.now(datetime.timezone.utc)
+        trusted = read_bytes(f"{etcd_unit.PKI}/trust/{self.spec['cluster']['name']}.crt") or b""
+        try:
+            ended = pki.has_ended(trusted.decode(errors="replace"), now)
+        except pki.PkiError:
+            return False
+        if not ended:
+            return False
+        with self.connect([self.admin.local_endpoint(self.member)]) as client:
+            try:
+                client.status()
+            except self.kvstore.EtcdError:
+                return True
+        return False
 
     def keep(self):
         """The snapshot before a restart. Without it the member goes on as it is."""

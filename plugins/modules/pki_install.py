@@ -75,7 +75,7 @@ def pin(pki, changes, directory, cluster, authority, now):
     found = read_bytes(path)
     if found is not None:
         try:
-            pinned = pki.check_pin(found.decode(errors="replace"), path, now)
+            pinned = pki.read_pin(found.decode(errors="replace"), path)
         except pki.PkiError as exc:
             before = str(exc)
         else:
@@ -210,7 +210,7 @@ def main():
         supports_check_mode=True,
     )
     changes = Changes(module)
-    pki = bundle_module(module, "isthmus_agent.pki")
+    pki = bundle_module(module, "isthmus_agent.pki", needs="read_pin")
     revocation = bundle_module(module, "isthmus_agent.revocation")
     errors = () if pki is None else (pki.PkiError,)
     try:

@@ -126,7 +126,7 @@ def ensure_owner(module, changes, owner):
             module.run_command(["useradd", "--system", "--user-group", *home, owner], check_rc=True)
 
 
-def pin_known(module, changes, pki, directory, cluster, known, now):
+def pin_known(module, changes, pki, directory, cluster, known):
     """trust/<cluster>.crt holds the authority from the record. Returns the pinned PEM, None when still unknown."""
     path = os.path.join(directory, "trust", cluster + ".crt")
     found = read_bytes(path)
@@ -137,14 +137,15 @@ def pin_known(module, changes, pki, directory, cluster, known, now):
     pinned = None
     if found is not None:
         try:
-            pinned = pki.check_pin(found.decode(errors="replace"), path, now)
+            pinned = pki.read_pin(found.decode(errors="replace"), path)
         except pki.PkiError as exc:
             if known is None:
                 # A damaged pin is fetched again from the authority's place, over SSH like the first time.
                 module.warn(f"{exc}; it is fetched again from the authority's host")
     if known is None:
         return pinned
-    known = pki.check_pin(known, f"the estate record's CA certificate of cluster {cluster}", now)
+    # One that has ended is still the one that is replaced, and no other is taken for it.
+    known = pki.read_pin(known, f"the estate record's CA certificate of cluster {cluster}")
     added = [] if pinned is None else pki.strangers(pinned, known)
     if pinned is not None and len(added) == known.count("BEGIN CERTIFICATE"):
         raise pki.PkiError(
@@ -158,6 +159,9 @@ def pin_known(module, changes, pki, directory, cluster, known, now):
             "this host does not begin to trust it by itself. Next: if that cluster's authority is being replaced, run "
             f"the playbook isthmus.mesh.replace_authority with -e isthmus_replace_authority={cluster}"
         )
+    if pinned is not None:
+        # The record keeps the certificate that it had first; a renewed one comes from the authority's place.
+        known = pki.renewed(known, pinned)
     changes.file(path, known, shown=(describe_pin(pki, pinned), describe_pin(pki, known)))
     return known
 
@@ -240,7 +244,7 @@ def run(module, pki, revocation):
 
     pinned = {}
     for cluster in wanted["trust"]:
-        pinned[cluster] = pin_known(module, changes, pki, directory, cluster, module.params["trust"].get(cluster), now)
+        pinned[cluster] = pin_known(module, changes, pki, directory, cluster, module.params["trust"].get(cluster))
         if pinned[cluster] is None:
             if cluster not in places:
                 module.fail_json(
@@ -296,7 +300,7 @@ def main():
         },
         supports_check_mode=True,
     )
-    pki = bundle_module(module, "isthmus_agent.pki")
+    pki = bundle_module(module, "isthmus_agent.pki", needs="read_pin")
     revocation = bundle_module(module, "isthmus_agent.revocation")
     refusals = () if pki is None else (pki.PkiError,)
     try:

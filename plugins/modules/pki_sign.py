@@ -152,7 +152,7 @@ def run(module, pki, revocation, changes):
     pinned = read_bytes(pinned_path)
     if pinned is not None:
         try:
-            evidence[pinned_path] = pki.check_pin(pinned.decode(errors="replace"), pinned_path, now)
+            evidence[pinned_path] = pki.read_pin(pinned.decode(errors="replace"), pinned_path)
         except pki.PkiError as exc:
             module.warn(f"{exc}; it is not used here and will be written again")
 
@@ -222,7 +222,7 @@ def main():
         supports_check_mode=True,
     )
     changes = Changes(module)
-    pki = bundle_module(module, "isthmus_agent.pki")
+    pki = bundle_module(module, "isthmus_agent.pki", needs="read_pin")
     revocation = bundle_module(module, "isthmus_agent.revocation")
     if pki is None or revocation is None:
         module.exit_json(**predict(module, changes))

@@ -201,6 +201,22 @@ def test_what_an_earlier_agent_left_is_told_and_drains(datapath: BpfDatapath) ->
     assert {each.address for each in ended} == {ip_address("10.101.0.2"), ip_address("10.101.0.3")}
 
 
+def test_a_service_that_is_gone_drains_past_the_agent_that_took_it_away(datapath: BpfDatapath) -> None:
+    datapath.apply(_service(_backend(1)))
+    tracker = DrainTracker()
+    tracker.seed(datapath.services())
+    tracker.apply({}, 100.0)
+    assert datapath.apply(Datapath(1, draining=tracker.orphans)).removed_backends == ()
+    assert datapath.capacity()["svc"].used == 0
+    later = DrainTracker()
+    later.seed(datapath.services())
+    assert later.apply({}, 110.0)[1:] == ((), 140.0)
+    assert [each.address for each in later.orphans] == [ip_address("10.101.0.1")]
+    _, ended, _ = later.apply({}, 140.0)
+    assert datapath.apply(Datapath(1, draining=later.orphans)).removed_backends == ((ip_address("10.101.0.1"), 80, 6),)
+    assert [each.address for each in ended] == [ip_address("10.101.0.1")]
+
+
 def test_a_changed_service_moves_to_other_slots(datapath: BpfDatapath) -> None:
     def place() -> tuple[int, int]:
         (value,) = _pin(datapath, "svc").items().values()

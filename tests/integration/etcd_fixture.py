@@ -70,17 +70,21 @@ class Ca:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.days: tuple[float, float] = (-1 / 24, 1)
-        """When what is issued begins and ends, from now."""
+        """When its certificates begin and end, from now."""
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} CA")])
-        certificate = (
+        self.crt = directory / "ca.crt"
+        self.crt.write_text(self.certificate())
+
+    def certificate(self) -> str:
+        """Its own, of the present `days`."""
+        made = (
             self._builder(self._name, self._key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        self.crt = directory / "ca.crt"
-        self.crt.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return made.public_bytes(serialization.Encoding.PEM).decode()
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.timezone.utc)

@@ -313,6 +313,20 @@ def test_sockets_to_a_backend_that_went_while_the_agent_was_away_end(estate: Est
     wait_for(lambda: estate.daemon_a.status()["datapath"]["sockets_ended"] == 1, "the socket is ended", 45)
 
 
+def test_sockets_to_a_service_that_is_gone_end_though_the_agent_starts_anew_meanwhile(estate: Estate) -> None:
+    estate.client.do("held = socket.create_connection(('10.111.0.10', 80), 3); result = len(held.recv(100))")
+    documents = {key: value for key, value in _documents("onprem", {}).items() if "/services/" not in key}
+    last = LastGood("onprem", "2026-01-02T03:04:05Z", documents)
+    for _ in range(2):
+        estate.daemon_a.stop(signal.SIGKILL)
+        (estate.daemon_a.directory / "state" / "last-known-good.json").write_text(last.to_json())
+        estate.daemon_a.start()
+        assert ask(estate.daemon_a.socket, "/v1/services")["services"] == []
+        assert ask(estate.daemon_a.socket, "/v1/audit")["problems"] == []
+    assert estate.client.do("held.sendall(b'abc?'); result = len(held.recv(100))") > 0, "it drains first"
+    wait_for(lambda: estate.daemon_a.status()["datapath"]["sockets_ended"] == 1, "the socket is ended", 45)
+
+
 def test_pins_that_were_removed_are_made_again(estate: Estate) -> None:
     shutil.rmtree(estate.a.pin_dir)
     problems = ask(estate.daemon_a.socket, "/v1/audit")["problems"]

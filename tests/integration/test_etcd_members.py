@@ -6,6 +6,7 @@ The etcds are real, what stands for systemd is `fake_systemctl.py`; etcdctl give
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -120,13 +121,8 @@ class Cluster:
         if spec["member"] is not None:
             host.give_keys(spec["pki"])
         arguments = {"spec": spec, "record": self.plan.record["clusters/onprem"], "former": acts, "timeout": 30, **more}
-        before = dict(os.environ)
-        os.environ.update(PATH=self.path, ISTHMUS_TEST_HOST=str(host.place))
-        try:
-            return run_module("etcd_member", arguments, check=check, places=host.places, packages=packages)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        inside = ("env", f"PATH={self.path}", f"ISTHMUS_TEST_HOST={host.place}")
+        return run_module("etcd_member", arguments, check=check, places=host.places, packages=packages, inside=inside)
 
     def record(self) -> None:
         """What the services role does after the members ran."""
@@ -136,7 +132,7 @@ class Cluster:
         for name in self.hosts:
             self.run(name)
         self.record()
-        assert self.members() == ["o1", "o2", "o3"]
+        assert self.members() == list(self.hosts)
 
     def etcdctl(self, *words: str, at: str = "o1") -> str:
         crt, key = self.ca.issue("root")
@@ -509,6 +505,12 @@ def test_two_of_three_that_lost_their_data_join_the_one_that_is_left(cluster: Cl
     assert cluster.etcdctl("get", "isthmus/v1/services/shop/web", at="o3").split()[-1] == "latest"
 
 
+def sign_anew(cluster: Cluster, host: Host, ca: Ca) -> None:
+    for entry in cluster.spec(host.name)["pki"]["certificates"]:
+        for path, suffix in zip(ca.issue(entry["cn"]), ("crt", "key"), strict=True):
+            shutil.copy(path, host.pki / f"{entry['name']}.{suffix}")
+
+
 @pytest.mark.slow
 def test_members_go_over_to_another_authority_one_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
     """As replace_authority does it: both are trusted, then all certificates are new, then the old one is refused."""
@@ -544,9 +546,7 @@ def test_members_go_over_to_another_authority_one_at_a_time(cluster: Cluster, tm
     assert served(cluster.ca)
     assert served(successor)
     for host in hosts:
-        for entry in cluster.spec(host.name)["pki"]["certificates"]:
-            for path, suffix in zip(successor.issue(entry["cn"]), ("crt", "key"), strict=True):
-                shutil.copy(path, host.pki / f"{entry['name']}.{suffix}")
+        sign_anew(cluster, host, successor)
         assert served(cluster.ca), "while some certificates are old and some new"
         assert served(successor)
     trust(new + old)
@@ -559,3 +559,48 @@ def test_members_go_over_to_another_authority_one_at_a_time(cluster: Cluster, tm
     assert not served(cluster.ca)
     for host in hosts:
         assert cluster.run(host.name, formed=True)["changed"] is False
+
+
+@pytest.mark.parametrize("members", [("o1",), ("o1", "o2", "o3")])
+def test_members_whose_authority_has_ended_go_over_to_another_at_once(
+    cluster: Cluster, tmp_path: Path, members: tuple[str, ...]
+) -> None:
+    """They take nobody's certificate until they start anew: none can be asked for its turn, nor waits for another."""
+    cluster.hosts = {name: cluster.hosts[name] for name in members}
+    vars(cluster).pop("plan")
+    cluster.plan = cluster.planned(*members)
+    cluster.form()
+    cluster.ca.days = (-3, -1)
+    successor, ended, hosts = Ca(tmp_path / "successor", "onprem"), cluster.ca.certificate(), cluster.hosts.values()
+
+    def trust(text: str) -> None:
+        for host in hosts:
+            (host.pki / "trust" / "onprem.crt").write_text(text)
+
+    trust(ended)
+    for host in hosts:
+        log = host.place / "etcd.log"
+        log.unlink()
+        host.systemctl("restart", "isthmus-etcd.service")
+        end = time.monotonic() + 30
+        # Without the others it serves no clients.
+        while f"serving {'client' if len(members) == 1 else 'peer'} traffic" not in log.read_text():
+            assert time.monotonic() < end, f"{host.name} has not read whom it trusts"
+            time.sleep(0.1)
+    trust(ended + successor.crt.read_text())
+    for host in hosts:
+        sign_anew(cluster, host, successor)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # as a play's hosts
+        done = list(pool.map(lambda name: cluster.run(name, formed=True), members))
+    assert [one["action"] for one in done] == ["restarted"] * len(members)
+    assert all("an authority of cluster onprem has ended" in warnings_of(one) for one in done)
+
+    cluster.ca = successor
+    assert cluster.members() == list(members)
+    assert "isthmus/v1/estate/clusters/onprem" in cluster.etcdctl("get", "--prefix", "--keys-only", "isthmus/")
+    trust(successor.crt.read_text() + ended)
+    for name in members:
+        told = cluster.run(name, formed=True)
+        assert (told["action"], "has ended" in warnings_of(told)) == ("restarted", False), "each in its turn again"
+    for check in (True, False):
+        assert not cluster.run("o1", formed=True, check=check)["changed"]

@@ -24,6 +24,7 @@ from isthmus_agent.agent.main import main as isthmusd
 from isthmus_agent.agent.main import start_in_cluster
 from isthmus_agent.bpf.driver import BpfDatapath
 from isthmus_agent.etcd_admin import ensure_access, wanted_access
+from isthmus_agent.kvstore import canary_value
 from isthmus_agent.kvstore.errors import EtcdError
 from isthmus_agent.registrar import service as registrar_service
 from isthmus_agent.registrar.service import Registrar
@@ -208,6 +209,31 @@ def test_an_agent_waits_with_words_and_follows_what_it_is_dealt(
             await here(lambda: "what was dealt before is not used" in caplog.text, "another node's is not taken")
             assert not kernel.applied
         managed.server.start()
+
+    asyncio.run(run())
+
+
+def test_an_agent_follows_an_etcd_that_began_anew_once_a_registrar_has_filled_it(
+    managed: Managed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, snapshot = keys.alloc_node_key("n1"), tmp_path / "snapshot.db"
+    managed.put({key: NodeAllocation("10.104.0.16/28", "10.104.0.17", "198.18.4.11", "").to_json()})
+    managed.server.etcdctl("snapshot", "save", str(snapshot))
+    managed.put({key: NodeAllocation("10.104.0.0/28", "10.104.0.1", "198.18.4.11", "").to_json()})
+
+    async def run() -> None:
+        async with agent(managed, "n1", tmp_path) as (kernel, task):
+            await here(lambda: kernel.applied, "it starts")
+            managed.server.stop()
+            managed.server.restore(snapshot, token="anew")  # noqa: S106 - no secret
+            managed.server.start()
+            await here(lambda: f"holding 1 keys of {key}" in caplog.text, "it keeps what it has")
+            assert not task.done()
+            with managed.server.sync_client() as client:
+                now = canary_value("2026-01-02T03:04:05Z", client.status().header.cluster_id)
+                client.put(keys.canary_key("kube", "services"), now)
+            async with asyncio.timeout(DEADLINE):
+                assert await task
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import datetime
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from integration.module_runner import ModuleFailed, run_module
+from isthmus_agent import pki as signing
 
 
 def certificate(name: str, cluster: str, **more: Any) -> dict[str, Any]:
@@ -413,8 +415,13 @@ def test_an_operators_intermediate_is_used(estate: Estate, tmp_path: Path) -> No
     openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", pki / "ca.key", "-out", tmp_path / "ca.csr",
             "-subj", "/CN=Corp mesh")  # fmt: skip
     (tmp_path / "extensions").write_text("basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=keyCertSign\n")
-    openssl("x509", "-req", "-in", tmp_path / "ca.csr", "-CA", tmp_path / "root.crt", "-CAkey", tmp_path / "root.key",
-            "-CAcreateserial", "-extfile", tmp_path / "extensions", "-days", "20", "-out", pki / "ca.crt")  # fmt: skip
+
+    def sign(days: str) -> None:
+        openssl("x509", "-req", "-in", tmp_path / "ca.csr", "-CA", tmp_path / "root.crt", "-CAkey",
+                tmp_path / "root.key", "-CAcreateserial", "-extfile", tmp_path / "extensions", "-days", days,
+                "-out", pki / "ca.crt")  # fmt: skip
+
+    sign("20")
     given = (pki / "ca.key").read_bytes()
     intermediate = (pki / "ca.crt").read_text()
     (pki / "ca.crt").write_text(intermediate + (tmp_path / "root.crt").read_text())
@@ -426,6 +433,15 @@ def test_an_operators_intermediate_is_used(estate: Estate, tmp_path: Path) -> No
     (tmp_path / "intermediate.crt").write_text(intermediate)
     assert pinned == openssl("x509", "-in", tmp_path / "intermediate.crt", "-noout", "-fingerprint")
     openssl("verify", "-partial_chain", "-CAfile", pki / "trust/onprem.crt", pki / "agent.crt")
+
+    # Renewed, it is pinned where something is signed; the record keeps the first one.
+    sign("60")
+    known = {"onprem": intermediate}
+    (pki / "agent.crt").unlink()
+    estate.converge(spec("onprem-1", "onprem"), trust=known)
+    assert (pki / "trust/onprem.crt").read_text() == (pki / "ca.crt").read_text() != intermediate
+    estate.role(spec("onprem-2", "onprem"), trust=known)
+    assert estate.role(spec("onprem-2", "onprem"), trust=known) == {"pki_request": False}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes the owner of files")
@@ -521,6 +537,68 @@ def test_an_authority_is_replaced_while_everybody_trusts_what_is_in_use(
     for host in wanted:
         listed = document["crl"] if host["host"] == "onprem-1" else None
         assert estate.role(host, {"onprem": document["ca_certificate"]}, crl=listed) == {"pki_request": False}
+
+
+def end(estate: Estate, cluster: str, hosts: list[dict[str, Any]]) -> str:
+    """The same, some time later: the authority and what it signed have ended. Its certificate as everybody has it."""
+    place = estate.pki(f"{cluster}-1")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    then = now - signing.CA_LIFETIME - datetime.timedelta(days=1)
+    key, certificate = signing.new_authority(cluster, then, (place / "ca.key").read_bytes())
+    authority = signing.Authority(cluster, key, certificate, str(place), then)
+    (place / "ca.crt").write_bytes(certificate)
+    for host in hosts:
+        directory = estate.pki(host["host"])
+        if cluster in host["pki"]["trust"]:
+            (directory / "trust" / f"{cluster}.crt").write_text(authority.pem)
+        for entry in host["pki"]["certificates"]:
+            if entry["ca_cluster"] == cluster:
+                wanted = signing.CertificateSpec.from_dict(entry)
+                request = signing.new_request((directory / f"{wanted.name}.key").read_bytes(), wanted.cn, wanted.name)
+                (directory / f"{wanted.name}.crt").write_text(authority.sign(wanted, request, then))
+    return authority.pem
+
+
+def test_an_authority_that_has_ended_is_replaced_and_no_other_is_taken_for_it(estate: Estate) -> None:
+    wanted = [{**spec("onprem-1", "onprem"), "member": {"name": "onprem-1"}}, spec("onprem-2", "onprem")]
+    wanted.append({**spec("cloud-1", "cloud", ("onprem",)), "member": {"name": "cloud-1"}})
+    for host in wanted:
+        estate.role(host)
+    old = end(estate, "onprem", wanted)
+    document: dict[str, Any] = {"name": "onprem", "revision": 7, "ca_certificate": old}
+    words = r"ca\.crt is valid from .*run isthmus\.mesh\.replace_authority"
+    with pytest.raises(ModuleFailed, match=words):
+        estate.role(wanted[0], {"onprem": old})
+    requested = estate.run("pki_request", {"spec": wanted[1], "trust": {"onprem": old}}, "onprem-2")
+    asked = {"cluster": "onprem", "host": "onprem-2", "certificates": wanted[1]["pki"]["certificates"]}
+    asked |= {"requests": requested["pending"][0]["requests"], "known_ca": old}
+    with pytest.raises(ModuleFailed, match=words):
+        estate.run("pki_sign", asked, "onprem-1")
+
+    pinned = estate.pki("onprem-2") / "trust/onprem.crt"
+    other = signing.new_authority("onprem", datetime.datetime.now(datetime.timezone.utc))[1].decode()
+    with pytest.raises(ModuleFailed, match="is not the authority that the estate record holds"):
+        estate.role(wanted[1], {"onprem": other})
+    with pytest.raises(ModuleFailed, match="one more authority for cluster onprem"):
+        estate.role(wanted[1], {"onprem": old + other})
+    answer = {"cluster": "onprem", "ca_certificate": other, "certificates": []}
+    with pytest.raises(ModuleFailed, match="is not the authority that cluster onprem now signs with"):
+        estate.run("pki_install", {"spec": wanted[1], "signed": [answer]}, "onprem-2")
+    assert pinned.read_text() == old
+
+    estate.replacing = "onprem"
+    for step in ("begin", "sign", "end"):
+        document = estate.run("pki_replace", {"step": step, "record": document}, "onprem-1")["document"]
+        trust = {"onprem": document["ca_certificate"]}
+        for host in wanted:
+            done = estate.role(host, trust, crl=document.get("crl") if host["host"] == "onprem-1" else None)
+            assert ("pki_sign onprem" in done) is (step == "begin"), "nothing is in use that could go on meanwhile"
+            listed = document.get("crl") if host["host"] == "onprem-1" else None
+            assert estate.role(host, trust, crl=listed) == {"pki_request": False}
+        for used in (estate.pki("onprem-1") / "etcd-server.crt", estate.pki("cloud-1") / "peer-onprem.crt"):
+            openssl("verify", "-CAfile", pinned, used)
+    assert fingerprints(pinned) == fingerprints(estate.pki("onprem-1") / "ca.crt")
+    assert old not in pinned.read_text()
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -124,6 +124,26 @@ def test_drift_is_repaired_and_what_is_no_longer_wanted_goes(cloud: Azure) -> No
     assert cloud.listed("networkSecurityGroups/guard", "securityRules") == {}
 
 
+def test_a_route_of_ours_whose_prefix_somebody_changed_is_put_right_by_one_run(cloud: Azure) -> None:
+    run("vpc_routes", options(cloud, BOTH))
+    wanted = cloud.everything()
+
+    def change() -> None:
+        cloud.get("routeTables/theirs")["properties"]["routes"][0]["properties"]["addressPrefix"] = "10.99.0.0/24"
+
+    change()
+    predicted = run("vpc_routes", options(cloud, BOTH), check=True)
+    done = run("vpc_routes", options(cloud, BOTH))
+    assert done["diff"] == predicted["diff"]
+    (one,) = done["diff"]
+    assert (one["before"].strip(), one["after"].strip()) == ("10.20.0.11 for 10.99.0.0/24", "10.20.0.11")
+    assert cloud.everything() == wanted
+    assert run("vpc_routes", options(cloud, BOTH))["changed"] is False
+    change()
+    run("vpc_routes", options(cloud, {"10.102.0.16/28": "10.20.1.12"}))
+    assert routes(cloud, "theirs") == {}
+
+
 def test_what_somebody_else_made_is_left_and_its_prefix_refused(cloud: Azure) -> None:
     one = {"addressPrefix": "10.102.0.0/28", "nextHopType": "VirtualAppliance", "nextHopIpAddress": "10.20.1.13"}
     # Of another owner whose name begins like ours.

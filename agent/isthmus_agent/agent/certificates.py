@@ -109,5 +109,13 @@ def warnings(certificates: dict[str, Validity], now: float) -> Sequence[str]:
         elif valid.ends_soon(now):
             day = datetime.fromtimestamp(valid.end, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
             verb = "ended" if valid.end <= now else "ends"
-            words.append(f"certificate {name} {verb} at {day}; what uses it fails then. Next: run site to renew it")
+            words.append(f"certificate {name} {verb} at {day}; what uses it fails then. Next: {_renewal(name)}")
     return words
+
+
+def _renewal(name: str) -> str:
+    """How a person has it renewed: `site` signs certificates anew and never makes another authority."""
+    if name != "ca" and not name.startswith("trust/"):
+        return "run site to renew it"
+    cluster = name.removeprefix("trust/") if name != "ca" else "CLUSTER, the one of this host"
+    return f"it is an authority's; run replace_authority -e isthmus_replace_authority={cluster}"

@@ -20,7 +20,7 @@ from isthmus_mesh.spec import ClusterDocument, HostSpec
 from isthmus_agent.agent.files import write_atomically
 from isthmus_agent.agent.log import fields
 from isthmus_agent.kvstore.client import EtcdClient
-from isthmus_agent.kvstore.store import PrefixStore, same_history
+from isthmus_agent.kvstore.store import PrefixStore, canary_rule
 from isthmus_agent.kvstore.tasks import end, wait_set
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,10 @@ class Enrolment:
         self._name = name
         self._key = keys.alloc_node_key(name)
         self._path = directory / FILE
-        # One key: the store's prefix may be that of other nodes too.
-        self._store = PrefixStore(client, self._key, rule=same_history)
+        # One key: the store's prefix may be that of other nodes too. What another etcd says counts once a registrar has
+        # said that all it dealt is there.
+        canary = keys.canary_key(document.cluster.name, "services")
+        self._store = PrefixStore(client, self._key, rule=canary_rule, canary=canary)
         self._recall()
 
     async def run(self) -> None:

@@ -540,7 +540,7 @@ class Agent:
             found = await asyncio.to_thread(desired, self.spec, *inputs, self._memory)
         services, expired, self._deadline = self._drain.apply(found.datapath.services, now)
         self._expired.extend(expired)
-        datapath = replace(found.datapath, services=services)
+        datapath = replace(found.datapath, services=services, draining=self._drain.orphans)
         self._log_refused(found)
         async with self._kernel_turn:
             await self._make(found, datapath)

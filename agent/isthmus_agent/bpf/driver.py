@@ -970,6 +970,7 @@ def _backends(datapath: Datapath) -> Iterable[Backend]:
     for service in datapath.services.values():
         yield from service.backends
         yield from service.draining
+    yield from datapath.draining
 
 
 def _svc_key(frontend: Frontend) -> bytes:

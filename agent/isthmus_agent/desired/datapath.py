@@ -210,6 +210,7 @@ class Datapath:
     workloads: dict[int, Address] = field(default_factory=dict)  # cgroup id -> address
     untranslated: frozenset[int] = frozenset()  # cookies of the network namespaces whose sockets are left alone
     services: dict[Frontend, Service] = field(default_factory=dict)
+    draining: tuple[Backend, ...] = ()  # of services that are gone altogether
     ipcache: dict[Network, IpcacheEntry] = field(default_factory=dict)  # /32 and /128 go to the hash map
     peers: dict[Address, Peer] = field(default_factory=dict)  # by outer source
     routes: frozenset[Route] = frozenset()

@@ -23,9 +23,14 @@ def endpoint(backend: Backend) -> Endpoint:
 
 @dataclass(slots=True)
 class DrainTracker:
-    """Remembers which backends were wanted and since when they are not."""
+    """Remembers which backends were wanted and since when they are not.
+
+    `orphans`: those that drain and whose service is gone altogether, as of the last `apply`. They are kept in the
+    datapath, which tells the next agent of them.
+    """
 
     grace: float = GRACE
+    orphans: tuple[Backend, ...] = ()
     _last: dict[Frontend, dict[Endpoint, Backend]] = field(default_factory=dict)
     _since: dict[Frontend, dict[Endpoint, tuple[float, Backend]]] = field(default_factory=dict)
 
@@ -67,11 +72,15 @@ class DrainTracker:
                 del self._since[front]
 
         out = dict(services)
+        used = {key for backends in wanted.values() for key in backends}
+        orphans: dict[Endpoint, Backend] = {}
         for front, waiting in self._since.items():
             # A service that is gone altogether frees its frontend at once; its sockets end after the grace.
             if front in out:
                 out[front] = replace(out[front], draining=out[front].draining + tuple(b for _, b in waiting.values()))
-        used = {key for backends in wanted.values() for key in backends}
+            else:
+                orphans.update((key, backend) for key, (_, backend) in waiting.items() if key not in used)
+        self.orphans = tuple(orphans.values())
         used |= {key for waiting in self._since.values() for key in waiting}
         gone = tuple(backend for key, backend in expired.items() if key not in used)
         starts = [since for waiting in self._since.values() for since, _ in waiting.values()]

@@ -15,7 +15,7 @@ from . import immutable, openings, orphans
 from .forgetting import Forgetting
 from .ipam import Ipam
 from .jsontext import filled
-from .model import Cluster, Host, InCluster, Model
+from .model import Cluster, Host, InCluster, Model, processes
 from .record import SCHEMA, Record, format_time, pod_ranges
 from .revisions import Revisions
 from .schema import Problem
@@ -350,9 +350,9 @@ class ClusterDocuments:
             elif key not in declared:
                 self.orphans.append(name)
         present = [workload for workload in host.workloads if not workload.absent]
-        processes = {tuple(workloads[key]["cgroup"].items()): key for key in workloads if key not in declared}
+        orphaned = {processes(workloads[key]["cgroup"]): key for key in workloads if key not in declared}
         for workload in present:
-            orphan = processes.get(tuple(workload.cgroup.items()))
+            orphan = orphaned.get(processes(workload.cgroup))
             if orphan is not None:
                 self.problems.append(
                     orphans.problem(

@@ -33,6 +33,7 @@ from .addressing import (
     overlaps,
     shared,
 )
+from .bgp import BFD_PORT
 from .bgp import Settings as Bgp
 from .bgp import check as check_bgp
 from .bgp import settings as read_bgp
@@ -45,6 +46,7 @@ from .ipsec import claims as claims_of_ipsec
 from .ipsec import read as read_ipsec
 from .routing import AUTO, NATIVE, Routing
 from .schema import INVALID, Problem, not_yet, suggestion
+from .spec import IPSEC_PORTS, WIREGUARD_PORTS
 from .vpc import Vpcs
 from .vpc import claims as claims_of_vpcs
 from .vpc import read as read_vpcs
@@ -171,6 +173,12 @@ class Workload:
     @property
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+def processes(cgroup: Mapping[str, str]) -> tuple[str, str]:
+    """Whom a workload's `cgroup` means; equal for a path with and without '/' in front."""
+    ((kind, value),) = cgroup.items()
+    return kind, value.lstrip("/")
 
 
 @dataclass(frozen=True)
@@ -404,6 +412,7 @@ class _Reader:
         encryption, routing, speaking = self.sites(top, clusters, read_hosts)
         known = {*read_hosts, *self.broken_hosts}
         self.closed(top, clusters, read_hosts, encryption)
+        self.overlay_port(top, encryption, speaking)
         ipsec = read_ipsec(top, clusters, read_hosts, encryption.of, self.problem, known)
         vpcs = read_vpcs(top, self.problem)
         reserved = self.reserved(top["reserved_ranges"], read_hosts)
@@ -861,7 +870,7 @@ class _Reader:
         if given is INVALID:
             return ()
         found: dict[str, Workload] = {}
-        cgroups: dict[str, str] = {}
+        cgroups: dict[tuple[str, str], str] = {}
         for index, entry in enumerate(given):
             here = f"{where}.isthmus_workloads[{index}]"
             cgroup = {kind: entry[kind] for kind in ("unit", "slice", "path") if entry[kind] not in (None, INVALID)}
@@ -886,7 +895,7 @@ class _Reader:
             if workload.key in found:
                 self.problem(here, f"{workload.key} is there twice", "its name is its key", "rename or remove one")
                 continue
-            target = "/".join(next(iter(cgroup.items())))
+            target = processes(cgroup)
             if target in cgroups and not workload.absent:
                 self.problem(
                     here,
@@ -1092,6 +1101,25 @@ class _Reader:
                 f"the sides of {_listed(split)} differ",
                 "one would send what the other does not take, and neither is to be weakened without a word",
                 "say in site_pairs what they use, or the same for both sites",
+            )
+
+    def overlay_port(self, top: dict[str, Any], encryption: Encryption, speaking: Mapping[str, Bgp]) -> None:
+        """VXLAN takes its UDP port on all addresses of a host."""
+        ways = {encryption.default, *encryption.sites.values(), *encryption.pairs.values()}
+        taken = {53: "of DNS, at which dnsmasq answers on every host"}
+        if "wireguard" in ways:
+            taken.update(dict.fromkeys(WIREGUARD_PORTS, "of WireGuard (encryption: wireguard)"))
+        if GATEWAY in ways:
+            taken.update(dict.fromkeys(IPSEC_PORTS, f"of IKE (encryption: {GATEWAY})"))
+        if any(router.bfd for settings in speaking.values() for router in settings.routers):
+            taken[BFD_PORT] = "of BFD (bgp.routers)"
+        port = top["overlay"]["port"] if top["overlay"] not in (None, INVALID) else None
+        if port in taken:
+            self.problem(
+                "isthmus_estate.overlay.port",
+                f"{port} is also the UDP port {taken[port]}",
+                "a host can have one program there, and the other one would not start",
+                "leave it out (8472), or set a port that no program of the hosts has",
             )
 
     def closed(

@@ -9,9 +9,11 @@ was read, of a subnet right before, so that nobody else's change is lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from fnmatch import fnmatch
+from ipaddress import IPv4Network
 from typing import TYPE_CHECKING, Any
 
 from ansible_collections.isthmus.mesh.plugins.module_utils.vpc import plan as pure
@@ -221,7 +223,7 @@ def plan_routes(params: Mapping[str, Any]) -> Plan:
     tables, own, bare = _tables(network, owner, network.subnets_of(local) if present and wishes else set(), plan)
     ours = {
         entry["id"]: [
-            one["properties"]["addressPrefix"]
+            _destination(owner, one)
             for one in entry["properties"].get("routes", [])
             if _route_owned(owner, one["name"])
         ]
@@ -280,6 +282,18 @@ def _route_owned(owner: str, name: str) -> bool:
     return re.fullmatch(rf"isthmus-{owner}(-\d+){{5}}", name) is not None
 
 
+def _destination(owner: str, route: Mapping[str, Any]) -> str:
+    """Of a route of ours by its name, which is made from it and under which it is written again: somebody may have
+    changed the prefix."""
+    prefix: str = route["properties"]["addressPrefix"]
+    if _route_owned(owner, route["name"]):
+        *octets, length = route["name"].split("-")[-5:]
+        named = f"{'.'.join(octets)}/{length}"
+        with contextlib.suppress(ValueError):
+            return str(IPv4Network(named))
+    return prefix
+
+
 def _tables(
     network: _Network, owner: str, subnets: set[str], plan: Plan
 ) -> tuple[list[tuple[Any, bool]], Any, list[str]]:
@@ -322,10 +336,11 @@ def _table(network: _Network, entry: Mapping[str, Any], owner: str, limit: int) 
         owned = _route_owned(owner, one["name"])
         target = properties.get("nextHopIpAddress") or properties["nextHopType"]
         gone = owned and target[0].isdigit() and target not in network.by_address and target not in network.beyond
+        destination, prefix = _destination(owner, one), properties["addressPrefix"]
         routes.append(
             pure.Found(
-                properties["addressPrefix"],
-                target,
+                destination,
+                target if destination == prefix else f"{target} for {prefix}",
                 owned,
                 one["name"],
                 "no network interface has the address" if gone else "",

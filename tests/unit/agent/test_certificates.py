@@ -73,5 +73,8 @@ def test_all_that_can_be_read_is_and_the_rest_is_left_out(tmp_path: Path) -> Non
     ]
     (words,) = certificates.warnings(found, NOW.timestamp() + 20 * DAY)
     assert words.startswith("certificate agent ended at 2026-01-12")
+    for name, replaced in (("trust/cloud", "cloud"), ("ca", "CLUSTER")):
+        (words,) = certificates.warnings({name: found["agent"]}, NOW.timestamp())
+        assert "run replace_authority -e isthmus_replace_authority=" + replaced in words
     words, *_ended = certificates.warnings({"agent": found["agent"]}, NOW.timestamp() - 81 * DAY)
     assert words.startswith("certificate agent begins at 2025-10-14 03:04 UTC only, by this host's clock; ")

@@ -199,7 +199,8 @@ def test_sockets_of_a_removed_service_end_unless_another_service_uses_the_backen
     tracker = DrainTracker(grace=30)
     both = {**services(backend(2)), other: Service("shop/web2", (backend(2), backend(3)))}
     tracker.apply(both, 0.0)
-    tracker.apply(services(backend(2)), 1.0)
+    assert set(tracker.apply(services(backend(2)), 1.0)[0]) == {FRONT}
+    assert tracker.orphans == (backend(3),), "the next agent hears of it"
     found, gone, _ = tracker.apply(services(backend(2)), 31.0)
     assert gone == (backend(3),)
-    assert set(found) == {FRONT}
+    assert (set(found), tracker.orphans) == ({FRONT}, ())

@@ -215,6 +215,35 @@ def test_a_pin_is_one_certificate_of_an_authority(authority: pki.Authority) -> N
         pki.check_pin(signed(authority, entry())[1].decode(), "x", NOW)
 
 
+def test_an_authority_that_has_ended_is_known_and_good_for_nothing() -> None:
+    key, certificate = pki.new_authority("a", NOW)
+    old, later = certificate.decode(), NOW + pki.CA_LIFETIME + DAY
+    other = pki.new_authority("a", later)[1].decode()
+    assert pki.read_pin(old, "x") == old
+    assert pki.read_pin(old + other, "x") == old + other
+    for pinned in (old, old + other):
+        assert pki.has_ended(pinned, later)
+        with pytest.raises(pki.PkiError, match=r"x is valid from .* Next: check the clock .*replace_authority"):
+            pki.check_pin(pinned, "x", later)
+    assert not pki.has_ended(old + other, NOW)
+    assert (pki.trusts(old, old), pki.trusts(old, other)) == (True, False)
+    with pytest.raises(pki.PkiError, match=r"/pki/ca\.crt is valid from"):
+        pki.establish_authority("a", key, certificate, {"the record": old}, "/pki", later)
+
+
+def test_of_two_authorities_the_first_signs_unless_it_has_ended(authority: pki.Authority) -> None:
+    key, certificate = pki.new_authority("onprem", NOW)
+    successor = pki.Authority("onprem", key, certificate, "/pki", NOW)
+    _, ended = pki.new_authority("onprem", NOW - pki.CA_LIFETIME - DAY)
+    new_key, new = signed(successor, entry())
+    reason = pki.renewal_reason(entry(), new_key, new, authority.pem + successor.pem, NOW)
+    assert reason is not None
+    assert "not signed by the CA" in reason
+    for pinned in (successor.pem + authority.pem, ended.decode() + successor.pem):
+        assert pki.renewal_reason(entry(), new_key, new, pinned, NOW) is None
+    assert pki.renewal_reason(entry(), new_key, new, ended.decode(), NOW) is not None
+
+
 def test_a_lost_ca_certificate_is_found_by_its_key() -> None:
     key, certificate = pki.new_authority("a", NOW)
     other = pki.new_authority("a", NOW)[1].decode()

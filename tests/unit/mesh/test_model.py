@@ -420,6 +420,24 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         f"{C}.cloud.etcd.peer_port: 2380 is also client_port. Why: two listeners cannot share a port. Next: choose "
         "another.",
     ),
+    *(
+        (
+            f"the overlay at the port of {words}",
+            lambda e, h, port=port, more=more: e.update(more, overlay={"port": port}),
+            f"isthmus_estate.overlay.port: {port} is also the UDP port of {words}. Why: a host can have one program "
+            "there, and the other one would not start. Next: leave it out (8472), or set a port that no program of "
+            "the hosts has.",
+        )
+        for port, more, words in (
+            (53, {}, "DNS, at which dnsmasq answers on every host"),
+            (51871, {"encryption": "wireguard"}, "WireGuard (encryption: wireguard)"),
+            (
+                51872,
+                {"sites": {"onprem": {"encryption": "wireguard"}, "cloud": {"encryption": "wireguard"}}},
+                "WireGuard (encryption: wireguard)",
+            ),
+        )
+    ),
     (
         "an archive without digest",
         lambda e, h: e["clusters"]["cloud"]["etcd"].update(source={"type": "archive", "path": "/srv/etcd.tgz"}),
@@ -565,6 +583,12 @@ MESSAGES: list[tuple[str, Edit, str]] = [
         "a unit twice",
         lambda e, h: h["c1"]["isthmus_workloads"].append({**web(), "name": "web2"}),
         "host c1.isthmus_workloads[1]: web.service is also the workload shop/web. Why: a process has one address and "
+        "identity. Next: name another cgroup.",
+    ),
+    (
+        "a path twice, with and without '/' in front",
+        lambda e, h: h["c1"].update(isthmus_workloads=[{"name": "a", "path": "x/y"}, {"name": "b", "path": "/x/y"}]),
+        "host c1.isthmus_workloads[1]: /x/y is also the workload default/a. Why: a process has one address and "
         "identity. Next: name another cgroup.",
     ),
     (

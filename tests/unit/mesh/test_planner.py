@@ -821,6 +821,15 @@ def test_what_only_the_record_knows_keeps_its_own(edit: Edit, message: str, prun
     assert prune in replanned(_without_c2(edit), first, prune=(prune,)).removed
 
 
+def test_a_cgroup_path_is_the_same_with_and_without_a_slash_in_front() -> None:
+    def named(name: str, path: str) -> Edit:
+        return lambda e, h: h["c1"].update(isthmus_workloads=[{"name": name, "path": path}])
+
+    first = replanned(named("a", "x/y"))
+    (words,) = refused(named("b", "/x/y"), first)
+    assert "(default/b): /x/y is also the workload default/a, " in words
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
