@@ -180,6 +180,7 @@ def read(
             sides[site] = side
     for both in through:
         _check_pair(both, sides, said.get(both), problem)
+    _check_identities(through, sides, problem)
     for site in used:
         if site in sides:
             _check_hosts(site, sides[site], hosts, problem)
@@ -315,6 +316,30 @@ def _check_pair(both: Pair, sides: Mapping[str, Side], said: str | None, problem
             "psk",
         )
         problem(later.where, later.what, later.why, later.next)
+
+
+def _check_identities(through: Sequence[Pair], sides: Mapping[str, Side], problem: Complaint) -> None:
+    """Of the gateways of other sites, for each site with gateways of ours."""
+    refused = set()
+    for site in sorted(name for name, side in sides.items() if side.gateways):
+        known: dict[str, tuple[str, IPv4Address]] = {}
+        others = sorted({name for both in through if site in both for name in both if name in sides} - {site})
+        # Those of ours have the names of their hosts, so it is another one that is to have another identity.
+        for other in sorted(others, key=lambda name: bool(sides[name].peers)):
+            ends: Sequence[Gateway | Peer] = (*sides[other].gateways, *sides[other].peers)
+            for there in ends:
+                first, address = known.setdefault(there.identity, (other, there.address))
+                if first == other or (first, other) in refused:
+                    continue
+                refused.add((first, other))
+                problem(
+                    f"isthmus_estate.sites.{other}.ipsec.peer",
+                    f"the gateways of {first} ({address}) and {other} ({there.address}) have one identity, "
+                    f"{there.identity}",
+                    f"{site} has tunnels with both, and strongSwan finds their keys by the identity: the one would be "
+                    "tried with the key of the other",
+                    f"give that of {other} an identity of its own, there and here (peer.id)",
+                )
 
 
 def _check_hosts(site: str, side: Side, hosts: Mapping[str, Host], problem: Complaint) -> None:

@@ -33,6 +33,13 @@ PEER = {
     "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {"address": "203.0.113.9"}}}},
     "site_pairs": ON["site_pairs"],
 }
+WITH_TWO_OF_OTHERS = {
+    "sites": {
+        **PEER["sites"],
+        "office": {"ipsec": {"networks": ["192.0.2.0/24"], "peer": {"address": "203.0.113.10"}}},
+    },
+    "site_pairs": [{**ON["site_pairs"][0], "sites": ["onprem", other]} for other in ("cloud", "office")],
+}
 CLUSTERS = estate()["clusters"]
 
 
@@ -110,6 +117,20 @@ REFUSED = {
     "two of others": (
         {**PEER, "sites": dict.fromkeys(("cloud", "onprem"), PEER["sites"]["cloud"])},
         "neither cloud nor onprem has a gateway that is ours",
+    ),
+    "one identity": (
+        {**WITH_TWO_OF_OTHERS, "sites": {**WITH_TWO_OF_OTHERS["sites"], "office": {"ipsec": {
+            "networks": ["192.0.2.0/24"], "peer": {"address": "203.0.113.10", "id": "203.0.113.9"}}}}},
+        "sites.office.ipsec.peer: the gateways of cloud (203.0.113.9) and office (203.0.113.10) have one identity, "
+        "203.0.113.9. Why: onprem has tunnels with both, and strongSwan finds their keys by the identity: the one "
+        "would be tried with the key of the other. Next: give that of office an identity of its own",
+    ),
+    "the identity of ours": (
+        {"sites": {**SITES, "a": {"ipsec": {"networks": ["192.0.2.0/24"], "peer": {
+            "address": "203.0.113.10", "id": "isthmus-ipsec-c1"}}}}, "site_pairs": [
+            {**ON["site_pairs"][0], "sites": ["onprem", other]} for other in ("cloud", "a")]},
+        "sites.a.ipsec.peer: the gateways of cloud (198.18.2.1) and a (203.0.113.10) have one identity, "
+        "isthmus-ipsec-c1",
     ),
     "identity": (
         {**PEER, "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {
