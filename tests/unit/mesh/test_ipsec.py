@@ -653,6 +653,28 @@ def test_machines_that_are_none_of_the_mesh_are_told_the_way_over_the_gateways()
     assert {route["via"] for route in gone} == {"198.18.1.1", "198.18.2.1"}, "while it is turned off"
 
 
+def test_a_site_of_others_without_hosts_is_in_the_matrix() -> None:
+    found = changed(**WITH_TWO_OF_OTHERS)
+    assert [row["sites"] for row in found.sites if "office" in row["sites"]] == [["office", "onprem"]]
+    (line,) = [line for line in matrix.lines(found.sites) if "office" in line]
+    assert line == (
+        "office and onprem: path native, encryption ipsec-gateway, MTU 1400 inside where the underlay has 1500. Open: "
+        + "; ".join(
+            f"UDP {port} on {to} from {sender}"
+            for to, sender in (
+                ("the gateway of office (203.0.113.10)", "o1 (198.18.1.1)"),
+                ("o1 (198.18.1.1)", "the gateway of office (203.0.113.10)"),
+            )
+            for port in (500, 4500)
+        )
+    )
+    (row,) = [row for row in matrix.measured(found.sites, {"onprem": ("o1", 1450)}) if "office" in row["sites"]]
+    assert (row["mtu"], row["measured"]) == (1350, ["onprem"])
+    the_model, documents = model({**estate(), **WITH_TWO_OF_OTHERS}), openings.documents_of(found.record)
+    routes = matrix.host_routes(found.sites, documents, the_model.ipsec, found.ipsec, found.keys[-1])
+    assert [line.partition(" via ")[0] for line in routes if "office" in line] == ["hosts of onprem: 192.0.2.0/24"]
+
+
 def test_the_example_s_data_centres_send_each_other_all_through_their_gateways() -> None:
     """And nothing else of it does: the internet is passed inside WireGuard, networks of its own in clear."""
     found = planned(model(*inventory(ROOT / "inventories" / "hybrid_example")))
