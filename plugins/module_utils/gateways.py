@@ -130,7 +130,7 @@ class Gateway:
 
     def keys(self) -> dict[str, list[str]]:
         """By connection the pre-shared keys that are to be there. Another one for a tunnel that is there comes after
-        that of the tunnel: the gateway takes both, and proves itself by the former one until `gateway_proof` has seen
+        those that are there: the gateway takes all, and proves itself by the first one until `gateway_proof` has seen
         that the other gateway has the new one too."""
         before, found = keys_now(), {}
         there = self.there() if before else set()
@@ -142,11 +142,11 @@ class Gateway:
                 if had[1:] and self.module.check_mode:
                     self.changes.note(
                         f"pre-shared key of {name}",
-                        "two",
+                        str(len(had)),
                         "the one of isthmus_ipsec_secrets, when the other gateway is seen to have it too",
                     )
             elif had and there.intersection(ipsec.sharing(self.connections, by_name[name])):
-                found[name] = [had[0], wanted]
+                found[name] = [*had, wanted]
                 self.changes.note(
                     f"pre-shared key of {name}", "", "another one, used when the other gateway is seen to have it too"
                 )

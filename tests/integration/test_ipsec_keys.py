@@ -34,7 +34,7 @@ from isthmus_mesh.planner import Plan
 
 __all__ = ["net", "pytestmark"]
 
-OLD, NEW, WRONG = "the-former-key", "the-new-key", "a-wrong-key"
+OLD, NEW, THIRD, WRONG = "the-former-key", "the-new-key", "yet-another-key", "a-wrong-key"
 BOTH = ("c1", "o1")
 """The gateways; the first begins."""
 
@@ -167,21 +167,21 @@ def test_where_the_gateways_have_other_keys_packets_pass_as_before_and_each_says
     as_it_should(net, OLD)
 
 
+def lost_and_made(net: Net) -> None:
+    before = numbers(net["c1"])
+    net["c1"].run("swanctl", "--terminate", "--ike", "isthmus-onprem")
+
+    def again() -> bool:
+        net["c1"].ask_again()
+        return established(net) and numbers(net["c1"]) != before and net["o2"].echo("c2") == ""
+
+    wait_for(again, f"a tunnel with {[kept(net[name]) for name in BOTH]}", 30)
+
+
 def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Net, running: Plan) -> None:
     """At each step a tunnel that is lost is made anew, and the next run does the rest."""
     del running
     keys = dict.fromkeys(BOTH, NEW)
-
-    def lost_and_made() -> None:
-        before = numbers(net["c1"])
-        net["c1"].run("swanctl", "--terminate", "--ike", "isthmus-onprem")
-
-        def again() -> bool:
-            net["c1"].ask_again()
-            return established(net) and numbers(net["c1"]) != before and net["o2"].echo("c2") == ""
-
-        wait_for(again, f"a tunnel with {[kept(net[name]) for name in BOTH]}", 30)
-
     predicted = net["c1"].apply(net["c1"].spec, check=True, secrets=pair(NEW))
     assert predicted["changed"]
     assert "used when the other gateway is seen to have it too" in str(predicted["diff"])
@@ -193,7 +193,7 @@ def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Ne
     for name in BOTH:
         told = net[name].apply(net[name].spec, secrets=pair(NEW))
         assert (len(told["unproven"]), kept(net[name])) == (1, [OLD, NEW])
-        lost_and_made()
+        lost_and_made(net)
         assert not net[name].apply(net[name].spec, secrets=pair(NEW))["changed"]
         predicted = net[name].apply(net[name].spec, check=True, secrets=pair(NEW))
         assert "the one of isthmus_ipsec_secrets" in str(predicted["diff"])
@@ -201,8 +201,27 @@ def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Ne
         for name in BOTH:
             all_at_once(net, [name], keys, what)
             assert kept(net[name]) == wanted
-            lost_and_made()
+            lost_and_made(net)
     as_it_should(net, NEW)
+
+
+def test_yet_another_key_before_both_use_the_first_one_leaves_gateways_that_can_make_a_tunnel(
+    net: Net, running: Plan
+) -> None:
+    del running
+    for name in BOTH:
+        net[name].apply(net[name].spec, secrets=pair(NEW))
+    all_at_once(net, ["c1"], dict.fromkeys(BOTH, NEW), "used")
+    assert [kept(net[name]) for name in BOTH] == [[NEW, OLD], [OLD, NEW]]
+    assert set(run(net, {"c1": THIRD, "o1": WRONG})) == set(BOTH)
+    assert [kept(net[name]) for name in BOTH] == [[NEW, OLD], [OLD, NEW]]
+    lost_and_made(net)
+    for name, wanted in (("c1", [NEW, OLD, THIRD]), ("o1", [OLD, NEW, THIRD])):
+        assert net[name].apply(net[name].spec, secrets=pair(THIRD))["unproven"]
+        assert kept(net[name]) == wanted
+        lost_and_made(net)
+    assert run(net, dict.fromkeys(BOTH, THIRD)) == {}
+    as_it_should(net, THIRD)
 
 
 def not_ours(found: Plan) -> dict[str, Any]:

@@ -481,9 +481,13 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
     assert ipsec.keys_of(both.replace("0sYSAi", "0s?")) == {"isthmus-cloud": ["another"]}, "somebody changed it"
     certified = changed(**ON).specs["o1"]["ipsec"]["connections"]
     assert ipsec.secrets_conf(certified, {}) is None
-    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf")
+    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf", 2)
     assert trial.startswith("include /etc/swanctl/swanctl.conf\nconnections {\n  try-isthmus-cloud {\n")
     assert (trial.count("secret = 0sYSAiYiIgfQo="), "children" in trial) == (2, False), "no other key, and no tunnel"
+    several = ipsec.secrets_conf(connections, {"isthmus-cloud": [key, "another", "a third"]}) or ""
+    assert ipsec.keys_of(several) == {"isthmus-cloud": [key, "another", "a third"]}
+    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf", 3)
+    assert ipsec.keys_of(trial) == {"isthmus-cloud": [key] * 3}, "none of those that are known"
     assert "secrets {" not in ipsec.trial_conf(certified[0], {}, [], "/etc/swanctl/swanctl.conf")
     passive = ipsec.swanctl_conf(certified)
     assert "cacerts = isthmus-cloud.pem\n" in passive
