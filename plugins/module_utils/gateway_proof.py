@@ -143,6 +143,8 @@ class Proof:
 
     def write(self, name: str, keys: Sequence[str]) -> None:
         self.keys[name] = list(keys)
+        # For its other first key the tunnel is not to be ended.
+        gateways.note_unread({other: said for other, said in gateways.told().items() if other != name})
         self.changes.file(
             strongswan.SECRETS,
             ipsec.secrets_conf(self.gateway.connections, self.keys) or "",
@@ -150,6 +152,7 @@ class Proof:
             secret=True,
         )
         self.gateway.load_files()
+        gateways.note_read()
 
     @contextlib.contextmanager
     def loaded(self, one: Mapping[str, Any], keys: Sequence[str]) -> Iterator[None]:
@@ -161,6 +164,7 @@ class Proof:
             counts[cluster] = sum(os.path.exists(f"{strongswan.DIRECTORY}/x509ca/{name}") for name in files)
         # Beside its own file: where that one is strongSwan looks for certificates.
         directory, known = strongswan.DIRECTORY, len(self.keys.get(ipsec.name_of(one), ()))
+        gateways.note_unread(gateways.told())
         with tempfile.NamedTemporaryFile("w", prefix=strongswan.TRIAL, suffix=".conf", dir=directory) as file:
             file.write(ipsec.trial_conf(one, counts, keys, f"{directory}/swanctl.conf", known))
             file.flush()
@@ -171,6 +175,7 @@ class Proof:
             trial = ipsec.trial_of(one)
             self.gateway.swanctl("--terminate", "--ike", trial, "--force", "--timeout", "5", must=False)
             self.gateway.load_files()
+            gateways.note_read()
 
     def tried(self, one: Mapping[str, Any], keys: Sequence[str]) -> str:
         """What strongSwan said when the gateways do not take each other by these keys, or by their certificates; ""

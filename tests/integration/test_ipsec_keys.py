@@ -4,10 +4,11 @@ strongSwan in the namespaces of `test_ipsec`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,60 @@ def test_a_run_that_is_hung_up_while_it_tries_a_key_leaves_nothing_of_it(net: Ne
     assert not tries()
     assert "try-" not in gateway.run("swanctl", "--list-sas").stdout
     as_it_should(net, OLD)
+
+
+@contextlib.contextmanager
+def killed(one: Machine, at: str) -> Iterator[None]:
+    """The module is killed there when it asks strongSwan for this."""
+    (one.place / "real-swanctl").write_bytes(Path("/usr/sbin/swanctl").read_bytes())
+    (one.place / "real-swanctl").chmod(0o755)
+    kills = one.place / "kills-swanctl"
+    kills.write_text(f'#!/bin/sh\n[ "$1" != {at} ] || exec kill -KILL $PPID\nexec {one.place}/real-swanctl "$@"\n')
+    kills.chmod(0o755)
+    one.run("mount", "--bind", str(kills), "/usr/sbin/swanctl")
+    with pytest.raises(AssertionError, match=r"ended with (-9|137)"):
+        yield
+    one.run("umount", "/usr/sbin/swanctl")
+
+
+def test_what_a_killed_run_wrote_is_read_by_strongswan_in_the_next_one(net: Net, running: Plan) -> None:
+    del running
+    gateway, keys = net["c1"], dict.fromkeys(BOTH, NEW)
+
+    def read(key: str) -> bool:
+        return f"'{key}-isthmus-onprem'" in gateway.log()
+
+    def next_run() -> None:
+        predicted = gateway.apply(gateway.spec, check=True, secrets=pair(NEW))
+        assert "a run was ended before that" in str(predicted["diff"])
+        told = gateway.apply(gateway.spec, secrets=pair(NEW))
+        assert (told["changed"], numbers(gateway)) == (True, before)
+        assert not gateway.apply(gateway.spec, secrets=pair(NEW))["changed"]
+
+    before = numbers(gateway)
+    with killed(gateway, "--load-creds"):
+        gateway.apply(gateway.spec, secrets=pair(NEW))
+    assert (kept(gateway), read("ike2")) == ([OLD, NEW], False)
+    next_run()
+    assert read("ike2")
+
+    net["o1"].apply(net["o1"].spec, secrets=pair(NEW))
+    with killed(gateway, "--initiate"):
+        gateway.apply(gateway.spec, secrets=pair(NEW), keys="used")
+    assert "try-isthmus-onprem:" in gateway.run("swanctl", "--list-conns").stdout, "a trial's"
+    next_run()
+    assert "try-isthmus-onprem:" not in gateway.run("swanctl", "--list-conns").stdout
+    assert run(net, keys) == {}
+    as_it_should(net, NEW)
+
+    # What changed is made anew.
+    sites = {**SITES, "cloud": {"ipsec": {**SITES["cloud"]["ipsec"], "networks": ["198.18.2.0/23"]}}}
+    wider = with_pair(sites=sites, ipsec_authentication="psk")
+    net["o1"].apply(dict(wider.specs["o1"]), secrets=pair(NEW))
+    with killed(gateway, "--load-creds"):
+        gateway.apply(dict(wider.specs["c1"]), secrets=pair(NEW))
+    gateway.apply(gateway.spec, secrets=pair(NEW))
+    wait_for(lambda: "198.18.2.0/23" in gateway.run("swanctl", "--list-sas").stdout, "the new network", 20)
 
 
 def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(net: Net) -> None:
