@@ -404,6 +404,14 @@ def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(n
     # With both renewed it is the one that begins that makes it anew.
     assert net["c1"].apply(net["c1"].spec)["unproven"] == []
 
+    # Of the gateway that answers alone it is proven at once, and used when the other one authenticates anew.
+    before = numbers(net["c1"])
+    net["o1"].run("sh", "-c", "echo >> /etc/isthmus/pki/ipsec.crt")
+    assert net["o1"].apply(net["o1"].spec)["unproven"] == ["isthmus-cloud"]
+    told = all_at_once(net, ["o1"], dict.fromkeys(BOTH, ""), "only")
+    assert not any(isinstance(one, str) for one in told.values()), told
+    assert numbers(net["c1"]) == before
+
 
 @pytest.mark.slow
 def test_a_gateway_that_is_not_ours_has_one_key_for_both_of_its_addresses(net: Net) -> None:
