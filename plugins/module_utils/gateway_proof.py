@@ -5,7 +5,8 @@ renewed certificate or authority. The tunnel that is there goes on meanwhile, an
 strongSwan proves itself by one of the keys that it has for another gateway, named first here, and takes each of them.
 So two gateways can make a tunnel whenever the first of each is among those of the other. From [old] to [new] each goes
 over [old, new] (`gateways.Gateway.keys`), [new, old] (`USED`), and to [new] (`ONLY`), and takes a step when it has seen
-that the other one has taken the step before: at each moment a tunnel that is lost can be made anew.
+that the other one has taken the step before: at each moment a tunnel that is lost can be made anew. With yet another
+key before the end all that were there stay beside it, as the other one may be a step behind.
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ class Proof:
     def use(self) -> None:
         """Gateways of ours that have the new key beside the former one prove themselves by the new one."""
         for name, one in self.connections.items():
-            keys = self.keys.get(name, [])
-            if keys[1:] != [self.wanted.get(name)] or not one["ours"]:
+            keys, wanted = self.keys.get(name, []), self.wanted.get(name, "")
+            if wanted not in keys[1:] or not one["ours"]:
                 continue
-            said = self.tried(one, keys[::-1])
+            others = without(keys, wanted)
+            said = self.tried(one, [wanted, *others])
             if not said:
-                self.write(name, keys[::-1])
+                self.write(name, [wanted, *others])
             elif REFUSED in said:
-                self.write(name, keys[:1])
+                self.write(name, others)
                 self.refused(name, said)
             else:
                 self.problems.append(
@@ -71,9 +73,9 @@ class Proof:
     def end(self) -> None:
         """The former keys go; tunnels are made by the new ones, and by certificates that are newer than they are."""
         for name, one in self.connections.items():
-            keys, wanted = self.keys.get(name, []), self.wanted.get(name)
-            if not one["ours"] and keys[1:] == [wanted]:
-                self.change(name, keys)
+            keys, wanted = self.keys.get(name, []), self.wanted.get(name, "")
+            if not one["ours"] and wanted in keys[1:]:
+                self.change(name, wanted, without(keys, wanted))
             elif not one["ours"] and keys[1:] and keys[0] == wanted:
                 self.write(name, keys[:1])  # the former one was put back, by which the tunnel is there
             elif keys[1:] and keys[0] == wanted:
@@ -103,19 +105,19 @@ class Proof:
             if one["begins"]:
                 self.gateway.renew(name)
 
-    def change(self, name: str, keys: Sequence[str]) -> None:
+    def change(self, name: str, wanted: str, others: Sequence[str]) -> None:
         """Of a gateway that is not ours it is seen only by a tunnel whether it has the new key."""
         one = self.connections[name]
         there = self.gateway.there().intersection(ipsec.sharing(self.gateway.connections, one))
         tunnel = min(there, default="")
         if tunnel:
-            with self.loaded(one, keys[::-1]):
+            with self.loaded(one, [wanted, *others]):
                 there = set() if self.anew(tunnel) else there
         if not there:  # any more, or by the former key
-            self.write(name, keys[1:])
+            self.write(name, [wanted])
             return
         said = strongswan.last_words(self.module, tunnel, strongswan.quoted)
-        self.write(name, keys[:1])
+        self.write(name, others)
         self.problems.append(
             f"{self.other(one)} did not take the new pre-shared key of {one['secret']!r} (isthmus_ipsec_secrets): "
             f"{said or 'strongSwan has not said why'}. {self.as_before(tunnel)}, by the former key. Next: set the same "
@@ -141,6 +143,8 @@ class Proof:
 
     def write(self, name: str, keys: Sequence[str]) -> None:
         self.keys[name] = list(keys)
+        # For its other first key the tunnel is not to be ended.
+        gateways.note_unread({other: said for other, said in gateways.told().items() if other != name})
         self.changes.file(
             strongswan.SECRETS,
             ipsec.secrets_conf(self.gateway.connections, self.keys) or "",
@@ -148,6 +152,7 @@ class Proof:
             secret=True,
         )
         self.gateway.load_files()
+        gateways.note_read()
 
     @contextlib.contextmanager
     def loaded(self, one: Mapping[str, Any], keys: Sequence[str]) -> Iterator[None]:
@@ -158,9 +163,10 @@ class Proof:
             files = ipsec.authority_files(cluster, 2)
             counts[cluster] = sum(os.path.exists(f"{strongswan.DIRECTORY}/x509ca/{name}") for name in files)
         # Beside its own file: where that one is strongSwan looks for certificates.
-        directory = strongswan.DIRECTORY
+        directory, known = strongswan.DIRECTORY, len(self.keys.get(ipsec.name_of(one), ()))
+        gateways.note_unread(gateways.told())
         with tempfile.NamedTemporaryFile("w", prefix=strongswan.TRIAL, suffix=".conf", dir=directory) as file:
-            file.write(ipsec.trial_conf(one, counts, keys, f"{directory}/swanctl.conf"))
+            file.write(ipsec.trial_conf(one, counts, keys, f"{directory}/swanctl.conf", known))
             file.flush()
             self.gateway.load_files("--file", file.name)
         try:
@@ -169,6 +175,7 @@ class Proof:
             trial = ipsec.trial_of(one)
             self.gateway.swanctl("--terminate", "--ike", trial, "--force", "--timeout", "5", must=False)
             self.gateway.load_files()
+            gateways.note_read()
 
     def tried(self, one: Mapping[str, Any], keys: Sequence[str]) -> str:
         """What strongSwan said when the gateways do not take each other by these keys, or by their certificates; ""
@@ -200,6 +207,11 @@ class Proof:
                     self.gateway.swanctl("--terminate", "--ike-id", number, "--force", "--timeout", "5", must=False)
                 return False
             time.sleep(PAUSE)
+
+
+def without(keys: Sequence[str], wanted: str) -> list[str]:
+    """The other ones."""
+    return [key for key in keys if key != wanted]
 
 
 def prove(

@@ -5,6 +5,7 @@ nothing leave by another way."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import json
 import os
@@ -130,7 +131,7 @@ class Gateway:
 
     def keys(self) -> dict[str, list[str]]:
         """By connection the pre-shared keys that are to be there. Another one for a tunnel that is there comes after
-        that of the tunnel: the gateway takes both, and proves itself by the former one until `gateway_proof` has seen
+        those that are there: the gateway takes all, and proves itself by the first one until `gateway_proof` has seen
         that the other gateway has the new one too."""
         before, found = keys_now(), {}
         there = self.there() if before else set()
@@ -142,11 +143,11 @@ class Gateway:
                 if had[1:] and self.module.check_mode:
                     self.changes.note(
                         f"pre-shared key of {name}",
-                        "two",
+                        str(len(had)),
                         "the one of isthmus_ipsec_secrets, when the other gateway is seen to have it too",
                     )
             elif had and there.intersection(ipsec.sharing(self.connections, by_name[name])):
-                found[name] = [had[0], wanted]
+                found[name] = [*had, wanted]
                 self.changes.note(
                     f"pre-shared key of {name}", "", "another one, used when the other gateway is seen to have it too"
                 )
@@ -164,7 +165,8 @@ class Gateway:
         return strongswan.established(self.swanctl("--list-sas", must=False))
 
     def apply(self) -> None:
-        before = told()
+        left = unread()
+        before = told() if left is None else left
         self.secrets()
         if not self.kernel and not self.module.check_mode:
             self.check_tun()
@@ -178,6 +180,8 @@ class Gateway:
         forward(self.module, self.changes, self.own["local"])
         settings = self.changes.file(strongswan.SETTINGS, ipsec.strongswan_conf(self.kernel))
         settings |= self.interfaces()
+        if not self.module.check_mode:
+            note_unread(before)
         differs = self.files()
         state = self.systemd.show([strongswan.UNIT])[strongswan.UNIT]
         # Its package starts it too, and a run may have ended before this step.
@@ -192,14 +196,19 @@ class Gateway:
                 self.systemd.run("enable", "--quiet", strongswan.UNIT)
                 self.systemd.run("restart", strongswan.UNIT)  # reads all that there is
                 note_unproven(set())
+                note_read()
             return
         if self.kernel:
             self.follow()
         missing = set(self.names) - strongswan.loaded(self.swanctl("--list-conns"))
         if missing and not differs:
             self.changes.note("strongSwan's connections", "", "\n".join(sorted(missing)))
-        if (missing or differs) and not self.module.check_mode:
-            self.load(before)
+        if left is not None and not differs:
+            self.changes.note("strongSwan's files", "not read: a run was ended before that", "read")
+        if not self.module.check_mode:
+            if missing or differs or left is not None:
+                self.load(before)
+            note_read()
         self.begin(strongswan.established(self.swanctl("--list-sas")))
         self.unproven += self.older()
 
@@ -291,7 +300,7 @@ class Gateway:
         kept = unproven()
         return [name for name, age in ages.items() if age is not None and (now - age + 1 < written or name in kept)]
 
-    def load(self, before: Mapping[str, list[str]]) -> None:
+    def load(self, before: Mapping[str, str]) -> None:
         """Connections that changed are made anew: a tunnel keeps the networks and the key that it was made with, and
         one with a key that the other side does not have would end only when that is asked for again. It keeps the
         certificates too, also when it authenticates itself anew."""
@@ -332,6 +341,7 @@ class Gateway:
             gone.append(self.changes.absent(path, secret=True))
         gone.append(self.changes.absent(strongswan.SETTINGS))
         self.changes.absent(strongswan.UNPROVEN)
+        self.changes.absent(strongswan.UNREAD)
         if any(gone) and not self.module.check_mode:
             for name in sorted(before):
                 self.swanctl("--terminate", "--ike", name, "--force", "--timeout", "5", must=False)
@@ -371,9 +381,25 @@ def note_unproven(names: set[str]) -> None:
         atomic_write(strongswan.UNPROVEN, "".join(f"{name}\n" for name in sorted(names)).encode(), 0o644, 0, 0)
 
 
-def told() -> dict[str, list[str]]:
-    """Connections of our fragments, name to what is said of them and the key that they use; not which files their
-    authorities' certificates are in."""
+def unread() -> dict[str, str] | None:
+    """`told` of before the changes that strongSwan has not read, None when there are none."""
+    content = read_bytes(strongswan.UNREAD)
+    return None if content is None else json.loads(content)
+
+
+def note_unread(before: Mapping[str, str]) -> None:
+    if not os.path.exists(strongswan.UNREAD):
+        atomic_write(strongswan.UNREAD, json.dumps(before).encode(), 0o600, 0, 0)
+
+
+def note_read() -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(strongswan.UNREAD)
+
+
+def told() -> dict[str, str]:
+    """Connections of our fragments, name to a digest of what is said of them and the key that they use; not which files
+    their authorities' certificates are in."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in (read_bytes(strongswan.CONNECTIONS) or b"").decode(errors="replace").splitlines():
@@ -383,7 +409,7 @@ def told() -> dict[str, list[str]]:
             found.setdefault(name, []).append(line)
     for name, keys in keys_now().items():
         found.setdefault(name, []).append(keys[0])
-    return found
+    return {name: hashlib.sha256("\n".join(lines).encode()).hexdigest() for name, lines in found.items()}
 
 
 def keys_now() -> dict[str, list[str]]:

@@ -46,6 +46,9 @@ BEFORE = "/var/lib/isthmus/ipsec-before.json"
 UNPROVEN = "/run/isthmus-ipsec-unproven"
 """Names of the tunnels that were there when a certificate, or an authority that is trusted, became another one, until
 the gateways have been seen to take each other by these. Gone after a boot, as the tunnels are."""
+UNREAD = "/run/isthmus-ipsec-unread"
+"""There from before strongSwan's files, or what it has beside them, become others until it has read them: a run that
+was killed meanwhile leaves it to the next one. Has what `gateways.told` said before. After a boot all is read."""
 TUN = "/dev/net/tun"
 
 _PACKAGES = {

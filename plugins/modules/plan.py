@@ -200,7 +200,9 @@ kubernetes_left:
   sample: ["kube"]
 sites:
   description:
-    - The matrix of sites, a dictionary for each two that have hosts and for each that has several. Their C(sites),
+    - The matrix of sites, a dictionary for each two that have hosts, for each that has several, and for two whose
+      packets go through gateways and of which one has no hosts (there C(routing) is V(native), as nothing between the
+      two is in the overlay). Their C(sites),
       C(routing) and C(encryption), the C(mtu) inside the overlay in bytes where the C(underlay) has 1500 and C(around)
       packets is what it says (the filter P(isthmus.mesh.measured_matrix#filter) has what was measured), and the ports
       that must be C(open), each with C(protocol), C(port) (none where it is all of the protocol), and in words C(on)

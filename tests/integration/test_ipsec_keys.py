@@ -4,10 +4,11 @@ strongSwan in the namespaces of `test_ipsec`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from isthmus_mesh.planner import Plan
 
 __all__ = ["net", "pytestmark"]
 
-OLD, NEW, WRONG = "the-former-key", "the-new-key", "a-wrong-key"
+OLD, NEW, THIRD, WRONG = "the-former-key", "the-new-key", "yet-another-key", "a-wrong-key"
 BOTH = ("c1", "o1")
 """The gateways; the first begins."""
 
@@ -167,21 +168,21 @@ def test_where_the_gateways_have_other_keys_packets_pass_as_before_and_each_says
     as_it_should(net, OLD)
 
 
+def lost_and_made(net: Net) -> None:
+    before = numbers(net["c1"])
+    net["c1"].run("swanctl", "--terminate", "--ike", "isthmus-onprem")
+
+    def again() -> bool:
+        net["c1"].ask_again()
+        return established(net) and numbers(net["c1"]) != before and net["o2"].echo("c2") == ""
+
+    wait_for(again, f"a tunnel with {[kept(net[name]) for name in BOTH]}", 30)
+
+
 def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Net, running: Plan) -> None:
     """At each step a tunnel that is lost is made anew, and the next run does the rest."""
     del running
     keys = dict.fromkeys(BOTH, NEW)
-
-    def lost_and_made() -> None:
-        before = numbers(net["c1"])
-        net["c1"].run("swanctl", "--terminate", "--ike", "isthmus-onprem")
-
-        def again() -> bool:
-            net["c1"].ask_again()
-            return established(net) and numbers(net["c1"]) != before and net["o2"].echo("c2") == ""
-
-        wait_for(again, f"a tunnel with {[kept(net[name]) for name in BOTH]}", 30)
-
     predicted = net["c1"].apply(net["c1"].spec, check=True, secrets=pair(NEW))
     assert predicted["changed"]
     assert "used when the other gateway is seen to have it too" in str(predicted["diff"])
@@ -193,7 +194,7 @@ def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Ne
     for name in BOTH:
         told = net[name].apply(net[name].spec, secrets=pair(NEW))
         assert (len(told["unproven"]), kept(net[name])) == (1, [OLD, NEW])
-        lost_and_made()
+        lost_and_made(net)
         assert not net[name].apply(net[name].spec, secrets=pair(NEW))["changed"]
         predicted = net[name].apply(net[name].spec, check=True, secrets=pair(NEW))
         assert "the one of isthmus_ipsec_secrets" in str(predicted["diff"])
@@ -201,8 +202,27 @@ def test_a_run_that_ends_half_way_leaves_gateways_that_can_make_a_tunnel(net: Ne
         for name in BOTH:
             all_at_once(net, [name], keys, what)
             assert kept(net[name]) == wanted
-            lost_and_made()
+            lost_and_made(net)
     as_it_should(net, NEW)
+
+
+def test_yet_another_key_before_both_use_the_first_one_leaves_gateways_that_can_make_a_tunnel(
+    net: Net, running: Plan
+) -> None:
+    del running
+    for name in BOTH:
+        net[name].apply(net[name].spec, secrets=pair(NEW))
+    all_at_once(net, ["c1"], dict.fromkeys(BOTH, NEW), "used")
+    assert [kept(net[name]) for name in BOTH] == [[NEW, OLD], [OLD, NEW]]
+    assert set(run(net, {"c1": THIRD, "o1": WRONG})) == set(BOTH)
+    assert [kept(net[name]) for name in BOTH] == [[NEW, OLD], [OLD, NEW]]
+    lost_and_made(net)
+    for name, wanted in (("c1", [NEW, OLD, THIRD]), ("o1", [OLD, NEW, THIRD])):
+        assert net[name].apply(net[name].spec, secrets=pair(THIRD))["unproven"]
+        assert kept(net[name]) == wanted
+        lost_and_made(net)
+    assert run(net, dict.fromkeys(BOTH, THIRD)) == {}
+    as_it_should(net, THIRD)
 
 
 def not_ours(found: Plan) -> dict[str, Any]:
@@ -289,6 +309,60 @@ def test_a_run_that_is_hung_up_while_it_tries_a_key_leaves_nothing_of_it(net: Ne
     as_it_should(net, OLD)
 
 
+@contextlib.contextmanager
+def killed(one: Machine, at: str) -> Iterator[None]:
+    """The module is killed there when it asks strongSwan for this."""
+    (one.place / "real-swanctl").write_bytes(Path("/usr/sbin/swanctl").read_bytes())
+    (one.place / "real-swanctl").chmod(0o755)
+    kills = one.place / "kills-swanctl"
+    kills.write_text(f'#!/bin/sh\n[ "$1" != {at} ] || exec kill -KILL $PPID\nexec {one.place}/real-swanctl "$@"\n')
+    kills.chmod(0o755)
+    one.run("mount", "--bind", str(kills), "/usr/sbin/swanctl")
+    with pytest.raises(AssertionError, match=r"ended with (-9|137)"):
+        yield
+    one.run("umount", "/usr/sbin/swanctl")
+
+
+def test_what_a_killed_run_wrote_is_read_by_strongswan_in_the_next_one(net: Net, running: Plan) -> None:
+    del running
+    gateway, keys = net["c1"], dict.fromkeys(BOTH, NEW)
+
+    def read(key: str) -> bool:
+        return f"'{key}-isthmus-onprem'" in gateway.log()
+
+    def next_run() -> None:
+        predicted = gateway.apply(gateway.spec, check=True, secrets=pair(NEW))
+        assert "a run was ended before that" in str(predicted["diff"])
+        told = gateway.apply(gateway.spec, secrets=pair(NEW))
+        assert (told["changed"], numbers(gateway)) == (True, before)
+        assert not gateway.apply(gateway.spec, secrets=pair(NEW))["changed"]
+
+    before = numbers(gateway)
+    with killed(gateway, "--load-creds"):
+        gateway.apply(gateway.spec, secrets=pair(NEW))
+    assert (kept(gateway), read("ike2")) == ([OLD, NEW], False)
+    next_run()
+    assert read("ike2")
+
+    net["o1"].apply(net["o1"].spec, secrets=pair(NEW))
+    with killed(gateway, "--initiate"):
+        gateway.apply(gateway.spec, secrets=pair(NEW), keys="used")
+    assert "try-isthmus-onprem:" in gateway.run("swanctl", "--list-conns").stdout, "a trial's"
+    next_run()
+    assert "try-isthmus-onprem:" not in gateway.run("swanctl", "--list-conns").stdout
+    assert run(net, keys) == {}
+    as_it_should(net, NEW)
+
+    # What changed is made anew.
+    sites = {**SITES, "cloud": {"ipsec": {**SITES["cloud"]["ipsec"], "networks": ["198.18.2.0/23"]}}}
+    wider = with_pair(sites=sites, ipsec_authentication="psk")
+    net["o1"].apply(dict(wider.specs["o1"]), secrets=pair(NEW))
+    with killed(gateway, "--load-creds"):
+        gateway.apply(dict(wider.specs["c1"]), secrets=pair(NEW))
+    gateway.apply(gateway.spec, secrets=pair(NEW))
+    wait_for(lambda: "198.18.2.0/23" in gateway.run("swanctl", "--list-sas").stdout, "the new network", 20)
+
+
 def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(net: Net) -> None:
     found = with_pair()
     certificates(net, found)
@@ -329,6 +403,14 @@ def test_a_renewed_certificate_that_the_other_gateway_does_not_take_gets_words(n
     assert net["o2"].echo("c2", 1400) == ""
     # With both renewed it is the one that begins that makes it anew.
     assert net["c1"].apply(net["c1"].spec)["unproven"] == []
+
+    # Of the gateway that answers alone it is proven at once, and used when the other one authenticates anew.
+    before = numbers(net["c1"])
+    net["o1"].run("sh", "-c", "echo >> /etc/isthmus/pki/ipsec.crt")
+    assert net["o1"].apply(net["o1"].spec)["unproven"] == ["isthmus-cloud"]
+    told = all_at_once(net, ["o1"], dict.fromkeys(BOTH, ""), "only")
+    assert not any(isinstance(one, str) for one in told.values()), told
+    assert numbers(net["c1"]) == before
 
 
 @pytest.mark.slow

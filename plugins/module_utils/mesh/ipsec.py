@@ -180,6 +180,7 @@ def read(
             sides[site] = side
     for both in through:
         _check_pair(both, sides, said.get(both), problem)
+    _check_identities(through, sides, problem)
     for site in used:
         if site in sides:
             _check_hosts(site, sides[site], hosts, problem)
@@ -315,6 +316,30 @@ def _check_pair(both: Pair, sides: Mapping[str, Side], said: str | None, problem
             "psk",
         )
         problem(later.where, later.what, later.why, later.next)
+
+
+def _check_identities(through: Sequence[Pair], sides: Mapping[str, Side], problem: Complaint) -> None:
+    """Of the gateways of other sites, for each site with gateways of ours."""
+    refused = set()
+    for site in sorted(name for name, side in sides.items() if side.gateways):
+        known: dict[str, tuple[str, IPv4Address]] = {}
+        others = sorted({name for both in through if site in both for name in both if name in sides} - {site})
+        # Those of ours have the names of their hosts, so it is another one that is to have another identity.
+        for other in sorted(others, key=lambda name: bool(sides[name].peers)):
+            ends: Sequence[Gateway | Peer] = (*sides[other].gateways, *sides[other].peers)
+            for there in ends:
+                first, address = known.setdefault(there.identity, (other, there.address))
+                if first == other or (first, other) in refused:
+                    continue
+                refused.add((first, other))
+                problem(
+                    f"isthmus_estate.sites.{other}.ipsec.peer",
+                    f"the gateways of {first} ({address}) and {other} ({there.address}) have one identity, "
+                    f"{there.identity}",
+                    f"{site} has tunnels with both, and strongSwan finds their keys by the identity: the one would be "
+                    "tried with the key of the other",
+                    f"give that of {other} an identity of its own, there and here (peer.id)",
+                )
 
 
 def _check_hosts(site: str, side: Side, hosts: Mapping[str, Host], problem: Complaint) -> None:
@@ -563,31 +588,25 @@ def sharing(connections: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) ->
     return [name_of(each) for each in connections if of(each) == of(one)]
 
 
-_FIRST, _SECOND = "ike-", "ike2-"
-"""Begin the names of a connection's keys among strongSwan's secrets."""
-
-
 def secrets_conf(connections: Sequence[Mapping[str, Any]], keys: Mapping[str, Sequence[str]]) -> str | None:
-    """The fragment with pre-shared keys, by connection one or two of them, None where there are none. strongSwan takes
+    """The fragment with pre-shared keys, by connection one or more of them, None where there are none. strongSwan takes
     each of them, and proves itself by the one that it read last: that is the first one here."""
     lines: list[str] = []
     for one in connections:
-        for prefix, key in reversed(list(zip((_FIRST, _SECOND), keys.get(name_of(one), ())))):
+        for number, key in reversed(list(enumerate(keys.get(name_of(one), ()), 1))):
             encoded = base64.b64encode(key.encode()).decode("ascii")
             entries = [f"id-1 = {one['local_id']}", f"id-2 = {one['remote_id']}", f"secret = 0s{encoded}"]
-            lines += _block(f"{prefix}{name_of(one)}", entries)
+            lines += _block(f"ike{number if number > 1 else ''}-{name_of(one)}", entries)
     return _HEADER + "\n".join(_block("secrets", lines)) + "\n" if lines else None
 
 
 def keys_of(text: str) -> dict[str, list[str]]:
     """What a fragment of `secrets_conf` has; of one that somebody changed what can be read."""
     found: dict[str, list[str]] = {}
-    for prefix in (_FIRST, _SECOND):
-        for name, encoded in re.findall(
-            rf"^  {prefix}(\S+) \{{\n(?:    .*\n)*?    secret = 0s(\S+)\n", text, re.MULTILINE
-        ):
-            with contextlib.suppress(ValueError):
-                found.setdefault(name, []).append(base64.b64decode(encoded, validate=True).decode())
+    told = re.findall(r"^  ike(\d*)-(\S+) \{\n(?:    .*\n)*?    secret = 0s(\S+)\n", text, re.MULTILINE)
+    for _number, name, encoded in sorted(told, key=lambda one: int(one[0] or 1)):
+        with contextlib.suppress(ValueError):
+            found.setdefault(name, []).append(base64.b64decode(encoded, validate=True).decode())
     return found
 
 
@@ -596,13 +615,17 @@ def trial_of(connection: Mapping[str, Any]) -> str:
     return f"try-{name_of(connection)}"
 
 
-def trial_conf(connection: Mapping[str, Any], authorities: Mapping[str, int], keys: Sequence[str], main: str) -> str:
-    """All that strongSwan's file `main` has, with these pre-shared keys for the connection, and a connection beside it
-    that makes no tunnel (RFC 6023): whether the gateways take each other is seen without a packet being lost."""
+def trial_conf(
+    connection: Mapping[str, Any], authorities: Mapping[str, int], keys: Sequence[str], main: str, known: int = 0
+) -> str:
+    """All that strongSwan's file `main` has, with these pre-shared keys for the connection instead of the `known` ones
+    that it has there, and a connection beside it that makes no tunnel (RFC 6023): whether the gateways take each other
+    is seen without a packet being lost."""
     lines = [*_ends(connection), "childless = force", "keyingtries = 1", *_authentication(connection, authorities)]
     found = _block("connections", _block(trial_of(connection), lines))
-    # A section that is there twice has the values that come last, so a second key that is not to be is the first one.
-    secrets = secrets_conf([connection], {name_of(connection): (*keys, *keys)[:2]}) or ""
+    # A section that is there twice has the values that come last, so a further key that is not to be is the first one.
+    given = [*keys, *list(keys[:1]) * (known - len(keys))]
+    secrets = secrets_conf([connection], {name_of(connection): given}) or ""
     return f"include {main}\n" + "\n".join(found) + f"\n{secrets}"
 
 

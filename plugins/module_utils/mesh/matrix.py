@@ -72,8 +72,9 @@ def rows(
     closed: Collection[str],
 ) -> Iterator[dict[str, Any]]:
     """A row for each two sites that have hosts, and for each site that has several: where nodes are that only
-    Kubernetes knows, there may be. `chosen`: of pairs that choose their way whether they are to try it, and words.
-    `closed` are sites to which nobody outside opens anything."""
+    Kubernetes knows, there may be. And for two of which one has a gateway that is not ours and no hosts. `chosen`: of
+    pairs that choose their way whether they are to try it, and words. `closed` are sites to which nobody outside opens
+    anything."""
     sizes: dict[str, int] = {}
     with_nodes: set[str] = set()
     for document in documents.values():
@@ -82,8 +83,14 @@ def rows(
             with_nodes |= {entry["site"]} if "kubernetes_node" in entry else set()
         if is_in_cluster(document):
             sizes[document["site"]] = sizes.get(document["site"], 0) + 2
-    for one in pairs(sizes):
+    of_others = {
+        one for one in ipsec.pairs if [bool(ipsec.sites[site].peers) for site in one if site not in sizes] == [True]
+    }
+    for one in sorted({*pairs(sizes), *of_others}):
         if one[0] == one[1] and sizes[one[0]] == 1:
+            continue
+        if one in of_others:
+            yield _of_networks(one, ipsec, overlay_mtu)
             continue
         now, following, stages = _taken(ways, one)
         native_now, native_following, native = _taken(native_ways, one)
@@ -115,13 +122,40 @@ def rows(
             "measured": [],
             "mtu": inner_mtu(UNDERLAY_MTU, **around, most=overlay_mtu),
             "open": [
-                {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
+                _open(each)
                 for each in (
                     *(_of_gateways(one, ipsec) if max(gateways) is not Stage.PLAIN else ()),
                     *_carried(between(documents, one, overlay_port, stages, needed, keys, closed), min(gateways)),
                 )
             ],
         }
+
+
+def _of_networks(pair: Pair, ipsec: Ipsec, overlay_mtu: int | None) -> dict[str, Any]:
+    """The row of two sites of which one has no hosts: all between their networks is in the gateways' tunnel alone."""
+    around = {"tunnel": False, "wireguard": False, "gateways": True}
+    return {
+        "sites": list(pair),
+        "routing": NATIVE,
+        "auto": None,
+        "routing_now": None,
+        "routing_steps": [],
+        "kubernetes": [],
+        "encryption": GATEWAY,
+        "now": None,
+        "steps": [],
+        "ipsec_now": None,
+        "ipsec_steps": [],
+        "around": {**around, "most": overlay_mtu},
+        "underlay": UNDERLAY_MTU,
+        "measured": [],
+        "mtu": inner_mtu(UNDERLAY_MTU, **around, most=overlay_mtu),
+        "open": [_open(each) for each in _of_gateways(pair, ipsec)],
+    }
+
+
+def _open(each: Opening) -> dict[str, Any]:
+    return {"protocol": each.protocol, "port": each.port, "on": each.to, "from": each.senders}
 
 
 def _taken(ways: Ways, pair: Pair) -> tuple[Stage | None, list[Stage], list[Stage]]:
@@ -257,6 +291,8 @@ def host_routes(
     Of ranges the workloads': pods of Kubernetes nodes are led as these."""
     told = []
     for row in found[:_MOST_PAIRS]:
+        if (row["routing"], row["encryption"]) == (NATIVE, GATEWAY):
+            continue  # of a site without hosts
         over = "isthmus0"
         if row["routing"] == NATIVE:
             over = "the way to each host's underlay address"

@@ -33,6 +33,13 @@ PEER = {
     "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {"address": "203.0.113.9"}}}},
     "site_pairs": ON["site_pairs"],
 }
+WITH_TWO_OF_OTHERS = {
+    "sites": {
+        **PEER["sites"],
+        "office": {"ipsec": {"networks": ["192.0.2.0/24"], "peer": {"address": "203.0.113.10"}}},
+    },
+    "site_pairs": [{**ON["site_pairs"][0], "sites": ["onprem", other]} for other in ("cloud", "office")],
+}
 CLUSTERS = estate()["clusters"]
 
 
@@ -110,6 +117,20 @@ REFUSED = {
     "two of others": (
         {**PEER, "sites": dict.fromkeys(("cloud", "onprem"), PEER["sites"]["cloud"])},
         "neither cloud nor onprem has a gateway that is ours",
+    ),
+    "one identity": (
+        {**WITH_TWO_OF_OTHERS, "sites": {**WITH_TWO_OF_OTHERS["sites"], "office": {"ipsec": {
+            "networks": ["192.0.2.0/24"], "peer": {"address": "203.0.113.10", "id": "203.0.113.9"}}}}},
+        "sites.office.ipsec.peer: the gateways of cloud (203.0.113.9) and office (203.0.113.10) have one identity, "
+        "203.0.113.9. Why: onprem has tunnels with both, and strongSwan finds their keys by the identity: the one "
+        "would be tried with the key of the other. Next: give that of office an identity of its own",
+    ),
+    "the identity of ours": (
+        {"sites": {**SITES, "a": {"ipsec": {"networks": ["192.0.2.0/24"], "peer": {
+            "address": "203.0.113.10", "id": "isthmus-ipsec-c1"}}}}, "site_pairs": [
+            {**ON["site_pairs"][0], "sites": ["onprem", other]} for other in ("cloud", "a")]},
+        "sites.a.ipsec.peer: the gateways of cloud (198.18.2.1) and a (203.0.113.10) have one identity, "
+        "isthmus-ipsec-c1",
     ),
     "identity": (
         {**PEER, "sites": {**SITES, "cloud": {"ipsec": {"networks": ["198.18.2.0/24"], "peer": {
@@ -460,9 +481,13 @@ def test_strongswan_is_given_the_pair_and_secrets_stay_apart() -> None:
     assert ipsec.keys_of(both.replace("0sYSAi", "0s?")) == {"isthmus-cloud": ["another"]}, "somebody changed it"
     certified = changed(**ON).specs["o1"]["ipsec"]["connections"]
     assert ipsec.secrets_conf(certified, {}) is None
-    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf")
+    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf", 2)
     assert trial.startswith("include /etc/swanctl/swanctl.conf\nconnections {\n  try-isthmus-cloud {\n")
     assert (trial.count("secret = 0sYSAiYiIgfQo="), "children" in trial) == (2, False), "no other key, and no tunnel"
+    several = ipsec.secrets_conf(connections, {"isthmus-cloud": [key, "another", "a third"]}) or ""
+    assert ipsec.keys_of(several) == {"isthmus-cloud": [key, "another", "a third"]}
+    trial = ipsec.trial_conf(connections[0], {}, [key], "/etc/swanctl/swanctl.conf", 3)
+    assert ipsec.keys_of(trial) == {"isthmus-cloud": [key] * 3}, "none of those that are known"
     assert "secrets {" not in ipsec.trial_conf(certified[0], {}, [], "/etc/swanctl/swanctl.conf")
     passive = ipsec.swanctl_conf(certified)
     assert "cacerts = isthmus-cloud.pem\n" in passive
@@ -630,6 +655,28 @@ def test_machines_that_are_none_of_the_mesh_are_told_the_way_over_the_gateways()
     assert (theirs["site"], theirs["to"]) == ("onprem", "198.18.2.0/24"), "what is not ours is others' to lead to"
     gone = changed(after(on, 2), sites=SITES).routes
     assert {route["via"] for route in gone} == {"198.18.1.1", "198.18.2.1"}, "while it is turned off"
+
+
+def test_a_site_of_others_without_hosts_is_in_the_matrix() -> None:
+    found = changed(**WITH_TWO_OF_OTHERS)
+    assert [row["sites"] for row in found.sites if "office" in row["sites"]] == [["office", "onprem"]]
+    (line,) = [line for line in matrix.lines(found.sites) if "office" in line]
+    assert line == (
+        "office and onprem: path native, encryption ipsec-gateway, MTU 1400 inside where the underlay has 1500. Open: "
+        + "; ".join(
+            f"UDP {port} on {to} from {sender}"
+            for to, sender in (
+                ("the gateway of office (203.0.113.10)", "o1 (198.18.1.1)"),
+                ("o1 (198.18.1.1)", "the gateway of office (203.0.113.10)"),
+            )
+            for port in (500, 4500)
+        )
+    )
+    (row,) = [row for row in matrix.measured(found.sites, {"onprem": ("o1", 1450)}) if "office" in row["sites"]]
+    assert (row["mtu"], row["measured"]) == (1350, ["onprem"])
+    the_model, documents = model({**estate(), **WITH_TWO_OF_OTHERS}), openings.documents_of(found.record)
+    routes = matrix.host_routes(found.sites, documents, the_model.ipsec, found.ipsec, found.keys[-1])
+    assert [line.partition(" via ")[0] for line in routes if "office" in line] == ["hosts of onprem: 192.0.2.0/24"]
 
 
 def test_the_example_s_data_centres_send_each_other_all_through_their_gateways() -> None:
