@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import previous_release
 import pytest
 from integration.module_runner import ModuleFailed, run_module
 from isthmus_agent import pki as signing
@@ -142,6 +143,14 @@ def test_a_bare_host_is_predicted_without_the_bundle(estate: Estate) -> None:
     assert estate.role(wanted) == predicted
     with pytest.raises(ModuleFailed, match=r"isthmus\.mesh\.bundle"):
         estate.role(wanted, bundle=False)
+
+
+def test_a_host_that_an_upgrade_has_not_reached_is_predicted(estate: Estate) -> None:
+    wanted = spec("onprem-1", "onprem")
+    estate.role(wanted)
+    known = {"onprem": (estate.pki("onprem-1") / "ca.crt").read_text()}
+    packages = previous_release.python_path()
+    assert estate.role(wanted, known, check=True, packages=packages) == {"pki_request": False}
 
 
 def test_hosts_that_ask_at_once_get_one_authority(estate: Estate) -> None:
