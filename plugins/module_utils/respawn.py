@@ -32,7 +32,7 @@ def bundle_module(module: AnsibleModule, name: str, required: bool = True, needs
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     try:
         found = importlib.import_module(name)
-        return None if module.check_mode and needs and not hasattr(found, needs) else found
+        return None if needs and module.check_mode and not hasattr(found, needs) else found
     except ImportError as exc:
         reason = str(exc)
     if not has_respawned() and os.path.exists(BUNDLE_PYTHON):
