@@ -77,6 +77,7 @@ def test_a_way_that_is_cut_without_a_word_is_found_and_named_until_it_is_mended(
     assert metered(a, "path") == full
 
 
+@pytest.mark.slow
 @EVERY_WAY
 def test_a_link_with_a_smaller_mtu_is_found_though_its_router_could_have_cut_packets_in_pieces(routed: Routed) -> None:
     a = routed.both.a

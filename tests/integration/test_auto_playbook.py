@@ -123,6 +123,7 @@ def test_encryption_comes_first_and_what_works_inside_it_is_found_in_the_same_ru
     assert ("a1", ["a2", "b1"]) in proofs(site), "what is native is proven by each run"
 
 
+@pytest.mark.slow
 def test_a_native_way_that_fails_is_left_in_the_next_run_and_nobody_else_is_touched(
     settled: Site, tmp_path: Path
 ) -> None:

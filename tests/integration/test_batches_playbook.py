@@ -219,6 +219,7 @@ def test_every_playbook_is_read_without_a_warning(tmp_path: Path, name: str) -> 
     assert "WARNING" not in run.output, run.output
 
 
+@pytest.mark.slow
 def test_serial_of_the_operator(running: Site) -> None:
     run = running.run("-e", "isthmus_serial=100%")
     assert run.status == 0, run.output

@@ -404,6 +404,7 @@ def test_all_members_come_back_from_a_snapshot(cluster: Cluster, tmp_path: Path)
         assert cluster.run(name, formed=True)["changed"] is False
 
 
+@pytest.mark.slow
 def test_members_that_come_back_with_the_data_of_before_a_restore_are_told_and_join_once_they_are_stopped(
     cluster: Cluster,
 ) -> None:

@@ -253,6 +253,7 @@ def test_a_stolen_hosts_keys_are_refused_at_once_and_for_ever(estate: Estate) ->
             assert not estate.admitted(stolen, name, at), (name, at)
 
 
+@pytest.mark.slow
 def test_a_restart_waits_for_the_others_and_a_lost_cluster_loses_its_access(estate: Estate) -> None:
     estate.form()
     stolen = estate.root / "stolen"

@@ -212,6 +212,7 @@ def test_another_authority_that_cannot_be_entered_is_waited_for(lacking: Managed
     assert "run" in lacking.sequence
 
 
+@pytest.mark.slow
 def test_a_host_that_lacks_the_clusters_certificate_is_named(lacking: Managed) -> None:
     (lacking.place / "hosts" / "a1" / "peer-m").unlink()
     without = lacking.run("--limit", "a1")

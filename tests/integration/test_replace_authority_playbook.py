@@ -43,6 +43,7 @@ def test_every_host_goes_through_all_steps_and_has_the_new_authority(running: Si
     assert running.locks == []
 
 
+@pytest.mark.slow
 def test_the_old_authority_stays_while_a_host_lacks_a_certificate_of_the_new_one(running: Site) -> None:
     (running.place / "signs").touch()
     (running.place / "fail" / "pki_sign a1").touch()

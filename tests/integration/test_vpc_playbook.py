@@ -205,6 +205,7 @@ def test_a_vpc_that_stays_for_hosts_of_no_teardown_is_named(cloud: Cloud) -> Non
     assert none.status == 0, none.output
 
 
+@pytest.mark.slow
 def test_two_vpcs_are_peered_put_right_and_torn_down(cloud: Cloud) -> None:
     before = cloud.b.everything(), cloud.c.everything()
     cloud.sites["c"] = {"vpc": cloud.vpc(cloud.c)}
