@@ -710,6 +710,6 @@ def before_agent(
         before = estate.read_json(estate.NODE)
     known = ((before or {}).get("ipsec") or {"far": {}})["far"].values()
     heard_of = {network for entry in known for network in entry["networks"]}
-    closed = [entry["networks"] for entry in own["far"].values() if entry["stage"] == Stage.DEMANDS.word]
-    if "local" in own and not heard_of.issuperset(*closed):
+    demanded = [entry["networks"] for entry in own["far"].values() if entry["stage"] == Stage.DEMANDS.word]
+    if "local" in own and not heard_of.issuperset(network for networks in demanded for network in networks):
         apply(module, changes, section, secrets)

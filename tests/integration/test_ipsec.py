@@ -901,10 +901,14 @@ def test_of_a_new_pair_nothing_goes_in_clear_from_the_moment_in_which_agents_lea
 
 def test_a_gateway_comes_after_its_agent_for_networks_that_this_has_heard_of(net: Net) -> None:
     """Of a pair that is turned on each step is the agent's first; a network in addition is new as a site is."""
-    steps = with_pair(with_pair(encryption="none"), ipsec_authentication="psk").steps
-    (net["c1"].place / "upper" / "isthmus" / "node.json").write_text(json.dumps(steps[0].specs["c1"]))
+    first = with_pair(with_pair(encryption="none"), ipsec_authentication="psk")
     secret = {"cloud onprem": "one key"}
-    assert not net["c1"].apply(dict(steps[1].specs["c1"]), secrets=secret, before_agent=True)["changed"]
+    known, last, two = (json.loads(json.dumps(step.specs["c1"])) for step in (first.steps[0], *[first.steps[1]] * 2))
+    two["ipsec"]["far"]["edge"] = {**two["ipsec"]["far"]["onprem"], "networks": ["198.18.3.0/24"]}
+    known["ipsec"]["far"]["edge"] = two["ipsec"]["far"]["edge"]
+    (net["c1"].place / "upper" / "isthmus" / "node.json").write_text(json.dumps(known))
+    for spec in (dict(first.specs["c1"]), last, two):
+        assert not net["c1"].apply(spec, secrets=secret, before_agent=True)["changed"]
     assert net["c1"].run("nft", "list", "ruleset").stdout == ""
     sites = {**SITES, "onprem": {"ipsec": {**SITES["onprem"]["ipsec"], "networks": ["198.18.0.0/23"]}}}
     wider = with_pair(sites=sites, ipsec_authentication="psk")
