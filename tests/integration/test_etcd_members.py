@@ -19,6 +19,7 @@ from typing import Any
 
 import previous_release
 import pytest
+from bpf.topology import wait_for
 from cryptography.hazmat.primitives import serialization
 from integration.etcd_fixture import Ca, free_port, require_etcd
 from integration.module_runner import ModuleFailed, run_module
@@ -579,15 +580,13 @@ def test_members_whose_authority_has_ended_go_over_to_another_at_once(
             (host.pki / "trust" / "onprem.crt").write_text(text)
 
     trust(ended)
+    # Without the others a member serves no clients.
+    serving = f"serving {'client' if len(members) == 1 else 'peer'} traffic"
     for host in hosts:
         log = host.place / "etcd.log"
         log.unlink()
         host.systemctl("restart", "isthmus-etcd.service")
-        end = time.monotonic() + 30
-        # Without the others it serves no clients.
-        while f"serving {'client' if len(members) == 1 else 'peer'} traffic" not in log.read_text():
-            assert time.monotonic() < end, f"{host.name} has not read whom it trusts"
-            time.sleep(0.1)
+        wait_for(lambda log=log: serving in log.read_text(), f"{host.name} has read whom it trusts", 30)
     trust(ended + successor.crt.read_text())
     for host in hosts:
         sign_anew(cluster, host, successor)

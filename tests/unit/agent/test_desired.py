@@ -55,17 +55,19 @@ def test_identity_1_of_a_peer_is_remote_node():
     assert compute(items).datapath.ipcache[net("10.102.0.2/32")].identity == 6
 
 
+def translated(**more):
+    """cloud-1, which others dial at an address that it does not have."""
+    addresses = (
+        wire.NodeAddress("InternalIP", "203.0.113.7"),
+        wire.NodeAddress("ExternalIP", "198.18.2.11"),
+        wire.NodeAddress("CiliumInternalIP", "10.102.0.1"),
+    )
+    return mesh.node("cloud", 1, addresses=addresses, **more)
+
+
 def test_peers_are_all_underlay_addresses_of_other_nodes():
     items = mesh.documents({})
-    two = mesh.node(
-        "cloud",
-        1,
-        addresses=(
-            wire.NodeAddress("InternalIP", "203.0.113.7"),
-            wire.NodeAddress("ExternalIP", "198.18.2.11"),
-            wire.NodeAddress("CiliumInternalIP", "10.102.0.1"),
-        ),
-    )
+    two = translated()
     items[keys.node_key("cloud", "cloud-1", cached=True)] = two.to_json().encode()
     found = compute(items).datapath
     assert found.peers == {
@@ -94,14 +96,7 @@ def test_a_node_behind_an_address_translation_is_dialled_inside_its_site_at_the_
     there, here, dialled
 ):
     items = mesh.documents({"cloud": [1]})
-    said = mesh.node(
-        "cloud",
-        1,
-        addresses=(
-            wire.NodeAddress("InternalIP", "203.0.113.7"),
-            wire.NodeAddress("ExternalIP", "198.18.2.11"),
-            wire.NodeAddress("CiliumInternalIP", "10.102.0.1"),
-        ),
+    said = translated(
         annotations={wire.SITE: there} if there else {},
     )
     items[keys.node_key("cloud", "cloud-1", cached=True)] = said.to_json().encode()
